@@ -1,0 +1,160 @@
+#!/usr/bin/env bash
+# The one entry: sets up where needed, then runs. `./launch.sh` alone prints how.
+set -euo pipefail
+
+usage() {
+    cat <<'HELP'
+usage: ./launch.sh COMMAND ...
+
+  ./launch.sh quickstart                         the whole pipeline, small (recipes/quickstart.sh)
+  ./launch.sh RECIPE.yaml [flags]                train: trainkit fit --config RECIPE.yaml [flags]
+  ./launch.sh RECIPE.yaml --resume RUN_DIR       go on where that run stopped
+  ./launch.sh RECIPE.sh [arguments]              run a recipe that is a script
+  ./launch.sh test [pytest arguments]            the tests
+  ./launch.sh lint                               ruff, pyright, import floors, shellcheck
+  ./launch.sh export|generate|bench|inspect|...  that trainkit command; --help after it explains
+
+Environment:
+  NPROC        processes on this machine; default: its GPUs, or 1
+  NNODES, NODE_RANK, MASTER=host[:port], RUN_DIR   several machines: run the same line on each; RUN_DIR is shared
+  PYTHON       interpreter that .venv is made with (3.11 or later)
+  TORCH_SPEC   what pip installs for torch where there is no NVIDIA GPU; default torch==2.13.0, a CPU wheel if offered
+HELP
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+here=$PWD
+die() { echo "launch.sh: error: $*" >&2; exit 2; }
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+# Is THIS checkout installed for interpreter $1, with its test tools? (-P and no PYTHONPATH: being in the folder does not count)
+holds() {
+    env -u PYTHONPATH "$1" -P - "$root" 2>/dev/null <<'PY'
+import importlib.util as u, pathlib, sys
+spec = u.find_spec("trainkit")
+here = spec and spec.origin and pathlib.Path(spec.origin).resolve().parents[1] == pathlib.Path(sys.argv[1])
+sys.exit(not (here and u.find_spec("pytest") and u.find_spec("torch")))
+PY
+}
+
+find_python() {
+    local p
+    for p in ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11; do
+        "$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$p" && return
+    done
+    die "no Python >= 3.11 with venv found; install one, or name it: PYTHON=/path/to/python3.12 ./launch.sh ..."
+}
+
+# Makes .venv, or completes one that is stale or was interrupted: .venv/trainkit holds a checksum once everything is in.
+make_venv() {
+    local venv=$root/.venv want base
+    want=$(cksum <"$root/pyproject.toml")
+    if command -v flock >/dev/null; then exec 9>"$root/.venv.lock"; flock 9; fi
+    if [ "$(cat "$venv/trainkit" 2>/dev/null)" != "$want" ] || ! holds "$venv/bin/python"; then
+        echo "launch.sh: installing into $venv, which takes some minutes" >&2
+        if [ "$(cat "$venv/trainkit" 2>/dev/null)" = incomplete ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+            base=$(find_python)
+            "$base" -m venv --clear "$venv"
+        fi
+        echo incomplete >"$venv/trainkit"
+        if ! has_gpu; then
+            "$venv/bin/python" -m pip install --quiet --no-deps --retries 1 \
+                --extra-index-url https://download.pytorch.org/whl/cpu "${TORCH_SPEC:-torch==2.13.0}"
+        fi
+        "$venv/bin/python" -m pip install --quiet --editable "${root}[dev]"
+        if has_gpu && ! "$venv/bin/python" -m pip install --quiet --editable "${root}[deepspeed]"; then
+            echo "launch.sh: deepspeed did not install; configs/strategy/deepspeed*.yaml will not work here" >&2
+        fi
+        holds "$venv/bin/python" || die "$venv does not import this checkout; remove the folder and try again"
+        echo "$want" >"$venv/trainkit"
+    fi
+    if command -v flock >/dev/null; then exec 9>&-; fi
+    PATH=$venv/bin:$PATH
+}
+
+setup() {
+    if python=$(command -v python || command -v python3) && holds "$python"; then
+        PATH=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
+    else
+        make_venv
+        python=$root/.venv/bin/python
+    fi
+    export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+    # Threads that sleep between operations cost more than the operations of a small model.
+    if ! has_gpu; then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-active}; fi
+}
+
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
+
+fit() {
+    local recipe flags=() folder=${RUN_DIR:-} resume="" nodes=${NNODES:-1} nproc=${NPROC:-}
+    recipe=$(absolute "$1"); shift
+    [ -f "$recipe" ] || die "no recipe $recipe"
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --resume) [ $# -gt 1 ] || die "--resume needs a run folder"; folder=$2; resume=yes; shift 2 ;;
+            --resume=*) folder=${1#*=}; resume=yes; shift ;;
+            *) flags+=("$1"); shift ;;
+        esac
+    done
+    if [ -n "$folder" ]; then folder=$(absolute "$folder"); fi
+    if [ -n "$resume" ]; then
+        local last=$folder/checkpoints/last.ckpt
+        [ -e "$last" ] || die "--resume: no checkpoint $last to go on from; give the run's folder"
+        flags=(--ckpt_path "$last" ${flags[@]+"${flags[@]}"})
+    fi
+    if [ "$nodes" -gt 1 ]; then
+        [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER:-}" ] || die "NNODES=$nodes needs NODE_RANK (0..$((nodes - 1))) and MASTER=host[:port]"
+        [ -n "$folder" ] || die "NNODES=$nodes needs RUN_DIR, the same shared folder on every node, or --resume"
+    fi
+    setup
+    if [ -z "$nproc" ]; then
+        nproc=1
+        if has_gpu; then nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))'); fi
+    fi
+    if [ -z "$folder" ]; then
+        folder=$root/runs/$(basename "${recipe%.*}")/$(date +%Y%m%d-%H%M%S)
+        mkdir -p "${folder%/*}"
+        until mkdir "$folder" 2>/dev/null; do # another run began within this second
+            [ -e "$folder" ] || die "cannot make $folder"
+            sleep 1
+            folder=${folder%/*}/$(date +%Y%m%d-%H%M%S)
+        done
+    fi
+    mkdir -p "$folder"
+    echo "launch.sh: $folder" >&2
+    if [ "$nproc" -gt 1 ] && ! has_gpu && [ -z "${OMP_NUM_THREADS:-}" ]; then
+        local cores; cores=$(getconf _NPROCESSORS_ONLN)
+        export OMP_NUM_THREADS=$((cores > nproc ? cores / nproc : 1))
+    fi
+    local run=("$python")
+    if [ "$nodes" -gt 1 ]; then
+        local host=${MASTER%:*} port=29500
+        case $MASTER in *:*) port=${MASTER##*:} ;; esac
+        run+=(-m torch.distributed.run --nnodes="$nodes" --node-rank="$NODE_RANK" --nproc-per-node="$nproc"
+            --master-addr="$host" --master-port="$port")
+    elif [ "$nproc" -gt 1 ]; then
+        run+=(-m torch.distributed.run --standalone --nproc-per-node="$nproc")
+    fi # one process needs no torchrun, and its exit code (130, 143) arrives as it is
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # time to write a last checkpoint
+    cd "$root"
+    exec "${run[@]}" -m trainkit.cli fit --config "${recipe#"$root"/}" --trainer.default_root_dir "$folder" \
+        --trainer.devices "$nproc" --trainer.num_nodes "$nodes" ${flags[@]+"${flags[@]}"}
+}
+
+case ${1:-} in
+    "" | -h | --help | help) usage ;;
+    quickstart) shift; setup; cd "$root"; exec bash recipes/quickstart.sh "$@" ;;
+    test) shift; setup; cd "$root"; exec "$python" -m pytest "$@" ;;
+    lint)
+        setup; cd "$root"; failed=0
+        ruff check . || failed=1
+        pyright || failed=1
+        lint-imports || failed=1
+        shellcheck launch.sh .ci/run recipes/*.sh || failed=1
+        exit "$failed"
+        ;;
+    *.yaml | *.yml) fit "$@" ;;
+    *.sh) script=$(absolute "$1"); shift; [ -f "$script" ] || die "no recipe $script"; setup; cd "$root"; exec bash "$script" "$@" ;;
+    *) setup; exec "$python" -P -m trainkit.cli "$@" ;;
+esac

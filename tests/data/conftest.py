@@ -1,0 +1,42 @@
+"""The bundled tokenizer, whole and with other chat templates, and files of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "data" / "tiny"
+
+NO_SPANS = (
+    "{% for m in messages %}<|{{ 'assistant' if m['role'] == 'assistant' else 'user' }}|>{{ m['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+STRIPS_THINKING = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>"
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|end|>"
+    "{% else %}<|user|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(TINY / "tokenizer"))
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows as JSON lines (a string stands as it is) and gives the path."""
+
+    def write(*rows: dict[str, Any] | str, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write

@@ -1,0 +1,146 @@
+"""Kind lm: its initialisations, its export, and that outside programs decode with it."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.runner.equality import exact_logits
+from tests.targets import make_target
+from trainkit.drafters.base import DraftBatch, LossOutput, TargetHandle, load_kind
+from trainkit.drafters.lm import LMDraft
+from trainkit.errors import UserError
+from trainkit.models.load import load_decoder
+from trainkit.models.target import target_shape
+from trainkit.runner import Runner
+
+
+def test_init_from_the_target_copies_embedding_head_and_every_nth_layer(tiny_target):
+    theirs = load_decoder(tiny_target).state_dict()
+    for count, kept in ((1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3])):
+        draft = LMDraft(target_shape(tiny_target), num_layers=count)
+        draft.initialise(tiny_target)
+        ours = draft.decoder.state_dict()
+        for name in ("embed.weight", "norm.weight"):
+            assert torch.equal(ours[name], theirs[name])
+        for new, old in enumerate(kept):
+            names = [name.removeprefix(f"layers.{new}.") for name in ours if name.startswith(f"layers.{new}.")]
+            assert len(names) >= 6
+            assert all(torch.equal(ours[f"layers.{new}.{name}"], theirs[f"layers.{old}.{name}"]) for name in names)
+        assert draft.config()["num_layers"] == count
+
+
+def test_init_from_an_untied_target_copies_the_head(tmp_path):
+    folder = make_target(tmp_path, "qwen3", tie_word_embeddings=False)
+    draft = LMDraft(target_shape(folder), num_layers=4)
+    draft.initialise(folder)
+    theirs = load_decoder(folder).state_dict()
+    ours = draft.decoder.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_init_from_scratch_takes_the_sizes_given(tiny_target, seed):
+    draft = LMDraft(target_shape(tiny_target), num_layers=2, hidden_size=32, init="scratch")
+    shape = draft.decoder.shape
+    assert (shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim) == (32, 2, 2, 16)
+    assert (shape.intermediate_size, shape.vocab_size, shape.num_layers) == (64, 320, 2)
+    before = draft.decoder.layers[0].mlp.down.weight.clone()
+    draft.initialise(tiny_target)
+    assert torch.equal(draft.decoder.layers[0].mlp.down.weight, before)
+    sizes = {"hidden_size": 48, "num_heads": 3, "num_kv_heads": 1, "intermediate_size": 40}
+    other = LMDraft(target_shape(tiny_target), **sizes, init="scratch")
+    assert sizes.items() <= other.decoder.shape.to_dict().items()
+
+
+def test_init_from_a_folder_takes_its_weights_and_sizes(tiny_target, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = make_target(tmp_path / "small", "qwen2", seed=3, **sizes)
+    draft = LMDraft(target_shape(tiny_target), init=str(folder))
+    draft.initialise(tiny_target)
+    theirs = load_decoder(folder).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in draft.decoder.state_dict().items())
+
+
+def test_mistakes_are_named(tiny_target, tmp_path):
+    shape = target_shape(tiny_target)
+    with pytest.raises(UserError, match="init"):
+        LMDraft(shape, hidden_size=32, init="target").initialise(tiny_target)
+    with pytest.raises(UserError, match="no config.json"):
+        LMDraft(shape, init=str(tmp_path))
+    with pytest.raises(UserError, match="vocabulary of 300"):
+        LMDraft(shape, init=str(make_target(tmp_path / "other", vocab_size=300, num_hidden_layers=1)))
+    gelu = make_target(tmp_path / "gelu", num_hidden_layers=1, hidden_act="gelu")
+    with pytest.raises(UserError, match="hidden_act"):
+        LMDraft(shape, init=str(gelu))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_export_loads_here_and_in_transformers_with_equal_logits(model_type, tmp_path, seed):
+    target = make_target(tmp_path / "target", model_type, tie_word_embeddings=model_type == "llama")
+    draft = LMDraft(target_shape(target), num_layers=2, init="target")
+    draft.initialise(target)
+    (tmp_path / "draft").mkdir()
+    draft.export(tmp_path / "draft", torch.float32)
+    again = load_kind("lm").load(tmp_path / "draft", draft.target, draft.config())
+    assert isinstance(again, LMDraft) and again.config() == draft.config() and not again.training
+    text = torch.randint(0, 320, (50,)).tolist()
+    logits = exact_logits(draft.decoder, text)
+    assert torch.equal(exact_logits(again.decoder, text), logits)
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "draft", dtype=torch.float64, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert (theirs.eval()(torch.tensor([text])).logits[0] - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert LMDraft.claims(tmp_path / "draft") and not LMDraft.claims(tmp_path)
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert config["eos_token_id"] is not None and config["architectures"][0].endswith("ForCausalLM")
+
+
+def test_transformers_assisted_generation_and_our_runner_agree(tiny_target, tmp_path, seed):
+    """The exported folder serves as `assistant_model`; its text, plain greedy text and our runner's are the same."""
+    draft = LMDraft(target_shape(tiny_target), num_layers=2)
+    draft.initialise(tiny_target)
+    draft.export(tmp_path, torch.float32)
+    target = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
+    assistant = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    runner = Runner.load(tiny_target, tmp_path, max_len=64)
+    prompts = [torch.randint(0, 320, (n,)).tolist() for n in (1, 5, 9)]
+    ours = runner.generate(prompts, max_new_tokens=20)
+    assert sum(out.stats.tau for out in ours) / 3 > 1.05
+    for prompt, out in zip(prompts, ours, strict=True):
+        inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt))}
+        inputs |= {"do_sample": False, "max_new_tokens": 20}
+        plain = target.generate(**inputs)[0, len(prompt) :].tolist()
+        assisted = target.generate(**inputs, assistant_model=assistant)[0, len(prompt) :].tolist()
+        assert plain == assisted == out.tokens
+
+
+def test_training_loss_counts_labels_inside_documents_only(tiny_target, seed):
+    """Packed text: the draft's logits are those of each document alone, paired with the target's states and the next tokens."""
+    draft = LMDraft(target_shape(tiny_target), num_layers=2, init="scratch")
+    target = load_decoder(tiny_target)
+    tokens = torch.randint(0, 320, (1, 12))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
+    document = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, -1, -1, -1]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 1, 1, 0, 0, 0]]).bool()
+    hidden = torch.randn(1, 12, 64)
+    seen = {}
+
+    def divergence(draft_hidden_ND, draft_head, target_hidden_ND, target_head, ids_K=None, mask_N=None, labels_N=None):
+        seen.update(draft=draft_hidden_ND, target=target_hidden_ND, labels=labels_N, logits=draft_head(draft_hidden_ND))
+        return LossOutput(draft_hidden_ND.sum(), torch.tensor(1.0))
+
+    handle = TargetHandle(target.embed, target.norm, target.head, 320)
+    draft(DraftBatch(tokens, positions, document, mask, None, hidden, handle), divergence)
+    at = [1, 2, 3, 6, 7]  # t whose t + 1 counts, in the same document
+    assert torch.equal(seen["target"], hidden[0, at])
+    assert seen["labels"].tolist() == tokens[0, [t + 1 for t in at]].tolist()
+    with torch.no_grad():
+        alone = torch.cat([exact_logits(draft.decoder, tokens[0, a:b].tolist()) for a, b in ((0, 5), (5, 9))])
+        assert (seen["logits"] - alone[at]).abs().max() < 1e-4
+
+
+def test_step_bytes_are_what_a_step_reads(tiny_target):
+    draft = LMDraft(target_shape(tiny_target), num_layers=1)
+    layer = 64 * (4 + 2 + 2) * 16 + 64 * 64 + 3 * 64 * 128 + 2 * 64
+    assert draft.step_bytes(0) == 4 * (320 * 64 + layer + 64)

@@ -1,0 +1,74 @@
+"""The arithmetic of speeds, worked by hand, and the order and threads of measuring."""
+
+import time
+
+import pytest
+import torch
+
+from tests.runner.models import pair
+from trainkit.eval.speed import Contender, Generated, RoundCost, mbsu, measure, ours, roof, round_costs, set_threads, warm_up
+from trainkit.runner.tree import chain
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards():
+    before = torch.get_num_threads()
+    yield
+    set_threads(before)
+
+
+def test_mbsu_and_roof_by_hand():
+    assert mbsu(3.0, 0.125, 4) == 2.0  # 3 tokens for a target call and half of one
+    assert roof(3.0, 0.010, RoundCost(draft=0.005, verify=0.015)) == pytest.approx(1.5)  # 3 tokens in the time of 2 steps
+
+
+def test_rates_are_medians_and_prefill_is_left_out_of_decoding():
+    one = Contender("x", "trainkit", 0, lambda prompts, most: Generated([]))
+    one.seconds = [2.0, 1.0, 4.0]
+    one.outputs = [Generated([[1] * 6, [2] * 2], split={"prefill": 0.5})] * 3
+    assert one.rates == [4.0, 8.0, 2.0] and one.rate == 4.0 and one.decode_seconds == 1.5
+
+
+def test_repeats_are_interleaved_each_with_its_own_threads():
+    seen = []
+
+    def contender(name, threads):
+        def run(prompts, most):
+            seen.append((name, torch.get_num_threads()))
+            return Generated([[1] * most])
+
+        return Contender(name, "trainkit", 0, run, threads=threads)
+
+    told = []
+    measure([contender("a", 1), contender("b", 2)], [[1]], 4, 2, told.append)
+    assert seen == [("a", 1), ("b", 2), ("a", 1), ("b", 2)] and told == ["a", "b", "a", "b"]
+
+
+def test_each_contender_gets_its_faster_number_of_threads():
+    def contender(fast):
+        def run(prompts, most):
+            time.sleep(0.001 if torch.get_num_threads() == fast else 0.03)
+            return Generated([[1] * most])
+
+        return Contender("x", "trainkit", 0, run)
+
+    single, double = contender(1), contender(2)
+    estimate = warm_up([single, double], [[1], [2]], 10, [1, 2])
+    assert (single.threads, double.threads) == (1, 2)
+    assert 0.004 <= estimate < 0.06, "2 contenders x 2 prompts at the faster setting"
+
+
+def test_our_contender_reports_rounds_of_the_whole_batch(seed):
+    runner = pair(ends=(), max_batch=4)
+    output = ours(runner, "plain", ()).run([[1, 2]] * 4, 9)
+    assert output.count == 36 and output.rounds == 8 and output.stats is not None and output.stats.rounds == 32
+    assert set(output.split) >= {"prefill", "target", "host"}
+
+
+def test_round_costs_grow_with_depth_and_leave_the_runner_as_it_was(seed):
+    runner = pair(ends=())
+    before = [out.tokens for out in runner.generate([[1, 2, 3]], max_new_tokens=10, depth=3)]
+    costs = round_costs(runner, [chain(1), chain(6)], length=20, repeats=15)
+    assert costs[()].draft < costs[chain(1)].draft < costs[chain(6)].draft
+    assert all(cost.verify > 0 for cost in costs.values())
+    assert [out.tokens for out in runner.generate([[1, 2, 3]], max_new_tokens=10, depth=3)] == before

@@ -1,0 +1,1 @@
+"""Drafter kinds that only tests know."""

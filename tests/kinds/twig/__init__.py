@@ -1,0 +1,109 @@
+"""A throw-away kind: two recurrent steps over the target's taps, drafting a small tree.
+
+It exists to prove that trainer, exporter and runner know no kind: it needs taps, keeps no cache of its own, reads its
+parent's state from the frontier, drafts siblings, and exports in a layout of its own.
+"""
+
+# B batch  T positions  A taps  D hidden  F frontier nodes  P path  N counted tokens
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainkit.drafters.base import (
+    Divergence, DraftBatch, Drafter, Frontier, LossOutput, State, StepOutput, TargetHandle, TargetShape,
+)  # fmt: skip
+
+WIDEST = 4
+
+
+class Twig(Drafter):
+    """h0 = mix(W taps, E(root)), h' = mix(h, E(token)); logits are the target's head on it.
+
+    Args:
+        target: Sizes of the target.
+        first_tap: A hidden state to read beside the last one.
+    """
+
+    default_tree = ((0,), (1,), (0, 0), (0, 1), (1, 0))
+
+    def __init__(self, target: TargetShape, *, first_tap: int = 1) -> None:
+        super().__init__(target)
+        D = target.decoder.hidden_size
+        self.taps = (first_tap, -1)
+        self.fuse = nn.Linear(2 * D, D)
+        self.mix = nn.Linear(2 * D, D)
+
+    def _grow(self, hidden: Tensor, tokens: Tensor, handle: TargetHandle) -> Tensor:
+        return hidden + F.silu(self.mix(torch.cat([hidden, handle.embed(tokens)], dim=-1)))
+
+    def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
+        assert batch.taps_BTAD is not None
+        hidden_BTD = self.fuse(batch.taps_BTAD.flatten(2))
+        total: LossOutput | None = None
+        for step in (1, 2):
+            # after reading x_{t+step}, position t predicts x_{t+step+1}
+            counted = batch.label_mask(step + 1)
+            hidden_BTD = self._grow(hidden_BTD, batch.tokens_BT.roll(-step, 1), batch.handle)
+            target_ND, labels_N = batch.hidden_BTD.roll(-step, 1)[counted], batch.tokens_BT.roll(-step - 1, 1)[counted]
+            out = divergence(hidden_BTD[counted], batch.handle.head, target_ND, batch.handle.head, labels_N=labels_N)
+            if total is None:
+                total = out
+            else:
+                metrics = {name: total.metrics[name] + value for name, value in out.metrics.items()}
+                total = LossOutput(total.sum + out.sum, total.count + out.count, metrics)
+        assert total is not None
+        return total
+
+    def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
+        D = self.target.decoder.hidden_size
+        return {
+            "feature": torch.zeros(batch_size, D, device=device, dtype=dtype),
+            "level": torch.zeros(batch_size, WIDEST, D, device=device, dtype=dtype),
+        }
+
+    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+        assert taps_BTAD is not None
+        state["feature"].copy_(self.fuse(taps_BTAD[:, -1].flatten(1)))
+
+    def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
+        if frontier.depth == 0:
+            parents = state["feature"][:, None]
+        else:
+            places = frontier.parent_places_BF[..., None].expand(-1, -1, state["level"].shape[2])
+            parents = state["level"].gather(1, places)
+        hidden = self._grow(parents, frontier.tokens_BF, handle)
+        state["level"][:, : hidden.shape[1]].copy_(hidden)
+        return StepOutput(handle.head(hidden), None, hidden)
+
+    def commit(
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        taps_BPAD: Tensor | None,
+    ) -> None:  # fmt: skip
+        assert taps_BPAD is not None
+        last = (counts_B - 1).clamp(min=0)[:, None, None, None].expand(-1, 1, *taps_BPAD.shape[2:])
+        feature = self.fuse(taps_BPAD.gather(1, last)[:, 0].flatten(1))
+        state["feature"].copy_(torch.where(counts_B[:, None] > 0, feature, state["feature"]))
+
+    def step_bytes(self, head_bytes: int) -> int:
+        return self.mix.weight.numel() * self.mix.weight.element_size() + head_bytes
+
+    def config(self) -> dict[str, Any]:
+        return {"first_tap": self.taps[0]}
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        save_file({name: value.to(dtype) for name, value in self.state_dict().items()}, folder / "twig.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Twig:
+        twig = cls(target, **config)
+        weights = load_file(folder / "twig.safetensors")
+        twig.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+        return twig.eval()

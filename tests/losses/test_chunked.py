@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import jsonargparse
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.losses.eager import LOSSES, eager
+from trainkit.drafters.base import Divergence
+from trainkit.losses import divergence
+from trainkit.losses.divergence import TV, ChunkedDivergence, CrossEntropy, ForwardKL, LossOutput, TVDpp, coupled_acceptance
+
+N, V, K, D = 23, 31, 12, 8
+
+
+class Case:
+    """Random hidden states and heads in float64, of different widths for draft and target."""
+
+    def __init__(self, trimmed: bool) -> None:
+        self.hidden = torch.randn(N, D, dtype=torch.float64)
+        self.head = nn.Linear(D, K if trimmed else V, dtype=torch.float64)
+        self.target_hidden = torch.randn(N, D + 3, dtype=torch.float64)
+        self.target_head = nn.Linear(D + 3, V, dtype=torch.float64)
+        ids = torch.randperm(V)[:K]
+        self.ids = ids if trimmed else None
+        self.mask = torch.rand(N) < 0.6
+        self.mask[5] = True
+        self.labels = torch.randint(V, (N,))
+        if trimmed:
+            self.labels[::2] = ids[torch.randint(K, (len(self.labels[::2]),))]  # some inside, most others outside
+
+    def run(self, loss: ChunkedDivergence, **given: object) -> tuple[LossOutput, list[Tensor]]:
+        hidden, head = self.hidden.clone().requires_grad_(), copy.deepcopy(self.head)
+        arguments = {"ids_K": self.ids, "mask_N": self.mask, "labels_N": self.labels} | given
+        output = loss(hidden, head, self.target_hidden, self.target_head, **arguments)  # type: ignore[arg-type]
+        output.mean.backward()
+        assert self.target_head.weight.grad is None
+        return output, [x.grad for x in (hidden, head.weight, head.bias)]  # type: ignore[misc]
+
+    def eager(self, name: str, temperature: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+        hidden, head = self.hidden.clone().requires_grad_(), copy.deepcopy(self.head)
+        columns, weight = self.labels, self.mask.double()
+        if self.ids is not None:
+            columns = (self.ids[None] == self.labels[:, None]).int().argmax(-1)
+            if name == "ce":
+                weight = weight * torch.isin(self.labels, self.ids)
+        with torch.no_grad():
+            target = self.target_head(self.target_hidden)
+        total = eager(name, head(hidden), target, columns, weight, self.ids, temperature)
+        (total / weight.sum()).backward()
+        return total.detach(), weight.sum(), [x.grad for x in (hidden, head.weight, head.bias)]  # type: ignore[misc]
+
+
+def with_settings(loss: ChunkedDivergence, chunk: int, temperature: float = 1.0) -> ChunkedDivergence:
+    other = loss.measuring()
+    other.chunk, other.temperature = chunk, temperature
+    return other
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_chunked_equals_whole_in_value_and_gradient(seed, name, trimmed, chunk):
+    case = Case(trimmed)
+    output, gradients = case.run(with_settings(LOSSES[name], chunk, 0.7))
+    total, count, expected = case.eager(name, 0.7)
+    assert output.count.item() == count.item()
+    torch.testing.assert_close(output.sum, total, rtol=1e-10, atol=1e-12)  # float64; only the order of sums differs
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_metrics_are_exact_and_in_the_order_given(seed, trimmed):
+    case = Case(trimmed)
+    output, _ = case.run(with_settings(TV(), 4))
+    p = case.target_head(case.target_hidden).softmax(-1)
+    q = torch.zeros_like(p)
+    logits = case.head(case.hidden)
+    q[:, slice(None) if case.ids is None else case.ids] = logits.softmax(-1)
+    expected = {
+        "alpha": torch.minimum(p, q).sum(-1),
+        "agreement": (p.argmax(-1) == q.argmax(-1)).double(),
+        "alpha_coupled": coupled_acceptance(p, q),  # over the whole vocabulary, zeros written out
+    }
+    assert output.metrics.keys() == output.per_token.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(output.per_token[name], value * case.mask, rtol=0, atol=1e-12)
+        torch.testing.assert_close(output.metrics[name], (value * case.mask).sum(), rtol=0, atol=1e-12)
+        assert not output.metrics[name].requires_grad
+    torch.testing.assert_close(output.sum, output.count - output.metrics["alpha"], rtol=0, atol=1e-12)
+    assert "alpha_coupled" not in case.run(TV())[0].metrics
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "tvdpp_sampled"])
+def test_uncounted_tokens_change_nothing(seed, name):
+    case = Case(trimmed=False)
+    loss = LOSSES.get(name) or TVDpp("sampled")
+    torch.manual_seed(seed)
+    before, gradients = case.run(loss)
+    case.hidden[~case.mask], case.target_hidden[~case.mask] = torch.nan, torch.inf
+    torch.manual_seed(seed)
+    after, again = case.run(loss)
+    assert before.sum.item() == after.sum.item()
+    for x, y in zip(gradients, again, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    assert (again[0][~case.mask] == 0).all()
+
+
+def test_no_mask_counts_every_token_and_an_empty_one_none(seed):
+    case = Case(trimmed=False)
+    output, gradients = case.run(ForwardKL(chunk=4), mask_N=None)
+    whole, expected = case.run(ForwardKL(chunk=4), mask_N=torch.ones(N, dtype=torch.bool))
+    assert output.count.item() == N and output.sum.item() == whole.sum.item()
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+    output, gradients = case.run(ForwardKL(), mask_N=torch.zeros(N, dtype=torch.bool))
+    assert output.mean.item() == 0 and output.metrics["alpha"].item() == 0
+    assert all((gradient == 0).all() for gradient in gradients)  # there, and zero: DDP waits for every parameter
+
+
+@pytest.mark.parametrize("trainable", ["hidden", "head"])
+def test_either_side_of_the_head_may_be_frozen(seed, trainable):
+    case = Case(trimmed=False)
+    _, expected = case.run(ForwardKL(chunk=5))
+    hidden = case.hidden.clone().requires_grad_(trainable == "hidden")
+    head = copy.deepcopy(case.head).requires_grad_(trainable == "head")
+    ForwardKL(chunk=5)(hidden, head, case.target_hidden, case.target_head, mask_N=case.mask).mean.backward()
+    ours = [hidden.grad] if trainable == "hidden" else [head.weight.grad, head.bias.grad]
+    for x, y in zip(ours, expected[:1] if trainable == "hidden" else expected[1:], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
+def test_without_gradient_the_loss_and_metrics_are_the_same(seed):
+    case = Case(trimmed=False)
+    with_gradient, _ = case.run(TVDpp(normalise="batch"))
+    with torch.no_grad():
+        without = TVDpp(normalise="batch")(case.hidden, case.head, case.target_hidden, case.target_head, mask_N=case.mask)
+    assert without.sum.item() == with_gradient.sum.item() and not without.sum.requires_grad
+    assert without.metrics["alpha"].item() == with_gradient.metrics["alpha"].item()
+
+
+def test_backward_may_run_twice(seed):
+    case = Case(trimmed=False)
+    hidden = case.hidden.clone().requires_grad_()
+    total = TVDpp(chunk=6)(hidden, case.head, case.target_hidden, case.target_head).sum
+    first, second = (torch.autograd.grad(3 * total, hidden, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+def test_batch_statistics_over_three_micro_batches_equal_one_big_batch(seed, estimator):
+    case = Case(trimmed=True)
+    loss = TVDpp(estimator, "batch", chunk=4)
+    assert loss.spans_batch and not TVDpp(normalise="position").spans_batch
+    torch.manual_seed(seed)
+    _, expected = case.run(loss)
+
+    parts = [slice(0, 3), slice(3, 14), slice(14, N)]
+    hidden, head = case.hidden.clone().requires_grad_(), copy.deepcopy(case.head)
+
+    def call(form, part):
+        return form(hidden[part], head, case.target_hidden[part], case.target_head, case.ids, case.mask[part])
+
+    first = loss.first_pass()
+    gathered = [call(first, part) for part in parts]
+    sums = {name: sum(output.metrics[name] for output in gathered) for name in gathered[0].metrics}  # type: ignore[misc]
+    count = sum(output.count for output in gathered)
+    torch.testing.assert_close(first.sums["reward"], sums["reward"], rtol=1e-12, atol=0)  # it adds up by itself as well
+    assert first.count == count and not gathered[0].sum.requires_grad
+    torch.manual_seed(seed)  # the draws of the three calls in a row are those of the one call
+    for part in parts:
+        (call(loss.with_statistics(sums, count), part).sum / count).backward()  # type: ignore[arg-type]
+    for ours, theirs in zip((hidden.grad, head.weight.grad, head.bias.grad), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    # Normalising each micro-batch by itself is another gradient: the test can fail.
+    alone = copy.deepcopy(case.head)
+    for part in parts:
+        own = loss(case.hidden[part], alone, case.target_hidden[part], case.target_head, case.ids, case.mask[part])
+        (own.sum / count).backward()
+    assert alone.weight.grad is not None and (alone.weight.grad - expected[1]).abs().max() > 1e-6
+
+
+def test_labels_default_to_the_targets_choice_and_need_no_target(seed):
+    case = Case(trimmed=True)
+    labels = case.target_head(case.target_hidden).argmax(-1)
+    assert case.ids is not None
+    chosen, expected = case.run(CrossEntropy(chunk=3), labels_N=None), case.run(CrossEntropy(), labels_N=labels)
+    assert chosen[0].count.item() == expected[0].count.item() == (torch.isin(labels, case.ids) & case.mask).sum().item()
+    torch.testing.assert_close(chosen[1], expected[1], rtol=1e-10, atol=1e-13)
+    alone = CrossEntropy()(case.hidden, case.head, case.hidden, None, case.ids, case.mask, labels)
+    torch.testing.assert_close(alone.sum, expected[0].sum, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="neither"):
+        CrossEntropy()(case.hidden, case.head, case.hidden, None)
+
+
+def test_sizes_that_do_not_fit_are_refused(seed):
+    case = Case(trimmed=True)
+    with pytest.raises(ValueError, match=f"{K} differs from the target's {V}"):
+        case.run(TV(), ids_K=None)
+    with pytest.raises(ValueError, match=f"{K} logits for {K - 1}"):
+        case.run(TV(), ids_K=torch.arange(K - 1))
+
+
+def test_autocast_is_the_same_in_recomputation(seed):
+    case = Case(trimmed=False)
+    hidden, head = case.hidden.float().requires_grad_(), copy.deepcopy(case.head).float()
+    target_head = copy.deepcopy(case.target_head).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = ForwardKL(chunk=6)(hidden, head, case.target_hidden.float(), target_head)
+    assert output.sum.dtype == torch.float32
+    output.sum.backward()  # outside autocast: the recomputed logits must be bfloat16 again
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(hidden.detach())
+        gradient = (logits.float().softmax(-1) - target_head(case.target_hidden.float()).float().softmax(-1)).bfloat16()
+    torch.testing.assert_close(hidden.grad, (gradient @ head.weight.bfloat16()).float(), rtol=0.02, atol=0.01)  # bfloat16
+
+
+@pytest.mark.parametrize("name", ["CrossEntropy", "ForwardKL", "ReverseKL", "JSD", "TV", "TVDpp", "LK"])
+def test_configuration_takes_every_divergence_with_documented_arguments(name, capsys):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--divergence", type=Divergence)
+    path = f"{divergence.__name__}.{name}"
+    values = parser.parse_args([f"--divergence={path}", "--divergence.chunk=7", "--divergence.temperature=0.5"])
+    loss = parser.instantiate(values).divergence
+    assert type(loss).__name__ == name and (loss.chunk, loss.temperature) == (7, 0.5)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--divergence.help={path}"])
+    text = capsys.readouterr().out
+    arguments = [line for line in text.splitlines() if "(type:" in line or line.strip().startswith("--divergence.")]
+    assert "Tokens whose logits exist at once" in text and "Softmax temperature" in text
+    assert arguments and all("(required" not in line for line in arguments)
+
+
+def _rank(rank: int, folder: str, state: dict) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+    class Draft(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(D, D, dtype=torch.float64), nn.Linear(D, V, dtype=torch.float64)
+
+        def forward(self, hidden: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+            loss, hidden = ForwardKL(chunk=3), self.body(hidden)  # the head is used by eight chunks of two calls
+            total = sum(loss(h, self.head, target, lambda x: x, mask_N=mask).sum for h in (hidden, 2 * hidden))
+            return total  # type: ignore[return-value]
+
+    model = Draft()
+    model.load_state_dict(state["weights"])
+    ddp = nn.parallel.DistributedDataParallel(model)
+    half = slice(rank * 10, rank * 10 + 10)
+    ddp(state["hidden"][half], state["target"][half], state["mask"][half]).backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/ddp.pt")
+    torch.distributed.barrier()
+    if rank == 0:
+        alone = Draft()
+        alone.load_state_dict(state["weights"])
+        (alone(state["hidden"], state["target"], state["mask"]) / 2).backward()  # DDP averages over its two ranks
+        torch.save({name: p.grad for name, p in alone.named_parameters()}, f"{folder}/alone.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_under_ddp_equal_one_process(seed, tmp_path: Path):
+    body, head = nn.Linear(D, D, dtype=torch.float64), nn.Linear(D, V, dtype=torch.float64)
+    weights = {f"body.{k}": v for k, v in body.state_dict().items()} | {f"head.{k}": v for k, v in head.state_dict().items()}
+    mask = torch.rand(20) < 0.5
+    mask[10:] = False  # nothing counts on the second rank: it must still take part
+    state = {"weights": weights, "hidden": torch.randn(20, D).double(), "target": torch.randn(20, V).double(), "mask": mask}
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), state), nprocs=2)
+    ours, expected = torch.load(tmp_path / "ddp.pt"), torch.load(tmp_path / "alone.pt")
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-13)
+        assert gradient.abs().max() > 0 or not mask.any()

@@ -1,0 +1,72 @@
+"""The reason for chunks: what one training step of the loss keeps in memory, measured on the process itself.
+
+Each variant runs in its own process. What is there before the step (weights, gradients already allocated, inputs, libraries
+warmed up by a small step) is read as the resident set; the step's peak is the largest resident set since. Large blocks are
+mapped and returned by malloc, so the difference is what the step needed on top. Linux only: /proc and ru_maxrss in KiB.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from multiprocessing.connection import Connection
+
+import pytest
+
+TOKENS, VOCABULARY, WIDTH = 4096, 131072, 256
+
+
+def _step(variant: str, chunk: int, seed: int, connection: Connection) -> None:
+    import torch
+
+    from trainkit.losses.divergence import TV, TVDpp
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
+    target_head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
+    hidden, target = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.randn(TOKENS, WIDTH)
+    head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
+
+    def loss(tokens: int) -> torch.Tensor:
+        if variant == "naive":
+            q = head(hidden[:tokens]).softmax(-1)
+            return (target_head(target[:tokens]).softmax(-1) - q).clamp(min=0).sum() / tokens
+        form = TV(chunk=chunk) if variant == "tv" else TVDpp(normalise="position", chunk=chunk)
+        return form(hidden[:tokens], head, target[:tokens], target_head).mean
+
+    loss(4).backward()
+    head.weight.grad.zero_()
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * resource.getpagesize()
+    start = time.process_time()
+    loss(TOKENS).backward()
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    connection.send((peak - before, seconds, float(head.weight.grad.norm())))
+
+
+def measure(seed: int, variant: str, chunk: int = 0) -> tuple[int, float, float]:
+    """Of one forward and backward: bytes above what was there before, seconds of one core, norm of the head's gradient."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit this process's peak
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_step, args=(variant, chunk, seed, theirs))
+    process.start()
+    theirs.close()
+    result = ours.recv()
+    process.join()
+    print(f"{variant} chunk {chunk or TOKENS}: {result[0] / 2**30:.2f} GiB activations, {result[1]:.1f} s")
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_chunks_need_at_most_a_third_of_the_memory_of_whole_logits(seed):
+    naive, _, norm = measure(seed, "naive")
+    for variant, chunk in (("tv", 1024), ("tv", 256), ("tvdpp", 1024)):
+        bytes_, _, ours = measure(seed, variant, chunk)
+        assert bytes_ <= naive / 3
+        if variant == "tv":
+            assert ours == pytest.approx(norm, rel=1e-3)  # it is the same gradient; float32 over 131072 columns

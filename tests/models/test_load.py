@@ -1,0 +1,164 @@
+"""The decoder computes what transformers computes, for every layout it covers, and refuses by name what it does not."""
+
+# T positions  V vocabulary
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.runner.equality import assert_few, compare, exact_logits
+from tests.runner.models import ragged_prompts
+from tests.targets import make_target
+from trainkit.errors import UserError
+from trainkit.models.load import check_covered, decoder_shape, hf_tensors, load_decoder, read_config, read_tensors, save_decoder
+from trainkit.runner import Runner
+from trainkit.runner.sampling import Sampling
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 5000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
+    "yarn-scaled": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 16,
+        "beta_slow": 2, "attention_factor": 1.3,
+    },
+}  # fmt: skip
+MODELS = {
+    "llama": ("llama", {}),
+    "llama untied": ("llama", {"tie_word_embeddings": False}),
+    "llama without groups": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "llama, one key head, wide heads": ("llama", {"num_key_value_heads": 1, "head_dim": 32}),
+    "mistral": ("mistral", {"tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3 untied": ("qwen3", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+} | {f"llama {name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_greedy_text_equal_transformers(name, tmp_path, seed):
+    """Logits over a long text, then plain and speculative text against `generate`, over ragged prompts."""
+    model_type, fields = MODELS[name]
+    folder = make_target(tmp_path, model_type, seed=seed, num_hidden_layers=2, max_position_embeddings=512, **fields)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = torch.randint(0, 320, (1, 400))
+    with torch.no_grad():
+        logits = theirs.double()(text).logits[0]
+    theirs = theirs.float()
+    # both in float64, where a difference in the formulas stands out; transformers' norms and rotary angles stay float32
+    assert (exact_logits(load_decoder(folder), text[0].tolist()) - logits).abs().max() < 1e-4 * logits.abs().max()
+
+    prompts = ragged_prompts(6, 320)
+    texts = []
+    for prompt in prompts:
+        with torch.no_grad():
+            out = theirs.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False
+            )
+        texts.append(out[0, len(prompt) :].tolist())
+    runner = Runner.load(folder, folder, max_len=64)
+    for depth in (0, 3):
+        outs = runner.generate(prompts, max_new_tokens=24, depth=depth)
+        ties = compare(runner.rounds.target, prompts, [out.tokens for out in outs], texts, Sampling())
+        assert_few(ties, sum(map(len, texts)))
+
+
+@pytest.mark.parametrize("name", ["llama untied", "mistral", "qwen2", "qwen3"])
+def test_saved_decoder_loads_here_and_in_transformers(name, tmp_path, seed):
+    model_type, fields = MODELS[name]
+    decoder = load_decoder(make_target(tmp_path / "in", model_type, seed=seed, **fields))
+    (tmp_path / "out").mkdir()
+    save_decoder(decoder, tmp_path / "out", torch.float32, (0, 1), 1)
+    again = load_decoder(tmp_path / "out")
+    assert again.shape == decoder.shape
+    assert all(torch.equal(a, b) for a, b in zip(decoder.state_dict().values(), again.state_dict().values(), strict=True))
+    text = torch.randint(0, 320, (1, 60))
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        logits = theirs.eval()(text).logits[0]
+    assert (exact_logits(decoder, text[0].tolist()) - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert theirs.config.eos_token_id == [0, 1]
+
+
+def test_weights_are_loaded_in_the_dtype_asked_for(tiny_target, tmp_path):
+    decoder = load_decoder(tiny_target, dtype=torch.bfloat16)
+    assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
+    save_decoder(decoder, tmp_path, torch.bfloat16)
+    assert load_decoder(tmp_path).embed.weight.dtype == torch.bfloat16
+    whole = dict(read_tensors(tiny_target))
+    assert all(torch.equal(value, whole[name].bfloat16()) for name, value in hf_tensors(decoder).items())
+
+
+def test_weights_in_several_files_are_read(tiny_target, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_target)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    one, many = load_decoder(tiny_target).state_dict(), load_decoder(tmp_path).state_dict()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def edited(source, folder, **fields):
+    """A copy of a model folder whose config says otherwise; None removes a field."""
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model_type": "gemma2"}, "gemma2"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"num_hidden_layers": 5}, "tensors are missing.*layers.4"), ({"num_hidden_layers": 3}, "layers.3.* no place"),
+        ({"intermediate_size": 64}, r"down_proj.*\[64, 128\].*\[64, 64\]"), ({"tie_word_embeddings": False}, "lm_head.weight"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+    ],
+)  # fmt: skip
+def test_what_is_not_covered_is_refused_by_name(fields, named, tiny_target, tmp_path):
+    with pytest.raises(UserError, match=named) as caught:
+        load_decoder(edited(tiny_target, tmp_path / "model", **fields))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sliding_window_is_refused_where_it_would_matter(tmp_path):
+    folder = make_target(tmp_path, "mistral", num_hidden_layers=1, sliding_window=64)
+    assert Runner.load(folder, max_len=64).generate([[1] * 60], max_new_tokens=4, ignore_end=True)
+    for max_len in (65, None):
+        with pytest.raises(UserError, match="sliding_window 64"):
+            Runner.load(folder, max_len=max_len)
+
+
+def test_broken_weights_are_named(tiny_target, tmp_path):
+    cut = edited(tiny_target, tmp_path / "cut")
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="model.safetensors.*not a whole"):
+        load_decoder(cut)
+    (cut / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors: not found"):
+        load_decoder(cut)
+    (cut / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json"):
+        load_decoder(cut)
+
+
+def test_shape_reads_old_configs_without_rope_parameters(tiny_target, tmp_path):
+    config = json.loads((tiny_target / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 777.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rope = decoder_shape(read_config(tmp_path)).rope
+    assert (rope["rope_type"], rope["rope_theta"], rope["factor"]) == ("linear", 777.0, 2.0)
+    check_covered(read_config(tmp_path), tmp_path, 10)

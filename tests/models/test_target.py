@@ -1,0 +1,151 @@
+"""The frozen teacher: packing is exact, taps are Hugging Face's hidden states, and odd models are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trainkit.errors import UserError
+from trainkit.models.target import FrozenTarget, end_ids, target_shape
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def random_model(folder: Path, model_type: str, **more):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(SIZES | more))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)  # Hugging Face's 0.02 makes attention so flat that a wrong mask hardly shows
+    model.save_pretrained(folder)
+    return model
+
+
+def packed(lengths: list[int], padding: int, vocab: int = 96):
+    """One row of documents of these lengths, then padding."""
+    tokens = torch.randint(3, vocab, (1, sum(lengths) + padding))
+    positions = torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(padding, dtype=torch.long)])
+    document = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)] + [torch.full((padding,), -1, dtype=torch.long)])
+    return tokens, positions[None], document[None]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_packed_logits_equal_each_text_alone(model_type, tmp_path, seed):
+    """No attention crosses documents, nor does padding at the end change anything."""
+    model = random_model(tmp_path, model_type)
+    target = FrozenTarget(tmp_path)
+    lengths = [5, 1, 9, 2]
+    tokens_BT, positions_BT, document_BT = packed(lengths, padding=4)
+    hidden_BTD, taps = target.forward(tokens_BT, positions_BT, document_BT)
+    assert taps is None
+    logits_BTV = target.handle().head(hidden_BTD)
+    start = 0
+    for length in lengths:
+        alone = model(tokens_BT[:, start : start + length]).logits
+        # 1e-4: float32 sums in another order; leaking across documents costs tenths
+        assert (logits_BTV[:, start : start + length] - alone).abs().max() < 1e-4
+        start += length
+
+
+def test_the_packing_test_can_fail(tmp_path, seed):
+    """With transformers' defaults (a cache) the same call does attend across documents: the trap is real."""
+    model = random_model(tmp_path, "llama")
+    tokens_BT, positions_BT, _ = packed([5, 9], padding=0)
+    leaking = model(tokens_BT, position_ids=positions_BT, use_cache=True).logits
+    assert (leaking[:, 5:] - model(tokens_BT[:, 5:]).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, "gpt2"])
+def test_taps_are_hidden_states(model_type, tmp_path, seed):
+    model = random_model(tmp_path, model_type)
+    tokens_BT = torch.randint(3, 96, (2, 7))
+    positions_BT = torch.arange(7).expand(2, 7)
+    taps = (0, 2, 1, 3, -1)
+    hidden_BTD, taps_BTAD = FrozenTarget(tmp_path).forward(tokens_BT, positions_BT, torch.zeros_like(tokens_BT), taps)
+    states = model(tokens_BT, output_hidden_states=True).hidden_states
+    assert taps_BTAD is not None and taps_BTAD.shape == (2, 7, 5, 32)
+    for place, tap in enumerate(taps):
+        assert (taps_BTAD[:, :, place] - states[tap]).abs().max() < 1e-5, tap
+    assert torch.equal(taps_BTAD[:, :, -1], hidden_BTD)
+
+
+def test_handle_is_the_models_own_head_and_norm(tmp_path, seed):
+    model = random_model(tmp_path, "qwen3")
+    target = FrozenTarget(tmp_path)
+    tokens_BT = torch.randint(3, 96, (1, 6))
+    states = model(tokens_BT, output_hidden_states=True)
+    embeddings = target.handle().embed(tokens_BT)
+    assert torch.equal(embeddings, states.hidden_states[0])
+    hidden_BTD, _ = target.forward(tokens_BT, torch.arange(6)[None], torch.zeros_like(tokens_BT))
+    assert (target.handle().head(hidden_BTD) - states.logits).abs().max() < 1e-5
+    scaled = target.handle().final_norm(3 * embeddings)
+    assert (scaled - target.handle().final_norm(embeddings)).abs().max() < 1e-3  # a norm
+
+
+def test_it_is_frozen(tmp_path, seed):
+    random_model(tmp_path, "llama", attention_dropout=0.5)
+    target = FrozenTarget(tmp_path)
+    assert not any(p.requires_grad for p in target.model.parameters())
+    assert not any(m.training for m in target.model.modules())
+    holder = torch.nn.Module()
+    holder.target = target
+    assert not list(holder.parameters()) and not holder.state_dict()
+    holder.train()
+    assert not target.model.training
+    tokens_BT = torch.randint(3, 96, (1, 6))
+    hidden, _ = target.forward(tokens_BT, torch.arange(6)[None], torch.zeros_like(tokens_BT))
+    assert not hidden.requires_grad
+
+
+def test_bf16_weights_take_float32_states(tmp_path, seed):
+    random_model(tmp_path, "llama")
+    target = FrozenTarget(tmp_path, dtype=torch.bfloat16)
+    assert target.handle().head(torch.randn(3, 32)).dtype == torch.bfloat16
+    full = FrozenTarget(tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert full.handle().head(torch.randn(3, 32)).dtype == torch.bfloat16
+
+
+def test_soft_capped_logits_are_refused(tmp_path):
+    random_model(tmp_path, "gemma2", head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=None)
+    with pytest.raises(UserError, match="not output head"):
+        FrozenTarget(tmp_path)
+
+
+def test_unknown_tap_is_named(tmp_path):
+    random_model(tmp_path, "llama")
+    tokens_BT = torch.tensor([[3, 4]])
+    with pytest.raises(UserError, match="tap 4.*0 to 3"):
+        FrozenTarget(tmp_path).forward(tokens_BT, torch.arange(2)[None], torch.zeros_like(tokens_BT), (4,))
+
+
+def test_no_model_is_one_line(tmp_path):
+    for call in (FrozenTarget, target_shape):
+        with pytest.raises(UserError, match="config.json") as caught:
+            call(tmp_path / "nothing")
+        assert "\n" not in str(caught.value)
+
+
+def test_shape_reads_the_config_only(tmp_path):
+    random_model(tmp_path, "qwen2", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
+    (tmp_path / "model.safetensors").unlink()
+    shape = target_shape(tmp_path)
+    assert shape.decoder.rope["rope_theta"] == 5e5 and shape.decoder.rope["factor"] == 2.0
+    assert shape.decoder.qkv_bias and shape.decoder.num_kv_heads == 2 and shape.decoder.vocab_size == 96
+    assert shape.pad_id == 0 and shape.fingerprint is not None
+    assert type(shape).from_dict(shape.to_dict()) == shape
+
+
+def test_end_ids_are_the_union(tmp_path):
+    """Ending on the config's id alone would run past the chat model's end of turn."""
+    model = random_model(tmp_path, "llama")
+    model.generation_config.eos_token_id = [5, 7]
+    model.generation_config.save_pretrained(tmp_path)
+    assert end_ids(tmp_path, model.config) == (2, 5, 7)

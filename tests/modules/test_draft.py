@@ -1,0 +1,221 @@
+"""Distillation as a whole: equivalences over accumulation and resume, what a checkpoint holds, and the measured sums."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import tensor
+
+from trainkit.drafters.lm import LMDraft
+from trainkit.errors import UserError
+from trainkit.losses.divergence import ForwardKL, TVDpp
+from trainkit.modules.callbacks import Checkpoints
+from trainkit.modules.checkpoint import load_drafter, load_language_model
+from trainkit.modules.data import TextData
+from trainkit.modules.draft import DraftModule, rounds
+from trainkit.modules.language import LanguageModule
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    answers = [f"In May she sold {n} / 2 = {n / 2} clips. " * (1 + n % 3) for n in range(64)]
+    path.write_text("".join(json.dumps({"prompt": f"How many of {n}?", "response": a}) + "\n" for n, a in enumerate(answers)))
+    return path
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        trainer.should_stop |= trainer.global_step == self.step
+
+
+class Start(Callback):
+    """Keeps the untrained weights as a checkpoint."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def on_train_start(self, trainer, module) -> None:
+        trainer.save_checkpoint(self.root / "checkpoints" / "last.ckpt")
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, *args) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def draft_module(target: Path, **more) -> DraftModule:
+    options = {"drafter": lambda shape: LMDraft(shape, num_layers=1), "optimizer": lambda p: torch.optim.AdamW(p, lr=3e-3)}
+    return DraftModule(str(target), **(options | {"warmup_steps": 2} | more))
+
+
+def text_data(chats: Path, cache: Path, **more) -> TextData:
+    return TextData(str(chats), cache=str(cache), **({"length": 128, "batch_size": 2, "validation_share": 0.1} | more))
+
+
+def fit(module, data, root: Path, *callbacks, steps: int = 6, ckpt_path: Path | None = None, **more) -> Trainer:
+    seed_everything(3, verbose=False)
+    options = {
+        "max_steps": steps, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "num_sanity_val_steps": 0,
+        "enable_model_summary": False, "use_distributed_sampler": False, "check_val_every_n_epoch": None,
+        "val_check_interval": 1000, "default_root_dir": root, "callbacks": [Checkpoints(), *callbacks],
+    }  # fmt: skip
+    trainer = Trainer(**(options | more))
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("stop", [3, "epoch"])
+def test_resumed_equals_uninterrupted_bit_for_bit(stop, tiny_target, chats, tmp_path):
+    """Stopping and going on, in mid-epoch and at an epoch's end, changes neither losses nor weights, draws included."""
+    straight, first, second = Losses(), Losses(), Losses()
+    sampled = TVDpp(estimator="sampled", samples=2)
+    trainer = fit(draft_module(tiny_target, divergence=sampled), text_data(chats, tmp_path), tmp_path / "a", straight, steps=30)
+    epoch = len(trainer.train_dataloader)
+    assert 3 < epoch < 29
+    at = epoch if stop == "epoch" else stop
+    stopped, again = (draft_module(tiny_target, divergence=sampled) for _ in range(2))
+    fit(stopped, text_data(chats, tmp_path), tmp_path / "b", first, StopAt(at), steps=30)
+    assert len(first.values) == at
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    fit(again, text_data(chats, tmp_path), tmp_path / "b", second, steps=30, ckpt_path=last)
+    assert first.values + second.values == straight.values
+    assert all(torch.equal(value, weights(tmp_path / "b")[name]) for name, value in weights(tmp_path / "a").items())
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), TVDpp(normalise="batch")], ids=["kl", "tvdpp"])
+def test_accumulation_equals_one_large_batch(divergence, tiny_target, chats, tmp_path):
+    """4 micro-batches of 1 row give the step that 1 of 4 rows gives, though rows differ in their number of labels."""
+    for name, batch, accumulate in (("large", 4, 1), ("small", 1, 4)):
+        data = text_data(chats, tmp_path, batch_size=batch, length=96)
+        module = draft_module(tiny_target, divergence=divergence, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+        fit(module, data, tmp_path / name, Start(tmp_path / "start"), steps=3, accumulate_grad_batches=accumulate)
+    start, large, small = (weights(tmp_path / name) for name in ("start", "large", "small"))
+    assert start.keys() == large.keys()
+    moved = max((large[name] - start[name]).abs().max().item() for name in large)
+    apart = max((large[name] - small[name]).abs().max().item() for name in large)
+    assert apart < 2e-5 < 1e-3 < moved  # float32 sums in another order
+
+
+def test_the_target_is_neither_saved_nor_trained(tiny_target, chats, tmp_path):
+    module = draft_module(tiny_target)
+    fit(module, text_data(chats, tmp_path), tmp_path, steps=2)
+    assert module.teacher is not None and not any(p.requires_grad for p in module.teacher.model.parameters())
+    assert all(name.startswith("drafter.") for name in weights(tmp_path))
+    assert set(module.state_dict()) == set(weights(tmp_path))
+
+
+def test_a_drafter_loads_without_its_target(tiny_target, chats, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(tiny_target, tmp_path / "target")
+    module = draft_module(copy)
+    trainer = fit(module, text_data(chats, tmp_path), tmp_path, steps=2)
+    shutil.rmtree(copy)
+    drafter, shape, info = load_drafter(tmp_path / "checkpoints" / "last.ckpt")
+    assert module.drafter is not None and shape == module.shape
+    assert all(torch.equal(value, drafter.state_dict()[name]) for name, value in module.drafter.state_dict().items())
+    assert info["step"] == 2 and info["seed"] == 3 and info["data"] == trainer.datamodule.fingerprint  # type: ignore[attr-defined]
+    assert 0 < info["metrics"]["val/alpha"] < 1 and info["metrics"]["val/tau"] >= 1
+
+
+def test_other_files_are_one_line(tmp_path):
+    broken = tmp_path / "a.ckpt"
+    broken.write_bytes(b"nothing")
+    foreign = tmp_path / "b.ckpt"
+    torch.save({"state_dict": {}}, foreign)
+    for path in (broken, foreign, tmp_path / "none.ckpt", tmp_path):
+        for load in (load_drafter, load_language_model):
+            with pytest.raises(UserError) as caught:
+                load(path)
+            assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_validation_measures_what_the_loss_defines(tiny_target, chats, tmp_path):
+    """A draft that IS the target accepts everything: alpha, coupled alpha and agreement 1, tau depth + 1."""
+    trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_checkpointing=False)
+    module = draft_module(tiny_target, drafter=lambda shape: LMDraft(shape, num_layers=4), depth=3)
+    (values,) = trainer.validate(module, datamodule=text_data(chats, tmp_path), verbose=False)
+    for name in ("alpha", "alpha_coupled", "agreement"):
+        assert values[f"val/{name}"] == pytest.approx(1.0, abs=1e-3), name
+    assert values["val/loss"] == pytest.approx(0.0, abs=1e-4)
+    assert values["val/tau"] == pytest.approx(4.0)
+
+
+def test_rounds_by_hand():
+    """Depth 2. First document 1 1 1 0 1: the third position is the bonus of the first round (1 1), the fourth a bonus by
+    itself, the fifth is cut short: 4 tokens in 2 rounds. Second 0 1 0: bonus, then 1 and bonus: 3 tokens in 2 rounds.
+
+    A gap in the counted positions starts anew: 1 | 1 0 1 loses its first position, (1 0), and 1 is cut short.
+    """
+    document = tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]])
+    counted = tensor([[1, 1, 1, 1, 1, 0, 1, 1, 1, 0]]).bool()
+    agreement = tensor([1, 1, 1, 0, 1, 0, 1, 0]).bool()
+    assert rounds(agreement, counted, document, depth=2) == (4 + 3, 2 + 2)
+    broken = counted.clone()
+    broken[0, 1] = False
+    assert rounds(tensor([1, 1, 0, 1, 0, 1, 0]).bool(), broken, document, depth=2) == (2 + 3, 1 + 2)
+
+
+def test_a_language_model_learns_and_loads(chats, tiny_target, tmp_path):
+    config = {
+        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True, "max_position_embeddings": 128,
+    }  # fmt: skip
+    losses = Losses()
+    module = LanguageModule(config=config, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), warmup_steps=2)
+    fit(module, text_data(chats, tmp_path, tokenizer=str(tiny_target)), tmp_path, losses, steps=12)
+    assert sum(losses.values[-3:]) < 0.8 * sum(losses.values[:3])
+    model, tokenizer, info = load_language_model(tmp_path / "checkpoints" / "last.ckpt")
+    assert tokenizer == tiny_target.resolve() and info["metrics"]["val/perplexity"] > 1
+    tokens = torch.randint(5, 300, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, module.lm.eval()(tokens).logits)
+    assert model.config.vocab_size == 320 and model.config.eos_token_id == module.lm.config.eos_token_id
+    with pytest.raises(UserError, match="drafter"):
+        load_drafter(tmp_path / "checkpoints" / "last.ckpt")
+
+
+def test_packed_training_reads_each_document_alone(chats, tiny_target, tmp_path):
+    """The loss of packed rows is the loss of their documents one by one."""
+    module = LanguageModule(folder=str(tiny_target))
+    data = text_data(chats, tmp_path, batch_size=1)
+    fit(module, data, tmp_path, steps=1)
+    module.lm.eval()
+    batch = next(iter(data.val_dataloader()))
+    total = 0.0
+    for number in range(int(batch["document_BT"].max()) + 1):
+        here = batch["document_BT"][0] == number
+        tokens, mask = batch["tokens_BT"][0][here][None], batch["mask_BT"][0][here][None]
+        with torch.no_grad():
+            logp = module.lm(tokens, use_cache=False).logits.log_softmax(-1)
+        total -= (logp[0, :-1].gather(1, tokens[0, 1:, None])[:, 0] * mask[0, 1:]).sum().item()
+    output = module.loss(batch, None)
+    assert float(output.sum) == pytest.approx(total, rel=1e-5)
+    assert float(output.count) == float(batch["mask_BT"].sum()) == float(batch["window_count"])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"), [({}, "model_type"), ({"model_type": "llama", "hiden": 3}, "hiden"), ({"model_type": "lama"}, "lama")]
+)
+def test_a_wrong_model_config_is_one_line(config, said, chats, tiny_target, tmp_path):
+    with pytest.raises(UserError, match=said) as caught:
+        fit(LanguageModule(config=config), text_data(chats, tmp_path, tokenizer=str(tiny_target)), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_longer_than_the_model_are_refused(chats, tiny_target, tmp_path):
+    with pytest.raises(UserError, match="512 positions"):
+        fit(draft_module(tiny_target), text_data(chats, tmp_path, length=1024), tmp_path)

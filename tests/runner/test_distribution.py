@@ -1,0 +1,170 @@
+"""What sampling with a draft emits has exactly the target's distribution, through the real draft and verify path.
+
+Each case compares the exact JOINT law of four consecutive tokens with at least 2e5 blocks (slow) or 5e4 (fast). Each planted
+fault has its noncentrality computed first, from its own exact law, and must be caught by the same test.
+"""
+
+# V vocabulary, 4
+
+import numpy as np
+import pytest
+import torch
+
+from tests.runner import laws
+from tests.runner.models import SIBLINGS, table_runner
+from trainkit.runner import decoder, verify
+from trainkit.runner.sampling import PROPOSAL
+from trainkit.runner.tree import Draft, chain
+
+OFF = -1e4  # a logit without mass
+ROWS = 2048
+
+
+def tables(kind: str, generator: np.random.Generator):
+    """Logits of target and draft, [place, last token, V]; place 0 does not depend on the last token."""
+    p, q = generator.normal(0, 0.8, (2, 4, 4, 4))
+    if kind == "equal":
+        q = p.copy()
+    elif kind == "disjoint":
+        p[..., :2] = OFF
+        q[..., 2:] = OFF
+    elif kind == "one-hot draft":
+        q = np.where(np.arange(4) == generator.integers(0, 4, (4, 4, 1)), 0.0, OFF)
+    elif kind == "zeros in draft":
+        for place, last in np.ndindex(4, 4):
+            q[place, last, generator.choice(4, 2, replace=False)] = OFF
+    else:
+        assert kind == "generic"
+    p[0], q[0] = p[0, :1], q[0, :1]
+    return p, q
+
+
+def sample(p, q, blocks: int, paths, seed: int, **settings):
+    """Counts [4, 4, 4, 4] of at least `blocks` blocks, through Runner.generate."""
+    each = -(-blocks // ROWS)
+    runner = table_runner(torch.tensor(p), torch.tensor(q), ROWS, 4 * each + 1)
+    outs = runner.generate([[0]] * ROWS, max_new_tokens=4 * each, seed=seed, tree=paths, **settings)
+    tokens = np.array([out.tokens for out in outs]).reshape(-1, 4)
+    return np.bincount(tokens @ [64, 16, 4, 1], minlength=256).reshape(4, 4, 4, 4).astype(float), each
+
+
+def laws_of(p, q, settings):
+    """The processed distributions of both tables."""
+    sampling = {name: value for name, value in settings.items() if name in ("temperature", "top_p", "top_k")}
+    return tuple(np.apply_along_axis(laws.processed, -1, table, **sampling) for table in (p, q))
+
+
+CASES = {
+    "generic": ("generic", {"temperature": 1.0}),
+    "warm": ("generic", {"temperature": 0.6}),
+    "equal": ("equal", {"temperature": 1.0}),
+    "disjoint": ("disjoint", {"temperature": 1.0}),
+    "one-hot": ("one-hot draft", {"temperature": 1.0}),
+    "zeros": ("zeros in draft", {"temperature": 1.0}),
+    "top-p": ("generic", {"temperature": 1.3, "top_p": 0.75}),
+    "top-k": ("generic", {"temperature": 0.8, "top_k": 2}),
+}
+TREES = {"chain1": chain(1), "chain4": chain(4), "siblings": SIBLINGS}
+
+
+def check(case, tree, method, blocks, seed, trials):
+    kind, settings = CASES[case]
+    p, q = tables(kind, np.random.default_rng(seed))
+    counts, _ = sample(p, q, blocks, TREES[tree], seed, verify=method, **settings)
+    truth = laws.plain_law(laws_of(p, q, settings)[0])
+    assert laws.p_value(counts, truth) > 1e-4 / trials
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tree", TREES)
+def test_residual_joint_of_four_tokens_is_the_targets(case, tree, seed):
+    check(case, tree, "residual", 200_000, seed, len(CASES) * len(TREES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["generic", "top-p", "disjoint"])
+@pytest.mark.parametrize("tree", ["chain4", "siblings"])
+def test_coupled_joint_of_four_tokens_is_the_targets(case, tree, seed):
+    check(case, tree, "coupled", 200_000, seed, 6)
+
+
+@pytest.mark.parametrize(
+    ("case", "tree", "method"),
+    [
+        ("generic", "chain4", "residual"), ("top-p", "siblings", "residual"), ("zeros", "siblings", "residual"),
+        ("disjoint", "chain1", "residual"), ("generic", "chain4", "coupled"),
+    ],
+)  # fmt: skip
+def test_joint_of_four_tokens_coarsely(case, tree, method, seed):
+    check(case, tree, method, 50_000, seed, 5)
+
+
+def test_round_law_of_the_right_rule_is_the_targets(seed):
+    """The enumeration that gives the planted faults' laws gives the plain law when nothing is wrong, in every case."""
+    for case, (kind, settings) in CASES.items():
+        p, q = laws_of(*tables(kind, np.random.default_rng(seed)), settings)
+        for tree, paths in TREES.items():
+            law = laws.block_law(p, q, paths, laws.right, 5)
+            assert np.abs(law - laws.plain_law(p)).max() < 1e-12, (case, tree)
+
+
+# Faults. Tables on which each shows well are fixed, since a random pair may hide one.
+
+
+def skewed(seed: int):
+    p, q = tables("generic", np.random.default_rng(seed))
+    return 1.4 * p, 1.4 * q
+
+
+def share_noise(monkeypatch):
+    monkeypatch.setattr(verify, "RESIDUAL", PROPOSAL)
+    return laws.sharing_noise
+
+
+def keep_the_rejected(monkeypatch):
+    """Not zeroing the rejected token in q; not renormalising the rest gives the same law, as only its size is then wrong."""
+    original = verify.after_rejection
+    monkeypatch.setattr(verify, "after_rejection", lambda p, q, token: (original(p, q, token)[0], q))
+    return lambda p, q, width: laws.siblings(p, q, width, after=laws.residue_keeping_the_rejected)
+
+
+def judge_at_another_temperature(monkeypatch):
+    original = decoder.residual
+    judged = lambda tree, draft, *rest: original(tree, Draft(draft.tokens_BN, tuple(s / 1.25 for s in draft.scores)), *rest)
+    monkeypatch.setattr(decoder, "residual", judged)
+
+    def law(p, q, width):
+        warmer = q**0.8
+        return laws.siblings(p, q, width, judged_as=warmer / warmer.sum())
+
+    return law
+
+
+def draw_residual_from_target(monkeypatch):
+    original = verify.after_rejection
+    monkeypatch.setattr(verify, "after_rejection", lambda p, q, token: (p, original(p, q, token)[1]))
+    return lambda p, q, width: laws.siblings(p, q, width, after=lambda p, q, x: (p, laws.residue(p, q, x)[1]))
+
+
+FAULTS = [
+    (share_noise, "chain4"), (keep_the_rejected, "siblings"), (judge_at_another_temperature, "chain4"),
+    (draw_residual_from_target, "chain1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("plant", "tree"), FAULTS)
+def test_planted_fault_is_caught(plant, tree, seed, monkeypatch):
+    """With the samples that its exact noncentrality asks for, each fault fails the test, and matches its own law meanwhile."""
+    p, q = skewed(1)
+    wrong = plant(monkeypatch)
+    truth = laws.plain_law(laws_of(p, q, {"temperature": 1.0})[0])
+    fault = laws.block_law(*laws_of(p, q, {"temperature": 1.0}), TREES[tree], wrong, 25)
+    needed = int(np.ceil(150 / laws.noncentrality(fault, truth, 1)))
+    print(f"{plant.__name__}: {needed} samples for a noncentrality of 150")
+    assert needed <= 200_000, "the suite's 2e5 samples would miss it"
+    blocks = max(needed, 20_000)
+    counts, each = sample(p, q, blocks, TREES[tree], seed, verify="residual", temperature=1.0)
+    assert laws.p_value(counts, truth) < 1e-4 / 24
+    fault = laws.block_law(*laws_of(p, q, {"temperature": 1.0}), TREES[tree], wrong, each)
+    assert laws.p_value(counts, fault) > 1e-5  # so it is this fault that was caught, and the enumeration is right about it

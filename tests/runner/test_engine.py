@@ -1,0 +1,258 @@
+"""The runner as scripts use it: text, stop strings, streams, scores, new weights, counts, and mistakes named in one line."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.runner.equality import exact_logits
+from tests.runner.models import pair, ragged_prompts, random_decoder
+from tests.targets import make_target
+from trainkit.errors import UserError
+from trainkit.models.load import hf_tensors, load_decoder, save_decoder
+from trainkit.runner import Runner, Stats
+
+
+@pytest.fixture(scope="module")
+def runner(tiny_target):
+    """A target that drafts for itself: every round is long, so stops fall inside blocks."""
+    return Runner.load(tiny_target, tiny_target, max_len=128)
+
+
+PROMPTS = ["Natalia sold", "How many clips", "In May she", "x"]
+
+
+def test_text_is_the_tokenizers_and_tokens_are_the_new_ones_only(runner):
+    for prompt, out in zip(PROMPTS, runner.generate(PROMPTS, max_new_tokens=12, ignore_end=True), strict=True):
+        ids = runner.tokenizer.encode(prompt, add_special_tokens=False)
+        assert len(out.tokens) == 12 and out.finish == "length"
+        assert out.text == runner.tokenizer.decode(out.tokens, skip_special_tokens=True)
+        assert out.tokens == runner.generate([ids], max_new_tokens=12, ignore_end=True)[0].tokens
+
+
+@pytest.mark.parametrize("depth", [0, 4])
+def test_an_end_token_ends_inside_a_block_and_is_kept(depth, seed):
+    """The end id is whatever comes at each place of the text in turn, so it falls at every place of a block."""
+    runner = pair(noise=0.0, ends=())
+    prompt = [1, 2, 3]
+    whole = runner.generate([prompt], max_new_tokens=14, depth=0, temperature=1.0, seed=seed)[0].tokens
+    for end in set(whole):
+        first = whole.index(end)
+        again = type(runner.shape)(runner.shape.decoder, (end,))
+        runner.shape = again
+        out = runner.generate([prompt, [5], prompt], max_new_tokens=14, depth=depth, temperature=1.0, seed=seed)[0]
+        assert out.tokens == whole[: first + 1]
+        assert out.finish == "end"
+        ignored = runner.generate([prompt], max_new_tokens=14, depth=depth, temperature=1.0, seed=seed, ignore_end=True)[0]
+        assert ignored.tokens == whole and ignored.finish == "length"
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_stop_strings_cut_the_text_before_them_wherever_they_fall(runner, depth):
+    settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3, "ignore_end": True}
+    whole = runner.generate(["Natalia"], depth=0, **settings)[0]
+    for start in range(0, len(whole.text) - 3, 3):
+        for length in (1, 2, 5):  # longer ones span tokens
+            stop = whole.text[start : start + length]
+            if "\ufffd" in stop:
+                continue
+            out = runner.generate(["Natalia"], depth=depth, stop=(stop, "never seen"), **settings)[0]
+            assert out.finish == "stop"
+            assert out.text == whole.text[: whole.text.find(stop)]
+            assert out.tokens == whole.tokens[: len(out.tokens)]
+            assert stop in runner.tokenizer.decode(out.tokens, skip_special_tokens=True)
+            assert stop not in runner.tokenizer.decode(out.tokens[:-1], skip_special_tokens=True)
+    assert runner.generate(["Natalia"], depth=depth, stop=whole.text[:2], **settings)[0].text == ""  # a bare string is one stop
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_streamed_pieces_join_to_the_generated_text(runner, depth):
+    """Random byte-level text is full of broken and whole multi-byte characters; stop strings hold text back until sure."""
+    for s in range(12):
+        settings = {"max_new_tokens": 30, "temperature": 1.0, "seed": s, "depth": depth}
+        whole = runner.generate(["é ü"], **settings)[0].text
+        pieces = list(runner.stream("é ü", **settings))
+        assert "".join(pieces) == whole
+        assert len(pieces) > 2 or depth or len(whole) < 3
+        stop = whole[len(whole) // 2 :][:3]
+        if stop and "\ufffd" not in stop:
+            cut = runner.generate(["é ü"], stop=(stop,), **settings)[0]
+            assert "".join(runner.stream("é ü", stop=(stop,), **settings)) == cut.text == whole[: whole.find(stop)]
+
+
+def test_a_multi_byte_character_is_shown_whole(runner):
+    """A round that ends within a character shows nothing of it: no replacement character that later changes."""
+    tokens = runner.tokenizer.encode("aé漢🙂b", add_special_tokens=False)
+    assert len(tokens) > 6
+    scripted = pair(runner.shape.decoder, noise=None, ends=(), max_len=64)
+    scripted.folder = runner.folder
+    told = iter(tokens)
+    take = scripted._take
+
+    def forced(request, output, slot, stopping, prefill=False):
+        output.emitted_BP[slot, 0] = next(told)
+        take(request, output, slot, stopping, prefill)
+
+    scripted._take = forced
+    pieces = list(scripted.stream([1], max_new_tokens=len(tokens)))
+    assert "".join(pieces) == "aé漢🙂b" and "\ufffd" not in "".join(pieces)
+    assert [p for p in pieces if p] == ["a", "é", "漢", "🙂", "b"]
+
+
+def test_a_stream_gone_on_with_after_another_call_is_refused(runner):
+    """Two calls share the rows: going on would silently read the other's cache."""
+    for other in (lambda: runner.generate(["x"]), lambda: runner.score(["x"], ["y"]), lambda: next(runner.stream("x"))):
+        open_stream = runner.stream("Natalia", depth=0, ignore_end=True)
+        next(open_stream)
+        other()
+        with pytest.raises(UserError, match="stream"):
+            list(open_stream)
+    assert runner.generate(["Natalia"], max_new_tokens=3, ignore_end=True)[0].tokens
+
+
+def test_score_equals_transformers_log_softmax(runner, tiny_target, seed):
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
+    prompts = ragged_prompts(6, 320)
+    continuations = ragged_prompts(6, 320)
+    for chunk in (256, 7, 1):
+        for head, tail, ours in zip(prompts, continuations, runner.score(prompts, continuations, chunk=chunk), strict=True):
+            with torch.no_grad():
+                log_p = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+            theirs = log_p[len(head) - 1 : -1].gather(1, torch.tensor(tail)[:, None])[:, 0]
+            assert torch.allclose(torch.tensor(ours), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("verify", ["coupled", "residual"])
+def test_logprobs_are_those_of_score_at_temperature_one(runner, verify, seed):
+    from tests.runner.models import SIBLINGS
+
+    prompts = ragged_prompts(5, 320)
+    for shaped in ({"depth": 0}, {"depth": 3}, {"tree": SIBLINGS}):
+        outs = runner.generate(prompts, max_new_tokens=11, temperature=0.8, seed=seed, verify=verify, logprobs=True, **shaped)
+        for prompt, out, scored in zip(prompts, outs, runner.score(prompts, [out.tokens for out in outs]), strict=True):
+            assert out.logprobs == pytest.approx(scored, abs=1e-4)
+            assert len(out.logprobs) == len(out.tokens), prompt
+    assert outs[0].logprobs is not None and runner.generate(prompts[:1], max_new_tokens=1)[0].logprobs is None
+
+
+def test_new_weights_act_as_a_fresh_load_does(tiny_target, tmp_path):
+    other = make_target(tmp_path / "other", seed=5)
+    ours = Runner.load(tiny_target, max_len=64)
+    before = ours.generate(PROMPTS, max_new_tokens=10)
+    address = ours.rounds.target.layers[0].attention.qkv.weight.data_ptr()
+    ours.update(hf_tensors(load_decoder(other)).items())
+    fresh = Runner.load(other, max_len=64).generate(PROMPTS, max_new_tokens=10)
+    after = ours.generate(PROMPTS, max_new_tokens=10)
+    assert [out.tokens for out in after] == [out.tokens for out in fresh] != [out.tokens for out in before]
+    assert ours.rounds.target.layers[0].attention.qkv.weight.data_ptr() == address
+    with pytest.raises(UserError, match="bogus"):
+        ours.update([("bogus", torch.zeros(1))])
+    with pytest.raises(UserError, match="model.norm.weight"):
+        ours.update([("model.norm.weight", torch.zeros(1))])
+
+
+def test_counts_by_hand():
+    """A full block of 5, a block that ends in its middle, and the prefill's token, which belongs to no round."""
+    stats = Stats()
+    for accepted in (2, 0, 4, 2):
+        stats.add_round(accepted)
+    stats.cut_rounds, stats.tokens = 1, 15
+    assert stats.accepted == [1, 0, 2, 0, 1]
+    assert stats.rounds == 4
+    assert stats.tau == (3 + 1 + 5 + 3) / 4
+    assert stats.alpha_k == [3 / 4, 3 / 3, 1 / 3, 1 / 1]
+    total = Stats.merge([stats, Stats([0, 3], 2, 8)])
+    assert total == Stats([1, 3, 2, 0, 1], 3, 23) and total.rounds == 7
+    assert math.isnan(Stats().tau) and Stats().alpha_k == []
+    assert Stats([5]).tau == 1 and Stats([5]).alpha_k == []
+
+
+def test_counts_of_a_decoding_add_up(seed):
+    """Tokens = 1 of the prefill + those of full rounds + what was kept of a cut one; all-accepting rounds make it exact."""
+    runner = pair(noise=0.0, ends=())
+    for limit, rounds, cut in ((1, 0, 0), (2, 0, 1), (5, 0, 1), (6, 1, 0), (7, 1, 1), (21, 4, 0)):
+        stats = runner.generate([[1, 2, 3]], max_new_tokens=limit, depth=4)[0].stats
+        assert (stats.tokens, stats.rounds, stats.cut_rounds) == (limit, rounds, cut)
+    plain = runner.generate([[1, 2, 3]], max_new_tokens=9, depth=0)[0].stats
+    assert (plain.tokens, plain.rounds, plain.tau, plain.cut_rounds) == (9, 8, 1.0, 0)
+
+
+def test_the_cache_may_be_filled_to_its_last_token(seed):
+    runner = pair(max_len=64, ends=())
+    for length in (1, 32, 62, 63):
+        for depth in (0, 1, 8):
+            out = runner.generate([[3] * length, [4] * 63], max_new_tokens=1000, depth=depth, temperature=1.0, seed=seed)[0]
+            assert len(out.tokens) == 64 - length and out.finish == "length"
+    with pytest.raises(UserError, match=r"prompt 1 has 64 tokens.*max_len 64"):
+        runner.generate([[1], [3] * 64])
+
+
+def test_no_prompts_give_no_outputs(runner):
+    assert runner.generate([]) == [] and runner.score([], []) == []
+    assert len(runner.generate(["x"], max_new_tokens=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -0.1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"), ({"verify": "hopeful"}, "hopeful"), ({"depth": -1}, "depth -1"),
+        ({"depth": 2, "tree": [(0,)]}, "depth or tree"), ({"tree": [(1,)]}, "tree"), ({"n": 0}, "n 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"), ({"stop": ["a", ""]}, "stop"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_named(runner, options, named):
+    with pytest.raises(UserError, match=named) as caught:
+        runner.generate(["x"], **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"),
+    [([""], "prompt 0 is empty"), (["x", []], "prompt 1 is empty"), ([[320]], "token id 320"), ([[5, -1]], "token id -1")],
+)
+def test_prompts_that_cannot_be_read_are_named(runner, prompts, named):
+    with pytest.raises(UserError, match=named):
+        runner.generate(prompts)
+
+
+def test_other_mistakes_are_named(runner, tiny_target, tmp_path):
+    with pytest.raises(UserError, match="2 prompts but 1"):
+        runner.score(["a", "b"], ["c"])
+    with pytest.raises(UserError, match="max_len is 128"):
+        runner.score([[1] * 100], [[1] * 29])
+    with pytest.raises(UserError, match="'n'"):
+        list(runner.stream("x", n=2))
+    plain = Runner.load(tiny_target, max_len=64)
+    for options in ({"depth": 1}, {"tree": [(0,)]}):
+        with pytest.raises(UserError, match="without a drafter"):
+            plain.generate(["x"], **options)
+    assert plain.generate(["x"], depth=0, max_new_tokens=1)
+    with pytest.raises(UserError, match="without a folder"):
+        pair().generate(["x"])
+    for options, named in (
+        ({"dtype": "int8"}, "int8"), ({"max_batch": 0}, "max_batch 0"), ({"max_len": 513}, "max_position_embeddings 512"),
+        ({"drafter": tmp_path / "none"}, "no such folder"), ({"drafter": tmp_path}, "neither a trainkit bundle"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=named) as caught:
+            Runner.load(tiny_target, **options)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no config.json"):
+        Runner.load(tmp_path)
+    with pytest.raises(UserError, match=r"vocabulary of 300.*320"):
+        Runner.load(tiny_target, make_target(tmp_path / "small", vocab_size=300))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA"):
+            Runner.load(tiny_target, device="cuda")
+
+
+def test_float64_weights_decode_the_exact_argmax(seed, tmp_path):
+    """In float64 the decoder's rounding is far below any gap, so each token is the argmax of an uncached forward."""
+    decoder = random_decoder()
+    save_decoder(decoder, tmp_path, torch.float32, (7,))
+    runner = Runner.load(tmp_path, tmp_path, dtype="float64", max_len=64)
+    prompts = ragged_prompts(4)
+    for prompt, out in zip(prompts, runner.generate(prompts, max_new_tokens=12, depth=2), strict=True):
+        logits = exact_logits(decoder, prompt + out.tokens[:-1])[len(prompt) - 1 :]
+        assert logits.argmax(-1).tolist() == out.tokens

@@ -1,0 +1,71 @@
+"""Captured rounds on a GPU equal eager ones, token for token. TF32 stays off, so both compute the same float32 products."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.runner.models import SIBLINGS, lm_draft, pair, ragged_prompts
+from trainkit.runner import Runner
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(capture: bool, runner: Runner, max_len: int = 600) -> Runner:
+    target = copy.deepcopy(runner.rounds.target).cuda()
+    draft = None if runner.drafter is None else lm_draft(runner.shape, copy.deepcopy(runner.drafter.decoder)).cuda()
+    return Runner.of(target, draft, runner.shape, max_batch=5, max_len=max_len, capture=capture)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20}]
+)
+@pytest.mark.parametrize("shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}], ids=["plain", "chain", "tree"])
+def test_captured_equals_eager(shaped, settings, seed):
+    base = pair()
+    captured, eager = on_gpu(True, base), on_gpu(False, base)
+    for count in (1, 5, 12):
+        prompts = ragged_prompts(count)
+        outs = [r.generate(prompts, max_new_tokens=24, seed=seed, **shaped, **settings) for r in (captured, eager)]
+        # batches are padded to powers of two when captured: only ties may differ
+        differ = sum(a.tokens != b.tokens for a, b in zip(*outs, strict=True))
+        assert differ <= (1 if count == 12 else 0)
+        assert [len(out.tokens) for out in outs[0]] == [len(out.tokens) for out in outs[1]] or differ
+
+
+def test_a_long_row_that_left_does_not_disturb_the_short_ones(seed):
+    """A finished row beyond the next graph's span stays behind as padding, with its old position."""
+    base = pair(ends=(), max_len=600)
+    captured, eager = on_gpu(True, base), on_gpu(False, base)
+    prompts = [[1, 2, 3], [4] * 580, [5, 6], [7] * 590, [8]]
+    for _ in range(2):
+        outs = [r.generate(prompts, max_new_tokens=40, depth=4, temperature=1.0, seed=seed) for r in (captured, eager)]
+        assert [out.tokens for out in outs[0]] == [out.tokens for out in outs[1]]
+        prompts = prompts[:3]
+
+
+def test_graphs_stay_valid_over_calls_updates_and_end_ids(seed):
+    base = pair(ends=(7,))
+    captured, eager = on_gpu(True, base), on_gpu(False, base)
+    prompts = ragged_prompts(5)
+    for step in range(3):
+        for ignore_end in (False, True):
+            outs = [
+                r.generate(prompts, max_new_tokens=16, depth=3, temperature=1.0, seed=seed + step, ignore_end=ignore_end)
+                for r in (captured, eager)
+            ]
+            assert [out.tokens for out in outs[0]] == [out.tokens for out in outs[1]]
+        new = torch.randn_like(base.rounds.target.embed.weight).cuda() * 0.35
+        for runner in (captured, eager):
+            runner.update([("model.embed_tokens.weight", new)])
+    assert captured.graphs is not None and captured.graphs._captured
+
+
+def test_captured_residual_equals_eager_residual(seed):
+    base = pair(ends=())
+    prompts = ragged_prompts(4)
+    outs = [
+        on_gpu(capture, base).generate(prompts, max_new_tokens=16, temperature=1.0, seed=seed, verify="residual", tree=SIBLINGS)
+        for capture in (True, False)
+    ]
+    assert [out.tokens for out in outs[0]] == [out.tokens for out in outs[1]]

@@ -1,0 +1,163 @@
+"""Noise is a documented pure function with the right law and no visible dependence; processing is what its definition says."""
+
+# B rows  R positions  V vocabulary
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.runner.laws import processed
+from trainkit.errors import UserError
+from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, RESIDUAL, Sampling, gumbel, mix, request_keys, uniform
+
+STREAMS = (CHOICE, PROPOSAL, ACCEPT, RESIDUAL)
+WORD = 0xFFFFFFFF
+
+
+def mix_in_python(x: int) -> int:
+    x ^= x >> 16
+    x = x * 0x7FEB352D & WORD
+    x ^= x >> 15
+    x = x * 0x846CA68B & WORD
+    return x ^ x >> 16
+
+
+def uniform_in_python(keys: tuple[int, int], position: int, token: int, stream: int) -> float:
+    first, second = keys[0] & WORD, keys[1] & WORD
+    row = mix_in_python(mix_in_python(position ^ first) ^ ((stream * 0x9E3779B1 + 0x7F4A7C15) & 0x7FFFFFFF))
+    h = mix_in_python(((mix_in_python(token ^ row) + second) & WORD) ^ (row * 0x27D4EB2F & WORD))
+    return min((h + 0.5) / 2**32, 1 - 2.0**-24)
+
+
+words = st.integers(-(2**31), 2**31 - 1)
+
+
+@given(words, words, st.integers(0, 2**20), st.integers(0, 2**18), st.sampled_from(STREAMS))
+def test_uniform_equals_its_definition_in_python_integers(first, second, position, token, stream):
+    keys = torch.tensor([[first, second]], dtype=torch.int32)
+    ours = uniform(keys, torch.tensor([[position]]), torch.tensor([token]), stream).item()
+    assert ours == pytest.approx(uniform_in_python((first, second), position, token, stream), rel=1e-6)
+
+
+@given(words, words)
+def test_mixer_is_a_bijection(one, other):
+    a, b = mix(torch.tensor([one, other], dtype=torch.int32)).tolist()
+    assert (a == b) == (one == other)
+
+
+def test_noise_is_finite_and_precise_where_it_is_large():
+    """At the ends of the hash's range; -log(-log(u)) in float32 would give inf for the largest u."""
+    for v in (2.0**-33, 2.0**-24, 0.5, 1 - 2.0**-24):
+        noise = float(-(-torch.log1p(-torch.tensor(v))).log())
+        assert math.isfinite(noise)
+        assert noise == pytest.approx(-math.log(-math.log1p(-v)), rel=1e-6)
+
+
+def drawn(seed: int, stream: int = CHOICE, rows: int = 8, positions: int = 64, vocabulary: int = 512) -> torch.Tensor:
+    keys = torch.tensor([request_keys(seed, i) for i in range(rows)], dtype=torch.int32)
+    return gumbel(keys, torch.arange(positions).expand(rows, -1), torch.arange(vocabulary), stream)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_gumbel_has_the_right_mean_variance_and_quantiles(stream, seed):
+    from scipy import stats
+
+    noise = drawn(seed, stream).double().flatten()
+    n = noise.numel()
+    assert noise.isfinite().all()
+    assert abs(noise.mean() - 0.5772156649) < 5 * math.sqrt(math.pi**2 / 6 / n)
+    assert abs(noise.var() - math.pi**2 / 6) < 5 * math.sqrt((math.pi**4 * 3 / 20 + math.pi**4 / 36 * 2) / n)
+    counts = torch.histc((-(-noise).exp()).exp(), 64, 0, 1)
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-5
+
+
+@pytest.mark.parametrize("axis", ["key", "position", "token", "stream", "seed"])
+def test_noise_is_independent_along_each_axis(axis, seed):
+    """Neighbours along an axis: no correlation, and a uniform joint law on a 16 x 16 grid."""
+    from scipy import stats
+
+    one = drawn(seed)
+    other = {
+        "key": lambda: one.roll(1, 0), "position": lambda: one.roll(1, 1), "token": lambda: one.roll(1, 2),
+        "stream": lambda: drawn(seed, PROPOSAL), "seed": lambda: drawn(seed + 1),
+    }[axis]()  # fmt: skip
+    a, b = (-(-one.double()).exp()).exp().flatten(), (-(-other.double()).exp()).exp().flatten()
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / math.sqrt(len(a))
+    cells = (a * 16).long().clamp(max=15) * 16 + (b * 16).long().clamp(max=15)
+    assert stats.chisquare(torch.bincount(cells, minlength=256).numpy()).pvalue > 1e-5
+
+
+def test_choice_follows_the_softmax(seed):
+    """argmax(log p + G) has law p, over positions and over requests."""
+    from scipy import stats
+
+    logits = torch.randn(12)
+    choices = (logits + drawn(seed, rows=256, positions=256, vocabulary=12)).argmax(-1)
+    expected = logits.double().softmax(-1)
+    for counts in (choices.flatten(), choices[:, 0].repeat(1), choices[0]):
+        observed = torch.bincount(counts, minlength=12)
+        assert stats.chisquare(observed.numpy(), (expected * len(counts)).numpy()).pvalue > 1e-5
+
+
+def test_keys_of_seeds_prompts_and_samples_all_differ():
+    keys = {request_keys(s, p, k) for s in range(20) for p in range(20) for k in range(20)}
+    assert len(keys) == 8000
+    assert request_keys(1, 11) != request_keys(11, 1)
+
+
+@given(
+    st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12), st.floats(0.2, 3), st.integers(0, 12),
+    st.one_of(st.just(1.0), st.floats(0.05, 0.999)),
+)  # fmt: skip
+def test_processing_is_its_definition(logits, temperature, top_k, top_p):
+    import numpy as np
+
+    values = torch.tensor(logits)
+    if len(set(logits)) < len(logits):
+        return  # ties have a test of their own
+    # a token at the very edge of the nucleus may fall on either side by rounding
+    full = np.sort(processed(values.double().numpy(), temperature, 1.0, top_k))[::-1]
+    if top_p < 1 and np.abs(np.cumsum(full) - top_p).min() < 1e-5:
+        return
+    ours = Sampling(temperature, top_k, top_p).process(values).double().softmax(-1).numpy()
+    assert np.abs(ours - processed(values.double().numpy(), temperature, top_p, top_k)).max() < 1e-5
+
+
+def test_processing_equals_transformers_warpers(seed):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * torch.randn(200, 96)
+    for temperature, top_k, top_p in [(0.7, 0, 1.0), (1.0, 10, 1.0), (1.3, 0, 0.8), (0.8, 20, 0.9)]:
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_k:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p))
+        theirs = warpers(torch.zeros(200, 1, dtype=torch.long), logits)
+        ours = Sampling(temperature, top_k, top_p).process(logits)
+        same = (ours.isinf() == theirs.isinf()).all(1)
+        assert same.sum() >= 199  # a sum at the very edge of top_p may round to either side
+        assert torch.equal(ours[same], theirs[same])
+
+
+def test_processing_leaves_something_and_greedy_changes_nothing():
+    logits = torch.tensor([[0.0, 5.0, 5.0, -3.0]])
+    assert torch.equal(Sampling(0.0, top_k=1, top_p=0.1).process(logits), logits)
+    assert Sampling(1.0, top_p=1e-6).process(logits).isfinite().sum() == 1
+    assert Sampling(1.0, top_p=1e-6).process(logits).argmax() == 1  # of equal tokens the lowest id
+    assert Sampling(1.0, top_k=100).process(logits).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_name(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        Sampling(**values)

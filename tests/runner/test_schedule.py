@@ -1,0 +1,118 @@
+"""The schedule of captured rounds, without a GPU: graphs are stood in for by their first closure, called again at every replay.
+
+What a real capture fixes is fixed here too: the views, the span, the plan and the output's tensors. Batches are padded to
+powers of two, warm-ups run over rows that are done, and the host reads a round behind.
+"""
+
+import pytest
+import torch
+
+from tests.runner.equality import assert_few, compare
+from tests.runner.models import SIBLINGS, pair, ragged_prompts
+from trainkit.runner.decoder import RoundOutput
+from trainkit.runner.graphs import Graphs
+from trainkit.runner.sampling import Sampling
+
+
+class Replayed(Graphs):
+    """Keeps each key's first closure and writes every replay's output into the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.closures = {}
+        self.replays = 0
+
+    def clear(self):
+        self.closures.clear()
+
+    def run(self, key, round_, done_B):
+        if key not in self.closures:
+            kept = done_B.clone()
+            done_B.fill_(True)
+            for _ in range(2):
+                assert (round_().counts_B == 0).all()
+            self.closures[key] = round_, round_()
+            done_B.copy_(kept)
+        closure, static = self.closures[key]
+        output = closure()
+        static.emitted_BP.copy_(output.emitted_BP)
+        static.counts_B.copy_(output.counts_B)
+        if static.logprobs_BP is not None:
+            static.logprobs_BP.copy_(output.logprobs_BP)
+        self.replays += 1
+        return static
+
+
+def replayed(runner, lag):
+    """This runner as on a GPU: replaying, and reading `lag` rounds behind from copies made at once."""
+
+    def fetch(output):
+        parts = (output.emitted_BP, output.counts_B, output.logprobs_BP)
+        copies = [None if part is None else part.clone() for part in parts]
+        return lambda: RoundOutput(*copies)
+
+    runner.graphs, runner.lag, runner._fetch = Replayed(), lag, fetch
+    return runner
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}], ids=["plain", "chain", "tree"])
+def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
+    runner = pair(max_batch=6)
+    prompts = ragged_prompts(17)
+    for sampling in (Sampling(0.0), Sampling(1.0), Sampling(0.8, top_p=0.9)):
+        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": 20, "seed": seed}
+        runner.graphs, runner.lag = None, 0
+        eager = runner.generate(prompts, **settings, logprobs=True, **shaped)
+        graphed = replayed(runner, lag).generate(prompts, **settings, logprobs=True, **shaped)
+        del runner._fetch
+        assert runner.graphs.replays > 10
+        ties = compare(runner.rounds.target, prompts, [o.tokens for o in graphed], [o.tokens for o in eager], sampling, seed)
+        assert_few(ties, 340)
+        for one, other in zip(graphed, eager, strict=True):
+            if one.tokens == other.tokens:
+                assert (one.finish, one.stats) == (other.finish, other.stats)
+                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_padded_rows_left_far_beyond_the_span_do_no_harm(lag, seed):
+    """Long rows finish first; the graph of the short ones is padded with rows whose old position lies past its span."""
+    runner = replayed(pair(ends=(), max_len=600), lag)
+    long, short = [torch.randint(0, 48, (n,)).tolist() for n in (570, 580, 590, 598, 560)], ragged_prompts(3)
+    prompts = [long[0], short[0], long[1], short[1], long[2], short[2], long[3], long[4]]
+    outs = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, depth=4)
+    plain = pair_without_graphs(runner).generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, depth=0)
+    ties = compare(runner.rounds.target, prompts, [o.tokens for o in outs], [o.tokens for o in plain], Sampling(1.0), seed)
+    assert_few(ties, 320)
+
+
+def pair_without_graphs(runner):
+    runner.graphs, runner.lag = None, 0
+    return runner
+
+
+def test_end_ids_and_weights_may_change_between_replays(seed):
+    runner = replayed(pair(), 1)
+    prompts = ragged_prompts(5)
+    settings = {"max_new_tokens": 16, "temperature": 1.0, "seed": seed, "depth": 3}
+    for _ in range(2):
+        for ignore_end in (False, True, False):
+            outs = runner.generate(prompts, ignore_end=ignore_end, **settings)
+            for out in outs:
+                assert (7 in out.tokens[:-1]) <= ignore_end
+                assert len(out.tokens) == 16 or out.tokens[-1] == 7
+        before = [out.tokens for out in outs]
+        runner.update([("model.embed_tokens.weight", 0.35 * torch.randn(48, 32))])
+        assert [out.tokens for out in runner.generate(prompts, **settings)] != before
+
+
+def test_stop_strings_seen_a_round_late_still_cut_in_place(tiny_target, seed):
+    from trainkit.runner import Runner
+
+    runner = Runner.load(tiny_target, tiny_target, max_len=128, max_batch=3)
+    settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": seed, "stop": ("e", "0", "th"), "depth": 3}
+    prompts = ["Natalia sold", "How many", "In May", "She", "x"]
+    eager = runner.generate(prompts, **settings)
+    late = replayed(runner, 1).generate(prompts, **settings)
+    assert [(o.tokens, o.text, o.finish, o.stats) for o in late] == [(o.tokens, o.text, o.finish, o.stats) for o in eager]

@@ -1,0 +1,93 @@
+"""Verification on drafts worked by hand, and ties: the lowest token id wins."""
+
+# B rows  N nodes  V vocabulary
+
+import pytest
+import torch
+
+from tests.runner.models import SIBLINGS
+from trainkit.errors import UserError
+from trainkit.runner.sampling import Sampling
+from trainkit.runner.tree import Draft, build, chain
+from trainkit.runner.verify import after_rejection, coupled
+
+CPU = torch.device("cpu")
+
+
+def certain(*tokens, vocabulary=6):
+    """Scores [1, N, V] whose argmax at node i is tokens[i]."""
+    return torch.nn.functional.one_hot(torch.tensor([tokens]), vocabulary).float()
+
+
+@pytest.mark.parametrize(
+    ("drafted", "choices", "emitted"),
+    [
+        ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]),
+        ([1, 2, 3], [1, 2, 5, 4], [1, 2, 5]),
+        ([1, 2, 3], [0, 2, 3, 4], [0]),
+        ([1, 2, 3], [1, 0, 3, 4], [1, 0]),
+    ],
+)
+def test_a_chain_keeps_what_the_target_chose_and_adds_its_choice(drafted, choices, emitted):
+    verdict = coupled(build(chain(3), CPU), Draft(torch.tensor([[9, *drafted]]), ()), certain(*choices), None)
+    assert verdict.emitted_BP[0, : int(verdict.counts_B)].tolist() == emitted
+
+
+@pytest.mark.parametrize(
+    ("choices", "path", "emitted"),
+    [
+        # nodes: 0 root, 1 = (0) token 1, 2 = (1) token 2, 3 = (0, 0) token 3, 4 = (0, 1) token 4
+        ([1, 4, 0, 0, 5], [0, 1, 4], [1, 4, 5]),
+        ([1, 3, 0, 2, 5], [0, 1, 3], [1, 3, 2]),
+        ([2, 4, 0, 0, 5], [0, 2], [2, 0]),
+        ([0, 4, 0, 0, 5], [0], [0]),
+        ([1, 0, 0, 0, 5], [0, 1], [1, 0]),
+    ],
+)
+def test_a_tree_keeps_the_path_of_the_targets_choices(choices, path, emitted):
+    tree = build(SIBLINGS, CPU)
+    verdict = coupled(tree, Draft(torch.tensor([[0, 1, 2, 3, 4]]), ()), certain(*choices), None)
+    count = int(verdict.counts_B)
+    assert verdict.path_BP is not None
+    assert verdict.path_BP[0, :count].tolist() == path
+    assert verdict.emitted_BP[0, :count].tolist() == emitted
+
+
+@pytest.mark.parametrize("vocabulary", [5, 64, 4096, 32001])
+def test_of_equal_tokens_the_lowest_id_is_chosen(vocabulary, seed):
+    logits = torch.randint(0, 3, (4, 3, vocabulary)).float()
+    first = torch.tensor([[int(row.eq(row.max()).nonzero()[0]) for row in rows] for rows in logits])
+    assert torch.equal(Sampling().process(logits).argmax(-1), first)
+    verdict = coupled(build(chain(2), CPU), Draft(torch.full((4, 3), -1), ()), logits, None)
+    assert torch.equal(verdict.emitted_BP, first)
+
+
+def test_after_a_rejection_both_distributions_are_renormalised():
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.5, 0.3]])
+    p_left, q_left = after_rejection(p, q, torch.tensor([1]))
+    assert torch.allclose(p_left, torch.tensor([[1.0, 0.0, 0.0]]))
+    assert torch.allclose(q_left, torch.tensor([[0.4, 0.0, 0.6]]))
+    same, none = after_rejection(p, p, torch.tensor([0]))  # no residual is left: keep p rather than divide by nothing
+    assert torch.equal(same, p) and none.isfinite().all()
+    hot = torch.tensor([[0.0, 1.0, 0.0]])
+    assert torch.equal(after_rejection(p, hot, torch.tensor([1]))[1], torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize(
+    "paths", [[(0, 0)], [(1,)], [(0,), (0,)], [()], [(0,), (-1,)], [(0,), (0, 1)]],
+    ids=["no parent", "no elder", "twice", "root", "negative", "no elder below"],
+)  # fmt: skip
+def test_a_tree_that_is_none_is_refused(paths):
+    with pytest.raises(UserError, match="tree"):
+        build(paths, CPU)
+
+
+def test_tree_topology_by_hand():
+    tree = build([(0, 1), (1,), (0,), (0, 0)], CPU)  # given in any order
+    assert tree.paths == SIBLINGS and tree.size == 5 and tree.depth == 2 and not tree.is_chain
+    assert tree.parents_N.tolist() == [0, 0, 0, 1, 1]
+    assert tree.depths_N.tolist() == [0, 1, 1, 2, 2]
+    assert tree.children_NW.tolist() == [[1, 2], [3, 4], [-1, -1], [-1, -1], [-1, -1]]
+    ancestors = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4]]
+    assert [row.nonzero()[:, 0].tolist() for row in tree.ancestors_NN] == ancestors
+    assert build(chain(3), CPU).is_chain and build((), CPU).size == 1

@@ -1,0 +1,316 @@
+"""Bundles: whole or absent whatever kills the writer, refused when anything in them changed, and matched to their target."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from trainkit import bundle
+from trainkit.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = {"decoder": {"vocab_size": 320, "hidden_size": 64, "num_layers": 4}, "fingerprint": {"path": "tiny"}}
+
+
+def fill(folder: Path, value: float = 1.0) -> None:
+    save_file({"a.weight": np.full((3, 5), value, np.float32), "map": np.arange(4)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.md").write_text("notes")
+
+
+def make(folder: Path, value: float = 1.0, **changes: Any) -> bundle.Bundle:
+    keywords = {"kind": "fake", "config": {"depth": 4}, "target": TARGET, "seed": 7} | changes
+    return bundle.write(folder, lambda path: fill(path, value), **keywords)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_written_is_read(tmp_path):
+    written = make(tmp_path / "b", metrics={"tau": 2.5}, runner={"depth": 4}, recipe="x.yaml", data="abc", extra={"k": [1]})
+    found = bundle.read(tmp_path / "b")
+    assert found == written
+    assert found.metrics == {"tau": 2.5}
+    assert set(found.files) == {"model.safetensors", "config.json", "sub/notes.md"}
+    assert leftovers(tmp_path / "b") == []
+    assert bundle.is_bundle(tmp_path / "b")
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
+def test_a_bundle_is_replaced_whole(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(bundle, "_exchange", lambda one, other: False)
+    make(tmp_path / "b", kind="old")
+    (tmp_path / "b" / "own.txt").write_text("a user's note")
+    make(tmp_path / "b", kind="new")
+    assert bundle.read(tmp_path / "b").kind == "new"
+    assert not (tmp_path / "b" / "own.txt").exists()
+    assert leftovers(tmp_path / "b") == []
+
+
+def test_the_kernel_here_exchanges_folders(tmp_path):
+    """Else the tests of the atomic path below would prove the fallback only."""
+    (tmp_path / "a" / "1").mkdir(parents=True)
+    (tmp_path / "b" / "2").mkdir(parents=True)
+    assert bundle._exchange(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a" / "2").exists()
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_is_no_bundle_is_not_overwritten(tmp_path, what):
+    place = tmp_path / "precious"
+    if what == "folder":
+        place.mkdir()
+        (place / "thesis.txt").write_text("years")
+    else:
+        place.write_text("years")
+    called = []
+    with pytest.raises(UserError, match="precious: exists and is not a bundle"):
+        bundle.write(place, called.append, kind="fake", config={}, target=TARGET)
+    assert called == []
+    assert (place / "thesis.txt" if what == "folder" else place).read_text() == "years"
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path):
+    make(tmp_path / "b", kind="old")
+
+    def fail(path: Path) -> None:
+        fill(path)
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        bundle.write(tmp_path / "b", fail, kind="new", config={}, target=TARGET)
+    assert bundle.read(tmp_path / "b").kind == "old"
+    assert leftovers(tmp_path / "b") == []
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "model.bin", "code.py", "trainkit.json"])
+def test_only_safe_kinds_of_file_are_written(tmp_path, name):
+    with pytest.raises(ValueError, match=name):
+        bundle.write(tmp_path / "b", lambda path: (path / name).write_text("x"), kind="fake", config={}, target=TARGET)
+    assert not (tmp_path / "b").exists()
+
+
+def test_metrics_that_json_cannot_hold_stop_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match="metrics"):
+        make(tmp_path / "b", metrics={"tau": float("nan")})
+    assert not (tmp_path / "b").exists()
+
+
+# Each row: a change to a finished bundle, and what the refusal names.
+DAMAGE = {
+    "flipped byte": (lambda b: flip(b / "model.safetensors"), "model.safetensors: changed"),
+    "cut short": (lambda b: os.truncate(b / "model.safetensors", 40), "model.safetensors: changed"),
+    "missing file": (lambda b: (b / "config.json").unlink(), "config.json: missing"),
+    "another shard": (lambda b: shutil.copy(b / "model.safetensors", b / "extra.safetensors"), "extra.safetensors: not listed"),
+    "a pickle": (lambda b: (b / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin: not listed"),
+    "an index": (lambda b: (b / "model.safetensors.index.json").write_text("{}"), "index.json: not listed"),
+    "newer version": (lambda b: edit(b, format=99), "format 99 is newer"),
+    "no version": (lambda b: edit(b, format=None), "no format version"),
+    "unknown key": (lambda b: edit(b, sauce=1), "unknown key 'sauce'"),
+    "wrong type": (lambda b: edit(b, target=[]), "target is missing or not a dict"),
+    "no JSON": (lambda b: (b / "trainkit.json").write_text("{"), "trainkit.json: not readable as JSON"),
+    "a list": (lambda b: (b / "trainkit.json").write_text("[]"), "no format version"),
+    "no manifest": (lambda b: (b / "trainkit.json").unlink(), "not a bundle"),
+    "path upwards": (lambda b: edit(b, files={"../secret.json": "0"}), "'../secret.json' is no file"),
+    "path hidden upwards": (lambda b: edit(b, files={"sub/../../secret.json": "0"}), "is no file"),
+    "absolute path": (lambda b: edit(b, files={"/etc/secret.json": "0"}), "'/etc/secret.json' is no file"),
+    "listed pickle": (lambda b: edit(b, files={"model.bin": "0"}), "'model.bin' is no file"),
+    "link outside": (lambda b: link_outside(b), "leads out of the bundle"),
+    "linked folder": (lambda b: link_outside(b, "sub"), "leads out of the bundle"),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    path.write_bytes(content)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "trainkit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def link_outside(folder: Path, name: str = "config.json") -> None:
+    outside = folder.parent / "outside"
+    shutil.move(folder / name, outside)
+    (folder / name).symlink_to(outside)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused_in_one_line(tmp_path, seed, damage):
+    make(tmp_path / "b")
+    change, message = DAMAGE[damage]
+    change(tmp_path / "b")
+    with pytest.raises(UserError, match=message) as caught:
+        bundle.read(tmp_path / "b")
+    assert "\n" not in str(caught.value)
+
+
+def test_notes_beside_a_bundle_do_no_harm(tmp_path):
+    make(tmp_path / "b")
+    (tmp_path / "b" / "README.md").write_text("x")
+    (tmp_path / "b" / ".gitattributes").write_text("x")
+    bundle.read(tmp_path / "b")
+
+
+# Forks one writer per step; the n-th dies, without any cleaning up, just before its n-th touch of the file system.
+KILLED_AT_EVERY_STEP = """
+import os, sys
+from pathlib import Path
+from trainkit import bundle
+from tests.test_bundle import make
+
+base, old, exchange = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
+bundle._versions = dict
+if not exchange:
+    bundle._exchange = lambda one, other: False
+step = 0
+while True:
+    step += 1
+    folder = base / str(step) / "b"
+    folder.parent.mkdir()
+    if old:
+        make(folder, kind="old")
+    child = os.fork()
+    if child == 0:
+        seen = 0
+        def hook(event, args):
+            global seen
+            if event.split(".")[0] in ("open", "os", "shutil", "fcntl", "glob", "ctypes"):
+                seen += 1
+                if seen == step:
+                    os._exit(9)
+        sys.addaudithook(hook)
+        make(folder, kind="new")
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+"""
+
+
+def python(script: str, *arguments: object) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=environment, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
+def test_killed_at_any_step_it_is_the_old_or_the_new(tmp_path, old, exchange):
+    child = python(KILLED_AT_EVERY_STEP, tmp_path, old, exchange)
+    child.communicate()
+    assert child.returncode == 0
+    states = []
+    for step in range(1, len(list(tmp_path.iterdir())) + 1):
+        folder = tmp_path / str(step) / "b"
+        if exchange and old:
+            assert folder.is_dir(), f"absent after a kill at step {step}"
+        if not old and not folder.exists():
+            with pytest.raises(UserError, match="not a bundle"):
+                bundle.read(folder)
+            states.append("absent")
+        else:
+            states.append(bundle.read(folder).kind)
+        make(folder, kind="next")
+        assert leftovers(folder) == [], f"the next write did not tidy up after a kill at step {step}"
+    before = "old" if old else "absent"
+    assert len(states) > 30
+    assert states == [before] * states.count(before) + ["new"] * states.count("new")
+    assert states[-1] == "new"
+
+
+def test_sigkill_at_random_moments(tmp_path, seed):
+    """A real SIGKILL against a writer that replaces one bundle over and over."""
+    folder = tmp_path / "b"
+    make(folder, kind="0")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom tests.test_bundle import make\nprint('ready', flush=True)\n"
+        "for i in range(10**6): make(Path(sys.argv[1]), kind=str(i))"
+    )
+    for _ in range(4):
+        child = python(script, folder)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(random.uniform(0.01, 0.1))
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        assert bundle.read(folder).kind.isdigit()
+    make(folder, kind="last")
+    assert leftovers(folder) == []
+
+
+def test_a_living_writer_is_not_tidied_away(tmp_path):
+    folder = tmp_path / "b"
+
+    def nested(path: Path) -> None:
+        make(folder, kind="inner")  # another writer of the same place, while this one works
+        fill(path)
+
+    bundle.write(folder, nested, kind="outer", config={}, target=TARGET)
+    assert bundle.read(folder).kind == "outer"
+    assert leftovers(folder) == []
+
+
+def model_folder(folder: Path, **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 320, "hidden_size": 64} | config))
+    tokens = {"version": "1.0", "padding": None, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    return folder
+
+
+def test_a_fingerprint_survives_saving_again_but_no_change(tmp_path):
+    one = bundle.fingerprint(model_folder(tmp_path / "one", dtype="float32"))
+    other = model_folder(tmp_path / "other", dtype="bfloat16", transformers_version="9.9")
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    tokens["padding"], tokens["model"]["merges"] = {"length": 3}, [["a", "b"]]
+    (other / "tokenizer.json").write_text(json.dumps(tokens, indent=4))
+    two = bundle.fingerprint(other)
+    assert two == one | {"path": "other"}
+    assert one["vocab_size"] == "320"
+
+    tokens["model"]["vocab"]["b"] = 1
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    assert bundle.fingerprint(other)["tokenizer"] != one["tokenizer"]
+    assert bundle.fingerprint(model_folder(tmp_path / "deep", num_hidden_layers=9))["config"] != one["config"]
+    with pytest.raises(UserError, match=r"nowhere/config.json.*give a Hugging Face model folder"):
+        bundle.fingerprint(tmp_path / "nowhere")
+
+
+def test_fit_names_what_does_not_fit():
+    decoder = {"vocab_size": 320, "hidden_size": 64}
+    made = {"decoder": decoder, "fingerprint": {"config": "c", "tokenizer": "t", "path": "small"}}
+    same = {"config": "c", "tokenizer": "t", "path": "big"}
+    assert bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 64}) == []
+    with pytest.raises(UserError, match="target big: vocab_size 400 does not fit the bundle, made for 320 .small."):
+        bundle.check_fit(made, same, {"vocab_size": 400, "hidden_size": 64})
+    with pytest.raises(UserError, match="hidden_size 96"):
+        bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 96})
+    assert bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 96}, hidden=False) == []
+    with pytest.raises(UserError, match="tokenizer"):
+        bundle.check_fit(made, same | {"tokenizer": "u"}, {"vocab_size": 320, "hidden_size": 64})
+    (note,) = bundle.check_fit(made, same | {"config": "d"}, {"vocab_size": 320, "hidden_size": 64})
+    assert "config" in note
+
+
+def test_the_card_counts_weights_from_the_headers(tmp_path):
+    found = make(tmp_path / "b", metrics={"tau": 2.51234}, recipe="recipes/x.yaml")
+    assert bundle.weight_count(found) == (15, 15 * 4 + 4 * 8)
+    card = bundle.card(found)
+    for text in ("b: fake", "15 parameters", "tiny", "vocabulary 320", "tau 2.512", "recipes/x.yaml", "seed**: 7"):
+        assert text in card

@@ -1,0 +1,189 @@
+"""The command line: quick to answer, one line for a mistake, signatures as the interface."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.targets import make_target
+from trainkit import bundle, cli
+from trainkit.errors import UserError
+from trainkit.parser import one_line
+
+
+def cook(dish: Path, plates: int, *, target: Path, temperatures: list[float] | None = None, depth: int | None = None,
+         verify: Literal["coupled", "residual"] = "coupled") -> str:  # fmt: skip
+    """Cooks a dish; the second line is not lost.
+
+    Args:
+        dish: What to cook.
+        plates: How many.
+        target: For whom.
+        temperatures: At which temperatures.
+        depth: How deep.
+        verify: Who tastes it.
+
+    Example:
+        trainkit cook soup 3 --target DIR
+        trainkit cook soup 3 --target DIR --temperatures [0,0.7]
+
+    Raises:
+        UserError: no such dish.
+    """
+    if dish.name == "mud":
+        raise UserError(f"{dish}: is not food;\nchoose another")
+    if dish.name == "bug":
+        raise RuntimeError("a bug")
+    if dish.name == "ctrl-c":
+        raise KeyboardInterrupt
+    if dish.name == "file":
+        Path("/nowhere/at/all").read_text()
+    return repr((dish, plates, target, temperatures, depth, verify))
+
+
+@pytest.fixture(autouse=True)
+def kitchen(monkeypatch):
+    module = types.ModuleType("kitchen")
+    module.cook = cook  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kitchen", module)
+    monkeypatch.setitem(cli.COMMANDS, "cook", ("kitchen", "cook", "cooks"))
+    monkeypatch.delenv("TRAINKIT_DEBUG", raising=False)
+
+
+def test_help_answers_at_once_without_heavy_imports():
+    code = "import sys; from trainkit.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 2.0  # 0.1 s on an idle machine, the promise is 1 s
+    assert not {"torch", "transformers", "lightning", "numpy", "datasets", "jsonargparse"} & set(done.stderr.split())
+    for command in (*cli.TRAINING, *cli.COMMANDS):
+        if command != "cook":
+            assert f"\n  {command} " in done.stdout
+
+
+def test_positionals_flags_and_lists_come_from_the_signature(capsys):
+    assert cli.main("cook soup 3 --target here --temperatures [0,0.7] --depth 4 --verify residual".split()) == 0
+    expected = (Path("soup"), 3, Path("here"), [0.0, 0.7], 4, "residual")
+    assert capsys.readouterr().out.strip() == repr(expected)
+    assert cli.main("cook soup 3 --target=here".split()) == 0
+    assert capsys.readouterr().out.strip() == repr((Path("soup"), 3, Path("here"), None, None, "coupled"))
+
+
+def test_command_help_is_the_docstring_with_its_examples(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["cook", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("usage: trainkit cook", "second line is not lost", "What to cook.", "At which temperatures.",
+                 "    trainkit cook soup 3 --target DIR\n    trainkit cook"):  # fmt: skip
+        assert part in text
+    assert "no such dish" not in text
+
+
+# Each row: a wrong command line, and what its one line must say.
+MISTAKES = {
+    "cook soup 3 --target x --temperatrues [0]": ["--temperatrues", "did you mean --temperatures?"],
+    "cook soup 3 --target x --depth deep": ["depth", "int", "got deep"],
+    "cook soup 3 --target x --verify sloppy": ["verify", "coupled", "got sloppy"],
+    "cook soup 3 --target x --temperatures [0,hot]": ["temperatures", "float", "hot"],
+    "cook soup 3": ["required", "target"],
+    "cook soup --target x": ["required", "plates"],
+    "cook soup 3 4 --target x": ["unrecognized arguments: 4", "--help"],
+    "cook mud 3 --target x": ["mud: is not food; choose another"],
+    "cook file 3 --target x": ["/nowhere/at/all: No such file or directory"],
+    "coook soup": ["no command 'coook'", "did you mean cook?"],
+    "zzz": ["no command 'zzz'", "--help"],
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(capsys, line):
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("trainkit: error: ")
+    assert err.count("\n") == 1
+    for part in MISTAKES[line]:
+        assert part in err
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("TRAINKIT_DEBUG", "1")
+    with pytest.raises(UserError):
+        cli.main("cook mud 3 --target x".split())
+
+
+def test_a_bug_is_no_users_mistake():
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main("cook bug 3 --target x".split())
+
+
+def test_ctrl_c_is_130():
+    assert cli.main("cook ctrl-c 3 --target x".split()) == 130
+
+
+@pytest.mark.parametrize("command", cli.TRAINING)
+def test_training_gets_its_arguments_and_its_code_is_returned(monkeypatch, command):
+    called = []
+    training = types.ModuleType("trainkit.modules.training")
+    training.run = lambda *given: called.append(given) or 143  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trainkit.modules.training", training)
+    assert cli.main([command, "--config", "x.yaml", "--help"]) == 143
+    assert called == [(command, ["--config", "x.yaml", "--help"])]
+
+
+# What jsonargparse says about recipes, and the line made of it.
+RECIPE_ERRORS = {
+    "Subcommand 'fit' does not accept option 'trainer.max_stpes'":
+        "Subcommand 'fit' does not accept option 'trainer.max_stpes'; did you mean trainer.max_steps?",
+    'Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: abc': "trainer.max_steps: expected int, got abc",
+    'Parser key "config": File does not exist: \'x.yaml\'': "config: File does not exist: 'x.yaml'",
+    'Parser key "model.drafter":\n  Does not validate against any of the Union subtypes\n  Subtypes: [a, b]\n  Errors:\n'
+    "    - Type typing.Callable[[int], M] expects a function or a callable class: Option 'denominatr' is not accepted. "
+    "Got value: Namespace(class_path='fractions.Fraction', init_args=Namespace(denominatr=1))\n"
+    "    - Expected a <class 'NoneType'>\n  Given value type: <class 'dict'>\n  Given value: {'denominatr': 1}":
+        "model.drafter: Option 'denominatr' is not accepted, got {'denominatr': 1}; did you mean denominator?",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", RECIPE_ERRORS)
+def test_recipe_errors_become_one_line(message):
+    assert one_line(message, ["trainer.max_steps", "trainer.max_time"]) == RECIPE_ERRORS[message]
+
+
+def test_inspect_shows_verifies_and_fits(tmp_path, capsys):
+    target = make_target(tmp_path / "target")
+    decoder = {"vocab_size": 320, "hidden_size": 64, "num_layers": 4}
+    bundle.write(
+        tmp_path / "b", lambda path: save_file({"w": np.zeros((2, 3), np.float32)}, path / "model.safetensors"),
+        kind="fake", config={}, target={"decoder": decoder, "fingerprint": bundle.fingerprint(target)},
+    )  # fmt: skip
+    assert cli.main(["inspect", str(tmp_path / "b"), "--target", str(target)]) == 0
+    text = capsys.readouterr().out
+    assert "fake" in text
+    assert "6 parameters" in text
+    assert "It fits" in text
+
+    other = make_target(tmp_path / "other", vocab_size=400)
+    assert cli.main(["inspect", str(tmp_path / "b"), "--target", str(other)]) == 2
+    assert "vocab_size 400" in capsys.readouterr().err
+
+    weights = tmp_path / "b" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert cli.main(["inspect", str(tmp_path / "b")]) == 2
+    assert "model.safetensors: changed" in capsys.readouterr().err
+
+
+def test_module_run_returns_the_exit_code():
+    done = subprocess.run([sys.executable, "-m", "trainkit.cli", "inspect", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert json.dumps(done.stderr).count("\\n") == 1

@@ -1,0 +1,132 @@
+"""Every drafter kind there is, found by discovery, trains, exports, loads and decodes without loss; one line a claim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainkit import bundle
+from trainkit.drafters.base import DraftBatch, Drafter, add_kinds_from, discover, load_kind
+from trainkit.errors import UserError
+from trainkit.export.drafter import export_drafter, first_logits
+from trainkit.losses.divergence import ForwardKL
+from trainkit.models.target import FrozenTarget
+from trainkit.runner import Runner, Stats
+
+add_kinds_from("tests.kinds")
+KINDS = sorted(discover())
+PROMPTS = ["Natalia sold clips", "How many", "In May she sold 48 / 2 = 24 clips. Altogether", "x"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_target: Path) -> FrozenTarget:
+    return FrozenTarget(tiny_target)
+
+
+@pytest.fixture(params=KINDS)
+def drafter(request: pytest.FixtureRequest, teacher: FrozenTarget, seed: int) -> Drafter:
+    made = load_kind(request.param)(teacher.shape())
+    made.initialise(teacher.folder)
+    return made
+
+
+def batch_for(teacher: FrozenTarget, drafter: Drafter) -> DraftBatch:
+    """Two packed documents and padding; the first tokens of each do not count."""
+    tokens = torch.randint(teacher.shape().decoder.vocab_size, (2, 24))
+    document = torch.tensor([[0] * 10 + [1] * 12 + [-1] * 2, [0] * 24])
+    positions = torch.cat([torch.arange(10), torch.arange(12), torch.arange(2)]), torch.arange(24)
+    mask = (torch.stack(positions) > 2) & (document >= 0)
+    hidden, taps = teacher.forward(tokens, torch.stack(positions), document, drafter.taps)
+    return DraftBatch(tokens, torch.stack(positions), document, mask, taps, hidden, teacher.handle())
+
+
+def runner_for(target: Path, folder: Path | None, **options: object) -> Runner:
+    return Runner.load(target, folder, max_batch=3, max_len=128, **options)  # type: ignore[arg-type]
+
+
+def exported(drafter: Drafter, target: Path, out: Path) -> Path:
+    export_drafter(drafter, out, tokenizer=target)
+    return out
+
+
+def test_discovery_finds_the_shipped_kind_and_the_one_of_the_tests() -> None:
+    assert {"lm", "twig"} <= set(KINDS)
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"unknown drafter kind 'nope'; there are: .*lm.*twig"):
+        load_kind("nope")
+
+
+def test_loss_falls_on_one_repeated_batch(drafter: Drafter, teacher: FrozenTarget) -> None:
+    batch = batch_for(teacher, drafter)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = drafter(batch, ForwardKL()).mean
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_the_target_gets_no_gradient(drafter: Drafter, teacher: FrozenTarget) -> None:
+    drafter(batch_for(teacher, drafter), ForwardKL()).mean.backward()
+    assert all(weight.grad is None for weight in teacher.model.parameters())
+    assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in drafter.parameters())
+
+
+def test_export_then_load_gives_equal_logits_and_the_card(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
+    before = first_logits(drafter)
+    folder = exported(drafter, tiny_target, tmp_path / "out")
+    card = bundle.read(folder)
+    again = load_kind(card.kind).load(folder, drafter.target, card.config)
+    assert torch.equal(first_logits(again), before)
+    assert again.config() == drafter.config()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("depth", [None, 1, 2])
+def test_speculative_output_equals_plain_output(
+    drafter: Drafter, tiny_target: Path, tmp_path: Path, temperature: float, depth: int | None
+) -> None:
+    options = {"max_new_tokens": 40, "temperature": temperature, "seed": 5, "ignore_end": True}
+    plain = runner_for(tiny_target, None).generate(PROMPTS, **options)
+    runner = runner_for(tiny_target, exported(drafter, tiny_target, tmp_path / "out"))
+    drafted = runner.generate(PROMPTS, depth=depth, **options)
+    assert [o.tokens for o in drafted] == [o.tokens for o in plain]
+    assert Stats.merge(o.stats for o in drafted).tau >= 1 and all(o.stats.tau == 1 for o in plain)
+
+
+def test_a_trained_drafter_is_accepted_where_it_was_trained(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
+    """Trained on the target's own greedy text, it drafts nearly all of that text: shift, taps and positions agree."""
+    teacher = FrozenTarget(tiny_target)
+    prompt = list(range(20, 28))
+    plain = runner_for(tiny_target, None).generate([prompt], max_new_tokens=40, ignore_end=True)[0].tokens
+    tokens = torch.tensor([prompt + plain])
+    positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
+    hidden, taps = teacher.forward(tokens, positions, document, drafter.taps)
+    batch = DraftBatch(tokens, positions, document, positions >= len(prompt), taps, hidden, teacher.handle())
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3, weight_decay=0.0)
+    for _ in range(600):
+        optimizer.zero_grad()
+        drafter(batch, ForwardKL()).mean.backward()
+        optimizer.step()
+    runner = runner_for(tiny_target, exported(drafter, tiny_target, tmp_path / "out"))
+    drafted = runner.generate([prompt], max_new_tokens=40, ignore_end=True, depth=2)[0]
+    assert drafted.tokens == plain
+    # what fits the least here has 0.9 of these tokens right; one that is off by a position has next to none
+    assert drafted.stats.tau > 0.8 * 3, drafted.stats
+
+
+@pytest.mark.gpu
+def test_captured_rounds_equal_eager_ones(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
+    folder = exported(drafter, tiny_target, tmp_path / "out")
+    options = {"max_new_tokens": 40, "temperature": 0.8, "seed": 5, "ignore_end": True}
+    outputs = [
+        runner_for(tiny_target, folder, device="cuda", capture=capture).generate(PROMPTS, **options) for capture in (False, True)
+    ]
+    assert [o.tokens for o in outputs[0]] == [o.tokens for o in outputs[1]]

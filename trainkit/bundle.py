@@ -1,0 +1,442 @@
+"""The contract on disk: a folder that the outside world understands, plus `trainkit.json`: what it is, and every file's hash.
+
+`write` fills a temporary sibling and renames it into place; `read` trusts nothing it has not checked. Nothing is unpickled, and
+no tensor is loaded here: that is the business of the kind that wrote them.
+
+What a kill or a power cut leaves: where the kernel swaps two folders in one step (Linux renameat2), the old bundle or the new
+one, complete, at every instant. Elsewhere replacing takes two renames; killed between them, the folder is absent until the next
+`read` or `write` of that path puts the old one back. Leftovers of killed writers are removed by the next `write`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from trainkit.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "trainkit.json"
+SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".model", ".png")
+"""Files a bundle may hold; a pickle is never among them."""
+
+_INERT = (".md", ".txt", ".png")  # may lie in a bundle unlisted: nothing loads them
+_VOLATILE = {
+    "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "initializer_range", "_attn_implementation",
+}  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `trainkit.json` says.
+
+    Attributes:
+        path: The folder.
+        kind: Drafter kind, or what else the folder holds.
+        config: Constructor arguments that rebuild it.
+        target: `TargetShape.to_dict()` of the target it was trained for; its `fingerprint` says which.
+        metrics: What was measured, by name.
+        runner: Recommended runner settings.
+        recipe: The recipe that made it.
+        seed: The run's seed.
+        versions: Library versions at the time of writing.
+        data: Fingerprint of the training data.
+        files: sha256 (hex) of each file, by path relative to the folder.
+        extra: What only the kind itself understands.
+    """
+
+    path: Path
+    kind: str
+    config: Mapping[str, Any]
+    target: Mapping[str, Any]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    runner: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Any = None
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    data: Any = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_bundle(folder: str | Path) -> bool:
+    """Whether `folder` holds a `trainkit.json`; says nothing of its state."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------------- writing
+
+
+def write(
+    folder: str | Path,
+    writer: Callable[[Path], None],
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    target: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+    runner: Mapping[str, Any] | None = None,
+    recipe: Any = None,
+    seed: int | None = None,
+    data: Any = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Writes a bundle whole or not at all (the head of this file says what a kill leaves), and returns it.
+
+    `writer` fills the empty temporary folder it is given with weights, config and tokenizer; the keywords are fields of
+    `Bundle`. A bundle that stands at `folder` already is replaced.
+
+    Raises:
+        UserError: `folder` holds something that is not a bundle.
+    """
+    folder = Path(folder).resolve()
+    bundle = Bundle(
+        folder, kind, dict(config), dict(target), dict(metrics or {}), dict(runner or {}), recipe, seed, _versions(), data, {},
+        dict(extra or {}),
+    )  # fmt: skip
+    _to_json(bundle)  # what is no JSON is found before the work, not after it
+    _check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _tidy(folder)
+    with _temporary_sibling(folder) as temporary:
+        writer(temporary)
+        bundle = replace(bundle, files=_hash_all(temporary))
+        (temporary / MANIFEST).write_text(_to_json(bundle), encoding="utf-8")
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        _check_replaceable(folder)
+        _put_in_place(temporary, folder)
+    return bundle
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("trainkit", "torch", "transformers", "lightning", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _to_json(bundle: Bundle) -> str:
+    values = {item.name: getattr(bundle, item.name) for item in fields(bundle) if item.name != "path"}
+    for name, value in values.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a bundle's {name} must be finite JSON: {error}") from error
+    return json.dumps({"format": FORMAT_VERSION} | values, indent=2) + "\n"
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not is_bundle(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not a bundle (it has no {MANIFEST}); choose another folder or remove it")
+
+
+@contextlib.contextmanager
+def _temporary_sibling(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, locked while this process lives, so that `_tidy` can tell it from a leftover."""
+    while True:
+        path = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
+        path.mkdir()
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # another writer tidied it away before it was locked
+            continue
+        if _lock(lock) and path.exists():
+            break
+        os.close(lock)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)  # after an exchange this is the old bundle
+        os.close(lock)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks
+    return True
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what killed writers left, and puts back an old bundle that one had moved aside."""
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(partial, os.O_RDONLY)
+            if _lock(lock):
+                shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+    for aside in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
+        if aside.with_suffix(".partial").exists():  # its writer is alive, between the two renames
+            continue
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(folder)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+    elif not _exchange(temporary, folder):
+        aside = temporary.with_suffix(".old")
+        folder.rename(aside)
+        temporary.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync(folder.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step; False where the system cannot (no Linux, or a file system without it)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+
+
+def _hash_all(folder: Path) -> dict[str, str]:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or path.suffix not in SUFFIXES or name == MANIFEST:
+            raise ValueError(f"a bundle may not hold {name!r}; it takes plain files ending in {', '.join(SUFFIXES)}")
+        files[name] = _sha256(path)
+    return files
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+
+
+def read(folder: str | Path, checksums: bool = True) -> Bundle:
+    """The bundle in `folder`, after checking its version, its list of files and (unless told not to) every file's sha256.
+
+    Raises:
+        UserError: not a bundle, from a newer trainkit, or missing, changed, unlisted or ill-named files.
+    """
+    folder = Path(folder)
+    if not folder.exists() and folder.parent.is_dir():
+        _tidy(folder.resolve())
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise UserError(f"{folder}: not a bundle (no {MANIFEST}); make one with `trainkit export CHECKPOINT {folder}`")
+    try:
+        values = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{manifest}: not readable as JSON ({str(error).splitlines()[0]}); export it again") from error
+    bundle = _from_json(folder, manifest, values)
+    for name, expected in bundle.files.items():
+        path = _inside(folder, name)
+        if not path.is_file():
+            raise UserError(f"{path}: missing, though {MANIFEST} lists it; export it again")
+        if checksums and _sha256(path) != expected:
+            raise UserError(f"{path}: changed since it was written (sha256 differs); export it again")
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        known = name.as_posix() in bundle.files or name.as_posix() == MANIFEST
+        if not (known or path.is_dir() or path.suffix in _INERT or any(part.startswith(".") for part in name.parts)):
+            raise UserError(f"{path}: not listed in {MANIFEST}; remove it or export again")
+    return bundle
+
+
+def _from_json(folder: Path, manifest: Path, values: Any) -> Bundle:
+    version = values.pop("format", None) if isinstance(values, dict) else None
+    if type(version) is not int or version < 1:
+        raise UserError(f"{manifest}: no format version; this is not a bundle of trainkit")
+    if version > FORMAT_VERSION:
+        raise UserError(f"{manifest}: format {version} is newer than {FORMAT_VERSION}, the one known here; upgrade trainkit")
+    names = {item.name for item in fields(Bundle)} - {"path"}
+    types = dict.fromkeys(("config", "target", "metrics", "runner", "versions", "files", "extra"), dict) | {"kind": str}
+    for name in sorted(names | set(values)):
+        if name not in names:
+            raise UserError(f"{manifest}: unknown key {name!r}; export it again")
+        if name not in values or not isinstance(values[name], types.get(name, object)):
+            raise UserError(f"{manifest}: {name} is missing or not a {types.get(name, object).__name__}; export it again")
+    return Bundle(path=folder, **values)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused if it leads out of the folder, by its name or through a link."""
+    pure = PurePosixPath(name)
+    plain = name and "\\" not in name and not pure.is_absolute() and ".." not in pure.parts and pure.as_posix() == name
+    if not plain or pure.suffix not in SUFFIXES or name == MANIFEST:
+        raise UserError(f"{folder / MANIFEST}: {name!r} is no file a bundle may hold; do not use this bundle")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path}: a link that leads out of the bundle; copy the file in its place")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- which target it belongs to
+
+
+def fingerprint(model_folder: str | Path) -> dict[str, str]:
+    """Which model a folder holds: hashes of its config and tokenizer, its vocabulary size and its name; reads no weights.
+
+    `config` hashes config.json without what another library version or precision would change; `tokenizer` hashes
+    tokenizer.json without version, padding and truncation, so that saving it again changes nothing (else the vocabulary files;
+    "" without any).
+
+    Raises:
+        UserError: no readable config.json in the folder.
+    """
+    folder = Path(model_folder)
+    config = _read_json(folder / "config.json")
+    text_config = config.get("text_config") or config
+    stable = {key: value for key, value in config.items() if key not in _VOLATILE}
+    return {
+        "config": _sha256_json(stable),
+        "tokenizer": _tokenizer_hash(folder),
+        "vocab_size": str(text_config.get("vocab_size", "")),
+        "path": folder.resolve().name,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a Hugging Face model folder") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({str(error).splitlines()[0]})") from error
+
+
+def _sha256_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    if (folder / "tokenizer.json").is_file():
+        values = _read_json(folder / "tokenizer.json")
+        for key in ("version", "padding", "truncation"):
+            values.pop(key, None)
+        model = values.get("model", {})
+        if model.get("merges"):  # older versions write "a b", newer ones ["a", "b"]
+            model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        return _sha256_json(values)
+    files = {name: _sha256(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    return _sha256_json(files) if files else ""
+
+
+def check_fit(
+    bundle_target: Mapping[str, Any],
+    target_fingerprint: Mapping[str, str],
+    target_decoder: Mapping[str, Any],
+    *,
+    hidden: bool = True,
+) -> list[str]:
+    """Refuses a target that the bundle cannot serve; returns notes on what differs but does no harm.
+
+    Args:
+        bundle_target: `Bundle.target`.
+        target_fingerprint: `fingerprint` of the target's folder.
+        target_decoder: `DecoderShape.to_dict()` of the target.
+        hidden: Whether the drafter reads the target's hidden states, so that their width must agree.
+
+    Raises:
+        UserError: vocabulary size, hidden size or tokenizer differ.
+    """
+    trained, made = bundle_target["decoder"], bundle_target.get("fingerprint") or {}
+    target = f"target {target_fingerprint.get('path', '')}".strip()
+    source = f" ({made['path']})" if made.get("path") else ""
+    for key, counts in (("vocab_size", True), ("hidden_size", hidden)):
+        if counts and trained[key] != target_decoder[key]:
+            raise UserError(
+                f"{target}: {key} {target_decoder[key]} does not fit the bundle, made for {trained[key]}{source}; "
+                "use the target it was trained for"
+            )
+    if made.get("tokenizer") and target_fingerprint.get("tokenizer") and made["tokenizer"] != target_fingerprint["tokenizer"]:
+        raise UserError(
+            f"{target}: its tokenizer is not the one the bundle was made for{source}; use the target it was trained for"
+        )
+    if made.get("config") and made["config"] != target_fingerprint.get("config"):
+        return [f"{target}: its config is not the one the bundle was made for{source}; acceptance may be lower than measured"]
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------------------- showing
+
+
+def weight_count(bundle: Bundle) -> tuple[int, int]:
+    """Parameters and bytes in the bundle's safetensors files, from their headers."""
+    count = size = 0
+    for name in bundle.files:
+        if name.endswith(".safetensors"):
+            for entry in _header(bundle.path / name).values():
+                count += math.prod(entry["shape"]) if entry["dtype"] not in ("BOOL", "I64") else 0  # those are index maps
+                size += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return count, size
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Tensor entries of a safetensors file: 8 bytes of length, then JSON (huggingface.co/docs/safetensors)."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 0 <= length <= path.stat().st_size - 8:
+            raise UserError(f"{path}: not a safetensors file, or cut short; export it again")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header
+
+
+def card(bundle: Bundle) -> str:
+    """The bundle in words (Markdown): kind, size, target, what was measured and how to run it."""
+    count, size = weight_count(bundle)
+    decoder, made = bundle.target.get("decoder", {}), bundle.target.get("fingerprint") or {}
+    sizes = [f"{label} {decoder[key]}" for key, label in _SIZES.items() if key in decoder]
+    rows = {
+        "weights": f"{count:,} parameters, {size / 1e6:,.1f} MB",
+        "target": ", ".join([str(made["path"])] * bool(made.get("path")) + sizes),
+        "config": _items(bundle.config),
+        "metrics": _items(bundle.metrics) or "none recorded",
+        "runner": _items(bundle.runner),
+        "recipe": bundle.recipe if isinstance(bundle.recipe, str) or bundle.recipe is None else json.dumps(bundle.recipe),
+        "seed": bundle.seed,
+        "data": bundle.data if isinstance(bundle.data, str) or bundle.data is None else json.dumps(bundle.data),
+        "versions": _items(bundle.versions),
+    }
+    lines = [f"- **{name}**: {value}" for name, value in rows.items() if value not in (None, "")]
+    return "\n".join([f"# {bundle.path.name}: {bundle.kind}", "", *lines, ""])
+
+
+_SIZES = {"vocab_size": "vocabulary", "hidden_size": "hidden", "num_layers": "layers"}
+
+
+def _items(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())

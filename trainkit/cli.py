@@ -1,0 +1,123 @@
+"""The command line: finds the command, reads its arguments from a function's signature, and ends a mistake in one line.
+
+Heavy imports wait until a command is chosen, so `trainkit --help` answers at once. fit, validate and test belong to
+LightningCLI; of every other command the signature is the interface: positional parameters are positional, keyword-only ones
+are flags, the docstring is the help.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trainkit import __version__
+from trainkit.errors import UserError
+
+TRAINING = {
+    "fit": "train from a recipe: trainkit fit --config recipes/X.yaml",
+    "validate": "validation metrics of a checkpoint: trainkit validate --config recipes/X.yaml --ckpt_path FILE",
+    "test": "test metrics of a checkpoint, likewise",
+}
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "export": ("trainkit.modules.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
+    "inspect": ("trainkit.export.inspect", "inspect", "a bundle's card, and if it fits: trainkit inspect BUNDLE --target DIR"),
+    "generate": ("trainkit.runner.command", "generate", "text: trainkit generate --target DIR --drafter DIR --prompt TEXT"),
+    "bench": (
+        "trainkit.eval.bench", "bench",
+        "speed against plain decoding: trainkit bench --target DIR --drafter DIR --prompts FILE --json OUT",
+    ),
+}  # fmt: skip
+_SAID_IN_ONE_LINE = {errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC, errno.EROFS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, or what training returns."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError) as error:
+        mistake = isinstance(error, UserError) or (error.errno in _SAID_IN_ONE_LINE and error.filename is not None)
+        if not mistake or os.environ.get("TRAINKIT_DEBUG") == "1":
+            raise
+        line = " ".join(str(error).split()) if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"
+        print(f"trainkit: error: {line}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if command == "--version":
+        print(f"trainkit {__version__}")
+        return 0
+    if command in TRAINING:
+        training = importlib.import_module("trainkit.modules.training")
+        return int(training.run(command, arguments[1:]) or 0)
+    if command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(command, [*TRAINING, *COMMANDS], n=1)
+        raise UserError(f"no command {command!r}; " + (f"did you mean {near[0]}?" if near else "trainkit --help lists them"))
+    module, name, _ = COMMANDS[command]
+    function = getattr(importlib.import_module(module), name)
+    result = function(**parse(command, function, arguments[1:]))
+    if isinstance(result, str):
+        print(result)
+    return result if isinstance(result, int) else 0
+
+
+def parse(command: str, function: Callable[..., Any], arguments: list[str]) -> dict[str, Any]:
+    """The keyword arguments for `function` that the command line gives; exits by itself for --help and mistakes."""
+    from trainkit.parser import Parser
+
+    parameters = inspect.signature(function).parameters
+    flags: set[str | int] = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    about, examples = _help_texts(inspect.getdoc(function) or "")
+    parser = Parser(prog=f"trainkit {command}", description=about, epilog=examples, formatter_class=_formatter())
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=flags)
+    positionals: set[str | int] = {name for name in parameters if name not in flags}
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positionals)
+    given = parser.parse_args(arguments)
+    return {name: given[name] for name in parameters}
+
+
+def _overview() -> str:
+    rows = TRAINING | {name: help_line for name, (_, _, help_line) in COMMANDS.items()}
+    lines = [f"  {name:<10} {text}" for name, text in rows.items()]
+    return "\n".join(
+        ["usage: trainkit COMMAND ...", "", *lines, "", "trainkit COMMAND --help explains each; lists are written [0,0.7].",
+         "TRAINKIT_DEBUG=1 shows the traceback of an error."]
+    )  # fmt: skip
+
+
+def _help_texts(docstring: str) -> tuple[str, str]:
+    """What a Google docstring says before its sections, and its examples."""
+    parts = re.split(r"^(Args|Returns|Raises|Examples?):\n", docstring, flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    examples = sections.get("Example", sections.get("Examples", ""))
+    return parts[0].strip(), f"examples:\n{examples.rstrip()}" if examples else ""
+
+
+def _formatter() -> type:
+    import argparse
+
+    import jsonargparse
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+        """Keeps the line breaks of examples."""
+
+    return Formatter
+
+
+if __name__ == "__main__":
+    sys.exit(main())

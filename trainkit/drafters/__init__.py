@@ -1,0 +1,1 @@
+"""Drafters, one folder a kind; kinds are blind to one another."""

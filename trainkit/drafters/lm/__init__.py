@@ -1,0 +1,5 @@
+"""Kind `lm`: a small language model of its own that drafts for the target."""
+
+from trainkit.drafters.lm.network import LMDraft
+
+__all__ = ["LMDraft"]

@@ -1,0 +1,180 @@
+"""A small Llama-layout decoder with the target's tokenizer, trained by distillation (METHODS: Direct Alignment, FastDraft).
+
+Left out on purpose: target taps, of which this kind needs none, so that its export serves any engine as an ordinary model.
+"""
+
+# B batch  T positions  D hidden  F frontier nodes  M drafted nodes  P path  S cache slots
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainkit.drafters.base import (
+    Divergence,
+    DraftBatch,
+    Drafter,
+    Frontier,
+    LossOutput,
+    State,
+    StepOutput,
+    TargetHandle,
+    TargetShape,
+)
+from trainkit.errors import UserError
+from trainkit.layers.attention import causal_bias, document_bias, move_slots, tree_bias
+from trainkit.layers.blocks import Decoder
+from trainkit.models.load import (
+    LAYOUTS,
+    check_covered,
+    copy_weights,
+    decoder_shape,
+    load_decoder,
+    read_config,
+    read_tensors,
+    save_decoder,
+)  # fmt: skip
+
+
+class LMDraft(Drafter):
+    """A decoder-only draft model.
+
+    Args:
+        target: Sizes of the target; what is not given below is taken from it.
+        num_layers: Decoder layers.
+        hidden_size: Width; the target's by default.
+        intermediate_size: Width inside the MLP; scaled with the hidden size by default.
+        num_heads: Query heads; as many as fit at the target's head width by default.
+        num_kv_heads: Key-value heads; as many as the target has, at most `num_heads`, by default.
+        init: `scratch` draws random weights; `target` copies the target's embedding, head and every n-th layer (needs the
+            target's width); anything else names a Hugging Face folder whose weights, and whose sizes, are taken.
+    """
+
+    def __init__(
+        self,
+        target: TargetShape,
+        *,
+        num_layers: int = 1,
+        hidden_size: int | None = None,
+        intermediate_size: int | None = None,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        init: str = "target",
+    ) -> None:
+        super().__init__(target)
+        shape = target.decoder
+        if init in ("scratch", "target"):
+            width = hidden_size or shape.hidden_size
+            heads = num_heads or max(1, width // shape.head_dim)
+            kv_heads = num_kv_heads or next(g for g in range(min(shape.num_kv_heads, heads), 0, -1) if heads % g == 0)
+            inner = intermediate_size or shape.intermediate_size * width // shape.hidden_size
+            shape = replace(
+                shape, num_layers=num_layers, hidden_size=width, intermediate_size=inner, num_heads=heads, num_kv_heads=kv_heads
+            )
+        else:
+            config = read_config(init)
+            check_covered(config, init, 0)
+            shape = decoder_shape(config)
+            if shape.vocab_size != target.decoder.vocab_size:
+                raise UserError(f"{init}: vocabulary of {shape.vocab_size}, the target's has {target.decoder.vocab_size}")
+        self.init = init
+        self.decoder = Decoder(shape)
+        self.decoder.initialise()
+
+    def initialise(self, target_folder: Path) -> None:
+        if self.init == "scratch":
+            return
+        if self.init != "target":
+            copy_weights(self.decoder, read_tensors(self.init), self.init)
+            return
+        theirs, ours = self.target.decoder, self.decoder.shape
+        if replace(theirs, num_layers=ours.num_layers) != ours:
+            raise UserError("drafter.init: 'target' copies whole layers, so sizes must equal the target's; set init: scratch")
+        source = load_decoder(target_folder, dtype=torch.float32)
+        kept = [i * theirs.num_layers // ours.num_layers for i in range(ours.num_layers)]
+        copied = source.state_dict()
+        for new, old in enumerate(kept):
+            prefix = f"layers.{old}."
+            weights = {name.removeprefix(prefix): value for name, value in copied.items() if name.startswith(prefix)}
+            self.decoder.layers[new].load_state_dict(weights)
+        self.decoder.embed.load_state_dict(source.embed.state_dict())
+        self.decoder.norm.load_state_dict(source.norm.state_dict())
+        if self.decoder.lm_head is not None and source.lm_head is not None:
+            self.decoder.lm_head.load_state_dict(source.lm_head.state_dict())
+
+    def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
+        self.decoder.reserve_positions(batch.tokens_BT.shape[1])
+        bias = document_bias(batch.document_BT, self.decoder.embed.weight.dtype)
+        hidden_BTD, _ = self.decoder(batch.tokens_BT, batch.positions_BT, bias)
+        counted_BT = batch.label_mask(1)
+        labels_BT = batch.tokens_BT.roll(-1, dims=1)
+        draft_ND, target_ND, labels_N = hidden_BTD[counted_BT], batch.hidden_BTD[counted_BT], labels_BT[counted_BT]
+        return divergence(draft_ND, self.decoder.head, target_ND, batch.handle.head, labels_N=labels_N)
+
+    def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
+        self.decoder.reserve_positions(slots)
+        return {
+            "cache": self.decoder.new_cache(batch_size, slots, device, dtype),
+            # the token before the root is read again at each round's first step: after a full acceptance it was never fed
+            "previous": torch.zeros(batch_size, dtype=torch.long, device=device),
+        }
+
+    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+        bias = causal_bias(positions_BT, span, state["cache"].dtype)
+        self.decoder(tokens_BT, positions_BT, bias, state["cache"], positions_BT)
+        state["previous"].copy_(tokens_BT[:, -1])
+
+    def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
+        tokens, positions, ancestors = frontier.tokens_BF, frontier.positions_BF, frontier.ancestors_BFM
+        root_B = positions[:, 0] - frontier.depth
+        slots = root_B[:, None] + frontier.nodes_F
+        if frontier.depth == 0:
+            tokens = torch.cat([state["previous"][:, None], tokens], dim=1)
+            positions = slots = torch.cat([positions - 1, positions], dim=1)
+            ancestors = torch.cat([torch.zeros_like(ancestors), ancestors], dim=1)
+        bias = tree_bias(root_B, ancestors, span, state["cache"].dtype)
+        hidden, _ = self.decoder(tokens, positions, bias, state["cache"], slots)
+        hidden = hidden[:, -frontier.tokens_BF.shape[1] :]
+        return StepOutput(self.decoder.head(hidden), None, hidden)
+
+    def commit(
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        taps_BPAD: Tensor | None,
+    ) -> None:  # fmt: skip
+        if path_BP is not None:
+            move_slots(state["cache"], root_B[:, None] + path_BP, root_B)
+        last = tokens_BP.gather(1, (counts_B - 1).clamp(min=0)[:, None])[:, 0]
+        state["previous"].copy_(torch.where(counts_B > 0, last, state["previous"]))
+
+    def step_bytes(self, head_bytes: int) -> int:
+        return self.decoder.step_bytes()
+
+    def config(self) -> dict[str, Any]:
+        shape = self.decoder.shape
+        return {
+            "num_layers": shape.num_layers, "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
+            "num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "init": self.init,
+        }  # fmt: skip
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        save_decoder(self.decoder, folder, dtype, self.target.end_ids, self.target.pad_id)
+
+    @classmethod
+    def claims(cls, folder: Path) -> bool:
+        """Any plain checkpoint of a layout our decoder covers."""
+        if not (folder / "config.json").is_file():
+            return False
+        config = read_config(folder)
+        return config.model_type in LAYOUTS and (config.architectures or [""])[0].endswith("ForCausalLM")
+
+    @classmethod
+    def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> LMDraft:
+        draft = cls(target, **{**config, "init": str(folder)})
+        draft.decoder = load_decoder(folder)
+        draft.init = str(config.get("init", folder))
+        return draft.eval()

@@ -1,0 +1,169 @@
+"""`trainkit bench`: one run, one table; every speed beside its baseline, JSON and PNG on request. Light to import."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from trainkit.eval.result import Field, Request, Result
+
+if TYPE_CHECKING:
+    from trainkit.eval.identity import Identity
+    from trainkit.eval.speed import RoundCost
+
+
+def bench(
+    *,
+    target: str | None = None,
+    drafter: str | None = None,
+    prompts: str | None = None,
+    json: str | None = None,
+    plot: str | None = None,
+    depths: tuple[int, ...] = (1, 2, 3, 4, 6),
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    verify: str = "coupled",
+    limit: int = 16,
+    repeats: int = 3,
+    batch: int = 1,
+    device: str = "auto",
+    dtype: str = "float32",
+    baselines: bool = True,
+    seed: int = 0,
+    max_seconds: float = 900.0,
+    synthetic: str | None = None,
+    synthetic_tau: float = 3.0,
+    prompt_length: int = 64,
+) -> int:
+    """Measures decoding with and without the drafter, beside transformers, on the same prompts, interleaved in one process.
+
+    Exit code 1 if some output differs from plain decoding where rounding does not explain it.
+
+    Examples:
+        trainkit bench --target models/target --drafter models/draft --prompts test.jsonl --json bench.json --plot bench.png
+        trainkit bench --synthetic llama3-8b --device cuda --dtype bfloat16 --baselines false
+
+    Args:
+        target: Hugging Face folder of the target.
+        drafter: Drafter bundle, or a plain folder of a small model with the same tokenizer.
+        prompts: File of prompts or chats; the chat template is applied where the tokenizer has one.
+        json: Where to write everything measured.
+        plot: Where to write the figure, PNG.
+        depths: Depths to draft to; the drafter's own tree is added where it has one.
+        max_new_tokens: Most tokens for each prompt.
+        temperature: 0 is greedy. Above, transformers draws other texts, and only our outputs are held against plain decoding.
+        verify: coupled or residual.
+        limit: First prompts to take.
+        repeats: Times each contender runs; medians are shown.
+        batch: Prompts decoded together.
+        device: Torch device; `auto` takes a GPU where there is one.
+        dtype: float32, bfloat16 or float16.
+        baselines: Also measure transformers.
+        seed: Fixes every draw.
+        max_seconds: Fewer prompts are taken, and said so, if all of them would need longer than this.
+        synthetic: Instead of a target: tiny, llama3-1b or llama3-8b with random weights, and a scripted drafter.
+        synthetic_tau: Tokens per round that the scripted drafter realises, as far as the depth allows.
+        prompt_length: Tokens of the synthetic prompt.
+
+    Returns:
+        0, or 1 on a mismatch.
+    """
+    request = Request(
+        target, drafter, prompts, tuple(depths), max_new_tokens, temperature, verify, limit, repeats, batch, _device(device),
+        dtype, baselines, seed, max_seconds, synthetic, synthetic_tau, prompt_length,
+    )  # fmt: skip
+    from trainkit.eval.contenders import checkpoint_field, synthetic_field
+    from trainkit.eval.report import figure, table, write_json
+    from trainkit.eval.summary import summarise
+
+    result = run(request, synthetic_field(request) if synthetic is not None else checkpoint_field(request))
+    summary = summarise(result)
+    print(table(summary))
+    if json is not None:
+        write_json(summary, json)
+    if plot is not None:
+        figure(summary, plot)
+    return int(result.mismatches > 0)
+
+
+def run(request: Request, field: Field) -> Result:
+    """Chooses threads, announces how long it will take, measures, and compares every output with plain decoding."""
+    import torch
+    from tqdm import tqdm
+
+    from trainkit.eval.machine import examine
+    from trainkit.eval.speed import measure, set_threads, warm_up
+
+    device, every = field.runner.device, torch.get_num_threads()
+    try:
+        machine = examine(device)
+        threads = sorted({1, every}) if device.type == "cpu" else [every]
+        once = warm_up(field.contenders, field.prompts, request.max_new_tokens, threads, whole=device.type != "cpu")
+        _announce(request, field, _fit(field, once * request.repeats, request.max_seconds))
+        with tqdm(total=len(field.contenders) * request.repeats, unit="run", disable=None) as bar:
+
+            def progress(name: str) -> None:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update()
+
+            measure(field.contenders, field.prompts, request.max_new_tokens, request.repeats, progress)
+        costs = _costs(request, field)
+    finally:
+        set_threads(every)
+    identity, tolerance = _identities(request, field)
+    return Result(request, field, machine, datetime.now(UTC).isoformat(timespec="seconds"), identity, costs, tolerance)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _fit(field: Field, estimate: float, most: float) -> float:
+    """Drops prompts until the estimate (seconds) is within `most`, and returns what it then is."""
+    total = len(field.prompts)
+    kept = min(total, max(1, int(total * most / estimate))) if estimate > 0 else total
+    if kept < total:
+        field.notes.append(f"{kept} of {total} prompts, to stay within max_seconds {most:.0f}")
+        del field.prompts[kept:]
+    return estimate * kept / total
+
+
+def _announce(request: Request, field: Field, seconds: float) -> None:
+    print(
+        f"bench: {len(field.contenders)} contenders x {request.repeats} repeats x {len(field.prompts)} prompts of at most "
+        f"{request.max_new_tokens} new tokens: {seconds:.0f} s at most",
+        file=sys.stderr,
+    )
+
+
+def _costs(request: Request, field: Field) -> dict[tuple[int, Any], RoundCost]:
+    """Draft and verify times of each of our contenders, with the threads that it and plain decoding run with."""
+    from trainkit.eval.speed import round_costs, set_threads
+
+    drafting = [one for one in field.contenders if one.paths]
+    if not drafting:
+        return {}
+    found = {}
+    for count in sorted({one.threads for one in [field.plain, *drafting]}):
+        set_threads(count)
+        batch = min(request.batch, len(field.prompts))
+        costs = round_costs(field.runner, [one.paths for one in drafting], field.mean_length, batch)
+        found |= {(count, paths): cost for paths, cost in costs.items()}
+    return found
+
+
+def _identities(request: Request, field: Field) -> tuple[dict[str, Identity], float]:
+    """Holds every contender that has to give the same text against plain decoding, and says at what tolerance."""
+    from trainkit.eval.identity import Judge, tolerance_of
+    from trainkit.runner.sampling import Sampling
+
+    target, reference = field.runner.rounds.target, field.plain.last.tokens
+    tolerance = tolerance_of(target, [*field.prompts[0], *reference[0]])
+    judge = Judge(target, Sampling(request.temperature), request.seed, tolerance)
+    held = [one for one in field.contenders if one is not field.plain and request.has_same_draw(one)]
+    return {one.name: judge.compare(field.prompts, reference, one.last.tokens) for one in held}, tolerance

@@ -1,0 +1,243 @@
+"""A bench's summary as a text table, as JSON and as a figure; files are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainkit.errors import UserError
+
+WIDTH = 100
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary for people, within 100 columns."""
+    parts = [_head(summary), _speeds(summary)]
+    if any("tau" in one for one in summary["contenders"]):
+        parts.append(_drafting(summary))
+    parts.append(_closing(summary))
+    return "\n\n".join(parts)
+
+
+def _wrapped(lines: Sequence[str]) -> str:
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
+
+
+def write_json(summary: dict[str, Any], path: str | Path) -> None:
+    """Writes the summary as JSON; numbers that do not exist (a tau without a round) become null.
+
+    Raises:
+        UserError: the folder is missing or cannot be written.
+    """
+    text = json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def figure(summary: dict[str, Any], path: str | Path) -> None:
+    """Writes a PNG: tokens per second of every contender with the spread of its repeats; tau, roof and speedup by depth.
+
+    Raises:
+        UserError: the folder is missing or cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drafting = _chains(summary)
+    canvas = Figure(figsize=(12 if drafting else 7, 4.8), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(1, 2 if drafting else 1, squeeze=False)[0]
+    _bars(axes[0], summary)
+    if drafting:
+        _curves(axes[1], drafting)
+    canvas.suptitle(_title(summary), fontsize=10)
+    _write(path, lambda temporary: canvas.savefig(temporary, format="png", dpi=130))
+
+
+# text
+
+
+def _head(summary: dict[str, Any]) -> str:
+    arguments, machine, prompts = summary["arguments"], summary["machine"], summary["prompts"]
+    cache, mean = machine["last_level_cache"], prompts["tokens"] / prompts["count"]
+    return _wrapped([
+        _title(summary),
+        f"{machine['processor']}, {machine['threads']} threads, copies {machine['copy_bandwidth'] / 1e9:.1f} GB/s, "
+        f"last-level cache {'unknown' if cache is None else f'{cache / 2**20:.0f} MiB'}; {summary['date']}",
+        f"{prompts['count']} prompts of {mean:.0f} tokens, {arguments['max_new_tokens']} new "
+        f"at most; batch {arguments['batch']}, temperature {arguments['temperature']:g}, "
+        f"{arguments['repeats']} interleaved repeats",
+    ])  # fmt: skip
+
+
+def _title(summary: dict[str, Any]) -> str:
+    target, drafter = summary["target"], summary["drafter"]
+    text = f"target {target['name']} ({_count(target['parameters'])}, {summary['arguments']['dtype']})"
+    return text if drafter is None else f"{text}, drafter {drafter['name']} ({_count(drafter['parameters'])})"
+
+
+def _speeds(summary: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("decoding", "tokens", "thr", "tok/s", "min..max", "x plain", "x transf.", "bandwidth", "identical")
+    ]
+    for one in summary["contenders"]:
+        rate = one["tokens_per_second"]
+        rows.append((
+            one["name"], str(one["tokens"]), str(one["threads"]), _short(rate["median"]),
+            f"{_short(rate['min'])}..{_short(rate['max'])}", _ratio(one["x_plain"]), _ratio(one["x_transformers"]),
+            _bandwidth(one.get("bandwidth")), _identical(one, summary),
+        ))  # fmt: skip
+    return _aligned(rows)
+
+
+def _drafting(summary: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("draft", "tau", "mbsu", "v(T)", "draft", "roof", "speedup", "of roof", "effic.", "cut", "alpha_k")
+    ]
+    for one in summary["contenders"]:
+        if "tau" in one:
+            rows.append((
+                one["name"].removeprefix("trainkit "),
+                *(_ratio(one[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
+                _percent(one["speedup_over_roof"]), _percent(one["efficiency"]), str(one["cut_rounds"]),
+                " ".join(f"{alpha:.2f}" for alpha in one["alpha_k"]),
+            ))  # fmt: skip
+    return _aligned(rows)
+
+
+def _closing(summary: dict[str, Any]) -> str:
+    lines = []
+    by_name = {one["name"]: one for one in summary["contenders"]}
+    if summary["best"] is not None:
+        best = by_name[summary["best"]]
+        rate = best["tokens_per_second"]["median"]
+        plain = by_name["trainkit plain"]["tokens_per_second"]["median"]
+        lines.append(f"best: {best['name']}, {_short(rate)} tokens/s, {best['speedup']:.2f}x plain decoding ({_short(plain)})")
+        theirs = [one for one in summary["contenders"] if one["family"] == "transformers"]
+        if theirs:
+            rival = max(theirs, key=lambda one: one["tokens_per_second"]["median"])
+            speed = rival["tokens_per_second"]["median"]
+            lines.append(f"and {rate / speed:.2f}x the fastest of transformers ({rival['name']}, {_short(speed)})")
+    lines += _verdict(summary)
+    if summary["arguments"]["temperature"] > 0:
+        lines.append("transformers draws with its own noise: other texts, compared by speed alone")
+    return _wrapped([*lines, *summary["notes"]])
+
+
+def _verdict(summary: dict[str, Any]) -> list[str]:
+    """`identical output: n of n, ties: k`, over every text that was held against plain decoding; mismatches named, loudly."""
+    held = [(one["name"], one["identical"]) for one in summary["contenders"] if one["identical"] is not None]
+    if not held:
+        return ["identical output: nothing to hold against plain decoding"]
+    total, equal, ties = (sum(found[key] for _, found in held) for key in ("of", "equal", "ties"))
+    lines = [f"identical output: {equal} of {total}, ties: {ties} (score gap below {summary['tie_tolerance']:.2g})"]
+    for name, found in held:
+        for one in found["differences"]:
+            if not one["is_tie"]:
+                lines.append(
+                    f"MISMATCH: {name}, prompt {one['prompt']}, new token {one['place']}: {one['tokens'][1]} instead of "
+                    f"{one['tokens'][0]}, gap {one['gap']:.3g}"
+                )
+    return lines
+
+
+def _identical(one: dict[str, Any], summary: dict[str, Any]) -> str:
+    found = one["identical"]
+    if found is None:
+        return "reference" if one["name"] == "trainkit plain" else "other draw"
+    extra = f", {found['ties']} tied" if found["ties"] else ""
+    return f"{found['equal']}/{found['of']}{extra}" + (f", {found['mismatches']} WRONG" if found["mismatches"] else "")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their headings: the first and the last to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *numbers, row[-1]]))
+    return "\n".join(lines)
+
+
+def _bandwidth(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return "in cache" if found["in_cache"] else _percent(found["share"])
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
+
+
+# figure
+
+
+def _chains(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    chains = [one for one in summary["contenders"] if "tau" in one and one["nodes"] == one["depth"] + 1]
+    return sorted(chains, key=lambda one: one["depth"])
+
+
+def _bars(axes: Any, summary: dict[str, Any]) -> None:
+    ones = summary["contenders"][::-1]
+    rates = [one["tokens_per_second"] for one in ones]
+    spread = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
+    colours = ["tab:gray" if one["family"] == "transformers" else "tab:blue" for one in ones]
+    axes.barh([one["name"] for one in ones], [rate["median"] for rate in rates], xerr=spread, color=colours, capsize=3)
+    axes.set_xlabel("tokens per second (median; bars: all repeats)")
+
+
+def _curves(axes: Any, chains: Sequence[dict[str, Any]]) -> None:
+    depths = [one["depth"] for one in chains]
+    for key, style in (("tau", "o-"), ("mbsu", "^:"), ("roof", "s--"), ("speedup", "d-")):
+        axes.plot(depths, [one[key] for one in chains], style, label=key)
+    axes.axhline(1.0, color="black", linewidth=0.7)
+    axes.set_xticks(depths)
+    axes.set_xlabel("draft depth")
+    axes.set_ylabel("times plain decoding (tau: tokens per round)")
+    axes.legend()
+
+
+# files
+
+
+def _finite(value: Any) -> Any:
+    """The same without nan and infinities, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
+
+
+def _write(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Writes to a sibling, then renames: a kill leaves the old file or the new one."""
+    final = Path(path)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.")
+    except OSError as error:
+        raise UserError(f"{final}: cannot write there ({error.strerror}); name another file") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(final)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""What passes between the parts of a bench: what was asked, who takes part, what was measured. Light to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainkit.errors import UserError
+
+if TYPE_CHECKING:
+    from trainkit.eval.identity import Identity
+    from trainkit.eval.machine import Machine
+    from trainkit.eval.speed import Contender, RoundCost
+    from trainkit.runner import Runner
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `bench`, whose docstring explains them, once they are checked."""
+
+    target: str | None
+    drafter: str | None
+    prompts: str | None
+    depths: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    verify: str
+    limit: int
+    repeats: int
+    batch: int
+    device: str
+    dtype: str
+    baselines: bool
+    seed: int
+    max_seconds: float
+    synthetic: str | None
+    synthetic_tau: float
+    prompt_length: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "limit", "repeats", "batch", "prompt_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
+        if any(depth < 1 for depth in self.depths) or len(set(self.depths)) != len(self.depths):
+            raise UserError(f"depths {list(self.depths)}: must be different and at least 1; plain decoding is always measured")
+        if self.synthetic is None and (self.target is None or self.prompts is None):
+            raise UserError("bench needs --target and --prompts (a file), or --synthetic with the name of a shape")
+        if self.synthetic is not None and (self.target or self.drafter or self.prompts or self.temperature):
+            raise UserError("synthetic: takes no target, drafter or prompts, and decodes at temperature 0")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"dtype {self.dtype!r}: must be float32, bfloat16 or float16")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options for `Runner.generate`."""
+        return {"temperature": self.temperature, "verify": self.verify, "seed": self.seed}
+
+    def has_same_draw(self, contender: Contender) -> bool:
+        """Whether this contender has to give the very tokens of our plain decoding."""
+        return self.temperature == 0 or (contender.family == "trainkit" and self.verify == "coupled")
+
+
+@dataclass
+class Field:
+    """Who takes part.
+
+    Attributes:
+        runner: Ours.
+        prompts: Token ids.
+        target: Its name.
+        drafter: Its name, or None.
+        contenders: In the order of the table, plain decoding among them.
+        notes: What was left out, and why.
+    """
+
+    runner: Runner
+    prompts: list[list[int]]
+    target: str
+    drafter: str | None = None
+    contenders: list[Contender] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def plain(self) -> Contender:
+        """Our decoding without a draft."""
+        return next(one for one in self.contenders if one.family == "trainkit" and not one.paths)
+
+    @property
+    def mean_length(self) -> int:
+        """Tokens in the cache half-way through the average text, once plain decoding has run."""
+        texts = self.plain.last.tokens
+        return sum(len(p) + len(t) // 2 for p, t in zip(self.prompts, texts, strict=True)) // len(texts)
+
+
+@dataclass
+class Result:
+    """Everything measured.
+
+    Attributes:
+        request: What was asked.
+        field: Who took part, each contender with its times and outputs.
+        machine: Where.
+        date: When, UTC, ISO 8601.
+        identity: By contender's name, its output against plain decoding; absent where it is another draw.
+        costs: By (threads, tree), what drafting and verifying takes.
+        tolerance: Score gap below which a difference is a tie.
+    """
+
+    request: Request
+    field: Field
+    machine: Machine
+    date: str
+    identity: dict[str, Identity]
+    costs: dict[tuple[int, Any], RoundCost]
+    tolerance: float
+
+    @property
+    def mismatches(self) -> int:
+        """Texts that differ from plain decoding though they must not, and not by rounding."""
+        return sum(one.mismatches for one in self.identity.values())

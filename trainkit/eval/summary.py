@@ -1,0 +1,122 @@
+"""A bench's result as one JSON-able dictionary: what was measured and the figures of merit that follow; table and plot read it.
+
+Each name has one meaning. tau: tokens a full round emits, bonus token included; prefills, and a last round cut by length or
+end, are left out and counted beside. alpha_k: share of rounds in which draft position k was accepted, given k - 1 were.
+mbsu: tau / (c depth + 1). roof: tau / (v(T) + draft time / plain step time). speedup: wall-clock of our plain decoding / that
+with the drafter (as tokens per second; equal where the texts are). efficiency: speedup / tau. bandwidth: bytes that must be
+read per step / step time / copy bandwidth of the machine.
+"""
+
+# T rows verified in a round
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from trainkit.eval.result import Result
+from trainkit.eval.speed import Contender, mbsu, roof
+
+Summary = dict[str, Any]
+
+
+def summarise(result: Result) -> Summary:
+    """Everything measured and derived; format 1."""
+    field, request, machine = result.field, result.request, asdict(result.machine)
+    versions = machine.pop("versions")
+    contenders = [_contender(result, one) for one in field.contenders]
+    drafting = [one for one in contenders if one["family"] == "trainkit" and one["depth"]]
+    return {
+        "format": 1, "date": result.date, "arguments": asdict(request), "versions": versions, "machine": machine,
+        "target": _model(field.runner.rounds.target, field.target, _bytes(result)[0]),
+        "drafter": field.runner.drafter and _model(field.runner.drafter, str(field.drafter), _bytes(result)[1]),
+        "prompts": {"count": len(field.prompts), "tokens": sum(map(len, field.prompts)), "mean_cached": field.mean_length},
+        "tie_tolerance": result.tolerance, "mismatches": result.mismatches, "notes": list(field.notes),
+        "best": max(drafting, key=lambda one: one["tokens_per_second"]["median"])["name"] if drafting else None,
+        "contenders": contenders,
+    }  # fmt: skip
+
+
+def _model(module: Any, name: str, step_bytes: int) -> Summary:
+    return {"name": name, "parameters": sum(p.numel() for p in module.parameters()), "step_bytes": step_bytes}
+
+
+def _contender(result: Result, one: Contender) -> Summary:
+    field = result.field
+    transformers = [other for other in field.contenders if other.family == "transformers" and not other.depth]
+    rates = one.rates
+    values: Summary = {
+        "name": one.name, "family": one.family, "depth": one.depth, "threads": one.threads, "tokens": one.last.count,
+        "seconds": one.seconds, "tokens_per_second": {"median": one.rate, "min": min(rates), "max": max(rates)},
+        "x_plain": one.rate / field.plain.rate, "x_transformers": one.rate / transformers[0].rate if transformers else None,
+        "identical": _identity(result, one),
+    }  # fmt: skip
+    if one.last.stats is not None:
+        values |= {"bandwidth": _bandwidth(result, one), "split": _split(one)}
+    if one.paths:
+        values |= _drafting(result, one)
+    return values
+
+
+def _identity(result: Result, one: Contender) -> Summary | None:
+    found = result.identity.get(one.name)
+    if found is None:
+        return None
+    return {
+        "of": found.total, "equal": found.equal, "ties": found.ties, "mismatches": found.mismatches,
+        "differences": [asdict(difference) for difference in found.differences],
+    }  # fmt: skip
+
+
+def _drafting(result: Result, one: Contender) -> Summary:
+    """What only a contender with a draft has: acceptance, and the speed that it could and does give."""
+    stats = one.last.stats
+    assert stats is not None
+    plain = result.field.plain
+    target_bytes, draft_bytes = _bytes(result)
+    cost = result.costs[one.threads, one.paths]
+    step = result.costs[plain.threads, ()].verify
+    c, tau, speedup = draft_bytes / target_bytes, stats.tau, one.rate / plain.rate
+    attainable = roof(tau, step, cost)
+    alpha_k = [*stats.alpha_k, 0.0][: one.depth]  # a position that was reached and never accepted
+    return {
+        "nodes": len(one.paths) + 1, "accepted": list(stats.accepted), "rounds": stats.rounds, "cut_rounds": stats.cut_rounds,
+        "tau": tau, "alpha_k": alpha_k, "c": c, "mbsu": mbsu(tau, c, one.depth), "v": cost.verify / step,
+        "draft": cost.draft / step, "plain_step_seconds": step, "roof": attainable, "speedup": speedup,
+        "speedup_over_roof": speedup / attainable, "efficiency": speedup / tau,
+    }  # fmt: skip
+
+
+def _bandwidth(result: Result, one: Contender) -> Summary:
+    """Bytes a round must read (weights once each level, the cache once), the time it takes, and the share of copy bandwidth."""
+    target_bytes, draft_bytes = _bytes(result)
+    request, field, machine = result.request, result.field, result.machine
+    batch = min(request.batch, len(field.prompts))
+    needed = target_bytes + one.depth * draft_bytes + batch * field.mean_length * _cache_bytes(result)
+    seconds = one.decode_seconds / max(1, one.last.rounds)
+    cache = machine.last_level_cache
+    return {
+        "bytes": needed, "step_seconds": seconds, "share": needed / seconds / machine.copy_bandwidth,
+        "in_cache": cache is not None and 4 * needed <= cache,
+    }  # fmt: skip
+
+
+def _bytes(result: Result) -> tuple[int, int]:
+    """Bytes of weights that a target call and a draft step read."""
+    rounds = result.field.runner.rounds
+    head = rounds.target.embed.weight  # as large as the head, whether or not they are one
+    drafter = rounds.drafter
+    return rounds.target.step_bytes(), 0 if drafter is None else drafter.step_bytes(head.numel() * head.element_size())
+
+
+def _cache_bytes(result: Result) -> int:
+    """Bytes of the target's keys and values for one cached token."""
+    weight, shape = result.field.runner.rounds.target.embed.weight, result.field.runner.rounds.target.shape
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * weight.element_size()
+
+
+def _split(one: Contender) -> Mapping[str, float]:
+    """Median seconds by part; under CUDA graphs only `prefill` and the rest, as `host`, are told apart."""
+    return {part: median(output.split[part] for output in one.outputs) for part in one.last.split}

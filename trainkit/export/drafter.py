@@ -1,0 +1,106 @@
+"""A trained drafter as a bundle: its kind's own files, the tokenizer, the card; reloaded and compared before it stands."""
+
+# B batch  T positions  A taps  D hidden  V vocabulary  K draft vocabulary
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainkit import bundle
+from trainkit.drafters.base import Drafter, Frontier, TargetHandle, TargetShape, load_kind
+from trainkit.errors import UserError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer files of a model folder.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if not found:
+        raise UserError(f"{source}: no tokenizer files there; name the target's folder with --target")
+    for name in found:
+        shutil.copyfile(source / name, folder / name)
+
+
+def export_drafter(
+    drafter: Drafter, out: str | Path, *, tokenizer: str | Path, dtype: torch.dtype = torch.float32, **card: Any
+) -> bundle.Bundle:
+    """Writes a drafter as a bundle and returns it; nothing stands at `out` unless the reloaded drafter gives equal logits.
+
+    Args:
+        drafter: Trained, on the CPU.
+        out: Folder to write; a bundle there is replaced.
+        tokenizer: Folder whose tokenizer files go along.
+        dtype: Of the weights written.
+        card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
+
+    Raises:
+        UserError: weights that are not finite, `out` is something else than a bundle, or no tokenizer.
+    """
+    for name, value in drafter.named_parameters():
+        if not value.isfinite().all():
+            raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
+    drafter = drafter.to(dtype).eval()
+
+    def fill(folder: Path) -> None:
+        drafter.export(folder, dtype)
+        copy_tokenizer(Path(tokenizer), folder)
+        again = load_kind(drafter.kind).load(folder, drafter.target, drafter.config()).to(dtype)
+        difference = (first_logits(drafter) - first_logits(again)).abs().max().item()
+        # the same code on the same numbers: nothing but equality will do
+        if not difference == 0:
+            raise UserError(f"{out}: the reloaded export's logits differ by {difference:.3g}; nothing was written")
+
+    return bundle.write(
+        out, fill, kind=drafter.kind, config=drafter.config(), target=drafter.target.to_dict(),
+        extra={"taps": list(drafter.taps)}, **card,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def first_logits(drafter: Drafter) -> Tensor:
+    """Logits [F, K] of a drafter's first step after a fixed prompt with random taps, over a stand-in target; float32.
+
+    Deterministic, so that two drafters with equal weights give equal logits.
+    """
+    shape, T = drafter.target.decoder, 8
+    parameter = next(drafter.parameters())
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(shape.vocab_size, (1, T + 1), generator=generator)
+    taps = None
+    if drafter.taps:
+        taps = torch.randn(1, T, len(drafter.taps), shape.hidden_size, generator=generator).to(parameter.dtype)
+    state = drafter.init_state(1, 64, parameter.device, parameter.dtype)
+    drafter.prefill(state, tokens[:, :T], torch.arange(T)[None], taps, T)
+    zero = torch.zeros(1, 1, dtype=torch.long)
+    root = Frontier(tokens[:, T:], zero + T, zero[0], zero - 1, zero, torch.ones(1, 1, 1, dtype=torch.bool), 0)
+    return drafter.step(state, root, stand_in(drafter.target, parameter.dtype), 64).logits_BFK[0].float()
+
+
+def stand_in(target: TargetShape, dtype: torch.dtype) -> TargetHandle:
+    """A handle whose embedding and head are fixed random functions of the right sizes, made only when called."""
+    shape = target.decoder
+
+    def embed(ids: Tensor) -> Tensor:
+        phase = ids[..., None].double() * 0.618 + torch.arange(shape.hidden_size).double()
+        return phase.sin().to(dtype)
+
+    def head(hidden: Tensor) -> Tensor:
+        weight = torch.randn(shape.vocab_size, shape.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return hidden @ weight.T
+
+    return TargetHandle(embed, lambda hidden: hidden, head, shape.vocab_size)
+
+

@@ -1,0 +1,1 @@
+"""Decoder parts used in training and in the runner alike."""

@@ -1,0 +1,135 @@
+"""Grouped-query attention over packed text and over a static cache, with rotary positions.
+
+One forward serves training and decoding: what a query may see comes as an additive bias, keys and values come either from
+the sequence itself or from cache slots. Query heads that share a key head are folded into rows, so that no key is copied.
+"""
+
+# B batch  T positions  D hidden  H query heads  G key-value heads  E head width  S cache slots  M nodes of a round
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainkit.layers.shape import DecoderShape
+
+
+def rotary_table(shape: DecoderShape, length: int) -> Tensor:
+    """[length, 2, E] float32: cosines, and sines whose first half is negated, so that rotating is x * cos + swap(x) * sin.
+
+    The frequencies are those of transformers' Llama for each `rope_type` (default, linear, llama3, yarn).
+    """
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=shape.num_heads * shape.head_dim, num_attention_heads=shape.num_heads, head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_positions, rope_parameters=dict(shape.rope),
+    )  # fmt: skip
+    with torch.device("cpu"):
+        rotary = LlamaRotaryEmbedding(config)
+    # float32 angles, as transformers computes them: more precise ones would differ from its positions far out
+    angles = torch.arange(length).float()[:, None] * torch.as_tensor(rotary.inv_freq).float()[None]
+    cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1).float()
+
+
+def rotate(x_BTHE: Tensor, rope_BT2E: Tensor) -> Tensor:
+    """Applies rotary positions to every head."""
+    cos, sin = rope_BT2E[:, :, :1], rope_BT2E[:, :, 1:]
+    return torch.addcmul(x_BTHE * cos, x_BTHE.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin)
+
+
+def document_bias(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, T] additive bias: causal within a document, nothing across documents."""
+    same = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
+    return torch.zeros(same.shape, dtype=dtype, device=same.device).masked_fill_(~same, float("-inf"))
+
+
+def causal_bias(positions_BT: Tensor, span: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, span] additive bias over cache slots: a query at position t sees slots 0..t."""
+    hidden = torch.arange(span, device=positions_BT.device) > positions_BT[:, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def tree_bias(root_B: Tensor, ancestors_BTM: Tensor, span: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, span] additive bias over cache slots: everything before the root, then ancestors and self among the scratch slots.
+
+    Args:
+        root_B: Position of the round's root; node i keeps its keys in slot root + i.
+        ancestors_BTM: True where node i is an ancestor of the query's node, or that node itself.
+        span: Slots looked at; more than any root + M.
+        dtype: Of the attention's queries.
+    """
+    B, T, M = ancestors_BTM.shape
+    committed_BS = torch.arange(span, device=root_B.device) < root_B[:, None]
+    seen = committed_BS[:, None].repeat(1, T, 1)
+    slots_BM = root_B[:, None] + torch.arange(M, device=root_B.device)
+    seen.scatter_(2, slots_BM[:, None].expand(B, T, M), ancestors_BTM)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+class Attention(nn.Module):
+    """Attention with query, key and value projections fused into one matrix, rows in the order q, k, v.
+
+    Args:
+        shape: Sizes of the decoder.
+        input_size: Width of what the projections read; the hidden size by default, twice that in EAGLE-3.
+    """
+
+    def __init__(self, shape: DecoderShape, input_size: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        rows = (self.heads + 2 * self.kv_heads) * self.width
+        self.qkv = nn.Linear(input_size or shape.hidden_size, rows, bias=shape.qkv_bias)
+        self.out = nn.Linear(self.heads * self.width, shape.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
+
+    def forward(
+        self, x_BTD: Tensor, rope_BT2E: Tensor, bias_BTS: Tensor, cache_BGSE: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        """Attends within the sequence, or over a cache after writing this call's keys and values into it.
+
+        Args:
+            x_BTD: Input, normalised.
+            rope_BT2E: Rows of `rotary_table` at the positions.
+            bias_BTS: Additive bias; S = T without a cache, else at most the cache's slots.
+            cache_BGSE: This layer's [B, 2G, slots, E], keys before values; written in place.
+            slots: [B, 2G, T, E] index of the slot that each new key and value goes to.
+        """
+        B, T, _ = x_BTD.shape
+        H, G = self.heads, self.kv_heads
+        qkv = self.qkv(x_BTD).view(B, T, H + 2 * G, self.width)
+        qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
+        qk = rotate(qk, rope_BT2E)
+        if cache_BGSE is None:
+            k, v = qk[:, :, H:].transpose(1, 2), v.transpose(1, 2)
+        else:
+            assert slots is not None
+            cache_BGSE.scatter_(2, slots, torch.cat([qk[:, :, H:], v], dim=2).transpose(1, 2))
+            seen = cache_BGSE[:, :, : bias_BTS.shape[2]]
+            k, v = seen[:, :G], seen[:, G:]
+        group = H // G
+        q = qk[:, :, :H].unflatten(2, (G, group)).permute(0, 2, 3, 1, 4).reshape(B, G, group * T, self.width)
+        bias = bias_BTS[:, None] if group == 1 else bias_BTS.repeat(1, group, 1)[:, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        y = y.view(B, G, group, T, self.width).permute(0, 3, 1, 2, 4).reshape(B, T, H * self.width)
+        return self.out(y)
+
+
+def slot_index(slots_BT: Tensor, like_BGSE: Tensor) -> Tensor:
+    """The [B, 2G, T, E] index `Attention.forward` scatters with, from the slot of each position."""
+    return slots_BT[:, None, :, None].expand(-1, like_BGSE.shape[1], -1, like_BGSE.shape[3])
+
+
+def move_slots(cache_BLGSE: Tensor, from_BP: Tensor, to_B: Tensor) -> None:
+    """Copies cache slots `from_BP` to `to_B`, `to_B` + 1, ...; gathered first: they may overlap. Compacts an accepted path."""
+    B, L, G, _, E = cache_BLGSE.shape
+    index = from_BP[:, None, None, :, None].expand(B, L, G, from_BP.shape[1], E)
+    kept = cache_BLGSE.gather(3, index)
+    to_BP = to_B[:, None] + torch.arange(from_BP.shape[1], device=to_B.device)
+    cache_BLGSE.scatter_(3, to_BP[:, None, None, :, None].expand_as(kept), kept)

@@ -1,0 +1,132 @@
+"""The decoder: norms, gated MLP, layers, and the stack with its embedding, cache and hidden-state taps.
+
+Covers the layouts of Llama, Mistral, Qwen2 and Qwen3. Weights that are read together are stored together (q, k and v; gate
+and up), in training as in the runner; `models/load.py` maps them to and from Hugging Face names.
+"""
+
+# B batch  T positions  D hidden  A taps  S cache slots  E head width  G key-value heads  L layers
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainkit.layers.attention import Attention, rotary_table, slot_index
+from trainkit.layers.shape import DecoderShape
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up fused, gate first."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, shape: DecoderShape) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.attention = Attention(shape)
+        self.mlp_norm = nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size)
+
+    def forward(
+        self, x: Tensor, rope: Tensor, bias: Tensor, cache: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, bias, cache, slots)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """A causal language model without its loss.
+
+    Args:
+        shape: Sizes. With `tied`, the head is the embedding.
+    """
+
+    def __init__(self, shape: DecoderShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.num_layers))
+        self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.lm_head = None if shape.tied else nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.register_buffer("rope", torch.empty(0, 2, shape.head_dim), persistent=False)
+        self.rope: Tensor
+
+    def initialise(self, std: float = 0.02) -> None:
+        """Draws matrices from N(0, std), those that write to the residual stream scaled down by sqrt(2 L)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.ones_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
+            else:
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=std / (2 * self.shape.num_layers) ** 0.5 if residual else std)
+
+    def reserve_positions(self, length: int) -> None:
+        """Makes rotary rows for positions below `length`; call it before capturing a graph, it allocates."""
+        if self.rope.shape[0] < length:
+            like = self.embed.weight
+            self.rope = rotary_table(self.shape, length).to(device=like.device, dtype=like.dtype)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states after the final norm."""
+        return F.linear(hidden, self.embed.weight if self.lm_head is None else self.lm_head.weight)
+
+    def new_cache(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A zeroed cache [B, L, 2G, slots, E], keys before values."""
+        shape = self.shape
+        return torch.zeros(
+            batch_size, shape.num_layers, 2 * shape.num_kv_heads, slots, shape.head_dim, device=device, dtype=dtype
+        )
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        bias_BTS: Tensor,
+        cache: Tensor | None = None,
+        slots_BT: Tensor | None = None,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states after the final norm [B, T, D], and the tapped ones [B, T, A, D] or None.
+
+        Args:
+            tokens_BT: Token ids.
+            positions_BT: Absolute positions, below what `reserve_positions` made.
+            bias_BTS: Additive attention bias (layers/attention.py).
+            cache: From `new_cache`; written in place at `slots_BT`.
+            slots_BT: Cache slots of the new keys and values.
+            taps: Hidden states to return, indexed as Hugging Face `hidden_states`: 0 embeddings, i after i layers, the last
+                (L or -1) after the final norm.
+        """
+        rope = F.embedding(positions_BT, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])
+        slots = None if cache is None or slots_BT is None else slot_index(slots_BT, cache[:, 0])
+        wanted = {tap % (self.shape.num_layers + 1): None for tap in taps}
+        x = self.embed(tokens_BT)
+        states: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            if index in wanted:
+                states[index] = x
+            x = layer(x, rope, bias_BTS, None if cache is None else cache[:, index], slots)
+        x = self.norm(x)
+        states[self.shape.num_layers] = x
+        if not taps:
+            return x, None
+        return x, torch.stack([states[tap % (self.shape.num_layers + 1)] for tap in taps], dim=2)
+
+    def step_bytes(self) -> int:
+        """Bytes of weights one decoding step reads: all but an untied embedding, of which it reads a row."""
+        total = sum(p.numel() * p.element_size() for p in self.parameters())
+        return total if self.lm_head is None else total - self.embed.weight.numel() * self.embed.weight.element_size()

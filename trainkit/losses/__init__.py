@@ -1,0 +1,1 @@
+"""Training losses: divergences between draft and target. Knows tensors only."""

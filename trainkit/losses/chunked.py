@@ -1,0 +1,305 @@
+"""The machinery under every divergence: token chunks, recomputed in backward, so that [tokens, vocabulary] is never whole.
+
+For each chunk the forward pass makes both logits, keeps the loss and the metrics, and drops the logits. Backward makes them
+again and turns them into the gradient in closed form (`gradient` of the loss), so no loss-specific activations exist either.
+That costs one more call of each head; in exchange a batch statistic gathered in forward is ready when backward needs it.
+Recomputation goes through `torch.utils.checkpoint`, whose single autograd graph is what DDP, FSDP and DeepSpeed expect
+of a head whose weights are used several times. Tokens that do not count are left out before the heads are called.
+Left out on purpose: gradients computed in forward (one head call less, but a [V, D] buffer kept for each call of the head).
+"""
+
+# N given tokens  n counted tokens of one chunk  V target vocabulary  K draft vocabulary (V unless trimmed)  D hidden
+# S draws per token
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from trainkit.errors import UserError
+from trainkit.losses.measures import coupled_acceptance, top_id
+from trainkit.losses.output import LossOutput
+
+FLOOR = -1e30  # stands for log 0, so that 0 * log 0 is 0 and not NaN
+
+
+class Pair:
+    """Target p and draft q over one chunk of tokens and the K columns of the draft, as a loss sees them.
+
+    Attributes:
+        log_p_nK: Log-probabilities of the target among ALL its tokens; the columns of a trimmed draft sum to less than 1.
+        log_q_nK: Log-probabilities of the draft.
+        log_mass_n1: Log of the target's probability within the K columns; None for an untrimmed draft, where it is 0.
+        labels_n: Columns of the hard labels, or None.
+        uniforms_nS: Uniform draws for sampled estimators, or None.
+        totals: Sums of the loss's `moments` over the call (or over the step), and their `count`.
+    """
+
+    def __init__(
+        self, log_p_nV: Tensor | None, log_q_nK: Tensor, ids_K: Tensor | None,
+        labels_n: Tensor | None, uniforms_nS: Tensor | None, totals: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        self.log_q_nK = log_q_nK
+        self.log_mass_n1: Tensor | None = None
+        if log_p_nV is not None:
+            if ids_K is None:
+                self.log_p_nK = log_p_nV
+            else:
+                self.log_p_nK = log_p_nV.index_select(-1, ids_K)
+                self.log_mass_n1 = self.log_p_nK.logsumexp(-1, keepdim=True)
+        self.labels_n = labels_n
+        self.uniforms_nS = uniforms_nS
+        self.totals = totals
+
+    @cached_property
+    def alpha_n(self) -> Tensor:
+        """The acceptance rate, sum of min(p, q)."""
+        rows = max(1, self.log_q_nK.shape[0] // 4)  # a quarter at a time: no third [n, K]
+        parts = zip(self.log_p_nK.split(rows), self.log_q_nK.split(rows), strict=True)
+        return torch.cat([torch.minimum(log_p, log_q).exp_().sum(-1) for log_p, log_q in parts]).clamp_(max=1.0)
+
+    @cached_property
+    def inner_log_p_nK(self) -> Tensor:
+        """The target's log-probabilities renormalised on the draft's columns."""
+        return self.log_p_nK if self.log_mass_n1 is None else self.log_p_nK - self.log_mass_n1
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scaled = logits if temperature == 1.0 else logits.to(dtype) / temperature
+    return torch.log_softmax(scaled, -1, dtype=dtype).clamp_(min=FLOOR)
+
+
+class ChunkedDivergence(ABC):
+    """A divergence between draft and target, given as hidden states and heads.
+
+    Args:
+        chunk: Tokens whose logits exist at once; memory grows with chunk x vocabulary.
+        temperature: Softmax temperature of both draft and target; serve with the same.
+    """
+
+    spans_batch: bool = False
+    """Whether the gradient needs statistics of the whole optimiser step; see `TVDpp`."""
+    hard_labels: ClassVar[bool] = False
+    """Whether the gradient reads labels, and not the target's probabilities."""
+    coupled: bool = False
+    """Whether `alpha_coupled` is among the metrics; set through `measuring`."""
+
+    def __init__(self, chunk: int = 1024, temperature: float = 1.0) -> None:
+        if chunk < 1:
+            raise UserError(f"chunk is {chunk}; it must be at least 1 token")
+        if not temperature > 0:
+            raise UserError(f"temperature is {temperature}; it must be above 0 (greedy acceptance is the metric `agreement`)")
+        self.chunk = chunk
+        self.temperature = temperature
+
+    @abstractmethod
+    def value(self, pair: Pair) -> Tensor:
+        """[n] losses of a chunk."""
+
+    @abstractmethod
+    def gradient(self, pair: Pair) -> Tensor:
+        """[n, K] derivatives of the n losses by the draft's (temperature-scaled) logits; overwrites what `pair` holds.
+
+        In place because this is where memory peaks: draft logits, log p and log q, and little else.
+        """
+
+    def moments(self, pair: Pair) -> Mapping[str, Tensor]:
+        """[n] quantities whose sums over the call `gradient` finds in `pair.totals`."""
+        return {}
+
+    def uniforms(self, tokens: int, like_ND: Tensor) -> Tensor | None:
+        """Uniform draws [tokens, S] for a sampled gradient, drawn once a call so that chunking cannot change them."""
+        return None
+
+    def measuring(self, coupled: bool = True) -> Self:
+        """A copy whose metrics include `alpha_coupled`, which sorts the vocabulary of every token."""
+        other = copy.copy(self)
+        other.coupled = coupled
+        return other
+
+    def __call__(
+        self, draft_hidden_ND: Tensor, draft_head: Any, target_hidden_ND: Tensor, target_head: Any,
+        ids_K: Tensor | None = None, mask_N: Tensor | None = None, labels_N: Tensor | None = None,
+    ) -> LossOutput:  # fmt: skip
+        """The loss summed over counted tokens; differentiable in the draft's hidden states and head, not in the target.
+
+        Args:
+            draft_hidden_ND: Draft hidden states [N, D].
+            draft_head: Maps [n, D] to draft logits [n, V], or [n, K] with `ids_K`.
+            target_hidden_ND: Target hidden states, its own width.
+            target_head: Maps them to target logits [n, V]; called without gradient.
+            ids_K: Token ids of the draft's columns; the draft never proposes others. None: the whole vocabulary.
+            mask_N: True where the token counts. None: all count.
+            labels_N: Token ids of hard labels; read by `CrossEntropy` alone.
+
+        Raises:
+            UserError: the vocabularies of draft and target (or `ids_K`) differ in size.
+        """
+        run = _Run(self, draft_head, target_head, ids_K)
+        return run.over(draft_hidden_ND, target_hidden_ND, mask_N, labels_N)
+
+
+class FirstPass:
+    """Called like a divergence; only gathers its moments, adding up over calls, so that a whole step's are known beforehand.
+
+    Each call returns the loss without gradient, its metrics joined by the call's moments.
+
+    Attributes:
+        sums: Moments summed over all calls so far; add over ranks before `with_statistics`.
+        count: Tokens counted over all calls so far.
+    """
+
+    def __init__(self, loss: ChunkedDivergence) -> None:
+        self.loss = loss
+        self.sums: dict[str, Tensor] = {}
+        self.count: Tensor | float = 0.0
+
+    def __call__(
+        self, draft_hidden_ND: Tensor, draft_head: Any, target_hidden_ND: Tensor, target_head: Any,
+        ids_K: Tensor | None = None, mask_N: Tensor | None = None, labels_N: Tensor | None = None,
+    ) -> LossOutput:  # fmt: skip
+        with torch.no_grad():
+            run = _Run(self.loss, draft_head, target_head, ids_K)
+            output = run.over(draft_hidden_ND, target_hidden_ND, mask_N, labels_N)
+        moments = {name: total for name, total in run.totals.items() if name != "count"}
+        self.sums = {name: self.sums.get(name, 0.0) + total for name, total in moments.items()}
+        self.count = self.count + output.count
+        return LossOutput(output.sum, output.count, {**output.metrics, **moments}, output.per_token)
+
+
+class _Run:
+    """One call of a divergence."""
+
+    def __init__(
+        self, loss: ChunkedDivergence, draft_head: Callable[[Tensor], Tensor], target_head: Callable[[Tensor], Tensor] | None,
+        ids_K: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.loss, self.draft_head, self.target_head, self.ids_K = loss, draft_head, target_head, ids_K
+        self.totals: dict[str, Tensor] = {}
+
+    def over(self, draft_ND: Tensor, target_ND: Tensor, mask_N: Tensor | None, labels_N: Tensor | None) -> LossOutput:
+        """Loss, metrics and moments over all tokens, chunk by chunk."""
+        total, places = draft_ND.shape[0], None
+        columns_N = labels_N if self.loss.hard_labels else None
+        if columns_N is not None and self.ids_K is not None:
+            columns_N, inside_N = _columns(columns_N, self.ids_K)
+            mask_N = inside_N if mask_N is None else mask_N.bool() & inside_N
+        if mask_N is not None and not bool(mask_N.all()):
+            places = mask_N.nonzero().squeeze(-1)
+            draft_ND, target_ND = draft_ND.index_select(0, places), target_ND.index_select(0, places)
+            columns_N = None if columns_N is None else columns_N.index_select(0, places)
+        uniforms_NS = self.loss.uniforms(draft_ND.shape[0], draft_ND) if torch.is_grad_enabled() else None
+
+        chunk, sums, pieces = self.loss.chunk, [], []
+        for i, hidden_nD in enumerate(draft_ND.split(chunk)):  # split: one backward for all chunks; an empty input gives one
+            span = slice(i * chunk, (i + 1) * chunk)
+            piece = _Piece(
+                self, target_ND[span], None if columns_N is None else columns_N[span],
+                None if uniforms_NS is None else uniforms_NS[span],
+            )  # fmt: skip
+            recompute = torch.is_grad_enabled()
+            sums.append(checkpoint(piece, hidden_nD, use_reentrant=False) if recompute else piece(hidden_nD))
+            pieces.append(piece)
+        count = sums[0].new_full((), draft_ND.shape[0]).detach()
+        moments = {name: torch.cat([piece.moments[name] for piece in pieces]).sum() for name in pieces[0].moments}
+        self.totals.update(moments, count=count)
+        values = {name: torch.cat([piece.metrics[name] for piece in pieces]) for name in pieces[0].metrics}
+        metrics = {name: value_n.sum() for name, value_n in values.items()}
+        if places is not None:
+            values = {name: value_n.new_zeros(total).index_copy_(0, places, value_n) for name, value_n in values.items()}
+        return LossOutput(torch.stack(sums).sum(), count, metrics, values)
+
+
+class _Piece:
+    """One chunk: called once in forward for the loss and once more in backward for its gradient."""
+
+    def __init__(self, run: _Run, target_nD: Tensor, labels_n: Tensor | None, uniforms_nS: Tensor | None) -> None:
+        self.run, self.target_nD, self.labels_n, self.uniforms_nS = run, target_nD, labels_n, uniforms_nS
+        self.metrics: dict[str, Tensor] = {}
+        self.moments: dict[str, Tensor] = {}
+        self.choices_n: Tensor | None = None
+        self.measured = False
+
+    def __call__(self, hidden_nD: Tensor) -> Tensor:
+        return _Loss.apply(self.run.draft_head(hidden_nD), self)  # type: ignore[no-any-return]
+
+    def first(self, draft_nK: Tensor) -> Tensor:
+        """The chunk's summed loss; metrics and moments are kept aside."""
+        loss, run = self.run.loss, self.run
+        pair = self._pair(draft_nK, run.target_head)
+        value = loss.value(pair).sum()
+        self.moments.update(loss.moments(pair))
+        if run.target_head is not None:
+            self.metrics["alpha"] = pair.alpha_n
+            self.metrics["agreement"] = (self.choices_n == top_id(draft_nK, run.ids_K)).to(pair.alpha_n.dtype)
+            if loss.coupled:
+                self.metrics["alpha_coupled"] = coupled_acceptance(pair.log_p_nK.exp(), pair.log_q_nK.exp())
+        self.measured = True
+        return value
+
+    def again(self, draft_nK: Tensor) -> Tensor:
+        """The gradient of the chunk's summed loss by the draft's logits."""
+        loss, run = self.run.loss, self.run
+        gradient_nK = loss.gradient(self._pair(draft_nK, None if loss.hard_labels else run.target_head))
+        return gradient_nK if loss.temperature == 1.0 else gradient_nK.div_(loss.temperature)
+
+    def _pair(self, draft_nK: Tensor, target_head: Callable[[Tensor], Tensor] | None) -> Pair:
+        run, temperature, log_p_nV = self.run, self.run.loss.temperature, None
+        if target_head is not None:
+            target_nV = target_head(self.target_nD)  # autograd is off within a Function
+            if not self.measured:
+                _check(draft_nK, run.ids_K, target_nV.shape[-1])
+                self.choices_n = target_nV.argmax(-1)
+            log_p_nV = _log_softmax(target_nV, temperature)
+            del target_nV  # before the draft's turn
+        return Pair(log_p_nV, _log_softmax(draft_nK, temperature), run.ids_K, self.labels_n, self.uniforms_nS, run.totals)
+
+
+class _Loss(torch.autograd.Function):
+    """Logits to summed loss. What it saves is dropped by the checkpoint; only the second call's gradient is ever read."""
+
+    @staticmethod
+    def forward(ctx: Any, draft_nK: Tensor, piece: _Piece) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if piece.measured:
+            ctx.save_for_backward(piece.again(draft_nK).to(draft_nK.dtype))  # the checkpoint stops here
+            return draft_nK.new_zeros((), dtype=torch.promote_types(draft_nK.dtype, torch.float32))
+        ctx.save_for_backward(draft_nK)  # a stand-in of the same shape, for the checkpoint's comparison
+        return piece.first(draft_nK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient_nK,) = ctx.saved_tensors
+        return gradient_nK.mul_(upstream), None  # in place: each backward recomputes its own
+
+
+@torch.no_grad()
+def target_choices(target_ND: Tensor, target_head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
+    """[N] argmax of the target's logits, the lowest id among equals."""
+    return torch.cat([target_head(hidden_nD).argmax(-1) for hidden_nD in target_ND.split(chunk)])
+
+
+def _columns(labels_N: Tensor, ids_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each label stands in `ids_K`, and whether it does."""
+    ascending, order = ids_K.sort()
+    place_N = torch.searchsorted(ascending, labels_N).clamp_(max=ids_K.numel() - 1)
+    return order[place_N], ascending[place_N] == labels_N
+
+
+def _check(draft_nK: Tensor, ids_K: Tensor | None, vocabulary: int) -> None:
+    if ids_K is not None and draft_nK.shape[-1] != ids_K.numel():
+        raise UserError(f"the draft head gives {draft_nK.shape[-1]} logits for {ids_K.numel()} vocabulary ids")
+    if ids_K is None and draft_nK.shape[-1] != vocabulary:
+        raise UserError(
+            f"draft vocabulary {draft_nK.shape[-1]} differs from the target's {vocabulary}; "
+            "a trimmed draft names its ids, any other needs the target's vocabulary"
+        )

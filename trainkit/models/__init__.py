@@ -1,0 +1,1 @@
+"""Frozen targets and Hugging Face weights."""

@@ -1,0 +1,235 @@
+"""Hugging Face folders to decoders and back: configs, weight names, and the fusing of what is read together."""
+
+# D hidden
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainkit.errors import UserError
+from trainkit.layers.blocks import Decoder
+from trainkit.layers.shape import DecoderShape
+
+LAYOUTS = {"llama", "mistral", "qwen2", "qwen3"}
+ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a Hugging Face tensor lives in a `Decoder`: rows `start:stop` of the parameter `name`, or all of it."""
+
+    name: str
+    start: int | None = None
+    stop: int | None = None
+
+    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The view of that parameter."""
+        value = parameters[self.name]
+        return value if self.start is None else value[self.start : self.stop]
+
+
+def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a local model folder.
+
+    Raises:
+        UserError: the folder or its config.json is missing or unreadable.
+    """
+    from transformers import AutoConfig
+
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json there; give a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path}/config.json: {str(error).splitlines()[0]}") from error
+
+
+def decoder_shape(config: Any) -> DecoderShape:
+    """The sizes of any Llama-like config, by its usual field names; says nothing of whether our decoder covers it."""
+    heads = config.num_attention_heads
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope.setdefault("rope_type", "default")
+    rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
+    return DecoderShape(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
+        rope=rope,
+        max_positions=getattr(config, "max_position_embeddings", 2048),
+        qkv_bias=config.model_type == "qwen2",
+        qk_norm=config.model_type == "qwen3",
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
+    """Refuses, by name, what the runner's decoder does not compute exactly.
+
+    Raises:
+        UserError: another architecture, activation, bias or rotary type, or a sliding window shorter than `max_len`.
+    """
+    where = f"{folder}/config.json"
+    if config.model_type not in LAYOUTS:
+        known = ", ".join(sorted(LAYOUTS))
+        raise UserError(f"{where}: model_type {config.model_type!r} is not one the runner decodes ({known})")
+    if config.hidden_act != "silu":
+        raise UserError(f"{where}: hidden_act {config.hidden_act!r} is not supported by the runner, only 'silu'")
+    for field in ("attention_bias", "mlp_bias"):
+        if getattr(config, field, False):
+            raise UserError(f"{where}: {field} is not supported by the runner for {config.model_type}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise UserError(f"{where}: rope_type {kind!r} is not one the runner computes ({', '.join(sorted(ROPE_TYPES))})")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor is not supported by the runner")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{where}: quantised weights are not supported by the runner; give the dense folder")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and max_len > window:
+        raise UserError(f"{where}: sliding_window {window} is shorter than max_len {max_len}; load with max_len <= {window}")
+    if max_len > config.max_position_embeddings:
+        covered = config.max_position_embeddings
+        raise UserError(f"{where}: max_position_embeddings {covered} is shorter than max_len {max_len}; lower max_len")
+
+
+def places(shape: DecoderShape) -> dict[str, Place]:
+    """Every Hugging Face tensor name of this shape, and where it lives in a `Decoder`."""
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    qkv = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
+    mlp = {"gate_proj": (0, shape.intermediate_size), "up_proj": (shape.intermediate_size, 2 * shape.intermediate_size)}
+    found = {"model.embed_tokens.weight": Place("embed.weight"), "model.norm.weight": Place("norm.weight")}
+    if not shape.tied:
+        found["lm_head.weight"] = Place("lm_head.weight")
+    for index in range(shape.num_layers):
+        theirs, ours = f"model.layers.{index}", f"layers.{index}"
+        found[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
+        found[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.mlp_norm.weight")
+        found[f"{theirs}.self_attn.o_proj.weight"] = Place(f"{ours}.attention.out.weight")
+        found[f"{theirs}.mlp.down_proj.weight"] = Place(f"{ours}.mlp.down.weight")
+        for part, rows in qkv.items():
+            found[f"{theirs}.self_attn.{part}.weight"] = Place(f"{ours}.attention.qkv.weight", *rows)
+            if shape.qkv_bias:
+                found[f"{theirs}.self_attn.{part}.bias"] = Place(f"{ours}.attention.qkv.bias", *rows)
+        for part, rows in mlp.items():
+            found[f"{theirs}.mlp.{part}.weight"] = Place(f"{ours}.mlp.gate_up.weight", *rows)
+        if shape.qk_norm:
+            for part in ("q_norm", "k_norm"):
+                found[f"{theirs}.self_attn.{part}.weight"] = Place(f"{ours}.attention.{part}.weight")
+    return found
+
+
+def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor in a folder's safetensors files, one at a time.
+
+    Raises:
+        UserError: no safetensors there, or a file is truncated.
+    """
+    path = Path(folder)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = [path / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: not found; weights are read from safetensors only")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
+
+
+def copy_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], source: str, complete: bool = True) -> None:
+    """Copies Hugging Face tensors into the decoder's fused storage, in place, casting to its dtype.
+
+    Raises:
+        UserError: a tensor the shape has no place for, of another size, or (with `complete`) one that is missing.
+    """
+    parameters = dict(decoder.named_parameters())
+    wanted = places(decoder.shape)
+    seen: set[str] = set()
+    with torch.no_grad():
+        for name, value in tensors:
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.shape.tied):
+                continue
+            if name not in wanted:
+                raise UserError(f"{source}: tensor {name!r} has no place in this architecture")
+            place = wanted[name].of(parameters)
+            if place.shape != value.shape:
+                raise UserError(f"{source}: tensor {name!r} is {list(value.shape)}, the config asks for {list(place.shape)}")
+            place.copy_(value)
+            seen.add(name)
+    missing = sorted(wanted.keys() - seen)
+    if complete and missing:
+        raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+
+
+def load_decoder(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, max_len: int | None = None
+) -> Decoder:
+    """A decoder with the weights of a Hugging Face folder, in `dtype` (default: as stored), without gradient.
+
+    Raises:
+        UserError: the runner does not cover this model (`check_covered`), or its weights do not fit its config.
+    """
+    config = read_config(folder)
+    check_covered(config, folder, max_len or 0)
+    if dtype is None:
+        stored = getattr(config, "dtype", None) or torch.float32
+        dtype = getattr(torch, stored) if isinstance(stored, str) else stored
+    with torch.device("meta"):
+        decoder = Decoder(decoder_shape(config))
+    decoder = decoder.to(dtype).to_empty(device=device)
+    decoder.rope = torch.empty(0, *decoder.rope.shape[1:], device=device, dtype=dtype)
+    copy_weights(decoder, read_tensors(folder), str(folder))
+    return decoder.requires_grad_(False).eval()
+
+
+def hf_tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's weights under their Hugging Face names, each its own storage."""
+    parameters = dict(decoder.named_parameters())
+    return {name: place.of(parameters).detach().clone() for name, place in places(decoder.shape).items()}
+
+
+def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json that loads this shape as Llama, Qwen2 or Qwen3, whichever has its biases and norms."""
+    model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
+    name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[model_type]
+    ends = list(end_ids)
+    return {
+        "architectures": [name], "model_type": model_type, "vocab_size": shape.vocab_size, "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size, "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim,
+        "hidden_act": "silu", "rms_norm_eps": shape.norm_eps, "rope_parameters": dict(shape.rope),
+        "max_position_embeddings": shape.max_positions, "tie_word_embeddings": shape.tied, "attention_bias": False,
+        "mlp_bias": False, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad_id,
+        "dtype": str(dtype).removeprefix("torch."), "use_cache": True,
+    }  # fmt: skip
+
+
+def save_decoder(
+    decoder: Decoder, folder: Path, dtype: torch.dtype, end_ids: Iterable[int] = (), pad_id: int | None = None
+) -> None:
+    """Writes config.json and model.safetensors as transformers, vLLM and SGLang load them."""
+    config = hf_config(decoder.shape, end_ids, pad_id, dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: value.to(dtype=dtype, device="cpu").contiguous() for name, value in hf_tensors(decoder).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

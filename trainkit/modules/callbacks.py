@@ -1,0 +1,115 @@
+"""Checkpoints and the run folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+
+from trainkit.errors import UserError
+from trainkit.modules.logger import CSVLog
+
+
+def dry(trainer: Trainer) -> bool:
+    """Whether this is a fast_dev_run, which leaves nothing on disk."""
+    return bool(trainer.fast_dev_run)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Checkpoints(Checkpoint):
+    """`checkpoints/last.ckpt` and `checkpoints/best.ckpt` in the run folder.
+
+    `last` is written at optimiser-step boundaries, outside validation, so that resuming from it is exact; `best` whenever a
+    validation improves on the best one so far. Each is written beside the old one and renamed over it.
+
+    Args:
+        monitor: The logged metric that `best` is chosen by; of LanguageModule val/loss, of DraftModule val/alpha make sense.
+        mode: Whether lower (`min`) or higher (`max`) is better.
+        every_n_steps: Optimiser steps between writes of `last`; it is also written when training ends.
+    """
+
+    def __init__(self, monitor: str = "val/loss", mode: str = "min", every_n_steps: int = 500) -> None:
+        super().__init__()
+        if mode not in ("min", "max"):
+            raise UserError(f"checkpoint.mode is {mode!r}; it must be min or max")
+        self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self._saved_step = 0
+
+    def folder(self, trainer: Trainer) -> Path:
+        """Where this run's checkpoints lie; rank 0's word counts."""
+        return Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        if step != self._saved_step and step % self.every_n_steps == 0:
+            self._save(trainer, "last.ckpt")
+        if step == trainer.max_steps:
+            trainer.should_stop = True  # makes Lightning validate now, so that a run ends with its final figures
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, "last.ckpt")  # again, even at the same step: now with the last validation's metrics
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or dry(trainer):
+            return
+        if self.monitor not in trainer.callback_metrics:
+            names = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+            raise UserError(f"checkpoint.monitor: {self.monitor!r} is not logged in validation; there are {names}")
+        value = float(trainer.callback_metrics[self.monitor])
+        if self.best is None or (value < self.best if self.mode == "min" else value > self.best):
+            self.best, self.best_step = value, trainer.global_step
+            self._save(trainer, "best.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["monitor"] == self.monitor:
+            self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        if dry(trainer):
+            return
+        if name == "last.ckpt":
+            self._saved_step = trainer.global_step
+        path = self.folder(trainer) / name
+        partial = path.with_suffix(".partial")
+        trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
+        if trainer.is_global_zero:
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+        trainer.strategy.barrier("checkpoint renamed")
+
+
+class RunFolder(Callback):
+    """Keeps a run's records in one folder: the resolved configuration, the log that a resumed run continues.
+
+    Args:
+        config: The resolved configuration as YAML text.
+    """
+
+    def __init__(self, config: str) -> None:
+        self.config = config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLog) and logger.folder is None:
+                logger.folder = str(folder)
+        if trainer.is_global_zero and stage == "fit" and not dry(trainer):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(self.config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLog) and trainer.ckpt_path:
+                logger.rewind(trainer.global_step)

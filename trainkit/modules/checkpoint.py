@@ -1,0 +1,84 @@
+"""Trained networks out of checkpoints, without the target and without unpickling anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainkit.drafters.base import Drafter, load_kind
+from trainkit.errors import UserError
+from trainkit.models.shape import TargetShape
+from trainkit.modules.base import CHECKPOINT_KEY
+
+Info = dict[str, Any]
+"""`recipe`, `seed`, `metrics` (validation, by name), `data` (fingerprint), `tokenizer` (folder) and `step` of the run that
+wrote a checkpoint."""
+
+
+def load_drafter(checkpoint: str | Path) -> tuple[Drafter, TargetShape, Info]:
+    """The trained drafter of a DraftModule checkpoint in float32 on the CPU, its target's sizes, and what made it.
+
+    Raises:
+        UserError: not such a checkpoint.
+    """
+    values, saved = _read(checkpoint, "kind", "a drafter")
+    shape = TargetShape.from_dict(saved["target"])
+    drafter = load_kind(saved["kind"])(shape, **saved["config"])
+    _load(drafter, values, "drafter.", checkpoint)
+    return drafter.eval(), shape, saved["info"]
+
+
+def load_language_model(checkpoint: str | Path) -> tuple[Any, Path, Info]:
+    """The trained transformers model of a LanguageModule checkpoint, its tokenizer's folder, and what made it.
+
+    Raises:
+        UserError: not such a checkpoint.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values, saved = _read(checkpoint, "model_config", "a language model")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**saved["model_config"]), dtype=torch.float32)
+    _load(model, values, "lm.", checkpoint)
+    return model.eval(), Path(saved["info"]["tokenizer"]), saved["info"]
+
+
+def holds_language_model(checkpoint: str | Path) -> bool:
+    """Whether `load_language_model`, rather than `load_drafter`, reads it.
+
+    Raises:
+        UserError: not a checkpoint of trainkit.
+    """
+    return "model_config" in _read(checkpoint, "info", "a network")[1]
+
+
+def _read(checkpoint: str | Path, key: str, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = Path(checkpoint)
+    if path.is_dir():
+        raise UserError(
+            f"{path}: a folder of shards; convert it to one file first (lightning.pytorch.utilities.consolidate_checkpoint)"
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a checkpoint that loads with weights_only ({type(error).__name__})") from error
+    saved = values.get(CHECKPOINT_KEY) if isinstance(values, dict) else None
+    if not isinstance(saved, dict) or key not in saved:
+        raise UserError(f"{path}: not a checkpoint of {what} trained by trainkit")
+    if saved["format"] != 1:
+        raise UserError(f"{path}: checkpoint format {saved['format']}, this version reads 1; use the trainkit that wrote it")
+    return values, saved
+
+
+def _load(network: torch.nn.Module, values: dict[str, Any], prefix: str, checkpoint: str | Path) -> None:
+    weights = {name.removeprefix(prefix): value for name, value in values["state_dict"].items() if name.startswith(prefix)}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint}: its weights do not fit its own description ({' '.join(str(error).split())[:200]})"
+        ) from error

@@ -1,0 +1,178 @@
+"""Distils a drafter, whatever its kind, from a frozen target."""
+
+# B batch  T positions  N counted tokens
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from trainkit.drafters.base import Divergence, DraftBatch, Drafter, LossOutput, TargetShape, discover
+from trainkit.errors import UserError
+from trainkit.losses.divergence import ChunkedDivergence, ForwardKL, TVDpp
+from trainkit.models.target import FrozenTarget
+from trainkit.modules.base import Batch, TrainingModule
+from trainkit.modules.meter import Meter, means
+
+
+class DraftModule(TrainingModule):
+    """Trains a drafter to predict what a frozen target would say.
+
+    Logged per counted token: the loss, `alpha` and `agreement` (DESIGN: acceptance at temperature 1 and 0), in validation also
+    `alpha_coupled` and `tau`, simulated by `rounds`.
+
+    Args:
+        target: Folder of the target, any Hugging Face causal LM.
+        drafter: Drafter class with its arguments; the target's sizes are handed to it.
+        divergence: What is minimised; forward KL by default.
+        optimizer: Optimiser class with its arguments.
+        lr_scheduler: Scheduler class with its arguments, stepped each optimiser step; by default linear warm-up, then cosine.
+        warmup_steps: Of the default schedule.
+        final_lr: Where the default schedule ends, as a share of the peak learning rate.
+        depth: Draft tokens per round in the simulated tau.
+        target_dtype: Precision of the target's weights.
+        trust_remote_code: Whether to run model code that the target's folder carries.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        drafter: Callable[[TargetShape], Drafter],
+        divergence: ChunkedDivergence | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 50,
+        final_lr: float = 0.1,
+        depth: int = 5,
+        target_dtype: Literal["float32", "bfloat16"] = "float32",
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, warmup_steps, final_lr)
+        if depth < 1:
+            raise UserError(f"model.depth is {depth}; it must be at least 1 draft token")
+        self.target = target
+        self.divergence = divergence or ForwardKL()
+        self.depth = depth
+        self._make_drafter = drafter
+        self._target_options = {"dtype": getattr(torch, target_dtype), "trust_remote_code": trust_remote_code}
+        self.teacher: FrozenTarget | None = None  # no nn.Module: neither trained, nor saved, nor wrapped by a strategy
+        self.shape: TargetShape | None = None
+        self.drafter: Drafter | None = None
+        self._statistics: Divergence | None = None
+
+    @property
+    def network(self) -> nn.Module | None:
+        return self.drafter
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        return self.target
+
+    @property
+    def needs_window(self) -> bool:
+        return self.divergence.spans_batch
+
+    def setup(self, stage: str) -> None:
+        # Not in configure_model, whose contexts (ZeRO-3's, for one) would shard the target as if it were trained.
+        if self.teacher is None:
+            self.teacher = FrozenTarget(self.target, **self._target_options)
+            self.shape = self.teacher.shape()
+            self.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
+
+    def configure_model(self) -> None:
+        if self.drafter is None:
+            assert self.shape is not None
+            drafter = self._make_drafter(self.shape)
+            if self.trainer.ckpt_path is None:
+                drafter.initialise(Path(self.target))
+            self.drafter = drafter
+
+    def describe(self) -> dict[str, Any]:
+        assert self.drafter is not None and self.shape is not None
+        kinds = [name for name, kind in discover().items() if type(self.drafter) is kind]
+        if not kinds:
+            raise UserError(f"model.drafter: {type(self.drafter).__name__} is no discovered kind; register its package first")
+        return {"kind": kinds[0], "config": self.drafter.config(), "target": self.shape.to_dict()}
+
+    def loss(self, batch: Batch, micro: int | None) -> LossOutput:
+        assert self.drafter is not None
+        seen = self._seen(batch)
+        if micro is None:
+            output = self.drafter(seen, self.divergence.measuring(coupled=True))
+            self._measure_rounds(seen, output)
+            return output
+        return self.drafter(seen, self._step_divergence(batch, micro))
+
+    def _seen(self, batch: Batch) -> DraftBatch:
+        assert self.teacher is not None and self.drafter is not None
+        teacher = self.teacher.to(self.device)
+        tokens_BT, positions_BT, document_BT = batch["tokens_BT"], batch["positions_BT"], batch["document_BT"]
+        hidden_BTD, taps_BTAD = teacher.forward(tokens_BT, positions_BT, document_BT, self.drafter.taps)
+        return DraftBatch(
+            tokens_BT, positions_BT, document_BT, batch["mask_BT"], taps_BTAD, hidden_BTD, teacher.handle()
+        )  # fmt: skip
+
+    def _step_divergence(self, batch: Batch, micro: int) -> Divergence:
+        """The divergence, given the statistics of the whole optimiser step, on all ranks, where it needs them."""
+        if not self.divergence.spans_batch:
+            return self.divergence
+        assert isinstance(self.divergence, TVDpp)
+        if micro == 0:
+            first, sums = self.divergence.first_pass(), Meter()
+            with torch.no_grad():
+                for index, other in enumerate(batch["window"]):
+                    self.key_randomness(index)  # the dropout and draws that this micro-batch will train with
+                    sums.add_output(self.drafter(self._seen(other), first))  # pyright: ignore[reportOptionalCall]
+            self.key_randomness(0)
+            totals = {k: torch.tensor(v, device=self.device) for k, v in sums.take(self._reduce, self.device).items()}
+            self._statistics = self.divergence.with_statistics(totals, totals["count"])
+        assert self._statistics is not None
+        return self._statistics
+
+    def _measure_rounds(self, seen: DraftBatch, output: LossOutput) -> None:
+        counted_BT = seen.label_mask(1)
+        agreement_N = output.per_token.get("agreement")
+        if agreement_N is None or agreement_N.numel() != int(counted_BT.sum()):
+            return  # a kind with several heads or steps a position; no chain to simulate
+        emitted, number = rounds(agreement_N.bool(), counted_BT, seen.document_BT, self.depth)
+        self._validation.add("emitted", emitted)
+        self._validation.add("rounds", number)
+
+    def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
+        values = means(sums, apart=("emitted", "rounds"))
+        if sums.get("rounds"):
+            values["tau"] = sums["emitted"] / sums["rounds"]
+        return values
+
+
+def rounds(agreement_N: Tensor, counted_BT: Tensor, document_BT: Tensor, depth: int) -> tuple[int, int]:
+    """Tokens emitted, and rounds, of greedy speculative decoding simulated along the given text; their ratio is tau.
+
+    A round accepts the agreeing positions that follow one another within a document's counted labels, at most `depth`, and
+    emits one more. A last round that the end of the labels cuts short is left out, as in serving. The text is teacher-forced,
+    so this equals serving where the text is the target's own greedy continuation.
+
+    Args:
+        agreement_N: Whether draft and target have the same argmax, at the N counted positions in row-major order.
+        counted_BT: Where those positions are.
+        document_BT: Document numbers.
+        depth: Draft tokens per round.
+    """
+    rows, columns = counted_BT.nonzero(as_tuple=True)
+    document_N = document_BT[rows, columns]
+    follows_N = (rows[1:] == rows[:-1]) & (columns[1:] == columns[:-1] + 1) & (document_N[1:] == document_N[:-1])
+    agrees, follows = agreement_N.tolist(), [False, *follows_N.tolist()]
+    emitted = number = accepted = 0
+    for agreed, continues in zip(agrees, follows, strict=True):
+        if not continues:
+            accepted = 0
+        if agreed and accepted < depth:
+            accepted += 1
+        else:  # this position's token is the bonus token: it ends the round
+            emitted, number, accepted = emitted + accepted + 1, number + 1, 0
+    return emitted, number

@@ -1,0 +1,48 @@
+"""`trainkit export`: a training checkpoint becomes a folder that the runner and outside programs load."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from trainkit import bundle
+from trainkit.export.drafter import export_drafter
+from trainkit.export.model import export_model
+from trainkit.modules.checkpoint import holds_language_model, load_drafter, load_language_model
+
+
+def export(
+    checkpoint: str,
+    out: str,
+    *,
+    tokenizer: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> str:
+    """Writes a checkpoint as a bundle: a draft model or heads that the runner loads, or a language model.
+
+    The bundle is reloaded and its logits compared before anything stands at OUT; an older bundle there is replaced whole.
+
+    Args:
+        checkpoint: A .ckpt file of a fit run.
+        out: Folder to write.
+        tokenizer: Folder to take the tokenizer files from; by default the one the run used.
+        dtype: Of the weights written.
+
+    Examples:
+        trainkit export runs/draft_tiny/2026-11-21_10-00-00/checkpoints/last.ckpt models/draft_tiny
+        trainkit export last.ckpt models/draft --dtype bfloat16
+    """
+    kind = getattr(torch, dtype)
+    if holds_language_model(checkpoint):
+        model, folder, info = load_language_model(checkpoint)
+        write, network = export_model, model
+    else:
+        network, _, info = load_drafter(checkpoint)
+        write, folder = export_drafter, info["tokenizer"]
+    metrics = {name: round(float(value), 5) for name, value in info["metrics"].items()}
+    made = write(
+        network, out, tokenizer=tokenizer or folder, dtype=kind, metrics={**metrics, "step": info["step"]},
+        recipe=info["recipe"], seed=info["seed"], data=info["data"],
+    )  # fmt: skip
+    return bundle.card(made)

@@ -1,0 +1,116 @@
+"""Pretrains or fine-tunes an ordinary causal language model on cross entropy: quickstart targets and draft models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+
+from trainkit.errors import UserError
+from trainkit.losses.divergence import CrossEntropy
+from trainkit.losses.output import LossOutput
+from trainkit.models.load import read_config
+from trainkit.models.target import check_head
+from trainkit.modules.base import Batch, TrainingModule
+from trainkit.modules.meter import means
+
+
+class LanguageModule(TrainingModule):
+    """Trains a Hugging Face causal LM by next-token cross entropy on the counted tokens.
+
+    Args:
+        config: Fields of a transformers config, `model_type` among them, for a model with random weights. The vocabulary size
+            and special ids default to the tokenizer's.
+        folder: Folder of a model to continue from, instead of `config`.
+        optimizer: Optimiser class with its arguments.
+        lr_scheduler: Scheduler class with its arguments, stepped each optimiser step; by default linear warm-up, then cosine.
+        warmup_steps: Of the default schedule.
+        final_lr: Where the default schedule ends, as a share of the peak learning rate.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any] | None = None,
+        folder: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 50,
+        final_lr: float = 0.1,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, warmup_steps, final_lr)
+        if (config is None) == (folder is None):
+            raise UserError("model: give either config (a new model) or folder (one to continue from)")
+        if config is not None and "model_type" not in config:
+            raise UserError("model.config: model_type is missing (llama, qwen3, ...)")
+        self.config, self.folder = config, folder
+        self.divergence = CrossEntropy()
+        self.lm: Any = None
+
+    @property
+    def network(self) -> nn.Module | None:
+        return self.lm
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        return self.folder
+
+    def configure_model(self) -> None:
+        if self.lm is None:
+            self.lm = self._build()
+            self.check_fits(self.lm.config.vocab_size, getattr(self.lm.config, "max_position_embeddings", 1 << 60))
+            check_head(self.lm.eval(), self.folder or "model.config")
+            self.lm.train()
+
+    def describe(self) -> dict[str, Any]:
+        return {"model_config": plain_config(self.lm.config)}
+
+    def loss(self, batch: Batch, micro: int | None) -> LossOutput:
+        tokens_BT, document_BT = batch["tokens_BT"], batch["document_BT"]
+        # Packed: position ids alone keep documents apart, but only without cache and attention mask.
+        hidden_BTD = self.lm.base_model(
+            input_ids=tokens_BT, position_ids=batch["positions_BT"], use_cache=False
+        ).last_hidden_state
+        counted_BT = batch["mask_BT"][:, 1:] & (document_BT[:, 1:] == document_BT[:, :-1]) & (document_BT[:, 1:] >= 0)
+        hidden_ND = hidden_BTD[:, :-1][counted_BT]
+        head = self.lm.get_output_embeddings()
+        return self.divergence(hidden_ND, head, hidden_ND, None, labels_N=tokens_BT[:, 1:][counted_BT])
+
+    def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
+        values = means(sums)
+        return values | {"perplexity": torch.tensor(values["loss"]).exp().item()}
+
+    def _build(self) -> nn.Module:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.data_tokenizer())
+        if self.folder is not None:
+            read_config(self.folder)  # says what is wrong with the folder in one line
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True)
+        else:
+            assert self.config is not None
+            ids: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+            fields = {"vocab_size": len(tokenizer)} | ids | self.config
+            try:
+                config = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
+            except ValueError as error:
+                raise UserError(f"model.config: {str(error).splitlines()[0]}") from error
+            plain = type(config)()  # a config keeps whatever it is given, so look at one that was given nothing
+            unknown = [name for name in self.config if not hasattr(plain, name)]
+            if unknown:
+                raise UserError(f"model.config: {unknown[0]!r} is no field of model_type {self.config['model_type']!r}")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if model.config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"model.config: vocab_size {model.config.vocab_size} is smaller than the tokenizer's {len(tokenizer)}"
+            )
+        return model
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A transformers config as plain values, without what depends on the library or the machine."""
+    values = config.to_dict()
+    for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
+        values.pop(name, None)
+    return values

@@ -1,0 +1,143 @@
+"""fit, validate and test: constructor signatures are the configuration (LightningCLI), YAML is typed and strict.
+
+What differs from LightningCLI as it comes, each with a test in tests/modules/test_training.py: configs/base.yaml stands under
+every run; an error is one line; `--ckpt_path` restores training but never overrides recipe or flags; processes that torchrun
+started train together or not at all; each run has its folder, which a resumed run continues.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# Imported so that recipes can name the classes without their paths.
+import trainkit.losses.divergence
+import trainkit.modules.data
+import trainkit.modules.draft
+import trainkit.modules.language  # noqa: F401
+from trainkit.drafters.base import discover
+from trainkit.errors import UserError
+from trainkit.modules.base import TrainingModule
+from trainkit.modules.callbacks import Checkpoints, RunFolder, dry
+from trainkit.parser import OneLine
+
+BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
+COMMANDS = ("fit", "validate", "test")
+
+
+class OneLineParser(OneLine, LightningArgumentParser):
+    """Lightning's parser, its errors in one line."""
+
+
+class TrainingCLI(LightningCLI):
+    """One command over `TrainingModule` and `LightningDataModule` classes named in the configuration."""
+
+    def __init__(self, command: str, args: Sequence[str]) -> None:
+        if not BASE.is_file():  # the parser would pass over a missing default file without a word
+            raise UserError(f"{BASE}: not found; run trainkit from a checkout that has configs/")
+        discover()
+        self.command = command
+        super().__init__(
+            TrainingModule, LightningDataModule, args=[command, *args], save_config_callback=None, parser_class=OneLineParser,
+            subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False,
+            load_from_checkpoint_support=False, seed_everything_default=0,
+            parser_kwargs={name: {"default_config_files": [str(BASE)]} for name in COMMANDS},
+        )  # fmt: skip
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items() if name in COMMANDS}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # without the base class's complaint that sys.argv is there too
+
+    def _parse_ckpt_path(self) -> None:
+        pass  # Lightning would let hyper-parameters in a checkpoint override recipe and flags
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+
+    def before_instantiate_classes(self) -> None:
+        values = self.config[self.command]
+        if values.get("ckpt_path") and not Path(values.ckpt_path).exists():
+            raise UserError(f"ckpt_path: {values.ckpt_path} does not exist")
+        trainer = values.trainer
+        trainer.default_root_dir = str(trainer.default_root_dir or self._run_folder(values))
+        processes, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if processes > 1 and trainer.devices == "auto":
+            trainer.devices, trainer.num_nodes = local, processes // local
+
+    def _run_folder(self, values: Any) -> Path:
+        """The checkpoint's own run when fitting goes on from it, otherwise a new folder."""
+        if values.get("ckpt_path") and self.command == "fit":
+            folder = Path(values.ckpt_path).resolve().parents[1]
+            if (folder / "config.yaml").is_file():
+                return folder
+        recipe = self.recipe
+        name = Path(recipe).stem if recipe else "run"
+        kind = "" if self.command == "fit" else f"-{self.command}"
+        return Path("runs") / name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}{kind}"
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    @property
+    def recipe(self) -> str | None:
+        """The last configuration file given, as it was given."""
+        files = self.config[self.command].get("config") or []
+        return str(files[-1]) if files else None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.model.recipe = self.recipe
+        text = self._parser(self.command).dump(self.config[self.command])
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(RunFolder(text))  # pyright: ignore[reportAttributeAccessIssue]
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if trainer.world_size != processes and "LOCAL_RANK" in os.environ:
+            raise UserError(
+                f"trainer.strategy, devices: {processes} processes were started but the trainer uses {trainer.world_size}, "
+                "so they would train apart; set trainer.strategy: ddp and trainer.devices: auto"
+            )
+        return trainer
+
+
+def run(command: str, args: Sequence[str]) -> int:
+    """Runs fit, validate or test with command-line arguments (`--config RECIPE ...`) and returns the exit code.
+
+    Raises:
+        UserError: a mistake in configuration, data or files.
+    """
+    assert command in COMMANDS
+    try:
+        cli = TrainingCLI(command, args)
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if cli.trainer.is_global_zero:
+        for line in summary(cli.trainer, command):
+            print(line)
+    return 0
+
+
+def summary(trainer: Trainer, command: str) -> list[str]:
+    """What a run ends with: where its checkpoints are, and the last validation's metrics."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    shown = " ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in sorted(metrics.items()))
+    lines = [f"validation: {shown}"] if shown else []
+    checkpoints = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)  # pyright: ignore[reportAttributeAccessIssue]
+    if command == "fit" and checkpoints is not None and not dry(trainer):
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        lines.append(f"checkpoint: {folder / 'last.ckpt'} (step {trainer.global_step})")
+        if checkpoints.best is not None:
+            best = f"{checkpoints.monitor} {checkpoints.best:.4g} at step {checkpoints.best_step}"
+            lines.append(f"best:       {folder / 'best.ckpt'} ({best})")
+    return lines
+
+
+__all__ = ["COMMANDS", "OneLineParser", "TrainingCLI", "run", "summary"]

@@ -1,0 +1,79 @@
+"""Errors of the command line as one line: what was wrong, where, and the mend."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from trainkit.errors import UserError
+
+_UNKNOWN = (r"unrecognized arguments: -{0,2}([^\s=]+)", r"does not accept option '([^']+)'", r"invalid choice: '([^']+)'")
+_NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+
+
+class OneLine:
+    """Mixed into an argument parser (ours, or Lightning's as `parser_class`): an error is a UserError, not usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # type: ignore[attr-defined]  # a trial parse inside jsonargparse, which handles it
+            super().error(message, ex)  # type: ignore[misc]
+        raise UserError(one_line(message, list(_names(self)))) from ex
+
+
+class Parser(OneLine, jsonargparse.ArgumentParser):
+    """The parser of every command but those that Lightning runs."""
+
+
+def one_line(message: str, known: list[str]) -> str:
+    """A jsonargparse message as one line, with the nearest of the `known` names where a name was mistyped."""
+    key = re.search(r'Parser key "([^"]+)":', message)
+    given = re.search(r"Given value: (.*)", message)
+    lines = [re.sub(r'^Parser key "[^"]+":', "", line.strip()).strip().removeprefix("- ") for line in message.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(_NOISE)]
+    text = "; ".join(dict.fromkeys(_plain(line) for line in lines))
+    if given:  # said once, as it was written; the lines above show it half parsed
+        text = re.sub(r", got [^;]*", "", text) + f", got {given[1]}"
+    text = f"{key[1]}: {text}" if key else text
+    return text.replace('"<unicode string>"', "the file") + _suggestion(message, known)
+
+
+def _plain(line: str) -> str:
+    line = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", line).replace("typing.", "").replace(". Got value:", ", got")
+    line = re.sub(r"^Type .* expects a function or a callable class: ", "", line)
+    return re.sub(r"^Expected an? ", "expected ", line)
+
+
+def _suggestion(message: str, known: list[str]) -> str:
+    if found := re.search(r"Option '([^']+)' is not accepted.*class_path='([\w.]+)'", message):
+        near = difflib.get_close_matches(found[1], _arguments_of(found[2]), n=1)
+        return f"; did you mean {near[0]}?" if near else ""
+    for pattern in _UNKNOWN:
+        if found := re.search(pattern, message):
+            name = found[1]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            dashes = "--" if f"--{name}" in message else ""
+            return f"; did you mean {dashes}{near[0]}?" if near else "; --help lists what there is"
+    return ""
+
+
+def _arguments_of(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    with contextlib.suppress(ImportError, AttributeError, ValueError):
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    return []
+
+
+def _names(parser: Any) -> Iterator[str]:
+    """Options and subcommands of a parser and of its subcommands, without dashes."""
+    for action in parser._actions:
+        yield from (option.lstrip("-") for option in action.option_strings)
+        for name, child in (getattr(action, "_name_parser_map", None) or {}).items():
+            yield name
+            yield from _names(child)

@@ -1,0 +1,209 @@
+"""One decoding round: draft, verify, compact, append; and the reading of a prompt before the first.
+
+A round touches only device tensors, has static shapes and reads nothing on the host, so that it runs eagerly on a CPU and is
+replayed as one captured graph on a GPU. Plain decoding is the round whose tree is the root alone.
+"""
+
+# B batch  T positions  N tree nodes  P path length, depth + 1  V vocabulary  A taps  D hidden
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from trainkit.drafters.base import Drafter, State, TargetHandle
+from trainkit.layers.attention import causal_bias, move_slots, tree_bias
+from trainkit.layers.blocks import Decoder
+from trainkit.runner.sampling import CHOICE, PROPOSAL, Sampling, gumbel
+from trainkit.runner.tree import Draft, Tree, grow
+from trainkit.runner.verify import Verdict, coupled, residual
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What an observer sees of a round: exact distributions at the nodes that were judged.
+
+    Attributes:
+        tree: Shape of the draft.
+        draft: Its tokens and processed logits.
+        scores_BNV: The target's processed logits at every node.
+        verdict: What was accepted; a row that was done has a count of 0.
+    """
+
+    tree: Tree
+    draft: Draft
+    scores_BNV: Tensor
+    verdict: Verdict
+
+
+@dataclass
+class Plan:
+    """Everything about a round that is fixed while its graph is reused.
+
+    Attributes:
+        sampling: Temperature, top-k, top-p.
+        tree: Shape of the draft.
+        verify: `coupled` or `residual`; temperature 0 is always coupled, of which it is the case without noise.
+        logprobs: Also return the log-probability of each emitted token.
+        observe: Called after each round with its trace; only without graphs.
+    """
+
+    sampling: Sampling
+    tree: Tree
+    verify: str = "coupled"
+    logprobs: bool = False
+    observe: Callable[[Trace], None] | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "target": 0.0, "verify": 0.0})
+
+    @property
+    def is_residual(self) -> bool:
+        return self.verify == "residual" and not self.sampling.greedy
+
+
+@dataclass(frozen=True)
+class RoundOutput:
+    """Tokens a round emitted, `counts_B` of them in each row; and their log-probabilities if asked for."""
+
+    emitted_BP: Tensor
+    counts_B: Tensor
+    logprobs_BP: Tensor | None
+
+
+class Rounds:
+    """Runs rounds over a target's state; knows nothing of requests, text or stopping but by end ids and length.
+
+    Args:
+        target: The decoder that verifies.
+        drafter: What drafts, or None.
+        end_ids: Tokens that end a row.
+    """
+
+    def __init__(self, target: Decoder, drafter: Drafter | None, end_ids: tuple[int, ...]) -> None:
+        self.target, self.drafter = target, drafter
+        self.taps = () if drafter is None else drafter.taps
+        weight = target.embed.weight
+        # every tensor of end ids ever used is kept: captured graphs point to them
+        self._ends: dict[tuple[int, ...], Tensor] = {}
+        self.set_end_ids(end_ids)
+        self.vocabulary = torch.arange(target.shape.vocab_size, device=weight.device)
+        self.handle = TargetHandle(target.embed, target.norm, target.head, target.shape.vocab_size)
+
+    def set_end_ids(self, end_ids: Sequence[int]) -> None:
+        """Replaces the tokens that end a row; part of a graph's key."""
+        self.end_key = tuple(end_ids)
+        device = self.target.embed.weight.device
+        self.end_ids = self._ends.setdefault(self.end_key, torch.tensor(self.end_key, dtype=torch.long, device=device))
+
+    def new_state(self, batch_size: int, slots: int) -> State:
+        """The target's static tensors: cache, the root's position and token, noise keys, length limit, and who is done."""
+        weight = self.target.embed.weight
+        device = weight.device
+        return {
+            "cache": self.target.new_cache(batch_size, slots, device, weight.dtype),
+            "position": torch.ones(batch_size, dtype=torch.long, device=device),
+            "token": torch.zeros(batch_size, dtype=torch.long, device=device),
+            "keys": torch.zeros(batch_size, 2, dtype=torch.int32, device=device),
+            "limit": torch.zeros(batch_size, dtype=torch.long, device=device),
+            "done": torch.ones(batch_size, dtype=torch.bool, device=device),
+        }
+
+    def prefill(self, plan: Plan, state: State, draft_state: State, tokens_T: Tensor, chunk: int = 512) -> RoundOutput:
+        """Reads one row's prompt and emits the first token; `state` and `draft_state` are views of that row."""
+        T = tokens_T.shape[0]
+        hidden = tokens_T.new_empty(0)
+        for start in range(0, T, chunk):
+            tokens = tokens_T[None, start : start + chunk]
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+            span = start + tokens.shape[1]
+            bias = causal_bias(positions, span, state["cache"].dtype)
+            hidden, taps = self.target(tokens, positions, bias, state["cache"], positions, self.taps)
+            if self.drafter is not None and plan.tree.depth:
+                self.drafter.prefill(draft_state, tokens, positions, taps, span)
+        logits = self.target.head(hidden[:, -1:])
+        state["position"].fill_(T)
+        noise = None if plan.sampling.greedy else gumbel(state["keys"], state["position"][:, None], self.vocabulary, CHOICE)
+        scores = plan.sampling.process(logits)
+        token = (scores if noise is None else scores + noise).argmax(-1)
+        state["token"].copy_(token[:, 0])
+        state["done"].copy_(torch.isin(token[:, 0], self.end_ids) | (state["position"] + 1 >= state["limit"]))
+        logprobs = logits.float().log_softmax(-1).gather(2, token[..., None])[..., 0] if plan.logprobs else None
+        return RoundOutput(token, torch.ones_like(token[:, 0]), logprobs)
+
+    def __call__(self, plan: Plan, state: State, draft_state: State, span: int) -> RoundOutput:
+        """Drafts, verifies and commits one round of every row; a row that is done emits nothing and keeps its place.
+
+        Args:
+            plan: What kind of round.
+            state: From `new_state`, or a view of its first rows; changed in place.
+            draft_state: The drafter's tensors of the same rows.
+            span: No cache slot at or past it is used in this round, the tree's scratch slots included.
+        """
+        tree, sampling = plan.tree, plan.sampling
+        position, token = state["position"], state["token"]
+        started = perf_counter()
+        rows = position[:, None] + 1 + torch.arange(tree.depth + 1, device=position.device)
+        noise = None
+        if not sampling.greedy and not (plan.is_residual and not tree.depth):
+            noise = gumbel(state["keys"], rows, self.vocabulary, PROPOSAL if plan.is_residual else CHOICE)
+        keep = plan.is_residual or plan.observe is not None
+        if self.drafter is None or not tree.depth:
+            draft = Draft(token[:, None], ())
+        else:
+            draft = grow(tree, self.drafter, draft_state, self.handle, token, position, sampling, noise, span, keep)
+        drafted = perf_counter()
+
+        logits, taps = self.judge(tree, draft.tokens_BN, state, span)
+        judged = perf_counter()
+
+        scores = sampling.process(logits)
+        if plan.is_residual:
+            verdict = residual(tree, draft, scores, state["keys"], position)
+        else:
+            verdict = coupled(tree, draft, scores, noise)
+        output = self._commit(plan, state, draft_state, draft, verdict, logits, taps)
+        if plan.observe is not None:
+            plan.observe(Trace(tree, draft, scores, Verdict(verdict.path_BP, output.counts_B, verdict.emitted_BP)))
+        seconds = plan.seconds
+        seconds["draft"] += drafted - started
+        seconds["target"] += judged - drafted
+        seconds["verify"] += perf_counter() - judged
+        return output
+
+    def judge(self, tree: Tree, tokens_BN: Tensor, state: State, span: int) -> tuple[Tensor, Tensor | None]:
+        """The target's logits [B, N, V] at every node, and its taps; the nodes' keys and values go to scratch slots."""
+        position = state["position"]
+        positions = position[:, None] + tree.depths_N
+        slots = positions if tree.is_chain else position[:, None] + torch.arange(tree.size, device=position.device)
+        bias = tree_bias(position, tree.ancestors_NN.expand(position.shape[0], -1, -1), span, state["cache"].dtype)
+        hidden, taps = self.target(tokens_BN, positions, bias, state["cache"], slots, self.taps)
+        return self.target.head(hidden), taps
+
+    def _commit(
+        self, plan: Plan, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor, taps: Tensor | None
+    ) -> RoundOutput:
+        position, path = state["position"], verdict.path_BP
+        counts = verdict.counts_B.masked_fill(state["done"], 0)
+        emitted = verdict.emitted_BP
+        if path is not None:
+            move_slots(state["cache"], position[:, None] + path, position)
+        if self.drafter is not None and plan.tree.depth:
+            tokens, kept = draft.tokens_BN, taps
+            if path is not None:
+                tokens = tokens.gather(1, path)
+                kept = None if taps is None else taps.gather(1, path[..., None, None].expand(-1, -1, *taps.shape[2:]))
+            self.drafter.commit(draft_state, path, tokens, counts, position, kept)
+        logprobs = None
+        if plan.logprobs:
+            at_nodes = logits if path is None else logits.gather(1, path[..., None].expand(-1, -1, logits.shape[-1]))
+            logprobs = at_nodes.float().log_softmax(-1).gather(2, emitted[..., None])[..., 0]
+        last = emitted.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+        state["token"].copy_(torch.where(counts > 0, last, state["token"]))
+        position.add_(counts)
+        inside = torch.arange(emitted.shape[1], device=emitted.device) < counts[:, None]
+        ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
+        state["done"].logical_or_(ended | (position + 1 >= state["limit"]))
+        return RoundOutput(emitted, counts, logprobs)

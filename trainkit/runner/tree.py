@@ -1,0 +1,201 @@
+"""The shape of a round's draft, and its growth level by level: one builder for a chain and for any static tree.
+
+A tree is a list of rank paths: (0,) is the root's likeliest child, (0, 1) that child's second. Topology lives in index tensors.
+"""
+
+# B batch  N nodes, root first  F frontier nodes  C children of one level  K draft vocabulary  V vocabulary  D levels
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainkit.drafters.base import Drafter, Frontier, State, TargetHandle
+from trainkit.errors import UserError
+from trainkit.runner.sampling import Sampling
+
+RankPath = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One expansion: the nodes that have children, and where each child comes from.
+
+    Attributes:
+        nodes_F: The frontier's node numbers.
+        parents_F: Their parents' numbers, -1 at the root.
+        parent_places_F: Where each parent stood in the level above.
+        children_C: Node numbers of the children.
+        places_C: Which frontier node each is a child of.
+        ranks_C: Which of its proposals each is.
+        width: Proposals asked for: 1 + the largest rank.
+    """
+
+    nodes_F: Tensor
+    parents_F: Tensor
+    parent_places_F: Tensor
+    children_C: Tensor
+    places_C: Tensor
+    ranks_C: Tensor
+    width: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A static draft tree on a device.
+
+    Attributes:
+        paths: Rank paths of the nodes after the root, parents before children, level by level.
+        levels: Its expansions, root's first.
+        depth: Longest path; the most tokens a round can accept.
+        depths_N: Depth of each node.
+        parents_N: Parent's number, 0 for the root itself.
+        ancestors_NN: True at [i, j] where j is an ancestor of i, or i.
+        children_NW: The number of each node's child by rank, -1 where there is none.
+    """
+
+    paths: tuple[RankPath, ...]
+    levels: tuple[Level, ...]
+    depth: int
+    depths_N: Tensor
+    parents_N: Tensor
+    ancestors_NN: Tensor
+    children_NW: Tensor
+
+    @property
+    def size(self) -> int:
+        """Nodes, root included: rows the target verifies."""
+        return len(self.paths) + 1
+
+    @property
+    def is_chain(self) -> bool:
+        """Each node has at most one child."""
+        return self.depth == len(self.paths)
+
+
+def chain(depth: int) -> tuple[RankPath, ...]:
+    """The rank paths of a chain; none at depth 0, which is plain decoding."""
+    return tuple((0,) * level for level in range(1, depth + 1))
+
+
+def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
+    """The tree of these rank paths.
+
+    Raises:
+        UserError: a path is given twice, or its parent or a lower rank beside it is missing.
+    """
+    ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
+    number: dict[RankPath, int] = {(): 0} | {path: i + 1 for i, path in enumerate(ordered)}
+    if len(number) != len(ordered) + 1:
+        raise UserError("tree: a rank path is given twice or is empty")
+    for path in ordered:
+        elder = path[:-1] + (path[-1] - 1,)
+        if path[:-1] not in number or (path[-1] > 0 and elder not in number) or path[-1] < 0:
+            raise UserError(f"tree: path {list(path)} needs its parent and every lower rank beside it")
+    nodes = [(), *ordered]
+
+    def tensor(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    levels: list[Level] = []
+    above: list[RankPath] = [()]
+    for depth in range(max(map(len, nodes))):
+        children = [path for path in nodes if len(path) == depth + 1]
+        frontier = sorted({path[:-1] for path in children}, key=number.__getitem__)
+        levels.append(
+            Level(
+                nodes_F=tensor([number[p] for p in frontier]),
+                parents_F=tensor([number[p[:-1]] if p else -1 for p in frontier]),
+                parent_places_F=tensor([above.index(p[:-1]) if p else 0 for p in frontier]),
+                children_C=tensor([number[p] for p in children]),
+                places_C=tensor([frontier.index(p[:-1]) for p in children]),
+                ranks_C=tensor([p[-1] for p in children]),
+                width=1 + max(p[-1] for p in children),
+            )
+        )
+        above = frontier
+    ancestors = torch.zeros(len(nodes), len(nodes), dtype=torch.bool, device=device)
+    width = 1 + max((p[-1] for p in ordered), default=0)
+    children_NW = torch.full((len(nodes), width), -1, dtype=torch.long, device=device)
+    for path in nodes:
+        for length in range(len(path) + 1):
+            ancestors[number[path], number[path[:length]]] = True
+        if path:
+            children_NW[number[path[:-1]], path[-1]] = number[path]
+    return Tree(
+        paths=tuple(ordered), levels=tuple(levels), depth=len(levels), depths_N=tensor([len(p) for p in nodes]),
+        parents_N=tensor([number[p[:-1]] for p in nodes]), ancestors_NN=ancestors, children_NW=children_NW,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A drafted tree.
+
+    Attributes:
+        tokens_BN: Tokens, root first.
+        scores: Per level, the processed draft logits [B, F, V] over the whole vocabulary (-inf where it proposes nothing);
+            kept only when asked for.
+    """
+
+    tokens_BN: Tensor
+    scores: tuple[Tensor, ...]
+
+
+def grow(
+    tree: Tree, drafter: Drafter, state: State, handle: TargetHandle, root_B: Tensor, position_B: Tensor, sampling: Sampling,
+    noise_BDV: Tensor | None, span: int, keep_scores: bool,
+) -> Draft:  # fmt: skip
+    """Drafts the tree: each level's proposals are the best by draft log-probability plus noise.
+
+    Args:
+        tree: Its shape.
+        drafter: Whose steps expand it.
+        state: The drafter's tensors.
+        handle: The target's shared parts.
+        root_B: The root's token.
+        position_B: Its absolute position.
+        sampling: Processing, the same as the target's.
+        noise_BDV: A row of Gumbel noise for each level, or None to take the likeliest.
+        span: No cache slot at or past it is in use.
+        keep_scores: Keep each level's processed logits, for `residual` and for measuring.
+    """
+    B = root_B.shape[0]
+    tokens_BN = root_B[:, None].repeat(1, tree.size)
+    scores: list[Tensor] = []
+    for depth, level in enumerate(tree.levels):
+        out = drafter.step(
+            state,
+            Frontier(
+                tokens_BF=tokens_BN[:, level.nodes_F],
+                positions_BF=(position_B + depth)[:, None].expand(B, len(level.nodes_F)),
+                nodes_F=level.nodes_F,
+                parents_BF=level.parents_F.expand(B, -1),
+                parent_places_BF=level.parent_places_F.expand(B, -1),
+                ancestors_BFM=tree.ancestors_NN[level.nodes_F].expand(B, -1, -1),
+                depth=depth,
+            ),
+            handle,
+            span,
+        )
+        logits_BFK = sampling.process(out.logits_BFK)
+        noisy = logits_BFK
+        if noise_BDV is not None:
+            row = noise_BDV[:, depth : depth + 1]
+            noisy = logits_BFK + (row if out.ids_K is None else row[:, :, out.ids_K])
+        picked = noisy.argmax(-1, keepdim=True) if level.width == 1 else noisy.topk(level.width, dim=-1).indices
+        if out.ids_K is not None:
+            picked = out.ids_K[picked]
+        tokens_BN[:, level.children_C] = picked[:, level.places_C, level.ranks_C]
+        if keep_scores:
+            scores.append(logits_BFK if out.ids_K is None else _widen(logits_BFK, out.ids_K, handle.vocab_size))
+    return Draft(tokens_BN, tuple(scores))
+
+
+def _widen(logits_BFK: Tensor, ids_K: Tensor, vocab_size: int) -> Tensor:
+    """Logits of a trimmed vocabulary over the whole one, -inf elsewhere."""
+    full = logits_BFK.new_full((*logits_BFK.shape[:2], vocab_size), float("-inf"))
+    return full.index_copy(2, ids_K, logits_BFK)

@@ -1,0 +1,127 @@
+"""Which drafted tokens stay: coupled verification (token-exact) and residual verification (exact in distribution).
+
+Both judge a whole tree from one target forward, on the device, with static shapes. `coupled` is the default: the target
+chooses by log p + noise at every node, the drafter proposed from log q + the SAME noise, and a child stays if it is the
+target's choice. So the output is that of plain seeded decoding whatever the drafter does; at temperature 0 the noise is absent.
+`residual` is the classical rule of Leviathan et al. 2023 (arXiv 2211.17192), over the siblings of a static tree one after the
+other without replacement. Its three streams of noise are independent of each other.
+"""
+
+# B batch  N tree nodes, root first  V vocabulary  P path length, depth + 1  R noise rows, depth + 1  W siblings
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainkit.runner.sampling import ACCEPT, RESIDUAL, gumbel, uniform
+from trainkit.runner.tree import Draft, Tree
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a round emits.
+
+    Attributes:
+        path_BP: Node numbers of the accepted path, root first; None for a chain, where they are 0..P-1.
+        counts_B: Nodes on it, root included: also the number of tokens emitted.
+        emitted_BP: The accepted tokens and then the bonus token; meaningless at and past `counts_B`.
+    """
+
+    path_BP: Tensor | None
+    counts_B: Tensor
+    emitted_BP: Tensor
+
+
+def coupled(tree: Tree, draft: Draft, scores_BNV: Tensor, noise_BRV: Tensor | None) -> Verdict:
+    """Keeps the children that equal the target's own choice.
+
+    Args:
+        tree: Shape of the draft.
+        draft: Its tokens.
+        scores_BNV: The target's processed logits at every node.
+        noise_BRV: The Gumbel noise the draft was made with and one row more, or None at temperature 0.
+    """
+    if noise_BRV is not None:
+        noise = noise_BRV if tree.is_chain else noise_BRV[:, tree.depths_N]
+        scores_BNV = scores_BNV + noise
+    choice_BN = scores_BNV.argmax(-1)
+    if tree.is_chain:
+        agreed = draft.tokens_BN[:, 1:] == choice_BN[:, :-1]
+        return Verdict(None, 1 + agreed.cumprod(1).sum(1), choice_BN)
+    agreed = draft.tokens_BN == choice_BN[:, tree.parents_N]
+    agreed[:, 0] = True
+    on_path = (agreed[:, None] | ~tree.ancestors_NN).all(-1)
+    path = _path(tree, on_path)
+    return Verdict(path, on_path.sum(1), choice_BN.gather(1, path))
+
+
+def residual(tree: Tree, draft: Draft, scores_BNV: Tensor, keys_B2: Tensor, position_B: Tensor) -> Verdict:
+    """Accepts x with probability min(1, p(x) / q(x)), goes on from norm(max(0, p - q)) after a rejection.
+
+    Siblings are judged in drawing order; a rejected one leaves q as well, which is renormalised: it cannot be drawn again.
+
+    Args:
+        tree: Shape of the draft.
+        draft: Its tokens and the processed logits that proposed them.
+        scores_BNV: The target's processed logits at every node.
+        keys_B2: Noise keys.
+        position_B: Absolute position of the root.
+    """
+    B = scores_BNV.shape[0]
+    rows = torch.arange(B, device=scores_BNV.device)
+    node = torch.zeros_like(position_B)
+    alive = torch.ones_like(position_B, dtype=torch.bool)
+    on_path = torch.zeros_like(draft.tokens_BN, dtype=torch.bool)
+    on_path[:, 0] = True
+    p = scores_BNV[:, 0].softmax(-1)
+    siblings_W = torch.arange(tree.children_NW.shape[1], device=node.device)
+    for depth, level in enumerate(tree.levels):
+        place = (level.nodes_F == node[:, None]).int().argmax(1)
+        q = draft.scores[depth].softmax(-1)[rows, place]
+        u_BW = uniform(keys_B2, (position_B + depth + 1)[:, None], siblings_W, ACCEPT)[:, 0]
+        moved = torch.zeros_like(alive)
+        next_node = node
+        for rank in range(level.width):
+            child = tree.children_NW[node, rank]
+            # a proposal without mass was not drawn: there were fewer tokens in q than siblings asked for
+            token = draft.tokens_BN[rows, child.clamp(min=0)]
+            q_token = q[rows, token]
+            judged = alive & ~moved & (child >= 0) & (q_token > 0)
+            accepted = judged & (u_BW[:, rank] * q_token < p[rows, token])
+            rejected = judged & ~accepted
+            p_left, q_left = after_rejection(p, q, token)
+            p, q = torch.where(rejected[:, None], p_left, p), torch.where(rejected[:, None], q_left, q)
+            moved |= accepted
+            on_path[rows, child.clamp(min=0)] |= accepted
+            p = torch.where(accepted[:, None], scores_BNV[rows, child.clamp(min=0)].softmax(-1), p)
+            next_node = torch.where(accepted, child, next_node)
+        node = next_node
+        alive = moved
+    counts = on_path.sum(1)
+    noise = gumbel(keys_B2, (position_B + counts)[:, None], torch.arange(p.shape[1], device=p.device), RESIDUAL)[:, 0]
+    bonus = (p.log() + noise).argmax(-1)
+    path = None if tree.is_chain else _path(tree, on_path)
+    tokens = draft.tokens_BN if path is None else draft.tokens_BN.gather(1, path)
+    emitted = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).scatter(1, (counts - 1)[:, None], bonus[:, None])
+    return Verdict(path, counts, emitted)
+
+
+def after_rejection(p_BV: Tensor, q_BV: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Target and draft distribution once `token_B`, drawn from q, is rejected: norm(max(0, p - q)), and q without it."""
+    p = (p_BV - q_BV).clamp(min=0)
+    mass = p.sum(-1, keepdim=True)
+    # no mass is left only by rounding, where p equals q and nothing is rejected but by rounding: keep p
+    p = torch.where(mass > 0, p / mass, p_BV)
+    q = q_BV.scatter(1, token_B[:, None], 0.0)
+    return p, q / q.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def _path(tree: Tree, on_path_BN: Tensor) -> Tensor:
+    """[B, P] node numbers by depth; 0 past the path's end."""
+    places = torch.where(on_path_BN, tree.depths_N, tree.depth + 1)
+    nodes = torch.arange(tree.size, device=on_path_BN.device).expand_as(places)
+    path = torch.zeros(places.shape[0], tree.depth + 2, dtype=torch.long, device=places.device)
+    return path.scatter(1, places, nodes)[:, :-1]
