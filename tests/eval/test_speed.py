@@ -41,6 +41,8 @@ def test_repeats_are_interleaved_each_with_its_own_threads():
 
     told = []
     measure([contender("a", 1), contender("b", 2)], [[1]], 4, 2, told.append)
+    assert measure([contender("a", 1)], [[1]], 4, 3, max_seconds=0.0) == 1, "once at least, and no repeat past the limit"
+    del seen[4:]
     assert seen == [("a", 1), ("b", 2), ("a", 1), ("b", 2)] and told == ["a", "b", "a", "b"]
 
 

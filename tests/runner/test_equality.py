@@ -192,7 +192,7 @@ def test_many_prompts_many_shapes_few_ties(seed):
     ]  # fmt: skip
     for shape in shapes:
         runner = pair(shape, draft_layers=1, noise=0.02)
-        prompts = ragged_prompts(150)
+        prompts = ragged_prompts(100)
         for sampling in SAMPLINGS:
             plain = runner.generate(prompts, max_new_tokens=32, seed=seed, depth=0, ignore_end=True, **settings(sampling))
             for tree in (1, 4, BUSHY):

@@ -37,9 +37,9 @@ def test_a_long_row_that_left_does_not_disturb_the_short_ones(seed):
     """A finished row beyond the next graph's span stays behind as padding, with its old position."""
     base = pair(ends=(), max_len=600)
     captured, eager = on_gpu(True, base), on_gpu(False, base)
-    prompts = [[1, 2, 3], [4] * 580, [5, 6], [7] * 590, [8]]
+    prompts = [[1, 2, 3], [5, 6], [8], [4] * 590, [7] * 595]
     for _ in range(2):
-        outs = [r.generate(prompts, max_new_tokens=40, depth=4, temperature=1.0, seed=seed) for r in (captured, eager)]
+        outs = [r.generate(prompts, max_new_tokens=40, tree=SIBLINGS, temperature=1.0, seed=seed) for r in (captured, eager)]
         assert [out.tokens for out in outs[0]] == [out.tokens for out in outs[1]]
         prompts = prompts[:3]
 

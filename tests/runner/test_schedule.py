@@ -59,8 +59,8 @@ def replayed(runner, lag):
 @pytest.mark.parametrize("shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}], ids=["plain", "chain", "tree"])
 def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
     runner = pair(max_batch=6)
-    prompts = ragged_prompts(17)
-    for sampling in (Sampling(0.0), Sampling(1.0), Sampling(0.8, top_p=0.9)):
+    prompts = ragged_prompts(11)
+    for sampling in (Sampling(0.0), Sampling(0.8, top_p=0.9)):
         settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": 20, "seed": seed}
         runner.graphs, runner.lag = None, 0
         eager = runner.generate(prompts, **settings, logprobs=True, **shaped)
@@ -68,28 +68,24 @@ def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
         del runner._fetch
         assert runner.graphs.replays > 10
         ties = compare(runner.rounds.target, prompts, [o.tokens for o in graphed], [o.tokens for o in eager], sampling, seed)
-        assert_few(ties, 340)
+        assert_few(ties, 220)
         for one, other in zip(graphed, eager, strict=True):
             if one.tokens == other.tokens:
                 assert (one.finish, one.stats) == (other.finish, other.stats)
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("shaped", [{"depth": 4}, {"tree": SIBLINGS}], ids=["chain", "tree"])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_padded_rows_left_far_beyond_the_span_do_no_harm(lag, seed):
+def test_padded_rows_left_far_beyond_the_span_do_no_harm(shaped, lag, seed):
     """Long rows finish first; the graph of the short ones is padded with rows whose old position lies past its span."""
     runner = replayed(pair(ends=(), max_len=600), lag)
-    long, short = [torch.randint(0, 48, (n,)).tolist() for n in (570, 580, 590, 598, 560)], ragged_prompts(3)
-    prompts = [long[0], short[0], long[1], short[1], long[2], short[2], long[3], long[4]]
-    outs = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, depth=4)
-    plain = pair_without_graphs(runner).generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, depth=0)
-    ties = compare(runner.rounds.target, prompts, [o.tokens for o in outs], [o.tokens for o in plain], Sampling(1.0), seed)
-    assert_few(ties, 320)
-
-
-def pair_without_graphs(runner):
+    prompts = ragged_prompts(3) + [torch.randint(0, 48, (n,)).tolist() for n in (590, 595, 585)]
+    outs = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, **shaped)
     runner.graphs, runner.lag = None, 0
-    return runner
+    plain = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, depth=0)
+    ties = compare(runner.rounds.target, prompts, [o.tokens for o in outs], [o.tokens for o in plain], Sampling(1.0), seed)
+    assert_few(ties, 160)
 
 
 def test_end_ids_and_weights_may_change_between_replays(seed):

@@ -92,6 +92,7 @@ class Frontier:
         parent_places_BF: Where the parent stood in the previous level's frontier; 0 at the root.
         ancestors_BFM: True at a node's ancestors and itself, over the M nodes of the round.
         depth: This level's depth, a Python integer fixed at capture.
+        chain: The tree is a chain: slots are positions, and a node sees every slot up to its own.
     """
 
     tokens_BF: Tensor
@@ -101,6 +102,7 @@ class Frontier:
     parent_places_BF: Tensor
     ancestors_BFM: Tensor
     depth: int
+    chain: bool
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ def load_model(folder: str | Path, device: torch.device, dtype: torch.dtype) -> 
     from transformers import AutoModelForCausalLM
 
     with _quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
     return _plain(model.to(device))
 
 
@@ -66,7 +68,7 @@ def model_of(decoder: Any, end_ids: Sequence[int] = ()) -> Any:
     with torch.device(weight.device):
         model = AutoModelForCausalLM.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
     keys = model.load_state_dict(hf_tensors(decoder), strict=False)
-    assert not keys.unexpected_keys and set(keys.missing_keys) <= {"lm_head.weight"}, "only a tied head has no weight of its own"
+    assert not keys.unexpected_keys and set(keys.missing_keys) <= {"lm_head.weight"}, "a tied head has no weight of its own"
     return _plain(model)
 
 

@@ -61,7 +61,7 @@ def bench(
         dtype: float32, bfloat16 or float16.
         baselines: Also measure transformers.
         seed: Fixes every draw.
-        max_seconds: Fewer prompts are taken, and said so, if all of them would need longer than this.
+        max_seconds: Fewer prompts, then fewer repeats are run, and said so, if all of them would need longer than this.
         synthetic: Instead of a target: tiny, llama3-1b or llama3-8b with random weights, and a scripted drafter.
         synthetic_tau: Tokens per round that the scripted drafter realises, as far as the depth allows.
         prompt_length: Tokens of the synthetic prompt.
@@ -107,7 +107,11 @@ def run(request: Request, field: Field) -> Result:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            measure(field.contenders, field.prompts, request.max_new_tokens, request.repeats, progress)
+            done = measure(
+                field.contenders, field.prompts, request.max_new_tokens, request.repeats, progress, request.max_seconds
+            )
+        if done < request.repeats:
+            field.notes.append(f"{done} of {request.repeats} repeats, to stay within max_seconds {request.max_seconds:.0f}")
         costs = _costs(request, field)
     finally:
         set_threads(every)

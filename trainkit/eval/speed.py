@@ -148,9 +148,11 @@ def warm_up(
 
 def measure(
     contenders: Sequence[Contender], prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int,
-    progress: Callable[[str], None] = lambda name: None,
-) -> None:  # fmt: skip
+    progress: Callable[[str], None] = lambda name: None, max_seconds: float = float("inf"),
+) -> int:  # fmt: skip
     """Times every contender `repeats` times, interleaved; results go into `seconds` and `outputs` of each.
+
+    Returns how often it did: fewer times, but once at least, if another repeat would end after `max_seconds`.
 
     Args:
         contenders: With their threads chosen.
@@ -158,14 +160,19 @@ def measure(
         max_new_tokens: Most tokens for each prompt.
         repeats: Rounds over all contenders.
         progress: Told the name of a contender that has just been timed.
+        max_seconds: Wall-clock for all repeats.
     """
-    for _ in range(repeats):
+    began = perf_counter()
+    for done in range(repeats):
+        if done and (perf_counter() - began) * (done + 1) / done > max_seconds:
+            return done
         for contender in contenders:
             set_threads(contender.threads)
             seconds, output = _timed(contender, prompts, max_new_tokens)
             contender.seconds.append(seconds)
             contender.outputs.append(output)
             progress(contender.name)
+    return repeats
 
 
 def set_threads(count: int) -> None:

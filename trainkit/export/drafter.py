@@ -85,7 +85,7 @@ def first_logits(drafter: Drafter) -> Tensor:
     state = drafter.init_state(1, 64, parameter.device, parameter.dtype)
     drafter.prefill(state, tokens[:, :T], torch.arange(T)[None], taps, T)
     zero = torch.zeros(1, 1, dtype=torch.long)
-    root = Frontier(tokens[:, T:], zero + T, zero[0], zero - 1, zero, torch.ones(1, 1, 1, dtype=torch.bool), 0)
+    root = Frontier(tokens[:, T:], zero + T, zero[0], zero - 1, zero, torch.ones(1, 1, 1, dtype=torch.bool), 0, True)
     return drafter.step(state, root, stand_in(drafter.target, parameter.dtype), 64).logits_BFK[0].float()
 
 

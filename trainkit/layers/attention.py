@@ -115,7 +115,8 @@ class Attention(nn.Module):
             k, v = seen[:, :G], seen[:, G:]
         group = H // G
         q = qk[:, :, :H].unflatten(2, (G, group)).permute(0, 2, 3, 1, 4).reshape(B, G, group * T, self.width)
-        bias = bias_BTS[:, None] if group == 1 else bias_BTS.repeat(1, group, 1)[:, None]
+        # one row's bias serves its whole group without a copy
+        bias = (bias_BTS.expand(-1, group * T, -1) if 1 in (T, group) else bias_BTS.repeat(1, group, 1))[:, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         y = y.view(B, G, group, T, self.width).permute(0, 3, 1, 2, 4).reshape(B, T, H * self.width)
         return self.out(y)

@@ -145,9 +145,9 @@ class Rounds:
         tree, sampling = plan.tree, plan.sampling
         position, token = state["position"], state["token"]
         started = perf_counter()
-        rows = position[:, None] + 1 + torch.arange(tree.depth + 1, device=position.device)
         noise = None
         if not sampling.greedy and not (plan.is_residual and not tree.depth):
+            rows = position[:, None] + 1 + torch.arange(tree.depth + 1, device=position.device)
             noise = gumbel(state["keys"], rows, self.vocabulary, PROPOSAL if plan.is_residual else CHOICE)
         keep = plan.is_residual or plan.observe is not None
         if self.drafter is None or not tree.depth:
@@ -174,11 +174,17 @@ class Rounds:
         return output
 
     def judge(self, tree: Tree, tokens_BN: Tensor, state: State, span: int) -> tuple[Tensor, Tensor | None]:
-        """The target's logits [B, N, V] at every node, and its taps; the nodes' keys and values go to scratch slots."""
+        """The target's logits [B, N, V] at every node, and its taps; the nodes' keys and values go to scratch slots.
+
+        A chain's nodes lie in the slots of their positions, so what each may see needs no ancestors.
+        """
         position = state["position"]
         positions = position[:, None] + tree.depths_N
-        slots = positions if tree.is_chain else position[:, None] + torch.arange(tree.size, device=position.device)
-        bias = tree_bias(position, tree.ancestors_NN.expand(position.shape[0], -1, -1), span, state["cache"].dtype)
+        if tree.is_chain:
+            slots, bias = positions, causal_bias(positions, span, state["cache"].dtype)
+        else:
+            slots = position[:, None] + torch.arange(tree.size, device=position.device)
+            bias = tree_bias(position, tree.ancestors_NN.expand(position.shape[0], -1, -1), span, state["cache"].dtype)
         hidden, taps = self.target(tokens_BN, positions, bias, state["cache"], slots, self.taps)
         return self.target.head(hidden), taps
 

@@ -177,6 +177,7 @@ def grow(
                 parent_places_BF=level.parent_places_F.expand(B, -1),
                 ancestors_BFM=tree.ancestors_NN[level.nodes_F].expand(B, -1, -1),
                 depth=depth,
+                chain=tree.is_chain,
             ),
             handle,
             span,

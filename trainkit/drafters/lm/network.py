@@ -132,12 +132,15 @@ class LMDraft(Drafter):
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         tokens, positions, ancestors = frontier.tokens_BF, frontier.positions_BF, frontier.ancestors_BFM
         root_B = positions[:, 0] - frontier.depth
-        slots = root_B[:, None] + frontier.nodes_F
+        slots = positions if frontier.chain else root_B[:, None] + frontier.nodes_F
         if frontier.depth == 0:
             tokens = torch.cat([state["previous"][:, None], tokens], dim=1)
             positions = slots = torch.cat([positions - 1, positions], dim=1)
             ancestors = torch.cat([torch.zeros_like(ancestors), ancestors], dim=1)
-        bias = tree_bias(root_B, ancestors, span, state["cache"].dtype)
+        if frontier.chain:
+            bias = causal_bias(positions, span, state["cache"].dtype)
+        else:
+            bias = tree_bias(root_B, ancestors, span, state["cache"].dtype)
         hidden, _ = self.decoder(tokens, positions, bias, state["cache"], slots)
         hidden = hidden[:, -frontier.tokens_BF.shape[1] :]
         return StepOutput(self.decoder.head(hidden), None, hidden)
