@@ -10,11 +10,11 @@ rm -rf "$out"
 mkdir -p "$out"
 
 stage "1/5 pretrain a target of 2.4M parameters on data/tiny (recipes/target_tiny.yaml)"
-./launch.sh recipes/target_tiny.yaml --trainer.default_root_dir "$out/target_run"
+RUN_DIR=$out/target_run ./launch.sh recipes/target_tiny.yaml
 ./launch.sh export "$out/target_run/checkpoints/last.ckpt" "$out/target" >/dev/null
 
 stage "2/5 distil a one-layer draft from it (recipes/draft_tiny.yaml)"
-./launch.sh recipes/draft_tiny.yaml --trainer.default_root_dir "$out/draft_run" --model.target "$out/target"
+RUN_DIR=$out/draft_run ./launch.sh recipes/draft_tiny.yaml --model.target "$out/target"
 
 stage "3/5 export the draft, reload it, compare, show its card"
 ./launch.sh export "$out/draft_run/checkpoints/last.ckpt" "$out/draft"

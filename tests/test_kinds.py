@@ -126,7 +126,6 @@ def test_a_trained_drafter_is_accepted_where_it_was_trained(drafter: Drafter, ti
 def test_captured_rounds_equal_eager_ones(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
     folder = exported(drafter, tiny_target, tmp_path / "out")
     options = {"max_new_tokens": 40, "temperature": 0.8, "seed": 5, "ignore_end": True}
-    outputs = [
-        runner_for(tiny_target, folder, device="cuda", capture=capture).generate(PROMPTS, **options) for capture in (False, True)
-    ]
+    runners = [runner_for(tiny_target, folder, device="cuda", capture=capture) for capture in (False, True)]
+    outputs = [runner.generate(PROMPTS, **options) for runner in runners]
     assert [o.tokens for o in outputs[0]] == [o.tokens for o in outputs[1]]

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from trainkit.models.shape import TargetHandle, TargetShape
 
 __all__ = [
     "Divergence", "DraftBatch", "Drafter", "Frontier", "LossOutput", "State", "StepOutput", "TargetHandle", "TargetShape",
-    "discover", "load_kind",
+    "discover", "kind_of", "load_kind",
 ]  # fmt: skip
 
 State: TypeAlias = dict[str, Tensor]
@@ -130,12 +130,10 @@ class Drafter(nn.Module, ABC):
     Attributes:
         taps: Target hidden states it needs, as indices of Hugging Face `hidden_states` (0 the embeddings, i after i layers;
             the last index, also -1, is after the final norm); () for none.
-        kind: The kind's name, set by its package.
         default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain.
     """
 
     taps: tuple[int, ...] = ()
-    kind: ClassVar[str]
     default_tree: tuple[tuple[int, ...], ...] | None = None
 
     def __init__(self, target: TargetShape) -> None:
@@ -228,7 +226,6 @@ def discover() -> Mapping[str, type[Drafter]]:
             module = importlib.import_module(f"{package}.{info.name}")
             for value in vars(module).values():
                 if isinstance(value, type) and issubclass(value, Drafter) and value is not Drafter:
-                    value.kind = info.name
                     kinds[info.name] = value
     return kinds
 
@@ -243,3 +240,15 @@ def load_kind(kind: str) -> type[Drafter]:
     if kind not in kinds:
         raise UserError(f"unknown drafter kind {kind!r}; there are: {', '.join(sorted(kinds))}")
     return kinds[kind]
+
+
+def kind_of(drafter: Drafter) -> str:
+    """The kind's name of a drafter.
+
+    Raises:
+        UserError: its class is no discovered kind.
+    """
+    for name, kind in discover().items():
+        if type(drafter) is kind:
+            return name
+    raise UserError(f"{type(drafter).__name__} is no discovered drafter kind; register its package with add_kinds_from")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainkit import bundle
-from trainkit.drafters.base import Drafter, Frontier, TargetHandle, TargetShape, load_kind
+from trainkit.drafters.base import Drafter, Frontier, TargetHandle, TargetShape, kind_of, load_kind
 from trainkit.errors import UserError
 
 _TOKENIZER_FILES = (
@@ -52,19 +52,19 @@ def export_drafter(
     for name, value in drafter.named_parameters():
         if not value.isfinite().all():
             raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
-    drafter = drafter.to(dtype).eval()
+    drafter, kind = drafter.to(dtype).eval(), kind_of(drafter)
 
     def fill(folder: Path) -> None:
         drafter.export(folder, dtype)
         copy_tokenizer(Path(tokenizer), folder)
-        again = load_kind(drafter.kind).load(folder, drafter.target, drafter.config()).to(dtype)
+        again = load_kind(kind).load(folder, drafter.target, drafter.config()).to(dtype)
         difference = (first_logits(drafter) - first_logits(again)).abs().max().item()
         # the same code on the same numbers: nothing but equality will do
         if not difference == 0:
             raise UserError(f"{out}: the reloaded export's logits differ by {difference:.3g}; nothing was written")
 
     return bundle.write(
-        out, fill, kind=drafter.kind, config=drafter.config(), target=drafter.target.to_dict(),
+        out, fill, kind=kind, config=drafter.config(), target=drafter.target.to_dict(),
         extra={"taps": list(drafter.taps)}, **card,
     )  # fmt: skip
 

@@ -35,4 +35,5 @@ def _fit(found: bundles.Bundle, target: Path) -> list[str]:
     if not found.target:
         raise UserError(f"{found.path}: a model of its own (kind {found.kind}), not made for any target; leave --target out")
     shape = target_shape(target)
-    return bundles.check_fit(found.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=bool(found.extra.get("taps")))
+    reads_hidden = bool(found.extra.get("taps"))
+    return bundles.check_fit(found.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainkit.layers.linear import Linear
 from trainkit.layers.shape import DecoderShape
 
 
@@ -82,8 +83,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.width = shape.num_heads, shape.num_kv_heads, shape.head_dim
         rows = (self.heads + 2 * self.kv_heads) * self.width
-        self.qkv = nn.Linear(input_size or shape.hidden_size, rows, bias=shape.qkv_bias)
-        self.out = nn.Linear(self.heads * self.width, shape.hidden_size, bias=False)
+        self.qkv = Linear(input_size or shape.hidden_size, rows, bias=shape.qkv_bias)
+        self.out = Linear(self.heads * self.width, shape.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
         self.k_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
 

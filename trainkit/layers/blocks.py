@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainkit.layers.attention import Attention, rotary_table, slot_index
+from trainkit.layers.linear import Linear, project
 from trainkit.layers.shape import DecoderShape
 
 
@@ -23,8 +24,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -55,6 +56,8 @@ class Decoder(nn.Module):
         shape: Sizes. With `tied`, the head is the embedding.
     """
 
+    streams = False
+
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         self.shape = shape
@@ -82,7 +85,7 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states after the final norm."""
-        return F.linear(hidden, self.embed.weight if self.lm_head is None else self.lm_head.weight)
+        return project(hidden, self.embed.weight if self.lm_head is None else self.lm_head.weight, None, self.streams)
 
     def new_cache(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A zeroed cache [B, L, 2G, slots, E], keys before values."""

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from trainkit.drafters.base import Divergence, DraftBatch, Drafter, LossOutput, TargetShape, discover
+from trainkit.drafters.base import Divergence, DraftBatch, Drafter, LossOutput, TargetShape, kind_of
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ChunkedDivergence, ForwardKL, TVDpp
 from trainkit.models.target import FrozenTarget
@@ -94,10 +94,7 @@ class DraftModule(TrainingModule):
 
     def describe(self) -> dict[str, Any]:
         assert self.drafter is not None and self.shape is not None
-        kinds = [name for name, kind in discover().items() if type(self.drafter) is kind]
-        if not kinds:
-            raise UserError(f"model.drafter: {type(self.drafter).__name__} is no discovered kind; register its package first")
-        return {"kind": kinds[0], "config": self.drafter.config(), "target": self.shape.to_dict()}
+        return {"kind": kind_of(self.drafter), "config": self.drafter.config(), "target": self.shape.to_dict()}
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         assert self.drafter is not None

@@ -22,6 +22,7 @@ from trainkit import bundle
 from trainkit.drafters.base import Drafter, State, discover, load_kind
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
+from trainkit.layers.linear import stream_weights
 from trainkit.models.load import copy_weights, load_decoder, read_config
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
@@ -154,6 +155,7 @@ class Runner:
         device = target.embed.weight.device
         if drafter is not None:
             drafter.requires_grad_(False).eval()
+        stream_weights(target, *([] if drafter is None else [drafter]))
         rounds = Rounds(target, drafter, shape.end_ids)
         return Runner(rounds, shape, folder, max_batch, max_len, device.type == "cuda" if capture is None else capture)
 

@@ -28,19 +28,23 @@ class Level:
         nodes_F: The frontier's node numbers.
         parents_F: Their parents' numbers, -1 at the root.
         parent_places_F: Where each parent stood in the level above.
-        children_C: Node numbers of the children.
+        ancestors_FN: True at a frontier node's ancestors and itself.
+        children: Node numbers of the children; a slice, since nodes are numbered level by level.
         places_C: Which frontier node each is a child of.
         ranks_C: Which of its proposals each is.
         width: Proposals asked for: 1 + the largest rank.
+        single: Every frontier node has one child, so that child i comes from node i.
     """
 
     nodes_F: Tensor
     parents_F: Tensor
     parent_places_F: Tensor
-    children_C: Tensor
+    ancestors_FN: Tensor
+    children: slice
     places_C: Tensor
     ranks_C: Tensor
     width: int
+    single: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
     def tensor(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
+    ancestors = torch.zeros(len(nodes), len(nodes), dtype=torch.bool, device=device)
+    for path in nodes:
+        for length in range(len(path) + 1):
+            ancestors[number[path], number[path[:length]]] = True
     levels: list[Level] = []
     above: list[RankPath] = [()]
     for depth in range(max(map(len, nodes))):
@@ -110,19 +118,18 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
                 nodes_F=tensor([number[p] for p in frontier]),
                 parents_F=tensor([number[p[:-1]] if p else -1 for p in frontier]),
                 parent_places_F=tensor([above.index(p[:-1]) if p else 0 for p in frontier]),
-                children_C=tensor([number[p] for p in children]),
+                ancestors_FN=ancestors[tensor([number[p] for p in frontier])],
+                children=slice(number[children[0]], number[children[-1]] + 1),
                 places_C=tensor([frontier.index(p[:-1]) for p in children]),
                 ranks_C=tensor([p[-1] for p in children]),
                 width=1 + max(p[-1] for p in children),
+                single=len(children) == len(frontier),
             )
         )
         above = frontier
-    ancestors = torch.zeros(len(nodes), len(nodes), dtype=torch.bool, device=device)
     width = 1 + max((p[-1] for p in ordered), default=0)
     children_NW = torch.full((len(nodes), width), -1, dtype=torch.long, device=device)
     for path in nodes:
-        for length in range(len(path) + 1):
-            ancestors[number[path], number[path[:length]]] = True
         if path:
             children_NW[number[path[:-1]], path[-1]] = number[path]
     return Tree(
@@ -166,16 +173,17 @@ def grow(
     B = root_B.shape[0]
     tokens_BN = root_B[:, None].repeat(1, tree.size)
     scores: list[Tensor] = []
+    frontier_BF = root_B[:, None]
     for depth, level in enumerate(tree.levels):
         out = drafter.step(
             state,
             Frontier(
-                tokens_BF=tokens_BN[:, level.nodes_F],
+                tokens_BF=frontier_BF,
                 positions_BF=(position_B + depth)[:, None].expand(B, len(level.nodes_F)),
                 nodes_F=level.nodes_F,
                 parents_BF=level.parents_F.expand(B, -1),
                 parent_places_BF=level.parent_places_F.expand(B, -1),
-                ancestors_BFM=tree.ancestors_NN[level.nodes_F].expand(B, -1, -1),
+                ancestors_BFM=level.ancestors_FN.expand(B, -1, -1),
                 depth=depth,
                 chain=tree.is_chain,
             ),
@@ -190,7 +198,11 @@ def grow(
         picked = noisy.argmax(-1, keepdim=True) if level.width == 1 else noisy.topk(level.width, dim=-1).indices
         if out.ids_K is not None:
             picked = out.ids_K[picked]
-        tokens_BN[:, level.children_C] = picked[:, level.places_C, level.ranks_C]
+        children_BC = picked[..., 0] if level.single else picked[:, level.places_C, level.ranks_C]
+        tokens_BN[:, level.children] = children_BC
+        if depth + 1 < tree.depth:
+            below = tree.levels[depth + 1]
+            frontier_BF = children_BC if tree.is_chain else tokens_BN[:, below.nodes_F]
         if keep_scores:
             scores.append(logits_BFK if out.ids_K is None else _widen(logits_BFK, out.ids_K, handle.vocab_size))
     return Draft(tokens_BN, tuple(scores))

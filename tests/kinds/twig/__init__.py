@@ -18,7 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainkit.drafters.base import (
-    Divergence, DraftBatch, Drafter, Frontier, LossOutput, State, StepOutput, TargetHandle, TargetShape,
+    Divergence,
+    DraftBatch,
+    Drafter,
+    Frontier,
+    LossOutput,
+    State,
+    StepOutput,
+    TargetHandle,
+    TargetShape,
 )  # fmt: skip
 
 WIDEST = 4

@@ -1,0 +1,110 @@
+"""The losslessness table on a target and draft of your own: long, and what a serving engineer would want to see.
+
+    TRAINKIT_TARGET=DIR TRAINKIT_DRAFTER=DIR TRAINKIT_PROMPTS=FILE ./launch.sh test -m slow -s tests/runner/test_given_target.py
+
+Without these variables a tiny random target is taken, and a draft made of two of its four layers. `-s` shows the figures.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runner.equality import assert_few, compare
+from trainkit.data.prompts import read_prompts
+from trainkit.drafters.lm import LMDraft
+from trainkit.eval.acceptance import served_acceptance
+from trainkit.export.drafter import export_drafter
+from trainkit.models.target import target_shape
+from trainkit.runner import Runner, Stats
+from trainkit.runner.sampling import Sampling
+
+pytestmark = pytest.mark.slow
+QUESTIONS = int(os.environ.get("TRAINKIT_QUESTIONS", "100"))
+NEW_TOKENS = 128
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    given = os.environ.get("TRAINKIT_TARGET"), os.environ.get("TRAINKIT_DRAFTER")
+    if given[0] and given[1]:
+        return Path(given[0]), Path(given[1])
+    draft = LMDraft(target_shape(tiny_target), num_layers=2)
+    draft.initialise(tiny_target)
+    folder = tmp_path_factory.mktemp("drafts") / "two-layers"
+    export_drafter(draft, folder, tokenizer=tiny_target)
+    return tiny_target, folder
+
+
+@pytest.fixture(scope="module")
+def runner(folders: tuple[Path, Path]) -> Runner:
+    return Runner.load(*folders, max_batch=8, max_len=512)
+
+
+@pytest.fixture(scope="module")
+def prompts(runner: Runner) -> list[list[int]]:
+    source = os.environ.get("TRAINKIT_PROMPTS")
+    if source:
+        return [prompt for prompt in read_prompts(source, runner.tokenizer, QUESTIONS + 20) if len(prompt) < 380][:QUESTIONS]
+    generator = torch.Generator().manual_seed(0)
+    V = runner.shape.decoder.vocab_size
+    return [torch.randint(V, (int(n),), generator=generator).tolist() for n in torch.randint(4, 60, (QUESTIONS,))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_every_depth_gives_the_tokens_of_plain_decoding(
+    runner: Runner, prompts: list[list[int]], temperature: float
+) -> None:
+    options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 3}
+    plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
+    decisions = sum(map(len, plain))
+    for depth in (1, 2, 4, 8):
+        outs = runner.generate(prompts, depth=depth, **options)
+        ties = compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed=3)
+        stats = Stats.merge(out.stats for out in outs)
+        print(
+            f"\ntemperature {temperature} depth {depth}: {len(prompts)} prompts, {decisions} tokens, "
+            f"equal {len(prompts) - len(ties)}, ties {len(ties)}, tau {stats.tau:.3f}"
+        )
+        assert_few(ties, decisions)
+
+
+def test_greedy_tokens_are_those_of_transformers(runner: Runner, prompts: list[list[int]], folders: tuple[Path, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32).eval()
+    theirs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        row = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
+            eos_token_id=list(runner.shape.end_ids) or None, pad_token_id=0,
+        )  # fmt: skip
+        theirs.append(row[0, len(prompt) :].tolist())
+    ours = [out.tokens for out in runner.generate(prompts, max_new_tokens=NEW_TOKENS, depth=4)]
+    ties = compare(runner.rounds.target, prompts, ours, theirs, Sampling())
+    print(f"\ntransformers greedy: {len(prompts)} prompts, {sum(map(len, ours))} tokens, ties {len(ties)}")
+    assert_few(ties, sum(map(len, ours)))
+
+
+@pytest.mark.parametrize("verify", ["coupled", "residual"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_served_acceptance_is_the_exact_one(runner: Runner, prompts: list[list[int]], verify: str, temperature: float) -> None:
+    found = served_acceptance(
+        runner, prompts[:40], max_new_tokens=NEW_TOKENS, temperature=temperature, verify=verify, depth=4, seed=3
+    )
+    print(
+        f"\n{verify} temperature {temperature}: {found.evaluated} nodes judged, accepted {found.observed:.4f}, exact "
+        f"{found.expected:.4f}, deviation {found.deviation:+.2f} standard errors"
+    )
+    assert abs(found.deviation) <= 3
+
+
+def test_the_target_as_its_own_draft_is_always_accepted(folders: tuple[Path, Path], prompts: list[list[int]]) -> None:
+    runner = Runner.load(folders[0], folders[0], max_batch=8, max_len=512)
+    stats = Stats.merge(out.stats for out in runner.generate(prompts[:10], max_new_tokens=64, depth=4))
+    print(f"\ntarget as its own draft: tau {stats.tau} over {stats.rounds} rounds")
+    assert stats.accepted[:4] == [0, 0, 0, 0]
