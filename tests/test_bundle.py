@@ -314,3 +314,11 @@ def test_the_card_counts_weights_from_the_headers(tmp_path):
     card = bundle.card(found)
     for text in ("b: fake", "15 parameters", "tiny", "vocabulary 320", "tau 2.512", "recipes/x.yaml", "seed**: 7"):
         assert text in card
+
+
+def test_the_card_of_a_model_of_its_own_has_no_target(tmp_path):
+    def fill(folder):
+        (folder / "config.json").write_text("{}")
+
+    found = bundle.write(tmp_path / "b", fill, kind="model", config={}, target={})
+    assert "target" not in bundle.card(found) and "b: model" in bundle.card(found)

@@ -422,7 +422,7 @@ def card(bundle: Bundle) -> str:
     sizes = [f"{label} {decoder[key]}" for key, label in _SIZES.items() if key in decoder]
     rows = {
         "weights": f"{count:,} parameters, {size / 1e6:,.1f} MB",
-        "target": ", ".join([str(made["path"])] * bool(made.get("path")) + sizes),
+        "target": ", ".join([str(made["path"]), *sizes] if made.get("path") else sizes),
         "config": _items(bundle.config),
         "metrics": _items(bundle.metrics) or "none recorded",
         "runner": _items(bundle.runner),
