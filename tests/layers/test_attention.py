@@ -14,6 +14,7 @@ from trainkit.layers.attention import (
     Attention,
     causal_bias,
     document_bias,
+    fold_bias,
     move_slots,
     rotary_table,
     rotate,
@@ -96,7 +97,7 @@ def test_attention_equals_its_definition_with_and_without_a_cache(groups, norms,
     rope = rotary_table(shape, 6)[None].expand(2, -1, -1, -1)
     bias = causal_bias(torch.arange(6).expand(2, -1), 6, torch.float32)
     with torch.no_grad():
-        ours = attention(x, rope, bias)
+        ours = attention(x, rope, fold_bias(bias, shape.num_heads // shape.num_kv_heads))
         q, k, v = attention.qkv(x).split([32, 8 * groups, 8 * groups], dim=-1)
         q, k, v = q.unflatten(-1, (4, 8)), k.unflatten(-1, (groups, 8)), v.unflatten(-1, (groups, 8))
         if attention.q_norm is not None and attention.k_norm is not None:
@@ -116,4 +117,4 @@ def test_attention_equals_its_definition_with_and_without_a_cache(groups, norms,
         for t in range(6):
             for b in range(2):
                 seen[b, t, slots[b, : t + 1]] = 0.0
-        assert torch.allclose(attention(x, rope, seen, cache, slot_index(slots, cache)), ours, atol=1e-5)
+        assert torch.allclose(attention(x, rope, fold_bias(seen, shape.num_heads // shape.num_kv_heads), cache, slot_index(slots, cache)), ours, atol=1e-5)

@@ -5,6 +5,7 @@ the sequence itself or from cache slots. Query heads that share a key head are f
 """
 
 # B batch  T positions  D hidden  H query heads  G key-value heads  E head width  S cache slots  M nodes of a round
+# R rows: T positions for each of the H / G query heads that share a key head
 
 from __future__ import annotations
 
@@ -71,6 +72,12 @@ def tree_bias(root_B: Tensor, ancestors_BTM: Tensor, span: int, dtype: torch.dty
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
+def fold_bias(bias_BTS: Tensor, group: int) -> Tensor:
+    """[B, 1, group * T, S] bias of the folded rows, made once for all layers; one position's bias serves its group uncopied."""
+    T = bias_BTS.shape[1]
+    return (bias_BTS.expand(-1, group * T, -1) if 1 in (T, group) else bias_BTS.repeat(1, group, 1))[:, None]
+
+
 class Attention(nn.Module):
     """Attention with query, key and value projections fused into one matrix, rows in the order q, k, v.
 
@@ -89,14 +96,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, rope_BT2E: Tensor, bias_BTS: Tensor, cache_BGSE: Tensor | None = None, slots: Tensor | None = None
+        self, x_BTD: Tensor, rope_BT2E: Tensor, bias_B1RS: Tensor, cache_BGSE: Tensor | None = None, slots: Tensor | None = None
     ) -> Tensor:
         """Attends within the sequence, or over a cache after writing this call's keys and values into it.
 
         Args:
             x_BTD: Input, normalised.
             rope_BT2E: Rows of `rotary_table` at the positions.
-            bias_BTS: Additive bias; S = T without a cache, else at most the cache's slots.
+            bias_B1RS: Additive bias from `fold_bias`; S = T without a cache, else at most the cache's slots.
             cache_BGSE: This layer's [B, 2G, slots, E], keys before values; written in place.
             slots: [B, 2G, T, E] index of the slot that each new key and value goes to.
         """
@@ -112,13 +119,11 @@ class Attention(nn.Module):
         else:
             assert slots is not None
             cache_BGSE.scatter_(2, slots, torch.cat([qk[:, :, H:], v], dim=2).transpose(1, 2))
-            seen = cache_BGSE[:, :, : bias_BTS.shape[2]]
+            seen = cache_BGSE[:, :, : bias_B1RS.shape[3]]
             k, v = seen[:, :G], seen[:, G:]
         group = H // G
         q = qk[:, :, :H].unflatten(2, (G, group)).permute(0, 2, 3, 1, 4).reshape(B, G, group * T, self.width)
-        # one row's bias serves its whole group without a copy
-        bias = (bias_BTS.expand(-1, group * T, -1) if 1 in (T, group) else bias_BTS.repeat(1, group, 1))[:, None]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1RS)
         y = y.view(B, G, group, T, self.width).permute(0, 3, 1, 2, 4).reshape(B, T, H * self.width)
         return self.out(y)
 

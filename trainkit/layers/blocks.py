@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainkit.layers.attention import Attention, rotary_table, slot_index
+from trainkit.layers.attention import Attention, fold_bias, rotary_table, slot_index
 from trainkit.layers.linear import Linear, project
 from trainkit.layers.shape import DecoderShape
 
@@ -117,12 +117,13 @@ class Decoder(nn.Module):
         rope = F.embedding(positions_BT, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])
         slots = None if cache is None or slots_BT is None else slot_index(slots_BT, cache[:, 0])
         wanted = {tap % (self.shape.num_layers + 1): None for tap in taps}
+        bias = fold_bias(bias_BTS, self.shape.num_heads // self.shape.num_kv_heads)
         x = self.embed(tokens_BT)
         states: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             if index in wanted:
                 states[index] = x
-            x = layer(x, rope, bias_BTS, None if cache is None else cache[:, index], slots)
+            x = layer(x, rope, bias, None if cache is None else cache[:, index], slots)
         x = self.norm(x)
         states[self.shape.num_layers] = x
         if not taps:
