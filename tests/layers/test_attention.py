@@ -117,4 +117,5 @@ def test_attention_equals_its_definition_with_and_without_a_cache(groups, norms,
         for t in range(6):
             for b in range(2):
                 seen[b, t, slots[b, : t + 1]] = 0.0
-        assert torch.allclose(attention(x, rope, fold_bias(seen, shape.num_heads // shape.num_kv_heads), cache, slot_index(slots, cache)), ours, atol=1e-5)
+        folded = fold_bias(seen, shape.num_heads // shape.num_kv_heads)
+        assert torch.allclose(attention(x, rope, folded, cache, slot_index(slots, cache)), ours, atol=1e-5)

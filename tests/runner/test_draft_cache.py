@@ -19,6 +19,8 @@ def fresh_logits(decoder, tokens):
     hidden, _ = decoder(torch.tensor([tokens]), positions, causal_bias(positions, len(tokens), torch.float32))
     return decoder.head(hidden)[0, -1]
 
+ROUNDING = 1e-3  # logits here reach dozens, in float32; a wrong cache entry moves them by whole units
+
 
 class CheckedDraft(LMDraft):
     """An LMDraft that keeps each row's text among its state tensors, so that it moves with the rows, and checks every level.
@@ -89,12 +91,12 @@ def test_cached_logits_of_draft_and_target_equal_fresh_forwards(tree, noise, see
 
     runner.observe = observe
     outs = runner.generate(ragged_prompts(7, longest=9), max_new_tokens=9, temperature=0.0, tree=tree)
-    assert draft.checked > 20 and draft.error < 1e-4, draft.error
-    assert worst < 1e-4, worst
+    assert draft.checked > 20 and draft.error < ROUNDING, draft.error
+    assert worst < ROUNDING, worst
     draft.error = 0.0
     runner.observe = None
     outs = runner.generate(ragged_prompts(5, longest=9), max_new_tokens=9, temperature=1.0, verify="residual", tree=tree)
-    assert draft.error < 1e-4, draft.error
+    assert draft.error < ROUNDING, draft.error
     assert outs and lengths
 
 
