@@ -12,6 +12,7 @@ usage: ./launch.sh COMMAND ...
   ./launch.sh RECIPE.sh [arguments]              run a recipe that is a script
   ./launch.sh test [pytest arguments]            the tests
   ./launch.sh lint                               ruff, pyright, import floors, shellcheck
+  ./launch.sh distill --target DIR --prompts FILE --out DIR   the target's own answers, on every GPU (NPROC processes)
   ./launch.sh export|generate|bench|inspect|...  that trainkit command; --help after it explains
 
 Environment:
@@ -155,6 +156,15 @@ case ${1:-} in
         exit "$failed"
         ;;
     *.yaml | *.yml) fit "$@" ;;
+    distill) # as many processes as there are GPUs, each makes its share
+        shift; setup
+        processes=${NPROC:-1}
+        if [ -z "${NPROC:-}" ] && has_gpu; then processes=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))'); fi
+        if [ "$processes" -gt 1 ]; then
+            exec "$python" -P -m torch.distributed.run --standalone --nproc-per-node="$processes" -m trainkit.cli distill "$@"
+        fi
+        exec "$python" -P -m trainkit.cli distill "$@"
+        ;;
     *.sh) script=$(absolute "$1"); shift; [ -f "$script" ] || die "no recipe $script"; setup; cd "$root"; exec bash "$script" "$@" ;;
     *) setup; exec "$python" -P -m trainkit.cli "$@" ;;
 esac

@@ -23,11 +23,16 @@ def rows(tmp_path_factory) -> Path:
 def tiny(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]:
     """Flags that shrink a recipe to a tiny target and a handful of rows, whatever it trains."""
     values = yaml.safe_load(recipe.read_text())
-    arguments = values["model"].get("init_args", {})
-    flags = {"data.train": rows, "data.validation": rows, "data.length": 64, "data.batch_size": 2, "data.cache": cache}
+    arguments, data = (values[part].get("init_args", {}) for part in ("model", "data"))
+    flags = {name: rows for name in ("train", "corpus", "target", "prompts") if name in data} | {"validation": rows}
+    flags = {f"data.{name}": value for name, value in flags.items()}
+    flags |= {"data.length": 64, "data.batch_size": 2, "data.cache": cache}
     flags |= {"trainer.enable_progress_bar": "false", "trainer.accelerator": "cpu", "trainer.default_root_dir": cache / "run"}
+    flags |= {"trainer.precision": "32-true"}
     if "target" in arguments:
         flags["model.target"] = target
+        if "/" in arguments["drafter"].get("init_args", {}).get("init", ""):
+            flags["model.drafter.init"] = target
     else:
         flags |= {"data.tokenizer": target, "model.config.num_hidden_layers": 1}
     return ["--config", str(recipe), *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]

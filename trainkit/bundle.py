@@ -439,4 +439,10 @@ _SIZES = {"vocab_size": "vocabulary", "hidden_size": "hidden", "num_layers": "la
 
 
 def _items(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+    return ", ".join(f"{key} {_short(value)}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and len(value) > 16:  # such as the ids of a trimmed vocabulary
+        return f"[{len(value):,} entries]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -26,8 +26,17 @@ TRAINING = {
 }
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("trainkit.modules.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
+    "trim": ("trainkit.export.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
     "inspect": ("trainkit.export.inspect", "inspect", "a bundle's card, and if it fits: trainkit inspect BUNDLE --target DIR"),
+    "distill": (
+        "trainkit.runner.distill", "distill",
+        "a training set of the target's own answers: trainkit distill --target DIR --prompts FILE --out DIR",
+    ),
     "generate": ("trainkit.runner.command", "generate", "text: trainkit generate --target DIR --drafter DIR --prompt TEXT"),
+    "eval": (
+        "trainkit.eval.forced", "evaluate",
+        "exact acceptance on given texts, with intervals: trainkit eval --target DIR --drafter [A,B] --data SET",
+    ),
     "bench": (
         "trainkit.eval.bench", "bench",
         "speed against plain decoding: trainkit bench --target DIR --drafter DIR --prompts FILE --json OUT",
@@ -87,8 +96,16 @@ def parse(command: str, function: Callable[..., Any], arguments: list[str]) -> d
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=flags)
     positionals: set[str | int] = {name for name in parameters if name not in flags}
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positionals)
-    given = parser.parse_args(arguments)
+    given = parser.parse_args([_underscored(argument) for argument in arguments])
     return {name: given[name] for name in parameters}
+
+
+def _underscored(argument: str) -> str:
+    """--base-url=X as --base_url=X: both spellings of an option are understood."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def _overview() -> str:

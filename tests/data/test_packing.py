@@ -74,8 +74,10 @@ def test_a_batch_by_hand() -> None:
     assert batch["positions_BT"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
     assert batch["document_BT"].tolist() == [[0, 0, 0, 1, 1, -1], [-1] * 6]
     assert batch["mask_BT"].int().tolist() == [[0, 1, 1, 0, 1, 0], [0] * 6]
+    assert batch["rows_B"].tolist() == [0, -1]
     assert {name: tensor.dtype for name, tensor in batch.items()} == {
         "tokens_BT": torch.int64, "positions_BT": torch.int64, "document_BT": torch.int64, "mask_BT": torch.bool,
+        "rows_B": torch.int64,
     }  # fmt: skip
 
 

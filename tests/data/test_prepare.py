@@ -211,3 +211,13 @@ def test_two_processes_prepare_once_and_a_kill_leaves_nothing_half_done(
     assert len(log.read_text().splitlines()) == 2  # the killed one and one of the pair
     assert not list(cache.glob("*.tmp"))
     assert equal(prepare([path], None, tokenizer, 64, cache_dir=cache), prepare([path], None, tokenizer, 64))
+
+
+def test_a_report_with_unread_columns_and_bad_rows_survives_the_cache() -> None:
+    from collections import Counter
+
+    from trainkit.data.report import Report, SetReport
+
+    train = SetReport("train", rows=3, skipped=Counter({"no text": 1}), unused=Counter({"id": 2, "score": 1}))
+    report = Report(train, SetReport("validation"))
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report

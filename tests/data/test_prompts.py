@@ -67,7 +67,7 @@ def test_columns_can_be_named(rows_file: Callable[..., str], tokenizer: Any) -> 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"answer": "x"}, "columns are 'answer', expected messages or .*turns or prompt"),
+        ({"answer": "x"}, "columns are 'answer', expected input_ids\\+loss_mask or messages or .*turns or prompt"),
         ({"messages": [ANSWER]}, "the chat has no user turn"),
         ({"turns": []}, "turns must be a list of texts"),
         ({"turns": [3]}, "turns must be text, not int 3"),

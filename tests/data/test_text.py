@@ -63,7 +63,7 @@ def test_an_unknown_key_of_the_mapping_is_refused() -> None:
 BAD = [
     ('{"messages": [', "not JSON: .* at column"),
     ("[1, 2]", "a row must be an object, not list"),
-    ({"body": "x"}, "columns are 'body', expected messages or conversations or .* or text"),
+    ({"body": "x"}, "columns are 'body', expected .* or messages or conversations or .* or text"),
     ({}, "columns are none"),
     ({"prompt": "x"}, "columns are 'prompt'"),
     ({"messages": []}, "messages must be a list of turns, not an empty list"),

@@ -12,6 +12,7 @@ from tests.targets import make_target
 from trainkit.errors import UserError
 from trainkit.models.load import hf_tensors, load_decoder, save_decoder
 from trainkit.runner import Runner, Stats
+from trainkit.runner.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -81,20 +82,20 @@ def test_streamed_pieces_join_to_the_generated_text(runner, depth):
             assert "".join(runner.stream("é ü", stop=(stop,), **settings)) == cut.text == whole[: whole.find(stop)]
 
 
-def test_a_multi_byte_character_is_shown_whole(runner):
+def test_a_multi_byte_character_is_shown_whole(runner, monkeypatch):
     """A round that ends within a character shows nothing of it: no replacement character that later changes."""
     tokens = runner.tokenizer.encode("aé漢🙂b", add_special_tokens=False)
     assert len(tokens) > 6
     scripted = pair(runner.shape.decoder, noise=None, ends=(), max_len=64)
     scripted.folder = runner.folder
     told = iter(tokens)
-    take = scripted._take
+    take = Request.take
 
-    def forced(request, output, slot, stopping, prefill=False):
+    def forced(self, output, slot, stopping, prefill=False):
         output.emitted_BP[slot, 0] = next(told)
-        take(request, output, slot, stopping, prefill)
+        take(self, output, slot, stopping, prefill)
 
-    scripted._take = forced
+    monkeypatch.setattr(Request, "take", forced)
     pieces = list(scripted.stream([1], max_new_tokens=len(tokens)))
     assert "".join(pieces) == "aé漢🙂b" and "\ufffd" not in "".join(pieces)
     assert [p for p in pieces if p] == ["a", "é", "漢", "🙂", "b"]

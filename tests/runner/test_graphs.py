@@ -58,7 +58,7 @@ def test_graphs_stay_valid_over_calls_updates_and_end_ids(seed):
         new = torch.randn_like(base.rounds.target.embed.weight).cuda() * 0.35
         for runner in (captured, eager):
             runner.update([("model.embed_tokens.weight", new)])
-    assert captured.graphs is not None and captured.graphs._captured
+    assert captured.schedule.graphs is not None and captured.schedule.graphs._captured
 
 
 def test_captured_residual_equals_eager_residual(seed):

@@ -51,7 +51,8 @@ def replayed(runner, lag):
         copies = [None if part is None else part.clone() for part in parts]
         return lambda: RoundOutput(*copies)
 
-    runner.graphs, runner.lag, runner._fetch = Replayed(), lag, fetch
+    schedule = runner.schedule
+    schedule.graphs, schedule.lag, schedule._fetch = Replayed(), lag, fetch
     return runner
 
 
@@ -62,11 +63,11 @@ def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
     prompts = ragged_prompts(11)
     for sampling in (Sampling(0.0), Sampling(0.8, top_p=0.9)):
         settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": 20, "seed": seed}
-        runner.graphs, runner.lag = None, 0
+        runner.schedule.graphs, runner.schedule.lag = None, 0
         eager = runner.generate(prompts, **settings, logprobs=True, **shaped)
         graphed = replayed(runner, lag).generate(prompts, **settings, logprobs=True, **shaped)
-        del runner._fetch
-        assert runner.graphs.replays > 10
+        del runner.schedule._fetch
+        assert runner.schedule.graphs.replays > 10
         ties = compare(runner.rounds.target, prompts, [o.tokens for o in graphed], [o.tokens for o in eager], sampling, seed)
         assert_few(ties, 220)
         for one, other in zip(graphed, eager, strict=True):
@@ -82,7 +83,7 @@ def test_padded_rows_left_far_beyond_the_span_do_no_harm(shaped, lag, seed):
     runner = replayed(pair(ends=(), max_len=600), lag)
     prompts = ragged_prompts(3) + [torch.randint(0, 48, (n,)).tolist() for n in (590, 595, 585)]
     outs = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, **shaped)
-    runner.graphs, runner.lag = None, 0
+    runner.schedule.graphs, runner.schedule.lag = None, 0
     plain = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, depth=0)
     ties = compare(runner.rounds.target, prompts, [o.tokens for o in outs], [o.tokens for o in plain], Sampling(1.0), seed)
     assert_few(ties, 160)

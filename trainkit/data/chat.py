@@ -7,6 +7,8 @@ turn, and the difference counts. So a template that strips the thinking of earli
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,6 +58,25 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"tokenizer {tokenizer}: cannot be loaded ({reason[0]}); give a folder with tokenizer.json") from error
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what turns text into ids."""
+    return hashlib.sha256(json.dumps(_core(tokenizer), sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of all of a tokenizer that shapes training rows: its vocabulary, chat template, end and padding."""
+    parts = [_core(tokenizer), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _core(tokenizer: PreTrainedTokenizerBase) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    core: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(core, dict):  # left over from whoever called the tokenizer last
+        core = {key: value for key, value in core.items() if key not in ("truncation", "padding")}
+    return core
 
 
 class Encoder:

@@ -70,7 +70,8 @@ class PackedSet:
 
         Returns:
             tokens_BT and positions_BT int64, document_BT int64 numbered from 0 in each row and -1 on padding, mask_BT bool.
-            Padding holds `pad_id` at positions that count up from 0, as if it were one more document.
+            Padding holds `pad_id` at positions that count up from 0, as if it were one more document. rows_B: the rows'
+            numbers, -1 for a row of padding.
         """
         tokens_BT = np.full((size, self.length), self.pad_id, np.int64)
         positions_BT = np.tile(np.arange(self.length, dtype=np.int64), (size, 1))
@@ -85,7 +86,11 @@ class PackedSet:
             positions_BT[b, :used] -= np.repeat(places, sizes)
             positions_BT[b, used:] -= used
             document_BT[b, :used] = np.repeat(np.arange(len(sizes)), sizes)
-        named = {"tokens_BT": tokens_BT, "positions_BT": positions_BT, "document_BT": document_BT, "mask_BT": mask_BT}
+        rows_B = np.array([*rows, *[-1] * (size - len(rows))], np.int64)
+        named = {
+            "tokens_BT": tokens_BT, "positions_BT": positions_BT, "document_BT": document_BT, "mask_BT": mask_BT,
+            "rows_B": rows_B,
+        }  # fmt: skip
         return {name: torch.from_numpy(array) for name, array in named.items()}
 
     def save(self, folder: Path) -> None:
@@ -103,6 +108,24 @@ class PackedSet:
         arrays = {name: np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None, allow_pickle=False)
                   for name in _ARRAYS for file in [folder / f"{name}.npy"]}  # fmt: skip
         return PackedSet(**arrays, **json.loads((folder / "packed.json").read_text(encoding="utf-8")))
+
+
+def join(parts: Sequence[tuple[PackedSet, Sequence[int]]]) -> PackedSet:
+    """The named rows of several sets, one after the other, as one set; lengths and padding must be the same."""
+    first = parts[0][0]
+    assert all((packed.length, packed.pad_id) == (first.length, first.pad_id) for packed, _ in parts)
+    tokens, masks, sizes, rows = [first.tokens_N[:0]], [first.mask_N[:0]], [0], [0]
+    for packed, chosen in parts:
+        for row in chosen:
+            bounds = packed.documents_D[packed.rows_R[row] : packed.rows_R[row + 1] + 1]
+            tokens.append(packed.tokens_N[bounds[0] : bounds[-1]])
+            masks.append(packed.mask_N[bounds[0] : bounds[-1]])
+            sizes.extend(np.diff(bounds).tolist())
+            rows.append(rows[-1] + len(bounds) - 1)
+    return PackedSet(
+        tokens_N=np.concatenate(tokens), mask_N=np.concatenate(masks), documents_D=np.cumsum(sizes, dtype=np.int64),
+        rows_R=np.asarray(rows, np.int64), length=first.length, pad_id=first.pad_id,
+    )  # fmt: skip
 
 
 def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: str = "") -> PackedSet:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trainkit.data.chat import Document, Encoder, load_tokenizer
+from trainkit.data.chat import Document, Encoder, load_tokenizer, tokenizer_hash, vocabulary_hash
 from trainkit.data.packing import PackedSet, pack
+from trainkit.data.provenance import read_provenance
 from trainkit.data.report import Report, SetReport
 from trainkit.data.sources import BadRow, content_hash, read_rows
 from trainkit.data.text import check_columns, parse
@@ -91,12 +92,14 @@ def prepare(
     if not train:
         raise UserError("train: no files given")
     columns, loaded = check_columns(columns), load_tokenizer(tokenizer)
+    for file in (*train, *(validation or ())):
+        _check_made_with(file, loaded)
     policy = {"columns": columns, "on_bad_row": on_bad_row, "on_long_row": on_long_row, "length": length}
     settings = policy | {
         "validation_share": None if validation else validation_share, "seed": None if validation else seed,
         "limit": limit, "limit_validation": limit_validation if validation else None,
         "train": [content_hash(file) for file in train], "validation": [content_hash(file) for file in validation or ()],
-        "tokenizer": _tokenizer_hash(loaded), "code": CODE_VERSION,
+        "tokenizer": tokenizer_hash(loaded), "code": CODE_VERSION,
     }  # fmt: skip
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -115,6 +118,13 @@ def prepare(
         return Prepared(train_set, validation_set, Report(train_report, held_report), fingerprint)
 
     return work() if cache_dir is None else _cached(Path(cache_dir), fingerprint, work)
+
+
+def _check_made_with(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a distillation set whose token ids are another tokenizer's."""
+    made = read_provenance(Path(source)) if Path(source).is_dir() else None
+    if made is not None and made.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
+        raise UserError(f"{source}: its token ids are of another tokenizer than {tokenizer.name_or_path}; distil it anew")
 
 
 def _encode(
@@ -187,15 +197,6 @@ def _hold_out(
     chosen = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
     held = [row for n, row in enumerate(rows) if n in chosen]
     return [row for n, row in enumerate(rows) if n not in chosen], held, SetReport("validation", rows=count, held_out=True)
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    core: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if isinstance(core, dict):  # left over from whoever called the tokenizer last
-        core = {key: value for key, value in core.items() if key not in ("truncation", "padding")}
-    parts = [core, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _cached(cache_dir: Path, fingerprint: str, work: Callable[[], Prepared]) -> Prepared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trainkit.data.packing import PackedSet
@@ -95,7 +95,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; `from_dict` reads it back."""
-        return {"train": asdict(self.train), "validation": asdict(self.validation)}
+        return {"train": _plain(self.train), "validation": _plain(self.validation)}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Report:
@@ -106,3 +106,9 @@ class Report:
             return SetReport(**{**part, **counters})
 
         return Report(read(values["train"]), read(values["validation"]))
+
+
+def _plain(report: SetReport) -> dict[str, Any]:
+    # not dataclasses.asdict, which before Python 3.12 turns a Counter into one of pairs
+    values = {item.name: getattr(report, item.name) for item in fields(report)}
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from trainkit.data.provenance import set_files
 from trainkit.errors import UserError
 
 _LINES = {".jsonl", ".ndjson"}
@@ -29,8 +30,8 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[Located]:
     """(place, row) of each row, or (place, BadRow) where the line itself is broken; `limit` takes the first rows only.
 
     Args:
-        source: A local file (.jsonl, .json, .parquet, .csv, .arrow) or folder, otherwise a name on the Hugging Face hub as
-            `owner/name[:configuration][@split]`; the split is `train` when none is given.
+        source: A local file (.jsonl, .json, .parquet, .csv, .arrow) or folder (such as a distillation set), otherwise a name on
+            the Hugging Face hub as `owner/name[:configuration][@split]`; the split is `train` when none is given.
         limit: Rows to read at most.
 
     Raises:
@@ -41,6 +42,8 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[Located]:
         rows = _json_lines(path)
     elif path.is_file() and path.suffix == ".json":
         rows = _json_list(path)
+    elif path.is_dir() and (parts := set_files(path)):
+        rows = chain.from_iterable(map(_json_lines, parts))
     else:
         rows = ((f"{source}: row {n}", row) for n, row in enumerate(_datasets(source), start=1))
     return islice(rows, limit)

@@ -55,10 +55,10 @@ class Tokens:
 Row: TypeAlias = Chat | Pair | Text | Tokens
 
 FORMATS: tuple[tuple[str, ...], ...] = (
-    ("messages",), ("conversations",), ("input_ids", "loss_mask"), ("prompt", "response"), ("question", "answer"), ("text",),
+    ("input_ids", "loss_mask"), ("messages",), ("conversations",), ("prompt", "response"), ("question", "answer"), ("text",),
 )  # fmt: skip
 PROMPT_FORMATS: tuple[tuple[str, ...], ...] = (
-    ("messages",), ("conversations",), ("input_ids", "loss_mask"), ("turns",), ("prompt",), ("question",), ("text",),
+    ("input_ids", "loss_mask"), ("messages",), ("conversations",), ("turns",), ("prompt",), ("question",), ("text",),
 )  # fmt: skip
 QUESTION_SEPARATOR = "\n"
 """Between question and answer without a template: a question that runs into its answer is like nothing a model has read."""
@@ -185,9 +185,9 @@ def _describe(value: Any) -> str:
 
 
 _FORMS: dict[tuple[str, ...], Any] = {
+    ("input_ids", "loss_mask"): token_row,
     ("messages",): lambda messages: _chat(chat_messages(messages)),
     ("conversations",): lambda conversations: _chat(sharegpt_messages(conversations)),
-    ("input_ids", "loss_mask"): token_row,
     ("prompt", "response"): lambda prompt, response: Pair(text_of("prompt", prompt), text_of("response", response)),
     ("question", "answer"): lambda question, answer: Pair(
         text_of("question", question), text_of("answer", answer), QUESTION_SEPARATOR

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
+from trainkit.layers.blocks import Decoder
 from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 
@@ -177,6 +178,10 @@ class Drafter(nn.Module, ABC):
             root_B: Absolute position of the root.
             taps_BPAD: The target's taps at those nodes, or None.
         """
+
+    def alone(self) -> Decoder | None:
+        """The decoder that it is when it writes by itself, for on-policy data; None for kinds that need the target."""
+        return None
 
     def step_bytes(self, head_bytes: int) -> int:
         """Bytes of weights one draft step reads, for mbsu.

@@ -85,7 +85,12 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states after the final norm."""
-        return project(hidden, self.embed.weight if self.lm_head is None else self.lm_head.weight, None, self.streams)
+        return project(hidden, self.head_weight, None, self.streams)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [V, D]; the embedding where they are tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def new_cache(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A zeroed cache [B, L, 2G, slots, E], keys before values."""

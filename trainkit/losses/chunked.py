@@ -25,10 +25,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from trainkit.errors import UserError
+from trainkit.losses.log_softmax import log_softmax
 from trainkit.losses.measures import coupled_acceptance, top_id
 from trainkit.losses.output import LossOutput
-
-FLOOR = -1e30  # stands for log 0, so that 0 * log 0 is 0 and not NaN
+from trainkit.losses.topk import TopK
 
 
 class Pair:
@@ -70,12 +70,6 @@ class Pair:
     def inner_log_p_nK(self) -> Tensor:
         """The target's log-probabilities renormalised on the draft's columns."""
         return self.log_p_nK if self.log_mass_n1 is None else self.log_p_nK - self.log_mass_n1
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    scaled = logits if temperature == 1.0 else logits.to(dtype) / temperature
-    return torch.log_softmax(scaled, -1, dtype=dtype).clamp_(min=FLOOR)
 
 
 class ChunkedDivergence(ABC):
@@ -135,8 +129,8 @@ class ChunkedDivergence(ABC):
         Args:
             draft_hidden_ND: Draft hidden states [N, D].
             draft_head: Maps [n, D] to draft logits [n, V], or [n, K] with `ids_K`.
-            target_hidden_ND: Target hidden states, its own width.
-            target_head: Maps them to target logits [n, V]; called without gradient.
+            target_hidden_ND: Target hidden states, its own width; or rows of a stored teacher, see `topk`.
+            target_head: Maps them to target logits [n, V], or to a `TopK`; called without gradient.
             ids_K: Token ids of the draft's columns; the draft never proposes others. None: the whole vocabulary.
             mask_N: True where the token counts. None: all count.
             labels_N: Token ids of hard labels; read by `CrossEntropy` alone.
@@ -180,8 +174,8 @@ class _Run:
     """One call of a divergence."""
 
     def __init__(
-        self, loss: ChunkedDivergence, draft_head: Callable[[Tensor], Tensor], target_head: Callable[[Tensor], Tensor] | None,
-        ids_K: Tensor | None,
+        self, loss: ChunkedDivergence, draft_head: Callable[[Tensor], Tensor],
+        target_head: Callable[[Tensor], Tensor | TopK] | None, ids_K: Tensor | None,
     ) -> None:  # fmt: skip
         self.loss, self.draft_head, self.target_head, self.ids_K = loss, draft_head, target_head, ids_K
         self.totals: dict[str, Tensor] = {}
@@ -252,16 +246,20 @@ class _Piece:
         gradient_nK = loss.gradient(self._pair(draft_nK, None if loss.hard_labels else run.target_head))
         return gradient_nK if loss.temperature == 1.0 else gradient_nK.div_(loss.temperature)
 
-    def _pair(self, draft_nK: Tensor, target_head: Callable[[Tensor], Tensor] | None) -> Pair:
+    def _pair(self, draft_nK: Tensor, target_head: Callable[[Tensor], Tensor | TopK] | None) -> Pair:
         run, temperature, log_p_nV = self.run, self.run.loss.temperature, None
         if target_head is not None:
             target_nV = target_head(self.target_nD)  # autograd is off within a Function
+            stored = isinstance(target_nV, TopK)
             if not self.measured:
-                _check(draft_nK, run.ids_K, target_nV.shape[-1])
-                self.choices_n = target_nV.argmax(-1)
-            log_p_nV = _log_softmax(target_nV, temperature)
+                _check(draft_nK, run.ids_K, target_nV.vocab_size if stored else target_nV.shape[-1])
+                self.choices_n = _choices(target_nV)
+            if stored:
+                log_p_nV = target_nV.log_probabilities(draft_nK, run.ids_K, temperature)
+            else:
+                log_p_nV = log_softmax(target_nV, temperature)
             del target_nV  # before the draft's turn
-        return Pair(log_p_nV, _log_softmax(draft_nK, temperature), run.ids_K, self.labels_n, self.uniforms_nS, run.totals)
+        return Pair(log_p_nV, log_softmax(draft_nK, temperature), run.ids_K, self.labels_n, self.uniforms_nS, run.totals)
 
 
 class _Loss(torch.autograd.Function):
@@ -283,9 +281,13 @@ class _Loss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def target_choices(target_ND: Tensor, target_head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
+def target_choices(target_ND: Tensor, target_head: Callable[[Tensor], Tensor | TopK], chunk: int) -> Tensor:
     """[N] argmax of the target's logits, the lowest id among equals."""
-    return torch.cat([target_head(hidden_nD).argmax(-1) for hidden_nD in target_ND.split(chunk)])
+    return torch.cat([_choices(target_head(hidden_nD)) for hidden_nD in target_ND.split(chunk)])
+
+
+def _choices(target_nV: Tensor | TopK) -> Tensor:
+    return target_nV.ids_nk[:, 0] if isinstance(target_nV, TopK) else target_nV.argmax(-1)
 
 
 def _columns(labels_N: Tensor, ids_K: Tensor) -> tuple[Tensor, Tensor]:

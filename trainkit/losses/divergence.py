@@ -6,6 +6,7 @@ Every loss is in nats, or probability for `tv`, summed over counted tokens; soft
 Nothing is differentiated into the target. With a trimmed draft vocabulary S (`ids_K`) the draft has q = 0 outside S: `tv`,
 `tvdpp` and `lk` compare with p over the whole vocabulary, which is exact; the KL-like losses and `jsd` with p renormalised on
 S, because KL(p || q) is infinite otherwise; `ce` does not count labels outside S.
+What a teacher stored as its top k changes is said in `topk`.
 Metrics: `alpha` and `agreement` always, `alpha_coupled` from `loss.measuring()`. No factor temperature^2 is applied.
 """
 
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import UserError
-from trainkit.losses.chunked import FLOOR, ChunkedDivergence, FirstPass, Pair, target_choices
+from trainkit.losses.chunked import ChunkedDivergence, FirstPass, Pair, target_choices
+from trainkit.losses.log_softmax import FLOOR
 from trainkit.losses.measures import acceptance, agreement, coupled_acceptance
 from trainkit.losses.output import LossOutput
 

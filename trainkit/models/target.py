@@ -118,6 +118,16 @@ class FrozenTarget:
     def device(self) -> torch.device:
         return self._embedding.weight.device  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of its hidden states."""
+        return self._embedding.weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its hidden states."""
+        return int(self._head.weight.shape[1])
+
     def to(self, device: torch.device | str) -> FrozenTarget:
         """This target, its weights on `device`."""
         if self.device != torch.device(device):

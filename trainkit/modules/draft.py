@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from trainkit.data.features import TargetReader
 from trainkit.drafters.base import Divergence, DraftBatch, Drafter, LossOutput, TargetShape, kind_of
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ChunkedDivergence, ForwardKL, TVDpp
@@ -36,6 +37,10 @@ class DraftModule(TrainingModule):
         final_lr: Where the default schedule ends, as a share of the peak learning rate.
         depth: Draft tokens per round in the simulated tau.
         target_dtype: Precision of the target's weights.
+        teacher_cache: Folder that keeps what the target says of each packed row, so that later epochs, and later runs with the
+            same target and data, do not run it again; exact. Its size is printed before training.
+        teacher_top_k: Keep only the target's so many likeliest tokens at each position and train on those: small, and
+            approximate below the vocabulary's size (losses/topk.py).
         trust_remote_code: Whether to run model code that the target's folder carries.
     """
 
@@ -50,6 +55,8 @@ class DraftModule(TrainingModule):
         final_lr: float = 0.1,
         depth: int = 5,
         target_dtype: Literal["float32", "bfloat16"] = "float32",
+        teacher_cache: str | None = None,
+        teacher_top_k: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, final_lr)
@@ -64,6 +71,8 @@ class DraftModule(TrainingModule):
         self.shape: TargetShape | None = None
         self.drafter: Drafter | None = None
         self._statistics: Divergence | None = None
+        self.teacher_cache, self.teacher_top_k = teacher_cache, teacher_top_k
+        self._reader: TargetReader | None = None
 
     @property
     def network(self) -> nn.Module | None:
@@ -82,6 +91,7 @@ class DraftModule(TrainingModule):
         if self.teacher is None:
             self.teacher = FrozenTarget(self.target, **self._target_options)
             self.shape = self.teacher.shape()
+            self._reader = TargetReader(self.teacher, self.teacher_cache, self.teacher_top_k)
             self.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
 
     def configure_model(self) -> None:
@@ -106,12 +116,19 @@ class DraftModule(TrainingModule):
         return self.drafter(seen, self._step_divergence(batch, micro))
 
     def _seen(self, batch: Batch) -> DraftBatch:
-        assert self.teacher is not None and self.drafter is not None
-        teacher = self.teacher.to(self.device)
-        tokens_BT, positions_BT, document_BT = batch["tokens_BT"], batch["positions_BT"], batch["document_BT"]
-        hidden_BTD, taps_BTAD = teacher.forward(tokens_BT, positions_BT, document_BT, self.drafter.taps)
+        """The batch with what the target says of it."""
+        assert self.teacher is not None and self.drafter is not None and self._reader is not None
+        self.teacher.to(self.device)
+        taps, prepared = self.drafter.taps, getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
+        store = None
+        if prepared is not None and "rows_B" in batch:
+            split = "train" if self.trainer.training else "validation"
+            packed = getattr(prepared, split)
+            store = self._reader.store(f"{prepared.fingerprint} {split}", len(packed), packed.length, taps)
+        hidden_BTD, taps_BTAD = self._reader.read(batch, taps, store)
         return DraftBatch(
-            tokens_BT, positions_BT, document_BT, batch["mask_BT"], taps_BTAD, hidden_BTD, teacher.handle()
+            batch["tokens_BT"], batch["positions_BT"], batch["document_BT"], batch["mask_BT"], taps_BTAD, hidden_BTD,
+            self._reader.handle(),
         )  # fmt: skip
 
     def _step_divergence(self, batch: Batch, micro: int) -> Divergence:

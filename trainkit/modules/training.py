@@ -21,7 +21,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import trainkit.losses.divergence
 import trainkit.modules.data
 import trainkit.modules.draft
-import trainkit.modules.language  # noqa: F401
+import trainkit.modules.language
+import trainkit.modules.policy  # noqa: F401
 from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule

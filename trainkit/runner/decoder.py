@@ -20,7 +20,7 @@ from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
 from trainkit.runner.sampling import CHOICE, PROPOSAL, Sampling, gumbel
 from trainkit.runner.tree import Draft, Tree, grow
-from trainkit.runner.verify import Verdict, coupled, residual
+from trainkit.runner.verify import Verdict, coupled, mixed, residual
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Plan:
     Attributes:
         sampling: Temperature, top-k, top-p.
         tree: Shape of the draft.
-        verify: `coupled` or `residual`; temperature 0 is always coupled, of which it is the case without noise.
+        verify: `coupled` or `residual`; temperature 0 is always coupled, of which it is the case without noise. `mixed` lets
+            text of the draft pass unverified.
+        share: Of the draft's tokens in `mixed` text.
         logprobs: Also return the log-probability of each emitted token.
         observe: Called after each round with its trace; only without graphs.
     """
@@ -55,6 +57,7 @@ class Plan:
     sampling: Sampling
     tree: Tree
     verify: str = "coupled"
+    share: float = 0.0
     logprobs: bool = False
     observe: Callable[[Trace], None] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "target": 0.0, "verify": 0.0})
@@ -146,9 +149,10 @@ class Rounds:
         position, token = state["position"], state["token"]
         started = perf_counter()
         noise = None
+        apart = plan.is_residual or plan.verify == "mixed"  # draft and target draw independently
         if not sampling.greedy and not (plan.is_residual and not tree.depth):
             rows = position[:, None] + 1 + torch.arange(tree.depth + 1, device=position.device)
-            noise = gumbel(state["keys"], rows, self.vocabulary, PROPOSAL if plan.is_residual else CHOICE)
+            noise = gumbel(state["keys"], rows, self.vocabulary, PROPOSAL if apart else CHOICE)
         keep = plan.is_residual or plan.observe is not None
         if self.drafter is None or not tree.depth:
             draft = Draft(token[:, None], ())
@@ -162,6 +166,8 @@ class Rounds:
         scores = sampling.process(logits)
         if plan.is_residual:
             verdict = residual(tree, draft, scores, state["keys"], position)
+        elif plan.verify == "mixed":
+            verdict = mixed(tree, draft, scores, state["keys"], position, plan.share, sampling.greedy)
         else:
             verdict = coupled(tree, draft, scores, noise)
         output = self._commit(plan, state, draft_state, draft, verdict, logits, taps)

@@ -5,6 +5,7 @@ chooses by log p + noise at every node, the drafter proposed from log q + the SA
 target's choice. So the output is that of plain seeded decoding whatever the drafter does; at temperature 0 the noise is absent.
 `residual` is the classical rule of Leviathan et al. 2023 (arXiv 2211.17192), over the siblings of a static tree one after the
 other without replacement. Its three streams of noise are independent of each other.
+`mixed` is no verification: it writes text that draft and target wrote together, to train a draft on (on-policy data).
 """
 
 # B batch  N tree nodes, root first  V vocabulary  P path length, depth + 1  R noise rows, depth + 1  W siblings
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainkit.runner.sampling import ACCEPT, RESIDUAL, gumbel, uniform
+from trainkit.runner.sampling import ACCEPT, CHOICE, RESIDUAL, gumbel, uniform
 from trainkit.runner.tree import Draft, Tree
 
 
@@ -107,6 +108,38 @@ def residual(tree: Tree, draft: Draft, scores_BNV: Tensor, keys_B2: Tensor, posi
     tokens = draft.tokens_BN if path is None else draft.tokens_BN.gather(1, path)
     emitted = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).scatter(1, (counts - 1)[:, None], bonus[:, None])
     return Verdict(path, counts, emitted)
+
+
+def mixed(
+    tree: Tree, draft: Draft, scores_BNV: Tensor, keys_B2: Tensor, position_B: Tensor, share: float, greedy: bool
+) -> Verdict:
+    """Text of both: each token is the draft's with probability `share`, otherwise the target's, whatever either thinks of it.
+
+    So every token comes from share q + (1 - share) p given what stands before it, as on-policy distillation wants it (Agarwal
+    et al. 2023, arXiv 2306.13649, mixes by sequence; here by token). A round ends with the first token of the target's own, or
+    with the last drafted one: a bonus token would be the target's more often than it should.
+
+    Args:
+        tree: A chain.
+        draft: Its tokens.
+        scores_BNV: The target's processed logits at every node.
+        keys_B2: Noise keys.
+        position_B: Absolute position of the root.
+        share: Probability of the draft's token.
+        greedy: The target takes its likeliest token.
+    """
+    assert tree.is_chain and tree.depth
+    steps_D = torch.arange(tree.depth, device=position_B.device)
+    coins_BD = uniform(keys_B2, position_B[:, None] + 1 + steps_D, steps_D[:1], ACCEPT)[..., 0]
+    kept_B = (coins_BD < share).long().cumprod(1).sum(1)
+    scores_BDV = scores_BNV[:, : tree.depth]
+    if not greedy:
+        vocabulary = torch.arange(scores_BNV.shape[-1], device=position_B.device)
+        scores_BDV = scores_BDV + gumbel(keys_B2, position_B[:, None] + 1 + steps_D, vocabulary, CHOICE)
+    own_BD, drafted_BD = scores_BDV.argmax(-1), draft.tokens_BN[:, 1:]
+    emitted_BD = torch.where(steps_D < kept_B[:, None], drafted_BD, own_BD)
+    emitted_BP = torch.cat([emitted_BD, draft.tokens_BN[:, :1]], dim=1)
+    return Verdict(None, (kept_B + 1).clamp(max=tree.depth), emitted_BP)
 
 
 def after_rejection(p_BV: Tensor, q_BV: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Left out on purpose: target taps, of which this kind needs none, so that its export serves any engine as an ordinary model.
 """
 
-# B batch  T positions  D hidden  F frontier nodes  M drafted nodes  P path  S cache slots
+# B batch  T positions  D hidden  F frontier nodes  M drafted nodes  P path  S cache slots  K ids it may propose
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainkit.drafters.base import (
@@ -29,6 +30,7 @@ from trainkit.drafters.base import (
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias, document_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.linear import project
 from trainkit.models.load import (
     LAYOUTS,
     check_covered,
@@ -53,6 +55,8 @@ class LMDraft(Drafter):
         num_kv_heads: Key-value heads; as many as the target has, at most `num_heads`, by default.
         init: `scratch` draws random weights; `target` copies the target's embedding, head and every n-th layer (needs the
             target's width); anything else names a Hugging Face folder whose weights, and whose sizes, are taken.
+        draft_vocab: Token ids it may propose, ascending; all by default. Its head then reads and computes only these rows
+            (VocabTrim, arXiv 2506.22694); weights and exports keep the whole head. `trainkit trim` chooses them.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class LMDraft(Drafter):
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
         init: str = "target",
+        draft_vocab: list[int] | None = None,
     ) -> None:
         super().__init__(target)
         shape = target.decoder
@@ -85,6 +90,10 @@ class LMDraft(Drafter):
         self.init = init
         self.decoder = Decoder(shape)
         self.decoder.initialise()
+        self.register_buffer("ids_K", _checked(draft_vocab, shape.vocab_size), persistent=False)
+        self.register_buffer("head_KD", None, persistent=False)
+        self.ids_K: Tensor | None
+        self.head_KD: Tensor | None  # the rows of the head that a trimmed draft serves with
 
     def initialise(self, target_folder: Path) -> None:
         if self.init == "scratch":
@@ -114,10 +123,18 @@ class LMDraft(Drafter):
         counted_BT = batch.label_mask(1)
         labels_BT = batch.tokens_BT.roll(-1, dims=1)
         draft_ND, target_ND, labels_N = hidden_BTD[counted_BT], batch.hidden_BTD[counted_BT], labels_BT[counted_BT]
-        return divergence(draft_ND, self.decoder.head, target_ND, batch.handle.head, labels_N=labels_N)
+        return divergence(draft_ND, self._training_head, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N)
+
+    def _training_head(self, hidden_ND: Tensor) -> Tensor:
+        if self.ids_K is None:
+            return self.decoder.head(hidden_ND)
+        return F.linear(hidden_ND, self.decoder.head_weight[self.ids_K])
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         self.decoder.reserve_positions(slots)
+        if self.ids_K is not None:  # once for all steps; in place, should a captured graph point to it
+            rows_KD = self.decoder.head_weight.detach()[self.ids_K]
+            self.head_KD = rows_KD if self.head_KD is None else self.head_KD.copy_(rows_KD)
         return {
             "cache": self.decoder.new_cache(batch_size, slots, device, dtype),
             # the token before the root is read again at each round's first step: after a full acceptance it was never fed
@@ -143,7 +160,10 @@ class LMDraft(Drafter):
             bias = tree_bias(root_B, ancestors, span, state["cache"].dtype)
         hidden, _ = self.decoder(tokens, positions, bias, state["cache"], slots)
         hidden = hidden[:, -frontier.tokens_BF.shape[1] :]
-        return StepOutput(self.decoder.head(hidden), None, hidden)
+        if self.ids_K is None:
+            return StepOutput(self.decoder.head(hidden), None, hidden)
+        assert self.head_KD is not None  # from init_state
+        return StepOutput(project(hidden, self.head_KD, None, self.decoder.streams), self.ids_K, hidden)
 
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
@@ -154,14 +174,22 @@ class LMDraft(Drafter):
         last = tokens_BP.gather(1, (counts_B - 1).clamp(min=0)[:, None])[:, 0]
         state["previous"].copy_(torch.where(counts_B > 0, last, state["previous"]))
 
+    def alone(self) -> Decoder | None:
+        return self.decoder if self.ids_K is None else None
+
     def step_bytes(self, head_bytes: int) -> int:
-        return self.decoder.step_bytes()
+        whole = self.decoder.step_bytes()
+        if self.ids_K is None:
+            return whole
+        head_VD = self.decoder.head_weight
+        return whole - (head_VD.shape[0] - len(self.ids_K)) * head_VD.shape[1] * head_VD.element_size()
 
     def config(self) -> dict[str, Any]:
         shape = self.decoder.shape
         return {
             "num_layers": shape.num_layers, "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
             "num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "init": self.init,
+            "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
         }  # fmt: skip
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
@@ -181,3 +209,17 @@ class LMDraft(Drafter):
         draft.decoder = load_decoder(folder)
         draft.init = str(config.get("init", folder))
         return draft.eval()
+
+
+def _checked(draft_vocab: list[int] | None, vocab_size: int) -> Tensor | None:
+    """The ids as a tensor.
+
+    Raises:
+        UserError: not ascending, or outside the vocabulary.
+    """
+    if draft_vocab is None:
+        return None
+    ids_K = torch.tensor(draft_vocab, dtype=torch.long)
+    if not len(ids_K) or int(ids_K[0]) < 0 or int(ids_K[-1]) >= vocab_size or not bool((ids_K.diff() > 0).all()):
+        raise UserError(f"drafter.draft_vocab: must be ascending ids within the vocabulary of {vocab_size}")
+    return ids_K

@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# The study: which loss, which data, which vocabulary and which size make a draft fast. Each row is trained from the same draft with
+# three seeds, measured on all test questions, and written to OUT/rows; a row that is there is not made again, so an interrupted
+# study goes on where it stopped. recipes/evidence.md has the results, recipes/evidence.py makes its tables and plots.
+#
+#   ./launch.sh recipes/evidence.sh TARGET DATA OUT [ROWS...]
+#
+# TARGET: the target's folder. DATA: a folder with train.jsonl and test.jsonl. ROWS: names of rows or groups, by default all:
+# losses policies pipeline scaling trimmed speed. Environment: SEEDS="0 1 2", STEPS=250, PROMPTS=750, DEVICE=cpu.
+set -euo pipefail
+
+target=${1:?usage: evidence.sh TARGET DATA OUT [ROWS...]} data=${2:?DATA} out=${3:?OUT}
+shift 3
+[ $# -gt 0 ] || set -- losses policies pipeline scaling trimmed speed
+seeds=${SEEDS:-0 1 2} steps=${STEPS:-250} prompts=${PROMPTS:-750} device=${DEVICE:-cpu}
+mkdir -p "$out/rows" "$out/drafts"
+
+say() { printf '== %s (%d s so far)\n' "$1" "$SECONDS"; }
+
+# What the target itself writes: to train on (temperatures 0 and 1), and on every test question to measure on.
+sets() {
+    local distill="./launch.sh distill --target $target --max_new_tokens 256 --batch 48 --device $device"
+    $distill --prompts "$data/train.jsonl" --limit "$prompts" --temperatures "[0,1]" --out "$out/sets/target"
+    $distill --prompts "$data/test.jsonl" --temperatures "[0]" --out "$out/sets/test_t0"
+    $distill --prompts "$data/test.jsonl" --temperatures "[1]" --seed 1 --out "$out/sets/test_t1"
+}
+
+# draft NAME FLAGS...: trains and exports OUT/drafts/NAME unless it is there.
+draft() {
+    local name=$1 run=$out/runs/$1
+    shift
+    [ ! -e "$out/drafts/$name/trainkit.json" ] || return 0
+    say "draft $name"
+    rm -rf "$run"
+    RUN_DIR=$run ./launch.sh recipes/evidence_draft.yaml --model.target "$target" --model.teacher_cache "$out/states" \
+        --data.cache "$out/prepared" --trainer.max_steps "$steps" "$@" >"$out/runs-$name.log" 2>&1 || { tail -5 "$out/runs-$name.log" >&2; exit 1; }
+    ./launch.sh export "$run/checkpoints/last.ckpt" "$out/drafts/$name" >/dev/null
+    rm -rf "$run/checkpoints" "$out/runs-$name.log"
+}
+
+# measure NAME DRAFTS...: OUT/rows/NAME.t0.json and .t1.json, each on what the target writes at that temperature.
+measure() {
+    local name=$1 t list
+    shift
+    list=$(printf ',%s' "$@")
+    for t in 0 1; do
+        [ ! -e "$out/rows/$name.t$t.json" ] || continue
+        say "measure $name at temperature $t"
+        ./launch.sh eval --target "$target" --drafter "[${list:1}]" --data "$out/sets/test_t$t" --temperatures "[$t]" --length 512 \
+            --prompts "$data/test.jsonl" --questions 100 --teacher_cache "$out/states" --device "$device" \
+            --json "$out/rows/$name.t$t.json.partial"
+        mv "$out/rows/$name.t$t.json.partial" "$out/rows/$name.t$t.json"
+    done
+}
+
+# row NAME FLAGS...: a draft for each seed, measured together.
+row() {
+    local name=$1 seed drafts=()
+    shift
+    for seed in $seeds; do
+        draft "$name-$seed" --seed_everything "$seed" "$@"
+        drafts+=("$out/drafts/$name-$seed")
+    done
+    measure "$name" "${drafts[@]}"
+}
+
+corpus=(--data.train "$data/train.jsonl" --data.validation_share 0.02)
+answers=(--data.train "$out/sets/target" --data.validation_share 0.02)
+from_start=(--model.drafter.init "$out/drafts/start")
+
+start() { draft start "${corpus[@]}" --model.divergence CrossEntropy; }
+loss() { row "$1" "${answers[@]}" "${from_start[@]}" --model.divergence "${@:2}"; }
+
+losses() {
+    loss forward_kl ForwardKL
+    loss tvdpp_position TVDpp
+    loss tv TV
+    loss ce CrossEntropy
+    loss lk LK
+    loss jsd JSD
+    loss reverse_kl ReverseKL
+    loss tvdpp_batch_sampled TVDpp --model.divergence.estimator sampled --model.divergence.normalise batch
+}
+
+# policy NAME WEIGHTS FLAGS...: by forward KL, so that policy_target is losses' forward_kl.
+policy() {
+    row "policy_$1" "${from_start[@]}" --model.divergence ForwardKL --data PolicyData --data.weights "$2" --data.length 512 \
+        --data.batch_size 4 --data.validation "$out/sets/target" --data.limit_validation 30 --data.limit_prompts "$prompts" \
+        --data.refresh 25 "${@:3}"
+}
+
+policies() {
+    policy target_corpus '{"target": 0.9, "corpus": 0.1}' --data.target "$out/sets/target" --data.corpus "$data/train.jsonl"
+    policy corpus '{"corpus": 1}' --data.corpus "$data/train.jsonl" --data.limit $((prompts * 5 / 2)) # as many tokens as the set
+    policy draft '{"draft": 1}' --data.prompts "$data/train.jsonl"
+    policy mixed '{"mixed": 1}' --data.prompts "$data/train.jsonl"
+    policy target_draft '{"target": 0.5, "draft": 0.5}' --data.target "$out/sets/target" --data.prompts "$data/train.jsonl"
+}
+
+# As many tokens as pretraining and fine-tuning together, in one stage.
+pipeline() {
+    row alone_corpus "${corpus[@]}" --model.divergence CrossEntropy --trainer.max_steps $((2 * steps))
+    row alone_answers "${answers[@]}" --model.divergence ForwardKL --trainer.max_steps $((2 * steps))
+}
+
+# Layers against distilled tokens; one layer on all of them is losses' forward_kl.
+scaling() {
+    local layers share
+    for layers in 1 2 4; do
+        [ "$layers" = 1 ] || draft "start$layers" "${corpus[@]}" --model.divergence CrossEntropy --model.drafter.num_layers "$layers"
+        for share in 4 2 1; do
+            [ "$layers/$share" != 1/1 ] || continue
+            row "layers${layers}_of$share" "${answers[@]}" --data.limit $((2 * prompts / share)) --model.divergence ForwardKL \
+                --model.drafter.init "$out/drafts/start${layers#1}"
+        done
+    done
+}
+
+best=${BEST:-tvdpp_position}
+
+trimmed() {
+    local share seed drafts
+    for share in 2 4 8; do
+        drafts=()
+        for seed in $seeds; do
+            local name=$best-of$share-$seed
+            [ -e "$out/drafts/$name/trainkit.json" ] || ./launch.sh trim "$out/drafts/$best-$seed" "$out/drafts/$name" \
+                --target "$target" --text "$out/sets/target" --keep "$(bc -l <<<"1/$share")" >/dev/null
+            drafts+=("$out/drafts/$name")
+        done
+        measure "trimmed_of$share" "${drafts[@]}"
+    done
+}
+
+# Wall-clock, which wants the machine for itself: plain, whole and trimmed drafts in one run each.
+speed() {
+    local name
+    for name in "$best-0" "$best-of2-0" "$best-of4-0" "$best-of8-0"; do
+        [ -e "$out/rows/speed-$name.json" ] || ./launch.sh bench --target "$target" --drafter "$out/drafts/$name" --device "$device" \
+            --prompts "$data/test.jsonl" --limit 12 --max_new_tokens 128 --depths "[2,3,4]" --repeats 5 --json "$out/rows/speed-$name.json"
+    done
+}
+
+say "sets"
+sets
+start
+for group in "$@"; do "$group"; done
+say "done"

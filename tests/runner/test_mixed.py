@@ -1,0 +1,81 @@
+"""Texts that draft and target write together: each token from share q + (1 - share) p, whatever the depth."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.runner import laws
+from tests.runner.models import pair, ragged_prompts, table_runner
+from tests.runner.test_distribution import tables
+from trainkit.errors import UserError
+
+ROWS = 2048
+
+
+def counts_of(p, q, share: float, depth: int, seed: int, blocks: int) -> np.ndarray:
+    each = -(-blocks // ROWS)
+    runner = table_runner(torch.tensor(p), torch.tensor(q), ROWS, 4 * each + 5)
+    options = {"temperature": 1.0, "max_new_tokens": 4 * each + 4, "verify": "mixed", "share": share, "depth": depth}
+    tokens = np.array([out.tokens[4:] for _, out in runner.generate_each([[0]] * ROWS, seed=seed, **options)]).reshape(-1, 4)
+    return np.bincount(tokens @ [64, 16, 4, 1], minlength=256).reshape(4, 4, 4, 4).astype(float)
+
+
+def law_of(p, q, share: float) -> np.ndarray:
+    softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    return laws.plain_law(share * softmax(q) + (1 - share) * softmax(p))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_joint_of_four_tokens_is_the_mixtures(share: float, depth: int, seed: int) -> None:
+    """The first four tokens are left out: the very first is always the target's."""
+    p, q = tables("generic", np.random.default_rng(seed))
+    assert laws.p_value(counts_of(p, q, share, depth, seed, 40_000), law_of(p, q, share)) > 1e-4 / 6
+
+
+def test_the_test_sees_a_bonus_token_of_the_target(seed: int, monkeypatch) -> None:
+    """Planted fault: a round that kept all its drafted tokens also emits the target's next one."""
+    from trainkit.runner import decoder, verify
+
+    right = verify.mixed
+
+    def with_bonus(tree, draft, scores, keys, position, share, greedy):
+        verdict = right(tree, draft, scores, keys, position, share, greedy)
+        bonus = scores[:, tree.depth].argmax(-1)
+        drafted = draft.tokens_BN[:, 1:]
+        full = (verdict.emitted_BP[:, : tree.depth] == drafted).all(1) & (verdict.counts_B == tree.depth)
+        emitted = verdict.emitted_BP.clone()
+        emitted[:, tree.depth] = torch.where(full, bonus, emitted[:, tree.depth])
+        return verify.Verdict(None, verdict.counts_B + full.long(), emitted)
+
+    monkeypatch.setattr(decoder, "mixed", with_bonus)
+    p, q = tables("generic", np.random.default_rng(5))
+    assert laws.p_value(counts_of(p, q, 0.7, 2, seed, 40_000), law_of(p, q, 0.7)) < 1e-6
+
+
+def test_without_a_share_greedy_text_is_the_targets(seed: int) -> None:
+    """The caches stay right when a round ends with a drafted token and no bonus: share 0 and 1 follow one network each."""
+    runner = pair(noise=0.3, ends=())
+    prompts = ragged_prompts(5)
+    plain = [out.tokens for out in runner.generate(prompts, 24, depth=0)]
+    options = {"max_new_tokens": 24, "verify": "mixed", "depth": 3}
+    own = dict(runner.generate_each(prompts, share=0.0, **options))
+    assert [own[place].tokens for place in range(5)] == plain
+
+
+def test_all_of_the_drafts_is_the_drafts_own_text_after_the_first_token(seed: int) -> None:
+    from trainkit.runner import Runner
+
+    runner = pair(noise=0.3, ends=())
+    prompts = ragged_prompts(5)
+    written = dict(runner.generate_each(prompts, share=1.0, max_new_tokens=24, verify="mixed", depth=3))
+    alone = Runner.of(runner.drafter.decoder, None, runner.shape, max_batch=8, max_len=96)
+    firsts = [[*prompt, written[place].tokens[0]] for place, prompt in enumerate(prompts)]
+    assert [written[place].tokens[1:] for place in range(5)] == [out.tokens for out in alone.generate(firsts, 23)]
+
+
+def test_mixed_text_needs_a_depth_and_a_share() -> None:
+    runner = pair()
+    for options in ({"depth": 0, "share": 0.5}, {"depth": 2, "share": 1.5}, {"share": 0.5}):
+        with pytest.raises(UserError, match="mixed text needs"):
+            list(runner.generate_each([[1]], verify="mixed", **options))

@@ -1,0 +1,78 @@
+"""`trainkit trim`: a drafter whose head proposes only the ids that the target often writes (VocabTrim, arXiv 2506.22694).
+
+Nothing is trained: rows of the head are left out at serving, so a draft step reads less. Verification still runs over the whole
+vocabulary, so the output stays what it was; tau falls as far as the target writes ids that were left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trainkit import bundle
+from trainkit.data.chat import load_tokenizer
+from trainkit.data.prepare import prepare
+from trainkit.drafters.base import load_kind
+from trainkit.errors import UserError
+from trainkit.export.drafter import export_drafter
+from trainkit.models.target import target_shape
+
+
+def trim(
+    drafter: str,
+    out: str,
+    *,
+    target: str,
+    text: str,
+    keep: float = 0.25,
+    limit: int | None = None,
+    columns: dict[str, str] | None = None,
+) -> str:
+    """Trims a drafter's output vocabulary to the ids most often counted in TEXT, and writes it as a new bundle.
+
+    The bundle keeps the whole head, so that other programs load it as before; the ids stand in its trainkit.json.
+
+    Examples:
+        trainkit trim models/draft models/draft-trimmed --target models/target --text data/distilled --keep 0.25
+
+    Args:
+        drafter: Bundle to trim.
+        out: Bundle to write.
+        target: Folder of its target.
+        text: What the target wrote, best a set of `trainkit distill`; assistant tokens are counted.
+        keep: Share of the vocabulary to keep, or a number of ids if above 1.
+        limit: First rows of the text to take.
+        columns: Our column names -> the file's.
+    """
+    found = bundle.read(Path(drafter))
+    if "draft_vocab" not in inspect.signature(load_kind(found.kind)).parameters:
+        raise UserError(f"{drafter}: kind {found.kind!r} has no output head of its own to trim")
+    shape = target_shape(target)
+    fitting = bundle.fingerprint(target)
+    bundle.check_fit(found.target, fitting, shape.decoder.to_dict(), hidden=bool(found.extra.get("taps")))
+    size = shape.decoder.vocab_size
+    number = round(keep * size if keep <= 1 else keep) if math.isfinite(keep) else 0
+    if not len(shape.end_ids) < number <= size:
+        raise UserError(f"--keep {keep:g}: {number} ids; it must be more than the end ids and at most the vocabulary, {size}")
+    packed = prepare([text], None, load_tokenizer(target), 2048, columns=columns, validation_share=0.0, limit=limit).train
+    counts_V = np.bincount(packed.tokens_N[packed.mask_N], minlength=size)
+    ids = most_frequent(counts_V, number, shape.end_ids)
+    coverage = counts_V[ids].sum() / counts_V.sum()
+    network = load_kind(found.kind).load(Path(drafter), shape, {**found.config, "draft_vocab": ids})
+    made = export_drafter(
+        network, out, tokenizer=target, dtype=next(network.parameters()).dtype, recipe=found.recipe, seed=found.seed,
+        data=found.data, metrics={"vocabulary_kept": number / size, "coverage": round(float(coverage), 5)},
+    )  # fmt: skip
+    kept = f"kept {number:,} of {size:,} ids, which are {coverage:.2%} of the {counts_V.sum():,} tokens counted"
+    return f"{bundle.card(made)}\n{kept}"
+
+
+def most_frequent(counts_V: np.ndarray, number: int, always: Sequence[int] = ()) -> list[int]:
+    """The `number` ids with the largest counts, ascending; `always` among them, lower ids first among equals."""
+    order = np.argsort(-counts_V, kind="stable")
+    first = np.concatenate([np.asarray(always, np.int64), order[~np.isin(order, always)]])
+    return sorted(first[:number].tolist())
