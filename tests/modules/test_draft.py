@@ -8,9 +8,11 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import tensor
 
+from tests.targets import make_target
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ForwardKL, TVDpp
+from trainkit.models.target import FrozenTarget
 from trainkit.modules.callbacks import Checkpoints
 from trainkit.modules.checkpoint import load_drafter, load_language_model
 from trainkit.modules.data import TextData
@@ -219,3 +221,81 @@ def test_a_wrong_model_config_is_one_line(config, said, chats, tiny_target, tmp_
 def test_rows_longer_than_the_model_are_refused(chats, tiny_target, tmp_path):
     with pytest.raises(UserError, match="512 positions"):
         fit(draft_module(tiny_target), text_data(chats, tmp_path, length=1024), tmp_path)
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[int]:
+    """Grows by one whenever the target is run."""
+    calls, forward = [], FrozenTarget.forward
+    monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
+    return calls
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), TVDpp(normalise="batch")], ids=["kl", "tvdpp"])
+def test_a_kept_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, tmp_path, runs):
+    """Two epochs and validation, so that rows are read back; and the next run does not run the target at all."""
+    straight, kept, later = Losses(), Losses(), Losses()
+    for name, losses, cache in (("a", straight, None), ("b", kept, "kept"), ("c", later, "kept")):
+        before = len(runs)
+        module = draft_module(tiny_target, divergence=divergence, teacher_cache=cache and str(tmp_path / cache))
+        data = text_data(chats, tmp_path, batch_size=3)
+        trainer = fit(module, data, tmp_path / name, losses, steps=14, accumulate_grad_batches=2, val_check_interval=4)
+        assert module.teacher is not None and trainer.current_epoch >= 1 and data.prepared is not None
+        every = -(-len(data.prepared.train) // 3), -(-len(data.prepared.validation) // 3)
+        if name == "b":
+            assert len(runs) - before == sum(every), "each row once"
+    assert len(runs) == before  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert kept.values == straight.values == later.values and len(set(kept.values)) > 10
+    for name in ("b", "c"):
+        assert all(torch.equal(value, weights(tmp_path / name)[key]) for key, value in weights(tmp_path / "a").items())
+
+
+def test_a_kept_teacher_is_not_another_targets(tiny_target, chats, tmp_path):
+    """Other weights under the same config and tokenizer: training with a store that holds the first one's is as without."""
+    other = make_target(tmp_path / "other", seed=1)
+    fit(draft_module(tiny_target, teacher_cache=str(tmp_path / "kept")), text_data(chats, tmp_path), tmp_path / "a", steps=2)
+    alone, beside = Losses(), Losses()
+    fit(draft_module(other), text_data(chats, tmp_path), tmp_path / "b", alone, steps=2)
+    fit(draft_module(other, teacher_cache=str(tmp_path / "kept")), text_data(chats, tmp_path), tmp_path / "c", beside, steps=2)
+    assert alone.values == beside.values and len(list((tmp_path / "kept").iterdir())) == 2 * 2  # training and validation
+
+
+def test_a_teacher_kept_as_its_whole_vocabulary_is_exact_and_as_some_of_it_teaches(tiny_target, chats, tmp_path, runs):
+    """Log-probabilities instead of a head on hidden states: equal but for float32 rounding of one more softmax."""
+    exact, whole, some, again = (Losses() for _ in range(4))
+    fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path / "a", exact)
+    fit(draft_module(tiny_target, teacher_top_k=320), text_data(chats, tmp_path), tmp_path / "b", whole)
+    assert whole.values == pytest.approx(exact.values, rel=1e-4)
+    options = {"teacher_top_k": 8, "teacher_cache": str(tmp_path / "kept")}
+    fit(draft_module(tiny_target, **options), text_data(chats, tmp_path), tmp_path / "c", some, steps=20)
+    assert sum(some.values[-4:]) < 0.9 * sum(some.values[:4])
+    assert some.values[0] < exact.values[0], "a lower bound of the whole teacher's"
+    before = len(runs)
+    fit(draft_module(tiny_target, **options), text_data(chats, tmp_path), tmp_path / "d", again, steps=20)
+    assert again.values == some.values and len(runs) == before
+
+
+def test_a_bfloat16_target_is_kept_in_bfloat16(tiny_target, chats, tmp_path):
+    straight, kept = Losses(), Losses()
+    for name, losses, more in (("a", straight, {}), ("b", kept, {"teacher_cache": str(tmp_path / "kept")})):
+        module = draft_module(tiny_target, target_dtype="bfloat16", **more)
+        fit(module, text_data(chats, tmp_path, batch_size=8), tmp_path / name, losses, steps=8)
+    assert kept.values == straight.values
+    sizes = {json.loads(path.read_text())["dtype"] for path in (tmp_path / "kept").rglob("key.json")}
+    assert sizes == {"torch.bfloat16"}
+
+
+def test_a_teacher_kept_under_autocast_is_not_read_without(tiny_target, chats, tmp_path):
+    cache = {"teacher_cache": str(tmp_path / "kept")}
+    fit(draft_module(tiny_target, **cache), text_data(chats, tmp_path), tmp_path / "a", steps=3, precision="bf16-mixed")
+    alone, beside = Losses(), Losses()
+    fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path / "b", alone, steps=3)
+    fit(draft_module(tiny_target, **cache), text_data(chats, tmp_path), tmp_path / "c", beside, steps=3)
+    assert alone.values == beside.values
+
+
+@pytest.mark.parametrize("top_k", [0, 321])
+def test_a_wrong_teacher_top_k_is_one_line(top_k, tiny_target, chats, tmp_path):
+    with pytest.raises(UserError, match="teacher_top_k") as caught:
+        fit(draft_module(tiny_target, teacher_top_k=top_k), text_data(chats, tmp_path), tmp_path)
+    assert "\n" not in str(caught.value)

@@ -155,11 +155,16 @@ def _begin(out: Path, layout: Layout, provenance: Mapping[str, Any]) -> None:
         os.replace(temporary, out / PROVENANCE)
         return
     for name in {**values, **then}:
-        if name not in ("versions", "began") and values.get(name) != then.get(name):
+        if name != "versions" and _without_place(values.get(name)) != _without_place(then.get(name)):
             raise UserError(
                 f"--out {out}: that set was begun with {name} {_short(then.get(name))}, now it is {_short(values.get(name))}; "
                 "give the same settings to go on, or another folder"
             )
+
+
+def _without_place(value: Any) -> Any:
+    """Where prompts lay and a server listened changes no row."""
+    return {k: v for k, v in value.items() if k not in ("name", "path", "base_url")} if isinstance(value, dict) else value
 
 
 def _short(value: Any) -> str:

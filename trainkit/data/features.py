@@ -53,15 +53,23 @@ class FeatureStore:
         self.path.mkdir(parents=True, exist_ok=True)
         self.size = rows * length * width * dtype.itemsize
         values = self.path / "values.bin"
-        free = shutil.disk_usage(self.path).free
-        if not values.exists() and self.size > free:
-            raise UserError(f"{folder}: the target's states take {self.size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} left")
+        if not values.exists():
+            self._reserve(values)
         description = self.path / f".key.{os.getpid()}"
         description.write_text(text, encoding="utf-8")
         os.replace(description, self.path / "key.json")
         shape = (rows, length, width)
         self._values_RTC = torch.from_file(str(values), shared=True, size=rows * length * width, dtype=dtype).view(shape)
         self._there_R = torch.from_file(str(self.path / "there.bin"), shared=True, size=rows, dtype=torch.uint8)
+
+    def _reserve(self, values: Path) -> None:
+        """Takes the room at once: a disk that fills up under a mapped file ends the process without a word."""
+        free = shutil.disk_usage(self.path).free
+        if self.size > free:
+            raise UserError(f"{self.path}: the target's states take {self.size / 1e9:.1f} GB, {free / 1e9:.1f} are left there")
+        if hasattr(os, "posix_fallocate"):
+            with values.open("ab") as stream:
+                os.posix_fallocate(stream.fileno(), 0, self.size)
 
     @property
     def filled(self) -> int:

@@ -7,7 +7,6 @@ vocabulary, so the output stays what it was; tau falls as far as the target writ
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,9 +54,9 @@ def trim(
     fitting = bundle.fingerprint(target)
     bundle.check_fit(found.target, fitting, shape.decoder.to_dict(), hidden=bool(found.extra.get("taps")))
     size = shape.decoder.vocab_size
-    number = round(keep * size if keep <= 1 else keep) if math.isfinite(keep) else 0
+    number = round(keep * size) if keep <= 1 else int(keep) if float(keep).is_integer() else 0
     if not len(shape.end_ids) < number <= size:
-        raise UserError(f"--keep {keep:g}: {number} ids; it must be more than the end ids and at most the vocabulary, {size}")
+        raise UserError(f"--keep {keep:g}: must be a share or a number of ids, above the end ids and at most all {size}")
     packed = prepare([text], None, load_tokenizer(target), 2048, columns=columns, validation_share=0.0, limit=limit).train
     counts_V = np.bincount(packed.tokens_N[packed.mask_N], minlength=size)
     ids = most_frequent(counts_V, number, shape.end_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,13 @@ def _remote(
 
     def answer(items: Sequence[Item], temperature: float) -> Iterator[Answer]:
         numbered = ((number, asked[prompt].tokens) for number, prompt, _ in items)
-        return server.complete(numbered, temperature=temperature, **sampling)
+        before = server.encoded
+        yield from server.complete(numbered, temperature=temperature, **sampling)
+        if server.encoded > before:
+            print(
+                f"{server.encoded - before:,} answers came without token ids and were encoded from their text, which need not "
+                "give the tokens that the model drew", file=sys.stderr,
+            )  # fmt: skip
 
     return answer, {"server": server.describe()}
 

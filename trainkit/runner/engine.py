@@ -189,7 +189,7 @@ class Runner:
         if progress:
             from tqdm import tqdm
 
-            bar = tqdm(total=len(each), desc="decoding", unit="text")
+            bar = tqdm(total=len(each), desc="decoding", unit=" texts", disable=None)
         for place, output in self._finished([prompt for prompt, _ in each], [draws for _, draws in each], options):
             outputs[place] = output
             if bar is not None:

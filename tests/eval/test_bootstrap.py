@@ -1,0 +1,63 @@
+"""Bootstrap intervals over questions: they cover what they say, and pairing is exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trainkit.eval.bootstrap import gap, mean
+
+
+def answers(draw: np.random.Generator, questions: int, rate: float = 0.7) -> tuple[np.ndarray, np.ndarray]:
+    """Accepted tokens and tokens of each question; questions differ in length and difficulty, its tokens share the latter."""
+    tokens = draw.integers(5, 60, questions)
+    hardness = draw.beta(8 * rate, 8 * (1 - rate), questions)
+    return draw.binomial(tokens, hardness).astype(float), tokens.astype(float)
+
+
+def test_a_ratio_by_hand():
+    """Two questions, 3 of 4 and 1 of 6: 4 of 10, not the mean of 0.75 and 1/6. Resamples are 3/4, 4/10 and 1/6."""
+    found = mean(np.array([3.0, 1.0]), np.array([4.0, 6.0]))
+    assert found.value == 0.4 and (found.low, found.high) == pytest.approx((1 / 6, 3 / 4))
+    assert str(found) == "+0.4000 [+0.1667, +0.7500]"
+
+
+def test_training_seeds_are_averaged_after_dividing():
+    """Seeds of 4/10 and 5/20: 0.325, where adding up first would give 9/30. The other side may have other seeds."""
+    sums, counts = np.array([[3.0, 1.0], [4.0, 1.0]]), np.array([[4.0, 6.0], [10.0, 10.0]])
+    assert mean(sums, counts).value == pytest.approx((0.4 + 0.25) / 2)
+    found = gap((sums, counts), (sums[0], counts[0]), resamples=1000)
+    assert found.value == pytest.approx(0.325 - 0.4)
+    twice = mean(np.stack([sums[0]] * 2), np.stack([counts[0]] * 2))
+    assert twice == mean(sums[0], counts[0]), "the same seed twice says no more than once"
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says(seed):
+    """Of 400 sets of 60 questions 95 % cover; the percentile bootstrap stays a little below, and 400 tell 1.1 % apart."""
+    draw, covered = np.random.default_rng(seed), 0
+    for _ in range(400):
+        found = mean(*answers(draw, 60), resamples=600, seed=int(draw.integers(1 << 30)))
+        covered += found.low <= 0.7 <= found.high
+    assert 0.89 < covered / 400 < 0.99
+
+
+def test_a_paired_gap_covers_and_is_narrower_than_the_questions_spread(seed):
+    """Both drafts see the same questions; the second accepts a token less now and then."""
+    draw, covered, widths = np.random.default_rng(seed), 0, []
+    for _ in range(200):
+        sums, counts = answers(draw, 60)
+        worse = draw.binomial(sums.astype(int), 0.95).astype(float)
+        found = gap((sums, counts), (worse, counts), resamples=600, seed=int(draw.integers(1 << 30)))
+        covered += found.low <= 0.7 * 0.05 <= found.high
+        widths.append((found.high - found.low) / (mean(sums, counts, 600).high - mean(sums, counts, 600).low))
+    assert 0.87 < covered / 200 < 0.995 and np.mean(widths) < 0.5
+
+
+def test_the_gap_of_a_thing_to_itself_is_nothing_and_turns_its_sign(seed):
+    draw = np.random.default_rng(seed)
+    one, other = answers(draw, 20), answers(draw, 20, 0.5)
+    same = gap(one, one)
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    there, back = gap(one, other, resamples=2500), gap(other, one, resamples=2500)
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
+    assert there == gap(one, other, resamples=2500) != gap(one, other, resamples=2500, seed=1)
