@@ -44,16 +44,7 @@ class PolicyData(TextData):
         max_new_tokens: Most tokens of a written answer.
         sample_batch: Answers written together.
         validation: Validation files; by default a share of the first stored set is held out.
-        tokenizer: Folder of the tokenizer; the module's model by default.
-        length: Tokens in a packed row.
-        batch_size: Rows per micro-batch and process.
-        columns: Our column names -> the files', e.g. {prompt: instruction, response: output}.
-        on_bad_row: Stop at a bad row, or count it and go on.
-        on_long_row: A row longer than `length` that is not plain text: keep its beginning, count and leave out, or stop.
-        validation_share: Share of rows held out where no validation files are given.
-        limit: First rows of each stored set to take.
-        limit_validation: First rows of the validation files to take.
-        cache: Folder that keeps prepared sets by content; ~/.cache/trainkit/data by default.
+        **text: As in `TextData`; `limit` takes the first rows of each stored set.
     """
 
     def __init__(
@@ -70,25 +61,13 @@ class PolicyData(TextData):
         max_new_tokens: int = 256,
         sample_batch: int = 32,
         validation: str | list[str] | None = None,
-        tokenizer: str | None = None,
-        length: int = 1024,
-        batch_size: int = 8,
-        columns: dict[str, str] | None = None,
-        on_bad_row: Literal["error", "skip"] = "error",
-        on_long_row: Literal["truncate", "skip", "error"] = "truncate",
-        validation_share: float = 0.05,
-        limit: int | None = None,
-        limit_validation: int | None = None,
-        cache: str | None = None,
+        **text: Any,
     ) -> None:
         given = {"corpus": corpus, "target": target}
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         _check(weights, given, prompts, validation, refresh, share, temperature)
         stored = {name: files for name, files in given.items() if self.weights.get(name) and files is not None}
-        super().__init__(
-            next(iter(stored.values()), validation) or [], validation, tokenizer, length, batch_size, columns, on_bad_row,
-            on_long_row, validation_share, limit, limit_validation, cache,
-        )  # fmt: skip
+        super().__init__(next(iter(stored.values()), validation) or [], validation=validation, **text)
         self._files = {name: [files] if isinstance(files, str) else list(files) for name, files in stored.items()}
         self.prompts, self.limit_prompts = prompts, limit_prompts
         self.refresh, self.share, self.depth, self.temperature = refresh, share, depth, temperature
