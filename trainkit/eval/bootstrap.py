@@ -24,7 +24,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        value, low, high = (round(part, 4) + 0.0 for part in (self.value, self.low, self.high))  # no minus before 0
+        return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def mean(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
