@@ -1,0 +1,33 @@
+"""The GPU report: says when there is nothing to report, and its code runs on a CPU in small."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def report(*flags: str) -> subprocess.CompletedProcess[str]:
+    """The script's run where no GPU is seen."""
+    command, hidden = [sys.executable, "tests/gpu_report.py", *flags], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=hidden)
+
+
+def test_without_a_gpu_it_says_so():
+    done = report()
+    assert done.returncode == 0 and "no CUDA device" in done.stdout
+
+
+@pytest.mark.slow
+def test_all_parts_run_in_small(tmp_path):
+    out = tmp_path / "report.md"
+    done = report("--device", "cpu", "--shapes", "tiny", "--tests", "tests/runner/test_graphs.py", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = out.read_text()
+    assert "| trainkit depth 3 |" in text and "| tvdpp_position | chunked |" in text and "tests.runner.test_graphs" in text
+
+
+@pytest.mark.slow
+def test_parts_that_no_longer_fit_are_named(tmp_path):
+    done = report("--device", "cpu", "--shapes", "tiny", "--seconds", "5")
+    assert done.stdout.count("left out:") == 3 and done.returncode == 0
