@@ -15,7 +15,9 @@ import numpy as np
 
 from trainkit.eval import bootstrap
 
-LOSSES = ("forward_kl", "tvdpp_position", "tvdpp_batch_sampled", "tv", "lk", "jsd", "reverse_kl", "ce")
+LOSSES = (
+    "forward_kl", "tvdpp_position", "tvdpp_batch_sampled", "tvdpp_sharp", "tv", "lk", "lk_hybrid", "jsd", "reverse_kl", "ce",
+)  # fmt: skip
 POLICIES = ("forward_kl", "policy_corpus", "policy_target_corpus", "policy_draft", "policy_mixed", "policy_target_draft")
 PIPELINE = ("forward_kl", "alone_corpus", "alone_answers")
 COLUMNS = {
@@ -60,6 +62,8 @@ def table(out: Path, names: tuple[str, ...]) -> list[str]:
             cells.append(f"{each.mean():.4f} ± {np.ptp(each) / 2:.4f}")
         lines.append(f"| {NAMES.get(name, name)} | {len(row['alpha@1'][0])} | " + " | ".join(cells) + " |")
     first, *others = rows
+    if not others:
+        return lines
     lines += ["", f"Difference to {NAMES.get(first, first)}, 95 % interval:", ""]
     lines += ["| row | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in others:

@@ -40,15 +40,15 @@ draft() {
 
 # measure NAME DRAFTS...: OUT/rows/NAME.t0.json and .t1.json, each on what the target writes at that temperature.
 measure() {
-    local name=$1 t list
+    local name=$1 t list served=()
     shift
+    [ "${serve:-yes}" = no ] || served=(--prompts "$data/test.jsonl" --questions 100)
     list=$(printf ',%s' "$@")
     for t in 0 1; do
         [ ! -e "$out/rows/$name.t$t.json" ] || continue
         say "measure $name at temperature $t"
         ./launch.sh eval --target "$target" --drafter "[${list:1}]" --data "$out/sets/test_t$t" --temperatures "[$t]" --length 512 \
-            --prompts "$data/test.jsonl" --questions 100 --teacher_cache "$out/states" --device "$device" \
-            --json "$out/rows/$name.t$t.json.partial"
+            ${served[@]+"${served[@]}"} --teacher_cache "$out/states" --device "$device" --json "$out/rows/$name.t$t.json.partial"
         mv "$out/rows/$name.t$t.json.partial" "$out/rows/$name.t$t.json"
     done
 }
@@ -80,6 +80,8 @@ losses() {
     loss jsd JSD
     loss reverse_kl ReverseKL
     loss tvdpp_batch_sampled TVDpp --model.divergence.estimator sampled --model.divergence.normalise batch
+    loss tvdpp_sharp TVDpp --model.divergence.temperature 0.5 # of both distributions: nearer to what greedy decoding asks
+    loss lk_hybrid LK --model.divergence.hybrid true
 }
 
 # policy NAME WEIGHTS FLAGS...: by forward KL, so that policy_target is losses' forward_kl.
@@ -103,9 +105,9 @@ pipeline() {
     row alone_answers "${answers[@]}" --model.divergence ForwardKL --trainer.max_steps $((2 * steps))
 }
 
-# Layers against distilled tokens; one layer on all of them is losses' forward_kl.
+# Layers against distilled tokens, acceptance alone; one layer on all of them is losses' forward_kl.
 scaling() {
-    local layers share
+    local layers share serve=no
     for layers in 1 2 4; do
         [ "$layers" = 1 ] || draft "start$layers" "${corpus[@]}" --model.divergence CrossEntropy --model.drafter.num_layers "$layers"
         for share in 4 2 1; do
