@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -63,3 +64,32 @@ def rows_in(folder: Path) -> int:
 def files_of(folder: Path) -> dict[str, bytes]:
     """All files of a set but hidden ones and what only says who made it."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name[0] != "."}
+
+
+def start(work: Callable[..., object], *arguments: object, stderr: Path | None = None) -> multiprocessing.Process:
+    """Runs `work`, a function of a module, in a child of a server that has imported what training needs and nothing else.
+
+    For work that a fork of the test itself would hang in: one with a process group, as any training that ran here leaves.
+    """
+    process = _SERVER.Process(target=_end_with, args=(work, arguments, stderr))
+    process.start()
+    return process  # type: ignore[return-value]
+
+
+def code_of(process: multiprocessing.Process, seconds: float = 120) -> int:
+    """Waits for it: its exit code, or minus the signal that killed it."""
+    process.join(seconds)
+    assert process.exitcode is not None, "it does not end"
+    return process.exitcode
+
+
+def _end_with(work: Callable[..., object], arguments: tuple[object, ...], stderr: Path | None) -> None:
+    torch.set_num_threads(1)
+    if stderr is not None:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    result = work(*arguments)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["trainkit.modules.training", "transformers"])

@@ -8,7 +8,7 @@ import os
 import time
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -38,6 +38,13 @@ def _log_interval(trainer: Trainer) -> int:
     return trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@runtime_checkable
+class AfterStep(Protocol):
+    """A callback with something to do after each optimiser step, once the step is logged."""
+
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+
+
 class TrainingModule(LightningModule):
     """One optimiser, one loss that comes as sums, and the numbers worth watching.
 
@@ -63,7 +70,7 @@ class TrainingModule(LightningModule):
         self.warmup_steps, self.final_lr = warmup_steps, final_lr
         self._training, self._validation = Meter(), Meter()
         self._given_groups: list[dict[str, Any]] = []
-        self._logged_step = 0
+        self._done_step = 0
         self._gradient_norm: Tensor | None = None
         self.recipe: str | None = None
         self._left = self._entered = time.perf_counter()
@@ -143,10 +150,15 @@ class TrainingModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step, every = self.trainer.global_step, _log_interval(self.trainer)
-        # When stopping, Lightning writes what was logged last once more, stale or not.
-        if step != self._logged_step and every and (step % every == 0 or self.trainer.should_stop):
-            self._logged_step = step
-            self._log_training()
+        if step != self._done_step:
+            self._done_step = step
+            last = self.trainer.should_stop or step == self.trainer.max_steps
+            if every and (step % every == 0 or last):
+                self._log_training()
+            # Here and not in the callbacks' own hook, which runs before this one: what they save has then been logged.
+            for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(callback, AfterStep):
+                    callback.after_step(self.trainer, self)
         self._left = time.perf_counter()
         self._busy += self._left - self._entered
 
@@ -154,21 +166,21 @@ class TrainingModule(LightningModule):
         sums = self._training.take(self._reduce, self.device)
         spent = self._busy + self._waited + time.perf_counter() - self._entered
         values = {f"train/{name}": value for name, value in means(sums, apart=("tokens",)).items()}
-        values["step"] = float(self.trainer.global_step)
         values["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if self._gradient_norm is not None:
             values["optim/grad_norm"] = float(self._gradient_norm)
             self._gradient_norm = None
         values["speed/tokens_per_second"] = sums["tokens"] / spent
         values["speed/data_wait"] = self._waited / spent
-        self.log("train/loss", values.pop("train/loss"), prog_bar=True)
-        self.log("speed/tokens_per_second", values.pop("speed/tokens_per_second"), prog_bar=True)
-        self.log_dict(values)
+        for name in ("train/loss", "speed/tokens_per_second"):
+            self.log(name, values[name], prog_bar=True, logger=False)
+        for logger in self.trainer.loggers:  # at once: what Lightning is given it writes later, and when stopping twice
+            logger.log_metrics(values, self.trainer.global_step)
         self._busy = self._waited = 0.0
         self._entered = time.perf_counter()
 
     def on_train_start(self) -> None:
-        self._logged_step = self.trainer.global_step
+        self._done_step = self.trainer.global_step
         self._prefer_given_values()
         self._left = time.perf_counter()
 
@@ -197,6 +209,12 @@ class TrainingModule(LightningModule):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
+    def _gather(self, values: Tensor) -> Tensor:
+        """[ranks, ...] of the same values on every rank."""
+        ranks = values.new_zeros(self.trainer.world_size, *values.shape)
+        ranks[self.trainer.global_rank] = values
+        return self._reduce(ranks)
+
     def _reduce(self, values: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore[reportReturnType]
 
@@ -215,8 +233,12 @@ class TrainingModule(LightningModule):
             "tokenizer": str(self.data_tokenizer()),
         }
         checkpoint[CHECKPOINT_KEY] = {"format": 1, "info": info, **self.describe()}
+        checkpoint[f"{CHECKPOINT_KEY}_sums"] = self._training.peek(self._gather)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        ranks = checkpoint.get(f"{CHECKPOINT_KEY}_sums", [])
+        if len(ranks) == self.trainer.world_size:  # so that the first line logged is that of an uninterrupted run
+            self._training.put_back(ranks[self.trainer.global_rank])
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:
             raise UserError(f"{self.trainer.ckpt_path}: not a checkpoint of trainkit")

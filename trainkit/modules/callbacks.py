@@ -47,10 +47,11 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called by the module once a step is done and logged; saves on every n-th, and before a validation."""
         step = trainer.global_step
-        if step != self._saved_step and step % self.every_n_steps == 0:
-            self._save(trainer, "last.ckpt")
+        if step % self.every_n_steps == 0 or validates_now(trainer):
+            self.save_last(trainer)
         if step == trainer.max_steps:
             trainer.should_stop = True  # makes Lightning validate now, so that a run ends with its final figures
 
@@ -75,6 +76,11 @@ class Checkpoints(Checkpoint):
         if state_dict["monitor"] == self.monitor:
             self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
+    def save_last(self, trainer: Trainer) -> None:
+        """Writes `last.ckpt`, unless this step's is written."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer, "last.ckpt")
+
     def _save(self, trainer: Trainer, name: str) -> None:
         if dry(trainer):
             return
@@ -88,6 +94,14 @@ class Checkpoints(Checkpoint):
                 shutil.rmtree(path)
             os.replace(partial, path)
         trainer.strategy.barrier("checkpoint renamed")
+
+
+def validates_now(trainer: Trainer) -> bool:
+    """Whether a validation follows the batch that was trained last."""
+    every, trained = trainer.val_check_batch, trainer.fit_loop.total_batch_idx + 1  # pyright: ignore[reportAttributeAccessIssue]
+    if not trained or trainer.check_val_every_n_epoch is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    return trainer.global_step == trainer.max_steps or (isinstance(every, int) and trained % every == 0)
 
 
 class RunFolder(Callback):
@@ -111,5 +125,16 @@ class RunFolder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, CSVLog) and trainer.ckpt_path:
-                logger.rewind(trainer.global_step)
+            if isinstance(logger, CSVLog):  # also of a run that was killed before its first checkpoint
+                logger.rewind(trainer.global_step, validated=not validates_now(trainer))
+        if trainer.ckpt_path and validates_now(trainer):
+            _validate(trainer)
+
+
+def _validate(trainer: Trainer) -> None:
+    """The validation that was due when the checkpoint was written; Lightning passes over it."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True

@@ -59,10 +59,11 @@ class CSVLog(Logger):
             csv.DictWriter(file, self._columns).writerow(row)
 
     @rank_zero_only
-    def rewind(self, step: int) -> None:
-        """Drops rows past `step`, the step a resumed run goes on from."""
+    def rewind(self, step: int, validated: bool = True) -> None:
+        """Drops rows past `step`, the step a resumed run goes on from; unless `validated`, that step's validation too."""
         self._columns, rows = self._read()
-        kept = [row for row in rows if int(row["step"]) <= step]
+        again = lambda row: int(row["step"]) == step and not validated and any(row[n] for n in row if n.startswith("val/"))
+        kept = [row for row in rows if int(row["step"]) <= step and not again(row)]
         if len(kept) < len(rows):
             self._rewrite(kept)
 

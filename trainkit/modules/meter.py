@@ -19,7 +19,7 @@ class Meter:
     def add(self, name: str, value: Tensor | float) -> None:
         """Adds `value` to the sum `name`, on the value's device."""
         value = torch.as_tensor(value).detach().double()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
 
     def add_output(self, output: LossOutput) -> None:
         """Adds a loss, its count and its metric sums."""
@@ -36,6 +36,19 @@ class Meter:
         total = reduce(torch.stack([self.sums[name].to(device) for name in names]))
         self.sums = {}
         return dict(zip(names, total.tolist(), strict=True))
+
+
+    def peek(self, gather: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
+        """Every rank's sums, by name, which go on; every rank calls it having added the same names."""
+        names = sorted(self.sums)
+        if not names:
+            return []
+        ranks = gather(torch.stack([self.sums[name] for name in names]))
+        return [dict(zip(names, rank.tolist(), strict=True)) for rank in ranks]
+
+    def put_back(self, sums: dict[str, float]) -> None:
+        """Goes on from sums that `peek` gave."""
+        self.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
 
 
 def means(sums: dict[str, float], apart: tuple[str, ...] = ()) -> dict[str, float]:

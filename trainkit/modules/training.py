@@ -8,6 +8,7 @@ started train together or not at all; each run has its folder, which a resumed r
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule
 from trainkit.modules.callbacks import Checkpoints, RunFolder, dry
+from trainkit.modules.signals import Interrupted, Signals
 from trainkit.parser import OneLine
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
@@ -71,6 +73,9 @@ class TrainingCLI(LightningCLI):
             raise UserError(f"ckpt_path: {values.ckpt_path} does not exist")
         trainer = values.trainer
         trainer.default_root_dir = str(trainer.default_root_dir or self._run_folder(values))
+        before = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if self.command == "fit" and not values.get("ckpt_path") and not trainer.fast_dev_run and before.exists():
+            raise UserError(f"{before.parents[1]}: holds a run already; --resume goes on with it, or name another folder")
         processes, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if processes > 1 and trainer.devices == "auto":
             trainer.devices, trainer.num_nodes = local, processes // local
@@ -99,7 +104,11 @@ class TrainingCLI(LightningCLI):
         self.model.recipe = self.recipe
         text = self._parser(self.command).dump(self.config[self.command])
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(RunFolder(text))  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks.append(RunFolder(text))
+        if self.command == "fit" and not dry(trainer):
+            checkpoints = next(callback for callback in callbacks if isinstance(callback, Checkpoints))
+            callbacks.insert(0, Signals(checkpoints))  # first, so that no other callback's work goes unheard
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if trainer.world_size != processes and "LOCAL_RANK" in os.environ:
             raise UserError(
@@ -120,6 +129,9 @@ def run(command: str, args: Sequence[str]) -> int:
         cli = TrainingCLI(command, args)
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
+    except Interrupted as interrupted:
+        print(f"trainkit: stopped by {interrupted}; the state is saved, --resume goes on with it", file=sys.stderr)
+        return interrupted.exit_code
     if cli.trainer.is_global_zero:
         for line in summary(cli.trainer, command):
             print(line)

@@ -1,0 +1,168 @@
+"""Runs that are killed and gone on with: the same losses to the last bit, one log, the exit codes that shells expect."""
+
+import csv
+import json
+import random
+import signal
+import time
+from os import kill
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import code_of, start, wait_until
+from trainkit.errors import UserError
+from trainkit.modules.draft import DraftModule
+from trainkit.modules.training import run
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    answers = [f"In May she sold {n} / 2 = {n / 2} clips. " * (1 + n % 3) for n in range(64)]
+    path.write_text("".join(json.dumps({"prompt": f"How many of {n}?", "response": a}) + "\n" for n, a in enumerate(answers)))
+    return path
+
+
+def arguments(kind: str, target: Path, chats: Path, root: Path, **more) -> list[str]:
+    """Accumulation, dropout or sampled losses, and a validation in mid-epoch; every step logged."""
+    flags = {
+        "data": "TextData", "data.train": chats, "data.validation": chats, "data.limit_validation": 8, "data.length": 96,
+        "data.batch_size": 2, "data.cache": root.parent / "cache", "data.tokenizer": target,
+        "trainer.default_root_dir": root, "trainer.max_steps": STEPS, "trainer.accumulate_grad_batches": 2,
+        "trainer.log_every_n_steps": 3, "trainer.val_check_interval": 22, "trainer.enable_progress_bar": "false",
+        "trainer.accelerator": "cpu", "checkpoint.every_n_steps": 4, "seed_everything": 5,
+    }  # fmt: skip
+    if kind == "language":
+        config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                  "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
+                  "attention_dropout": 0.2}  # fmt: skip
+        flags |= {"model": "LanguageModule", "model.config": json.dumps(config)}
+    else:
+        flags |= {"model": "DraftModule", "model.target": target, "model.drafter": "LMDraft", "checkpoint.monitor": "val/alpha",
+                  "model.divergence": "TVDpp", "model.divergence.estimator": "sampled", "model.divergence.samples": 2,
+                  "model.divergence.normalise": "batch"}  # fmt: skip
+    return [str(part) for name, value in (flags | more).items() for part in (f"--{name}", value)]
+
+
+def go_on(given: list[str], root: Path) -> list[str]:
+    last = root / "checkpoints" / "last.ckpt"
+    return [*given, "--ckpt_path", str(last)] if last.exists() else given
+
+
+def log(root: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without what a clock decides."""
+    with (root / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("speed/")} for row in rows]
+
+
+def lines(root: Path) -> int:
+    path = root / "metrics.csv"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def same(root: Path, other: Path) -> None:
+    assert log(root) == log(other)
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(root).items())
+
+
+@pytest.mark.parametrize("kind", ["language", "draft"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_a_signal_saves_and_says_so_and_resume_is_exact(number, kind, tiny_target, chats, tmp_path, seed):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert code_of(start(run, "fit", arguments(kind, tiny_target, chats, straight))) == 0
+    given = arguments(kind, tiny_target, chats, stopped)
+    process = start(run, "fit", given, stderr=tmp_path / "said")
+    after = random.randint(1, 8)
+    wait_until(lambda: lines(stopped) > after or not process.is_alive())
+    kill(process.pid, number)
+    began = time.monotonic()
+    assert code_of(process) == 128 + number
+    assert time.monotonic() - began < 10
+    step = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert after <= step < STEPS
+    assert "the state is saved" in (tmp_path / "said").read_text()
+    assert code_of(start(run, "fit", go_on(given, stopped))) == 0
+    same(straight, stopped)
+
+
+@pytest.mark.parametrize("kind", ["language", "draft"])
+def test_three_kills_at_random_leave_no_trace(kind, tiny_target, chats, tmp_path, seed):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert code_of(start(run, "fit", arguments(kind, tiny_target, chats, straight))) == 0
+    given, kills = arguments(kind, tiny_target, chats, killed), 0
+    while kills < 3:
+        before = lines(killed)
+        process = start(run, "fit", go_on(given, killed))
+        wait_until(lambda: lines(killed) > before + random.randint(0, 2) or not process.is_alive())  # noqa: B023
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+        if code_of(process) == 0:
+            break  # it was quicker; the rest of the test holds all the same
+        kills += 1
+    assert kills
+    assert code_of(start(run, "fit", go_on(given, killed))) == 0
+    same(straight, killed)
+
+
+def fit_slowly(given: list[str], mark: Path) -> int:
+    """Touches `mark` when it validates, and takes its time."""
+    step = DraftModule.validation_step
+
+    def slow(self, batch, batch_idx) -> None:
+        mark.touch()
+        time.sleep(0.3)
+        step(self, batch, batch_idx)
+
+    DraftModule.validation_step = slow
+    return run("fit", given)
+
+
+def test_a_signal_within_validation_ends_at_once_and_validation_is_done_again(tiny_target, chats, tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert code_of(start(run, "fit", arguments("draft", tiny_target, chats, straight))) == 0
+    given = arguments("draft", tiny_target, chats, stopped)
+    process = start(fit_slowly, given, tmp_path / "validating")
+    wait_until(lambda: (tmp_path / "validating").exists() or not process.is_alive())
+    kill(process.pid, signal.SIGTERM)
+    assert code_of(process) == 143
+    assert torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 11
+    assert code_of(start(run, "fit", go_on(given, stopped))) == 0
+    same(straight, stopped)
+
+
+def fit_stuck(given: list[str], mark: Path) -> int:
+    """Touches `mark` in the first step, which does not end."""
+
+    def endless(self, batch, micro):
+        mark.touch()
+        time.sleep(60)
+
+    DraftModule.loss = endless
+    return run("fit", given)
+
+
+def test_a_second_ctrl_c_aborts(tiny_target, chats, tmp_path):
+    process = start(fit_stuck, arguments("draft", tiny_target, chats, tmp_path / "run"), tmp_path / "training")
+    wait_until(lambda: (tmp_path / "training").exists() or not process.is_alive())
+    for _ in range(2):
+        kill(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    began = time.monotonic()
+    assert code_of(process) not in (0, None)
+    assert time.monotonic() - began < 10
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny_target, chats, tmp_path):
+    given = arguments("draft", tiny_target, chats, tmp_path / "run", **{"trainer.max_steps": 4})
+    assert code_of(start(run, "fit", given)) == 0
+    with pytest.raises(UserError, match="holds a run already; --resume goes on with it"):
+        run("fit", given)
