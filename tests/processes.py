@@ -85,6 +85,8 @@ def code_of(process: multiprocessing.Process, seconds: float = 120) -> int:
 
 def _end_with(work: Callable[..., object], arguments: tuple[object, ...], stderr: Path | None) -> None:
     torch.set_num_threads(1)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)  # of a training that ran in the test itself, whose port is still taken
     if stderr is not None:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     result = work(*arguments)
