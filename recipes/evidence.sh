@@ -6,12 +6,12 @@
 #   ./launch.sh recipes/evidence.sh TARGET DATA OUT [ROWS...]
 #
 # TARGET: the target's folder. DATA: a folder with train.jsonl and test.jsonl. ROWS: names of rows or groups, by default all:
-# losses policies pipeline scaling trimmed speed. Environment: SEEDS="0 1 2", STEPS=250, PROMPTS=750, DEVICE=cpu.
+# losses policies pipeline scaling trimmed best speed. Environment: SEEDS="0 1 2", STEPS=250, PROMPTS=750, DEVICE=cpu.
 set -euo pipefail
 
 target=${1:?usage: evidence.sh TARGET DATA OUT [ROWS...]} data=${2:?DATA} out=${3:?OUT}
 shift 3
-[ $# -gt 0 ] || set -- losses policies pipeline scaling trimmed speed
+[ $# -gt 0 ] || set -- losses policies pipeline scaling trimmed best speed
 seeds=${SEEDS:-0 1 2} steps=${STEPS:-250} prompts=${PROMPTS:-750} device=${DEVICE:-cpu}
 mkdir -p "$out/rows" "$out/drafts"
 
@@ -118,26 +118,38 @@ scaling() {
     done
 }
 
-best=${BEST:-tvdpp_position}
+# trim NAME SHARE: OUT/drafts/NAME with 1/SHARE of the vocabulary.
+trim() {
+    [ -e "$out/drafts/$1-of$2/trainkit.json" ] || ./launch.sh trim "$out/drafts/$1" "$out/drafts/$1-of$2" --target "$target" \
+        --text "$out/sets/target" --keep "$(awk "BEGIN { print 1 / $2 }")" >/dev/null
+}
 
 trimmed() {
     local share seed drafts
     for share in 2 4 8; do
         drafts=()
         for seed in $seeds; do
-            local name=$best-of$share-$seed
-            [ -e "$out/drafts/$name/trainkit.json" ] || ./launch.sh trim "$out/drafts/$best-$seed" "$out/drafts/$name" \
-                --target "$target" --text "$out/sets/target" --keep "$(bc -l <<<"1/$share")" >/dev/null
-            drafts+=("$out/drafts/$name")
+            trim "forward_kl-$seed" "$share"
+            drafts+=("$out/drafts/forward_kl-$seed-of$share")
         done
         measure "trimmed_of$share" "${drafts[@]}"
     done
 }
 
-# Wall-clock, which wants the machine for itself: plain, whole and trimmed drafts in one run each.
+# The draft to serve greedily: six million tokens of the target's greedy answers to every training question.
+best() {
+    ./launch.sh distill --target "$target" --max_new_tokens 256 --batch 48 --device "$device" --prompts "$data/train.jsonl" \
+        --temperatures "[0]" --out "$out/sets/greedy"
+    draft best --data.train "$out/sets/greedy" --data.validation_share 0.02 "${from_start[@]}" --model.divergence ForwardKL \
+        --trainer.max_steps $((12 * steps))
+    trim best 4
+    measure best "$out/drafts/best" "$out/drafts/best-of4"
+}
+
+# Wall-clock at temperature 0, which wants the machine for itself: whole and trimmed drafts, each beside plain decoding in its run.
 speed() {
     local name
-    for name in "$best-0" "$best-of2-0" "$best-of4-0" "$best-of8-0"; do
+    for name in forward_kl-0 forward_kl-0-of2 forward_kl-0-of4 forward_kl-0-of8 best best-of4; do
         [ -e "$out/rows/speed-$name.json" ] || ./launch.sh bench --target "$target" --drafter "$out/drafts/$name" --device "$device" \
             --prompts "$data/test.jsonl" --limit 12 --max_new_tokens 128 --depths "[2,3,4]" --repeats 5 --json "$out/rows/speed-$name.json"
     done

@@ -67,10 +67,10 @@ def test_plots_and_tables_of_a_study_that_is_not_finished(tmp_path, capsys):
 
 @pytest.mark.parametrize("share", [2, 4])
 def test_a_trimmed_row_stands_beside_the_whole(tmp_path, share):
-    write(tmp_path, "tvdpp_position", [1.0])
+    write(tmp_path, "forward_kl", [1.0])
     write(tmp_path, f"trimmed_of{share}", [0.9])
     run = {"depth": 3, "mbsu": 1.5, "speedup": 1.4, "roof": 1.75}
-    name = f"speed-tvdpp_position-of{share}-0.json"
+    name = f"speed-forward_kl-0-of{share}.json"
     (tmp_path / "rows" / name).write_text(json.dumps({"contenders": [{"depth": 3, "family": "transformers"}, run]}))
-    lines = evidence.trimmed(tmp_path, None)
+    lines = evidence.trimmed(tmp_path)
     assert lines[-1] == f"| 1/{share} | 1.900 | -5.0% | 1.900 | -5.0% | 3 | 1.50 | 1.40 | 1.75 | 80% |"
