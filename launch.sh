@@ -85,10 +85,17 @@ setup() {
     if ! has_gpu; then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-active}; fi
 }
 
+# Processes on this machine: NPROC, otherwise one for each GPU, or one.
+processes() {
+    if [ -n "${NPROC:-}" ]; then echo "$NPROC"
+    elif has_gpu; then "$python" -c 'import torch; print(max(1, torch.cuda.device_count()))'
+    else echo 1; fi
+}
+
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
 
 fit() {
-    local recipe flags=() folder=${RUN_DIR:-} resume="" nodes=${NNODES:-1} nproc=${NPROC:-}
+    local recipe flags=() folder=${RUN_DIR:-} resume="" nodes=${NNODES:-1} nproc
     recipe=$(absolute "$1"); shift
     [ -f "$recipe" ] || die "no recipe $recipe"
     while [ $# -gt 0 ]; do
@@ -109,10 +116,7 @@ fit() {
         [ -n "$folder" ] || die "NNODES=$nodes needs RUN_DIR, the same shared folder on every node, or --resume"
     fi
     setup
-    if [ -z "$nproc" ]; then
-        nproc=1
-        if has_gpu; then nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))'); fi
-    fi
+    nproc=$(processes)
     if [ -z "$folder" ]; then
         folder=$root/runs/$(basename "${recipe%.*}")/$(date +%Y%m%d-%H%M%S)
         mkdir -p "${folder%/*}"
@@ -156,14 +160,12 @@ case ${1:-} in
         exit "$failed"
         ;;
     *.yaml | *.yml) fit "$@" ;;
-    distill) # as many processes as there are GPUs, each makes its share
-        shift; setup
-        processes=${NPROC:-1}
-        if [ -z "${NPROC:-}" ] && has_gpu; then processes=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))'); fi
-        if [ "$processes" -gt 1 ]; then
-            exec "$python" -P -m torch.distributed.run --standalone --nproc-per-node="$processes" -m trainkit.cli distill "$@"
+    distill) # each process makes its share
+        setup; nproc=$(processes)
+        if [ "$nproc" -gt 1 ]; then
+            exec "$python" -P -m torch.distributed.run --standalone --nproc-per-node="$nproc" -m trainkit.cli "$@"
         fi
-        exec "$python" -P -m trainkit.cli distill "$@"
+        exec "$python" -P -m trainkit.cli "$@"
         ;;
     *.sh) script=$(absolute "$1"); shift; [ -f "$script" ] || die "no recipe $script"; setup; cd "$root"; exec bash "$script" "$@" ;;
     *) setup; exec "$python" -P -m trainkit.cli "$@" ;;

@@ -3,13 +3,13 @@
 # three seeds, measured on all test questions, and written to OUT/rows; a row that is there is not made again, so an interrupted
 # study goes on where it stopped. recipes/evidence.md has the results, recipes/evidence.py makes its tables and plots.
 #
-#   ./launch.sh recipes/evidence.sh TARGET DATA OUT [ROWS...]
+#   ./launch.sh recipes/evidence.sh TARGET DATA OUT [GROUPS...]
 #
-# TARGET: the target's folder. DATA: a folder with train.jsonl and test.jsonl. ROWS: names of rows or groups, by default all:
+# TARGET: the target's folder. DATA: a folder with train.jsonl and test.jsonl. GROUPS: of rows, by default all:
 # losses policies pipeline scaling trimmed best speed. Environment: SEEDS="0 1 2", STEPS=250, PROMPTS=750, DEVICE=cpu.
 set -euo pipefail
 
-target=${1:?usage: evidence.sh TARGET DATA OUT [ROWS...]} data=${2:?DATA} out=${3:?OUT}
+target=${1:?usage: evidence.sh TARGET DATA OUT [GROUPS...]} data=${2:?DATA} out=${3:?OUT}
 shift 3
 [ $# -gt 0 ] || set -- losses policies pipeline scaling trimmed best speed
 seeds=${SEEDS:-0 1 2} steps=${STEPS:-250} prompts=${PROMPTS:-750} device=${DEVICE:-cpu}

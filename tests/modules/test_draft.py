@@ -20,14 +20,6 @@ from trainkit.modules.draft import DraftModule, rounds
 from trainkit.modules.language import LanguageModule
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    answers = [f"In May she sold {n} / 2 = {n / 2} clips. " * (1 + n % 3) for n in range(64)]
-    path.write_text("".join(json.dumps({"prompt": f"How many of {n}?", "response": a}) + "\n" for n, a in enumerate(answers)))
-    return path
-
-
 class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step

@@ -10,14 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from tests.modules.test_draft import Losses, StopAt, chats, draft_module, fit, weights
+from tests.modules.test_draft import Losses, StopAt, draft_module, fit, weights
 from trainkit.data.mixture import MixedLoader
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
 from trainkit.modules.policy import PolicyData
 from trainkit.runner import Runner
-
-__all__ = ["chats"]
 
 
 def policy_data(rows: Path, cache: Path, weights: dict[str, float], **more) -> PolicyData:

@@ -19,14 +19,6 @@ from trainkit.modules.training import run
 STEPS = 30
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    answers = [f"In May she sold {n} / 2 = {n / 2} clips. " * (1 + n % 3) for n in range(64)]
-    path.write_text("".join(json.dumps({"prompt": f"How many of {n}?", "response": a}) + "\n" for n, a in enumerate(answers)))
-    return path
-
-
 def arguments(kind: str, target: Path, chats: Path, root: Path, **more) -> list[str]:
     """Accumulation, dropout or sampled losses, and a validation in mid-epoch; every step logged."""
     flags = {

@@ -128,9 +128,7 @@ def served(
     sums: Sums = {}
     for temperature in temperatures:
         for verify in ("coupled", "residual") if temperature else ("coupled",):
-            outputs = runner.generate(
-                prompts, max_new_tokens, temperature, depth=depth, verify=verify, progress=True
-            )  # fmt: skip
+            outputs = runner.generate(prompts, max_new_tokens, temperature, depth=depth, verify=verify, progress=True)
             emitted = [output.stats.rounds * output.stats.tau if output.stats.rounds else 0.0 for output in outputs]
             sums[f"tau_{verify}@{temperature:g}"] = np.array([emitted, [float(o.stats.rounds) for o in outputs]])
     return sums

@@ -51,8 +51,8 @@ def trim(
     if "draft_vocab" not in inspect.signature(load_kind(found.kind)).parameters:
         raise UserError(f"{drafter}: kind {found.kind!r} has no output head of its own to trim")
     shape = target_shape(target)
-    fitting = bundle.fingerprint(target)
-    bundle.check_fit(found.target, fitting, shape.decoder.to_dict(), hidden=bool(found.extra.get("taps")))
+    reads_hidden = bool(found.extra.get("taps"))
+    bundle.check_fit(found.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)
     size = shape.decoder.vocab_size
     number = round(keep * size) if keep <= 1 else int(keep) if float(keep).is_integer() else 0
     if not len(shape.end_ids) < number <= size:
