@@ -50,6 +50,16 @@ def test_coupled_acceptance_is_continuous_where_a_probability_goes_to_zero(seed)
         assert coupled_acceptance(*there).item() == pytest.approx(coupled_acceptance(*close).item(), abs=1e-10)
 
 
+def test_coupled_acceptance_orders_single_precision_as_double(seed):
+    """Over nine orders of magnitude, with a draft that is exactly right on some tokens and zeros on either side."""
+    p, q = (torch.randn(40, 3000).mul(4).softmax(-1) for _ in range(2))
+    q[:, :50] = p[:, :50]
+    p[:, 100:700], q[:, 500:1200] = 0, 0
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    exact = coupled_acceptance(p.double(), q.double())
+    torch.testing.assert_close(coupled_acceptance(p, q).double(), exact, rtol=2e-5, atol=1e-6)
+
+
 def test_mass_missing_from_p_is_mass_the_draft_never_proposes(seed):
     p, q = torch.randn(6, 20, dtype=torch.float64).softmax(-1), torch.zeros(6, 20, dtype=torch.float64)
     ids = torch.randperm(20)[:7]

@@ -8,6 +8,7 @@ the draft never proposes, which changes `coupled_acceptance` and is accounted fo
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def coupled_acceptance(p_V: Tensor, q_V: Tensor) -> Tensor:
     Returns:
         [...], in 0..1.
     """
-    order = (q_V / p_V).nan_to_num_(nan=0.0).argsort(-1)  # 0/0 contributes nothing wherever it stands
+    order = _ascending((q_V / p_V).nan_to_num_(nan=0.0))  # 0/0 contributes nothing wherever it stands
     p, q = p_V.gather(-1, order), q_V.gather(-1, order)
     missing = (1.0 - p.sum(-1, keepdim=True)).clamp_(min=0.0)
     through = p.cumsum(-1).add_(missing)
@@ -54,6 +55,16 @@ def coupled_acceptance(p_V: Tensor, q_V: Tensor) -> Tensor:
     races = through.mul_(q).add_(after.mul_(p))
     wins = p.mul_(q).div_(races).masked_fill_(races == 0, 0.0)  # P/p + Q/q = (P q + Q p) / (p q)
     return wins.sum(-1).clamp_(max=1.0)
+
+
+def _ascending(ratio_V: Tensor) -> Tensor:
+    """Places of numbers that are not negative, ascending. On a CPU they are sorted as integers, the bits above the place:
+    numpy does that with vector instructions, 21 ms where argsort takes 60 for 256 rows of 4,096, half of an evaluation's time.
+    """
+    if ratio_V.device.type != "cpu" or ratio_V.dtype != torch.float32:
+        return ratio_V.argsort(-1)
+    keys_V = (ratio_V.detach().view(torch.int32).long() << 32) | torch.arange(ratio_V.shape[-1])
+    return torch.from_numpy(np.sort(keys_V.numpy(), -1)) & 0xFFFFFFFF
 
 
 def agreement(target_V: Tensor, draft_K: Tensor, ids_K: Tensor | None = None) -> Tensor:
