@@ -136,10 +136,10 @@ fit() {
     if [ "$nodes" -gt 1 ]; then
         local host=${MASTER%:*} port=29500
         case $MASTER in *:*) port=${MASTER##*:} ;; esac
-        run+=(-m torch.distributed.run --nnodes="$nodes" --node-rank="$NODE_RANK" --nproc-per-node="$nproc"
+        run+=(-m trainkit.launch --nnodes="$nodes" --node-rank="$NODE_RANK" --nproc-per-node="$nproc"
             --master-addr="$host" --master-port="$port")
     elif [ "$nproc" -gt 1 ]; then
-        run+=(-m torch.distributed.run --standalone --nproc-per-node="$nproc")
+        run+=(-m trainkit.launch --standalone --nproc-per-node="$nproc")
     fi # one process needs no torchrun, and its exit code (130, 143) arrives as it is
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # time to write a last checkpoint
     cd "$root"
@@ -163,7 +163,7 @@ case ${1:-} in
     distill) # each process makes its share
         setup; nproc=$(processes)
         if [ "$nproc" -gt 1 ]; then
-            exec "$python" -P -m torch.distributed.run --standalone --nproc-per-node="$nproc" -m trainkit.cli "$@"
+            exec "$python" -P -m trainkit.launch --standalone --nproc-per-node="$nproc" -m trainkit.cli "$@"
         fi
         exec "$python" -P -m trainkit.cli "$@"
         ;;

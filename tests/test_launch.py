@@ -203,7 +203,7 @@ def test_one_process_runs_without_torchrun_in_a_new_folder(checkout):
 def test_several_processes_share_the_cores(checkout):
     checkout.python(held=checkout.root)
     words = ran(done := checkout.launch("recipes/tiny.yaml", NPROC="2"))
-    assert words[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trainkit.cli"]
+    assert words[1:7] == ["-m", "trainkit.launch", "--standalone", "--nproc-per-node=2", "-m", "trainkit.cli"]
     assert words[words.index("--trainer.devices") + 1] == "2"
     assert f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 2)}" in line(done, "ENV")
 

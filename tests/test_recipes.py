@@ -1,11 +1,18 @@
 """Every recipe and configuration in the repository parses and runs: files are found by glob, none is listed by hand."""
 
+import importlib.util
 import json
+import logging
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import jsonargparse
 import pytest
 import yaml
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 
+from trainkit.layers.blocks import DecoderLayer
 from trainkit.modules.training import TrainingCLI, run
 
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
@@ -63,6 +70,27 @@ def test_fragment_parses(file, tiny_target, rows, tmp_path, monkeypatch):
         given if isinstance(given, list) else [given], parsed if isinstance(parsed, list) else [parsed], strict=True
     ):
         assert found.class_path.rsplit(".", 1)[1] == wanted["class_path"].rsplit(".", 1)[1]
+
+
+@pytest.mark.parametrize("file", STRATEGIES, ids=str)
+def test_a_strategy_is_built(file, monkeypatch):
+    """Without GPUs Lightning runs none but DDP: that the others can be made of their fragments is what can be shown."""
+    if not importlib.util.find_spec("deepspeed"):  # an extra; its strategy only looks whether it is there
+        stand_in = ModuleType("deepspeed")
+        stand_in.utils = SimpleNamespace(logging=SimpleNamespace(logger=logging.getLogger("deepspeed")))
+        monkeypatch.setitem(sys.modules, "deepspeed", stand_in)
+        for name in ("_DEEPSPEED_AVAILABLE", "_DEEPSPEED_GREATER_EQUAL_0_16"):
+            monkeypatch.setattr(f"lightning.pytorch.strategies.deepspeed.{name}", True)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--strategy", type=Strategy)
+    given = yaml.safe_load(file.read_text())
+    strategy = parser.instantiate(parser.parse_object({"strategy": given})).strategy
+    assert type(strategy).__name__ == given["class_path"].rsplit(".", 1)[1]
+    if isinstance(strategy, DeepSpeedStrategy):
+        assert strategy.config and strategy.config["zero_optimization"]["stage"] == given["init_args"]["stage"]
+    if isinstance(strategy, FSDPStrategy):
+        assert strategy.sharding_strategy.name == given["init_args"]["sharding_strategy"]
+        assert strategy.kwargs["auto_wrap_policy"]._module_classes == {DecoderLayer}
 
 
 def test_nothing_is_left_out():

@@ -161,6 +161,7 @@ def test_rounds_by_hand():
     broken = counted.clone()
     broken[0, 1] = False
     assert rounds(tensor([1, 1, 0, 1, 0, 1, 0]).bool(), broken, document, depth=2) == (2 + 3, 1 + 2)
+    assert rounds(tensor([]).bool(), torch.zeros_like(counted), document, depth=2) == (0, 0)
 
 
 def test_a_language_model_learns_and_loads(chats, tiny_target, tmp_path):

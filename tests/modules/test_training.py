@@ -1,9 +1,6 @@
 """The configuration's traps: what Lightning or jsonargparse would pass over without a word stops the run or does as told."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -204,22 +201,3 @@ def test_a_missing_base_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr("trainkit.modules.training.BASE", tmp_path / "base.yaml")
     with pytest.raises(UserError, match="base.yaml"):
         run("fit", [])
-
-
-@pytest.mark.slow
-def test_two_processes_end_with_the_weights_of_one(tmp_path):
-    """Under torchrun both ranks train one model: its weights equal a single process's on the same rows."""
-    script = tmp_path / "go.py"
-    script.write_text("import sys\nfrom trainkit.modules.training import run\nrun('fit', sys.argv[1:])\n")
-    recipe = write(tmp_path, **{"trainer.max_steps": 2})
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
-    roots = [tmp_path / name for name in ("one", "two")]
-    launch = [
-        [sys.executable],
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"],
-    ]
-    for root, command in zip(roots, launch, strict=True):
-        args = ["--config", recipe, "--trainer.default_root_dir", str(root), *QUIET]
-        subprocess.run([*command, str(script), *args], env=environment, check=True, timeout=200, capture_output=True)
-    one, two = (torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for root in roots)
-    assert all(torch.allclose(one[name], two[name]) for name in one)

@@ -134,6 +134,30 @@ class FrozenTarget:
             self.model.to(device)
         return self
 
+    def shard(self, device: torch.device | str) -> FrozenTarget:
+        """This target on `device`, its decoder layers' weights spread over all processes, each gathered while it computes.
+
+        A collective in every layer: all processes must then run it equally often. Embedding, final norm and head stay whole,
+        since drafters call them by themselves. Rajbhandari et al. 2020, arXiv 1910.02054 (stage 3), by torch's fully_shard.
+
+        Raises:
+            UserError: there is no process group to spread over.
+        """
+        from torch.distributed import get_world_size, init_device_mesh, is_initialized
+        from torch.distributed.fsdp import fully_shard
+
+        if not is_initialized():
+            raise UserError("model.target_shard: fsdp spreads the target over processes; start several, or set it to none")
+        mesh = init_device_mesh(torch.device(device).type, (get_world_size(),))
+        for layer in self._layers:
+            fully_shard(layer, mesh=mesh)
+        spread = {parameter for layer in self._layers for parameter in layer.parameters()}
+        whole = {parameter for parameter in self.model.parameters() if parameter not in spread}
+        for parameter in whole:
+            parameter.data = parameter.data.to(device)
+        fully_shard(self.backbone, mesh=mesh, ignored_params=whole)  # type: ignore[arg-type]
+        return self
+
     def shape(self) -> TargetShape:
         """What building a drafter needs to know of it."""
         return target_shape(self.folder, self._trust)

@@ -37,6 +37,8 @@ class DraftModule(TrainingModule):
         final_lr: Where the default schedule ends, as a share of the peak learning rate.
         depth: Draft tokens per round in the simulated tau.
         target_dtype: Precision of the target's weights.
+        target_shard: `fsdp` spreads the target's layers over all processes, for one that is too large for one GPU; each is
+            gathered while it computes. Each process still reads the whole checkpoint into main memory once.
         teacher_cache: Folder that keeps what the target says of each packed row, so that later epochs, and later runs with the
             same target and data, do not run it again; exact. Its size is printed before training.
         teacher_top_k: Keep only the target's so many likeliest tokens at each position and train on those: small, and
@@ -55,6 +57,7 @@ class DraftModule(TrainingModule):
         final_lr: float = 0.1,
         depth: int = 5,
         target_dtype: Literal["float32", "bfloat16"] = "float32",
+        target_shard: Literal["none", "fsdp"] = "none",
         teacher_cache: str | None = None,
         teacher_top_k: int | None = None,
         trust_remote_code: bool = False,
@@ -62,7 +65,11 @@ class DraftModule(TrainingModule):
         super().__init__(optimizer, lr_scheduler, warmup_steps, final_lr)
         if depth < 1:
             raise UserError(f"model.depth is {depth}; it must be at least 1 draft token")
-        self.target = target
+        if target_shard != "none" and teacher_cache is not None:
+            raise UserError(
+                "model.target_shard: all processes run the target at once, with teacher_cache each alone; give one of them"
+            )
+        self.target, self.target_shard = target, target_shard
         self.divergence = divergence or ForwardKL()
         self.depth = depth
         self._make_drafter = drafter
@@ -90,6 +97,8 @@ class DraftModule(TrainingModule):
         # Not in configure_model, whose contexts (ZeRO-3's, for one) would shard the target as if it were trained.
         if self.teacher is None:
             self.teacher = FrozenTarget(self.target, **self._target_options)
+            if self.target_shard == "fsdp":
+                self.teacher.shard(self.device)
             self.shape = self.teacher.shape()
             self._reader = TargetReader(self.teacher, self.teacher_cache, self.teacher_top_k)
             self.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
@@ -118,7 +127,8 @@ class DraftModule(TrainingModule):
     def _seen(self, batch: Batch) -> DraftBatch:
         """The batch with what the target says of it."""
         assert self.teacher is not None and self.drafter is not None and self._reader is not None
-        self.teacher.to(self.device)
+        if self.target_shard == "none":
+            self.teacher.to(self.device)
         taps, prepared = self.drafter.taps, getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
         store = None
         if prepared is not None and "rows_B" in batch:
@@ -151,9 +161,10 @@ class DraftModule(TrainingModule):
     def _measure_rounds(self, seen: DraftBatch, output: LossOutput) -> None:
         counted_BT = seen.label_mask(1)
         agreement_N = output.per_token.get("agreement")
-        if agreement_N is None or agreement_N.numel() != int(counted_BT.sum()):
-            return  # a kind with several heads or steps a position; no chain to simulate
-        emitted, number = rounds(agreement_N.bool(), counted_BT, seen.document_BT, self.depth)
+        emitted = number = 0  # added in any case: every rank must have the same sums, also one without a row of a last batch
+        if agreement_N is not None and agreement_N.numel() == int(counted_BT.sum()):
+            emitted, number = rounds(agreement_N.bool(), counted_BT, seen.document_BT, self.depth)
+        # else a kind with several heads or steps a position; no chain to simulate
         self._validation.add("emitted", emitted)
         self._validation.add("rounds", number)
 
@@ -180,7 +191,8 @@ def rounds(agreement_N: Tensor, counted_BT: Tensor, document_BT: Tensor, depth: 
     rows, columns = counted_BT.nonzero(as_tuple=True)
     document_N = document_BT[rows, columns]
     follows_N = (rows[1:] == rows[:-1]) & (columns[1:] == columns[:-1] + 1) & (document_N[1:] == document_N[:-1])
-    agrees, follows = agreement_N.tolist(), [False, *follows_N.tolist()]
+    agrees = agreement_N.tolist()
+    follows = [False, *follows_N.tolist()] if agrees else []
     emitted = number = accepted = 0
     for agreed, continues in zip(agrees, follows, strict=True):
         if not continues:

@@ -1,0 +1,154 @@
+"""Two processes under torchrun: they train as one would, end on a signal, and go on exactly after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.processes import code_of, start
+from tests.runs import STEPS, arguments, go_on, lines, log, same, weights
+from trainkit.errors import UserError
+from trainkit.modules.draft import DraftModule
+from trainkit.modules.training import run
+
+
+def torchrun(given: list[str], stderr: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "trainkit.launch", "--standalone", "--nproc-per-node=2", "-m", "trainkit.cli", "fit"]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    with stderr.open("wb") as said:
+        return subprocess.Popen([*command, *given], env=environment, stdout=subprocess.DEVNULL, stderr=said)
+
+
+def workers(process: subprocess.Popen[bytes]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_for_lines(root: Path, more_than: int, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 120
+    while lines(root) <= more_than and process.poll() is None:
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_target, chats, tmp_path_factory) -> Path:
+    """A run of two processes that nothing interrupted."""
+    root = tmp_path_factory.mktemp("straight") / "run"
+    process = torchrun(arguments("draft", tiny_target, chats, root), root.parent / "said")
+    assert process.wait(120) == 0, (root.parent / "said").read_text()[-2000:]
+    return root
+
+
+@pytest.mark.parametrize(("number", "one"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)],
+                         ids=["sigterm", "ctrl-c", "sigterm to one worker"])  # fmt: skip
+def test_a_signal_ends_all_processes_and_resume_is_exact(number, one, straight, tiny_target, chats, tmp_path, seed):
+    root, said = tmp_path / "run", tmp_path / "said"
+    given = arguments("draft", tiny_target, chats, root)
+    process = torchrun(given, said)
+    wait_for_lines(root, random.randint(1, 6), process)
+    os.kill(random.choice(workers(process)) if one else process.pid, number)
+    began = time.monotonic()
+    assert process.wait(60) == 128 + number
+    assert time.monotonic() - began < 10
+    assert "the state is saved" in said.read_text() and "Traceback" not in said.read_text()
+    assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < STEPS
+    assert torchrun(go_on(given, root), said).wait(120) == 0
+    same(straight, root)
+
+
+def test_three_kills_at_random_leave_no_trace(straight, tiny_target, chats, tmp_path, seed):
+    """Of one process, which torchrun answers by ending the other, or of all at once as when a machine is lost."""
+    root, said = tmp_path / "run", tmp_path / "said"
+    given = arguments("draft", tiny_target, chats, root)
+    for _ in range(3):
+        process = torchrun(go_on(given, root), said)
+        wait_for_lines(root, lines(root) + random.randint(0, 2), process)
+        time.sleep(random.uniform(0, 0.1))
+        killed = workers(process)
+        for pid in [process.pid, *killed] if random.random() < 0.5 else killed[: 1 + random.randrange(2)]:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(60) != 0
+    assert torchrun(go_on(given, root), said).wait(120) == 0
+    same(straight, root)
+
+
+class SeenModule(DraftModule):
+    """Writes down which documents each process trains on."""
+
+    def training_step(self, batch, batch_idx):
+        root = Path(self.trainer.default_root_dir)
+        with (root.parent / f"seen-{root.name}-{self.global_rank}").open("a") as file:
+            for tokens_T, document_T in zip(batch["tokens_BT"], batch["document_BT"], strict=True):
+                for document in document_T[document_T >= 0].unique():
+                    json.dump([self.trainer.current_epoch, tokens_T[document_T == document].tolist()], file)
+                    file.write("\n")
+        return super().training_step(batch, batch_idx)
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(tiny_target, tmp_path, seed):
+    """50 clipped steps on rows whose counted tokens vary tenfold: equal losses and weights, each document once an epoch.
+
+    A loss with statistics over the whole step; a validation set too small for the second process to have a row of it.
+    """
+    rows, chats = range(64), tmp_path / "chats.jsonl"
+    answers = {n: "clips " * random.choice([1, 2, 20]) for n in rows}
+    chats.write_text("".join(json.dumps({"prompt": f"How many of {n}?", "response": answers[n] + str(n)}) + "\n" for n in rows))
+    more = {
+        "model": f"{__name__}.SeenModule", "model.divergence.estimator": "exact", "model.optimizer": "torch.optim.SGD",
+        "model.optimizer.lr": 0.05, "data.validation": "null", "data.validation_share": 0.1, "trainer.max_steps": 50,
+        "trainer.log_every_n_steps": 1, "trainer.gradient_clip_val": 0.2, "trainer.accumulate_grad_batches": 2,
+    }  # fmt: skip
+    given = arguments("draft", tiny_target, chats, tmp_path / "one", **more, **{"data.batch_size": 4})
+    assert code_of(start(run, "fit", given)) == 0
+    given = arguments("draft", tiny_target, chats, tmp_path / "two", **more, **{"data.batch_size": 2})
+    process = torchrun(given, tmp_path / "said")
+    assert process.wait(120) == 0, (tmp_path / "said").read_text()[-2000:]
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert len(one) == len(two) and sum(bool(row["train/loss"]) for row in one) == 50
+    for row, other in zip(one, two, strict=True):
+        for name in ("train/loss", "optim/grad_norm", "val/loss"):
+            assert bool(row[name]) == bool(other[name])
+            assert not row[name] or abs(float(row[name]) - float(other[name])) < 1e-5 * max(1, abs(float(row[name])))
+    assert max(float(row["optim/grad_norm"]) for row in one if row["optim/grad_norm"]) > 0.2, "nothing was clipped"
+    other = weights(tmp_path / "two")
+    assert all(torch.allclose(value, other[name], rtol=0, atol=1e-5) for name, value in weights(tmp_path / "one").items())
+    seen = [
+        Counter(line for rank in ranks for line in (tmp_path / f"seen-{name}-{rank}").read_text().splitlines())
+        for name, ranks in (("one", (0,)), ("two", (0, 1)))
+    ]
+    assert set(seen[1].values()) == {1} and seen[0] == seen[1]
+    assert len({json.loads(line)[0] for line in seen[1]}) > 1, "less than an epoch"
+
+
+class SpreadModule(DraftModule):
+    """Writes down which share of the target's layers lies in this process after the last step."""
+
+    def on_train_end(self):
+        parameters = [parameter for layer in self.teacher._layers for parameter in layer.parameters()]
+        local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
+        share = local / sum(parameter.numel() for parameter in parameters)
+        (Path(self.trainer.default_root_dir) / f"share-{self.global_rank}").write_text(str(share))
+
+
+def test_a_target_spread_over_processes_teaches_the_same(straight, tiny_target, chats, tmp_path):
+    root, more = tmp_path / "run", {"model": f"{__name__}.SpreadModule", "model.target_shard": "fsdp"}
+    process = torchrun(arguments("draft", tiny_target, chats, root, **more), tmp_path / "said")
+    assert process.wait(120) == 0, (tmp_path / "said").read_text()[-2000:]
+    same(straight, root)
+    assert [float((root / f"share-{rank}").read_text()) for rank in (0, 1)] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+def test_spreading_a_target_goes_not_with_a_kept_teacher(tmp_path):
+    with pytest.raises(UserError, match=r"model\.target_shard.*give one of them"):
+        DraftModule(str(tmp_path), lambda shape: None, target_shard="fsdp", teacher_cache=str(tmp_path))
