@@ -18,7 +18,7 @@ from trainkit.eval import bootstrap
 LOSSES = (
     "forward_kl", "tvdpp_position", "tvdpp_batch_sampled", "tvdpp_sharp", "tv", "lk", "lk_hybrid", "jsd", "reverse_kl", "ce",
 )  # fmt: skip
-POLICIES = ("forward_kl", "policy_corpus", "policy_target_corpus", "policy_draft", "policy_mixed", "policy_target_draft")
+POLICIES = ("forward_kl", "policy_corpus", "policy_target_corpus", "policy_draft", "policy_mixed")
 PIPELINE = ("forward_kl", "alone_corpus", "alone_answers")
 COLUMNS = {
     "alpha@1": "alpha, T 1", "alpha_coupled@1": "alpha coupled, T 1", "agreement@0": "alpha, T 0", "tau_coupled@0": "tau, T 0",
@@ -26,7 +26,7 @@ COLUMNS = {
 }  # fmt: skip
 NAMES = {
     "forward_kl": "forward_kl (target's answers)", "policy_corpus": "corpus", "policy_target_corpus": "target 0.9, corpus 0.1",
-    "policy_draft": "draft (on-policy)", "policy_mixed": "mixed 0.5", "policy_target_draft": "target 0.5, draft 0.5",
+    "policy_draft": "draft (on-policy)", "policy_mixed": "mixed 0.5",
     "alone_corpus": "corpus alone, cross entropy", "alone_answers": "target's answers alone, forward KL",
 }  # fmt: skip
 Row = dict[str, tuple[np.ndarray, np.ndarray]]

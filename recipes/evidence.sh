@@ -96,7 +96,6 @@ policies() {
     policy corpus '{"corpus": 1}' --data.corpus "$data/train.jsonl" --data.limit $((prompts * 5 / 2)) # as many tokens as the set
     policy draft '{"draft": 1}' --data.prompts "$data/train.jsonl"
     policy mixed '{"mixed": 1}' --data.prompts "$data/train.jsonl"
-    policy target_draft '{"target": 0.5, "draft": 0.5}' --data.target "$out/sets/target" --data.prompts "$data/train.jsonl"
 }
 
 # As many tokens as pretraining and fine-tuning together, in one stage.

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import inspect
+import re
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +21,24 @@ from trainkit.losses.divergence import ForwardKL
 from trainkit.models.target import FrozenTarget
 from trainkit.runner import Runner, Stats
 
+PAGE = Path("trainkit/drafters/README.md")
+
+
+def follow(page: Path) -> str:
+    """Makes the kind that the page teaches, as it stands there, in a package of its own outside the repository; its name."""
+    (name,) = re.findall(r"`trainkit/drafters/(\w+)/__init__\.py`", page.read_text())
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    place = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, place)
+    (place / "kinds_of_the_page" / name).mkdir(parents=True)
+    (place / "kinds_of_the_page" / name / "__init__.py").write_text(code)
+    sys.path.append(str(place))
+    return name
+
+
 add_kinds_from("tests.kinds")
+TAUGHT = follow(PAGE)
+add_kinds_from("kinds_of_the_page")
 KINDS = sorted(discover())
 PROMPTS = ["Natalia sold clips", "How many", "In May she sold 48 / 2 = 24 clips. Altogether", "x"]
 
@@ -51,8 +74,13 @@ def exported(drafter: Drafter, target: Path, out: Path) -> Path:
     return out
 
 
-def test_discovery_finds_the_shipped_kind_and_the_one_of_the_tests() -> None:
-    assert {"lm", "twig"} <= set(KINDS)
+def test_discovery_finds_the_shipped_kind_and_those_of_tests_and_page() -> None:
+    assert {"lm", "twig", TAUGHT} <= set(KINDS)
+
+
+def test_the_page_adds_a_kind_in_under_100_lines() -> None:
+    source = inspect.getsource(sys.modules[load_kind(TAUGHT).__module__])
+    assert 20 < len(source.splitlines()) < 100
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
