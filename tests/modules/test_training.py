@@ -101,9 +101,9 @@ def test_an_unknown_key_is_one_line(recipe, tmp_path):
 def test_wandb_comes_with_csv(configured, tmp_path):
     """Trap: naming another logger file replaces the list, and the CSV was gone."""
     kinds = [logger["class_path"] for logger in yaml.safe_load(Path("configs/logger/wandb.yaml").read_text())]
-    assert "trainkit.modules.logger.CSVLog" in kinds and any("WandbLogger" in kind for kind in kinds)
+    assert "trainkit.modules.logger.CSVLog" in kinds and any("WandbLog" in kind for kind in kinds)
     cli = configured("--config", write(tmp_path), "--trainer.logger", "configs/logger/wandb.yaml")
-    assert [entry.class_path.rsplit(".", 1)[1] for entry in cli.config.fit.trainer.logger] == ["CSVLog", "WandbLogger"]
+    assert [entry.class_path.rsplit(".", 1)[1] for entry in cli.config.fit.trainer.logger] == ["CSVLog", "WandbLog"]
 
 
 def test_a_checkpoint_never_overrides_flags(tmp_path):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from trainkit.errors import UserError
 from trainkit.modules.logger import CSVLog
+from trainkit.modules.tracking import WandbLog
 
 
 def dry(trainer: Trainer) -> bool:
@@ -117,8 +118,8 @@ class RunFolder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
         for logger in trainer.loggers:
-            if isinstance(logger, CSVLog) and logger.folder is None:
-                logger.folder = str(folder)
+            if isinstance(logger, (CSVLog, WandbLog)):
+                logger.begin(str(folder), self.config)
         if trainer.is_global_zero and stage == "fit" and not dry(trainer):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(self.config)
