@@ -150,6 +150,21 @@ def test_metrics_append_across_a_resume(tmp_path):
     assert [int(row["step"]) for row in rows if row["val/loss"]] == [2, 3, 4, 5]
 
 
+def test_a_checkpoint_caught_between_two_renames_is_found(tmp_path):
+    """Where the system cannot swap two folders, a kill may leave the old checkpoint under another name."""
+    recipe = write(tmp_path, **{"trainer.default_root_dir": str(tmp_path / "run")})
+    run("fit", ["--config", recipe, "--trainer.max_steps", "2", *QUIET])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.rename(last.with_suffix(".old"))
+    last.with_suffix(".partial").write_bytes(b"half")
+    with pytest.raises(UserError, match="holds a run already"):
+        run("fit", ["--config", recipe, "--trainer.max_steps", "3", *QUIET])
+    last.rename(last.with_suffix(".old"))
+    run("fit", ["--config", recipe, "--trainer.max_steps", "3", "--ckpt_path", str(last), *QUIET])
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
 def test_no_row_is_written_twice(tmp_path):
     """Lightning writes the last logged values once more when it stops between two logging steps."""
     recipe = write(tmp_path, **{"trainer.log_every_n_steps": 2, "trainer.max_steps": 5})
