@@ -228,6 +228,8 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
     script.write_text("import sys\nfrom trainkit.modules.training import run\nrun('fit', sys.argv[1:])\n")
     recipe = write(tmp_path, **{"trainer.max_steps": 2})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)  # of a training that ran in this process, whose port is still taken
     roots = [tmp_path / name for name in ("one", "two")]
     launch = [
         [sys.executable],

@@ -50,8 +50,9 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
+        folder = self.folder(trainer)
         if trainer.is_global_zero and not dry(trainer):
-            _tidy(self.folder(trainer))
+            _tidy(folder)
         trainer.strategy.barrier("checkpoints tidied")
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
