@@ -121,7 +121,7 @@ def write(
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
         _check_replaceable(folder)
-        _put_in_place(temporary, folder)
+        put_in_place(temporary, folder)
     return bundle
 
 
@@ -164,7 +164,7 @@ def _temporary_sibling(folder: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)  # after an exchange this is the old bundle
+        shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 
@@ -193,16 +193,34 @@ def _tidy(folder: Path) -> None:
             aside.rename(folder)
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
-    elif not _exchange(temporary, folder):
-        aside = temporary.with_suffix(".old")
-        folder.rename(aside)
-        temporary.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync(folder.parent)
+def put_in_place(made: Path, place: Path) -> None:
+    """Renames a file or folder called *.partial to `place`; what stands there is replaced.
+
+    In one step where both are files, or where the kernel swaps two names (`_exchange`). Elsewhere what stands there is first
+    renamed to `made` with the suffix .old, and a kill before the second rename leaves it under that name.
+    """
+    if made.is_file() and not place.is_dir():
+        _sync(made)
+        os.replace(made, place)
+    elif not place.exists():
+        made.rename(place)
+    elif not _exchange(made, place):
+        aside = made.with_suffix(".old")
+        remove(aside)
+        place.rename(aside)
+        made.rename(place)
+        _sync(place.parent)
+        remove(aside)
+    _sync(place.parent)
+    remove(made)  # after an exchange this is what stood there
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -8,6 +8,7 @@ started train together or not at all; each run has its folder, which a resumed r
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -27,7 +28,7 @@ import trainkit.modules.policy  # noqa: F401
 from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule
-from trainkit.modules.callbacks import Checkpoints, RunFolder, dry
+from trainkit.modules.callbacks import Checkpoints, RunFolder, dry, put_back
 from trainkit.modules.signals import Interrupted, Signals
 from trainkit.parser import OneLine
 
@@ -69,11 +70,14 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         values = self.config[self.command]
-        if values.get("ckpt_path") and not Path(values.ckpt_path).exists():
-            raise UserError(f"ckpt_path: {values.ckpt_path} does not exist")
+        if values.get("ckpt_path"):
+            put_back(Path(values.ckpt_path))
+            if not Path(values.ckpt_path).exists():
+                raise UserError(f"ckpt_path: {values.ckpt_path} does not exist")
         trainer = values.trainer
         trainer.default_root_dir = str(trainer.default_root_dir or self._run_folder(values))
         before = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        put_back(before)
         if self.command == "fit" and not values.get("ckpt_path") and not trainer.fast_dev_run and before.exists():
             raise UserError(f"{before.parents[1]}: holds a run already; --resume goes on with it, or name another folder")
         processes, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -90,6 +94,13 @@ class TrainingCLI(LightningCLI):
         name = Path(recipe).stem if recipe else "run"
         kind = "" if self.command == "fit" else f"-{self.command}"
         return Path("runs") / name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}{kind}"
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except pickle.UnpicklingError as error:
+            path = self.config[subcommand].get("ckpt_path")
+            raise UserError(f"{path}: not a checkpoint that loads with weights_only ({type(error).__name__})") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
