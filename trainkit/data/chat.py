@@ -19,6 +19,7 @@ import numpy as np
 from trainkit.data.sources import BadRow
 from trainkit.data.text import Chat, Pair, Row, Text, Tokens
 from trainkit.errors import UserError
+from trainkit.models.load import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,13 +52,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
     """
     if not isinstance(tokenizer, str):
         return tokenizer
-    from transformers import AutoTokenizer  # seconds to import
-
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"tokenizer {tokenizer}: cannot be loaded ({reason[0]}); give a folder with tokenizer.json") from error
+    return read_tokenizer(tokenizer)
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -88,11 +88,18 @@ class Checkpoints(Checkpoint):
             self._saved_step = trainer.global_step
         path = self.folder(trainer) / name
         partial = path.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
-        if trainer.is_global_zero:
-            if path.is_dir():
-                shutil.rmtree(path)
-            os.replace(partial, path)
+        try:
+            trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
+            if trainer.is_global_zero:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                os.replace(partial, path)
+        except OSError as error:
+            if partial.is_file():
+                partial.unlink()
+            reason = error.strerror or " ".join(str(error).split())
+            then = "go on with --resume" if path.with_name("last.ckpt").exists() else "start again"
+            raise UserError(f"{path}: cannot be written ({reason}); free space, then {then}") from error
         trainer.strategy.barrier("checkpoint renamed")
 
 
@@ -119,11 +126,12 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLog) and logger.folder is None:
                 logger.folder = str(folder)
-        if trainer.is_global_zero and stage == "fit" and not dry(trainer):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not dry(trainer):  # not before: what stops a run until here leaves no folder
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(self.config)
         for logger in trainer.loggers:
             if isinstance(logger, CSVLog):  # also of a run that was killed before its first checkpoint
                 logger.rewind(trainer.global_step, validated=not validates_now(trainer))

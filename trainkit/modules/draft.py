@@ -62,6 +62,8 @@ class DraftModule(TrainingModule):
         super().__init__(optimizer, lr_scheduler, warmup_steps, final_lr)
         if depth < 1:
             raise UserError(f"model.depth is {depth}; it must be at least 1 draft token")
+        if not (Path(target) / "config.json").is_file():  # before its tokenizer is looked for on the hub
+            raise UserError(f"model.target: {target}: no config.json there; give a Hugging Face model folder")
         self.target = target
         self.divergence = divergence or ForwardKL()
         self.depth = depth

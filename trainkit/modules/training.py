@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,8 +29,9 @@ from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule
 from trainkit.modules.callbacks import Checkpoints, RunFolder, dry
+from trainkit.modules.checkpoint import check_resumable
 from trainkit.modules.signals import Interrupted, Signals
-from trainkit.parser import OneLine
+from trainkit.parser import OneLine, one_line
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 COMMANDS = ("fit", "validate", "test")
@@ -59,6 +61,8 @@ class TrainingCLI(LightningCLI):
         return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items() if name in COMMANDS}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        for file in _named_files(args):
+            _check_yaml(file)
         self.config = parser.parse_args(args)  # without the base class's complaint that sys.argv is there too
 
     def _parse_ckpt_path(self) -> None:
@@ -69,8 +73,10 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         values = self.config[self.command]
-        if values.get("ckpt_path") and not Path(values.ckpt_path).exists():
-            raise UserError(f"ckpt_path: {values.ckpt_path} does not exist")
+        if self.command == "fit" and values.trainer.max_steps == 0:
+            raise UserError("trainer.max_steps is 0, which trains nothing; give at least 1, or -1 for no limit")
+        if values.get("ckpt_path"):
+            check_resumable(values.ckpt_path)
         trainer = values.trainer
         trainer.default_root_dir = str(trainer.default_root_dir or self._run_folder(values))
         before = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
@@ -100,10 +106,25 @@ class TrainingCLI(LightningCLI):
         files = self.config[self.command].get("config") or []
         return str(files[-1]) if files else None
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse wraps what constructors raise
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or UserError(one_line(str(error), [])) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.model.recipe = self.recipe
         text = self._parser(self.command).dump(self.config[self.command])
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"trainer: {said}; mend the flag or key trainer.* that it names") from error
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         callbacks.append(RunFolder(text))
         if self.command == "fit" and not dry(trainer):
@@ -116,6 +137,27 @@ class TrainingCLI(LightningCLI):
                 "so they would train apart; set trainer.strategy: ddp and trainer.devices: auto"
             )
         return trainer
+
+
+def _named_files(args: Any) -> list[Path]:
+    """The configuration files that a command line names."""
+    words = [str(word) for word in args]
+    after = [word for flag, word in zip(words, words[1:], strict=False) if flag in ("--config", "-c")]
+    joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return [Path(name) for name in [*after, *joined]]
+
+
+def _check_yaml(file: Path) -> None:
+    """Says where a configuration breaks off; the parser names neither file nor line."""
+    try:
+        if file.is_file():
+            yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f":{mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{file}{place}: not YAML ({problem or ' '.join(str(error).split())}); mend the file") from None
 
 
 def run(command: str, args: Sequence[str]) -> int:

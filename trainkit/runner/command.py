@@ -53,8 +53,11 @@ def generate(
         prompt = sys.stdin.read()
     elif prompt.startswith("@"):
         if not Path(prompt[1:]).is_file():
-            raise UserError(f"prompt {prompt}: no such file")
-        prompt = Path(prompt[1:]).read_text(encoding="utf-8")
+            raise UserError(f"prompt {prompt}: no such file; give one, or the text itself without @")
+        try:
+            prompt = Path(prompt[1:]).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"prompt {prompt}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
     runner = Runner.load(target, drafter, device=device, dtype=dtype, max_batch=1)
     if not raw and runner.tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
