@@ -284,6 +284,8 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "no temperatures": (lambda it: it.eval(temperatures="[]"), ("--temperatures", "at least one")),
     "fewer states than one": (lambda it: it.fit(model__teacher_top_k=0), ("teacher_top_k", "0", "between 1 and")),
     "batch of none": (lambda it: it.fit(data__batch_size=0), ("batch_size", "0", "at least 1")),
+    "null where a number must stand": (
+        lambda it: it.fit(model__warmup_steps="null"), ("model.warmup_steps", "null", "leave the key out")),
     "wrong policy": (
         lambda it: it.fit(it.recipe(data={"class_path": "PolicyData", "init_args": {"weights": {"corpse": 1.0}}})),
         ("weights", "corpse", "corpus")),
@@ -568,3 +570,13 @@ def test_a_mistake_is_one_line_with_the_mend_and_leaves_nothing(name, sound, tmp
         assert part in err, err
     left = {path: state for path, state in tree(tmp_path).items() if path not in RECORDS.get(name, ())}
     assert (left, tree(sound.run), tree(sound.draft)) == before
+
+
+def test_the_payloads_would_make_their_marker(sound, tmp_path):
+    """Else the rows above would prove nothing: a reader that trusts these files does run what is in them."""
+    it = Inputs(**{item: getattr(sound, item) for item in sound.__dataclass_fields__} | {"folder": tmp_path})
+    pickle.loads(payload(it))
+    (tmp_path / "executed").rmdir()
+    poison(it, tmp_path / "bad.ckpt")
+    torch.load(tmp_path / "bad.ckpt", weights_only=False)
+    assert (tmp_path / "executed").is_dir()

@@ -345,7 +345,8 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     """
     folder = Path(model_folder)
     config = _read_json(folder / "config.json")
-    text_config = config.get("text_config") or config
+    text_config = config.get("text_config")
+    text_config = text_config if isinstance(text_config, dict) and text_config else config
     stable = {key: value for key, value in config.items() if key not in _VOLATILE}
     return {
         "config": _sha256_json(stable),
@@ -357,11 +358,14 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a Hugging Face model folder") from error
     except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({str(error).splitlines()[0]}); mend it or copy it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no JSON object; mend it or copy it again")
+    return values
 
 
 def _sha256_json(value: Any) -> str:
@@ -374,7 +378,7 @@ def _tokenizer_hash(folder: Path) -> str:
         for key in ("version", "padding", "truncation"):
             values.pop(key, None)
         model = values.get("model", {})
-        if model.get("merges"):  # older versions write "a b", newer ones ["a", "b"]
+        if isinstance(model, dict) and model.get("merges"):  # older versions write "a b", newer ones ["a", "b"]
             model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         return _sha256_json(values)
     files = {name: _sha256(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from trainkit.data.sources import BadRow
 from trainkit.data.text import Chat, Pair, Row, Text, Tokens
@@ -24,6 +25,10 @@ from trainkit.models.load import read_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TEMPLATE_FAULTS = (
+    TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, SyntaxError,
+)  # fmt: skip
+"""A template is a small program: what it raises of its own accord, and what programs raise by mistake."""
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 
 
@@ -136,12 +141,11 @@ class Encoder:
                 f"tokenizer {self.tokenizer.name_or_path}: has no chat template, but the data holds chats; "
                 "add a chat_template.jinja, or give prompt and response columns"
             )
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except (TemplateError, TypeError, KeyError) as error:
-            raise BadRow(f"the chat template refuses the turns: {' '.join(str(error).split())}") from None
+        except _TEMPLATE_FAULTS as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise BadRow(f"the chat template refuses the turns: {said}") from None
 
     def _given(self, row: Tokens) -> Document:
         vocabulary = len(self.tokenizer)

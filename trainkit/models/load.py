@@ -23,6 +23,11 @@ from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
 
 LAYOUTS = {"llama", "mistral", "qwen2", "qwen3"}
+MODEL_FAULTS = (
+    OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionError, AttributeError, ArithmeticError, ImportError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What the classes of transformers raise for a config.json with odd values."""
 _OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
 
@@ -54,7 +59,7 @@ def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{path}: no config.json there; give a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except MODEL_FAULTS as error:
         raise UserError(f"{path}/config.json: {first_lines(error)}; mend it or copy it again") from error
 
 
@@ -165,6 +170,8 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     if getattr(config, "quantization_config", None):
         raise UserError(f"{where}: quantised weights are not supported by the runner; give the dense folder")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and type(window) is not int:
+        raise UserError(f"{where}: sliding_window is {window!r}; make it a number or null")
     if window and max_len > window:
         raise UserError(f"{where}: sliding_window {window} is shorter than max_len {max_len}; load with max_len <= {window}")
     if max_len > config.max_position_embeddings:
@@ -286,7 +293,9 @@ def load_decoder(
     check_covered(config, folder, max_len or 0)
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
-        dtype = getattr(torch, stored) if isinstance(stored, str) else stored
+        dtype = getattr(torch, stored, None) if isinstance(stored, str) else stored
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise UserError(f"{folder}/config.json: dtype {stored!r} is none that weights have; make it float32 or bfloat16")
     with torch.device("meta"):
         decoder = Decoder(decoder_shape(config))
     decoder = decoder.to(dtype).to_empty(device=device)

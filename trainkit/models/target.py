@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
-from trainkit.models.load import check_finite, decoder_shape, first_lines, read_config, read_tokenizer
+from trainkit.models.load import MODEL_FAULTS, check_finite, decoder_shape, first_lines, read_config, read_tokenizer
 from trainkit.models.shape import TargetHandle, TargetShape
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
@@ -81,7 +81,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
         )  # fmt: skip
     except SafetensorError as error:
         raise UserError(f"{folder}: not whole safetensors files ({first_lines(error, 1)}); copy it again") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except MODEL_FAULTS as error:
         said = first_lines(error, 1)
         raise UserError(f"{folder}: not a causal LM that transformers loads ({said}); give another folder") from error
     finally:

@@ -7,7 +7,10 @@ started train together or not at all; each run has its folder, which a resumed r
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -73,6 +77,8 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         values = self.config[self.command]
+        for name, part in (("trainer", values.trainer), ("model", values.model), ("data", values.get("data"))):
+            _check_null(name, part, Trainer)
         if self.command == "fit" and values.trainer.max_steps == 0:
             raise UserError("trainer.max_steps is 0, which trains nothing; give at least 1, or -1 for no limit")
         if values.get("ckpt_path"):
@@ -145,6 +151,24 @@ def _named_files(args: Any) -> list[Path]:
     after = [word for flag, word in zip(words, words[1:], strict=False) if flag in ("--config", "-c")]
     joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     return [Path(name) for name in [*after, *joined]]
+
+
+def _check_null(name: str, values: Any, owner: type) -> None:
+    """Refuses null where a value must stand; the parser takes it anywhere, and it would surface in the midst of a run."""
+    if not isinstance(values, Namespace):
+        return
+    if "class_path" in values:
+        module, _, class_name = values.class_path.rpartition(".")
+        owner = getattr(importlib.import_module(module), class_name)
+        values = values.get("init_args", Namespace())
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in reversed(owner.__mro__ if isinstance(owner, type) else ()):
+        parameters |= inspect.signature(base.__init__).parameters
+    for key, value in vars(values).items():
+        known = parameters.get(key)
+        if value is None and known is not None and known.default is not None and not re.search("None|Optional|Any", str(known)):
+            raise UserError(f"{name}.{key} is null, but must have a value; leave the key out for its default")
+        _check_null(f"{name}.{key}", value, type(value))
 
 
 def _check_yaml(file: Path) -> None:
