@@ -96,10 +96,17 @@ class Checkpoints(Checkpoint):
             self._saved_step = trainer.global_step
         path = self.folder(trainer) / name
         partial = path.with_suffix(".partial")
-        with _scratch_beside(partial):
-            trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
-        if trainer.is_global_zero:
-            put_in_place(partial, path)
+        try:
+            with _scratch_beside(partial):
+                trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
+            if trainer.is_global_zero:
+                put_in_place(partial, path)
+        except OSError as error:
+            if partial.is_file():
+                partial.unlink()
+            reason = error.strerror or " ".join(str(error).split())
+            then = "go on with --resume" if path.with_name("last.ckpt").exists() else "start again"
+            raise UserError(f"{path}: cannot be written ({reason}); free space, then {then}") from error
         trainer.strategy.barrier("checkpoint renamed")
 
 
@@ -158,14 +165,17 @@ class RunFolder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
         for logger in trainer.loggers:
-            if isinstance(logger, (CSVLog, WandbLog)):
+            if isinstance(logger, CSVLog) or (isinstance(logger, WandbLog) and stage != "fit"):
                 logger.begin(str(folder), self.config)
-        if trainer.is_global_zero and stage == "fit" and not dry(trainer):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not dry(trainer):  # not before: what stops a run until here leaves no folder
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(self.config)
         for logger in trainer.loggers:
+            if isinstance(logger, WandbLog):
+                logger.begin(trainer.default_root_dir, self.config)
             if isinstance(logger, CSVLog):  # also of a run that was killed before its first checkpoint
                 logger.rewind(trainer.global_step, validated=not validates_now(trainer))
         if trainer.ckpt_path and validates_now(trainer):
