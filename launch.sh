@@ -108,7 +108,7 @@ fit() {
     if [ -n "$folder" ]; then folder=$(absolute "$folder"); fi
     if [ -n "$resume" ]; then
         local last=$folder/checkpoints/last.ckpt
-        [ -e "$last" ] || die "--resume: no checkpoint $last to go on from; give the run's folder"
+        [ -e "$last" ] || [ -e "${last%.ckpt}.old" ] || die "--resume: no checkpoint $last to go on from; give the run's folder"
         flags=(--ckpt_path "$last" ${flags[@]+"${flags[@]}"})
     fi
     if [ "$nodes" -gt 1 ]; then

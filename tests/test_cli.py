@@ -146,7 +146,7 @@ RECIPE_ERRORS = {
     "Subcommand 'fit' does not accept option 'trainer.max_stpes'":
         "Subcommand 'fit' does not accept option 'trainer.max_stpes'; did you mean trainer.max_steps?",
     'Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: abc': "trainer.max_steps: expected int, got abc",
-    'Parser key "config": File does not exist: \'x.yaml\'': "config: File does not exist: 'x.yaml'",
+    'Parser key "config": File does not exist: \'x.yaml\'': "config: File does not exist: 'x.yaml'; give one that is there",
     'Parser key "model.drafter":\n  Does not validate against any of the Union subtypes\n  Subtypes: [a, b]\n  Errors:\n'
     "    - Type typing.Callable[[int], M] expects a function or a callable class: Option 'denominatr' is not accepted. "
     "Got value: Namespace(class_path='fractions.Fraction', init_args=Namespace(denominatr=1))\n"

@@ -250,6 +250,8 @@ def test_resume_goes_on_in_its_folder(checkout):
     assert Path(run_folder(words)).resolve() == run
     assert Path(words[words.index("--ckpt_path") + 1]).resolve() == run / "checkpoints" / "last.ckpt"
     assert sorted(path.name for path in run.parent.iterdir()) == ["then"]
+    (run / "checkpoints" / "last.ckpt").rename(run / "checkpoints" / "last.old")  # caught by a kill between two renames
+    assert "--ckpt_path" in ran(checkout.launch("recipes/tiny.yaml", "--resume", "runs/tiny/then"))
 
 
 def test_scripts_and_commands(checkout, tmp_path):

@@ -28,6 +28,8 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError
+
 from trainkit.errors import UserError
 
 FORMAT_VERSION = 1
@@ -38,6 +40,9 @@ SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".model", ".png")
 _INERT = (".md", ".txt", ".png")  # may lie in a bundle unlisted: nothing loads them
 _VOLATILE = {
     "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "initializer_range", "_attn_implementation",
+}  # fmt: skip
+_REFUSALS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG,
 }  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 
@@ -103,7 +108,7 @@ def write(
     `Bundle`. A bundle that stands at `folder` already is replaced.
 
     Raises:
-        UserError: `folder` holds something that is not a bundle.
+        UserError: `folder` holds something that is not a bundle, or cannot be written.
     """
     folder = Path(folder).resolve()
     bundle = Bundle(
@@ -112,17 +117,36 @@ def write(
     )  # fmt: skip
     _to_json(bundle)  # what is no JSON is found before the work, not after it
     _check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(folder)
-    with _temporary_sibling(folder) as temporary:
-        writer(temporary)
-        bundle = replace(bundle, files=_hash_all(temporary))
-        (temporary / MANIFEST).write_text(_to_json(bundle), encoding="utf-8")
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        _check_replaceable(folder)
-        _put_in_place(temporary, folder)
+    with _writable(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
+        with _temporary_sibling(folder) as temporary:
+            writer(temporary)
+            bundle = replace(bundle, files=_hash_all(temporary))
+            (temporary / MANIFEST).write_text(_to_json(bundle), encoding="utf-8")
+            for path in [*temporary.rglob("*"), temporary]:
+                _sync(path)
+            _check_replaceable(folder)
+            put_in_place(temporary, folder)
     return bundle
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Says in one line why the disk took no bundle; after any failure, parents made for it are gone again."""
+    made = [parent for parent in folder.parents if not parent.exists()]  # innermost first
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # another process wrote there meanwhile
+            for parent in made:
+                parent.rmdir()
+        reason = error.strerror if isinstance(error, OSError) and error.errno in _REFUSALS else None
+        if isinstance(error, SafetensorError):  # of its own for whatever the system said
+            reason = str(error)
+        if reason is None:
+            raise
+        raise UserError(f"{folder}: cannot be written ({reason}); free space there or choose another folder") from error
 
 
 def _versions() -> dict[str, str]:
@@ -164,7 +188,7 @@ def _temporary_sibling(folder: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)  # after an exchange this is the old bundle
+        shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
 
@@ -193,16 +217,34 @@ def _tidy(folder: Path) -> None:
             aside.rename(folder)
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
-    elif not _exchange(temporary, folder):
-        aside = temporary.with_suffix(".old")
-        folder.rename(aside)
-        temporary.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync(folder.parent)
+def put_in_place(made: Path, place: Path) -> None:
+    """Renames a file or folder called *.partial to `place`; what stands there is replaced.
+
+    In one step where both are files, or where the kernel swaps two names (`_exchange`). Elsewhere what stands there is first
+    renamed to `made` with the suffix .old, and a kill before the second rename leaves it under that name.
+    """
+    if made.is_file() and not place.is_dir():
+        _sync(made)
+        os.replace(made, place)
+    elif not place.exists():
+        made.rename(place)
+    elif not _exchange(made, place):
+        aside = made.with_suffix(".old")
+        remove(aside)
+        place.rename(aside)
+        made.rename(place)
+        _sync(place.parent)
+        remove(aside)
+    _sync(place.parent)
+    remove(made)  # after an exchange this is what stood there
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -287,6 +329,10 @@ def _from_json(folder: Path, manifest: Path, values: Any) -> Bundle:
             raise UserError(f"{manifest}: unknown key {name!r}; export it again")
         if name not in values or not isinstance(values[name], types.get(name, object)):
             raise UserError(f"{manifest}: {name} is missing or not a {types.get(name, object).__name__}; export it again")
+    decoder = values["target"].get("decoder")
+    sizes = [decoder.get(key) for key in ("vocab_size", "hidden_size")] if isinstance(decoder, dict) else [None]
+    if values["target"] and not all(type(size) is int for size in sizes):
+        raise UserError(f"{manifest}: target says no vocabulary or width; export it again")
     return Bundle(path=folder, **values)
 
 
@@ -317,7 +363,8 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     """
     folder = Path(model_folder)
     config = _read_json(folder / "config.json")
-    text_config = config.get("text_config") or config
+    text_config = config.get("text_config")
+    text_config = text_config if isinstance(text_config, dict) and text_config else config
     stable = {key: value for key, value in config.items() if key not in _VOLATILE}
     return {
         "config": _sha256_json(stable),
@@ -329,11 +376,14 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a Hugging Face model folder") from error
     except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not readable as JSON ({str(error).splitlines()[0]}); mend it or copy it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no JSON object; mend it or copy it again")
+    return values
 
 
 def _sha256_json(value: Any) -> str:
@@ -346,7 +396,7 @@ def _tokenizer_hash(folder: Path) -> str:
         for key in ("version", "padding", "truncation"):
             values.pop(key, None)
         model = values.get("model", {})
-        if model.get("merges"):  # older versions write "a b", newer ones ["a", "b"]
+        if isinstance(model, dict) and model.get("merges"):  # older versions write "a b", newer ones ["a", "b"]
             model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         return _sha256_json(values)
     files = {name: _sha256(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}

@@ -42,23 +42,36 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "speed against plain decoding: trainkit bench --target DIR --drafter DIR --prompts FILE --json OUT",
     ),
 }  # fmt: skip
-_SAID_IN_ONE_LINE = {errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC, errno.EROFS}
+_MENDS = {
+    errno.ENOENT: "give a path that exists", errno.EISDIR: "give a file, not a folder", errno.ENOTDIR: "give a path of folders",
+    errno.EEXIST: "choose another name", errno.ENAMETOOLONG: "choose a shorter name", errno.ELOOP: "mend the links",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions or choose another folder"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or choose another disk"),
+}  # fmt: skip
+"""What the system refuses for a reason that lies outside the code, and what the user can do about it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, or what training returns."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():  # transformers draws its bars into files too; what is there goes before
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return _run(arguments)
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
-        mistake = isinstance(error, UserError) or (error.errno in _SAID_IN_ONE_LINE and error.filename is not None)
+        mistake = isinstance(error, UserError) or error.errno in _MENDS
         if not mistake or os.environ.get("TRAINKIT_DEBUG") == "1":
             raise
-        line = " ".join(str(error).split()) if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"
+        line = " ".join((str(error) if isinstance(error, UserError) else _refusal(error)).split())
         print(f"trainkit: error: {line}", file=sys.stderr)
         return 2
+
+
+def _refusal(error: OSError) -> str:
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{place}{error.strerror}; {_MENDS[error.errno or 0]}"
 
 
 def _run(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -51,9 +52,16 @@ def _plain(line: str) -> str:
 
 
 def _suggestion(message: str, known: list[str]) -> str:
-    if found := re.search(r"Option '([^']+)' is not accepted.*class_path='([\w.]+)'", message):
-        near = difflib.get_close_matches(found[1], _arguments_of(found[2]), n=1)
+    option = re.search(r"Option '([^']+)' is not accepted", message)
+    owner = re.search(r"class_path='([\w.]+)'", message) or re.search(r"class_path '([\w.]+)'", message)
+    if option and owner:
+        near = difflib.get_close_matches(option[1], _arguments_of(owner[1]), n=1)
         return f"; did you mean {near[0]}?" if near else ""
+    if "File does not exist" in message:
+        return "; give one that is there"
+    if found := re.search(r"[Ee]xpected a dot import path string: (\w+)", message):
+        near = difflib.get_close_matches(found[1], _classes(), n=1)
+        return f"; did you mean {near[0]}?" if near else "; give a class by its name or its dotted path"
     for pattern in _UNKNOWN:
         if found := re.search(pattern, message):
             name = found[1]
@@ -61,6 +69,12 @@ def _suggestion(message: str, known: list[str]) -> str:
             dashes = "--" if f"--{name}" in message else ""
             return f"; did you mean {dashes}{near[0]}?" if near else "; --help lists what there is"
     return ""
+
+
+def _classes() -> list[str]:
+    """Classes of ours that a recipe may name, as far as they are imported."""
+    ours = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("trainkit.")]
+    return sorted({name for names in ours for name, value in names.items() if isinstance(value, type) and name[0] != "_"})
 
 
 def _arguments_of(class_path: str) -> list[str]:

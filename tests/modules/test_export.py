@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.test_recipes import tiny
 from trainkit import bundle
@@ -43,6 +45,15 @@ def test_a_drafter_and_a_model_are_exported_inspected_and_decode(tiny_target, ro
     assert main(["inspect", str(tmp_path / "model"), "--target", str(tiny_target)]) == 2
 
 
+def test_a_model_is_exported_in_half_precision(tiny_target, rows, tmp_path):
+    """Its rotary frequencies must not be cast along: reloaded they are float32, and the logits would differ."""
+    checkpoint = fit("recipes/target_tiny.yaml", tiny_target, rows, tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = tmp_path / str(dtype)
+        export(str(checkpoint), str(out), dtype=str(dtype).removeprefix("torch."))
+        assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {dtype}
+
+
 def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(tiny_target, rows, tmp_path):
     checkpoint = fit("recipes/draft_tiny.yaml", tiny_target, rows, tmp_path)
     values = torch.load(checkpoint, weights_only=True)
@@ -68,3 +79,55 @@ def test_an_export_that_reloads_otherwise_is_refused(tiny_target, rows, tmp_path
     with pytest.raises(UserError, match="reloaded export's logits differ"):
         export(str(checkpoint), str(tmp_path / "out"))
     assert not bundle.is_bundle(tmp_path / "out")
+
+
+class Payload:
+    """Pickled, it makes a file where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_a_payload_in_a_checkpoint_or_a_bundle_is_refused_and_not_run(tiny_target, rows, tmp_path, capsys):
+    mark = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists(), "else this would prove nothing"
+    mark.unlink()
+
+    given = [*tiny(Path("recipes/draft_tiny.yaml"), tiny_target, rows, tmp_path), "--trainer.logger", "false"]
+    assert run("fit", [*given, "--trainer.max_steps", "1"]) == 0
+    good = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert main(["export", str(good), str(tmp_path / "out")]) == 0
+    values = torch.load(good, weights_only=True)
+    values["trainkit"]["info"]["recipe"] = Payload(mark)  # beside everything that is expected
+    torch.save(values, tmp_path / "evil.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Payload(mark)))
+    capsys.readouterr()
+    for evil in (str(tmp_path / "evil.ckpt"), str(tmp_path / "plain.ckpt")):
+        training = [[name, *given, "--ckpt_path", evil] for name in ("fit", "validate")]
+        for command in (["export", evil, str(tmp_path / "x")], *training):
+            assert main(command) == 2, command
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert said.startswith(f"trainkit: error: {evil}: not a checkpoint that loads with weights_only")
+    assert not (tmp_path / "x").exists()
+
+    torch.save({"lm_head.weight": Payload(mark)}, tmp_path / "out" / "pytorch_model.bin")
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    (tmp_path / "out" / "model.safetensors").unlink()  # so that the payload is all there is
+    for listed in (False, True):
+        if listed:
+            manifest = json.loads((tmp_path / "out" / "trainkit.json").read_text())
+            files = {name: value for name, value in manifest["files"].items() if name != "model.safetensors"}
+            manifest["files"] = files | {"pytorch_model.bin": "0"}
+            (tmp_path / "out" / "trainkit.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError):
+            Runner.load(tiny_target, tmp_path / "out", max_len=64)
+    (tmp_path / "out" / "trainkit.json").unlink()  # a plain model folder now
+    with pytest.raises(UserError):
+        Runner.load(tiny_target, tmp_path / "out", max_len=64)
+    with pytest.raises(UserError):
+        Runner.load(tmp_path / "out", max_len=64)
+    assert not mark.exists()

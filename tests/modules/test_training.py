@@ -98,9 +98,9 @@ def test_an_unknown_key_is_one_line(recipe, tmp_path):
 def test_wandb_comes_with_csv(configured, tmp_path):
     """Trap: naming another logger file replaces the list, and the CSV was gone."""
     kinds = [logger["class_path"] for logger in yaml.safe_load(Path("configs/logger/wandb.yaml").read_text())]
-    assert "trainkit.modules.logger.CSVLog" in kinds and any("WandbLogger" in kind for kind in kinds)
+    assert "trainkit.modules.logger.CSVLog" in kinds and any("WandbLog" in kind for kind in kinds)
     cli = configured("--config", write(tmp_path), "--trainer.logger", "configs/logger/wandb.yaml")
-    assert [entry.class_path.rsplit(".", 1)[1] for entry in cli.config.fit.trainer.logger] == ["CSVLog", "WandbLogger"]
+    assert [entry.class_path.rsplit(".", 1)[1] for entry in cli.config.fit.trainer.logger] == ["CSVLog", "WandbLog"]
 
 
 def test_a_checkpoint_never_overrides_flags(tmp_path):
@@ -145,6 +145,21 @@ def test_metrics_append_across_a_resume(tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows if row["train/loss"]] == [1, 2, 3, 4, 5]
     assert [int(row["step"]) for row in rows if row["val/loss"]] == [2, 3, 4, 5]
+
+
+def test_a_checkpoint_caught_between_two_renames_is_found(tmp_path):
+    """Where the system cannot swap two folders, a kill may leave the old checkpoint under another name."""
+    recipe = write(tmp_path, **{"trainer.default_root_dir": str(tmp_path / "run")})
+    run("fit", ["--config", recipe, "--trainer.max_steps", "2", *QUIET])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.rename(last.with_suffix(".old"))
+    last.with_suffix(".partial").write_bytes(b"half")
+    with pytest.raises(UserError, match="holds a run already"):
+        run("fit", ["--config", recipe, "--trainer.max_steps", "3", *QUIET])
+    last.rename(last.with_suffix(".old"))
+    run("fit", ["--config", recipe, "--trainer.max_steps", "3", "--ckpt_path", str(last), *QUIET])
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", "best.ckpt"}
 
 
 def test_no_row_is_written_twice(tmp_path):

@@ -15,14 +15,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from trainkit.data.sources import BadRow
 from trainkit.data.text import Chat, Pair, Row, Text, Tokens
 from trainkit.errors import UserError
+from trainkit.models.load import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TEMPLATE_FAULTS = (
+    TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, SyntaxError,
+)  # fmt: skip
+"""A template is a small program: what it raises of its own accord, and what programs raise by mistake."""
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 
 
@@ -51,13 +57,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
     """
     if not isinstance(tokenizer, str):
         return tokenizer
-    from transformers import AutoTokenizer  # seconds to import
-
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"tokenizer {tokenizer}: cannot be loaded ({reason[0]}); give a folder with tokenizer.json") from error
+    return read_tokenizer(tokenizer)
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -141,12 +141,11 @@ class Encoder:
                 f"tokenizer {self.tokenizer.name_or_path}: has no chat template, but the data holds chats; "
                 "add a chat_template.jinja, or give prompt and response columns"
             )
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except (TemplateError, TypeError, KeyError) as error:
-            raise BadRow(f"the chat template refuses the turns: {' '.join(str(error).split())}") from None
+        except _TEMPLATE_FAULTS as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise BadRow(f"the chat template refuses the turns: {said}") from None
 
     def _given(self, row: Tokens) -> Document:
         vocabulary = len(self.tokenizer)

@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -101,7 +101,7 @@ def write_set(
     Raises:
         UserError: `out` holds another set or something else, a partial row is broken, or another process writes there.
     """
-    _begin(out, layout, provenance)
+    begun = _begin(out, layout, provenance)
     shared = range(rank, layout.parts, world_size)
     mine = [part for part in shared if not (out / part_name(part)).exists()]
     for part in set(shared) - set(mine):  # of a process killed between giving the part its name and this
@@ -127,6 +127,10 @@ def write_set(
                             bar.update()
                 for part in parts.values():
                     part.finish()
+    except BaseException:
+        if begun and not made.rows and world_size == 1:  # nothing in it to go on with
+            _discard(out)
+        raise
     finally:
         made.seconds = perf_counter() - began
         if bar is not None:
@@ -134,8 +138,16 @@ def write_set(
     return made
 
 
-def _begin(out: Path, layout: Layout, provenance: Mapping[str, Any]) -> None:
-    """Writes `distill.json`, or holds it against the one that is there."""
+def _discard(out: Path) -> None:
+    """Takes away a set that was begun without a row."""
+    for path in (*out.glob("part-*.partial"), out / PROVENANCE):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # something else lies there
+        out.rmdir()
+
+
+def _begin(out: Path, layout: Layout, provenance: Mapping[str, Any]) -> bool:
+    """Writes `distill.json`, or holds it against the one that is there; returns whether it wrote it."""
     values = {  # what follows from the others comes last, so that a difference is told by its cause
         "format": FORMAT, "temperatures": list(layout.temperatures), "samples": layout.samples, "part_rows": layout.part_rows,
         **provenance, "rows": layout.rows, "parts": layout.parts,
@@ -149,17 +161,26 @@ def _begin(out: Path, layout: Layout, provenance: Mapping[str, Any]) -> None:
     if then is None:
         if foreign:
             raise UserError(f"--out {out}: holds something else; give a new folder, or one that trainkit distill began")
+        new = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / f".{PROVENANCE}.{os.getpid()}"
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, out / PROVENANCE)
-        return
+        try:
+            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, out / PROVENANCE)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # another process has begun there
+                    out.rmdir()
+            raise
+        return new
     for name in {**values, **then}:
         if name != "versions" and _without_place(values.get(name)) != _without_place(then.get(name)):
             raise UserError(
                 f"--out {out}: that set was begun with {name} {_short(then.get(name))}, now it is {_short(values.get(name))}; "
                 "give the same settings to go on, or another folder"
             )
+    return False
 
 
 def _without_place(value: Any) -> Any:

@@ -147,7 +147,7 @@ def _encode(
                 documents = encoder.documents(row)
             except BadRow as reason:
                 if policy["on_bad_row"] == "error":
-                    raise UserError(f"{place}: {reason} (on_bad_row: skip goes on without it)") from None
+                    raise UserError(f"{place}: {reason}; mend this row (on_bad_row: skip goes on without it)") from None
                 report.skip(place, str(reason))
                 continue
             report.unused.update(unused)
@@ -162,7 +162,8 @@ def _encode(
         raise UserError(f"{name}: {share} of the chats counts in the loss; the chat template must mark the assistant's alone")
     if not rows:
         bad = sum(report.skipped.values())
-        raise UserError(f"{name}: no usable row in {', '.join(files)} ({report.rows} read, {bad} bad, others without label)")
+        counts = f"{report.rows} read, {bad} bad, others without label"
+        raise UserError(f"{name}: no usable row in {', '.join(files)} ({counts}); give rows with assistant or plain text")
     return rows, report
 
 

@@ -71,9 +71,9 @@ def read_asked(
                 raise row
             prompts.append(_prompt(row, columns, encoder))
         except BadRow as reason:
-            raise UserError(f"{place}: {reason}") from None
+            raise UserError(f"{place}: {reason}; mend this row or take it out") from None
     if not prompts:
-        raise UserError(f"{path}: holds no prompts")
+        raise UserError(f"{path}: holds no prompts; give a file with at least one row")
     return prompts
 
 

@@ -39,6 +39,7 @@ Slots = asyncio.LifoQueue[httpx.AsyncClient]
 
 LONGEST_PAUSE = 60.0  # seconds, where the server does not say how long
 CONNECT_SECONDS = 10.0
+FIRST_ATTEMPTS = 3  # where no connection comes about and the server has never answered
 TRANSIENT = {408, 409, 425, 429}  # and every 5xx
 
 
@@ -91,6 +92,7 @@ class Server:
         self.encoded = 0
         self._model, self._key, self._seconds = model, key, timeout
         self._asks_ids = True
+        self._answered = False
         self._random = random.Random()  # jitter must not move the caller's generator
 
     def describe(self) -> dict[str, str]:
@@ -202,20 +204,26 @@ class Server:
         return await self._until_answered(f"{self.base_url}/completions", slots, once)
 
     async def _until_answered(self, url: str, slots: Slots, once: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
-        reason = ""
+        reason = tried = ""
         for attempt in range(self.attempts):
+            refused = False
             told, client = None, await slots.get()
             try:
-                return await once(client)
+                answer = await once(client)
+                self._answered = True
+                return answer
             except httpx.RequestError as error:
+                refused = isinstance(error, httpx.ConnectError)
                 reason = f"{type(error).__name__} {self._one_line(str(error))}".strip()
             except _Fault as fault:
                 reason, told = self._one_line(fault.reason), fault.pause
             finally:
                 slots.put_nowait(client)
+            tried = f"{attempt + 1} attempts" if attempt else "1 attempt"
+            if refused and not self._answered and attempt + 1 >= FIRST_ATTEMPTS:
+                break  # nobody listens there; a server that answered before may be starting anew
             if attempt + 1 < self.attempts:
                 await anyio.sleep(self._pause(attempt, told))
-        tried = f"{self.attempts} attempts" if self.attempts > 1 else "1 attempt"
         raise UserError(f"{url}: no answer in {tried}, at last {reason}; see that the server runs and has this address")
 
     def _pause(self, attempt: int, told: float | None) -> float:

@@ -137,7 +137,7 @@ def sharegpt_messages(conversations: Any) -> list[dict[str, Any]]:
         if not isinstance(turn, Mapping):
             raise BadRow(f"conversations[{n}] must be an object with from and value, not {_describe(turn)}")
         speaker, value = turn.get("from"), turn.get("value")
-        if speaker not in _ROLES:
+        if not isinstance(speaker, str) or speaker not in _ROLES:
             raise BadRow(f"conversations[{n}].from is {speaker!r}; known are {', '.join(_ROLES)}")
         if not isinstance(value, str):
             raise BadRow(f"conversations[{n}].value must be text, not {_describe(value)}")

@@ -12,6 +12,7 @@ runner speak to the classes below. Kinds are the sub-packages of `trainkit.draft
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from trainkit.bundle import MANIFEST, Bundle
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
 from trainkit.losses.output import LossOutput
@@ -30,7 +32,7 @@ from trainkit.models.shape import TargetHandle, TargetShape
 
 __all__ = [
     "Divergence", "DraftBatch", "Drafter", "Frontier", "LossOutput", "State", "StepOutput", "TargetHandle", "TargetShape",
-    "discover", "kind_of", "load_kind",
+    "discover", "kind_of", "load_bundle", "load_kind",
 ]  # fmt: skip
 
 State: TypeAlias = dict[str, Tensor]
@@ -247,6 +249,23 @@ def load_kind(kind: str) -> type[Drafter]:
     if kind not in kinds:
         raise UserError(f"unknown drafter kind {kind!r}; there are: {', '.join(sorted(kinds))}")
     return kinds[kind]
+
+
+def load_bundle(found: Bundle, target: TargetShape, **changes: Any) -> Drafter:
+    """The drafter of a bundle, for a target whose fit was checked; `changes` go before its constructor arguments.
+
+    Raises:
+        UserError: an unknown kind, or arguments that it does not take.
+    """
+    manifest, arguments = found.path / MANIFEST, {**found.config, **changes}
+    try:
+        kind = load_kind(found.kind)
+    except UserError as error:
+        raise UserError(f"{manifest}: {error}") from None
+    unknown = sorted(arguments.keys() - inspect.signature(kind).parameters.keys())
+    if unknown:
+        raise UserError(f"{manifest}: kind {found.kind!r} takes no {unknown[0]!r}; export it again")
+    return kind.load(found.path, target, arguments)
 
 
 def kind_of(drafter: Drafter) -> str:

@@ -145,10 +145,14 @@ class _quiet:
     def __enter__(self) -> None:
         from transformers.utils import logging
 
+        self._before = logging.is_progress_bar_enabled(), logging.get_verbosity()
         logging.disable_progress_bar()
         logging.set_verbosity_error()
 
     def __exit__(self, *_: object) -> None:
         from transformers.utils import logging
 
-        logging.enable_progress_bar()
+        shown, level = self._before
+        if shown:
+            logging.enable_progress_bar()
+        logging.set_verbosity(level)

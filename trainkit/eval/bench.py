@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainkit.errors import UserError
 from trainkit.eval.result import Field, Request, Result
 
 if TYPE_CHECKING:
@@ -73,6 +75,9 @@ def bench(
         target, drafter, prompts, tuple(depths), max_new_tokens, temperature, verify, limit, repeats, batch, _device(device),
         dtype, baselines, seed, max_seconds, synthetic, synthetic_tau, prompt_length,
     )  # fmt: skip
+    for name, file in (("json", json), ("plot", plot)):
+        if file is not None and Path(file).is_dir():
+            raise UserError(f"--{name} {file}: is a folder; name a file in it")
     from trainkit.eval.contenders import checkpoint_field, synthetic_field
     from trainkit.eval.report import figure, table, write_json
     from trainkit.eval.summary import summarise

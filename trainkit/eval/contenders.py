@@ -15,7 +15,7 @@ from trainkit.eval.baselines import Settings, assisted_contender, can_assist, lo
 from trainkit.eval.result import Field, Request
 from trainkit.eval.scripted import ScriptedDrafter, accepted_lengths, random_prompts, random_target
 from trainkit.eval.speed import ours
-from trainkit.models.load import read_config
+from trainkit.models.load import covered_positions, device_of
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
 from trainkit.runner.tree import RankPath, chain
@@ -29,7 +29,7 @@ def checkpoint_field(request: Request) -> Field:
     """
     assert request.target is not None and request.prompts is not None
     target, drafter = request.target, request.drafter
-    covered = read_config(target).max_position_embeddings
+    covered = covered_positions(target)
     prompts = read_prompts(request.prompts, target, request.limit)
     longest = max(map(len, prompts)) + request.max_new_tokens
     if longest > covered:
@@ -53,7 +53,7 @@ def synthetic_field(request: Request) -> Field:
         UserError: no shape has that name, or tau is below 1.
     """
     assert request.synthetic is not None
-    device, dtype, tau = torch.device(request.device), getattr(torch, request.dtype), request.synthetic_tau
+    device, dtype, tau = device_of(request.device), getattr(torch, request.dtype), request.synthetic_tau
     decoder = random_target(request.synthetic, device, dtype)
     shape = TargetShape(decoder.shape)
     prompts = random_prompts(decoder.shape.vocab_size, request.limit, request.prompt_length, request.seed)

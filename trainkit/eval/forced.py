@@ -27,7 +27,7 @@ from trainkit.drafters.base import DraftBatch, Drafter
 from trainkit.errors import UserError
 from trainkit.eval import bootstrap
 from trainkit.losses.divergence import ForwardKL
-from trainkit.models.load import load_decoder
+from trainkit.models.load import device_of, load_decoder, read_config
 from trainkit.models.target import FrozenTarget
 from trainkit.runner import Runner
 from trainkit.runner.engine import load_drafter
@@ -88,9 +88,15 @@ def evaluate(
         raise UserError("give at least one of --temperatures and of --drafter")
     if batch < 1:
         raise UserError(f"--batch: {batch} must be at least 1")
+    if depth < 1:
+        raise UserError(f"--depth: {depth} must be at least 1")
+    if json is not None and not Path(json).resolve().parent.is_dir():
+        raise UserError(f"--json {json}: there is no such folder to write to; make it first")
+    where = device_of(device)
+    read_config(target)  # a missing folder would be looked for on the hub, as a tokenizer's name
     tokenizer = load_tokenizer(target)
     made = prepare([data], None, tokenizer, length, columns=columns, validation_share=0.0, limit=limit)
-    teacher = FrozenTarget(target).to(device)
+    teacher = FrozenTarget(target).to(where)
     if length > (covered := teacher.shape().decoder.max_positions):
         raise UserError(f"--length: {length}, but the target covers {covered} positions")
     reader = TargetReader(teacher, teacher_cache)

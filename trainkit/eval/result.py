@@ -47,6 +47,8 @@ class Request:
             raise UserError("bench needs --target and --prompts (a file), or --synthetic with the name of a shape")
         if self.synthetic is not None and (self.target or self.drafter or self.prompts or self.temperature):
             raise UserError("synthetic: takes no target, drafter or prompts, and decodes at temperature 0")
+        if self.verify not in ("coupled", "residual"):
+            raise UserError(f"verify {self.verify!r}: must be one of coupled, residual")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"dtype {self.dtype!r}: must be float32, bfloat16 or float16")
 

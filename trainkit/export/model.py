@@ -35,7 +35,9 @@ def export_model(
     for name, value in model.named_parameters():
         if not value.isfinite().all():
             raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
-    model = model.to(dtype).eval()
+    for value in model.parameters():  # not buffers: a reload keeps rotary frequencies in float32
+        value.data = value.data.to(dtype)
+    model.eval()
 
     def fill(folder: Path) -> None:
         copy_tokenizer(Path(tokenizer), folder)

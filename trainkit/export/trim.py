@@ -15,7 +15,7 @@ import numpy as np
 from trainkit import bundle
 from trainkit.data.chat import load_tokenizer
 from trainkit.data.prepare import prepare
-from trainkit.drafters.base import load_kind
+from trainkit.drafters.base import load_bundle, load_kind
 from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
@@ -48,6 +48,8 @@ def trim(
         columns: Our column names -> the file's.
     """
     found = bundle.read(Path(drafter))
+    if not found.target:
+        raise UserError(f"{drafter}: a model of its own (kind {found.kind}), no drafter; give the bundle of a drafter")
     if "draft_vocab" not in inspect.signature(load_kind(found.kind)).parameters:
         raise UserError(f"{drafter}: kind {found.kind!r} has no output head of its own to trim")
     shape = target_shape(target)
@@ -61,7 +63,7 @@ def trim(
     counts_V = np.bincount(packed.tokens_N[packed.mask_N], minlength=size)
     ids = most_frequent(counts_V, number, shape.end_ids)
     coverage = counts_V[ids].sum() / counts_V.sum()
-    network = load_kind(found.kind).load(Path(drafter), shape, {**found.config, "draft_vocab": ids})
+    network = load_bundle(found, shape, draft_vocab=ids)
     made = export_drafter(
         network, out, tokenizer=target, dtype=next(network.parameters()).dtype, recipe=found.recipe, seed=found.seed,
         data=found.data, metrics={"vocabulary_kept": number / size, "coverage": round(float(coverage), 5)},

@@ -5,21 +5,30 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from trainkit.errors import UserError
+from trainkit.layers.attention import rotary_table
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
 
 LAYOUTS = {"llama", "mistral", "qwen2", "qwen3"}
+MODEL_FAULTS = (
+    OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionError, AttributeError, ArithmeticError, ImportError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What the classes of transformers raise for a config.json with odd values."""
+_OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
 
 
@@ -50,13 +59,62 @@ def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{path}: no config.json there; give a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path}/config.json: {str(error).splitlines()[0]}") from error
+    except MODEL_FAULTS as error:
+        raise UserError(f"{path}/config.json: {first_lines(error)}; mend it or copy it again") from error
+
+
+def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder, or of a hub name written owner/name.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer  # seconds to import
+
+    mend = "give a folder with tokenizer.json"
+    if not Path(folder).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)):
+        raise UserError(f"tokenizer {folder}: no such folder; {mend}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Rust library raises bare Exceptions for what it cannot read
+        raise UserError(f"tokenizer {folder}: cannot be loaded ({first_lines(error, 1)}); {mend}") from error
+
+
+def first_lines(error: Exception, count: int = 2) -> str:
+    """The beginning of a library's message as one line, or the error's name where there is none."""
+    return " ".join(" ".join(str(error).strip().splitlines()[:count]).split()) or type(error).__name__
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device of this name.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: no device has that name; use cpu or cuda") from None
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device.type != "cpu" and (there is None or there.type != device.type):
+        raise UserError(f"device {name!r}: no {device.type.upper()} device is available here; use device cpu")
+    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
+        raise UserError(f"device {name!r}: there are {torch.accelerator.device_count()} here; use a lower number")
+    return device
 
 
 def decoder_shape(config: Any) -> DecoderShape:
     """The sizes of any Llama-like config, by its usual field names; says nothing of whether our decoder covers it."""
-    heads = config.num_attention_heads
+    where = f"{config._name_or_path or config.model_type}/config.json"
+    heads: Any = getattr(config, "num_attention_heads", None)
+    sizes = {name: getattr(config, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    sizes["num_attention_heads"] = heads
+    sizes |= {name: value for name in _OPTIONAL_SIZES if (value := getattr(config, name, None)) is not None}
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{where}: {name} is {value!r}; give a model of attention layers, where it is at least 1")
+    if heads % (getattr(config, "num_key_value_heads", None) or heads):
+        raise UserError(f"{where}: num_key_value_heads {config.num_key_value_heads} must divide num_attention_heads {heads}")
     rope = dict(getattr(config, "rope_parameters", None) or {})
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
@@ -77,6 +135,17 @@ def decoder_shape(config: Any) -> DecoderShape:
     )
 
 
+def covered_positions(folder: str | Path) -> int:
+    """Positions that the model in `folder` was made for.
+
+    Raises:
+        UserError: no readable config.json there, or the runner does not decode this model.
+    """
+    config = read_config(folder)
+    check_covered(config, folder, 0)
+    return config.max_position_embeddings
+
+
 def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     """Refuses, by name, what the runner's decoder does not compute exactly.
 
@@ -86,14 +155,14 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     where = f"{folder}/config.json"
     if config.model_type not in LAYOUTS:
         known = ", ".join(sorted(LAYOUTS))
-        raise UserError(f"{where}: model_type {config.model_type!r} is not one the runner decodes ({known})")
+        raise UserError(f"{where}: model_type {config.model_type!r} is not one the runner decodes; give one of {known}")
     if config.hidden_act != "silu":
         raise UserError(f"{where}: hidden_act {config.hidden_act!r} is not supported by the runner, only 'silu'")
     for field in ("attention_bias", "mlp_bias"):
         if getattr(config, field, False):
             raise UserError(f"{where}: {field} is not supported by the runner for {config.model_type}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
+    shape = decoder_shape(config)
+    rope, kind = shape.rope, shape.rope["rope_type"]
     if kind not in ROPE_TYPES:
         raise UserError(f"{where}: rope_type {kind!r} is not one the runner computes ({', '.join(sorted(ROPE_TYPES))})")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -101,11 +170,18 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     if getattr(config, "quantization_config", None):
         raise UserError(f"{where}: quantised weights are not supported by the runner; give the dense folder")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window and type(window) is not int:
+        raise UserError(f"{where}: sliding_window is {window!r}; make it a number or null")
     if window and max_len > window:
         raise UserError(f"{where}: sliding_window {window} is shorter than max_len {max_len}; load with max_len <= {window}")
     if max_len > config.max_position_embeddings:
         covered = config.max_position_embeddings
         raise UserError(f"{where}: max_position_embeddings {covered} is shorter than max_len {max_len}; lower max_len")
+    try:
+        rotary_table(shape, 1)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        said = f"{type(error).__name__} {first_lines(error, 1)}"
+        raise UserError(f"{where}: rope_parameters give no rotary table ({said}); mend them") from error
 
 
 def places(shape: DecoderShape) -> dict[str, Place]:
@@ -143,12 +219,15 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     path = Path(folder)
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted({path / str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: names no weight files ({first_lines(error, 1)}); copy it again") from error
     else:
         files = [path / "model.safetensors"]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: not found; weights are read from safetensors only")
+            raise UserError(f"{file}: not found; give a folder with its weights, which are read from safetensors only")
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
@@ -161,25 +240,45 @@ def copy_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], source
     """Copies Hugging Face tensors into the decoder's fused storage, in place, casting to its dtype.
 
     Raises:
-        UserError: a tensor the shape has no place for, of another size, or (with `complete`) one that is missing.
+        UserError: a tensor the shape has no place for, of another size, with values that are not finite, or (with `complete`)
+            one that is missing.
     """
     parameters = dict(decoder.named_parameters())
     wanted = places(decoder.shape)
-    seen: set[str] = set()
+    seen: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, value in tensors:
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.shape.tied):
                 continue
             if name not in wanted:
-                raise UserError(f"{source}: tensor {name!r} has no place in this architecture")
+                raise UserError(f"{source}: tensor {name!r} has no place here; give weights that fit config.json")
             place = wanted[name].of(parameters)
             if place.shape != value.shape:
-                raise UserError(f"{source}: tensor {name!r} is {list(value.shape)}, the config asks for {list(place.shape)}")
+                sizes = f"{list(value.shape)}, the config asks for {list(place.shape)}"
+                raise UserError(f"{source}: tensor {name!r} is {sizes}; give weights that fit config.json")
             place.copy_(value)
-            seen.add(name)
-    missing = sorted(wanted.keys() - seen)
+            seen[name] = place
+    missing = sorted(wanted.keys() - seen.keys())
     if complete and missing:
-        raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+        raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]!r}; copy all weight files")
+    check_finite(seen.items(), source)
+
+
+@torch.no_grad()
+def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """Refuses weights with NaN or infinite values, also those that became so in a narrower dtype.
+
+    Smallest and largest value cost one read of the weights (7 GB/s on one core) and, on a GPU, one wait for all of them.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    bounds = [(name, value, torch.stack(value.aminmax())) for name, value in tensors if value.numel()]
+    if not bounds or bool(torch.stack([pair.float().isfinite().all() for _, _, pair in bounds]).all()):
+        return
+    name, value, _ = next(entry for entry in bounds if not bool(entry[2].isfinite().all()))
+    dtype = str(value.dtype).removeprefix("torch.")
+    raise UserError(f"{source}: tensor {name!r} holds values that are not finite in {dtype}; copy it again or train it anew")
 
 
 def load_decoder(
@@ -194,7 +293,9 @@ def load_decoder(
     check_covered(config, folder, max_len or 0)
     if dtype is None:
         stored = getattr(config, "dtype", None) or torch.float32
-        dtype = getattr(torch, stored) if isinstance(stored, str) else stored
+        dtype = getattr(torch, stored, None) if isinstance(stored, str) else stored
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise UserError(f"{folder}/config.json: dtype {stored!r} is none that weights have; make it float32 or bfloat16")
     with torch.device("meta"):
         decoder = Decoder(decoder_shape(config))
     decoder = decoder.to(dtype).to_empty(device=device)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
-from trainkit.models.load import decoder_shape, read_config
+from trainkit.models.load import MODEL_FAULTS, check_finite, decoder_shape, first_lines, read_config, read_tokenizer
 from trainkit.models.shape import TargetHandle, TargetShape
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
@@ -27,14 +28,17 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 def end_ids(folder: str | Path, config: Any, trust_remote_code: bool = False) -> tuple[int, ...]:
     """Ids that end a text, ascending: the union of config, generation_config.json and tokenizer."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     path, found = Path(folder), set()
     sources = [config.eos_token_id]
     if (path / "generation_config.json").is_file():
-        sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
+        try:
+            sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}/generation_config.json: {first_lines(error, 1)}; mend it or remove it") from error
     if any((path / name).is_file() for name in _TOKENIZER_FILES):
-        sources.append(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id)
+        sources.append(read_tokenizer(path, trust_remote_code).eos_token_id)
     for value in sources:
         found |= set(value) if isinstance(value, (list, tuple)) else {value}
     return tuple(sorted(found - {None}))
@@ -55,6 +59,44 @@ def target_shape(folder: str | Path, trust_remote_code: bool = False) -> TargetS
         pad_id=getattr(config, "pad_token_id", None),
         fingerprint=fingerprint(folder),
     )
+
+
+def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The causal LM in a folder, with all of its weights and only finite ones.
+
+    transformers fills in what is missing with random values, and says so in a log.
+
+    Raises:
+        UserError: not such a folder, or weights that are broken, missing, of another size or not finite.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of several lines says what the errors below say
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise UserError(f"{folder}: not whole safetensors files ({first_lines(error, 1)}); copy it again") from error
+    except MODEL_FAULTS as error:
+        said = first_lines(error, 1)
+        raise UserError(f"{folder}: not a causal LM that transformers loads ({said}); give another folder") from error
+    finally:
+        logging.set_verbosity(level)
+    model, found = loaded
+    if found["mismatched_keys"]:
+        name, stored, wanted = sorted(found["mismatched_keys"])[0]
+        sizes = f"{list(stored)}, the config asks for {list(wanted)}"
+        raise UserError(f"{folder}: tensor {name!r} is {sizes}; give weights that fit config.json")
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}; copy all weight files")
+    if unread := sorted(found["unexpected_keys"]):
+        print(f"{folder}: {len(unread)} tensors are not read, the first is {unread[0]!r}")
+    check_finite(model.named_parameters(), str(folder))
+    return model
 
 
 @torch.no_grad()
@@ -95,17 +137,10 @@ class FrozenTarget:
     """
 
     def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.folder = Path(folder)
         self._trust = trust_remote_code
         self.config = read_config(folder, trust_remote_code)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder}: not a causal LM that transformers loads ({str(error).splitlines()[0]})") from error
+        model = load_model(folder, dtype, trust_remote_code)
         self.model: nn.Module = model.requires_grad_(False).eval()
         self.backbone: nn.Module = model.base_model
         self._embedding: nn.Module = model.get_input_embeddings()

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,6 +33,15 @@ def key_of(*parts: int) -> int:
 def global_seed() -> int:
     """The seed that seed_everything set for this run."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def differences(name: str, then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two plain values differ, innermost keys first to last: (dotted name, one, other)."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in [*then, *(key for key in now if key not in then)]:
+            yield from differences(f"{name}.{key}", then.get(key), now.get(key))
+    elif then != now:
+        yield name, then, now
 
 
 def _log_interval(trainer: Trainer) -> int:
@@ -231,6 +241,7 @@ class TrainingModule(LightningModule):
             "data": data,
             "step": self.trainer.global_step,
             "tokenizer": str(self.data_tokenizer()),
+            "module": type(self).__name__,
         }
         checkpoint[CHECKPOINT_KEY] = {"format": 1, "info": info, **self.describe()}
         checkpoint[f"{CHECKPOINT_KEY}_sums"] = self._training.peek(self._gather)
@@ -241,10 +252,15 @@ class TrainingModule(LightningModule):
             self._training.put_back(ranks[self.trainer.global_rank])
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:
-            raise UserError(f"{self.trainer.ckpt_path}: not a checkpoint of trainkit")
-        for name, value in self.describe().items():
-            if saved.get(name) != value:
-                raise UserError(f"{self.trainer.ckpt_path}: its {name} is {saved.get(name)}, this run's is {value}")
+            raise UserError(f"{self.trainer.ckpt_path}: not a checkpoint of trainkit; give a last.ckpt or best.ckpt of a run")
+        mend = "resume with the recipe that it was made with"
+        described = self.describe()
+        if not described.keys() <= saved.keys():
+            was = saved["info"].get("module") or "another module"
+            raise UserError(f"{self.trainer.ckpt_path}: made by {was}, this run's is {type(self).__name__}; {mend}")
+        for name, value in described.items():
+            for key, then, now in differences(name, saved[name], value):
+                raise UserError(f"{self.trainer.ckpt_path}: its {key} is {then}, this run's is {now}; {mend}")
 
     # Optimiser
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
+from trainkit.bundle import put_in_place, remove
 from trainkit.errors import UserError
 from trainkit.modules.logger import CSVLog
+from trainkit.modules.tracking import WandbLog
 
 
 def dry(trainer: Trainer) -> bool:
@@ -23,7 +26,8 @@ class Checkpoints(Checkpoint):
     """`checkpoints/last.ckpt` and `checkpoints/best.ckpt` in the run folder.
 
     `last` is written at optimiser-step boundaries, outside validation, so that resuming from it is exact; `best` whenever a
-    validation improves on the best one so far. Each is written beside the old one and renamed over it.
+    validation improves on the best one so far. Each is written beside the old one and put in its place whole, so that a kill
+    leaves the old one or the new one (`put_back`).
 
     Args:
         monitor: The logged metric that `best` is chosen by; of LanguageModule val/loss, of DraftModule val/alpha make sense.
@@ -46,6 +50,10 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
+        folder = self.folder(trainer)
+        if trainer.is_global_zero and not dry(trainer):
+            _tidy(folder)
+        trainer.strategy.barrier("checkpoints tidied")
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called by the module once a step is done and logged; saves on every n-th, and before a validation."""
@@ -88,12 +96,52 @@ class Checkpoints(Checkpoint):
             self._saved_step = trainer.global_step
         path = self.folder(trainer) / name
         partial = path.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
-        if trainer.is_global_zero:
-            if path.is_dir():
-                shutil.rmtree(path)
-            os.replace(partial, path)
+        try:
+            with _scratch_beside(partial):
+                trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
+            if trainer.is_global_zero:
+                put_in_place(partial, path)
+        except OSError as error:
+            if partial.is_file():
+                partial.unlink()
+            reason = error.strerror or " ".join(str(error).split())
+            then = "go on with --resume" if path.with_name("last.ckpt").exists() else "start again"
+            raise UserError(f"{path}: cannot be written ({reason}); free space, then {then}") from error
         trainer.strategy.barrier("checkpoint renamed")
+
+
+def put_back(checkpoint: Path) -> None:
+    """Puts a checkpoint back that a kill caught between the two renames of `put_in_place`; any number of processes may."""
+    aside = checkpoint.with_suffix(".old")
+    if aside.exists() and not checkpoint.exists():
+        with contextlib.suppress(FileNotFoundError):
+            aside.rename(checkpoint)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what a killed run left; a strategy would mix its shards with those of a killed save."""
+    for path in [*folder.glob("*.partial"), *folder.glob("*.scratch")]:
+        remove(path)
+    for path in folder.glob("*.old"):
+        put_back(path.with_suffix(".ckpt"))
+        remove(path)
+
+
+@contextlib.contextmanager
+def _scratch_beside(path: Path) -> Iterator[None]:
+    """Temporary files of this process go where `path` will lie.
+
+    Lightning writes a checkpoint there first: in /tmp, which may be small, and where a kill would leave it for good.
+    """
+    folder, before = path.with_suffix(".scratch"), tempfile.tempdir
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        with contextlib.suppress(OSError):  # another rank was quicker
+            folder.rmdir()
 
 
 def validates_now(trainer: Trainer) -> bool:
@@ -117,14 +165,17 @@ class RunFolder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
         for logger in trainer.loggers:
-            if isinstance(logger, CSVLog) and logger.folder is None:
-                logger.folder = str(folder)
-        if trainer.is_global_zero and stage == "fit" and not dry(trainer):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(self.config)
+            if isinstance(logger, CSVLog) or (isinstance(logger, WandbLog) and stage != "fit"):
+                logger.begin(str(folder), self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not dry(trainer):  # not before: what stops a run until here leaves no folder
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(self.config)
         for logger in trainer.loggers:
+            if isinstance(logger, WandbLog):
+                logger.begin(trainer.default_root_dir, self.config)
             if isinstance(logger, CSVLog):  # also of a run that was killed before its first checkpoint
                 logger.rewind(trainer.global_step, validated=not validates_now(trainer))
         if trainer.ckpt_path and validates_now(trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,41 @@ def holds_language_model(checkpoint: str | Path) -> bool:
     return "model_config" in _read(checkpoint, "info", "a network")[1]
 
 
+def check_resumable(checkpoint: str | Path) -> None:
+    """Refuses what fitting cannot go on from, before anything is begun; maps the file, and so reads little of it.
+
+    Folders of shards are left to the strategy that wrote them.
+
+    Raises:
+        UserError: not a checkpoint of trainkit, or one that holds more than plain values and tensors.
+    """
+    if not Path(checkpoint).is_dir():
+        _read(checkpoint, "info", "a network")
+
+
 def _read(checkpoint: str | Path, key: str, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    mend = "give a last.ckpt or best.ckpt of a run"
     path = Path(checkpoint)
     if path.is_dir():
         raise UserError(
             f"{path}: a folder of shards; convert it to one file first (lightning.pytorch.utilities.consolidate_checkpoint)"
         )
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint; {mend}")
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a checkpoint that loads with weights_only ({type(error).__name__})") from error
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: not a checkpoint that loads with weights_only ({type(error).__name__}); {mend}") from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UserError(f"{path}: not a checkpoint, or cut short ({error.strerror}); {mend}") from error
     saved = values.get(CHECKPOINT_KEY) if isinstance(values, dict) else None
     if not isinstance(saved, dict) or key not in saved:
-        raise UserError(f"{path}: not a checkpoint of {what} trained by trainkit")
-    if saved["format"] != 1:
-        raise UserError(f"{path}: checkpoint format {saved['format']}, this version reads 1; use the trainkit that wrote it")
+        raise UserError(f"{path}: not a checkpoint of {what} trained by trainkit; {mend}")
+    if saved.get("format") != 1:
+        written = saved.get("format")
+        raise UserError(f"{path}: checkpoint format {written}, this version reads 1; use the trainkit that wrote it")
     return values, saved
 
 
@@ -80,5 +99,6 @@ def _load(network: torch.nn.Module, values: dict[str, Any], prefix: str, checkpo
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            f"{checkpoint}: its weights do not fit its own description ({' '.join(str(error).split())[:200]})"
+            f"{checkpoint}: its weights do not fit its own description ({' '.join(str(error).split())[:200]}); "
+            "give another checkpoint of the run"
         ) from error

@@ -69,6 +69,8 @@ class DraftModule(TrainingModule):
             raise UserError(
                 "model.target_shard: all processes run the target at once, with teacher_cache each alone; give one of them"
             )
+        if not (Path(target) / "config.json").is_file():  # before its tokenizer is looked for on the hub
+            raise UserError(f"model.target: {target}: no config.json there; give a Hugging Face model folder")
         self.target, self.target_shard = target, target_shard
         self.divergence = divergence or ForwardKL()
         self.depth = depth

@@ -10,6 +10,7 @@ from trainkit import bundle
 from trainkit.export.drafter import export_drafter
 from trainkit.export.model import export_model
 from trainkit.modules.checkpoint import holds_language_model, load_drafter, load_language_model
+from trainkit.modules.tracking import attach, tracked_folder
 
 
 def export(
@@ -18,6 +19,7 @@ def export(
     *,
     tokenizer: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    track: bool = True,
 ) -> str:
     """Writes a checkpoint as a bundle: a draft model or heads that the runner loads, or a language model.
 
@@ -28,12 +30,14 @@ def export(
         out: Folder to write.
         tokenizer: Folder to take the tokenizer files from; by default the one the run used.
         dtype: Of the weights written.
+        track: Add the bundle, as an artifact with its card, to the W&B run that the checkpoint's run logged to, if it did.
 
     Examples:
         trainkit export runs/draft_tiny/2026-11-21_10-00-00/checkpoints/last.ckpt models/draft_tiny
         trainkit export last.ckpt models/draft --dtype bfloat16
     """
     kind = getattr(torch, dtype)
+    run_folder = tracked_folder(checkpoint) if track else None
     if holds_language_model(checkpoint):
         model, folder, info = load_language_model(checkpoint)
         write, network = export_model, model
@@ -45,4 +49,6 @@ def export(
         network, out, tokenizer=tokenizer or folder, dtype=kind, metrics={**metrics, "step": info["step"]},
         recipe=info["recipe"], seed=info["seed"], data=info["data"],
     )  # fmt: skip
-    return bundle.card(made)
+    if run_folder is None:
+        return bundle.card(made)
+    return f"{bundle.card(made)}\n{attach(made, run_folder, checkpoint)}"

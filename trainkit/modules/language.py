@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
 from trainkit.errors import UserError
 from trainkit.losses.divergence import CrossEntropy
 from trainkit.losses.output import LossOutput
-from trainkit.models.load import read_config
-from trainkit.models.target import check_head
+from trainkit.models.load import first_lines, read_config, read_tokenizer
+from trainkit.models.target import check_head, load_model
 from trainkit.modules.base import Batch, TrainingModule
 from trainkit.modules.meter import means
 
@@ -82,20 +83,20 @@ class LanguageModule(TrainingModule):
         return values | {"perplexity": torch.tensor(values["loss"]).exp().item()}
 
     def _build(self) -> nn.Module:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        tokenizer = AutoTokenizer.from_pretrained(self.data_tokenizer())
+        tokenizer = read_tokenizer(self.data_tokenizer())
         if self.folder is not None:
             read_config(self.folder)  # says what is wrong with the folder in one line
-            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True)
+            model = load_model(self.folder, torch.float32)
         else:
             assert self.config is not None
             ids: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
             fields = {"vocab_size": len(tokenizer)} | ids | self.config
             try:
                 config = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
-            except ValueError as error:
-                raise UserError(f"model.config: {str(error).splitlines()[0]}") from error
+            except (ValueError, TypeError, StrictDataclassError) as error:
+                raise UserError(f"model.config: {first_lines(error)}; mend it") from error
             plain = type(config)()  # a config keeps whatever it is given, so look at one that was given nothing
             unknown = [name for name in self.config if not hasattr(plain, name)]
             if unknown:

@@ -45,6 +45,10 @@ class CSVLog(Logger):
         assert self.folder is not None, "the run folder names it before training starts"
         return Path(self.folder) / self.file
 
+    def begin(self, folder: str, config: str) -> None:
+        """Takes `folder` to write to, unless one was given."""
+        self.folder = self.folder or folder
+
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         pass  # config.yaml in the run folder holds them
 

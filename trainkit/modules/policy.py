@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -175,6 +175,9 @@ def _check(
     weights: dict[Policy, float], given: dict[str, Any], prompts: str | None, validation: Any, refresh: int, share: float,
     temperature: float,
 ) -> None:  # fmt: skip
+    for name in weights:
+        if name not in get_args(Policy):
+            raise UserError(f"data.weights: {name!r} is no policy; there are {', '.join(get_args(Policy))}")
     if any(weight < 0 for weight in weights.values()) or not sum(weights.values()) > 0:
         raise UserError(f"data.weights: {weights} must be at least 0, and one above 0")
     for name, files in given.items():

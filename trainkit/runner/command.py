@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
+from trainkit.data.chat import Encoder
+from trainkit.data.sources import BadRow
 from trainkit.errors import UserError
 from trainkit.runner.engine import Runner
 
@@ -53,13 +55,19 @@ def generate(
         prompt = sys.stdin.read()
     elif prompt.startswith("@"):
         if not Path(prompt[1:]).is_file():
-            raise UserError(f"prompt {prompt}: no such file")
-        prompt = Path(prompt[1:]).read_text(encoding="utf-8")
+            raise UserError(f"prompt {prompt}: no such file; give one, or the text itself without @")
+        try:
+            prompt = Path(prompt[1:]).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"prompt {prompt}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
     runner = Runner.load(target, drafter, device=device, dtype=dtype, max_batch=1)
     if not raw and runner.tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        prompt = runner.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    tokens = runner.tokenizer.encode(prompt, add_special_tokens=False)
+        try:
+            tokens = Encoder(runner.tokenizer).prompt([{"role": "user", "content": prompt}])
+        except BadRow as reason:
+            raise UserError(f"{target}: {reason}; mend its chat template, or give --raw true") from None
+    else:
+        tokens = runner.tokenizer.encode(prompt, add_special_tokens=False)
     began = perf_counter()
     stream = runner.stream(
         tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, depth=depth,

@@ -16,7 +16,7 @@ from trainkit.data.prompts import Asked, read_asked
 from trainkit.data.provenance import weights_mark
 from trainkit.data.sources import content_hash
 from trainkit.errors import UserError
-from trainkit.models.load import read_config
+from trainkit.models.load import covered_positions, read_config
 from trainkit.runner.engine import Runner
 from trainkit.runner.sampling import Sampling
 
@@ -81,6 +81,7 @@ def distill(
     if base_url is not None and (drafter is not None or depth is not None):
         raise UserError("--drafter and --depth are for decoding here; a server has its own, so leave them out with --base-url")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    read_config(target)  # a missing folder would be looked for on the hub, as a tokenizer's name
     tokenizer = load_tokenizer(target)
     asked = read_asked(prompts, tokenizer, limit, columns)
     layout = Layout(len(asked), tuple(temperatures), n, part_rows)
@@ -120,9 +121,11 @@ def _local(
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     longest = max(range(len(asked)), key=lambda place: len(asked[place].tokens))
-    covered = read_config(target).max_position_embeddings
+    covered = covered_positions(target)
     if len(asked[longest].tokens) >= covered:
-        raise UserError(f"--prompts: prompt {longest} has {len(asked[longest].tokens)} tokens, the target covers {covered}")
+        raise UserError(
+            f"--prompts: prompt {longest} has {len(asked[longest].tokens)} tokens, the target covers {covered}; shorten it"
+        )
     max_len = min(len(asked[longest].tokens) + sampling["max_new_tokens"], covered)
     runner = Runner.load(target, drafter, device, dtype, batch, max_len)
 

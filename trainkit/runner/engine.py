@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from trainkit import bundle
-from trainkit.drafters.base import Drafter, discover, load_kind
+from trainkit.drafters.base import Drafter, discover, load_bundle
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.layers.linear import stream_weights
-from trainkit.models.load import copy_weights, load_decoder, read_config
+from trainkit.models.load import copy_weights, covered_positions, device_of, load_decoder, read_tokenizer
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
 from trainkit.runner.decoder import Plan, Rounds, Trace
@@ -76,16 +76,14 @@ class Runner:
         Raises:
             UserError: a folder is missing or broken, the architecture is not covered, or drafter and target do not fit.
         """
-        where = torch.device(device)
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device {device!r}: no CUDA device is available here; use device cpu")
+        where = device_of(device)
         kind = getattr(torch, dtype, None)
         if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"dtype {dtype!r}: must be float32, bfloat16, float16 or float64")
         folder = Path(target)
         if max_batch < 1:
             raise UserError(f"max_batch {max_batch}: must be at least 1")
-        length = max_len or min(2048, read_config(folder).max_position_embeddings)
+        length = max_len or min(2048, covered_positions(folder))
         decoder = load_decoder(folder, where, kind, length)
         shape = target_shape(folder)
         draft = None if drafter is None else load_drafter(Path(drafter), folder, shape).to(device=where, dtype=kind)
@@ -131,14 +129,9 @@ class Runner:
         Raises:
             UserError: there is none.
         """
-        from transformers import AutoTokenizer
-
         if self.folder is None:
             raise UserError("this runner was built without a folder, so it has no tokenizer; give prompts as token ids")
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder}: no tokenizer there ({str(error).splitlines()[0]})") from error
+        return read_tokenizer(self.folder)
 
     def generate(
         self,
@@ -291,11 +284,11 @@ class Runner:
             raise UserError(f"verify {options.verify!r}: must be one of {', '.join(VERIFICATIONS)}")
         if tree is not None and depth is not None:
             raise UserError("give depth or tree, not both")
-        if depth is not None and depth < 0:
-            raise UserError(f"depth {depth}: must be at least 0")
+        if depth is not None and not 0 <= depth < self.max_len:
+            raise UserError(f"depth {depth}: must be at least 0 and at most {self.max_len - 1}, what the cache holds")
         if self.drafter is None:
             if depth or tree:
-                raise UserError("depth or tree given, but this runner was loaded without a drafter")
+                raise UserError("depth or tree given, but this runner was loaded without a drafter; give one (--drafter)")
             paths: tuple[RankPath, ...] = ()
         elif tree is not None:
             paths = tuple(tuple(path) for path in tree)
@@ -358,7 +351,7 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
     if found is not None and found.target:
         reads_hidden = bool(found.extra.get("taps"))
         bundle.check_fit(found.target, bundle.fingerprint(target_folder), shape.decoder.to_dict(), hidden=reads_hidden)
-        return load_kind(found.kind).load(folder, shape, found.config)
+        return load_bundle(found, shape)
     for kind in discover().values():
         if kind.claims(folder):
             return kind.load(folder, shape, {})

@@ -8,7 +8,7 @@ Left out on purpose: target taps, of which this kind needs none, so that its exp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,10 @@ class LMDraft(Drafter):
             copy_weights(self.decoder, read_tensors(self.init), self.init)
             return
         theirs, ours = self.target.decoder, self.decoder.shape
-        if replace(theirs, num_layers=ours.num_layers) != ours:
-            raise UserError("drafter.init: 'target' copies whole layers, so sizes must equal the target's; set init: scratch")
+        other = replace(theirs, num_layers=ours.num_layers)
+        if name := next((item.name for item in fields(ours) if getattr(ours, item.name) != getattr(other, item.name)), None):
+            sizes = f"{name} {getattr(ours, name)} is not the target's {getattr(other, name)}"
+            raise UserError(f"drafter.init: 'target' copies whole layers, but {sizes}; set init: scratch or leave it out")
         source = load_decoder(target_folder, dtype=torch.float32)
         kept = [i * theirs.num_layers // ours.num_layers for i in range(ours.num_layers)]
         copied = source.state_dict()
