@@ -162,16 +162,9 @@ class DraftModule(TrainingModule):
 
     def _measure_rounds(self, seen: DraftBatch, output: LossOutput) -> None:
         """Adds what serving would show; the same sums on every rank, also on one without a row of the last batch."""
-        values = output.per_token
-        if "agreement_HBT" in values:
-            agreement_KBT = values["agreement_HBT"][: self.depth]
-        else:
-            counted_BT = seen.label_mask(1)
-            if "agreement" not in values or values["agreement"].numel() != int(counted_BT.sum()):
-                return  # a kind with several steps a position, which says nothing of them; no round to simulate
-            agreement_BT = torch.zeros_like(counted_BT)
-            agreement_BT[:, 1:][counted_BT[:, :-1]] = values["agreement"].bool()
-            agreement_KBT = agreement_BT.expand(self.depth, -1, -1)
+        agreement_KBT = agreement_by_position(output, seen, self.depth)
+        if agreement_KBT is None:
+            return  # a kind with several steps a position, which says nothing of them; no round to simulate
         label_BT = seen.mask_BT & (seen.document_BT >= 0)
         for name, value in rounds(agreement_KBT, label_BT, seen.document_BT).items():
             self._validation.add(name, value)
@@ -186,6 +179,21 @@ class DraftModule(TrainingModule):
                 k = name.removeprefix("offered_")
                 values[f"alpha_{k}"] = served[f"accepted_{k}"] / offered
         return values
+
+
+def agreement_by_position(output: LossOutput, seen: DraftBatch, depth: int) -> Tensor | None:
+    """[K, B, T] whether draft position k proposes what the target says, for a label at that place; None where nothing tells.
+
+    K is `depth`, or the number of heads if that is less.
+    """
+    if "agreement_HBT" in output.per_token:
+        return output.per_token["agreement_HBT"][:depth]
+    counted_BT, agreement_N = seen.label_mask(1), output.per_token.get("agreement")
+    if agreement_N is None or agreement_N.numel() != int(counted_BT.sum()):
+        return None
+    agreement_BT = torch.zeros_like(counted_BT)
+    agreement_BT[:, 1:][counted_BT[:, :-1]] = agreement_N.bool()
+    return agreement_BT.expand(depth, -1, -1)
 
 
 def rounds(agreement_KBT: Tensor, label_BT: Tensor, document_BT: Tensor) -> dict[str, int]:
