@@ -19,6 +19,7 @@ from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter, first_logits
 from trainkit.losses.divergence import ForwardKL
 from trainkit.models.target import FrozenTarget
+from trainkit.modules.draft import agreement_by_position, rounds
 from trainkit.runner import Runner, Stats
 
 PAGE = Path("trainkit/drafters/README.md")
@@ -148,6 +149,33 @@ def test_a_trained_drafter_is_accepted_where_it_was_trained(drafter: Drafter, ti
     assert drafted.tokens == plain
     # what fits the least here has 0.9 of these tokens right; one that is off by a position has next to none
     assert drafted.stats.tau > 0.8 * 3, drafted.stats
+
+
+@pytest.mark.parametrize("steps", [0, 12])
+def test_rounds_simulated_in_training_are_the_rounds_served(
+    drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path, steps: int
+) -> None:
+    """On the target's own greedy text a validation's tau is not close to the runner's, it is the runner's, round for round."""
+    prompt, depth = list(range(40, 52)), 2
+    plain = runner_for(tiny_target, None).generate([prompt], max_new_tokens=60, ignore_end=True)[0].tokens
+    tokens = torch.tensor([prompt + plain])
+    positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
+    hidden, taps = teacher.forward(tokens, positions, document, drafter.taps)
+    label = positions > len(prompt)  # prefill gives the first
+    batch = DraftBatch(tokens, positions, document, label, taps, hidden, teacher.handle())
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        drafter(batch, ForwardKL()).mean.backward()
+        optimizer.step()
+    with torch.no_grad():
+        agreement = agreement_by_position(drafter(batch, ForwardKL().measuring()), batch, depth)
+    assert agreement is not None, "output.per_token must say which proposals agree (losses/output.py)"
+    simulated = rounds(agreement, label, document)
+    runner = runner_for(tiny_target, exported(drafter, tiny_target, tmp_path / "out"))
+    stats = runner.generate([prompt], max_new_tokens=60, ignore_end=True, depth=depth)[0].stats
+    assert (simulated["rounds"], simulated["emitted"]) == (stats.rounds, round(stats.rounds * stats.tau))
+    assert steps == 0 or stats.tau > 1.1, "nothing was accepted"
 
 
 @pytest.mark.gpu

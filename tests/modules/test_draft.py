@@ -155,13 +155,26 @@ def test_rounds_by_hand():
     A gap in the counted positions starts anew: 1 | 1 0 1 loses its first position, (1 0), and 1 is cut short.
     """
     document = tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]])
-    counted = tensor([[1, 1, 1, 1, 1, 0, 1, 1, 1, 0]]).bool()
-    agreement = tensor([1, 1, 1, 0, 1, 0, 1, 0]).bool()
-    assert rounds(agreement, counted, document, depth=2) == (4 + 3, 2 + 2)
-    broken = counted.clone()
-    broken[0, 1] = False
-    assert rounds(tensor([1, 1, 0, 1, 0, 1, 0]).bool(), broken, document, depth=2) == (2 + 3, 1 + 2)
-    assert rounds(tensor([]).bool(), torch.zeros_like(counted), document, depth=2) == (0, 0)
+    labels = tensor([[1, 1, 1, 1, 1, 0, 1, 1, 1, 0]]).bool()
+    agreement = tensor([[1, 1, 1, 0, 1, 0, 0, 1, 0, 0]]).bool()
+    found = rounds(agreement.expand(2, -1, -1), labels, document)
+    assert (found["emitted"], found["rounds"]) == (4 + 3, 2 + 2)
+    assert [found[f"{name}_{k}"] for k in (1, 2) for name in ("accepted", "offered")] == [2, 4, 1, 2]
+    labels[0, 1] = False
+    found = rounds(agreement.expand(2, -1, -1), labels, document)
+    assert (found["emitted"], found["rounds"]) == (2 + 3, 1 + 2)
+    assert set(rounds(agreement.expand(2, -1, -1), torch.zeros_like(labels), document).values()) == {0}
+
+
+def test_rounds_of_heads_by_hand():
+    """Each head on its own label: 5 labels; the first head is right on 1 and 4, the second on 2 and 3. First round: 1 and 2 are
+    accepted, 3 is the bonus; second: 4 is accepted, 5 is not, the bonus instead. A label's own head counts, not another's.
+    """
+    document, labels = torch.zeros(1, 5).long(), torch.ones(1, 5).bool()
+    agreement = tensor([[[1, 0, 0, 1, 0]], [[0, 1, 1, 0, 0]]]).bool()
+    found = rounds(agreement, labels, document)
+    assert (found["emitted"], found["rounds"]) == (3 + 2, 2)
+    assert [found[f"{name}_{k}"] for k in (1, 2) for name in ("accepted", "offered")] == [2, 2, 1, 2]
 
 
 def test_a_language_model_learns_and_loads(chats, tiny_target, tmp_path):

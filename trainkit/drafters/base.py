@@ -134,9 +134,11 @@ class Drafter(nn.Module, ABC):
         taps: Target hidden states it needs, as indices of Hugging Face `hidden_states` (0 the embeddings, i after i layers;
             the last index, also -1, is after the final norm); () for none.
         default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain.
+        max_depth: Levels it can draft; None for any number.
     """
 
     taps: tuple[int, ...] = ()
+    max_depth: int | None = None
     default_tree: tuple[tuple[int, ...], ...] | None = None
 
     def __init__(self, target: TargetShape) -> None:

@@ -96,8 +96,11 @@ def _add_ours(
     field: Field, request: Request, depths: Sequence[int], prepare: Callable[[int], Callable[[], None]] | None = None
 ) -> None:
     """Plain decoding, a chain of each depth, and the drafter's own tree where it has one."""
-    trees: list[tuple[RankPath, ...]] = [chain(depth) for depth in depths]
     drafter = field.runner.drafter
+    most = drafter.max_depth if drafter is not None else None
+    if beyond := [depth for depth in depths if most is not None and depth > most]:
+        field.notes.append(f"depths {', '.join(map(str, beyond))}: not run, the drafter has heads for {most} tokens")
+    trees: list[tuple[RankPath, ...]] = [chain(depth) for depth in depths if depth not in beyond]
     if trees and drafter is not None and drafter.default_tree is not None and drafter.default_tree not in trees:
         trees.append(drafter.default_tree)
     field.contenders.append(ours(field.runner, "trainkit plain", (), **request.options))

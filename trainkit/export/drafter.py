@@ -71,9 +71,9 @@ def export_drafter(
 
 @torch.inference_mode()
 def first_logits(drafter: Drafter) -> Tensor:
-    """Logits [F, K] of a drafter's first step after a fixed prompt with random taps, over a stand-in target; float32.
+    """Logits [levels, K] of a drafter's first round after a fixed prompt with random taps, over a stand-in target; float32.
 
-    Deterministic, so that two drafters with equal weights give equal logits.
+    Two levels, or as many as it has heads. Deterministic, so that two drafters with equal weights give equal logits.
     """
     shape, T = drafter.target.decoder, 8
     parameter = next(drafter.parameters())
@@ -84,9 +84,14 @@ def first_logits(drafter: Drafter) -> Tensor:
         taps = torch.randn(1, T, len(drafter.taps), shape.hidden_size, generator=generator).to(parameter.dtype)
     state = drafter.init_state(1, 64, parameter.device, parameter.dtype)
     drafter.prefill(state, tokens[:, :T], torch.arange(T)[None], taps, T)
-    zero = torch.zeros(1, 1, dtype=torch.long)
-    root = Frontier(tokens[:, T:], zero + T, zero[0], zero - 1, zero, torch.ones(1, 1, 1, dtype=torch.bool), 0, True)
-    return drafter.step(state, root, stand_in(drafter.target, parameter.dtype), 64).logits_BFK[0].float()
+    handle, zero = stand_in(drafter.target, parameter.dtype), torch.zeros(1, 1, dtype=torch.long)
+    token, logits = tokens[:, T:], []
+    for depth in range(drafter.max_depth or 2):
+        seen = torch.ones(1, 1, depth + 1, dtype=torch.bool)
+        node = Frontier(token, zero + T + depth, zero[0] + depth, zero + depth - 1, zero, seen, depth, True)
+        logits.append(drafter.step(state, node, handle, 64).logits_BFK[0].float())
+        token = logits[-1].argmax(-1, keepdim=True)  # as a column's number, whatever id it stands for
+    return torch.cat(logits)
 
 
 def stand_in(target: TargetShape, dtype: torch.dtype) -> TargetHandle:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-# N counted or masked tokens, flattened
+# N counted or masked tokens, flattened  H heads  B batch  T positions
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class LossOutput:
         sum: Differentiable numerator, a scalar (nats, or probability for `tv`), summed over counted tokens.
         count: Number of counted tokens, a scalar float tensor without gradient.
         metrics: Detached scalar sums over the same tokens, by name (`alpha`, `alpha_coupled`, `agreement`, ...);
-            divide by `count` after adding over chunks, micro-batches and ranks.
-        per_token: Detached [N] values of the same metrics in the order the tokens were given, 0 where not counted.
+            divide by `count` after adding over chunks, micro-batches and ranks, those named `..._head2` by `count_head2`.
+        per_token: Detached [N] values of the same metrics in the order the tokens were given, 0 where not counted; of several
+            heads `agreement_HBT` [H, B, T] alone, by the position of the label.
     """
 
     sum: Tensor
@@ -31,3 +33,28 @@ class LossOutput:
     def mean(self) -> Tensor:
         """The loss per counted token, differentiable; 0 when nothing counts."""
         return self.sum / self.count.clamp(min=1)
+
+
+def heads_together(
+    outputs: Sequence[LossOutput], weights: Sequence[float], counted: Sequence[tuple[Tensor, int]]
+) -> LossOutput:
+    """One loss of several heads: the weighted sum of theirs; metrics over all of them, and of each, counted from 1.
+
+    Args:
+        outputs: Of each head, over the positions it counts in row-major order.
+        weights: Of each head in the loss; metrics are not weighted.
+        counted: Of each head, those positions [B, T], and how far ahead of them its labels are.
+    """
+    names = outputs[0].metrics
+    metrics = {name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in names}
+    for number, output in enumerate(outputs, start=1):
+        metrics |= {f"{name}_head{number}": output.metrics[name] for name in names}
+        metrics[f"count_head{number}"] = output.count
+    agreement_HBT = torch.zeros(len(outputs), *counted[0][0].shape, dtype=torch.bool, device=outputs[0].sum.device)
+    for head, (output, (counted_BT, ahead)) in enumerate(zip(outputs, counted, strict=True)):
+        if "agreement" in output.per_token:
+            rows_N, places_N = counted_BT.nonzero(as_tuple=True)
+            agreement_HBT[head, rows_N, places_N + ahead] = output.per_token["agreement"].bool()
+    total = torch.stack([weight * output.sum for weight, output in zip(weights, outputs, strict=True)]).sum()
+    count = torch.stack([output.count for output in outputs]).sum()
+    return LossOutput(total, count, metrics, {"agreement_HBT": agreement_HBT})

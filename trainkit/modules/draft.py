@@ -161,46 +161,71 @@ class DraftModule(TrainingModule):
         return self._statistics
 
     def _measure_rounds(self, seen: DraftBatch, output: LossOutput) -> None:
-        counted_BT = seen.label_mask(1)
-        agreement_N = output.per_token.get("agreement")
-        emitted = number = 0  # added in any case: every rank must have the same sums, also one without a row of a last batch
-        if agreement_N is not None and agreement_N.numel() == int(counted_BT.sum()):
-            emitted, number = rounds(agreement_N.bool(), counted_BT, seen.document_BT, self.depth)
-        # else a kind with several heads or steps a position; no chain to simulate
-        self._validation.add("emitted", emitted)
-        self._validation.add("rounds", number)
+        """Adds what serving would show; the same sums on every rank, also on one without a row of the last batch."""
+        agreement_KBT = agreement_by_position(output, seen, self.depth)
+        if agreement_KBT is None:
+            return  # a kind with several steps a position, which says nothing of them; no round to simulate
+        label_BT = seen.mask_BT & (seen.document_BT >= 0)
+        for name, value in rounds(agreement_KBT, label_BT, seen.document_BT).items():
+            self._validation.add(name, value)
 
     def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
-        values = means(sums, apart=("emitted", "rounds"))
-        if sums.get("rounds"):
-            values["tau"] = sums["emitted"] / sums["rounds"]
+        served = {name: value for name, value in sums.items() if name.startswith(("emitted", "rounds", "offered", "accepted"))}
+        values = means(sums, apart=tuple(served))
+        if served.get("rounds"):
+            values["tau"] = served["emitted"] / served["rounds"]
+        for name, offered in served.items():
+            if name.startswith("offered") and offered:
+                k = name.removeprefix("offered_")
+                values[f"alpha_{k}"] = served[f"accepted_{k}"] / offered
         return values
 
 
-def rounds(agreement_N: Tensor, counted_BT: Tensor, document_BT: Tensor, depth: int) -> tuple[int, int]:
-    """Tokens emitted, and rounds, of greedy speculative decoding simulated along the given text; their ratio is tau.
+def agreement_by_position(output: LossOutput, seen: DraftBatch, depth: int) -> Tensor | None:
+    """[K, B, T] whether draft position k proposes what the target says, for a label at that place; None where nothing tells.
 
-    A round accepts the agreeing positions that follow one another within a document's counted labels, at most `depth`, and
-    emits one more. A last round that the end of the labels cuts short is left out, as in serving. The text is teacher-forced,
-    so this equals serving where the text is the target's own greedy continuation.
+    K is `depth`, or the number of heads if that is less.
+    """
+    if "agreement_HBT" in output.per_token:
+        return output.per_token["agreement_HBT"][:depth]
+    counted_BT, agreement_N = seen.label_mask(1), output.per_token.get("agreement")
+    if agreement_N is None or agreement_N.numel() != int(counted_BT.sum()):
+        return None
+    agreement_BT = torch.zeros_like(counted_BT)
+    agreement_BT[:, 1:][counted_BT[:, :-1]] = agreement_N.bool()
+    return agreement_BT.expand(depth, -1, -1)
+
+
+def rounds(agreement_KBT: Tensor, label_BT: Tensor, document_BT: Tensor) -> dict[str, int]:
+    """What greedy speculative decoding along the given text would do: `emitted` tokens in `rounds`; their ratio is tau.
+
+    A round whose next label stands at position p drafts K tokens, for p to p + K - 1; it accepts those before the first that
+    disagrees and emits one more. A last round that the end of the labels cuts short is left out, as in serving. `offered_k` and
+    `accepted_k` count the rounds that came to draft position k, and those that accepted it. The text is teacher-forced, so this
+    equals serving where the text is the target's own greedy continuation.
 
     Args:
-        agreement_N: Whether draft and target have the same argmax, at the N counted positions in row-major order.
-        counted_BT: Where those positions are.
+        agreement_KBT: Whether draft position k + 1 proposes what the target says, for a label at that position of the text.
+        label_BT: Where labels are.
         document_BT: Document numbers.
-        depth: Draft tokens per round.
     """
-    rows, columns = counted_BT.nonzero(as_tuple=True)
-    document_N = document_BT[rows, columns]
-    follows_N = (rows[1:] == rows[:-1]) & (columns[1:] == columns[:-1] + 1) & (document_N[1:] == document_N[:-1])
-    agrees = agreement_N.tolist()
-    follows = [False, *follows_N.tolist()] if agrees else []
-    emitted = number = accepted = 0
-    for agreed, continues in zip(agrees, follows, strict=True):
-        if not continues:
-            accepted = 0
-        if agreed and accepted < depth:
-            accepted += 1
-        else:  # this position's token is the bonus token: it ends the round
-            emitted, number, accepted = emitted + accepted + 1, number + 1, 0
-    return emitted, number
+    depth = len(agreement_KBT)
+    by_position = [f"{name}_{k + 1}" for k in range(depth) for name in ("offered", "accepted")]
+    found = dict.fromkeys(["emitted", "rounds", *by_position], 0)
+    rows_N, columns_N = label_BT.nonzero(as_tuple=True)
+    agrees_NK = agreement_KBT[:, rows_N, columns_N].T.tolist()
+    places = list(zip(rows_N.tolist(), columns_N.tolist(), document_BT[rows_N, columns_N].tolist(), strict=True))
+    ends = [i for i in range(1, len(places)) if places[i] != (places[i - 1][0], places[i - 1][1] + 1, places[i - 1][2])]
+    for start, end in zip([0, *ends], [*ends, len(places)], strict=True):
+        p = start
+        while p < end:
+            accepted = next((k for k in range(min(depth, end - p)) if not agrees_NK[p + k][k]), min(depth, end - p))
+            if p + accepted == end:
+                break  # the bonus token would come after the text
+            found["emitted"] += accepted + 1
+            found["rounds"] += 1
+            for k in range(min(accepted + 1, depth)):
+                found[f"offered_{k + 1}"] += 1
+                found[f"accepted_{k + 1}"] += k < accepted
+            p += accepted + 1
+    return found

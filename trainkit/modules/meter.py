@@ -37,7 +37,6 @@ class Meter:
         self.sums = {}
         return dict(zip(names, total.tolist(), strict=True))
 
-
     def peek(self, gather: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
         """Every rank's sums, by name, which go on; every rank calls it having added the same names."""
         names = sorted(self.sums)
@@ -52,6 +51,10 @@ class Meter:
 
 
 def means(sums: dict[str, float], apart: tuple[str, ...] = ()) -> dict[str, float]:
-    """Every sum but `count` and those in `apart`, per counted token."""
-    count = max(sums.get("count", 0.0), 1.0)
-    return {name: value / count for name, value in sums.items() if name not in ("count", *apart)}
+    """Every sum but counts and those in `apart`, per counted token; those of one head per token that it counts."""
+
+    def count(name: str) -> float:
+        _, head, number = name.rpartition("_head")
+        return max(sums.get(f"count_head{number}" if head else "count", 0.0), 1.0)
+
+    return {name: value / count(name) for name, value in sums.items() if not name.startswith("count") and name not in apart}

@@ -295,7 +295,10 @@ class Runner:
         elif depth is not None:
             paths = chain(depth)
         else:
-            paths = self.drafter.default_tree or chain(DEFAULT_DEPTH)
+            paths = self.drafter.default_tree or chain(min(DEFAULT_DEPTH, self.drafter.max_depth or DEFAULT_DEPTH))
+        most, deepest = self.drafter.max_depth if self.drafter else None, max(map(len, paths), default=0)
+        if most is not None and deepest > most:
+            raise UserError(f"depth {deepest}: this drafter has heads for {most} tokens; draft at most so many")
         if paths not in self._trees:
             self._trees[paths] = build(paths, self.device)
         sampling = Sampling(options.temperature, options.top_k, options.top_p)

@@ -28,6 +28,7 @@ from trainkit.drafters.base import (
     TargetHandle,
     TargetShape,
 )  # fmt: skip
+from trainkit.losses.output import heads_together
 
 WIDEST = 4
 
@@ -55,20 +56,17 @@ class Twig(Drafter):
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
         assert batch.taps_BTAD is not None
         hidden_BTD = self.fuse(batch.taps_BTAD.flatten(2))
-        total: LossOutput | None = None
+        outputs, counted = [], []
         for step in (1, 2):
             # after reading x_{t+step}, position t predicts x_{t+step+1}
-            counted = batch.label_mask(step + 1)
+            counted_BT = batch.label_mask(step + 1)
             hidden_BTD = self._grow(hidden_BTD, batch.tokens_BT.roll(-step, 1), batch.handle)
-            target_ND, labels_N = batch.hidden_BTD.roll(-step, 1)[counted], batch.tokens_BT.roll(-step - 1, 1)[counted]
-            out = divergence(hidden_BTD[counted], batch.handle.head, target_ND, batch.handle.head, labels_N=labels_N)
-            if total is None:
-                total = out
-            else:
-                metrics = {name: total.metrics[name] + value for name, value in out.metrics.items()}
-                total = LossOutput(total.sum + out.sum, total.count + out.count, metrics)
-        assert total is not None
-        return total
+            target_ND, labels_N = batch.hidden_BTD.roll(-step, 1)[counted_BT], batch.tokens_BT.roll(-step - 1, 1)[counted_BT]
+            outputs.append(
+                divergence(hidden_BTD[counted_BT], batch.handle.head, target_ND, batch.handle.head, labels_N=labels_N)
+            )
+            counted.append((counted_BT, step + 1))
+        return heads_together(outputs, [1.0, 1.0], counted)
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         D = self.target.decoder.hidden_size

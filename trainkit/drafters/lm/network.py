@@ -30,6 +30,7 @@ from trainkit.drafters.base import (
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias, document_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.heads import checked_vocab
 from trainkit.layers.linear import project
 from trainkit.models.load import (
     LAYOUTS,
@@ -90,7 +91,7 @@ class LMDraft(Drafter):
         self.init = init
         self.decoder = Decoder(shape)
         self.decoder.initialise()
-        self.register_buffer("ids_K", _checked(draft_vocab, shape.vocab_size), persistent=False)
+        self.register_buffer("ids_K", checked_vocab(draft_vocab, shape.vocab_size), persistent=False)
         self.register_buffer("head_KD", None, persistent=False)
         self.ids_K: Tensor | None
         self.head_KD: Tensor | None  # the rows of the head that a trimmed draft serves with
@@ -211,17 +212,3 @@ class LMDraft(Drafter):
         draft.decoder = load_decoder(folder)
         draft.init = str(config.get("init", folder))
         return draft.eval()
-
-
-def _checked(draft_vocab: list[int] | None, vocab_size: int) -> Tensor | None:
-    """The ids as a tensor.
-
-    Raises:
-        UserError: not ascending, or outside the vocabulary.
-    """
-    if draft_vocab is None:
-        return None
-    ids_K = torch.tensor(draft_vocab, dtype=torch.long)
-    if not len(ids_K) or int(ids_K[0]) < 0 or int(ids_K[-1]) >= vocab_size or not bool((ids_K.diff() > 0).all()):
-        raise UserError(f"drafter.draft_vocab: must be ascending ids within the vocabulary of {vocab_size}")
-    return ids_K

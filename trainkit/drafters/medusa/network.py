@@ -1,0 +1,160 @@
+"""Medusa heads (Cai et al. 2024, arXiv 2401.10774): head i reads the target's state and names the token i + 2 places on.
+
+At position t the target itself gives the token at t + 1, the root of a round; head 0 proposes its successor. Heads do not see
+each other's tokens, so every node of a level has the same children.
+"""
+
+# B batch  T positions  D hidden  F frontier nodes  P path  H heads  K ids a head may propose  N counted positions
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainkit.drafters.base import (
+    Divergence,
+    DraftBatch,
+    Drafter,
+    Frontier,
+    LossOutput,
+    State,
+    StepOutput,
+    TargetHandle,
+    TargetShape,
+)
+from trainkit.errors import UserError
+from trainkit.layers.heads import ResidualBlock, checked_vocab
+from trainkit.layers.linear import Linear
+from trainkit.losses.output import heads_together
+from trainkit.models.load import load_decoder
+
+_NAMES, _FILE_NAMES = re.compile(r"(blocks\.\d+)\.(\d+)\.linear\.(.*)"), re.compile(r"(blocks\.\d+)\.layers\.(\d+)\.(.*)")
+
+
+class Medusa(Drafter):
+    """Heads of residual blocks, each with its own projection to the vocabulary or with the target's.
+
+    Args:
+        target: Sizes of the target.
+        num_heads: H, the most tokens it can draft.
+        num_layers: Residual blocks in a head.
+        head: `own` gives each head its projection, copied from the target's; `target` uses the target's own, which it shares.
+        decay: Head i weighs decay^i in the loss.
+        draft_vocab: Token ids the heads may propose, ascending; all by default. Needs `head: own`.
+    """
+
+    taps = (-1,)
+
+    def __init__(
+        self,
+        target: TargetShape,
+        *,
+        num_heads: int = 4,
+        num_layers: int = 1,
+        head: Literal["own", "target"] = "own",
+        decay: float = 1.0,
+        draft_vocab: list[int] | None = None,
+    ) -> None:
+        super().__init__(target)
+        D, V = target.decoder.hidden_size, target.decoder.vocab_size
+        for name, value in (("num_heads", num_heads), ("num_layers", num_layers)):
+            if value < 1:
+                raise UserError(f"drafter.{name}: {value} must be at least 1")
+        if head == "target" and draft_vocab is not None:
+            raise UserError("drafter.draft_vocab: the target's head has all ids; set drafter.head: own")
+        self.max_depth, self.num_layers, self.head, self.decay = num_heads, num_layers, head, decay
+        self.register_buffer("ids_K", checked_vocab(draft_vocab, V), persistent=False)
+        self.ids_K: Tensor | None
+        self.blocks: Any = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(D) for _ in range(num_layers))) for _ in range(num_heads)
+        )
+        rows = V if draft_vocab is None else len(draft_vocab)
+        self.lm_heads: Any = nn.ModuleList(Linear(D, rows, bias=False) for _ in range(num_heads if head == "own" else 0))
+
+    def initialise(self, target_folder: Path) -> None:
+        if self.head == "own":
+            weight = load_decoder(target_folder, dtype=torch.float32).head_weight.detach()
+            for projection in self.lm_heads:
+                projection.weight.data.copy_(weight if self.ids_K is None else weight[self.ids_K])
+
+    def _projection(self, index: int, handle: TargetHandle) -> Any:
+        return self.lm_heads[index] if self.head == "own" else handle.head
+
+    def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
+        outputs, counted = [], []
+        for index, block in enumerate(self.blocks):
+            ahead = index + 2
+            counted_BT = batch.label_mask(ahead)
+            target_ND = batch.hidden_BTD.roll(1 - ahead, 1)[counted_BT]  # what the target says just before that label
+            labels_N = batch.tokens_BT.roll(-ahead, 1)[counted_BT]
+            hidden_ND, projection = block(batch.hidden_BTD[counted_BT]), self._projection(index, batch.handle)
+            outputs.append(divergence(hidden_ND, projection, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N))
+            counted.append((counted_BT, ahead))
+        return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
+
+    def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
+        return {"hidden": torch.zeros(batch_size, 1, self.target.decoder.hidden_size, device=device, dtype=dtype)}
+
+    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+        assert taps_BTAD is not None
+        state["hidden"].copy_(taps_BTAD[:, -1])
+
+    def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
+        hidden_B1D = self.blocks[frontier.depth](state["hidden"])
+        logits_B1K = self._projection(frontier.depth, handle)(hidden_B1D)
+        nodes = frontier.tokens_BF.shape[1]
+        return StepOutput(logits_B1K.expand(-1, nodes, -1), self.ids_K, hidden_B1D.expand(-1, nodes, -1))
+
+    def commit(
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        taps_BPAD: Tensor | None,
+    ) -> None:  # fmt: skip
+        assert taps_BPAD is not None
+        last_B = (counts_B - 1).clamp(min=0)
+        hidden_B1D = taps_BPAD[torch.arange(len(last_B), device=last_B.device), last_B]  # the one tap stands where 1 does
+        state["hidden"].copy_(torch.where(counts_B[:, None, None] > 0, hidden_B1D, state["hidden"]))
+
+    def step_bytes(self, head_bytes: int) -> int:
+        own = sum(p.numel() * p.element_size() for p in self.parameters()) // len(self.blocks)
+        return own if self.head == "own" else own + head_bytes
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "num_heads": len(self.blocks), "num_layers": self.num_layers, "head": self.head, "decay": self.decay,
+            "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
+        }  # fmt: skip
+
+    # On disk: the layout that vLLM up to 0.32 loads
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        tensors = {_NAMES.sub(r"\1.layers.\2.\3", name): value.to(dtype) for name, value in self.state_dict().items()}
+        if self.ids_K is not None:
+            tensors["token_map"] = self.ids_K.clone()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        vocabulary = self.target.decoder.vocab_size
+        config = {
+            "model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": self.target.decoder.hidden_size,
+            "vocab_size": vocabulary, "num_heads": len(self.blocks), "num_hidden_layers": self.num_layers,
+            "medusa_fc_bias": True, "original_lm_head": self.head == "target",
+            "truncated_vocab_size": vocabulary if self.ids_K is None else len(self.ids_K),
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Medusa:
+        made, tensors = cls(target, **config), load_file(folder / "model.safetensors")
+        held_K = tensors.pop("token_map", None)
+        state = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()}
+        if made.ids_K is not None and (held_K is None or not torch.equal(held_K, made.ids_K)):  # trimmed further
+            rows_K = made.ids_K if held_K is None else torch.searchsorted(held_K, made.ids_K)
+            assert held_K is None or torch.equal(held_K[rows_K], made.ids_K), "ids that the heads never had"
+            state = {name: value[rows_K] if name.startswith("lm_heads.") else value for name, value in state.items()}
+        made.to(tensors["blocks.0.layers.0.weight"].dtype).load_state_dict(state)
+        return made.eval()
