@@ -49,9 +49,13 @@ def teacher(tiny_target: Path) -> FrozenTarget:
     return FrozenTarget(tiny_target)
 
 
-@pytest.fixture(params=KINDS)
+VARIANTS = {kind: (kind, {}) for kind in KINDS} | {"hydra++": ("hydra", {"prefix": True, "num_layers": 2})}
+
+
+@pytest.fixture(params=VARIANTS)
 def drafter(request: pytest.FixtureRequest, teacher: FrozenTarget, seed: int) -> Drafter:
-    made = load_kind(request.param)(teacher.shape())
+    kind, options = VARIANTS[request.param]
+    made = load_kind(kind)(teacher.shape(), **options)
     made.initialise(teacher.folder)
     return made
 
@@ -106,6 +110,12 @@ def test_the_target_gets_no_gradient(drafter: Drafter, teacher: FrozenTarget) ->
     drafter(batch_for(teacher, drafter), ForwardKL()).mean.backward()
     assert all(weight.grad is None for weight in teacher.model.parameters())
     assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in drafter.parameters())
+
+
+def test_a_bfloat16_target_teaches_a_float32_drafter(drafter: Drafter, tiny_target: Path) -> None:
+    batch = batch_for(FrozenTarget(tiny_target, torch.bfloat16), drafter)
+    drafter(batch, ForwardKL()).mean.backward()
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in drafter.parameters())
 
 
 def test_export_then_load_gives_equal_logits_and_the_card(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:

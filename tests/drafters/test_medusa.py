@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainkit.drafters.base import DraftBatch, Frontier, LossOutput, TargetHandle
+from trainkit.drafters.hydra import Hydra
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.losses.divergence import CrossEntropy
@@ -99,19 +100,22 @@ def test_the_export_is_vllms_layout(ids, tiny_target, tmp_path):
         assert load_file(tmp_path / "model.safetensors")["token_map"].tolist() == ids
 
 
-def test_a_trimmed_draft_proposes_what_the_whole_one_would_of_its_ids(tiny_target, tmp_path, seed):
+@pytest.mark.parametrize("kind", [Medusa, Hydra])
+def test_a_trimmed_draft_proposes_what_the_whole_one_would_of_its_ids(kind, tiny_target, tmp_path, seed):
     shape = target_shape(tiny_target)
-    whole = Medusa(shape, num_heads=2)
+    whole = kind(shape, num_heads=2)
     whole.initialise(tiny_target)
     whole.export(tmp_path, torch.float32)
     middle, fewer = list(range(0, 320, 2)), list(range(0, 320, 8))
-    trimmed = Medusa.load(tmp_path, shape, {**whole.config(), "draft_vocab": middle})
+    trimmed = kind.load(tmp_path, shape, {**whole.config(), "draft_vocab": middle})
     (tmp_path / "again").mkdir()
     trimmed.export(tmp_path / "again", torch.float32)
-    twice = Medusa.load(tmp_path / "again", shape, {**whole.config(), "draft_vocab": fewer})
+    twice = kind.load(tmp_path / "again", shape, {**whole.config(), "draft_vocab": fewer})
     hidden = torch.randn(3, shape.decoder.hidden_size)
     for draft, ids in ((trimmed, middle), (twice, fewer)):
         torch.testing.assert_close(draft.lm_heads[1](hidden), whole.lm_heads[1](hidden)[:, ids])
+    with pytest.raises(UserError, match="never had"):
+        kind.load(tmp_path / "again", shape, {**whole.config(), "draft_vocab": [1, 2]})
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,11 @@ class Twig(Drafter):
         self.mix = nn.Linear(2 * D, D)
 
     def _grow(self, hidden: Tensor, tokens: Tensor, handle: TargetHandle) -> Tensor:
-        return hidden + F.silu(self.mix(torch.cat([hidden, handle.embed(tokens)], dim=-1)))
+        return hidden + F.silu(self.mix(torch.cat([hidden, handle.embed(tokens).to(hidden.dtype)], dim=-1)))
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
         assert batch.taps_BTAD is not None
-        hidden_BTD = self.fuse(batch.taps_BTAD.flatten(2))
+        hidden_BTD = self.fuse(batch.taps_BTAD.flatten(2).to(self.fuse.weight.dtype))
         outputs, counted = [], []
         for step in (1, 2):
             # after reading x_{t+step}, position t predicts x_{t+step+1}

@@ -29,9 +29,7 @@ from trainkit.drafters.base import (
     TargetHandle,
     TargetShape,
 )
-from trainkit.errors import UserError
-from trainkit.layers.heads import ResidualBlock, checked_vocab
-from trainkit.layers.linear import Linear
+from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, trim_rows
 from trainkit.losses.output import heads_together
 from trainkit.models.load import load_decoder
 
@@ -64,37 +62,26 @@ class Medusa(Drafter):
     ) -> None:
         super().__init__(target)
         D, V = target.decoder.hidden_size, target.decoder.vocab_size
-        for name, value in (("num_heads", num_heads), ("num_layers", num_layers)):
-            if value < 1:
-                raise UserError(f"drafter.{name}: {value} must be at least 1")
-        if head == "target" and draft_vocab is not None:
-            raise UserError("drafter.draft_vocab: the target's head has all ids; set drafter.head: own")
-        self.max_depth, self.num_layers, self.head, self.decay = num_heads, num_layers, head, decay
-        self.register_buffer("ids_K", checked_vocab(draft_vocab, V), persistent=False)
+        self.register_buffer("ids_K", checked_heads(num_heads, num_layers, head, draft_vocab, V), persistent=False)
         self.ids_K: Tensor | None
+        self.max_depth, self.num_layers, self.head, self.decay = num_heads, num_layers, head, decay
         self.blocks: Any = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(D) for _ in range(num_layers))) for _ in range(num_heads)
         )
-        rows = V if draft_vocab is None else len(draft_vocab)
-        self.lm_heads: Any = nn.ModuleList(Linear(D, rows, bias=False) for _ in range(num_heads if head == "own" else 0))
+        self.lm_heads = OutputHeads(num_heads, D, V, self.ids_K, head == "own")
 
     def initialise(self, target_folder: Path) -> None:
-        if self.head == "own":
-            weight = load_decoder(target_folder, dtype=torch.float32).head_weight.detach()
-            for projection in self.lm_heads:
-                projection.weight.data.copy_(weight if self.ids_K is None else weight[self.ids_K])
-
-    def _projection(self, index: int, handle: TargetHandle) -> Any:
-        return self.lm_heads[index] if self.head == "own" else handle.head
+        self.lm_heads.copy_from(load_decoder(target_folder, dtype=torch.float32).head_weight.detach(), self.ids_K)
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
+        hidden_BTD = batch.hidden_BTD.to(self.blocks[0][0].linear.weight.dtype)  # the target's may be a narrower one
         outputs, counted = [], []
         for index, block in enumerate(self.blocks):
             ahead = index + 2
             counted_BT = batch.label_mask(ahead)
             target_ND = batch.hidden_BTD.roll(1 - ahead, 1)[counted_BT]  # what the target says just before that label
             labels_N = batch.tokens_BT.roll(-ahead, 1)[counted_BT]
-            hidden_ND, projection = block(batch.hidden_BTD[counted_BT]), self._projection(index, batch.handle)
+            hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.of(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
         return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
@@ -108,7 +95,7 @@ class Medusa(Drafter):
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         hidden_B1D = self.blocks[frontier.depth](state["hidden"])
-        logits_B1K = self._projection(frontier.depth, handle)(hidden_B1D)
+        logits_B1K = self.lm_heads.of(frontier.depth, handle.head)(hidden_B1D)
         nodes = frontier.tokens_BF.shape[1]
         return StepOutput(logits_B1K.expand(-1, nodes, -1), self.ids_K, hidden_B1D.expand(-1, nodes, -1))
 
@@ -152,9 +139,5 @@ class Medusa(Drafter):
         made, tensors = cls(target, **config), load_file(folder / "model.safetensors")
         held_K = tensors.pop("token_map", None)
         state = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()}
-        if made.ids_K is not None and (held_K is None or not torch.equal(held_K, made.ids_K)):  # trimmed further
-            rows_K = made.ids_K if held_K is None else torch.searchsorted(held_K, made.ids_K)
-            assert held_K is None or torch.equal(held_K[rows_K], made.ids_K), "ids that the heads never had"
-            state = {name: value[rows_K] if name.startswith("lm_heads.") else value for name, value in state.items()}
-        made.to(tensors["blocks.0.layers.0.weight"].dtype).load_state_dict(state)
+        made.to(next(iter(state.values())).dtype).load_state_dict(trim_rows(state, "lm_heads.", held_K, made.ids_K))
         return made.eval()

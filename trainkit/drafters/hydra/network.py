@@ -1,0 +1,223 @@
+"""Hydra heads (Ankner et al. 2024, arXiv 2402.05109): head i reads the target's state and the tokens drafted up to its own.
+
+At position t the target itself gives the root, the token at t + 1; head i reads [h_t; E(x_{t+1}); ...; E(x_{t+1+i})], E the
+target's embedding, and names the token at t + 2 + i. So siblings of a tree have children of their own. Hydra++ (`prefix`) reads
+instead of h_t what a decoder layer makes of the target's states up to t, with a key-value cache of its own.
+"""
+
+# B batch  T positions  D hidden  F frontier nodes  P path  H heads  K ids a head may propose  N counted positions
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainkit.drafters.base import (
+    Divergence,
+    DraftBatch,
+    Drafter,
+    Frontier,
+    LossOutput,
+    State,
+    StepOutput,
+    TargetHandle,
+    TargetShape,
+)
+from trainkit.layers.attention import causal_bias, document_bias, fold_bias, rotary_table, slot_index
+from trainkit.layers.blocks import DecoderLayer
+from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, trim_rows
+from trainkit.layers.linear import Linear
+from trainkit.losses.output import heads_together
+from trainkit.models.load import load_decoder
+
+WIDEST = 256  # nodes on one level of a tree
+
+
+class FirstBlock(nn.Module):
+    """R x + silu(W x + b) from several states to one; at first R keeps the first of them and W is zero."""
+
+    def __init__(self, inputs: int, hidden_size: int) -> None:
+        super().__init__()
+        self.residual = Linear(inputs * hidden_size, hidden_size, bias=False)
+        self.linear = Linear(inputs * hidden_size, hidden_size)
+        with torch.no_grad():
+            self.residual.weight.copy_(torch.eye(hidden_size, inputs * hidden_size))
+            self.linear.weight.zero_()
+            self.linear.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.residual(x) + F.silu(self.linear(x))
+
+
+class Hydra(Drafter):
+    """Sequentially dependent heads.
+
+    Args:
+        target: Sizes of the target.
+        num_heads: H, the most tokens it can draft.
+        num_layers: Blocks in a head; the first fuses its inputs, the others are residual.
+        prefix: Hydra++: a decoder layer over the target's states before the heads.
+        head: `own` gives each head its projection, copied from the target's; `target` uses the target's own, which it shares.
+        decay: Head i weighs decay^i in the loss.
+        dropout: Of the heads' inputs, in training.
+        draft_vocab: Token ids the heads may propose, ascending; all by default. Needs `head: own`.
+    """
+
+    taps = (-1,)
+
+    def __init__(
+        self,
+        target: TargetShape,
+        *,
+        num_heads: int = 4,
+        num_layers: int = 1,
+        prefix: bool = False,
+        head: Literal["own", "target"] = "own",
+        decay: float = 1.0,
+        dropout: float = 0.0,
+        draft_vocab: list[int] | None = None,
+    ) -> None:
+        super().__init__(target)
+        D, V = target.decoder.hidden_size, target.decoder.vocab_size
+        self.register_buffer("ids_K", checked_heads(num_heads, num_layers, head, draft_vocab, V), persistent=False)
+        self.ids_K: Tensor | None
+        self.max_depth, self.num_layers, self.head, self.decay, self.dropout = num_heads, num_layers, head, decay, dropout
+        self.prefix = PrefixLayer(target) if prefix else None
+        self.blocks: Any = nn.ModuleList(
+            nn.Sequential(FirstBlock(index + 2, D), *(ResidualBlock(D) for _ in range(num_layers - 1)))
+            for index in range(num_heads)
+        )
+        self.lm_heads = OutputHeads(num_heads, D, V, self.ids_K, head == "own")
+
+    def initialise(self, target_folder: Path) -> None:
+        self.lm_heads.copy_from(load_decoder(target_folder, dtype=torch.float32).head_weight.detach(), self.ids_K)
+
+    def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
+        dtype = self.blocks[0][0].linear.weight.dtype  # the target's may be a narrower one
+        hidden_BTD = batch.hidden_BTD.to(dtype)
+        if self.prefix is not None:
+            hidden_BTD = self.prefix(hidden_BTD, batch.positions_BT, document_bias(batch.document_BT, hidden_BTD.dtype))
+        embedded_BTD = batch.handle.embed(batch.tokens_BT).to(dtype)
+        inputs_BTI, outputs, counted = hidden_BTD, [], []
+        for index, block in enumerate(self.blocks):
+            ahead = index + 2
+            inputs_BTI = torch.cat([inputs_BTI, embedded_BTD.roll(1 - ahead, 1)], dim=-1)  # and E of the token before the label
+            counted_BT = batch.label_mask(ahead)
+            target_ND = batch.hidden_BTD.roll(1 - ahead, 1)[counted_BT]  # what the target says just before that label
+            labels_N = batch.tokens_BT.roll(-ahead, 1)[counted_BT]
+            hidden_ND = block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training))
+            projection = self.lm_heads.of(index, batch.handle.head)
+            outputs.append(divergence(hidden_ND, projection, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N))
+            counted.append((counted_BT, ahead))
+        return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
+
+    def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
+        D = self.target.decoder.hidden_size
+        state = {
+            "hidden": torch.zeros(batch_size, 1, D, device=device, dtype=dtype),
+            # the tokens from the root to each node of the level above
+            "paths": torch.zeros(batch_size, WIDEST, len(self.blocks), dtype=torch.long, device=device),
+        }
+        if self.prefix is not None:
+            state["cache"] = self.prefix.new_cache(batch_size, slots, device, dtype)
+        return state
+
+    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+        assert taps_BTAD is not None
+        hidden_BTD = taps_BTAD[:, :, 0]
+        if self.prefix is not None:
+            bias = causal_bias(positions_BT, span, hidden_BTD.dtype)
+            hidden_BTD = self.prefix(hidden_BTD, positions_BT, bias, state["cache"])
+        state["hidden"].copy_(hidden_BTD[:, -1:])
+
+    def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
+        depth, nodes = frontier.depth, frontier.tokens_BF.shape[1]
+        above = frontier.parent_places_BF[..., None].expand(-1, -1, depth)
+        paths_BFL = torch.cat([state["paths"][:, :, :depth].gather(1, above), frontier.tokens_BF[..., None]], dim=-1)
+        state["paths"][:, :nodes, : depth + 1].copy_(paths_BFL)
+        embedded_BFI = handle.embed(paths_BFL).flatten(2)
+        inputs_BFI = torch.cat([state["hidden"].expand(-1, nodes, -1), embedded_BFI.to(state["hidden"].dtype)], dim=-1)
+        hidden_BFD = self.blocks[depth](inputs_BFI)
+        return StepOutput(self.lm_heads.of(depth, handle.head)(hidden_BFD), self.ids_K, hidden_BFD)
+
+    def commit(
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        taps_BPAD: Tensor | None,
+    ) -> None:  # fmt: skip
+        assert taps_BPAD is not None
+        hidden_BPD = taps_BPAD[:, :, 0]
+        if self.prefix is not None:
+            # past the accepted path it writes what the next round writes over, before anything looks there
+            positions_BP = root_B[:, None] + torch.arange(hidden_BPD.shape[1], device=root_B.device)
+            bias = causal_bias(positions_BP, state["cache"].shape[3], hidden_BPD.dtype)
+            hidden_BPD = self.prefix(hidden_BPD, positions_BP, bias, state["cache"])
+        last_B = (counts_B - 1).clamp(min=0)
+        hidden_B1D = hidden_BPD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
+        state["hidden"].copy_(torch.where(counts_B[:, None, None] > 0, hidden_B1D, state["hidden"]))
+
+    def step_bytes(self, head_bytes: int) -> int:
+        own = sum(p.numel() * p.element_size() for p in self.parameters()) // len(self.blocks)  # a level reads one head
+        return own if self.head == "own" else own + head_bytes
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "num_heads": len(self.blocks), "num_layers": self.num_layers, "prefix": self.prefix is not None, "head": self.head,
+            "decay": self.decay, "dropout": self.dropout,
+            "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
+        }  # fmt: skip
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
+        if self.ids_K is not None:
+            tensors["token_map"] = self.ids_K.clone()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    @classmethod
+    def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Hydra:
+        made, tensors = cls(target, **config), load_file(folder / "model.safetensors")
+        held_K = tensors.pop("token_map", None)
+        dtype = next(iter(tensors.values())).dtype
+        made.to(dtype).load_state_dict(trim_rows(tensors, "lm_heads.", held_K, made.ids_K))
+        return made.eval()
+
+
+class PrefixLayer(nn.Module):
+    """One decoder layer of the target's sizes over its last hidden states; at first it changes nothing."""
+
+    def __init__(self, target: TargetShape) -> None:
+        super().__init__()
+        self.shape = replace(target.decoder, num_layers=1)
+        self.layer = DecoderLayer(self.shape)
+        for name, parameter in self.layer.named_parameters():
+            if parameter.dim() > 1:
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.zeros_(parameter) if residual else nn.init.normal_(parameter, std=0.02)
+        self.register_buffer("rope", torch.empty(0, 2, self.shape.head_dim), persistent=False)
+        self.rope: Tensor
+
+    def _reserve(self, positions: int, like: Tensor) -> None:
+        if self.rope.shape[0] < positions:
+            self.rope = rotary_table(self.shape, positions).to(device=like.device, dtype=like.dtype)
+
+    def new_cache(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A zeroed cache [B, 1, 2G, slots, E], keys before values."""
+        self._reserve(slots, self.layer.attention.qkv.weight)
+        G, E = self.shape.num_kv_heads, self.shape.head_dim
+        return torch.zeros(batch_size, 1, 2 * G, slots, E, device=device, dtype=dtype)
+
+    def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, bias_BTS: Tensor, cache: Tensor | None = None) -> Tensor:
+        """[B, T, D]; with a cache, keys and values go to the slots of their positions."""
+        if cache is None:
+            self._reserve(hidden_BTD.shape[1], hidden_BTD)
+        rope = F.embedding(positions_BT, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])
+        bias = fold_bias(bias_BTS, self.shape.num_heads // self.shape.num_kv_heads)
+        if cache is None:
+            return self.layer(hidden_BTD, rope, bias)
+        return self.layer(hidden_BTD, rope, bias, cache[:, 0], slot_index(positions_BT, cache[:, 0]))
