@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.targets import make_target
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = int(os.environ.get("TRAINKIT_TEST_SEED") or secrets.randbelow(2**31))
 
