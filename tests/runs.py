@@ -29,7 +29,8 @@ def arguments(kind: str, target: Path, chats: Path, root: Path, **more) -> list[
         flags |= {"model": "DraftModule", "model.target": target, "model.drafter": "LMDraft", "checkpoint.monitor": "val/alpha",
                   "model.divergence": "TVDpp", "model.divergence.estimator": "sampled", "model.divergence.samples": 2,
                   "model.divergence.normalise": "batch"}  # fmt: skip
-    return [str(part) for name, value in (flags | more).items() for part in (f"--{name}", value)]
+    given = {name: value for name, value in (flags | more).items() if value is not None}
+    return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
 
 
 def go_on(given: list[str], root: Path) -> list[str]:
