@@ -82,6 +82,14 @@ class DraftBatch:
             mask[:, :-offset] = self.mask_BT[:, offset:] & same & (self.document_BT[:, offset:] >= 0)
         return mask
 
+    def ahead(self, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What a prediction of the token `offset` places on is compared with.
+
+        Where it counts [B, T], N positions; the target's hidden state that says that token [N, D]; the token itself [N].
+        """
+        counted_BT = self.label_mask(offset)
+        return counted_BT, self.hidden_BTD.roll(1 - offset, 1)[counted_BT], self.tokens_BT.roll(-offset, 1)[counted_BT]
+
 
 @dataclass(frozen=True)
 class Frontier:

@@ -59,9 +59,8 @@ class Twig(Drafter):
         outputs, counted = [], []
         for step in (1, 2):
             # after reading x_{t+step}, position t predicts x_{t+step+1}
-            counted_BT = batch.label_mask(step + 1)
+            counted_BT, target_ND, labels_N = batch.ahead(step + 1)
             hidden_BTD = self._grow(hidden_BTD, batch.tokens_BT.roll(-step, 1), batch.handle)
-            target_ND, labels_N = batch.hidden_BTD.roll(-step, 1)[counted_BT], batch.tokens_BT.roll(-step - 1, 1)[counted_BT]
             outputs.append(
                 divergence(hidden_BTD[counted_BT], batch.handle.head, target_ND, batch.handle.head, labels_N=labels_N)
             )

@@ -32,7 +32,7 @@ from trainkit.drafters.base import (
 )
 from trainkit.layers.attention import causal_bias, document_bias, fold_bias, rotary_table, slot_index
 from trainkit.layers.blocks import DecoderLayer
-from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, trim_rows
+from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
 from trainkit.layers.linear import Linear
 from trainkit.losses.output import heads_together
 from trainkit.models.load import load_decoder
@@ -109,9 +109,7 @@ class Hydra(Drafter):
         for index, block in enumerate(self.blocks):
             ahead = index + 2
             inputs_BTI = torch.cat([inputs_BTI, embedded_BTD.roll(1 - ahead, 1)], dim=-1)  # and E of the token before the label
-            counted_BT = batch.label_mask(ahead)
-            target_ND = batch.hidden_BTD.roll(1 - ahead, 1)[counted_BT]  # what the target says just before that label
-            labels_N = batch.tokens_BT.roll(-ahead, 1)[counted_BT]
+            counted_BT, target_ND, labels_N = batch.ahead(ahead)
             hidden_ND = block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training))
             projection = self.lm_heads.of(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N))
@@ -158,9 +156,7 @@ class Hydra(Drafter):
             positions_BP = root_B[:, None] + torch.arange(hidden_BPD.shape[1], device=root_B.device)
             bias = causal_bias(positions_BP, state["cache"].shape[3], hidden_BPD.dtype)
             hidden_BPD = self.prefix(hidden_BPD, positions_BP, bias, state["cache"])
-        last_B = (counts_B - 1).clamp(min=0)
-        hidden_B1D = hidden_BPD[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
-        state["hidden"].copy_(torch.where(counts_B[:, None, None] > 0, hidden_B1D, state["hidden"]))
+        state["hidden"].copy_(last_kept(hidden_BPD, counts_B, state["hidden"]))
 
     def step_bytes(self, head_bytes: int) -> int:
         own = sum(p.numel() * p.element_size() for p in self.parameters()) // len(self.blocks)  # a level reads one head

@@ -123,10 +123,9 @@ class LMDraft(Drafter):
         self.decoder.reserve_positions(batch.tokens_BT.shape[1])
         bias = document_bias(batch.document_BT, self.decoder.embed.weight.dtype)
         hidden_BTD, _ = self.decoder(batch.tokens_BT, batch.positions_BT, bias)
-        counted_BT = batch.label_mask(1)
-        labels_BT = batch.tokens_BT.roll(-1, dims=1)
-        draft_ND, target_ND, labels_N = hidden_BTD[counted_BT], batch.hidden_BTD[counted_BT], labels_BT[counted_BT]
-        return divergence(draft_ND, self._training_head, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N)
+        counted_BT, target_ND, labels_N = batch.ahead(1)
+        draft_ND, head = hidden_BTD[counted_BT], self._training_head
+        return divergence(draft_ND, head, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N)
 
     def _training_head(self, hidden_ND: Tensor) -> Tensor:
         if self.ids_K is None:

@@ -29,7 +29,7 @@ from trainkit.drafters.base import (
     TargetHandle,
     TargetShape,
 )
-from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, trim_rows
+from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
 from trainkit.losses.output import heads_together
 from trainkit.models.load import load_decoder
 
@@ -78,9 +78,7 @@ class Medusa(Drafter):
         outputs, counted = [], []
         for index, block in enumerate(self.blocks):
             ahead = index + 2
-            counted_BT = batch.label_mask(ahead)
-            target_ND = batch.hidden_BTD.roll(1 - ahead, 1)[counted_BT]  # what the target says just before that label
-            labels_N = batch.tokens_BT.roll(-ahead, 1)[counted_BT]
+            counted_BT, target_ND, labels_N = batch.ahead(ahead)
             hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.of(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
@@ -104,9 +102,7 @@ class Medusa(Drafter):
         taps_BPAD: Tensor | None,
     ) -> None:  # fmt: skip
         assert taps_BPAD is not None
-        last_B = (counts_B - 1).clamp(min=0)
-        hidden_B1D = taps_BPAD[torch.arange(len(last_B), device=last_B.device), last_B]  # the one tap stands where 1 does
-        state["hidden"].copy_(torch.where(counts_B[:, None, None] > 0, hidden_B1D, state["hidden"]))
+        state["hidden"].copy_(last_kept(taps_BPAD[:, :, 0], counts_B, state["hidden"]))
 
     def step_bytes(self, head_bytes: int) -> int:
         own = sum(p.numel() * p.element_size() for p in self.parameters()) // len(self.blocks)
