@@ -49,7 +49,10 @@ def teacher(tiny_target: Path) -> FrozenTarget:
     return FrozenTarget(tiny_target)
 
 
-VARIANTS = {kind: (kind, {}) for kind in KINDS} | {"hydra++": ("hydra", {"prefix": True, "num_layers": 2})}
+VARIANTS = {kind: (kind, {}) for kind in KINDS} | {
+    "hydra++": ("hydra", {"prefix": True, "num_layers": 2}),
+    "eagle": ("eagle", {"steps": 3}),
+}
 
 
 @pytest.fixture(params=VARIANTS)

@@ -27,6 +27,7 @@ TRAINING = {
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("trainkit.modules.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
     "trim": ("trainkit.export.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
+    "vocab": ("trainkit.export.trim", "vocab", "the ids to train such a one on: trainkit vocab OUT --target DIR --text SET"),
     "inspect": ("trainkit.export.inspect", "inspect", "a bundle's card, and if it fits: trainkit inspect BUNDLE --target DIR"),
     "distill": (
         "trainkit.runner.distill", "distill",

@@ -27,6 +27,7 @@ from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
 from trainkit.export.trim import most_frequent, trim
 from trainkit.losses.divergence import ForwardKL, TVDpp
+from trainkit.models.load import read_tokenizer
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import Runner, Stats
@@ -287,3 +288,20 @@ def test_a_bundle_from_before_draft_vocab_can_be_trimmed(tiny_target, text, tmp_
     manifest.write_text(json.dumps(values))
     trim(str(tmp_path / "old"), str(tmp_path / "out"), target=str(tiny_target), text=str(text))
     assert len(ids_in(tmp_path / "out")) == 80
+
+
+def test_vocab_writes_the_ids_that_a_drafter_takes(tiny_target: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ids.json"
+    assert main(["vocab", str(file), "--target", str(tiny_target), "--text", str(text), "--keep", "40"]) == 0
+    ids = json.loads(file.read_text())
+    packed = prepare([str(text)], None, read_tokenizer(tiny_target), 2048, validation_share=0.0).train
+    counts = np.bincount(packed.tokens_N[packed.mask_N], minlength=320)
+    shape = target_shape(tiny_target)
+    assert ids == most_frequent(counts, 40, shape.end_ids)
+    assert LMDraft(shape, draft_vocab=str(file)).config()["draft_vocab"] == ids
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_vocab_leaves_a_folder_alone(tiny_target: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vocab", str(tmp_path), "--target", str(tiny_target), "--text", str(text)]) == 2
+    assert "is a folder" in capsys.readouterr().err

@@ -165,7 +165,9 @@ class Drafter(nn.Module, ABC):
         """Zeroed static tensors for `batch_size` rows of `slots` cache slots."""
 
     @abstractmethod
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         """Reads T more tokens at consecutive positions, with the target's taps there: a prompt chunk by chunk, or what was
         decoded without drafting. `span` as in `step`.
         """
@@ -177,7 +179,7 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None,
+        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         """Keeps the accepted path: its cache entries (lm) or new ones made from the target's taps (eagle, hydra++).
 
@@ -189,6 +191,8 @@ class Drafter(nn.Module, ABC):
             counts_B: Nodes on the path, root included, 1..P; 0 for a row that is finished and keeps what it has.
             root_B: Absolute position of the root.
             taps_BPAD: The target's taps at those nodes, or None.
+            handle: The target's shared parts.
+            span: As in `step`.
         """
 
     def alone(self) -> Decoder | None:
@@ -206,6 +210,9 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape."""
+
+    def find_target(self, folder: Path) -> None:
+        """Told, before a checkpoint is exported, where its target lies; for kinds whose files hold weights of the target's."""
 
     @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype) -> None:

@@ -53,6 +53,7 @@ def export_drafter(
         if not value.isfinite().all():
             raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
     drafter, kind = drafter.to(dtype).eval(), kind_of(drafter)
+    drafter.find_target(Path(tokenizer))
 
     def fill(folder: Path) -> None:
         drafter.export(folder, dtype)
@@ -83,8 +84,8 @@ def first_logits(drafter: Drafter) -> Tensor:
     if drafter.taps:
         taps = torch.randn(1, T, len(drafter.taps), shape.hidden_size, generator=generator).to(parameter.dtype)
     state = drafter.init_state(1, 64, parameter.device, parameter.dtype)
-    drafter.prefill(state, tokens[:, :T], torch.arange(T)[None], taps, T)
     handle, zero = stand_in(drafter.target, parameter.dtype), torch.zeros(1, 1, dtype=torch.long)
+    drafter.prefill(state, tokens[:, :T], torch.arange(T)[None], taps, handle, T)
     token, logits = tokens[:, T:], []
     for depth in range(drafter.max_depth or 2):
         seen = torch.ones(1, 1, depth + 1, dtype=torch.bool)

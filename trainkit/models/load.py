@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,8 +210,8 @@ def places(shape: DecoderShape) -> dict[str, Place]:
     return found
 
 
-def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor in a folder's safetensors files, one at a time.
+def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor in a folder's safetensors files, or of those named in `only`, one at a time.
 
     Raises:
         UserError: no safetensors there, or a file is truncated.
@@ -220,7 +220,8 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = sorted({path / str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+            held = json.loads(index.read_text())["weight_map"].items()
+            files = sorted({path / str(file) for name, file in held if only is None or name in only})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: names no weight files ({first_lines(error, 1)}); copy it again") from error
     else:
@@ -231,6 +232,8 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
+                    if only is not None and name not in only:
+                        continue
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error

@@ -125,7 +125,7 @@ class Rounds:
             bias = causal_bias(positions, span, state["cache"].dtype)
             hidden, taps = self.target(tokens, positions, bias, state["cache"], positions, self.taps)
             if self.drafter is not None and plan.tree.depth:
-                self.drafter.prefill(draft_state, tokens, positions, taps, span)
+                self.drafter.prefill(draft_state, tokens, positions, taps, self.handle, span)
         logits = self.target.head(hidden[:, -1:])
         state["position"].fill_(T)
         noise = None if plan.sampling.greedy else gumbel(state["keys"], state["position"][:, None], self.vocabulary, CHOICE)
@@ -170,7 +170,7 @@ class Rounds:
             verdict = mixed(tree, draft, scores, state["keys"], position, plan.share, sampling.greedy)
         else:
             verdict = coupled(tree, draft, scores, noise)
-        output = self._commit(plan, state, draft_state, draft, verdict, logits, taps)
+        output = self._commit(plan, state, draft_state, draft, verdict, logits, taps, span)
         if plan.observe is not None:
             plan.observe(Trace(tree, draft, scores, Verdict(verdict.path_BP, output.counts_B, verdict.emitted_BP)))
         seconds = plan.seconds
@@ -195,8 +195,9 @@ class Rounds:
         return self.target.head(hidden), taps
 
     def _commit(
-        self, plan: Plan, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor, taps: Tensor | None
-    ) -> RoundOutput:
+        self, plan: Plan, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor, taps: Tensor | None,
+        span: int,
+    ) -> RoundOutput:  # fmt: skip
         position, path = state["position"], verdict.path_BP
         counts = verdict.counts_B.masked_fill(state["done"], 0)
         emitted = verdict.emitted_BP
@@ -207,7 +208,7 @@ class Rounds:
             if path is not None:
                 tokens = tokens.gather(1, path)
                 kept = None if taps is None else taps.gather(1, path[..., None, None].expand(-1, -1, *taps.shape[2:]))
-            self.drafter.commit(draft_state, path, tokens, counts, position, kept)
+            self.drafter.commit(draft_state, path, tokens, counts, position, kept, self.handle, span)
         logprobs = None
         if plan.logprobs:
             at_nodes = logits if path is None else logits.gather(1, path[..., None].expand(-1, -1, logits.shape[-1]))

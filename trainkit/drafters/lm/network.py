@@ -56,8 +56,9 @@ class LMDraft(Drafter):
         num_kv_heads: Key-value heads; as many as the target has, at most `num_heads`, by default.
         init: `scratch` draws random weights; `target` copies the target's embedding, head and every n-th layer (needs the
             target's width); anything else names a Hugging Face folder whose weights, and whose sizes, are taken.
-        draft_vocab: Token ids it may propose, ascending; all by default. Its head then reads and computes only these rows
-            (VocabTrim, arXiv 2506.22694); weights and exports keep the whole head. `trainkit trim` chooses them.
+        draft_vocab: Token ids it may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default. Its head
+            then reads and computes only these rows (VocabTrim, arXiv 2506.22694); weights and exports keep the whole head.
+            `trainkit trim` chooses them.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LMDraft(Drafter):
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
         init: str = "target",
-        draft_vocab: list[int] | None = None,
+        draft_vocab: list[int] | str | None = None,
     ) -> None:
         super().__init__(target)
         shape = target.decoder
@@ -143,7 +144,9 @@ class LMDraft(Drafter):
             "previous": torch.zeros(batch_size, dtype=torch.long, device=device),
         }
 
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         bias = causal_bias(positions_BT, span, state["cache"].dtype)
         self.decoder(tokens_BT, positions_BT, bias, state["cache"], positions_BT)
         state["previous"].copy_(tokens_BT[:, -1])
@@ -169,7 +172,7 @@ class LMDraft(Drafter):
 
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None,
+        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         if path_BP is not None:
             move_slots(state["cache"], root_B[:, None] + path_BP, root_B)

@@ -45,7 +45,8 @@ class Medusa(Drafter):
         num_layers: Residual blocks in a head.
         head: `own` gives each head its projection, copied from the target's; `target` uses the target's own, which it shares.
         decay: Head i weighs decay^i in the loss.
-        draft_vocab: Token ids the heads may propose, ascending; all by default. Needs `head: own`.
+        draft_vocab: Token ids the heads may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
+            Needs `head: own`.
     """
 
     taps = (-1,)
@@ -58,7 +59,7 @@ class Medusa(Drafter):
         num_layers: int = 1,
         head: Literal["own", "target"] = "own",
         decay: float = 1.0,
-        draft_vocab: list[int] | None = None,
+        draft_vocab: list[int] | str | None = None,
     ) -> None:
         super().__init__(target)
         D, V = target.decoder.hidden_size, target.decoder.vocab_size
@@ -87,7 +88,9 @@ class Medusa(Drafter):
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         return {"hidden": torch.zeros(batch_size, 1, self.target.decoder.hidden_size, device=device, dtype=dtype)}
 
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         assert taps_BTAD is not None
         state["hidden"].copy_(taps_BTAD[:, -1])
 
@@ -99,7 +102,7 @@ class Medusa(Drafter):
 
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None,
+        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert taps_BPAD is not None
         state["hidden"].copy_(last_kept(taps_BPAD[:, :, 0], counts_B, state["hidden"]))
