@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +143,10 @@ class Drafter(nn.Module, ABC):
             the last index, also -1, is after the final norm); () for none.
         default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain.
         max_depth: Levels it can draft; None for any number.
+        formats: Formats that `trainkit export --format` may ask for -> the layout that this kind writes for it.
     """
 
+    formats: ClassVar[Mapping[str, str]] = {"native": "native"}
     taps: tuple[int, ...] = ()
     max_depth: int | None = None
     default_tree: tuple[tuple[int, ...], ...] | None = None
@@ -208,8 +210,16 @@ class Drafter(nn.Module, ABC):
         """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape."""
 
     @abstractmethod
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
-        """Writes its weights into `folder` in the layout outside programs load (config.json, model.safetensors)."""
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
+        """Writes its weights into `folder`, in one of the layouts of `formats`, in `dtype`; `load` tells layouts apart."""
+
+    def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
+        """Every tensor that an outside program expects in model.safetensors, and its shape.
+
+        Computed from the configuration alone, never from `state_dict`: the exporter holds what `export` wrote against it. None
+        where the layout is ours alone.
+        """
+        return None
 
     @classmethod
     def claims(cls, folder: Path) -> bool:

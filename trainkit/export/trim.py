@@ -66,7 +66,8 @@ def trim(
     network = load_bundle(found, shape, draft_vocab=ids)
     made = export_drafter(
         network, out, tokenizer=target, dtype=next(network.parameters()).dtype, recipe=found.recipe, seed=found.seed,
-        data=found.data, metrics={"vocabulary_kept": number / size, "coverage": round(float(coverage), 5)},
+        data=found.data, format=found.extra.get("format", "native"),
+        metrics={"vocabulary_kept": number / size, "coverage": round(float(coverage), 5)},
     )  # fmt: skip
     kept = f"kept {number:,} of {size:,} ids, which are {coverage:.2%} of the {counts_V.sum():,} tokens counted"
     return f"{bundle.card(made)}\n{kept}"

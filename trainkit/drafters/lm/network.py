@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from trainkit.models.load import (
     check_covered,
     copy_weights,
     decoder_shape,
+    hf_shapes,
     load_decoder,
     read_config,
     read_tensors,
@@ -59,6 +60,8 @@ class LMDraft(Drafter):
         draft_vocab: Token ids it may propose, ascending; all by default. Its head then reads and computes only these rows
             (VocabTrim, arXiv 2506.22694); weights and exports keep the whole head. `trainkit trim` chooses them.
     """
+
+    formats: ClassVar[Mapping[str, str]] = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
 
     def __init__(
         self,
@@ -194,7 +197,10 @@ class LMDraft(Drafter):
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
         }  # fmt: skip
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]]:
+        return hf_shapes(self.decoder.shape)
+
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "hf") -> None:
         save_decoder(self.decoder, folder, dtype, self.target.end_ids, self.target.pad_id)
 
     @classmethod

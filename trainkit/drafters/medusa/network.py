@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,6 +48,7 @@ class Medusa(Drafter):
         draft_vocab: Token ids the heads may propose, ascending; all by default. Needs `head: own`.
     """
 
+    formats: ClassVar[Mapping[str, str]] = {"native": "vllm", "vllm": "vllm"}
     taps = (-1,)
 
     def __init__(
@@ -116,16 +117,28 @@ class Medusa(Drafter):
 
     # On disk: the layout that vLLM up to 0.32 loads
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
+        if self.head == "target":  # which vLLM would look for in this file, and leave as noise
+            return None
+        D, V, heads = self.target.decoder.hidden_size, self.target.decoder.vocab_size, range(self.max_depth or 0)
+        places = [f"blocks.{head}.layers.{layer}" for head in heads for layer in range(self.num_layers)]
+        shapes: dict[str, tuple[int, ...]] = {f"{place}.weight": (D, D) for place in places}
+        shapes |= {f"{place}.bias": (D,) for place in places}
+        shapes |= {f"lm_heads.{head}.weight": (V if self.ids_K is None else len(self.ids_K), D) for head in heads}
+        return shapes if self.ids_K is None else shapes | {"token_map": (len(self.ids_K),)}
+
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "vllm") -> None:
         tensors = {_NAMES.sub(r"\1.layers.\2.\3", name): value.to(dtype) for name, value in self.state_dict().items()}
         if self.ids_K is not None:
             tensors["token_map"] = self.ids_K.clone()
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        if self.head == "target":
+            return  # and no config.json by which vLLM would take it
         vocabulary = self.target.decoder.vocab_size
         config = {
             "model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": self.target.decoder.hidden_size,
             "vocab_size": vocabulary, "num_heads": len(self.blocks), "num_hidden_layers": self.num_layers,
-            "medusa_fc_bias": True, "original_lm_head": self.head == "target",
+            "medusa_fc_bias": True, "original_lm_head": False,
             "truncated_vocab_size": vocabulary if self.ids_K is None else len(self.ids_K),
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
