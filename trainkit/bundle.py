@@ -362,7 +362,7 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
         UserError: no readable config.json in the folder.
     """
     folder = Path(model_folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     text_config = config.get("text_config")
     text_config = text_config if isinstance(text_config, dict) and text_config else config
     stable = {key: value for key, value in config.items() if key not in _VOLATILE}
@@ -374,7 +374,12 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        UserError: no such file, or not such an object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -392,7 +397,7 @@ def _sha256_json(value: Any) -> str:
 
 def _tokenizer_hash(folder: Path) -> str:
     if (folder / "tokenizer.json").is_file():
-        values = _read_json(folder / "tokenizer.json")
+        values = read_json(folder / "tokenizer.json")
         for key in ("version", "padding", "truncation"):
             values.pop(key, None)
         model = values.get("model", {})

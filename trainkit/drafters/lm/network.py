@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainkit.bundle import read_json
 from trainkit.drafters.base import (
     Divergence,
     DraftBatch,
@@ -208,8 +209,9 @@ class LMDraft(Drafter):
         """Any plain checkpoint of a layout our decoder covers."""
         if not (folder / "config.json").is_file():
             return False
-        config = read_config(folder)
-        return config.model_type in LAYOUTS and (config.architectures or [""])[0].endswith("ForCausalLM")
+        config = read_json(folder / "config.json")  # as it stands: transformers refuses one of a model that it does not know
+        names = config.get("architectures") or [""]
+        return config.get("model_type") in LAYOUTS and isinstance(names, list) and str(names[0]).endswith("ForCausalLM")
 
     @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> LMDraft:

@@ -29,9 +29,10 @@ from trainkit.drafters.base import (
     TargetHandle,
     TargetShape,
 )
+from trainkit.drafters.medusa.outside import check_heads, is_medusa, read_heads
 from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
 from trainkit.losses.output import heads_together
-from trainkit.models.load import load_decoder
+from trainkit.models.load import check_finite, load_decoder
 
 _NAMES, _FILE_NAMES = re.compile(r"(blocks\.\d+)\.(\d+)\.linear\.(.*)"), re.compile(r"(blocks\.\d+)\.layers\.(\d+)\.(.*)")
 
@@ -117,7 +118,7 @@ class Medusa(Drafter):
 
     # On disk: the layout that vLLM up to 0.32 loads
 
-    def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
+    def layout_shapes(self, layout: str) -> dict[str, tuple[int, ...]] | None:
         if self.head == "target":  # which vLLM would look for in this file, and leave as noise
             return None
         D, V, heads = self.target.decoder.hidden_size, self.target.decoder.vocab_size, range(self.max_depth or 0)
@@ -144,7 +145,26 @@ class Medusa(Drafter):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
+    def claims(cls, folder: Path) -> bool:
+        """Heads of the original training code, or in vLLM's layout."""
+        return is_medusa(folder)
+
+    @classmethod
+    def _from_outside(cls, folder: Path, target: TargetShape) -> Medusa:
+        found, heads, layers = read_heads(folder)
+        ids = found["token_map"].tolist() if "token_map" in found else None
+        made = cls(target, num_heads=heads, num_layers=layers, draft_vocab=ids)
+        check_heads(found, made.layout_shapes("vllm") or {}, folder)
+        check_finite(found.items(), str(folder))
+        found.pop("token_map", None)
+        state = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in found.items()}
+        made.to(next(iter(state.values())).dtype).load_state_dict(state)
+        return made.eval()
+
+    @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Medusa:
+        if not config:
+            return cls._from_outside(folder, target)
         made, tensors = cls(target, **config), load_file(folder / "model.safetensors")
         held_K = tensors.pop("token_map", None)
         state = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()}
