@@ -362,7 +362,7 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
         UserError: no readable config.json in the folder.
     """
     folder = Path(model_folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     text_config = config.get("text_config")
     text_config = text_config if isinstance(text_config, dict) and text_config else config
     stable = {key: value for key, value in config.items() if key not in _VOLATILE}
@@ -374,7 +374,12 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        UserError: no such file, or not such an object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -392,7 +397,7 @@ def _sha256_json(value: Any) -> str:
 
 def _tokenizer_hash(folder: Path) -> str:
     if (folder / "tokenizer.json").is_file():
-        values = _read_json(folder / "tokenizer.json")
+        values = read_json(folder / "tokenizer.json")
         for key in ("version", "padding", "truncation"):
             values.pop(key, None)
         model = values.get("model", {})
@@ -447,20 +452,29 @@ def weight_count(bundle: Bundle) -> tuple[int, int]:
     count = size = 0
     for name in bundle.files:
         if name.endswith(".safetensors"):
-            for entry in _header(bundle.path / name).values():
+            for entry in tensor_entries(bundle.path / name).values():
                 count += math.prod(entry["shape"]) if entry["dtype"] not in ("BOOL", "I64") else 0  # those are index maps
                 size += entry["data_offsets"][1] - entry["data_offsets"][0]
     return count, size
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """Tensor entries of a safetensors file: 8 bytes of length, then JSON (huggingface.co/docs/safetensors)."""
+def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> `dtype`, `shape`, `data_offsets` of a safetensors file's tensors: its header, and nothing of its values.
+
+    8 bytes of length, then JSON (huggingface.co/docs/safetensors).
+
+    Raises:
+        UserError: not a safetensors file, or cut short.
+    """
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 <= length <= path.stat().st_size - 8:
             raise UserError(f"{path}: not a safetensors file, or cut short; export it again")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise UserError(f"{path}: not a safetensors file (its header is no JSON); copy it again") from None
     header.pop("__metadata__", None)
     return header
 
@@ -473,6 +487,7 @@ def card(bundle: Bundle) -> str:
     rows = {
         "weights": f"{count:,} parameters, {size / 1e6:,.1f} MB",
         "target": ", ".join([str(made["path"]), *sizes] if made.get("path") else sizes),
+        "layout": bundle.extra.get("layout"),
         "config": _items(bundle.config),
         "metrics": _items(bundle.metrics) or "none recorded",
         "runner": _items(bundle.runner),

@@ -26,6 +26,10 @@ TRAINING = {
 }
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("trainkit.modules.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
+    "import": (
+        "trainkit.export.outside", "import_outside",
+        "another program's drafter as a bundle: trainkit import FOLDER OUT --target DIR",
+    ),
     "trim": ("trainkit.export.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
     "vocab": ("trainkit.export.trim", "vocab", "the ids to train such a one on: trainkit vocab OUT --target DIR --text SET"),
     "inspect": ("trainkit.export.inspect", "inspect", "a bundle's card, and if it fits: trainkit inspect BUNDLE --target DIR"),

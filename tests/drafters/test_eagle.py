@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,11 +173,9 @@ def test_files_have_the_published_names_shapes_and_types(layout, ids, teacher, s
 def test_default_taps_are_those_readers_take_untold(teacher):
     assert layouts.default_taps(32) == (2, 16, 29) and layouts.default_taps(7) == (2, 3, 4)
     assert layouts.default_taps(2) == (0, 1)
-    from dataclasses import replace
-
     deep = replace(teacher.shape(), decoder=replace(teacher.shape().decoder, num_layers=32))
     draft = Eagle(deep)
-    config = layouts.configuration(draft.shape, draft.taps, 32, 320, "flat", torch.float32, (), "")
+    config = layouts.configuration(draft.shape, draft.taps, deep.decoder, 320, "flat", torch.float32, (), "")
     assert "eagle_config" not in config and "eagle_aux_hidden_state_layer_ids" not in config
 
 
@@ -213,10 +211,16 @@ def test_a_file_with_a_tensor_missing_is_refused(teacher, seed, tmp_path):
     draft.export(tmp_path, torch.float32)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["midlayer.mlp.up_proj.weight"]
-    shutil.rmtree(tmp_path / "model.safetensors", ignore_errors=True)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"midlayer\.mlp\.up_proj\.weight' is missing"):
         Eagle.load(tmp_path, teacher.shape(), {})
+
+
+def test_a_draft_of_another_targets_width_is_refused(teacher, seed, tmp_path):
+    scrambled(teacher).export(tmp_path, torch.float32)
+    wider = replace(teacher.shape(), decoder=replace(teacher.shape().decoder, hidden_size=96))
+    with pytest.raises(UserError, match=r"give the target that it was trained for"):
+        Eagle.load(tmp_path, wider, {})
 
 
 @pytest.mark.parametrize("taps", [[], [1, 1], [2, 1], [0, 4], [-1, 2]])

@@ -58,7 +58,7 @@ def draft_of(target: Path, **more: Any) -> LMDraft:
 
 
 def exported(target: Path, folder: Path) -> Path:
-    export_drafter(draft_of(target), folder, tokenizer=target, recipe="some.yaml", seed=5, data="digest")
+    export_drafter(draft_of(target), folder, tokenizer=target, recipe="some.yaml", seed=5, data="digest", format="vllm")
     return folder
 
 
@@ -101,7 +101,7 @@ def test_a_trimmed_bundle_keeps_the_whole_head_and_serves_less(tied, tiny_target
     assert f"kept 80 of 320 ids, which are {share:.2%} of the {len(counted):,} tokens counted" in said
     assert "[80 entries]" in said and max(map(len, said.splitlines())) < 400, "80 numbers are not for reading"
     found = bundle.read(tmp_path / "trimmed")
-    assert (found.recipe, found.seed, found.data) == ("some.yaml", 5, "digest")
+    assert (found.recipe, found.seed, found.data, found.extra["format"]) == ("some.yaml", 5, "digest", "vllm")
     assert found.metrics == {"vocabulary_kept": 0.25, "coverage": round(float(share), 5)}
     tokens = torch.randint(0, 320, (1, 30))
     with torch.no_grad():

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from trainkit.models.shape import TargetHandle, TargetShape
 
 __all__ = [
     "Divergence", "DraftBatch", "Drafter", "Frontier", "LossOutput", "State", "StepOutput", "TargetHandle", "TargetShape",
-    "discover", "kind_of", "load_bundle", "load_kind",
+    "discover", "kind_of", "load_bundle", "load_kind", "load_outside",
 ]  # fmt: skip
 
 State: TypeAlias = dict[str, Tensor]
@@ -143,8 +143,10 @@ class Drafter(nn.Module, ABC):
             the last index, also -1, is after the final norm); () for none.
         default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain.
         max_depth: Levels it can draft; None for any number.
+        formats: Formats that `trainkit export --format` may ask for -> the layout that this kind writes for it.
     """
 
+    formats: ClassVar[Mapping[str, str]] = {"native": "native"}
     taps: tuple[int, ...] = ()
     max_depth: int | None = None
     default_tree: tuple[tuple[int, ...], ...] | None = None
@@ -215,8 +217,16 @@ class Drafter(nn.Module, ABC):
         """Told, before a checkpoint is exported, where its target lies; for kinds whose files hold weights of the target's."""
 
     @abstractmethod
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
-        """Writes its weights into `folder` in the layout outside programs load (config.json, model.safetensors)."""
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
+        """Writes its weights into `folder`, in one of the layouts of `formats`, in `dtype`; `load` tells layouts apart."""
+
+    def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
+        """Every tensor that an outside program expects in model.safetensors, and its shape.
+
+        Computed from the configuration alone, never from `state_dict`: the exporter holds what `export` wrote against it. None
+        where the layout is ours alone.
+        """
+        return None
 
     @classmethod
     def claims(cls, folder: Path) -> bool:
@@ -226,9 +236,13 @@ class Drafter(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Drafter:
-        """Rebuilds from what `export` wrote and the bundle's constructor arguments; weights keep their dtype."""
+        """Rebuilds from what `export` wrote and the bundle's constructor arguments; weights keep their dtype.
+
+        A folder that it `claims` comes without any: sizes are then read off its files, the fit with the target checked.
+        """
 
 
+_PICKLES = (".pt", ".pth", ".bin", ".pkl")
 _PACKAGES: list[str] = ["trainkit.drafters"]
 
 
@@ -281,6 +295,25 @@ def load_bundle(found: Bundle, target: TargetShape, **changes: Any) -> Drafter:
     if unknown:
         raise UserError(f"{manifest}: kind {found.kind!r} takes no {unknown[0]!r}; export it again")
     return kind.load(found.path, target, arguments)
+
+
+def load_outside(folder: Path, target: TargetShape) -> Drafter:
+    """The drafter in a folder that an outside program wrote, of the first kind that claims it.
+
+    Raises:
+        UserError: no such folder, only a pickle in it, no kind claims it, or it does not fit the target.
+    """
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; give a drafter bundle or a Hugging Face folder")
+    files = [folder] if folder.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
+    pickle = next((path for path in files if path.suffix in _PICKLES), None)
+    if pickle is not None and not any(path.suffix == ".safetensors" for path in files):
+        convert = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+        raise UserError(f"{pickle}: a pickle, which may run code and is not read; make safetensors of it with {convert}")
+    for kind in discover().values():
+        if folder.is_dir() and kind.claims(folder):
+            return kind.load(folder, target, {})
+    raise UserError(f"{folder}: neither a trainkit bundle (no {MANIFEST}) nor a model folder that a drafter kind reads")
 
 
 def kind_of(drafter: Drafter) -> str:

@@ -62,7 +62,8 @@ def trim(
     network = load_bundle(found, shape, draft_vocab=ids)
     made = export_drafter(
         network, out, tokenizer=target, dtype=next(network.parameters()).dtype, recipe=found.recipe, seed=found.seed,
-        data=found.data, metrics={"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)},
+        data=found.data, format=found.extra.get("format", "native"),
+        metrics={"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)},
     )  # fmt: skip
     return f"{bundle.card(made)}\n{said}"
 

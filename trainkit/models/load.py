@@ -210,6 +210,27 @@ def places(shape: DecoderShape) -> dict[str, Place]:
     return found
 
 
+def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a Hugging Face program expects of this shape, and its size; says nothing of a `Decoder`'s storage."""
+    D, inner = shape.hidden_size, shape.intermediate_size
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (q, D), "self_attn.k_proj.weight": (kv, D), "self_attn.v_proj.weight": (kv, D),
+        "self_attn.o_proj.weight": (D, q),
+        "mlp.gate_proj.weight": (inner, D), "mlp.up_proj.weight": (inner, D), "mlp.down_proj.weight": (D, inner),
+    }  # fmt: skip
+    if shape.qkv_bias:
+        layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if shape.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (shape.head_dim,), "self_attn.k_norm.weight": (shape.head_dim,)}
+    ends = {"model.embed_tokens.weight": (shape.vocab_size, D), "model.norm.weight": (D,)}
+    if not shape.tied:
+        ends["lm_head.weight"] = (shape.vocab_size, D)
+    layers = range(shape.num_layers)
+    return ends | {f"model.layers.{index}.{name}": size for index in layers for name, size in layer.items()}
+
+
 def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Name and value of every tensor in a folder's safetensors files, or of those named in `only`, one at a time.
 

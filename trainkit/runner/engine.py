@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainkit import bundle
-from trainkit.drafters.base import Drafter, discover, load_bundle
+from trainkit.drafters.base import Drafter, load_bundle, load_outside
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.layers.linear import stream_weights
@@ -352,7 +352,4 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
         reads_hidden = bool(found.extra.get("taps"))
         bundle.check_fit(found.target, bundle.fingerprint(target_folder), shape.decoder.to_dict(), hidden=reads_hidden)
         return load_bundle(found, shape)
-    for kind in discover().values():
-        if kind.claims(folder):
-            return kind.load(folder, shape, {})
-    raise UserError(f"{folder}: neither a trainkit bundle (no trainkit.json) nor a model folder that a drafter kind reads")
+    return load_outside(folder, shape)

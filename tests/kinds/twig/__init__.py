@@ -105,7 +105,7 @@ class Twig(Drafter):
     def config(self) -> dict[str, Any]:
         return {"first_tap": self.taps[0]}
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
         save_file({name: value.to(dtype) for name, value in self.state_dict().items()}, folder / "twig.safetensors")
 
     @classmethod

@@ -103,7 +103,7 @@ def from_file(tensors: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Te
 
 
 def configuration(
-    layer: DecoderShape, taps: Sequence[int], target_layers: int, draft_vocab_size: int, layout: str, dtype: torch.dtype,
+    layer: DecoderShape, taps: Sequence[int], target: DecoderShape, draft_vocab_size: int, layout: str, dtype: torch.dtype,
     end_ids: Sequence[int], verifier: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The layout's config.json.
@@ -119,7 +119,7 @@ def configuration(
         }  # fmt: skip
         if layer.rope["rope_type"] != "default":  # readers of transformers 4 look here
             found["rope_scaling"] = {name: value for name, value in layer.rope.items() if name != "rope_theta"}
-        if target_layers < 7 or tuple(taps) != default_taps(target_layers):
+        if target.num_layers < 7 or tuple(taps) != default_taps(target.num_layers):
             found["eagle_aux_hidden_state_layer_ids"] = list(taps)
             found["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps]}
         return found
@@ -138,7 +138,7 @@ def configuration(
             "proposal_methods": [
                 {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
             ],
-            "verifier": {"name_or_path": verifier, "architectures": ["LlamaForCausalLM"]},
+            "verifier": {"name_or_path": verifier, "architectures": hf_config(target, (), None, dtype)["architectures"]},
         },
         "transformer_layer_config": {name: plain[name] for name in layer_fields} | {"tie_word_embeddings": False},
     }  # fmt: skip

@@ -279,8 +279,8 @@ class Eagle(Drafter):
         tensors = layouts.to_file(self.state_dict(), self.shape, self.ids_K, layout)
         tensors["embed_tokens.weight"] = layouts.embedding(self.embedding_folder)
         config = layouts.configuration(
-            self.shape, self.taps, self.target.decoder.num_layers, self.lm_head.weight.shape[0], layout, dtype,
-            self.target.end_ids, (self.target.fingerprint or {}).get("path", ""),
+            self.shape, self.taps, self.target.decoder, self.lm_head.weight.shape[0], layout, dtype, self.target.end_ids,
+            (self.target.fingerprint or {}).get("path", ""),
         )  # fmt: skip
         layouts.write(folder, tensors, config, dtype)
 
@@ -296,6 +296,11 @@ class Eagle(Drafter):
             ids = held_K.tolist() if trimmed else None
             config = {**layouts.arguments(folder, target.decoder.num_layers), "draft_vocab": ids}
         made = cls(target, **config)
-        made.to(state["fc.weight"].dtype).load_state_dict(trim_rows(state, "lm_head.", held_K, made.ids_K))
+        state = trim_rows(state, "lm_head.", held_K, made.ids_K)
+        for name, wanted in made.state_dict().items():
+            if state[name].shape != wanted.shape:
+                sizes = f"{list(state[name].shape)}, with this target it must be {list(wanted.shape)}"
+                raise UserError(f"{folder}: {name} is {sizes}; give the target that it was trained for")
+        made.to(state["fc.weight"].dtype).load_state_dict(state)
         made.embedding_folder = folder
         return made.eval()

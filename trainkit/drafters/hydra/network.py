@@ -170,7 +170,7 @@ class Hydra(Drafter):
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
         }  # fmt: skip
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
         tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
         if self.ids_K is not None:
             tensors["token_map"] = self.ids_K.clone()

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainkit.bundle import read_json
 from trainkit.drafters.base import (
     Divergence,
     DraftBatch,
@@ -37,6 +38,7 @@ from trainkit.models.load import (
     check_covered,
     copy_weights,
     decoder_shape,
+    hf_shapes,
     load_decoder,
     read_config,
     read_tensors,
@@ -60,6 +62,8 @@ class LMDraft(Drafter):
             then reads and computes only these rows (VocabTrim, arXiv 2506.22694); weights and exports keep the whole head.
             `trainkit trim` chooses them.
     """
+
+    formats: ClassVar[Mapping[str, str]] = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
 
     def __init__(
         self,
@@ -197,7 +201,10 @@ class LMDraft(Drafter):
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
         }  # fmt: skip
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]]:
+        return hf_shapes(self.decoder.shape)
+
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "hf") -> None:
         save_decoder(self.decoder, folder, dtype, self.target.end_ids, self.target.pad_id)
 
     @classmethod
@@ -205,8 +212,9 @@ class LMDraft(Drafter):
         """Any plain checkpoint of a layout our decoder covers."""
         if not (folder / "config.json").is_file():
             return False
-        config = read_config(folder)
-        return config.model_type in LAYOUTS and (config.architectures or [""])[0].endswith("ForCausalLM")
+        config = read_json(folder / "config.json")  # as it stands: transformers refuses one of a model that it does not know
+        names = config.get("architectures") or [""]
+        return config.get("model_type") in LAYOUTS and isinstance(names, list) and str(names[0]).endswith("ForCausalLM")
 
     @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> LMDraft:
