@@ -6,6 +6,8 @@ fault has its noncentrality computed first, from its own exact law, and must be 
 
 # V vocabulary, 4
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.runner import laws
 from tests.runner.models import SIBLINGS, table_runner
 from trainkit.runner import decoder, verify
 from trainkit.runner.sampling import PROPOSAL
-from trainkit.runner.tree import Draft, chain
+from trainkit.runner.tree import chain
 
 OFF = -1e4  # a logit without mass
 ROWS = 2048
@@ -131,7 +133,7 @@ def keep_the_rejected(monkeypatch):
 
 def judge_at_another_temperature(monkeypatch):
     original = decoder.residual
-    judged = lambda tree, draft, *rest: original(tree, Draft(draft.tokens_BN, tuple(s / 1.25 for s in draft.scores)), *rest)
+    judged = lambda tree, draft, *rest: original(tree, replace(draft, scores=tuple(s / 1.25 for s in draft.scores)), *rest)
     monkeypatch.setattr(decoder, "residual", judged)
 
     def law(p, q, width):

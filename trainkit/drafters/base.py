@@ -99,9 +99,11 @@ class Frontier:
         tokens_BF: Their tokens; at depth 0 the root alone, the last emitted token.
         positions_BF: Their absolute positions; root_position + depth.
         nodes_F: Their numbers within the round, 0 the root, ascending by level; node i has scratch slot `root_position + i`.
+            Fixed while a graph is reused, also where which token a number stands for depends on the draft (a dynamic tree).
         parents_BF: Their parents' numbers; -1 at the root.
         parent_places_BF: Where the parent stood in the previous level's frontier; 0 at the root.
-        ancestors_BFM: True at a node's ancestors and itself, over the M nodes of the round.
+        ancestors_BFM: True at a node's ancestors and itself, over the M numbers of the round; in a dynamic tree only nodes that
+            are expanded have one.
         depth: This level's depth, a Python integer fixed at capture.
         chain: The tree is a chain: slots are positions, and a node sees every slot up to its own.
     """
@@ -143,12 +145,14 @@ class Drafter(nn.Module, ABC):
             the last index, also -1, is after the final norm); () for none.
         default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain.
         max_depth: Levels it can draft; None for any number.
+        max_width: Nodes of one level it can expand; None for any number.
         formats: Formats that `trainkit export --format` may ask for -> the layout that this kind writes for it.
     """
 
     formats: ClassVar[Mapping[str, str]] = {"native": "native"}
     taps: tuple[int, ...] = ()
     max_depth: int | None = None
+    max_width: int | None = None
     default_tree: tuple[tuple[int, ...], ...] | None = None
 
     def __init__(self, target: TargetShape) -> None:
@@ -187,7 +191,8 @@ class Drafter(nn.Module, ABC):
 
         Args:
             state: This drafter's tensors, changed in place.
-            path_BP: Node numbers along the accepted path, root first; entries at or past `counts_B` are meaningless.
+            path_BP: Node numbers, as in `Frontier`, along the accepted path, root first; entries at or past `counts_B` are
+                meaningless. The last node may be one that was never expanded: its number points at nothing that was written.
                 None when the round drafted a chain: node numbers are depths, and nothing has to move.
             tokens_BP: Their tokens.
             counts_B: Nodes on the path, root included, 1..P; 0 for a row that is finished and keeps what it has.

@@ -19,7 +19,7 @@ from trainkit.eval.machine import synchronize
 from trainkit.runner import Runner
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.stats import Stats
-from trainkit.runner.tree import RankPath, Tree, build, chain, grow
+from trainkit.runner.tree import Draft, RankPath, Tree, build, chain, grow
 
 
 @dataclass(frozen=True)
@@ -234,10 +234,10 @@ def _parts(runner: Runner, tree: Tree, length: int, batch: int) -> tuple[Callabl
     span = -(-(length + tree.size) // 64) * 64
     state = rounds.new_state(batch, span)
     state["position"].fill_(length)
-    tokens_BN = torch.zeros(batch, tree.size, dtype=torch.long, device=device)
+    drafted = Draft(torch.zeros(batch, tree.size, dtype=torch.long, device=device), (), tree.topology)
 
     def verify() -> object:
-        return rounds.judge(tree, tokens_BN, state, span)
+        return rounds.judge(tree, drafted, state, span)
 
     if drafter is None or not tree.depth:
         return lambda: None, verify

@@ -42,6 +42,7 @@ class Twig(Drafter):
     """
 
     default_tree = ((0,), (1,), (0, 0), (0, 1), (1, 0))
+    max_width = WIDEST
 
     def __init__(self, target: TargetShape, *, first_tap: int = 1) -> None:
         super().__init__(target)

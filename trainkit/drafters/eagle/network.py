@@ -94,6 +94,7 @@ class Eagle(Drafter):
         draft_vocab: Token ids it may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
     """
 
+    max_width = WIDEST
     formats: ClassVar[Mapping[str, str]] = {"native": "flat", "vllm": "flat", "sglang": "flat", "speculators": "speculators"}
 
     def __init__(

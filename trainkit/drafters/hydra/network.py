@@ -70,6 +70,7 @@ class Hydra(Drafter):
     """
 
     taps = (-1,)
+    max_width = WIDEST
 
     def __init__(
         self,
