@@ -27,6 +27,10 @@ TRAINING = {
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("trainkit.modules.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
     "trim": ("trainkit.export.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
+    "tree": (
+        "trainkit.eval.treesearch", "tree",
+        "the fastest draft tree on this machine: trainkit tree BUNDLE --target DIR --prompts FILE",
+    ),
     "inspect": ("trainkit.export.inspect", "inspect", "a bundle's card, and if it fits: trainkit inspect BUNDLE --target DIR"),
     "distill": (
         "trainkit.runner.distill", "distill",

@@ -72,8 +72,8 @@ def bench(
         0, or 1 on a mismatch.
     """
     request = Request(
-        target, drafter, prompts, tuple(depths), max_new_tokens, temperature, verify, limit, repeats, batch, _device(device),
-        dtype, baselines, seed, max_seconds, synthetic, synthetic_tau, prompt_length,
+        target, drafter, prompts, tuple(depths), max_new_tokens, temperature, verify, limit, repeats, batch,
+        chosen_device(device), dtype, baselines, seed, max_seconds, synthetic, synthetic_tau, prompt_length,
     )  # fmt: skip
     for name, file in (("json", json), ("plot", plot)):
         if file is not None and Path(file).is_dir():
@@ -124,7 +124,8 @@ def run(request: Request, field: Field) -> Result:
     return Result(request, field, machine, datetime.now(UTC).isoformat(timespec="seconds"), identity, costs, tolerance)
 
 
-def _device(name: str) -> str:
+def chosen_device(name: str) -> str:
+    """The torch device of a name; `auto` takes a GPU where there is one."""
     if name != "auto":
         return name
     import torch

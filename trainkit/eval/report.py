@@ -34,7 +34,7 @@ def write_json(summary: dict[str, Any], path: str | Path) -> None:
     Raises:
         UserError: the folder is missing or cannot be written.
     """
-    text = json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(summary), indent=2, allow_nan=False) + "\n"
     _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -91,7 +91,7 @@ def _speeds(summary: dict[str, Any]) -> str:
             f"{_short(rate['min'])}..{_short(rate['max'])}", _ratio(one["x_plain"]), _ratio(one["x_transformers"]),
             _bandwidth(one.get("bandwidth")), _identical(one, summary),
         ))  # fmt: skip
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _drafting(summary: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def _drafting(summary: dict[str, Any]) -> str:
                 _percent(one["speedup_over_roof"]), _percent(one["efficiency"]), str(one["cut_rounds"]),
                 " ".join(f"{alpha:.2f}" for alpha in one["alpha_k"]),
             ))  # fmt: skip
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _closing(summary: dict[str, Any]) -> str:
@@ -153,7 +153,7 @@ def _identical(one: dict[str, Any], summary: dict[str, Any]) -> str:
     return f"{found['equal']}/{found['of']}{extra}" + (f", {found['mismatches']} WRONG" if found["mismatches"] else "")
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns under their headings: the first and the last to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
@@ -216,12 +216,12 @@ def _curves(axes: Any, chains: Sequence[dict[str, Any]]) -> None:
 # files
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same without nan and infinities, which JSON has not."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
 
 

@@ -41,6 +41,7 @@ class Twig(Drafter):
         first_tap: A hidden state to read beside the last one.
     """
 
+    widest = WIDEST
     default_tree = ((0,), (1,), (0, 0), (0, 1), (1, 0))
 
     def __init__(self, target: TargetShape, *, first_tap: int = 1) -> None:

@@ -71,6 +71,7 @@ class Hydra(Drafter):
     """
 
     taps = (-1,)
+    widest = WIDEST
 
     def __init__(
         self,
