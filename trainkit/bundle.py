@@ -131,6 +131,25 @@ def write(
     return bundle
 
 
+def amend(folder: str | Path, *, runner: Mapping[str, Any]) -> Bundle:
+    """Replaces the recommended runner settings of the bundle at `folder` by one rename of its manifest; returns the bundle.
+
+    Raises:
+        UserError: `folder` holds no sound bundle, or cannot be written.
+    """
+    folder = Path(folder).resolve()
+    bundle = replace(read(folder), runner=dict(runner))
+    text, manifest = _to_json(bundle), folder / MANIFEST
+    with _writable(folder):
+        made = folder / f".{MANIFEST}.{secrets.token_hex(6)}.partial"
+        try:
+            made.write_text(text, encoding="utf-8")
+            put_in_place(made, manifest)
+        finally:
+            made.unlink(missing_ok=True)
+    return bundle
+
+
 @contextlib.contextmanager
 def _writable(folder: Path) -> Iterator[None]:
     """Says in one line why the disk took no bundle; after any failure, parents made for it are gone again."""
@@ -510,4 +529,6 @@ def _items(values: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, (list, tuple)) and len(value) > 16:  # such as the ids of a trimmed vocabulary
         return f"[{len(value):,} entries]"
+    if isinstance(value, Mapping) and len(str(value)) > 200:  # such as what a tree was searched with
+        return f"{{{', '.join(value)}}}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -143,7 +143,7 @@ class Drafter(nn.Module, ABC):
     Attributes:
         taps: Target hidden states it needs, as indices of Hugging Face `hidden_states` (0 the embeddings, i after i layers;
             the last index, also -1, is after the final norm); () for none.
-        default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain.
+        default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain; a bundle may recommend another.
         max_depth: Levels it can draft; None for any number.
         max_width: Nodes of one level it can expand; None for any number.
         formats: Formats that `trainkit export --format` may ask for -> the layout that this kind writes for it.
@@ -288,8 +288,10 @@ def load_kind(kind: str) -> type[Drafter]:
 def load_bundle(found: Bundle, target: TargetShape, **changes: Any) -> Drafter:
     """The drafter of a bundle, for a target whose fit was checked; `changes` go before its constructor arguments.
 
+    The tree that the bundle recommends (`runner.tree`, from `trainkit tree`) becomes its `default_tree`.
+
     Raises:
-        UserError: an unknown kind, or arguments that it does not take.
+        UserError: an unknown kind, arguments that it does not take, or a recommended tree that is none.
     """
     manifest, arguments = found.path / MANIFEST, {**found.config, **changes}
     try:
@@ -299,7 +301,13 @@ def load_bundle(found: Bundle, target: TargetShape, **changes: Any) -> Drafter:
     unknown = sorted(arguments.keys() - inspect.signature(kind).parameters.keys())
     if unknown:
         raise UserError(f"{manifest}: kind {found.kind!r} takes no {unknown[0]!r}; export it again")
-    return kind.load(found.path, target, arguments)
+    drafter, tree = kind.load(found.path, target, arguments), found.runner.get("tree")
+    if tree is not None:
+        is_tree = isinstance(tree, list) and all(isinstance(path, list) and path for path in tree)
+        if not is_tree or any(type(rank) is not int for path in tree for rank in path):
+            raise UserError(f"{manifest}: runner.tree is no list of rank paths such as [[0], [1], [0, 0]]; search it again")
+        drafter.default_tree = tuple(tuple(path) for path in tree)
+    return drafter
 
 
 def load_outside(folder: Path, target: TargetShape) -> Drafter:
