@@ -42,6 +42,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "trainkit.runner.distill", "distill",
         "a training set of the target's own answers: trainkit distill --target DIR --prompts FILE --out DIR",
     ),
+    "features": (
+        "trainkit.runner.features", "features",
+        "what the target says of training data, kept on disk: trainkit features --target DIR --data SET --out DIR",
+    ),
     "generate": ("trainkit.runner.command", "generate", "text: trainkit generate --target DIR --drafter DIR --prompt TEXT"),
     "eval": (
         "trainkit.eval.forced", "evaluate",

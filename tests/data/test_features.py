@@ -111,7 +111,7 @@ def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
 def read_all(
     reader: TargetReader, packed: PackedSet, taps: tuple[int, ...] = (), size: int = 2
 ) -> list[tuple[Tensor, Tensor | None]]:
-    kept, found = reader.store("set", len(packed), packed.length, taps), []
+    kept, found = reader.store("set", packed, taps), []
     for start in range(0, len(packed), size):
         rows = list(range(start, min(start + size, len(packed))))
         found.append(reader.read(packed.batch(rows, size), taps, kept))
@@ -151,7 +151,7 @@ def test_top_k_rows_are_those_of_the_targets_logits(tiny_target, packed, tmp_pat
     reader = TargetReader(target, str(tmp_path), 5)
     (rows, _), *_ = read_all(reader, packed)
     assert torch.equal(rows.flatten(0, 1), compress(target.handle().head(hidden.flatten(0, 1)), 5))
-    head = reader.handle().head
+    head = reader.stored_head()
     assert isinstance(head, TopKHead) and (head.k, head.vocab_size) == (5, 320)
     for k in (0, 321):
         with pytest.raises(UserError, match="teacher_top_k"):
@@ -190,7 +190,7 @@ def test_each_target_precision_and_choice_of_taps_has_a_store_of_its_own(tiny_ta
 
 def test_one_reader_tells_sets_and_taps_apart(tiny_target, packed, tmp_path):
     reader = TargetReader(FrozenTarget(tiny_target), str(tmp_path))
-    stores = [reader.store(name, len(packed), packed.length, taps) for name in ("a", "b") for taps in ((), (1,), (1, 2))]
+    stores = [reader.store(name, packed, taps) for name in ("a", "b") for taps in ((), (1,), (1, 2))]
     assert len({one.path for one in stores if one is not None}) == 6
-    assert reader.store("a", len(packed), packed.length, (1,)) is stores[1]
-    assert TargetReader(FrozenTarget(tiny_target)).store("a", 1, 2, ()) is None
+    assert reader.store("a", packed, (1,)) is stores[1]
+    assert TargetReader(FrozenTarget(tiny_target)).store("a", packed, ()) is None

@@ -34,7 +34,8 @@ def test_head_i_reads_the_state_and_the_tokens_up_to_the_one_before_its_label(te
     draft = scrambled(teacher, num_heads=3)
     tokens, positions = torch.randint(320, (1, 7)), torch.arange(7)[None]
     hidden = torch.randn(1, 7, teacher.hidden_size)
-    draft(DraftBatch(tokens, positions, torch.zeros_like(tokens), positions > 4, None, hidden, teacher.handle()), record)
+    counted, taps = positions > 4, hidden[:, :, None]
+    draft(DraftBatch(tokens, positions, torch.zeros_like(tokens), counted, taps, hidden, teacher.handle()), record)
     embed = teacher.handle().embed
     for head, (draft_ND, target_ND, labels_N) in enumerate(asked):
         starts = [label - head - 2 for label in (5, 6)]

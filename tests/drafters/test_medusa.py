@@ -34,7 +34,7 @@ def test_head_i_at_t_learns_what_the_target_says_of_the_token_at_t_plus_2_plus_i
     document = torch.tensor([[0] * 5 + [1] * 4])
     counted = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 1]]).bool()
     handle = TargetHandle(lambda ids: ids, lambda h: h, lambda h: h, 320)
-    draft(DraftBatch(tokens, tokens, document, counted, None, hidden, handle), record)
+    draft(DraftBatch(tokens, tokens, document, counted, hidden[:, :, None], hidden, handle), record)
     assert asked == [
         ([0.0, 1.0, 2.0, 5.0, 6.0], [1.0, 2.0, 3.0, 6.0, 7.0], [2, 3, 4, 7, 8]),
         ([0.0, 1.0, 5.0], [2.0, 3.0, 7.0], [3, 4, 8]),
@@ -61,7 +61,7 @@ def test_metrics_of_each_head_are_over_its_own_tokens(tiny_target, seed):
     draft.initialise(tiny_target)
     tokens, positions = torch.randint(320, (2, 9)), torch.arange(9).expand(2, -1)
     hidden, _ = teacher.forward(tokens, positions, torch.zeros_like(tokens))
-    batch = DraftBatch(tokens, positions, torch.zeros_like(tokens), positions > 0, None, hidden, teacher.handle())
+    batch = DraftBatch(tokens, positions, torch.zeros_like(tokens), positions > 0, hidden[:, :, None], hidden, teacher.handle())
     output, meter = draft(batch, CrossEntropy().measuring()), Meter()
     meter.add_output(output)
     values = means({name: float(value) for name, value in meter.sums.items()})

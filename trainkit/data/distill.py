@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from trainkit.data.answer import Answer
 from trainkit.data.prompts import Asked
-from trainkit.data.provenance import FORMAT, PROVENANCE, part_name, read_provenance
+from trainkit.data.provenance import FORMAT, PROVENANCE, begin, part_name, read_provenance
 from trainkit.errors import UserError
 
 WINDOW = 8
@@ -152,45 +152,7 @@ def _begin(out: Path, layout: Layout, provenance: Mapping[str, Any]) -> bool:
         "format": FORMAT, "temperatures": list(layout.temperatures), "samples": layout.samples, "part_rows": layout.part_rows,
         **provenance, "rows": layout.rows, "parts": layout.parts,
     }  # fmt: skip
-    values = json.loads(json.dumps(values))
-    # looked at before distill.json, since another rank may be beginning the set right now, and writes that first
-    foreign = out.exists() and (
-        not out.is_dir() or any(p.name != PROVENANCE and not p.name.startswith(".") for p in out.iterdir())
-    )
-    then = read_provenance(out)
-    if then is None:
-        if foreign:
-            raise UserError(f"--out {out}: holds something else; give a new folder, or one that trainkit distill began")
-        new = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / f".{PROVENANCE}.{os.getpid()}"
-        try:
-            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, out / PROVENANCE)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            if new:
-                with suppress(OSError):  # another process has begun there
-                    out.rmdir()
-            raise
-        return new
-    for name in {**values, **then}:
-        if name != "versions" and _without_place(values.get(name)) != _without_place(then.get(name)):
-            raise UserError(
-                f"--out {out}: that set was begun with {name} {_short(then.get(name))}, now it is {_short(values.get(name))}; "
-                "give the same settings to go on, or another folder"
-            )
-    return False
-
-
-def _without_place(value: Any) -> Any:
-    """Where prompts lay and a server listened changes no row."""
-    return {k: v for k, v in value.items() if k not in ("name", "path", "base_url")} if isinstance(value, dict) else value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return begin(out, PROVENANCE, values, read_provenance, "trainkit distill")
 
 
 def _pending(parts: Any, layout: Layout) -> dict[float, list[Item]]:

@@ -1,8 +1,9 @@
-"""What a frozen target says of packed rows, kept on disk, so that later epochs and later runs need not run it again.
+"""What a frozen target says of packed rows, kept while training goes on, so that later epochs and runs need not run it again.
 
 One memory-mapped file of [rows, positions, channels] and one byte a row that says whether it is there yet, filled row by row
 as training first meets them. Values are written before their byte, so a kill costs at most the rows in hand; several processes
-may share a store. What may be kept together is decided by the key: data, packing, target, precision and what is kept.
+may share a store. What may be kept together is decided by the key: data, packing, target, precision and what is kept. For what
+is kept before training, to be moved or trained on without the target's layers, see `feature_set`.
 """
 
 # R packed rows  B batch rows  T positions  C channels
@@ -14,14 +15,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trainkit.bundle import fingerprint
+from trainkit.data.packing import PackedSet
 from trainkit.data.provenance import weights_mark
 from trainkit.errors import UserError
 from trainkit.losses.topk import TopKHead, compress
@@ -93,6 +94,25 @@ class FeatureStore:
         self._there_R[rows_B[given_B]] = 1
 
 
+class Teacher(Protocol):
+    """Says what a target says of packed batches: by running it, or from what was kept of it."""
+
+    def handle(self) -> TargetHandle:
+        """The target's shared parts."""
+        ...
+
+    def stored_head(self) -> TopKHead | None:
+        """What reads the top-k rows that `read` gives in place of last hidden states, where it does."""
+        ...
+
+    def store(self, name: str, packed: PackedSet, taps: Sequence[int]) -> Any:
+        """What is kept of a packed set, opened once; `name` tells sets apart, such as its fingerprint and split."""
+
+    def read(self, batch: Mapping[str, Tensor], taps: Sequence[int], store: Any) -> tuple[Tensor, Tensor | None]:
+        """What the target says of a batch of `PackedSet.batch`: last hidden states [B, T, D] (or top-k rows), and its taps."""
+        ...
+
+
 class TargetReader:
     """A frozen target over packed batches, each row read once where a folder to keep its states is given.
 
@@ -111,23 +131,30 @@ class TargetReader:
         self._stores: dict[tuple[str, tuple[int, ...]], FeatureStore] = {}
 
     def handle(self) -> TargetHandle:
-        """The target's shared parts; with `top_k` the head that reads what is handed out as hidden states."""
-        handle = self.target.handle()
-        return handle if self.top_k is None else replace(handle, head=TopKHead(self.top_k, handle.vocab_size))
+        return self.target.handle()
 
-    def store(self, name: str, rows: int, length: int, taps: Sequence[int]) -> FeatureStore | None:
+    def stored_head(self) -> TopKHead | None:
+        return None if self.top_k is None else TopKHead(self.top_k, self.target.handle().vocab_size)
+
+    def _beside(self, taps: Sequence[int]) -> list[int]:
+        """The taps that are kept beside what stands first: not the last hidden state where that is the one that does."""
+        last = None if self.top_k is not None else self.target.num_layers
+        return [tap for tap in taps if self.target.layer(tap) != last]
+
+    def store(self, name: str, packed: PackedSet, taps: Sequence[int]) -> FeatureStore | None:
         """The store of a packed set, opened once; `name` tells sets apart, such as its fingerprint and split."""
         if self.folder is None:
             return None
         if (name, tuple(taps)) not in self._stores:
+            rows, length, beside = len(packed), packed.length, self._beside(taps)
             hidden, device = self.target.hidden_size, self.target.device.type
             first = hidden if self.top_k is None else 2 * self.top_k + 1
             autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
             key = {
-                "set": name, "target": self._mark, "taps": list(taps), "top_k": self.top_k,
+                "set": name, "target": self._mark, "taps": beside, "top_k": self.top_k,
                 "precision": [str(self.target.dtype), autocast],
             }  # fmt: skip
-            width, dtype = first + hidden * len(taps), self.target.dtype if self.top_k is None else torch.float32
+            width, dtype = first + hidden * len(beside), self.target.dtype if self.top_k is None else torch.float32
             store = FeatureStore(self.folder, key, rows, length, width, dtype)
             print(f"target's states of {rows:,} packed rows: {store.size / 1e9:.2f} GB in {store.path}, {store.filled:,} there")
             self._stores[name, tuple(taps)] = store
@@ -138,17 +165,18 @@ class TargetReader:
     ) -> tuple[Tensor, Tensor | None]:
         """What the target says of a batch of `PackedSet.batch`: last hidden states [B, T, D] (or top-k rows), and its taps."""
         said = None if store is None else store.get(batch["rows_B"].cpu())
+        width, beside = self.target.hidden_size, self._beside(taps)
         if said is not None:
             said = said.to(batch["tokens_BT"].device)
-            hidden = said.shape[-1] - self.target.hidden_size * len(taps)
-            taps_BTAD = said[..., hidden:].unflatten(-1, (len(taps), -1)).to(self.target.dtype) if taps else None
-            return said[..., :hidden], taps_BTAD
+            first, *others = said.split([said.shape[-1] - width * len(beside), *[width] * len(beside)], -1)
+            states = dict(zip(beside, others, strict=True))
+            return first, torch.stack([states.get(tap, first) for tap in taps], 2).to(self.target.dtype) if taps else None
         hidden_BTD, taps_BTAD = self.target.forward(batch["tokens_BT"], batch["positions_BT"], batch["document_BT"], taps)
         if self.top_k is not None:
             head, chunks = self.target.handle().head, hidden_BTD.flatten(0, 1).split(1024)
             kept = torch.cat([compress(head(chunk), self.top_k) for chunk in chunks])
             hidden_BTD = kept.unflatten(0, hidden_BTD.shape[:2])
         if store is not None:
-            whole = hidden_BTD if taps_BTAD is None else torch.cat([hidden_BTD, taps_BTAD.flatten(2).to(hidden_BTD)], -1)
-            store.put(batch["rows_B"].cpu(), whole)
+            states = dict(zip(taps, taps_BTAD.unbind(2), strict=True)) if taps_BTAD is not None else {}
+            store.put(batch["rows_B"].cpu(), torch.cat([hidden_BTD, *(states[tap].to(hidden_BTD) for tap in beside)], -1))
         return hidden_BTD, taps_BTAD

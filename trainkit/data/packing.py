@@ -7,6 +7,7 @@ Positions and document numbers are not stored: they follow from where documents 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -54,6 +55,19 @@ class PackedSet:
         if not len(self):
             return np.zeros(0, np.int64)
         return np.add.reduceat(self.mask_N, self.documents_D[self.rows_R[:-1]], dtype=np.int64)
+
+    @cached_property
+    def tokens_R(self) -> np.ndarray:
+        """Tokens of each row without padding, int64."""
+        return np.diff(self.documents_D[self.rows_R])
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of what a model reads: the tokens, and where rows and documents begin; not of what counts as a label."""
+        digest = hashlib.sha256(f"{self.length}".encode())
+        for array in (self.tokens_N, self.documents_D, self.rows_R):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     @property
     def efficiency(self) -> float:

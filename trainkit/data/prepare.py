@@ -28,6 +28,8 @@ from trainkit.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CACHE = Path.home() / ".cache" / "trainkit" / "data"
+"""Where prepared sets are kept unless somebody says otherwise."""
 CODE_VERSION = 1
 """Part of every fingerprint: raise it with any change that alters what comes out of the same files."""
 

@@ -1,9 +1,12 @@
-"""What a distillation set says of itself in `distill.json`, which files it consists of, and whose weights made it."""
+"""What a made set says of itself in a JSON beside its files, how it is begun and gone on with, and whose weights made it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,60 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict) or values.get("format") != FORMAT or not isinstance(values.get("parts"), int):
         raise UserError(f"{path}: not a distillation set of format {FORMAT}; use the trainkit that made it")
     return values
+
+
+def begin(
+    out: Path, file: str, values: Mapping[str, Any], read: Callable[[Path], dict[str, Any] | None], command: str
+) -> bool:
+    """Writes `file` into the folder of a set, or holds it against the one that is there; returns whether it wrote it.
+
+    Args:
+        out: Folder of the set.
+        file: What says how the set is made.
+        values: What it says, JSON-able; `versions` may change while a set is made.
+        read: Reads it from a folder, None where there is none.
+        command: That makes such sets.
+
+    Raises:
+        UserError: `out` holds something else, or a set begun with other values.
+    """
+    values = json.loads(json.dumps(values))
+    # looked at before the file, since another rank may be beginning the set right now, and writes that first
+    foreign = out.exists() and (not out.is_dir() or any(p.name != file and not p.name.startswith(".") for p in out.iterdir()))
+    then = read(out)
+    if then is None:
+        if foreign:
+            raise UserError(f"--out {out}: holds something else; give a new folder, or one that {command} began")
+        new = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / f".{file}.{os.getpid()}"
+        try:
+            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, out / file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # another process has begun there
+                    out.rmdir()
+            raise
+        return new
+    for name in {**values, **then}:
+        if name != "versions" and _without_place(values.get(name)) != _without_place(then.get(name)):
+            raise UserError(
+                f"--out {out}: that set was begun with {name} {_short(then.get(name))}, now it is {_short(values.get(name))}; "
+                "give the same settings to go on, or another folder"
+            )
+    return False
+
+
+def _without_place(value: Any) -> Any:
+    """Where prompts lay and a server listened changes no row."""
+    return {k: v for k, v in value.items() if k not in ("name", "path", "base_url")} if isinstance(value, dict) else value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def weights_mark(folder: str | Path) -> str:

@@ -62,8 +62,10 @@ class DraftBatch:
         document_BT: Document number within the row, ascending; -1 marks padding. No attention crosses documents.
         mask_BT: True where the token at t counts AS A LABEL (an assistant token).
         taps_BTAD: The target's hidden states named by `Drafter.taps`, or None when it names none.
-        hidden_BTD: The target's last hidden state, after the final norm.
+        hidden_BTD: The teacher, for a divergence alone, with `teacher_head`: the target's last hidden state, after the final
+            norm, or rows of `losses.topk` in its place. A kind that reads the state itself names tap -1.
         handle: The target's embedding, final norm and head.
+        stored_head: Reads `hidden_BTD` where it holds such rows.
     """
 
     tokens_BT: Tensor
@@ -73,6 +75,12 @@ class DraftBatch:
     taps_BTAD: Tensor | None
     hidden_BTD: Tensor
     handle: TargetHandle
+    stored_head: Any = None
+
+    @property
+    def teacher_head(self) -> Any:
+        """What makes of `hidden_BTD` what the target says; `handle.head` is for a kind's own hidden states."""
+        return self.handle.head if self.stored_head is None else self.stored_head
 
     def label_mask(self, offset: int = 1) -> Tensor:
         """[B, T] bool: position t has a counted label at t + offset in its own document."""
@@ -85,7 +93,7 @@ class DraftBatch:
     def ahead(self, offset: int) -> tuple[Tensor, Tensor, Tensor]:
         """What a prediction of the token `offset` places on is compared with.
 
-        Where it counts [B, T], N positions; the target's hidden state that says that token [N, D]; the token itself [N].
+        Where it counts [B, T], N positions; the teacher's row that says that token [N, D]; the token itself [N].
         """
         counted_BT = self.label_mask(offset)
         return counted_BT, self.hidden_BTD.roll(1 - offset, 1)[counted_BT], self.tokens_BT.roll(-offset, 1)[counted_BT]

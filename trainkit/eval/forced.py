@@ -186,7 +186,7 @@ def measure(
 def _seen(
     reader: TargetReader, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str
 ) -> DraftBatch:
-    store: FeatureStore | None = reader.store(f"{name} eval", len(packed), packed.length, taps)
+    store: FeatureStore | None = reader.store(f"{name} eval", packed, taps)
     hidden_BTD, taps_BTAD = reader.read(tensors, taps, store)
     return DraftBatch(
         tensors["tokens_BT"], tensors["positions_BT"], tensors["document_BT"], tensors["mask_BT"], taps_BTAD, hidden_BTD,

@@ -61,8 +61,8 @@ def target_shape(folder: str | Path, trust_remote_code: bool = False) -> TargetS
     )
 
 
-def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The causal LM in a folder, with all of its weights and only finite ones.
+def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False, layers: bool = True) -> Any:
+    """The causal LM in a folder, with all of its weights and only finite ones; without `layers` no decoder layer is read.
 
     transformers fills in what is missing with random values, and says so in a log.
 
@@ -72,12 +72,18 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    given: dict[str, Any] = {}
+    if not layers:
+        given["config"] = config = read_config(folder, trust_remote_code)
+        config.num_hidden_layers = 0
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = []
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of several lines says what the errors below say
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True, **given,
         )  # fmt: skip
     except SafetensorError as error:
         raise UserError(f"{folder}: not whole safetensors files ({first_lines(error, 1)}); copy it again") from error
@@ -93,7 +99,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
         raise UserError(f"{folder}: tensor {name!r} is {sizes}; give weights that fit config.json")
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}; copy all weight files")
-    if unread := sorted(found["unexpected_keys"]):
+    if layers and (unread := sorted(found["unexpected_keys"])):
         print(f"{folder}: {len(unread)} tensors are not read, the first is {unread[0]!r}")
     check_finite(model.named_parameters(), str(folder))
     return model
@@ -130,23 +136,26 @@ class FrozenTarget:
         folder: A Hugging Face folder on this machine.
         dtype: Precision of the weights; under bf16 autocast float32 weights compute in bfloat16 as any other layer does.
         trust_remote_code: Whether to run model code that the folder itself carries.
+        layers: Whether to load its decoder layers; without them there is a `handle`, and nothing to run.
 
     Raises:
         UserError: no model there, its layers, final norm or head are not where they usually are, or its logits are not
             head(backbone).
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, layers: bool = True
+    ) -> None:
         self.folder = Path(folder)
         self._trust = trust_remote_code
         self.config = read_config(folder, trust_remote_code)
-        model = load_model(folder, dtype, trust_remote_code)
+        model = load_model(folder, dtype, trust_remote_code, layers)
         self.model: nn.Module = model.requires_grad_(False).eval()
         self.backbone: nn.Module = model.base_model
         self._embedding: nn.Module = model.get_input_embeddings()
         self._head: Any = model.get_output_embeddings()
         check_head(model, str(folder))
-        self._layers = self._find_layers()
+        self._layers = self._find_layers() if layers else nn.ModuleList()
         self._final_norm = self._find_final_norm()
 
     @property
@@ -162,6 +171,11 @@ class FrozenTarget:
     def hidden_size(self) -> int:
         """Width of its hidden states."""
         return int(self._head.weight.shape[1])
+
+    @property
+    def num_layers(self) -> int:
+        """Its decoder layers; also the index of the state after the final norm."""
+        return int(self.config.num_hidden_layers)
 
     def to(self, device: torch.device | str) -> FrozenTarget:
         """This target, its weights on `device`."""
@@ -217,18 +231,23 @@ class FrozenTarget:
             document_BT: Document numbers, ascending within a row, -1 for padding at the end.
             taps: Indices of Hugging Face `hidden_states`: 0 the embeddings, i after i layers, the last (or -1) after the norm.
         """
-        assert tokens_BT.shape == positions_BT.shape == document_BT.shape
+        assert tokens_BT.shape == positions_BT.shape == document_BT.shape and len(self._layers) == self.num_layers
         with self._recorded(taps) as states:
             output = self.backbone(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
         states[len(self._layers)] = output.last_hidden_state
         if not taps:
             return output.last_hidden_state, None
-        return output.last_hidden_state, torch.stack([states[self._tap(tap)] for tap in taps], dim=2)
+        return output.last_hidden_state, torch.stack([states[self.layer(tap)] for tap in taps], dim=2)
 
     __call__ = forward
 
-    def _tap(self, tap: int) -> int:
-        count = len(self._layers) + 1
+    def layer(self, tap: int) -> int:
+        """After how many layers a tap is: -1 is `num_layers`.
+
+        Raises:
+            UserError: it has no such hidden state.
+        """
+        count = self.num_layers + 1
         if not -count <= tap < count:
             raise UserError(f"tap {tap}: {self.folder} has hidden states 0 to {count - 1}")
         return tap % count
@@ -244,7 +263,7 @@ class FrozenTarget:
 
             return hook
 
-        wanted = {self._tap(tap) for tap in taps} - {len(self._layers)}
+        wanted = {self.layer(tap) for tap in taps} - {len(self._layers)}
         hooks = [self._layers[index].register_forward_pre_hook(keep(index), with_kwargs=True) for index in wanted]
         try:
             yield states

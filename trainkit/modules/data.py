@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
 from trainkit.data.loader import PackedLoader
-from trainkit.data.prepare import Prepared, prepare
+from trainkit.data.prepare import CACHE, Prepared, prepare
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule, global_seed
-
-CACHE = Path.home() / ".cache" / "trainkit" / "data"
 
 
 class TextData(LightningDataModule):

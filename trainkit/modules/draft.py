@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from trainkit.data.features import TargetReader
+from trainkit.data.feature_reader import FeatureReader
+from trainkit.data.features import TargetReader, Teacher
 from trainkit.drafters.base import Divergence, DraftBatch, Drafter, LossOutput, TargetShape, kind_of
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ChunkedDivergence, ForwardKL, TVDpp
@@ -43,6 +44,8 @@ class DraftModule(TrainingModule):
             same target and data, do not run it again; exact. Its size is printed before training.
         teacher_top_k: Keep only the target's so many likeliest tokens at each position and train on those: small, and
             approximate below the vocabulary's size (losses/topk.py).
+        features: Folder that `trainkit features` wrote for this target and data: the target is not run, and of it only
+            embedding, final norm and output head are loaded. The teacher is what is there, hidden states or likeliest tokens.
         trust_remote_code: Whether to run model code that the target's folder carries.
     """
 
@@ -60,6 +63,7 @@ class DraftModule(TrainingModule):
         target_shard: Literal["none", "fsdp"] = "none",
         teacher_cache: str | None = None,
         teacher_top_k: int | None = None,
+        features: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_steps, final_lr)
@@ -69,6 +73,8 @@ class DraftModule(TrainingModule):
             raise UserError(
                 "model.target_shard: all processes run the target at once, with teacher_cache each alone; give one of them"
             )
+        if features is not None and (target_shard != "none" or teacher_cache is not None):
+            raise UserError("model.features: the target is not run, so leave target_shard and teacher_cache out")
         if not (Path(target) / "config.json").is_file():  # before its tokenizer is looked for on the hub
             raise UserError(f"model.target: {target}: no config.json there; give a Hugging Face model folder")
         self.target, self.target_shard = target, target_shard
@@ -81,7 +87,8 @@ class DraftModule(TrainingModule):
         self.drafter: Drafter | None = None
         self._statistics: Divergence | None = None
         self.teacher_cache, self.teacher_top_k = teacher_cache, teacher_top_k
-        self._reader: TargetReader | None = None
+        self.features = features
+        self._reader: Teacher | None = None
 
     @property
     def network(self) -> nn.Module | None:
@@ -98,11 +105,14 @@ class DraftModule(TrainingModule):
     def setup(self, stage: str) -> None:
         # Not in configure_model, whose contexts (ZeRO-3's, for one) would shard the target as if it were trained.
         if self.teacher is None:
-            self.teacher = FrozenTarget(self.target, **self._target_options)
+            self.teacher = FrozenTarget(self.target, **self._target_options, layers=self.features is None)
             if self.target_shard == "fsdp":
                 self.teacher.shard(self.device)
             self.shape = self.teacher.shape()
-            self._reader = TargetReader(self.teacher, self.teacher_cache, self.teacher_top_k)
+            if self.features is None:
+                self._reader = TargetReader(self.teacher, self.teacher_cache, self.teacher_top_k)
+            else:
+                self._reader = FeatureReader(self.features, self.teacher, self.teacher_top_k)
             self.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
 
     def configure_model(self) -> None:
@@ -112,6 +122,9 @@ class DraftModule(TrainingModule):
             if self.trainer.ckpt_path is None:
                 drafter.initialise(Path(self.target))
             self.drafter = drafter
+            if self.features is not None:  # said now, not at the first validation
+                for split in ("train", "validation") if self.trainer.state.fn == "fit" else ("validation",):
+                    self._store(split)
 
     def describe(self) -> dict[str, Any]:
         assert self.drafter is not None and self.shape is not None
@@ -131,17 +144,20 @@ class DraftModule(TrainingModule):
         assert self.teacher is not None and self.drafter is not None and self._reader is not None
         if self.target_shard == "none":
             self.teacher.to(self.device)
-        taps, prepared = self.drafter.taps, getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
-        store = None
-        if prepared is not None and "rows_B" in batch:
-            split = "train" if self.trainer.training else "validation"
-            packed = getattr(prepared, split)
-            store = self._reader.store(f"{prepared.fingerprint} {split}", len(packed), packed.length, taps)
-        hidden_BTD, taps_BTAD = self._reader.read(batch, taps, store)
+        store = self._store("train" if self.trainer.training else "validation") if "rows_B" in batch else None
+        hidden_BTD, taps_BTAD = self._reader.read(batch, self.drafter.taps, store)
         return DraftBatch(
             batch["tokens_BT"], batch["positions_BT"], batch["document_BT"], batch["mask_BT"], taps_BTAD, hidden_BTD,
-            self._reader.handle(),
+            self._reader.handle(), self._reader.stored_head(),
         )  # fmt: skip
+
+    def _store(self, split: str) -> Any:
+        """Where what the target says of the rows of training or validation is kept, if anywhere."""
+        assert self._reader is not None and self.drafter is not None
+        prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
+        if prepared is None:
+            return None
+        return self._reader.store(f"{prepared.fingerprint} {split}", getattr(prepared, split), self.drafter.taps)
 
     def _step_divergence(self, batch: Batch, micro: int) -> Divergence:
         """The divergence, given the statistics of the whole optimiser step, on all ranks, where it needs them."""

@@ -63,7 +63,7 @@ class Twig(Drafter):
             counted_BT, target_ND, labels_N = batch.ahead(step + 1)
             hidden_BTD = self._grow(hidden_BTD, batch.tokens_BT.roll(-step, 1), batch.handle)
             outputs.append(
-                divergence(hidden_BTD[counted_BT], batch.handle.head, target_ND, batch.handle.head, labels_N=labels_N)
+                divergence(hidden_BTD[counted_BT], batch.handle.head, target_ND, batch.teacher_head, labels_N=labels_N)
             )
             counted.append((counted_BT, step + 1))
         return heads_together(outputs, [1.0, 1.0], counted)

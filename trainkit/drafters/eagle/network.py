@@ -173,7 +173,7 @@ class Eagle(Drafter):
                 counted_BT = counted_BT.masked_scatter(counted_BT, kept_N)
                 target_ND, labels_N = target_ND[kept_N], labels_N[kept_N]
             hidden_ND = self.norm(feature_BTD[counted_BT])
-            outputs.append(divergence(hidden_ND, self.lm_head, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N))
+            outputs.append(divergence(hidden_ND, self.lm_head, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
         return heads_together(outputs, [self.decay**step for step in range(self.steps)], counted)
 
@@ -181,7 +181,7 @@ class Eagle(Drafter):
     def _inside(self, batch: DraftBatch) -> Tensor:
         """[B, T] whether the token that the target likes best after t is one that the draft may propose."""
         assert self.ids_K is not None
-        choices_N = target_choices(batch.hidden_BTD.flatten(0, 1), batch.handle.head, 1024)
+        choices_N = target_choices(batch.hidden_BTD.flatten(0, 1), batch.teacher_head, 1024)
         return torch.isin(choices_N, self.ids_K).view(batch.tokens_BT.shape)
 
     # Served: the entry of a text's place t is made of (x_{t+1}, target's states at t), so a round's root, at position R, has

@@ -101,7 +101,8 @@ class Hydra(Drafter):
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
         dtype = self.blocks[0][0].linear.weight.dtype  # the target's may be a narrower one
-        hidden_BTD = batch.hidden_BTD.to(dtype)
+        assert batch.taps_BTAD is not None  # the last hidden state; what the batch says beside it is the teacher
+        hidden_BTD = batch.taps_BTAD[:, :, 0].to(dtype)
         if self.prefix is not None:
             hidden_BTD = self.prefix(hidden_BTD, batch.positions_BT, document_bias(batch.document_BT, hidden_BTD.dtype))
         embedded_BTD = batch.handle.embed(batch.tokens_BT).to(dtype)
@@ -112,7 +113,7 @@ class Hydra(Drafter):
             counted_BT, target_ND, labels_N = batch.ahead(ahead)
             hidden_ND = block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training))
             projection = self.lm_heads.of(index, batch.handle.head)
-            outputs.append(divergence(hidden_ND, projection, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N))
+            outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
         return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
 

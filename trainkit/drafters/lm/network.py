@@ -130,7 +130,7 @@ class LMDraft(Drafter):
         hidden_BTD, _ = self.decoder(batch.tokens_BT, batch.positions_BT, bias)
         counted_BT, target_ND, labels_N = batch.ahead(1)
         draft_ND, head = hidden_BTD[counted_BT], self._training_head
-        return divergence(draft_ND, head, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N)
+        return divergence(draft_ND, head, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N)
 
     def _training_head(self, hidden_ND: Tensor) -> Tensor:
         if self.ids_K is None:

@@ -77,13 +77,14 @@ class Medusa(Drafter):
         self.lm_heads.copy_from(load_decoder(target_folder, dtype=torch.float32).head_weight.detach(), self.ids_K)
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
-        hidden_BTD = batch.hidden_BTD.to(self.blocks[0][0].linear.weight.dtype)  # the target's may be a narrower one
+        assert batch.taps_BTAD is not None  # the last hidden state; what the batch says beside it is the teacher
+        hidden_BTD = batch.taps_BTAD[:, :, 0].to(self.blocks[0][0].linear.weight.dtype)  # the target's may be a narrower one
         outputs, counted = [], []
         for index, block in enumerate(self.blocks):
             ahead = index + 2
             counted_BT, target_ND, labels_N = batch.ahead(ahead)
             hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.of(index, batch.handle.head)
-            outputs.append(divergence(hidden_ND, projection, target_ND, batch.handle.head, self.ids_K, labels_N=labels_N))
+            outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
         return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
 

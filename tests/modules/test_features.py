@@ -1,0 +1,194 @@
+"""Training from features: the losses of online training, without the target's layers, and no features of anything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.modules.test_draft import Losses, draft_module, fit, text_data, weights
+from tests.targets import make_target
+from trainkit.drafters.base import add_kinds_from, discover
+from trainkit.drafters.medusa import Medusa
+from trainkit.errors import UserError
+from trainkit.losses.divergence import ForwardKL, TVDpp
+from trainkit.models.target import FrozenTarget
+from trainkit.modules.draft import DraftModule
+from trainkit.runner.features import features
+
+add_kinds_from("tests.kinds")
+STEPS = 6
+
+
+def made(target: Path, chats: Path, out: Path, **options: Any) -> str:
+    """Features of what `text_data(chats, out.parent)` trains on, its batch size included."""
+    given: dict[str, Any] = {
+        "length": 128, "batch": 2, "validation_share": 0.1, "seed": 3, "cache": str(out.parent), "dtype": "float32",
+    }  # fmt: skip
+    features(target=str(target), data=str(chats), out=str(out), **(given | options))
+    return str(out)
+
+
+def trained(target: Path, chats: Path, root: Path, steps: int = STEPS, **module: Any) -> list[float]:
+    losses = Losses()
+    fit(draft_module(target, **module), text_data(chats, root.parent), root, losses, steps=steps, val_check_interval=4)
+    return losses.values
+
+
+@pytest.fixture
+def never_run(monkeypatch):
+    """The target is not run, nor can it be: its layers are not there."""
+    monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: pytest.fail("the target is run"))
+
+
+@pytest.mark.parametrize("kind", sorted(discover()))
+def test_every_kind_trains_from_features_as_online(kind, tiny_target, chats, tmp_path, monkeypatch):
+    """float32 and the same batches of rows: to the bit, with hidden states and with top-k rows; k = V is the whole teacher.
+
+    From logits or from stored log-probabilities the same p differs in float32 rounding of one more softmax, hence 1e-4.
+    """
+    drafter: Any = discover()[kind]
+    online = trained(tiny_target, chats, tmp_path / "online", drafter=drafter)
+    assert len(set(online)) == STEPS
+    runs: list[int] = []
+    forward = FrozenTarget.forward
+    monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: runs.append(1) or forward(self, *args))
+    for top_k in (None, 320, 8):
+        folder = made(tiny_target, chats, tmp_path / f"features-{top_k}", kind=kind, top_k=top_k)
+        before = len(runs)
+        found = trained(tiny_target, chats, tmp_path / f"from-{top_k}", drafter=drafter, features=folder)
+        assert len(runs) == before, "the target is run"
+        whole = trained(tiny_target, chats, tmp_path / f"online-{top_k}", drafter=drafter, teacher_top_k=top_k)
+        assert found == whole
+        ours, theirs = (weights(tmp_path / f"{where}-{top_k}") for where in ("from", "online"))
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        if top_k is None:
+            assert found == online
+        elif top_k == 320:
+            assert found == pytest.approx(online, rel=1e-4)
+
+
+def test_statistics_over_the_step_read_the_features_too(tiny_target, chats, tmp_path):
+    """TVD++ reads each window twice, in two micro-batches."""
+    folder, losses = made(tiny_target, chats, tmp_path / "features"), []
+    for name, more in (("a", {}), ("b", {"features": folder})):
+        losses.append(Losses())
+        module = draft_module(tiny_target, divergence=TVDpp(normalise="batch"), **more)
+        fit(module, text_data(chats, tmp_path), tmp_path / name, losses[-1], steps=4, accumulate_grad_batches=2)
+    assert losses[0].values == losses[1].values
+
+
+def test_other_batches_of_rows_differ_by_rounding_alone(tiny_target, chats, tmp_path):
+    """Read 5 rows at once and trained on 2 at once: the matrix products sum in another order."""
+    folder = made(tiny_target, chats, tmp_path / "features", batch=5, shard_rows=7)
+    online = trained(tiny_target, chats, tmp_path / "a")
+    found = trained(tiny_target, chats, tmp_path / "b", features=folder)
+    assert found == pytest.approx(online, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "within"),
+    [
+        # a state is rounded by up to 2^-9 of itself, a log-probability of -5 by 0.01; the loss averages over tokens
+        ({"dtype": "bfloat16"}, 1e-2), ({"dtype": "float16"}, 2e-3), ({"dtype": "bfloat16", "top_k": 320}, 1e-2),
+        # what lies outside the 64 likeliest of 320 is merged into one: a lower bound
+        ({"dtype": "float32", "top_k": 64}, 5e-2),
+    ],
+)  # fmt: skip
+def test_narrow_storage_and_few_tokens_are_close(options, within, tiny_target, chats, tmp_path):
+    online = trained(tiny_target, chats, tmp_path / "a", drafter=Medusa)
+    folder = made(tiny_target, chats, tmp_path / "features", kind="medusa", **options)
+    found = trained(tiny_target, chats, tmp_path / "b", drafter=Medusa, features=folder)
+    apart = max(abs(one - other) / other for one, other in zip(found, online, strict=True))
+    print(f"{options}: losses apart by {apart:.2e} of themselves")
+    assert 0 < apart < within
+
+
+def test_the_layers_are_not_loaded_and_nothing_of_the_target_is_saved(never_run, tiny_target, chats, tmp_path, monkeypatch):
+    with monkeypatch.context() as real:
+        real.undo()
+        folder = made(tiny_target, chats, tmp_path / "features")
+    module = draft_module(tiny_target, features=folder)
+    fit(module, text_data(chats, tmp_path), tmp_path / "run", steps=2)
+    assert module.teacher is not None
+    names = {name for name, _ in module.teacher.model.named_parameters()}
+    assert names == {"model.embed_tokens.weight", "model.norm.weight"}  # the head is tied
+    assert all(name.startswith("drafter.") for name in weights(tmp_path / "run"))
+
+
+def refused(target: Path, chats: Path, root: Path, *parts: str, data: Any = None, **module: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        fit(draft_module(target, **module), data or text_data(chats, root.parent), root, steps=1)
+    line = str(caught.value)
+    assert "\n" not in line and all(part in line for part in parts), line
+
+
+def test_features_of_something_else_are_refused_by_name(tiny_target, chats, tmp_path):
+    """Other data, split, packing, target by weights or by config, taps, top-k: one line each, before a step."""
+    folder = made(tiny_target, chats, tmp_path / "features")
+    ask = lambda *parts, target=tiny_target, **more: refused(
+        target, chats, tmp_path / "run", *parts, **({"features": folder} | more)
+    )
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(chats.read_text().splitlines(True)[:-1]))
+    cache = tmp_path
+    ask("other data", "chats.jsonl", data=text_data(other, cache))
+    ask("other data", "validation_share 0.1", data=text_data(chats, cache, validation_share=0.2))
+    ask("packed to rows of 128", "data.length is 96", data=text_data(chats, cache, length=96))
+    ask("another target", "weights", target=make_target(tmp_path / "weights", seed=1))
+    config = Path(shutil.copytree(tiny_target, tmp_path / "config"))
+    values = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-3}))
+    ask("another target", "config", target=config)
+    ask("states after layers [4]", "tap 1", "--taps [1, 4]", drafter=discover()["twig"])
+    ask("holds hidden states", "teacher_top_k", teacher_top_k=5)
+    ask("features.json", "nowhere", features="nowhere")
+    for key, value in (("teacher_cache", "kept"), ("target_shard", "fsdp")):
+        with pytest.raises(UserError, match=key):
+            DraftModule(str(tiny_target), lambda shape: None, features=folder, **{key: value})
+    few = made(tiny_target, chats, tmp_path / "few", top_k=4)
+    ask("top_k 4", "teacher_top_k", features=few, teacher_top_k=5)
+    ask("states after layers []", "tap -1", "--taps [4]", features=few, drafter=Medusa)
+
+
+def test_a_validation_set_that_is_not_there_is_said_before_the_first_step(tiny_target, chats, tmp_path):
+    folder, alone = made(tiny_target, chats, tmp_path / "features", validation_share=0.0), Losses()
+    data = text_data(chats, tmp_path, validation=str(chats), limit_validation=5)
+    with pytest.raises(UserError, match="other data than the rows of .* validation"):
+        fit(draft_module(tiny_target, features=folder), data, tmp_path / "run", alone, steps=3)
+    assert not alone.values
+
+
+@pytest.mark.parametrize("spoil", ["missing", "torn", "foreign", "unreadable"])
+def test_spoiled_features_are_named(spoil, tiny_target, chats, tmp_path):
+    folder = Path(made(tiny_target, chats, tmp_path / "features", shard_rows=4))
+    shard = folder / "train-00001.safetensors"
+    parts = [str(folder)]
+    if spoil == "missing":
+        shard.unlink()
+        parts += ["1 of ", "shards are not done", "run the same trainkit features again"]
+    elif spoil == "torn":
+        shard.write_bytes(shard.read_bytes()[:-9])
+        parts += ["train-00001.safetensors", "not a whole"]
+    elif spoil == "foreign":
+        other = Path(made(tiny_target, chats, tmp_path / "other", shard_rows=4, dtype="float16"))
+        shutil.copyfile(other / shard.name, shard)
+        parts += ["train-00001.safetensors", "of other features"]
+    else:
+        (folder / "features.json").write_text("{")
+        parts += ["features.json", "not JSON"]
+    with pytest.raises(UserError) as caught:
+        fit(draft_module(tiny_target, features=str(folder)), text_data(chats, tmp_path), tmp_path / "run", steps=20)
+    assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_a_copy_of_the_target_and_other_names_of_the_data_are_the_same(tiny_target, chats, tmp_path):
+    folder = made(tiny_target, chats, tmp_path / "features")
+    renamed = Path(shutil.copyfile(chats, tmp_path / "renamed.jsonl"))
+    copied = Path(shutil.copytree(tiny_target, tmp_path / "copy"))
+    module = draft_module(copied, features=folder, divergence=ForwardKL())
+    fit(module, text_data(renamed, tmp_path), tmp_path / "run", steps=2)
