@@ -1,6 +1,7 @@
 """Medusa-2: drafter and target trained together, the target through LoRA; then both exported, and decoded without loss."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,23 +11,28 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.modules.test_ranks import torchrun
+from tests.processes import code_of, start
+from tests.runs import arguments, log, weights
 from tests.targets import make_target
+from tests.test_kinds import VARIANTS
 from trainkit import bundle
 from trainkit.cli import main
-from trainkit.drafters.base import DraftBatch, discover
+from trainkit.drafters.base import DraftBatch, load_kind
 from trainkit.drafters.hydra import Hydra
 from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.losses.divergence import CrossEntropy, ForwardKL, TVDpp
 from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merged
-from trainkit.models.target import FrozenTarget
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.modules.callbacks import Checkpoints
 from trainkit.modules.checkpoint import load_adapter
 from trainkit.modules.data import TextData
 from trainkit.modules.draft import DraftModule
 from trainkit.modules.export import export
 from trainkit.modules.joint import JointModule
+from trainkit.modules.training import run
 from trainkit.runner import Runner
 
 # B batch  T positions  D hidden  V vocabulary
@@ -159,10 +165,8 @@ def test_the_weight_of_the_drafters_loss_by_hand(tiny_target):
 
 def test_heads_alone_leave_the_adapter_untouched_then_both_learn(tiny_target, chats, tmp_path):
     """With weight decay, which would shrink matrices that merely have no gradient of their own."""
-    watch, options = Watch(), {"optimizer": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1)}
-    seed_everything(3, verbose=False)
+    watch, options = Watch(), {"optimizer": lambda p: torch.optim.AdamW(p, lr=2e-2, weight_decay=0.1)}
     fit(joint_module(tiny_target, **options), chats, tmp_path, tmp_path / "a", steps=3)
-    fit(joint_module(tiny_target, heads_steps=0, **options), chats, tmp_path, tmp_path / "0", Watch(), steps=1)
     fit(joint_module(tiny_target, **options), chats, tmp_path, tmp_path / "b", watch, steps=40)
     alone, both = saved(tmp_path / "a"), saved(tmp_path / "b")
     adapter = [name for name in alone["state_dict"] if name.startswith("adapter.")]
@@ -171,17 +175,15 @@ def test_heads_alone_leave_the_adapter_untouched_then_both_learn(tiny_target, ch
     for name in adapter:
         assert bool((alone["state_dict"][name] == 0).all()) == name.endswith("B.weight")
         assert not torch.equal(alone["state_dict"][name], both["state_dict"][name])
-    first_run = saved(tmp_path / "0")["state_dict"]
-    assert any(not torch.equal(first_run[name], alone["state_dict"][name]) for name in adapter), "else A was never drawn"
     states = alone["optimizer_states"][0]
     groups = [group["params"] for group in states["param_groups"]]
     assert [len(group) for group in groups] == [4, 2, 56] and set(states["state"]) == {0, 1, 2, 3, 4, 5}, "no moments of it"
     rates = [group["initial_lr"] for group in states["param_groups"]]
-    assert rates == [3e-3, 3e-3, pytest.approx(3e-3 / 4)]
-    assert sum(watch.losses[-5:]) < 0.8 * sum(watch.losses[3:8]), watch.losses
+    assert rates == [2e-2, 2e-2, pytest.approx(2e-2 / 4)]
+    assert sum(watch.losses[-5:]) < 0.85 * sum(watch.losses[4:9]), watch.losses  # from when both terms weigh in full
 
 
-def test_a_untouched_adapter_keeps_its_first_draw(tiny_target, chats, tmp_path):
+def test_an_untouched_adapter_keeps_its_first_draw(tiny_target, chats, tmp_path):
     """Weights before the first step and after the heads' stage are the same bits."""
 
     class Start(Callback):
@@ -331,11 +333,12 @@ def test_a_merge_that_changes_the_logits_is_refused(trained, tiny_target, monkey
 
 
 def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp_path):
-    """No kind is named in the module: those with taps take one step, and pass gradients on to the target."""
-    kinds = {name: kind for name, kind in discover().items() if kind is not LMDraft}
-    assert {"medusa", "hydra"} <= set(kinds)
-    for name, kind in kinds.items():
-        module = joint_module(tiny_target, drafter=kind, heads_steps=0, draft_weight=1.0, divergence=None)
+    """No kind is named in the module: those with taps take steps, and pass gradients on to the target."""
+    kinds = {name: partial(load_kind(kind), **options) for name, (kind, options) in VARIANTS.items()}
+    kinds = {name: make for name, make in kinds.items() if make(target_shape(tiny_target)).taps}
+    assert {"medusa", "hydra", "hydra++", "twig"} <= set(kinds)
+    for name, make in kinds.items():
+        module = joint_module(tiny_target, drafter=make, heads_steps=0, draft_weight=1.0, divergence=None)
         trainer = fit(module, chats, tmp_path, tmp_path / name, steps=2)
         batch = next(iter(trainer.val_dataloaders))
         assert module.tuned is not None and module.drafter is not None
@@ -414,3 +417,28 @@ trainer.enable_progress_bar: false
     assert "loss_head0" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
     assert main(["export", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out")]) == 0
     assert isinstance(Runner.load(tmp_path / "out-target", tmp_path / "out", max_len=64).drafter, Hydra)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_across_both_stages(tiny_target, chats, tmp_path):
+    """Equal losses and weights up to float32 rounding, though the adapter has no gradient at first."""
+    more = {
+        "model": "JointModule", "model.drafter": "Medusa", "model.divergence": "ForwardKL", "model.heads_steps": 3,
+        "model.draft_warmup": 2, "model.lora_rank": 4, "model.lora_lr": 4.0, "model.optimizer": "torch.optim.SGD",
+        "model.optimizer.lr": 0.05,
+        "checkpoint.monitor": "val/loss", "trainer.max_steps": 8, "trainer.log_every_n_steps": 1,
+        "trainer.val_check_interval": 16,
+        **dict.fromkeys([f"model.divergence.{name}" for name in ("estimator", "samples", "normalise")]),
+    }  # fmt: skip
+    given = arguments("draft", tiny_target, chats, tmp_path / "one", **more, **{"data.batch_size": 4})
+    assert code_of(start(run, "fit", given)) == 0
+    given = arguments("draft", tiny_target, chats, tmp_path / "two", **more, **{"data.batch_size": 2})
+    process = torchrun(given, tmp_path / "said")
+    assert process.wait(300) == 0, (tmp_path / "said").read_text()[-2000:]
+    for row, other in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        for name in ("train/loss", "train/loss_head0", "val/loss"):
+            assert bool(row[name]) == bool(other[name])
+            assert not row[name] or float(row[name]) == pytest.approx(float(other[name]), rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert any(name.endswith("B.weight") and value.abs().max() > 1e-3 for name, value in one.items())
+    assert all(torch.allclose(value, two[name], rtol=0, atol=1e-4) for name, value in one.items())
