@@ -37,6 +37,9 @@ MANIFEST = "trainkit.json"
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".model", ".png")
 """Files a bundle may hold; a pickle is never among them."""
 
+ADAPTER = "trainkit_adapter"
+"""Key of a config.json that names the adapter merged into a model's weights: such a model has the sizes of the one before."""
+
 _INERT = (".md", ".txt", ".png")  # may lie in a bundle unlisted: nothing loads them
 _VOLATILE = {
     "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "initializer_range", "_attn_implementation",
@@ -375,7 +378,7 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
 
     `config` hashes config.json without what another library version or precision would change; `tokenizer` hashes
     tokenizer.json without version, padding and truncation, so that saving it again changes nothing (else the vocabulary files;
-    "" without any).
+    "" without any); `adapter`, only of a model that was tuned together with a drafter, tells it from others of its config.
 
     Raises:
         UserError: no readable config.json in the folder.
@@ -385,12 +388,13 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     text_config = config.get("text_config")
     text_config = text_config if isinstance(text_config, dict) and text_config else config
     stable = {key: value for key, value in config.items() if key not in _VOLATILE}
-    return {
+    found = {
         "config": _sha256_json(stable),
         "tokenizer": _tokenizer_hash(folder),
         "vocab_size": str(text_config.get("vocab_size", "")),
         "path": folder.resolve().name,
     }
+    return found | {"adapter": str(config[ADAPTER])} if config.get(ADAPTER) else found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -443,7 +447,7 @@ def check_fit(
         hidden: Whether the drafter reads the target's hidden states, so that their width must agree.
 
     Raises:
-        UserError: vocabulary size, hidden size or tokenizer differ.
+        UserError: vocabulary size, hidden size or tokenizer differ, or it is not the target that was tuned with the drafter.
     """
     trained, made = bundle_target["decoder"], bundle_target.get("fingerprint") or {}
     target = f"target {target_fingerprint.get('path', '')}".strip()
@@ -457,6 +461,10 @@ def check_fit(
     if made.get("tokenizer") and target_fingerprint.get("tokenizer") and made["tokenizer"] != target_fingerprint["tokenizer"]:
         raise UserError(
             f"{target}: its tokenizer is not the one the bundle was made for{source}; use the target it was trained for"
+        )
+    if made.get("adapter") and made["adapter"] != target_fingerprint.get("adapter"):
+        raise UserError(
+            f"{target}: not the target that the drafter was tuned together with{source}; use the one exported beside it"
         )
     if made.get("config") and made["config"] != target_fingerprint.get("config"):
         return [f"{target}: its config is not the one the bundle was made for{source}; acceptance may be lower than measured"]

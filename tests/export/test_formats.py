@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.targets import make_target
+from tests.test_kinds import VARIANTS
 from trainkit import bundle
-from trainkit.drafters.base import Drafter, discover, load_bundle, load_kind
+from trainkit.drafters.base import Drafter, load_bundle, load_kind
 from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
@@ -23,7 +24,7 @@ from trainkit.models.load import hf_shapes, read_config
 from trainkit.models.target import load_model, target_shape
 
 Tensors = dict[str, Tensor]
-OFFERED = [(name, format) for name, kind in discover().items() for format in kind.formats]
+OFFERED = [(name, format) for name, (kind, _) in VARIANTS.items() for format in load_kind(kind).formats]
 
 
 def made(kind: str, target: Path, **options) -> Drafter:
@@ -32,9 +33,10 @@ def made(kind: str, target: Path, **options) -> Drafter:
     return drafter
 
 
-@pytest.mark.parametrize(("kind", "format"), OFFERED, ids=str)
-def test_every_format_of_a_kind_is_what_it_promises_and_loads(kind, format, tiny_target, tmp_path, seed):
-    drafter = made(kind, tiny_target)
+@pytest.mark.parametrize(("variant", "format"), OFFERED, ids=str)
+def test_every_format_of_a_kind_is_what_it_promises_and_loads(variant, format, tiny_target, tmp_path, seed):
+    kind, options = VARIANTS[variant]
+    drafter = made(kind, tiny_target, **options)
     out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format=format)
     again = load_bundle(bundle.read(out.path), target_shape(tiny_target))
     assert torch.equal(first_logits(again), first_logits(drafter))

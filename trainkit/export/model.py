@@ -19,7 +19,7 @@ FORMATS = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
 @torch.no_grad()
 def export_model(
     model: Any, out: str | Path, *, tokenizer: str | Path, dtype: torch.dtype = torch.float32, format: str = "native",
-    **card: Any,
+    own_ids: bool = False, **card: Any,
 ) -> bundle.Bundle:  # fmt: skip
     """Writes a transformers model with its tokenizer; nothing stands at `out` unless it reloads whole, with equal logits.
 
@@ -29,6 +29,7 @@ def export_model(
         tokenizer: Folder whose tokenizer files go along.
         dtype: Of the weights written.
         format: One of `FORMATS`.
+        own_ids: Keep the end, start and padding ids that the model came with; otherwise the tokenizer's are written.
         card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:
@@ -48,9 +49,10 @@ def export_model(
     def fill(folder: Path) -> None:
         copy_tokenizer(Path(tokenizer), folder)
         loaded = AutoTokenizer.from_pretrained(folder)
-        model.config.eos_token_id = model.generation_config.eos_token_id = loaded.eos_token_id
-        model.config.bos_token_id = model.generation_config.bos_token_id = loaded.bos_token_id
-        model.config.pad_token_id = model.generation_config.pad_token_id = loaded.pad_token_id
+        if not own_ids:
+            model.config.eos_token_id = model.generation_config.eos_token_id = loaded.eos_token_id
+            model.config.bos_token_id = model.generation_config.bos_token_id = loaded.bos_token_id
+            model.config.pad_token_id = model.generation_config.pad_token_id = loaded.pad_token_id
         model.save_pretrained(folder)
         loaded_model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         again, report = loaded_model[0].eval(), loaded_model[1]
