@@ -12,6 +12,7 @@ from tests.runner import laws
 from tests.runner.equality import assert_few, compare
 from tests.runner.models import BUSHY, SIBLINGS, pair, ragged_prompts
 from tests.runner.test_distribution import laws_of, sample, tables
+from trainkit import cli
 from trainkit.errors import UserError
 from trainkit.runner import DynamicTree, Stats
 from trainkit.runner.sampling import Sampling
@@ -81,6 +82,15 @@ def test_what_it_writes_says_that_it_is_lossy(shaped, seed):
         outs = runner.generate(ragged_prompts(3), verify=verify, temperature=temperature, **shaped, **options)
         assert [out.lossy for out in outs] == [lossy] * 3
         assert runner.last.lossy == Stats.merge(out.stats for out in outs).lossy == lossy
+
+
+@pytest.mark.parametrize(("verify", "lossy"), [("typical", True), ("coupled", False)])
+@pytest.mark.parametrize("tree", ["[[0],[1],[0,0]]", "dynamic:3,2,5"])
+def test_the_command_line_takes_trees_and_says_what_is_lossy(tree, verify, lossy, tiny_target, capsys):
+    arguments = ["generate", "--target", tiny_target, "--drafter", tiny_target, "--prompt", "How many", "--tree", tree]
+    arguments += ["--verify", verify, "--temperature", "0.8", "--max-new-tokens", "8"]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    assert ("LOSSY: typical verification" in capsys.readouterr().err) == lossy
 
 
 def test_it_is_lossy(seed):
