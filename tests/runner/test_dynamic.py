@@ -113,6 +113,7 @@ def test_what_is_kept_is_a_tree_also_among_ties(shape, kind, seed):
         logits *= 1e6
     draft, _ = grown(tree, logits, list(range(8)), list(range(8)), Sampling(1.0))
     topology, N = draft.topology, tree.nodes
+    assert draft.numbers_BN is not None
     assert draft.tokens_BN.shape == topology.depths_BN.shape == topology.parents_BN.shape == (8, N)
     for row in range(8):
         paths = paths_of(draft, row)
