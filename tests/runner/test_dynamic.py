@@ -26,25 +26,34 @@ def tau(runner, prompts, length, **options):
 
 def grown(tree, logits_PVV, roots, positions, sampling, noise=None):
     """The draft of a table of logits, [position modulo P, last token, next token]."""
-    V = logits_PVV.shape[-1]
     target = table_runner(logits_PVV, logits_PVV, 1, 8).rounds.target
-    draft, handle = TableDraft(TargetShape(target.shape, ()), logits_PVV), TargetHandle(None, None, None, V)
-    return grow(tree, draft, {}, handle, torch.tensor(roots), torch.tensor(positions), sampling, noise, 99, True)
+    draft, handle = Recorded(TargetShape(target.shape, ()), logits_PVV), TargetHandle(None, None, None, logits_PVV.shape[-1])
+    made = grow(tree, draft, {}, handle, torch.tensor(roots), torch.tensor(positions), sampling, noise, 99, True)
+    return made, draft.frontiers
+
+
+class Recorded(TableDraft):
+    """A table that remembers what it was asked to expand."""
+
+    def step(self, state, frontier, handle, span):
+        self.frontiers = [*getattr(self, "frontiers", []), frontier]
+        return super().step(state, frontier, handle, span)
 
 
 def by_hand(tree, log_q, root, position, noise_DV):
-    """The kept nodes as {path of tokens: score}, by plain recursion over dictionaries."""
-    found, frontier = {(): 0.0}, [()]
+    """The kept nodes as {path of tokens: score}, and those expanded, level by level; by recursion over dictionaries."""
+    found, frontier, frontiers = {(): 0.0}, [()], []
     for depth in range(tree.depth):
+        frontiers.append(set(frontier))
         proposed = {}
         for path in frontier:
             noisy = log_q[(position + depth) % len(log_q), path[-1] if path else root] + noise_DV[depth]
             terms = noisy - noisy.logsumexp(-1)
             for token in terms.topk(tree.top_k).indices.tolist():
-                proposed[*path, token] = found[path] + min(0.0, float(terms[token]))
+                proposed[*path, token] = found[path] + float(terms[token])
         found |= proposed
         frontier = sorted(proposed, key=lambda path: -proposed[path])[: tree.top_k]
-    return dict(sorted(found.items(), key=lambda item: (-item[1], len(item[0])))[: tree.nodes])
+    return dict(sorted(found.items(), key=lambda item: (-item[1], len(item[0])))[: tree.nodes]), frontiers
 
 
 def paths_of(draft, row):
@@ -64,11 +73,27 @@ def test_the_best_of_all_proposed_nodes_are_kept_with_their_topology(shape, temp
     logits = 2 * torch.randn(5, 9, 9)
     noise = None if sampling.greedy else -torch.rand(B, tree.depth + 1, 9).log().neg().log()
     roots, positions = torch.randint(9, (B,)).tolist(), torch.randint(50, (B,)).tolist()
-    draft = grown(tree, logits, roots, positions, sampling, noise)
+    draft, frontiers = grown(tree, logits, roots, positions, sampling, noise)
     for row in range(B):
-        log_q = sampling.process(logits)
-        expected = by_hand(tree, log_q, roots[row], positions[row], torch.zeros(tree.depth, 9) if noise is None else noise[row])
-        assert set(paths_of(draft, row)) == set(expected)
+        log_q, noise_DV = sampling.process(logits), torch.zeros(tree.depth, 9) if noise is None else noise[row]
+        kept, expanded = by_hand(tree, log_q, roots[row], positions[row], noise_DV)
+        assert set(paths_of(draft, row)) == set(kept)
+        # what the drafter is told of each level: whose child a node is, in every way that a kind may look it up
+        paths, seen, numbers = [()], [{0}], [0]
+        for depth, frontier in enumerate(frontiers):
+            assert frontier.depth == depth and set(frontier.positions_BF[row].tolist()) == {positions[row] + depth}
+            places, tokens = frontier.parent_places_BF[row].tolist(), frontier.tokens_BF[row].tolist()
+            own = frontier.nodes_F.tolist()
+            if depth:
+                assert frontier.parents_BF[row].tolist() == [numbers[place] for place in places]
+                paths = [(*paths[place], token) for place, token in zip(places, tokens, strict=True)]
+                seen = [seen[place] | {number} for place, number in zip(places, own, strict=True)]
+                assert own == list(range(numbers[-1] + 1, numbers[-1] + 1 + tree.top_k))
+            else:
+                assert (frontier.parents_BF[row].tolist(), tokens, own) == ([-1], [roots[row]], [0])
+            numbers = own
+            assert set(paths) == expanded[depth]
+            assert [set(a.nonzero()[:, 0].tolist()) for a in frontier.ancestors_BFM[row]] == seen
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -86,8 +111,9 @@ def test_what_is_kept_is_a_tree_also_among_ties(shape, kind, seed):
         logits[..., 0] = 0.0
     elif kind == "far apart":
         logits *= 1e6
-    draft = grown(tree, logits, list(range(8)), list(range(8)), Sampling(1.0))
+    draft, _ = grown(tree, logits, list(range(8)), list(range(8)), Sampling(1.0))
     topology, N = draft.topology, tree.nodes
+    assert draft.numbers_BN is not None
     assert draft.tokens_BN.shape == topology.depths_BN.shape == topology.parents_BN.shape == (8, N)
     for row in range(8):
         paths = paths_of(draft, row)
@@ -263,7 +289,10 @@ def test_an_observer_sees_the_topology_and_the_draft_logits_of_every_level(seed)
     runner, tree = pair(ends=()), DynamicTree(3, 2, 5)
     seen = []
     runner.observe = seen.append
-    runner.generate(ragged_prompts(3), 8, temperature=1.0, seed=seed, tree=tree)
+    for verify in ("coupled", "residual"):
+        runner.generate(ragged_prompts(3), 8, temperature=1.0, seed=seed, tree=tree, verify=verify)
+    likeliest_B = seen[-1].draft.scores[0][:, 0].argmax(-1)
+    assert (seen[-1].draft.tokens_BN == likeliest_B[:, None]).any(1).all(), "under residual children are picked without noise"
     for trace in seen:
         assert [tuple(scores.shape[1:]) for scores in trace.draft.scores] == [(1, 48), (2, 48), (2, 48)]
         assert trace.tree is tree and trace.draft.topology.parents_BN.shape == trace.draft.tokens_BN.shape

@@ -157,8 +157,7 @@ class DynamicTree(Shape):
 def likeliest(noisy_BFV: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Each node's best children [B, F, K]: log softmax(log q + G) of each, at most 0, and their columns."""
     top = noisy_BFV.topk(width, dim=-1)
-    # rounding must not let a child rank before its parent
-    return (top.values - noisy_BFV.logsumexp(-1, keepdim=True)).clamp(max=0), top.indices
+    return top.values - noisy_BFV.logsumexp(-1, keepdim=True), top.indices
 
 
 def best(scores_BC: Tensor, count: int) -> Tensor:
