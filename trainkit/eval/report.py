@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def table(summary: dict[str, Any]) -> str:
     """The summary for people, within 100 columns."""
     parts = [_head(summary), _speeds(summary)]
     if any("tau" in one for one in summary["contenders"]):
-        parts.append(_drafting(summary))
+        parts += [_drafting(summary), _positions(summary)]
     parts.append(_closing(summary))
     return "\n\n".join(parts)
 
@@ -104,19 +104,35 @@ def _speeds(summary: dict[str, Any]) -> str:
 
 def _drafting(summary: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [
-        ("draft", "MB read", "tau", "mbsu", "v(T)", "draft", "roof", "speedup", "of roof", "effic.", "cut", "alpha_k")
+        ("draft", "MB read", "tau", "mbsu", "v(T)", "draft", "roof", "speedup", "of roof", "effic.", "cut rounds")
     ]
+    for name, one in _drafts(summary, rows):
+        rows.append((
+            name, f"{one['bandwidth']['bytes'] / 1e6:.3g}",
+            *(_ratio(one[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
+            _percent(one["speedup_over_roof"]), _percent(one["efficiency"]), str(one["cut_rounds"]),
+        ))  # fmt: skip
+    return aligned(rows)
+
+
+def _positions(summary: dict[str, Any]) -> str:
+    """alpha_k by position k, as many as fit."""
+    most = min(12, max(len(one["alpha_k"]) for one in summary["contenders"] if "tau" in one))
+    rows: list[tuple[str, ...]] = [("alpha_k, k =", *map(str, range(1, most + 1)), "")]
+    for name, one in _drafts(summary, rows):
+        cells = [f"{alpha:.2f}" for alpha in one["alpha_k"][:most]]
+        rows.append((name, *cells, *[""] * (most - len(cells)), ""))
+    return "\n".join(line.rstrip() for line in aligned(rows).splitlines())
+
+
+def _drafts(summary: dict[str, Any], rows: list[tuple[str, ...]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each drafting contender with its name; a heading goes into `rows` where another drafter begins."""
     for heading, ones in by_drafter(summary):
         drafting = [one for one in ones if "tau" in one]
-        rows += [(f"{heading}:",)] if heading and drafting else []
+        if heading and drafting:
+            rows.append((f"{heading}:",))
         for one in drafting:
-            rows.append((
-                "  " * bool(heading) + label(one), f"{one['bandwidth']['bytes'] / 1e6:.3g}",
-                *(_ratio(one[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
-                _percent(one["speedup_over_roof"]), _percent(one["efficiency"]), str(one["cut_rounds"]),
-                " ".join(f"{alpha:.2f}".removeprefix("0") for alpha in one["alpha_k"]),
-            ))  # fmt: skip
-    return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 3].rstrip()} .." for line in aligned(rows).splitlines())
+            yield f"  {label(one)}" if heading else label(one), one
 
 
 def _closing(summary: dict[str, Any]) -> str:
