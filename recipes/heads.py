@@ -14,9 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainkit import bundle
 from trainkit.data.prompts import read_prompts
+from trainkit.drafters.base import DraftBatch
 from trainkit.eval.search import full
+from trainkit.losses.divergence import ForwardKL
+from trainkit.models.target import FrozenTarget
+from trainkit.modules.draft import agreement_by_position, rounds
 from trainkit.runner import DynamicTree, Runner, Stats
 
 QUESTIONS, NEW_TOKENS = 100, 128
@@ -57,14 +63,35 @@ def measure(target: Path, prompts: Path, out: Path, depth: int, drafters: list[P
                     "tau": stats.tau, "rounds": stats.rounds, "alpha_k": list(stats.alpha_k), "equal": same, "of": len(given),
                     "nodes": len(shape["tree"]) + 1 if isinstance(shape.get("tree"), list) else 0,
                 }  # fmt: skip
+                if name == "chain" and temperature == 0:
+                    done[key]["in_training"] = simulated(runner, target, given, plain[temperature], depth)
                 print(key, done[key])
                 partial = out.with_suffix(".partial")
                 partial.write_text(json.dumps(done, indent=1))
                 partial.replace(out)
 
 
+def simulated(runner: Runner, target: Path, prompts: list[list[int]], texts: list[list[int]], depth: int) -> dict[str, Any]:
+    """What validation in training says of the same texts: alpha by position and tau, by the loss's own forward pass."""
+    assert runner.drafter is not None
+    teacher, found = FrozenTarget(target), dict[str, int]()
+    for prompt, text in zip(prompts, texts, strict=True):
+        tokens = torch.tensor([[*prompt, *text]])
+        positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
+        hidden, taps = teacher.forward(tokens, positions, document, runner.drafter.taps)
+        label = positions > len(prompt)  # the prompt's own pass gives the first
+        batch = DraftBatch(tokens, positions, document, label, taps, hidden, teacher.handle())
+        with torch.no_grad():
+            agreement = agreement_by_position(runner.drafter(batch, ForwardKL()), batch, depth)
+        assert agreement is not None
+        for name, value in rounds(agreement, label, document).items():
+            found[name] = found.get(name, 0) + value
+    alpha = [found[f"accepted_{k}"] / max(1, found[f"offered_{k}"]) for k in range(1, depth + 1)]
+    return {"tau": found["emitted"] / found["rounds"], "alpha_k": alpha}
+
+
 def table(out: Path) -> None:
-    """Tau by kind and shape, at temperatures 0 and 1."""
+    """Tau by kind and shape, at temperatures 0 and 1; acceptance by position in training and in serving."""
     done: dict[str, dict[str, Any]] = json.loads((out / "tau.json").read_text())
     keys = [key.split("|") for key in done]
     names = list(dict.fromkeys(name for _, _, name in keys))
@@ -78,6 +105,12 @@ def table(out: Path) -> None:
         equal, of = (sum(row[part] for row in rows.values() if row) for part in ("equal", "of"))
         nodes = searched["nodes"] if searched else "-"
         print(f"| {kind} | {temperature} | {' | '.join(cells)} | {nodes} | {alpha} | {equal} of {of} |")
+    print("\n| kind | tau served | tau in training | alpha by position served | in training |\n|---|---|---|---|---|")
+    for key, row in done.items():
+        if "in_training" in row:
+            other = row["in_training"]
+            pairs = [" ".join(f"{value:.3f}" for value in one["alpha_k"]) for one in (row, other)]
+            print(f"| {key.split('|')[0]} | {row['tau']:.3f} | {other['tau']:.3f} | {pairs[0]} | {pairs[1]} |")
 
 
 if __name__ == "__main__":
