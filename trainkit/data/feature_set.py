@@ -257,9 +257,7 @@ def _take(stream: IO[bytes], partial: Path) -> None:
         raise UserError(f"{partial}: another process is writing it; let it finish, or stop it first") from None
 
 
-def _filled(
-    shard: Shard, layout: FeatureLayout, packed: PackedSet, read: Read, batch: int, bar: Any
-) -> dict[str, Tensor]:
+def _filled(shard: Shard, layout: FeatureLayout, packed: PackedSet, read: Read, batch: int, bar: Any) -> dict[str, Tensor]:
     tensors = layout.empty(shard.last - shard.first)
     for start in range(shard.first, shard.last, batch):
         rows = list(range(start, min(start + batch, shard.last)))

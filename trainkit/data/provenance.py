@@ -39,9 +39,7 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     return values
 
 
-def begin(
-    out: Path, file: str, values: Mapping[str, Any], read: Callable[[Path], dict[str, Any] | None], command: str
-) -> bool:
+def begin(out: Path, file: str, values: Mapping[str, Any], read: Callable[[Path], dict[str, Any] | None], command: str) -> bool:
     """Writes `file` into the folder of a set, or holds it against the one that is there; returns whether it wrote it.
 
     Args:
