@@ -297,6 +297,10 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "depth 0 in a recipe": (lambda it: it.fit(model__depth=0), ("model.depth", "0", "at least 1")),
     "depth 0 in eval": (lambda it: it.eval(depth=0, prompts=it.rows), ("depth", "0", "at least 1")),
     "depth beyond what can be held": (lambda it: it.generate(drafter=it.draft, depth=100000), ("depth", "100000", "at most")),
+    "a tree that is spelt wrong": (
+        lambda it: it.generate(drafter=it.draft, tree="dynamic:5"), ("tree dynamic:5", "[[0],[1]", "dynamic:5,4,16")),
+    "a tree of too many nodes": (
+        lambda it: it.generate(drafter=it.draft, tree="dynamic:1,4,9"), ("nodes 9", "at most 5")),
     "depth without a drafter": (lambda it: it.generate(depth=3), ("depth", "drafter", "--drafter")),
     "no such device": (lambda it: it.generate(device="gpu"), ("device", "gpu", "cpu")),
     "no such precision": (lambda it: it.distill(dtype="int8"), ("dtype", "int8", "float32")),

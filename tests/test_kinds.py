@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.runner.equality import assert_few, compare
 from trainkit import bundle
 from trainkit.drafters.base import DraftBatch, Drafter, add_kinds_from, discover, load_kind
 from trainkit.errors import UserError
@@ -20,7 +21,8 @@ from trainkit.export.drafter import export_drafter, first_logits
 from trainkit.losses.divergence import ForwardKL
 from trainkit.models.target import FrozenTarget
 from trainkit.modules.draft import agreement_by_position, rounds
-from trainkit.runner import Runner, Stats
+from trainkit.runner import DynamicTree, Runner, Stats
+from trainkit.runner.sampling import Sampling
 
 PAGE = Path("trainkit/drafters/README.md")
 
@@ -41,6 +43,9 @@ add_kinds_from("tests.kinds")
 TAUGHT = follow(PAGE)
 add_kinds_from("kinds_of_the_page")
 KINDS = sorted(discover())
+SHAPES: dict[str, dict] = {
+    "chain": {"depth": 2}, "static": {"tree": ((0,), (1,), (0, 0), (0, 1), (1, 0))}, "dynamic": {"tree": DynamicTree(3, 3, 7)},
+}  # fmt: skip
 PROMPTS = ["Natalia sold clips", "How many", "In May she sold 48 / 2 = 24 clips. Altogether", "x"]
 
 
@@ -49,7 +54,10 @@ def teacher(tiny_target: Path) -> FrozenTarget:
     return FrozenTarget(tiny_target)
 
 
-VARIANTS = {kind: (kind, {}) for kind in KINDS} | {"hydra++": ("hydra", {"prefix": True, "num_layers": 2})}
+VARIANTS = {kind: (kind, {}) for kind in KINDS} | {
+    "hydra++": ("hydra", {"prefix": True, "num_layers": 2}),
+    "eagle": ("eagle", {"steps": 3}),
+}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -140,6 +148,39 @@ def test_speculative_output_equals_plain_output(
     assert Stats.merge(o.stats for o in drafted).tau >= 1 and all(o.stats.tau == 1 for o in plain)
 
 
+def test_every_shape_of_draft_at_every_batch_gives_plain_output(
+    drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path
+) -> None:
+    """Chain, static and dynamic tree; drafters trained a little on this text, so that paths of every length are accepted."""
+    prompt = list(range(60, 70))
+    text = [prompt + runner_for(tiny_target, None).generate([prompt], 40, ignore_end=True)[0].tokens]
+    tokens = torch.tensor(text)
+    positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
+    hidden, taps = teacher.forward(tokens, positions, document, drafter.taps)
+    batch = DraftBatch(tokens, positions, document, positions >= len(prompt), taps, hidden, teacher.handle())
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        drafter(batch, ForwardKL()).mean.backward()
+        optimizer.step()
+    folder = exported(drafter, tiny_target, tmp_path / "out")
+    prompts = [prompt, *(torch.randint(320, (n,)).tolist() for n in (1, 5, 9, 2, 7, 3, 4, 6))]
+    accepted: dict[str, Stats] = {}
+    for size in (1, 3, 8):
+        runner = Runner.load(tiny_target, folder, max_batch=size, max_len=64)
+        for temperature in (0.0, 0.7, 1.0):
+            options = {"max_new_tokens": 16, "temperature": temperature, "seed": 5, "ignore_end": True}
+            asked = prompts[: size + 1]
+            plain = [o.tokens for o in runner.generate(asked, depth=0, **options)]
+            for name, shape in SHAPES.items():
+                drafted = runner.generate(asked, **shape, **options)
+                texts = [o.tokens for o in drafted], plain
+                ties = compare(runner.rounds.target, asked, *texts, Sampling(temperature), 5)
+                assert_few(ties, 16 * len(asked))
+                accepted[name] = Stats.merge([accepted.get(name, Stats()), *(o.stats for o in drafted)])
+    assert all(sum(stats.accepted[1:]) > 0 for stats in accepted.values()), accepted
+
+
 def test_a_trained_drafter_is_accepted_where_it_was_trained(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
     """Trained on the target's own greedy text, it drafts nearly all of that text: shift, taps and positions agree."""
     teacher = FrozenTarget(tiny_target)
@@ -193,5 +234,6 @@ def test_captured_rounds_equal_eager_ones(drafter: Drafter, tiny_target: Path, t
     folder = exported(drafter, tiny_target, tmp_path / "out")
     options = {"max_new_tokens": 40, "temperature": 0.8, "seed": 5, "ignore_end": True}
     runners = [runner_for(tiny_target, folder, device="cuda", capture=capture) for capture in (False, True)]
-    outputs = [runner.generate(PROMPTS, **options) for runner in runners]
-    assert [o.tokens for o in outputs[0]] == [o.tokens for o in outputs[1]]
+    for shape in ({}, *SHAPES.values()):
+        outputs = [runner.generate(PROMPTS, **shape, **options) for runner in runners]
+        assert [o.tokens for o in outputs[0]] == [o.tokens for o in outputs[1]]

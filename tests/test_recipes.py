@@ -18,6 +18,7 @@ from trainkit.modules.training import TrainingCLI, run
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
 STRATEGIES = sorted(Path("configs/strategy").glob("*.yaml"))
 LOGGERS = sorted(Path("configs/logger").glob("*.yaml"))
+DRAFTERS = sorted(Path("configs/drafter").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def tiny(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]:
     flags |= {"trainer.precision": "32-true"}
     if "target" in arguments:
         flags["model.target"] = target
-        if "/" in arguments["drafter"].get("init_args", {}).get("init", ""):
+        drafter = arguments["drafter"]  # or the path of a fragment
+        if isinstance(drafter, dict) and "/" in drafter.get("init_args", {}).get("init", ""):
             flags["model.drafter.init"] = target
     else:
         flags |= {"data.tokenizer": target, "model.config.num_hidden_layers": 1}
@@ -56,6 +58,12 @@ def test_recipe_sets_dotted_keys_over_base(recipe):
     """A recipe says what differs; a `trainer:` block, or a base named inside, would hide what it leaves as it is."""
     keys = set(yaml.safe_load(recipe.read_text()))
     assert not keys & {"trainer", "config", "checkpoint"}, f"{recipe}: write dotted keys"
+
+
+@pytest.mark.parametrize("file", DRAFTERS, ids=str)
+def test_drafter_trains_in_the_recipe_of_heads(file, tiny_target, rows, tmp_path):
+    flags = ["--model.drafter", str(file.resolve()), "--trainer.fast_dev_run", "true"]
+    assert run("fit", [*tiny(Path("recipes/heads.yaml"), tiny_target, rows, tmp_path), *flags]) == 0
 
 
 @pytest.mark.parametrize("file", [*STRATEGIES, *LOGGERS], ids=str)
@@ -94,7 +102,7 @@ def test_a_strategy_is_built(file, monkeypatch):
 
 
 def test_nothing_is_left_out():
-    known = {*STRATEGIES, *LOGGERS, Path("configs/base.yaml")}
+    known = {*STRATEGIES, *LOGGERS, *DRAFTERS, Path("configs/base.yaml")}
     others = [path for path in Path("configs").rglob("*.yaml") if path not in known]
     assert RECIPES and STRATEGIES and LOGGERS
     for path in others:  # fragments of other rooms: at least YAML that names a class

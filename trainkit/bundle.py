@@ -37,6 +37,9 @@ MANIFEST = "trainkit.json"
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".model", ".png")
 """Files a bundle may hold; a pickle is never among them."""
 
+ADAPTER = "trainkit_adapter"
+"""Key of a config.json that names the adapter merged into a model's weights: such a model has the sizes of the one before."""
+
 _INERT = (".md", ".txt", ".png")  # may lie in a bundle unlisted: nothing loads them
 _VOLATILE = {
     "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "initializer_range", "_attn_implementation",
@@ -128,6 +131,25 @@ def write(
                 _sync(path)
             _check_replaceable(folder)
             put_in_place(temporary, folder)
+    return bundle
+
+
+def amend(folder: str | Path, *, runner: Mapping[str, Any]) -> Bundle:
+    """Replaces the recommended runner settings of the bundle at `folder` by one rename of its manifest; returns the bundle.
+
+    Raises:
+        UserError: `folder` holds no sound bundle, or cannot be written.
+    """
+    folder = Path(folder).resolve()
+    bundle = replace(read(folder), runner=dict(runner))
+    text, manifest = _to_json(bundle), folder / MANIFEST
+    with _writable(folder):
+        made = folder / f".{MANIFEST}.{secrets.token_hex(6)}.partial"
+        try:
+            made.write_text(text, encoding="utf-8")
+            put_in_place(made, manifest)
+        finally:
+            made.unlink(missing_ok=True)
     return bundle
 
 
@@ -356,25 +378,31 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
 
     `config` hashes config.json without what another library version or precision would change; `tokenizer` hashes
     tokenizer.json without version, padding and truncation, so that saving it again changes nothing (else the vocabulary files;
-    "" without any).
+    "" without any); `adapter`, only of a model that was tuned together with a drafter, tells it from others of its config.
 
     Raises:
         UserError: no readable config.json in the folder.
     """
     folder = Path(model_folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     text_config = config.get("text_config")
     text_config = text_config if isinstance(text_config, dict) and text_config else config
     stable = {key: value for key, value in config.items() if key not in _VOLATILE}
-    return {
+    found = {
         "config": _sha256_json(stable),
         "tokenizer": _tokenizer_hash(folder),
         "vocab_size": str(text_config.get("vocab_size", "")),
         "path": folder.resolve().name,
     }
+    return found | {"adapter": str(config[ADAPTER])} if config.get(ADAPTER) else found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        UserError: no such file, or not such an object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -392,7 +420,7 @@ def _sha256_json(value: Any) -> str:
 
 def _tokenizer_hash(folder: Path) -> str:
     if (folder / "tokenizer.json").is_file():
-        values = _read_json(folder / "tokenizer.json")
+        values = read_json(folder / "tokenizer.json")
         for key in ("version", "padding", "truncation"):
             values.pop(key, None)
         model = values.get("model", {})
@@ -419,7 +447,7 @@ def check_fit(
         hidden: Whether the drafter reads the target's hidden states, so that their width must agree.
 
     Raises:
-        UserError: vocabulary size, hidden size or tokenizer differ.
+        UserError: vocabulary size, hidden size or tokenizer differ, or it is not the target that was tuned with the drafter.
     """
     trained, made = bundle_target["decoder"], bundle_target.get("fingerprint") or {}
     target = f"target {target_fingerprint.get('path', '')}".strip()
@@ -434,6 +462,10 @@ def check_fit(
         raise UserError(
             f"{target}: its tokenizer is not the one the bundle was made for{source}; use the target it was trained for"
         )
+    if made.get("adapter") and made["adapter"] != target_fingerprint.get("adapter"):
+        raise UserError(
+            f"{target}: not the target that the drafter was tuned together with{source}; use the one exported beside it"
+        )
     if made.get("config") and made["config"] != target_fingerprint.get("config"):
         return [f"{target}: its config is not the one the bundle was made for{source}; acceptance may be lower than measured"]
     return []
@@ -447,20 +479,29 @@ def weight_count(bundle: Bundle) -> tuple[int, int]:
     count = size = 0
     for name in bundle.files:
         if name.endswith(".safetensors"):
-            for entry in _header(bundle.path / name).values():
+            for entry in tensor_entries(bundle.path / name).values():
                 count += math.prod(entry["shape"]) if entry["dtype"] not in ("BOOL", "I64") else 0  # those are index maps
                 size += entry["data_offsets"][1] - entry["data_offsets"][0]
     return count, size
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """Tensor entries of a safetensors file: 8 bytes of length, then JSON (huggingface.co/docs/safetensors)."""
+def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> `dtype`, `shape`, `data_offsets` of a safetensors file's tensors: its header, and nothing of its values.
+
+    8 bytes of length, then JSON (huggingface.co/docs/safetensors).
+
+    Raises:
+        UserError: not a safetensors file, or cut short.
+    """
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 <= length <= path.stat().st_size - 8:
             raise UserError(f"{path}: not a safetensors file, or cut short; export it again")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise UserError(f"{path}: not a safetensors file (its header is no JSON); copy it again") from None
     header.pop("__metadata__", None)
     return header
 
@@ -473,6 +514,7 @@ def card(bundle: Bundle) -> str:
     rows = {
         "weights": f"{count:,} parameters, {size / 1e6:,.1f} MB",
         "target": ", ".join([str(made["path"]), *sizes] if made.get("path") else sizes),
+        "layout": bundle.extra.get("layout"),
         "config": _items(bundle.config),
         "metrics": _items(bundle.metrics) or "none recorded",
         "runner": _items(bundle.runner),
@@ -495,4 +537,6 @@ def _items(values: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, (list, tuple)) and len(value) > 16:  # such as the ids of a trimmed vocabulary
         return f"[{len(value):,} entries]"
+    if isinstance(value, Mapping) and len(str(value)) > 200:  # such as what a tree was searched with
+        return f"{{{', '.join(value)}}}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import importlib
 import inspect
+import json
 import os
 import re
 import sys
@@ -26,7 +27,16 @@ TRAINING = {
 }
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("trainkit.modules.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
+    "import": (
+        "trainkit.export.outside", "import_outside",
+        "another program's drafter as a bundle: trainkit import FOLDER OUT --target DIR",
+    ),
     "trim": ("trainkit.export.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
+    "vocab": ("trainkit.export.trim", "vocab", "the ids to train such a one on: trainkit vocab OUT --target DIR --text SET"),
+    "tree": (
+        "trainkit.eval.treesearch", "tree",
+        "the fastest draft tree on this machine: trainkit tree BUNDLE --target DIR --prompts FILE",
+    ),
     "inspect": ("trainkit.export.inspect", "inspect", "a bundle's card, and if it fits: trainkit inspect BUNDLE --target DIR"),
     "distill": (
         "trainkit.runner.distill", "distill",
@@ -43,7 +53,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "bench": (
         "trainkit.eval.bench", "bench",
-        "speed against plain decoding: trainkit bench --target DIR --drafter DIR --prompts FILE --json OUT",
+        "speed against plain decoding: trainkit bench --target DIR --drafter A --drafter B --prompts FILE --json OUT",
     ),
 }  # fmt: skip
 _MENDS = {
@@ -113,7 +123,8 @@ def parse(command: str, function: Callable[..., Any], arguments: list[str]) -> d
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=flags)
     positionals: set[str | int] = {name for name in parameters if name not in flags}
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positionals)
-    given = parser.parse_args([_underscored(argument) for argument in arguments])
+    lists = {name for name, parameter in parameters.items() if "list[str]" in str(parameter.annotation)}
+    given = parser.parse_args(_gathered([_underscored(argument) for argument in arguments], lists))
     return {name: given[name] for name in parameters}
 
 
@@ -123,6 +134,27 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _gathered(arguments: list[str], lists: set[str]) -> list[str]:
+    """`--drafter A --drafter B` and `--drafter A` as `--drafter=[A,B]` and `--drafter=[A]`, for flags of several words."""
+    rest: list[str] = []
+    given: dict[str, list[str]] = {}
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, equals, value = argument.partition("=")
+        if name[:2] != "--" or name[2:] not in lists:
+            rest.append(argument)
+        elif (word := value if equals else next(waiting, None)) is None:
+            rest.append(argument)  # the parser says that its value is missing
+        else:
+            given.setdefault(name, []).append(word)
+    for name, words in given.items():
+        if len(words) == 1 and (words[0].startswith("[") or words[0] == "null"):
+            rest.append(f"{name}={words[0]}")
+        else:
+            rest.append(f"{name}={json.dumps(words)}")
+    return rest
 
 
 def _overview() -> str:

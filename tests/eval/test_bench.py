@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.targets import make_target
+from trainkit.cli import _gathered, main
 from trainkit.drafters.lm import LMDraft
+from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.eval.bench import bench, run
-from trainkit.eval.contenders import synthetic_field
+from trainkit.eval.contenders import checkpoint_field, synthetic_field
 from trainkit.eval.report import table, write_json
 from trainkit.eval.result import Request
 from trainkit.eval.speed import Contender, Generated
 from trainkit.eval.summary import summarise
+from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
 
 
@@ -42,7 +46,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 def request(**values) -> Request:
     defaults = {
-        "target": None, "drafter": None, "prompts": None, "depths": (1, 3), "max_new_tokens": 25, "temperature": 0.0,
+        "target": None, "drafters": (), "prompts": None, "depths": (1, 3), "trees": (), "max_new_tokens": 25,
+        "temperature": 0.0,
         "verify": "coupled", "limit": 2, "repeats": 1, "batch": 1, "device": "cpu", "dtype": "float32", "baselines": False,
         "seed": 0, "max_seconds": 100.0, "synthetic": "tiny", "synthetic_tau": 2.5, "prompt_length": 16,
     }  # fmt: skip
@@ -52,7 +57,7 @@ def request(**values) -> Request:
 def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, tmp_path, capsys, seed):
     target, draft, prompts = map(str, folders)
     code = bench(
-        target=target, drafter=draft, prompts=prompts, json=str(tmp_path / "new" / "bench.json"),
+        target=target, drafter=[draft], prompts=prompts, json=str(tmp_path / "new" / "bench.json"),
         plot=str(tmp_path / "bench.png"), depths=(1, 3), max_new_tokens=16, limit=3, repeats=2, device="cpu",
     )  # fmt: skip
     printed = capsys.readouterr()
@@ -78,10 +83,80 @@ def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.png", "new"], "no temporary file stays"
 
 
+def test_two_drafters_share_one_target_and_give_the_same_texts(folders, tmp_path, capsys, seed):
+    """The flag given twice; heads that draft no deeper than they are many, with the tree that their bundle recommends."""
+    target, draft, prompts = map(str, folders)
+    heads = Medusa(target_shape(target), num_heads=2)
+    heads.initialise(Path(target))
+    tree = [[0], [1], [0, 0]]
+    export_drafter(heads, tmp_path / "heads", tokenizer=target, runner={"tree": tree})
+    out, given = tmp_path / "bench.json", "[[[0],[1],[1,0]],[[0],[0,0],[0,0,0],[0,1]]]"
+    common = ["--depths", "[2,3]", "--max_new_tokens", "12", "--limit", "2", "--repeats", "1", "--device", "cpu"]
+    code = main([
+        "bench", "--target", target, "--drafter", draft, "--prompts", prompts, "--drafter", str(tmp_path / "heads"), *common,
+        "--trees", given, "--json", str(out), "--plot", str(tmp_path / "bench.png"),
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    ours = {one["name"]: one for one in found["contenders"] if one["family"] == "trainkit"}
+    assert list(ours) == [
+        "trainkit plain", "draft depth 2", "draft depth 3", "draft tree 4, depth 2", "draft tree 5, depth 3",
+        "heads depth 2", "heads tree 4, depth 2", "heads tree 4, depth 2'",
+    ]  # fmt: skip
+    assert code == 0 and found["mismatches"] == 0 and found["format"] == 2
+    assert all(one["identical"]["equal"] == 2 for name, one in ours.items() if name != "trainkit plain")
+    assert [one["name"] for one in found["drafters"]] == ["draft", "heads"]
+    assert found["drafters"][1]["step_bytes"] == sum(p.numel() * 4 for p in heads.parameters()) // 2
+    target_bytes = found["target"]["step_bytes"]
+    for name, one in ours.items():
+        if name != "trainkit plain":
+            drafter = next(drafter for drafter in found["drafters"] if drafter["name"] == one["drafter"])
+            assert one["c"] == drafter["step_bytes"] / target_bytes and one["roof"] > 0
+            assert one["mbsu"] == pytest.approx(one["tau"] / (one["c"] * one["depth"] + 1))
+    assert "depths 3, heads: not run, the drafter has heads for 2" in printed
+    assert "1 of the trees, heads: not run" in printed and "\nheads:\n" in printed
+    assert max(map(len, printed.splitlines())) <= 100, printed
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drafters_of_one_name_are_told_apart_and_the_target_is_there_once(folders, tmp_path):
+    target, draft, prompts = folders
+    for place in ("a", "b"):
+        shutil.copytree(draft, tmp_path / place / "draft")
+    twice = tuple(str(tmp_path / place / "draft") for place in ("a", "b"))
+    field = checkpoint_field(
+        request(target=str(target), drafters=twice, prompts=str(prompts), synthetic=None, depths=(1,), max_new_tokens=8)
+    )
+    assert [one.name for one in field.contenders] == ["trainkit plain", "a/draft depth 1", "b/draft depth 1"]
+    assert all(one.runner.rounds.target is field.runner.rounds.target for one in field.drafts)
+
+
+def test_flags_of_several_words_may_be_repeated():
+    gathered = _gathered(["--drafter", "a", "--x", "1", "--drafter=[b", "--drafter"], {"drafter"})
+    assert gathered == ["--x", "1", "--drafter", '--drafter=["a", "[b"]']
+    assert _gathered(["--drafter", "[a,b]", "c"], {"drafter"}) == ["c", "--drafter=[a,b]"]
+    assert _gathered(["--drafter", "a"], {"drafter"}) == ['--drafter=["a"]']
+
+
+def test_mistakes_in_a_list_of_drafters_or_trees_are_one_line(folders, capsys):
+    target, draft, prompts = map(str, folders)
+    common = ["bench", "--target", target, "--prompts", prompts, "--device", "cpu", "--baselines", "false", "--drafter", draft]
+    for flags, words in (
+        (["--drafter", "nowhere"], ("nowhere: no such folder", "give a drafter bundle")),
+        (["--drafter", draft], ("given twice",)),
+        (["--trees", "[[[0],[2]]]"], ("needs its parent and every lower rank",)),
+        (["--trees", "[[0]]"], ("trees given", "list of trees")),
+        (["--trees", "nowhere.json"], ("nowhere.json", "give a path that exists")),
+    ):
+        assert main([*common, *flags]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert all(word in line for word in words), line
+
+
 def test_sampling_holds_only_our_outputs_against_plain_decoding(folders, tmp_path, capsys):
     target, draft, prompts = map(str, folders)
     out = tmp_path / "bench.json"
-    common = {"target": target, "drafter": draft, "prompts": prompts, "depths": (2,), "max_new_tokens": 12, "limit": 2}
+    common = {"target": target, "drafter": [draft], "prompts": prompts, "depths": (2,), "max_new_tokens": 12, "limit": 2}
     assert bench(**common, repeats=1, temperature=0.8, json=str(out), device="cpu") == 0
     found = {one["name"]: one["identical"] for one in json.loads(out.read_text())["contenders"]}
     assert found["transformers generate"] is None and found["trainkit depth 2"]["equal"] == 2
@@ -91,8 +166,9 @@ def test_sampling_holds_only_our_outputs_against_plain_decoding(folders, tmp_pat
 def test_batches_are_padded_for_transformers_and_assistance_is_left_out_with_a_note(folders, capsys):
     target, draft, prompts = map(str, folders)
     code = bench(
-        target=target, drafter=draft, prompts=prompts, depths=(2,), max_new_tokens=12, limit=5, repeats=1, batch=3, device="cpu"
-    )
+        target=target, drafter=[draft], prompts=prompts, depths=(2,), max_new_tokens=12, limit=5, repeats=1, batch=3,
+        device="cpu",
+    )  # fmt: skip
     printed = capsys.readouterr().out
     assert code == 0 and "identical output: 10 of 10" in printed
     assert "transformers assisted: not run, it takes one prompt at a time" in printed
@@ -106,7 +182,7 @@ def test_a_wrong_contender_is_a_mismatch_and_is_named():
         good = field.plain.run(prompts, most)
         return Generated([[*text[:-1], (text[-1] + 1) % 512] for text in good.tokens], good.stats, good.rounds, good.split)
 
-    field.contenders.append(Contender("planted", "trainkit", 0, wrong, ((0,),)))
+    field.contenders.append(Contender("planted", "trainkit", 0, wrong, ((0,),), field.drafts[0].name))
     result = run(asked, field)
     assert result.mismatches == 2 and result.identity["trainkit depth 3"].equal == 2
     printed = table(summarise(result))
@@ -125,7 +201,7 @@ def test_synthetic_realises_its_tau_and_the_figures_follow_by_hand():
     assert found["speedup"] == 2.0 and found["efficiency"] == 0.8 and found["x_plain"] == 2.0
     cached = 16 + 51 // 2
     cache_bytes = 2 * 2 * 2 * 16 * 4 * cached  # keys and values, layers, heads, width, float32
-    target, draft = result.field.runner.rounds.target, result.field.runner.drafter
+    target, draft = result.field.runner.rounds.target, result.field.drafts[0].runner.drafter
     assert draft is not None
     needed = target.step_bytes() + 3 * draft.step_bytes(0) + cache_bytes
     step = (2.0 - deep.last.split["prefill"]) / 40

@@ -27,6 +27,7 @@ from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
 from trainkit.export.trim import most_frequent, trim
 from trainkit.losses.divergence import ForwardKL, TVDpp
+from trainkit.models.load import read_tokenizer
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import Runner, Stats
@@ -57,7 +58,7 @@ def draft_of(target: Path, **more: Any) -> LMDraft:
 
 
 def exported(target: Path, folder: Path) -> Path:
-    export_drafter(draft_of(target), folder, tokenizer=target, recipe="some.yaml", seed=5, data="digest")
+    export_drafter(draft_of(target), folder, tokenizer=target, recipe="some.yaml", seed=5, data="digest", format="vllm")
     return folder
 
 
@@ -100,7 +101,7 @@ def test_a_trimmed_bundle_keeps_the_whole_head_and_serves_less(tied, tiny_target
     assert f"kept 80 of 320 ids, which are {share:.2%} of the {len(counted):,} tokens counted" in said
     assert "[80 entries]" in said and max(map(len, said.splitlines())) < 400, "80 numbers are not for reading"
     found = bundle.read(tmp_path / "trimmed")
-    assert (found.recipe, found.seed, found.data) == ("some.yaml", 5, "digest")
+    assert (found.recipe, found.seed, found.data, found.extra["format"]) == ("some.yaml", 5, "digest", "vllm")
     assert found.metrics == {"vocabulary_kept": 0.25, "coverage": round(float(share), 5)}
     tokens = torch.randint(0, 320, (1, 30))
     with torch.no_grad():
@@ -287,3 +288,20 @@ def test_a_bundle_from_before_draft_vocab_can_be_trimmed(tiny_target, text, tmp_
     manifest.write_text(json.dumps(values))
     trim(str(tmp_path / "old"), str(tmp_path / "out"), target=str(tiny_target), text=str(text))
     assert len(ids_in(tmp_path / "out")) == 80
+
+
+def test_vocab_writes_the_ids_that_a_drafter_takes(tiny_target: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ids.json"
+    assert main(["vocab", str(file), "--target", str(tiny_target), "--text", str(text), "--keep", "40"]) == 0
+    ids = json.loads(file.read_text())
+    packed = prepare([str(text)], None, read_tokenizer(tiny_target), 2048, validation_share=0.0).train
+    counts = np.bincount(packed.tokens_N[packed.mask_N], minlength=320)
+    shape = target_shape(tiny_target)
+    assert ids == most_frequent(counts, 40, shape.end_ids)
+    assert LMDraft(shape, draft_vocab=str(file)).config()["draft_vocab"] == ids
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_vocab_leaves_a_folder_alone(tiny_target: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vocab", str(tmp_path), "--target", str(tiny_target), "--text", str(text)]) == 2
+    assert "is a folder" in capsys.readouterr().err

@@ -35,9 +35,11 @@ def fit(recipe: str, target: Path, rows: Path, folder: Path) -> Path:
 def test_a_drafter_and_a_model_are_exported_inspected_and_decode(tiny_target, rows, tmp_path, capsys):
     draft = fit("recipes/draft_tiny.yaml", tiny_target, rows, tmp_path / "a")
     model = fit("recipes/target_tiny.yaml", tiny_target, rows, tmp_path / "b")
-    assert main(["export", str(draft), str(tmp_path / "draft")]) == 0
-    assert main(["export", str(model), str(tmp_path / "model")]) == 0
+    assert main(["export", str(draft), str(tmp_path / "draft"), "--format", "vllm"]) == 0
+    assert main(["export", str(model), str(tmp_path / "model"), "--format", "hf"]) == 0
+    assert main(["export", str(model), str(tmp_path / "none"), "--format", "gguf"]) == 2
     assert main(["inspect", str(tmp_path / "draft"), "--target", str(tiny_target)]) == 0
+    assert bundle.read(tmp_path / "draft").extra["format"] == "vllm" and not (tmp_path / "none").exists()
     said = capsys.readouterr().out
     assert "draft: lm" in said and "model: model" in said and "It fits" in said and "val/alpha" in said
     assert Runner.load(tiny_target, tmp_path / "draft", max_len=64).generate(["How many"], max_new_tokens=8)[0].tokens

@@ -193,3 +193,80 @@ def p_value(counts: Array, truth: Array) -> float:
         return 1.0
     statistic = ((observed - expected) ** 2 / expected).sum()
     return float(stats.chi2.sf(statistic, len(expected) - 1))
+
+
+# Dynamic trees under residual verification: a node's children are fixed by what stands before it, and judged as point masses.
+
+PointLaw = Callable[[Array, Array, list[int]], Step]
+
+
+def points(p: Array, q: Array, children: list[int]) -> Step:
+    """The right law: x stays with probability p(x), otherwise p(x) = 0, renormalised, and the next sibling is judged."""
+    return _one_by_one(p, q, children, lambda p, q, x: p[x], lambda p, q, x: (_renormalised(_without(p, x)), q))
+
+
+def points_kept(p: Array, q: Array, children: list[int]) -> Step:
+    """Fault: a rejected token stays in p."""
+    return _one_by_one(p, q, children, lambda p, q, x: p[x], lambda p, q, x: (p, q))
+
+
+def points_as_draws(p: Array, q: Array, children: list[int]) -> Step:
+    """Fault: judged by min(1, p / q), as if they had been drawn from q."""
+    return _one_by_one(p, q, children, lambda p, q, x: min(1.0, p[x] / q[x]) if q[x] > 0 else 0.0, residue)
+
+
+def _renormalised(p: Array) -> Array:
+    return p / p.sum() if p.sum() > 0 else p
+
+
+def _one_by_one(p: Array, q: Array, children: list[int], accept: Callable, after: Callable) -> Step:
+    accepted, reached = np.zeros((len(children), V)), 1.0
+    for rank, x in enumerate(children):
+        share = accept(p, q, x)
+        accepted[rank, x] = reached * share
+        reached *= 1 - share
+        if reached < 1e-15:
+            return Step(accepted, np.zeros(V))
+        p, q = after(p, q, x)
+    return Step(accepted, reached * p)
+
+
+def likeliest_tree(q: Array, place: int, last: int, depth: int, top_k: int, nodes: int) -> dict[tuple[int, ...], list[int]]:
+    """Children, best first, of every kept node of the tree that q grows after `last`, by path of tokens."""
+    scores, frontier = {(): 0.0}, [()]
+    for level in range(depth):
+        proposed = {}
+        for path in frontier:
+            row = q[(place + level) % PLACES, path[-1] if path else last]
+            for v in sorted(range(V), key=lambda v: -row[v])[:top_k]:
+                proposed[*path, v] = scores[path] + (np.log(row[v]) if row[v] else -np.inf)
+        scores |= proposed
+        frontier = sorted(proposed, key=lambda path: -proposed[path])[:top_k]
+    kept = sorted(scores, key=lambda path: (-scores[path], len(path)))[:nodes]
+    return {node: [path[-1] for path in kept if path and path[:-1] == node] for node in kept}
+
+
+def grown_law(p: Array, q: Array, depth: int, top_k: int, nodes: int, law: PointLaw, blocks: int) -> Array:
+    """[4, 4, 4, 4] law of a block drawn at random from the first `blocks`, as `block_law`, for a dynamic tree."""
+    trees = {(r, x): likeliest_tree(q, r, x, depth, top_k, nodes) for r in range(PLACES) for x in range(V)}
+    names = [(r, x, path) for (r, x), tree in trees.items() for path in tree] + ["prompt"]
+    number = {name: i for i, name in enumerate(names)}
+    move = np.zeros((len(names), V, len(names)))
+    for r, x, path in names[:-1]:
+        place, last = (r + len(path)) % PLACES, path[-1] if path else x
+        children, s = trees[r, x][path], number[r, x, path]
+        step = law(p[place, last], q[place, last], children)
+        for v in range(V):
+            move[s, v, number[(place + 1) % PLACES, v, ()]] += step.rejected[v]
+        for rank, v in enumerate(children):
+            move[s, v, number[r, x, (*path, v)]] += step.accepted[rank, v]
+    for v in range(V):
+        move[number["prompt"], v, number[1, v, ()]] = p[0, 0, v]
+    state, total = np.eye(len(names))[number["prompt"]], np.zeros((V,) * PLACES)
+    for _ in range(blocks):
+        joint = state
+        for _ in range(PLACES):
+            joint = np.einsum("...s,svt->...vt", joint, move)
+        total += joint.sum(-1)
+        state = joint.sum((0, 1, 2, 3))
+    return total / blocks

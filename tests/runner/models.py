@@ -117,14 +117,16 @@ class TableDraft(Drafter):
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         return {}
 
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         pass
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         logits = self.table[frontier.positions_BF % self.table.shape[0], frontier.tokens_BF]
         return StepOutput(logits, None, logits)
 
-    def commit(self, state: State, path_BP: Any, tokens_BP: Any, counts_B: Any, root_B: Any, taps_BPAD: Any) -> None:
+    def commit(self, state: State, path_BP: Any, tokens_BP: Any, counts_B: Any, root_B: Any, taps_BPAD: Any, *_: Any) -> None:
         pass
 
     def config(self) -> dict[str, Any]:

@@ -6,6 +6,8 @@ fault has its noncentrality computed first, from its own exact law, and must be 
 
 # V vocabulary, 4
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.runner import laws
 from tests.runner.models import SIBLINGS, table_runner
 from trainkit.runner import decoder, verify
 from trainkit.runner.sampling import PROPOSAL
-from trainkit.runner.tree import Draft, chain
+from trainkit.runner.tree import chain
 
 OFF = -1e4  # a logit without mass
 ROWS = 2048
@@ -70,7 +72,8 @@ TREES = {"chain1": chain(1), "chain4": chain(4), "siblings": SIBLINGS}
 def check(case, tree, method, blocks, seed, trials):
     kind, settings = CASES[case]
     p, q = tables(kind, np.random.default_rng(seed))
-    counts, _ = sample(p, q, blocks, TREES[tree], seed, verify=method, **settings)
+    shape = TREES[tree] if isinstance(tree, str) else tree
+    counts, _ = sample(p, q, blocks, shape, seed, verify=method, **settings)
     truth = laws.plain_law(laws_of(p, q, settings)[0])
     assert laws.p_value(counts, truth) > 1e-4 / trials
 
@@ -131,7 +134,7 @@ def keep_the_rejected(monkeypatch):
 
 def judge_at_another_temperature(monkeypatch):
     original = decoder.residual
-    judged = lambda tree, draft, *rest: original(tree, Draft(draft.tokens_BN, tuple(s / 1.25 for s in draft.scores)), *rest)
+    judged = lambda tree, draft, *rest: original(tree, replace(draft, scores=tuple(s / 1.25 for s in draft.scores)), *rest)
     monkeypatch.setattr(decoder, "residual", judged)
 
     def law(p, q, width):

@@ -9,7 +9,7 @@ from tests.runner.models import BUSHY, SIBLINGS, lm_draft, near, pair, ragged_pr
 from trainkit.drafters.lm import LMDraft
 from trainkit.layers.attention import causal_bias
 from trainkit.models.shape import TargetShape
-from trainkit.runner import Runner
+from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.tree import chain
 
 
@@ -20,6 +20,9 @@ def fresh_logits(decoder, tokens):
     return decoder.head(hidden)[0, -1]
 
 ROUNDING = 1e-3  # logits here reach dozens, in float32; a wrong cache entry moves them by whole units
+
+
+TREES = [chain(1), chain(3), SIBLINGS, BUSHY, DynamicTree(4, 2, 6), DynamicTree(3, 5, 30)]
 
 
 class CheckedDraft(LMDraft):
@@ -36,8 +39,8 @@ class CheckedDraft(LMDraft):
     def init_state(self, batch_size, slots, device, dtype):
         return super().init_state(batch_size, slots, device, dtype) | {"text": torch.full((batch_size, slots), -1)}
 
-    def prefill(self, state, tokens_BT, positions_BT, taps_BTAD, span):
-        super().prefill(state, tokens_BT, positions_BT, taps_BTAD, span)
+    def prefill(self, state, tokens_BT, positions_BT, taps_BTAD, handle, span):
+        super().prefill(state, tokens_BT, positions_BT, taps_BTAD, handle, span)
         state["text"].scatter_(1, positions_BT, tokens_BT)
 
     def step(self, state, frontier, handle, span):
@@ -57,8 +60,8 @@ class CheckedDraft(LMDraft):
                 self.checked += 1
         return out
 
-    def commit(self, state, path_BP, tokens_BP, counts_B, root_B, taps_BPAD):
-        super().commit(state, path_BP, tokens_BP, counts_B, root_B, taps_BPAD)
+    def commit(self, state, path_BP, tokens_BP, counts_B, root_B, taps_BPAD, handle, span):
+        super().commit(state, path_BP, tokens_BP, counts_B, root_B, taps_BPAD, handle, span)
         for b, count in enumerate(counts_B.tolist()):
             state["text"][b, root_B[b] : root_B[b] + count] = tokens_BP[b, :count]
 
@@ -71,7 +74,7 @@ def checked_runner(noise, ends=(7,)):
     return Runner.of(target, draft, told, max_batch=4, max_len=64)
 
 
-@pytest.mark.parametrize("tree", [chain(1), chain(3), SIBLINGS, BUSHY], ids=["chain1", "chain3", "siblings", "bushy"])
+@pytest.mark.parametrize("tree", TREES, ids=["chain1", "chain3", "siblings", "bushy", "dynamic", "wide"])
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.3], ids=["same", "near", "far"])
 def test_cached_logits_of_draft_and_target_equal_fresh_forwards(tree, noise, seed):
     """After rejections and full acceptance, after rows moved between slots, for every node of every tree, in every round."""
@@ -86,7 +89,8 @@ def test_cached_logits_of_draft_and_target_equal_fresh_forwards(tree, noise, see
         for b in range(trace.scores_BNV.shape[0]):
             prefix = draft.text[b, : draft.root[b]].tolist()
             for node in range(trace.tree.size):
-                path = trace.draft.tokens_BN[b][trace.tree.ancestors_NN[node]].tolist()
+                ancestors_BNN = trace.draft.topology.ancestors_BNN.expand(len(draft.root), -1, -1)
+                path = trace.draft.tokens_BN[b][ancestors_BNN[b, node].nonzero()[:, 0]].tolist()
                 worst = max(worst, float((fresh_logits(target, prefix + path) - trace.scores_BNV[b, node]).abs().max()))
 
     runner.observe = observe

@@ -8,10 +8,11 @@ import torch
 
 from tests.runner.equality import Tie, assert_few, compare, exact_logits
 from tests.runner.models import BUSHY, SHAPE, SIBLINGS, pair, ragged_prompts
-from trainkit.runner import Stats
+from trainkit.runner import DynamicTree, Stats
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 
-TREES = {"depth1": 1, "depth2": 2, "depth4": 4, "depth8": 8, "siblings": SIBLINGS, "bushy": BUSHY}
+GROWING = DynamicTree(4, 3, 8)
+TREES = {"depth1": 1, "depth2": 2, "depth4": 4, "depth8": 8, "siblings": SIBLINGS, "bushy": BUSHY, "growing": GROWING}
 SAMPLINGS = [
     Sampling(0.0), Sampling(0.7), Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=5),
     Sampling(0.7, top_k=7, top_p=0.9),
@@ -40,7 +41,7 @@ def test_speculative_equals_plain_token_for_token(noise, tree, seed):
         ties += compare(runner.rounds.target, prompts, *texts, sampling, seed)
         decisions += sum(len(out.tokens) for out in plain)
         assert [out.finish for out in drafted] == [out.finish for out in plain] or ties
-        if noise == 0.0:
+        if noise == 0.0 and tree is not GROWING:
             # a draft that is the target proposes the target's own choice, under noise as well: every full round accepts all
             depth = tree if isinstance(tree, int) else max(map(len, tree))
             total = Stats.merge(out.stats for out in drafted)
@@ -104,10 +105,11 @@ def test_rows_join_and_leave_at_every_size(noise, seed):
     prompts = [torch.randint(0, 48, (runner.max_len - n,)).tolist() for n in room]
     for temperature in (0.0, 1.0):
         plain = runner.generate(prompts, max_new_tokens=64, temperature=temperature, seed=seed, depth=0)
-        drafted = runner.generate(prompts, max_new_tokens=64, temperature=temperature, seed=seed, depth=3)
-        assert [len(out.tokens) for out in drafted] == room
-        texts = [o.tokens for o in drafted], [o.tokens for o in plain]
-        assert_few(compare(runner.rounds.target, prompts, *texts, Sampling(temperature), seed), 2 * sum(room))
+        for tree in (3, GROWING):
+            drafted = runner.generate(prompts, max_new_tokens=64, temperature=temperature, seed=seed, **shaped(tree))
+            assert [len(out.tokens) for out in drafted] == room
+            texts = [o.tokens for o in drafted], [o.tokens for o in plain]
+            assert_few(compare(runner.rounds.target, prompts, *texts, Sampling(temperature), seed), 2 * sum(room))
     if noise == 0.0:  # every round accepts all: the queue empties, then one row leaves after the other
         assert sizes == set(range(1, 9))
 
@@ -147,7 +149,7 @@ def test_a_trimmed_draft_vocabulary_stays_lossless(seed):
     drafter.step = trimmed
     prompts = ragged_prompts(12)
     kept = []
-    for tree, sampling in itertools.product((3, SIBLINGS), (Sampling(0.0), Sampling(1.0), Sampling(0.8, top_p=0.9))):
+    for tree, sampling in itertools.product((3, SIBLINGS, GROWING), (Sampling(0.0), Sampling(1.0), Sampling(0.8, top_p=0.9))):
         plain = runner.generate(prompts, max_new_tokens=16, seed=seed, depth=0, **settings(sampling))
         drafted = runner.generate(prompts, max_new_tokens=16, seed=seed, **settings(sampling), **shaped(tree))
         ties = compare(runner.rounds.target, prompts, [o.tokens for o in drafted], [o.tokens for o in plain], sampling, seed)
@@ -195,7 +197,7 @@ def test_many_prompts_many_shapes_few_ties(seed):
         prompts = ragged_prompts(100)
         for sampling in SAMPLINGS:
             plain = runner.generate(prompts, max_new_tokens=32, seed=seed, depth=0, ignore_end=True, **settings(sampling))
-            for tree in (1, 4, BUSHY):
+            for tree in (1, 4, BUSHY, GROWING):
                 drafted = runner.generate(
                     prompts, max_new_tokens=32, seed=seed, ignore_end=True, **settings(sampling), **shaped(tree)
                 )

@@ -2,7 +2,8 @@
 
     TRAINKIT_TARGET=DIR TRAINKIT_DRAFTER=DIR TRAINKIT_PROMPTS=FILE ./launch.sh test -m slow -s tests/runner/test_given_target.py
 
-Without these variables a tiny random target is taken, and a draft made of two of its four layers. `-s` shows the figures.
+Several drafters, DIR:DIR, are taken one after the other. Without these variables a tiny random target is taken, and a draft
+made of two of its four layers. `-s` shows the figures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from trainkit.drafters.lm import LMDraft
 from trainkit.eval.acceptance import served_acceptance
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
-from trainkit.runner import Runner, Stats
+from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.sampling import Sampling
 
 pytestmark = pytest.mark.slow
@@ -27,11 +28,20 @@ QUESTIONS = int(os.environ.get("TRAINKIT_QUESTIONS", "100"))
 NEW_TOKENS = 128
 
 
-@pytest.fixture(scope="module")
-def folders(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    given = os.environ.get("TRAINKIT_TARGET"), os.environ.get("TRAINKIT_DRAFTER")
-    if given[0] and given[1]:
-        return Path(given[0]), Path(given[1])
+TARGET, DRAFTERS = os.environ.get("TRAINKIT_TARGET"), os.environ.get("TRAINKIT_DRAFTER", "").split(":")
+SHAPES = {
+    "chain": {"depth": 3},
+    "static tree": {"tree": [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]},
+    "dynamic tree": {"tree": DynamicTree(depth=3, top_k=3, nodes=8)},
+}
+
+
+@pytest.fixture(scope="module", params=DRAFTERS, ids=lambda folder: Path(folder).name or "tiny")
+def folders(
+    request: pytest.FixtureRequest, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    if TARGET and request.param:
+        return Path(TARGET), Path(request.param)
     draft = LMDraft(target_shape(tiny_target), num_layers=2)
     draft.initialise(tiny_target)
     folder = tmp_path_factory.mktemp("drafts") / "two-layers"
@@ -61,7 +71,8 @@ def test_every_depth_gives_the_tokens_of_plain_decoding(
     options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 3}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     decisions = sum(map(len, plain))
-    for depth in (1, 2, 4, 8):
+    deepest = runner.drafter.max_depth if runner.drafter else None
+    for depth in (depth for depth in (1, 2, 4, 8) if deepest is None or depth <= deepest):
         outs = runner.generate(prompts, depth=depth, **options)
         ties = compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed=3)
         stats = Stats.merge(out.stats for out in outs)
@@ -70,6 +81,25 @@ def test_every_depth_gives_the_tokens_of_plain_decoding(
             f"equal {len(prompts) - len(ties)}, ties {len(ties)}, tau {stats.tau:.3f}"
         )
         assert_few(ties, decisions)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_every_shape_and_batch_gives_the_tokens_of_plain_decoding(
+    runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float, batch: int
+) -> None:
+    options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 4}
+    plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
+    batched = Runner.load(*folders, max_batch=batch, max_len=512)
+    for name, shape in SHAPES.items():
+        outs = batched.generate(prompts, **shape, **options)
+        ties = compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed=4)
+        tau = Stats.merge(out.stats for out in outs).tau
+        print(
+            f"\n{folders[1].name}, temperature {temperature}, batch {batch}, {name}: {len(prompts)} prompts, "
+            f"{sum(map(len, plain))} tokens, equal {len(prompts) - len(ties)}, ties {len(ties)}, tau {tau:.3f}"
+        )
+        assert_few(ties, sum(map(len, plain)))
 
 
 def test_greedy_tokens_are_those_of_transformers(runner: Runner, prompts: list[list[int]], folders: tuple[Path, Path]) -> None:
@@ -84,7 +114,7 @@ def test_greedy_tokens_are_those_of_transformers(runner: Runner, prompts: list[l
             eos_token_id=list(runner.shape.end_ids) or None, pad_token_id=0,
         )  # fmt: skip
         theirs.append(row[0, len(prompt) :].tolist())
-    ours = [out.tokens for out in runner.generate(prompts, max_new_tokens=NEW_TOKENS, depth=4)]
+    ours = [out.tokens for out in runner.generate(prompts, max_new_tokens=NEW_TOKENS, depth=3)]
     ties = compare(runner.rounds.target, prompts, ours, theirs, Sampling())
     print(f"\ntransformers greedy: {len(prompts)} prompts, {sum(map(len, ours))} tokens, ties {len(ties)}")
     assert_few(ties, sum(map(len, ours)))
@@ -94,7 +124,7 @@ def test_greedy_tokens_are_those_of_transformers(runner: Runner, prompts: list[l
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_served_acceptance_is_the_exact_one(runner: Runner, prompts: list[list[int]], verify: str, temperature: float) -> None:
     found = served_acceptance(
-        runner, prompts[:40], max_new_tokens=NEW_TOKENS, temperature=temperature, verify=verify, depth=4, seed=3
+        runner, prompts[:40], max_new_tokens=NEW_TOKENS, temperature=temperature, verify=verify, depth=3, seed=3
     )
     print(
         f"\n{verify} temperature {temperature}: {found.evaluated} nodes judged, accepted {found.observed:.4f}, exact "

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.runner.models import SIBLINGS, lm_draft, pair, ragged_prompts
-from trainkit.runner import Runner
+from trainkit.runner import DynamicTree, Runner
 
 pytestmark = pytest.mark.gpu
+GROWING = DynamicTree(4, 3, 8)
 
 
 def on_gpu(capture: bool, runner: Runner, max_len: int = 600) -> Runner:
@@ -20,7 +21,9 @@ def on_gpu(capture: bool, runner: Runner, max_len: int = 600) -> Runner:
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20}]
 )
-@pytest.mark.parametrize("shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}], ids=["plain", "chain", "tree"])
+@pytest.mark.parametrize(
+    "shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["plain", "chain", "tree", "dynamic"]
+)
 def test_captured_equals_eager(shaped, settings, seed):
     base = pair()
     captured, eager = on_gpu(True, base), on_gpu(False, base)
@@ -61,11 +64,21 @@ def test_graphs_stay_valid_over_calls_updates_and_end_ids(seed):
     assert captured.schedule.graphs is not None and captured.schedule.graphs._captured
 
 
-def test_captured_residual_equals_eager_residual(seed):
+@pytest.mark.parametrize("verify", ["residual", "typical"])
+@pytest.mark.parametrize("tree", [SIBLINGS, GROWING], ids=["tree", "dynamic"])
+def test_captured_residual_and_typical_equal_eager_ones(tree, verify, seed):
     base = pair(ends=())
     prompts = ragged_prompts(4)
     outs = [
-        on_gpu(capture, base).generate(prompts, max_new_tokens=16, temperature=1.0, seed=seed, verify="residual", tree=SIBLINGS)
+        on_gpu(capture, base).generate(prompts, max_new_tokens=16, temperature=1.0, seed=seed, verify=verify, tree=tree)
         for capture in (True, False)
     ]
     assert [out.tokens for out in outs[0]] == [out.tokens for out in outs[1]]
+
+
+def test_one_capture_serves_dynamic_trees_of_any_shape(seed):
+    """Which node hangs where is data: rounds over other texts replay the same graph."""
+    runner = on_gpu(True, pair(ends=()))
+    for count in range(4):
+        runner.generate(ragged_prompts(1), max_new_tokens=40, temperature=1.0, seed=seed + count, tree=GROWING)
+    assert len(runner.schedule.graphs._captured) == 1

@@ -9,9 +9,12 @@ import torch
 
 from tests.runner.equality import assert_few, compare
 from tests.runner.models import SIBLINGS, pair, ragged_prompts
+from trainkit.runner import DynamicTree
 from trainkit.runner.decoder import RoundOutput
 from trainkit.runner.graphs import Graphs
 from trainkit.runner.sampling import Sampling
+
+GROWING = DynamicTree(4, 3, 8)
 
 
 class Replayed(Graphs):
@@ -57,7 +60,9 @@ def replayed(runner, lag):
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
-@pytest.mark.parametrize("shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}], ids=["plain", "chain", "tree"])
+@pytest.mark.parametrize(
+    "shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["plain", "chain", "tree", "dynamic"]
+)
 def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
     runner = pair(max_batch=6)
     prompts = ragged_prompts(11)
@@ -76,7 +81,7 @@ def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("shaped", [{"depth": 4}, {"tree": SIBLINGS}], ids=["chain", "tree"])
+@pytest.mark.parametrize("shaped", [{"depth": 4}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["chain", "tree", "dynamic"])
 @pytest.mark.parametrize("lag", [0, 1])
 def test_padded_rows_left_far_beyond_the_span_do_no_harm(shaped, lag, seed):
     """Long rows finish first; the graph of the short ones is padded with rows whose old position lies past its span."""

@@ -29,7 +29,8 @@ def certain(*tokens, vocabulary=6):
     ],
 )
 def test_a_chain_keeps_what_the_target_chose_and_adds_its_choice(drafted, choices, emitted):
-    verdict = coupled(build(chain(3), CPU), Draft(torch.tensor([[9, *drafted]]), ()), certain(*choices), None)
+    tree = build(chain(3), CPU)
+    verdict = coupled(tree, Draft(torch.tensor([[9, *drafted]]), (), tree.topology), certain(*choices), None)
     assert verdict.emitted_BP[0, : int(verdict.counts_B)].tolist() == emitted
 
 
@@ -46,7 +47,7 @@ def test_a_chain_keeps_what_the_target_chose_and_adds_its_choice(drafted, choice
 )
 def test_a_tree_keeps_the_path_of_the_targets_choices(choices, path, emitted):
     tree = build(SIBLINGS, CPU)
-    verdict = coupled(tree, Draft(torch.tensor([[0, 1, 2, 3, 4]]), ()), certain(*choices), None)
+    verdict = coupled(tree, Draft(torch.tensor([[0, 1, 2, 3, 4]]), (), tree.topology), certain(*choices), None)
     count = int(verdict.counts_B)
     assert verdict.path_BP is not None
     assert verdict.path_BP[0, :count].tolist() == path
@@ -58,7 +59,8 @@ def test_of_equal_tokens_the_lowest_id_is_chosen(vocabulary, seed):
     logits = torch.randint(0, 3, (4, 3, vocabulary)).float()
     first = torch.tensor([[int(row.eq(row.max()).nonzero()[0]) for row in rows] for rows in logits])
     assert torch.equal(Sampling().process(logits).argmax(-1), first)
-    verdict = coupled(build(chain(2), CPU), Draft(torch.full((4, 3), -1), ()), logits, None)
+    tree = build(chain(2), CPU)
+    verdict = coupled(tree, Draft(torch.full((4, 3), -1), (), tree.topology), logits, None)
     assert torch.equal(verdict.emitted_BP, first)
 
 
@@ -85,9 +87,9 @@ def test_a_tree_that_is_none_is_refused(paths):
 def test_tree_topology_by_hand():
     tree = build([(0, 1), (1,), (0,), (0, 0)], CPU)  # given in any order
     assert tree.paths == SIBLINGS and tree.size == 5 and tree.depth == 2 and not tree.is_chain
-    assert tree.parents_N.tolist() == [0, 0, 0, 1, 1]
-    assert tree.depths_N.tolist() == [0, 1, 1, 2, 2]
+    assert tree.topology.parents_BN.tolist() == [[0, 0, 0, 1, 1]]
+    assert tree.topology.depths_BN.tolist() == [[0, 1, 1, 2, 2]]
     assert tree.children_NW.tolist() == [[1, 2], [3, 4], [-1, -1], [-1, -1], [-1, -1]]
     ancestors = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4]]
-    assert [row.nonzero()[:, 0].tolist() for row in tree.ancestors_NN] == ancestors
+    assert [row.nonzero()[:, 0].tolist() for row in tree.topology.ancestors_BNN[0]] == ancestors
     assert build(chain(3), CPU).is_chain and build((), CPU).size == 1

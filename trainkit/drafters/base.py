@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from trainkit.models.shape import TargetHandle, TargetShape
 
 __all__ = [
     "Divergence", "DraftBatch", "Drafter", "Frontier", "LossOutput", "State", "StepOutput", "TargetHandle", "TargetShape",
-    "discover", "kind_of", "load_bundle", "load_kind",
+    "discover", "kind_of", "load_bundle", "load_kind", "load_outside",
 ]  # fmt: skip
 
 State: TypeAlias = dict[str, Tensor]
@@ -107,9 +107,11 @@ class Frontier:
         tokens_BF: Their tokens; at depth 0 the root alone, the last emitted token.
         positions_BF: Their absolute positions; root_position + depth.
         nodes_F: Their numbers within the round, 0 the root, ascending by level; node i has scratch slot `root_position + i`.
+            Fixed while a graph is reused, also where which token a number stands for depends on the draft (a dynamic tree).
         parents_BF: Their parents' numbers; -1 at the root.
         parent_places_BF: Where the parent stood in the previous level's frontier; 0 at the root.
-        ancestors_BFM: True at a node's ancestors and itself, over the M nodes of the round.
+        ancestors_BFM: True at a node's ancestors and itself, over the M numbers of the round; in a dynamic tree only nodes that
+            are expanded have one.
         depth: This level's depth, a Python integer fixed at capture.
         chain: The tree is a chain: slots are positions, and a node sees every slot up to its own.
     """
@@ -149,12 +151,16 @@ class Drafter(nn.Module, ABC):
     Attributes:
         taps: Target hidden states it needs, as indices of Hugging Face `hidden_states` (0 the embeddings, i after i layers;
             the last index, also -1, is after the final norm); () for none.
-        default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain.
+        default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain; a bundle may recommend another.
         max_depth: Levels it can draft; None for any number.
+        max_width: Nodes of one level it can expand; None for any number.
+        formats: Formats that `trainkit export --format` may ask for -> the layout that this kind writes for it.
     """
 
+    formats: ClassVar[Mapping[str, str]] = {"native": "native"}
     taps: tuple[int, ...] = ()
     max_depth: int | None = None
+    max_width: int | None = None
     default_tree: tuple[tuple[int, ...], ...] | None = None
 
     def __init__(self, target: TargetShape) -> None:
@@ -173,7 +179,9 @@ class Drafter(nn.Module, ABC):
         """Zeroed static tensors for `batch_size` rows of `slots` cache slots."""
 
     @abstractmethod
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         """Reads T more tokens at consecutive positions, with the target's taps there: a prompt chunk by chunk, or what was
         decoded without drafting. `span` as in `step`.
         """
@@ -185,18 +193,21 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None,
+        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         """Keeps the accepted path: its cache entries (lm) or new ones made from the target's taps (eagle, hydra++).
 
         Args:
             state: This drafter's tensors, changed in place.
-            path_BP: Node numbers along the accepted path, root first; entries at or past `counts_B` are meaningless.
+            path_BP: Node numbers, as in `Frontier`, along the accepted path, root first; entries at or past `counts_B` are
+                meaningless. The last node may be one that was never expanded: its number points at nothing that was written.
                 None when the round drafted a chain: node numbers are depths, and nothing has to move.
             tokens_BP: Their tokens.
             counts_B: Nodes on the path, root included, 1..P; 0 for a row that is finished and keeps what it has.
             root_B: Absolute position of the root.
             taps_BPAD: The target's taps at those nodes, or None.
+            handle: The target's shared parts.
+            span: As in `step`.
         """
 
     def alone(self) -> Decoder | None:
@@ -215,9 +226,20 @@ class Drafter(nn.Module, ABC):
     def config(self) -> dict[str, Any]:
         """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape."""
 
+    def find_target(self, folder: Path) -> None:
+        """Told, before a checkpoint is exported, where its target lies; for kinds whose files hold weights of the target's."""
+
     @abstractmethod
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
-        """Writes its weights into `folder` in the layout outside programs load (config.json, model.safetensors)."""
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
+        """Writes its weights into `folder`, in one of the layouts of `formats`, in `dtype`; `load` tells layouts apart."""
+
+    def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
+        """Every tensor that an outside program expects in model.safetensors, and its shape.
+
+        Computed from the configuration alone, never from `state_dict`: the exporter holds what `export` wrote against it. None
+        where the layout is ours alone.
+        """
+        return None
 
     @classmethod
     def claims(cls, folder: Path) -> bool:
@@ -227,9 +249,13 @@ class Drafter(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Drafter:
-        """Rebuilds from what `export` wrote and the bundle's constructor arguments; weights keep their dtype."""
+        """Rebuilds from what `export` wrote and the bundle's constructor arguments; weights keep their dtype.
+
+        A folder that it `claims` comes without any: sizes are then read off its files, the fit with the target checked.
+        """
 
 
+_PICKLES = (".pt", ".pth", ".bin", ".pkl")
 _PACKAGES: list[str] = ["trainkit.drafters"]
 
 
@@ -270,8 +296,10 @@ def load_kind(kind: str) -> type[Drafter]:
 def load_bundle(found: Bundle, target: TargetShape, **changes: Any) -> Drafter:
     """The drafter of a bundle, for a target whose fit was checked; `changes` go before its constructor arguments.
 
+    The tree that the bundle recommends (`runner.tree`, from `trainkit tree`) becomes its `default_tree`.
+
     Raises:
-        UserError: an unknown kind, or arguments that it does not take.
+        UserError: an unknown kind, arguments that it does not take, or a recommended tree that is none.
     """
     manifest, arguments = found.path / MANIFEST, {**found.config, **changes}
     try:
@@ -281,7 +309,32 @@ def load_bundle(found: Bundle, target: TargetShape, **changes: Any) -> Drafter:
     unknown = sorted(arguments.keys() - inspect.signature(kind).parameters.keys())
     if unknown:
         raise UserError(f"{manifest}: kind {found.kind!r} takes no {unknown[0]!r}; export it again")
-    return kind.load(found.path, target, arguments)
+    drafter, tree = kind.load(found.path, target, arguments), found.runner.get("tree")
+    if tree is not None:
+        is_tree = isinstance(tree, list) and all(isinstance(path, list) and path for path in tree)
+        if not is_tree or any(type(rank) is not int for path in tree for rank in path):
+            raise UserError(f"{manifest}: runner.tree is no list of rank paths such as [[0], [1], [0, 0]]; search it again")
+        drafter.default_tree = tuple(tuple(path) for path in tree)
+    return drafter
+
+
+def load_outside(folder: Path, target: TargetShape) -> Drafter:
+    """The drafter in a folder that an outside program wrote, of the first kind that claims it.
+
+    Raises:
+        UserError: no such folder, only a pickle in it, no kind claims it, or it does not fit the target.
+    """
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; give a drafter bundle or a Hugging Face folder")
+    files = [folder] if folder.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
+    pickle = next((path for path in files if path.suffix in _PICKLES), None)
+    if pickle is not None and not any(path.suffix == ".safetensors" for path in files):
+        convert = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+        raise UserError(f"{pickle}: a pickle, which may run code and is not read; make safetensors of it with {convert}")
+    for kind in discover().values():
+        if folder.is_dir() and kind.claims(folder):
+            return kind.load(folder, target, {})
+    raise UserError(f"{folder}: neither a trainkit bundle (no {MANIFEST}) nor a model folder that a drafter kind reads")
 
 
 def kind_of(drafter: Drafter) -> str:

@@ -5,6 +5,7 @@ Every setting that changes text or speed is stated here rather than left to a ch
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from trainkit.eval.machine import synchronize
 from trainkit.eval.speed import Contender, Generated
-from trainkit.models.load import hf_config, hf_tensors, read_config
+from trainkit.models.load import hf_config, hf_tensors
 from trainkit.models.shape import TargetShape
 
 
@@ -78,12 +79,13 @@ def can_assist(folder: str | Path, vocab_size: int) -> str:
 
     if not (Path(folder) / "config.json").is_file():
         return "the drafter's folder has no config.json"
-    config = read_config(folder)
-    name = (config.architectures or ["?"])[0]
+    # as it stands: transformers knows no config of heads, and would refuse to read one
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or ["?"])[0]
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return f"transformers has no language model {name}"
-    if config.vocab_size != vocab_size:
-        return f"the draft's vocabulary has {config.vocab_size} entries, the target's {vocab_size}"
+    if config.get("vocab_size") != vocab_size:
+        return f"the draft's vocabulary has {config.get('vocab_size')} entries, the target's {vocab_size}"
     return ""
 
 
@@ -92,9 +94,9 @@ def plain_contender(model: Any, settings: Settings) -> Contender:
     return Contender("transformers generate", "transformers", 0, _runner(model, None, 0, settings))
 
 
-def assisted_contender(model: Any, assistant: Any, depth: int, settings: Settings) -> Contender:
+def assisted_contender(name: str, model: Any, assistant: Any, depth: int, settings: Settings, drafter: str) -> Contender:
     """Assisted generation with the same draft: `depth` tokens a round, constant schedule, no confidence threshold."""
-    return Contender(f"transformers assisted {depth}", "transformers", depth, _runner(model, assistant, depth, settings))
+    return Contender(name, "transformers", depth, _runner(model, assistant, depth, settings), drafter=drafter)
 
 
 def _runner(model: Any, assistant: Any, depth: int, settings: Settings) -> Callable[[Sequence[Sequence[int]], int], Generated]:

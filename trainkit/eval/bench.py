@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
+from json import loads as parse_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 def bench(
     *,
     target: str | None = None,
-    drafter: str | None = None,
+    drafter: list[str] | None = None,
     prompts: str | None = None,
     json: str | None = None,
     plot: str | None = None,
     depths: tuple[int, ...] = (1, 2, 3, 4, 6),
+    trees: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     verify: str = "coupled",
@@ -38,21 +40,23 @@ def bench(
     synthetic_tau: float = 3.0,
     prompt_length: int = 64,
 ) -> int:
-    """Measures decoding with and without the drafter, beside transformers, on the same prompts, interleaved in one process.
+    """Measures decoding with and without drafters, beside transformers, on the same prompts, interleaved in one process.
 
     Exit code 1 if some output differs from plain decoding where rounding does not explain it.
 
     Examples:
         trainkit bench --target models/target --drafter models/draft --prompts test.jsonl --json bench.json --plot bench.png
+        trainkit bench --target models/target --drafter models/draft --drafter models/heads --prompts test.jsonl
         trainkit bench --synthetic llama3-8b --device cuda --dtype bfloat16 --baselines false
 
     Args:
         target: Hugging Face folder of the target.
-        drafter: Drafter bundle, or a plain folder of a small model with the same tokenizer.
+        drafter: Drafter bundles, or plain folders of small models with the same tokenizer; [one,another], or the flag again.
         prompts: File of prompts or chats; the chat template is applied where the tokenizer has one.
         json: Where to write everything measured.
         plot: Where to write the figure, PNG.
-        depths: Depths to draft to; the drafter's own tree is added where it has one.
+        depths: Depths to draft to, as far as a drafter can; its own or recommended tree is added where it has one.
+        trees: More trees to draft: a list of lists of rank paths, [[[0],[1],[0,0]]], or a JSON file of one.
         max_new_tokens: Most tokens for each prompt.
         temperature: 0 is greedy. Above, transformers draws other texts, and only our outputs are held against plain decoding.
         verify: coupled or residual.
@@ -72,14 +76,15 @@ def bench(
         0, or 1 on a mismatch.
     """
     request = Request(
-        target, drafter, prompts, tuple(depths), max_new_tokens, temperature, verify, limit, repeats, batch, _device(device),
-        dtype, baselines, seed, max_seconds, synthetic, synthetic_tau, prompt_length,
+        target, tuple(drafter or ()), prompts, tuple(depths), read_trees(trees), max_new_tokens, temperature, verify, limit,
+        repeats, batch, chosen_device(device), dtype, baselines, seed, max_seconds, synthetic, synthetic_tau, prompt_length,
     )  # fmt: skip
     for name, file in (("json", json), ("plot", plot)):
         if file is not None and Path(file).is_dir():
             raise UserError(f"--{name} {file}: is a folder; name a file in it")
     from trainkit.eval.contenders import checkpoint_field, synthetic_field
-    from trainkit.eval.report import figure, table, write_json
+    from trainkit.eval.figure import figure
+    from trainkit.eval.report import table, write_json
     from trainkit.eval.summary import summarise
 
     result = run(request, synthetic_field(request) if synthetic is not None else checkpoint_field(request))
@@ -124,7 +129,27 @@ def run(request: Request, field: Field) -> Result:
     return Result(request, field, machine, datetime.now(UTC).isoformat(timespec="seconds"), identity, costs, tolerance)
 
 
-def _device(name: str) -> str:
+def read_trees(given: str | None) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Trees as rank paths, from JSON or a file of it.
+
+    Raises:
+        UserError: it is no list of trees.
+    """
+    if given is None:
+        return ()
+    is_file = not given.lstrip().startswith("[")
+    try:
+        trees = parse_json(Path(given).read_text(encoding="utf-8") if is_file else given)
+        if not all(tree and all(path for path in tree) for tree in trees):
+            raise ValueError
+        return tuple(tuple(tuple(int(rank) for rank in path) for path in tree) for tree in trees)
+    except (ValueError, TypeError) as error:
+        name = given if is_file else "given"
+        raise UserError(f"trees {name}: must be a list of trees, each a list of rank paths: [[[0],[1],[0,0]]]") from error
+
+
+def chosen_device(name: str) -> str:
+    """The torch device of a name; `auto` takes a GPU where there is one."""
     if name != "auto":
         return name
     import torch
@@ -150,19 +175,18 @@ def _announce(request: Request, field: Field, seconds: float) -> None:
     )
 
 
-def _costs(request: Request, field: Field) -> dict[tuple[int, Any], RoundCost]:
+def _costs(request: Request, field: Field) -> dict[tuple[int, str, Any], RoundCost]:
     """Draft and verify times of each of our contenders, with the threads that it and plain decoding run with."""
     from trainkit.eval.speed import round_costs, set_threads
 
-    drafting = [one for one in field.contenders if one.paths]
-    if not drafting:
-        return {}
-    found = {}
-    for count in sorted({one.threads for one in [field.plain, *drafting]}):
-        set_threads(count)
-        batch = min(request.batch, len(field.prompts))
-        costs = round_costs(field.runner, [one.paths for one in drafting], field.mean_length, batch)
-        found |= {(count, paths): cost for paths, cost in costs.items()}
+    found, batch = {}, min(request.batch, len(field.prompts))
+    for draft in field.drafts:
+        drafting = [one for one in field.contenders if one.paths and one.drafter == draft.name]
+        if drafting:
+            for count in sorted({one.threads for one in [field.plain, *drafting]}):
+                set_threads(count)
+                costs = round_costs(draft.runner, [one.paths for one in drafting], field.mean_length, batch)
+                found |= {(count, draft.name, paths): cost for paths, cost in costs.items()}
     return found
 
 

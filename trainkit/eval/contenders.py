@@ -12,37 +12,44 @@ import torch
 from trainkit.data.prompts import read_prompts
 from trainkit.errors import UserError
 from trainkit.eval.baselines import Settings, assisted_contender, can_assist, load_model, model_of, plain_contender
-from trainkit.eval.result import Field, Request
+from trainkit.eval.result import Draft, Field, Request
 from trainkit.eval.scripted import ScriptedDrafter, accepted_lengths, random_prompts, random_target
 from trainkit.eval.speed import ours
 from trainkit.models.load import covered_positions, device_of
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
-from trainkit.runner.tree import RankPath, chain
+from trainkit.runner.engine import load_drafter
+from trainkit.runner.tree import RankPath, build, chain
 
 
 def checkpoint_field(request: Request) -> Field:
-    """Contenders of a target folder and a drafter folder.
+    """Contenders of a target folder and any number of drafter folders; the target is in memory once.
 
     Raises:
         UserError: a folder or the prompts cannot be read, or do not fit together.
     """
     assert request.target is not None and request.prompts is not None
-    target, drafter = request.target, request.drafter
+    target, batch = Path(request.target), request.batch
     covered = covered_positions(target)
-    prompts = read_prompts(request.prompts, target, request.limit)
+    prompts = read_prompts(request.prompts, request.target, request.limit)
     longest = max(map(len, prompts)) + request.max_new_tokens
     if longest > covered:
         raise UserError(
             f"{request.prompts}: the longest prompt and {request.max_new_tokens} new tokens need {longest} positions, "
             f"{target} covers {covered}; lower max_new_tokens"
         )
-    runner = Runner.load(target, drafter, request.device, request.dtype, max_batch=request.batch, max_len=longest)
-    field = Field(runner, prompts, _name(target), drafter and _name(drafter))
+    runner = Runner.load(target, None, request.device, request.dtype, batch, longest)
+    decoder, shape, dtype = runner.rounds.target, runner.shape, getattr(torch, request.dtype)
+    field = Field(runner, prompts, target.resolve().name)
+    for name, folder in zip(_names(request.drafters), request.drafters, strict=True):
+        drafter = load_drafter(Path(folder), target, shape).to(device=runner.device, dtype=dtype)
+        field.drafts.append(Draft(name, Runner.of(decoder, drafter, shape, target, batch, longest)))
     if request.baselines:
-        load = partial(load_model, device=runner.device, dtype=getattr(torch, request.dtype))
-        _add_baselines(field, request, load(target), _assistant(field, request, load))
-    _add_ours(field, request, request.depths if drafter is not None else ())
+        load = partial(load_model, device=runner.device, dtype=dtype)
+        model = load(target)
+        assistants = [_assistant(field, request, *pair, load) for pair in zip(field.drafts, request.drafters, strict=True)]
+        _add_baselines(field, request, model, assistants)
+    _add_ours(field, request)
     return field
 
 
@@ -62,53 +69,83 @@ def synthetic_field(request: Request) -> Field:
     text = prompts[0] + plain.generate(prompts[:1], request.max_new_tokens)[0].tokens
     drafter = ScriptedDrafter.on_device(shape, device, dtype)
     drafter.read(text)
-    runner = Runner.of(decoder, drafter, shape, max_batch=request.batch, max_len=longest)
-    field = Field(runner, prompts, f"synthetic {request.synthetic}", f"scripted for tau {tau:g}")
+    runner, drafting = (Runner.of(decoder, one, shape, None, request.batch, longest) for one in (None, drafter))
+    field = Field(runner, prompts, f"synthetic {request.synthetic}", [Draft(f"scripted for tau {tau:g}", drafting)])
     if request.baselines:
         field.notes.append("transformers assisted: not run, a scripted drafter is no model of its own")
-        _add_baselines(field, request, model_of(decoder), None)
-    _add_ours(field, request, request.depths, lambda depth: partial(drafter.accept, accepted_lengths(tau, depth)))
+        _add_baselines(field, request, model_of(decoder), [None])
+    _add_ours(field, request, lambda depth: partial(drafter.accept, accepted_lengths(tau, depth)))
     return field
 
 
-def _add_baselines(field: Field, request: Request, model: Any, assistant: Any | None) -> None:
-    """The `generate` of transformers, and with an assistant its assisted generation at every depth."""
+def _add_baselines(field: Field, request: Request, model: Any, assistants: Sequence[Any | None]) -> None:
+    """The `generate` of transformers, and with each assistant its assisted generation at every depth."""
     settings = Settings(field.runner.shape, request.temperature, request.seed, request.batch)
     field.contenders.append(plain_contender(model, settings))
-    if assistant is not None:
-        field.contenders += [assisted_contender(model, assistant, depth, settings) for depth in request.depths]
+    for draft, assistant in zip(field.drafts, assistants, strict=True):
+        if assistant is not None:
+            of = f" {draft.name}" if len(field.drafts) > 1 else ""
+            field.contenders += [
+                assisted_contender(f"transformers assisted{of} {depth}", model, assistant, depth, settings, draft.name)
+                for depth in request.depths
+            ]
 
 
-def _assistant(field: Field, request: Request, load: Callable[[str], Any]) -> Any | None:
+def _assistant(field: Field, request: Request, draft: Draft, folder: str, load: Callable[[str], Any]) -> Any | None:
     """The drafter as a transformers model; None, with a note, where it is none."""
-    if request.drafter is None:
-        return None
-    why_not = can_assist(request.drafter, field.runner.shape.decoder.vocab_size)
+    why_not = can_assist(folder, field.runner.shape.decoder.vocab_size)
     if request.batch > 1:
         why_not = f"it takes one prompt at a time, not {request.batch}"
     if why_not:
-        field.notes.append(f"transformers assisted: not run, {why_not}")
+        field.notes.append(f"transformers assisted{_of(field, draft)}: not run, {why_not}")
         return None
-    return load(request.drafter)
+    return load(folder)
 
 
-def _add_ours(
-    field: Field, request: Request, depths: Sequence[int], prepare: Callable[[int], Callable[[], None]] | None = None
-) -> None:
-    """Plain decoding, a chain of each depth, and the drafter's own tree where it has one."""
-    drafter = field.runner.drafter
-    most = drafter.max_depth if drafter is not None else None
-    if beyond := [depth for depth in depths if most is not None and depth > most]:
-        field.notes.append(f"depths {', '.join(map(str, beyond))}: not run, the drafter has heads for {most} tokens")
-    trees: list[tuple[RankPath, ...]] = [chain(depth) for depth in depths if depth not in beyond]
-    if trees and drafter is not None and drafter.default_tree is not None and drafter.default_tree not in trees:
-        trees.append(drafter.default_tree)
+def _add_ours(field: Field, request: Request, prepare: Callable[[int], Callable[[], None]] | None = None) -> None:
+    """Plain decoding; and with each drafter a chain of each depth, its own tree where it has one, and the trees asked for."""
     field.contenders.append(ours(field.runner, "trainkit plain", (), **request.options))
-    for paths in trees:
-        depth = max(map(len, paths))
-        shape = f"depth {depth}" if len(paths) == depth else f"tree of {len(paths)}, depth {depth}"
-        field.contenders.append(ours(field.runner, f"trainkit {shape}", paths, prepare and prepare(depth), **request.options))
+    for draft in field.drafts:
+        name = draft.name if len(field.drafts) > 1 else "trainkit"
+        for paths in _trees(field, request, draft):
+            depth = max(map(len, paths))
+            shape = f"depth {depth}" if len(paths) == depth else f"tree {len(paths) + 1}, depth {depth}"
+            taken = {one.name for one in field.contenders}
+            while f"{name} {shape}" in taken:  # another tree with as many nodes
+                shape += "'"
+            made = ours(draft.runner, f"{name} {shape}", paths, prepare and prepare(depth), draft.name, **request.options)
+            field.contenders.append(made)
+    # a rotary table that grows later would leave the graphs of other runners, which read the old one, without it
+    most = max((len(one.paths) + 3 * one.depth for one in field.contenders), default=0)
+    field.runner.rounds.target.reserve_positions(field.runner.max_len + most + 128)
 
 
-def _name(folder: str) -> str:
-    return Path(folder).resolve().name
+def _trees(field: Field, request: Request, draft: Draft) -> list[tuple[RankPath, ...]]:
+    """What a drafter drafts: nothing twice, and nothing deeper than it can."""
+    assert draft.runner.drafter is not None
+    own, most = draft.runner.drafter.default_tree, draft.runner.drafter.max_depth
+    # in one order, so that the same tree is not run twice; and a path that is none is found before the work
+    asked = [build(paths, field.runner.device).paths for paths in request.trees]
+    wanted = [chain(depth) for depth in request.depths]
+    if own is not None and request.depths:
+        wanted.append(build(own, field.runner.device).paths)
+    wanted = list(dict.fromkeys([*wanted, *asked]))
+    beyond = [paths for paths in wanted if most is not None and max(map(len, paths)) > most]
+    if depths := [str(len(paths)) for paths in beyond if paths not in asked]:
+        field.notes.append(f"depths {', '.join(depths)}{_of(field, draft)}: not run, the drafter has heads for {most} tokens")
+    if trees := [paths for paths in beyond if paths in asked]:
+        field.notes.append(f"{len(trees)} of the trees{_of(field, draft)}: not run, the drafter has heads for {most} tokens")
+    return [paths for paths in wanted if paths not in beyond]
+
+
+def _of(field: Field, draft: Draft) -> str:
+    return f", {draft.name}" if len(field.drafts) > 1 else ""
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """What tables call the folders: their own names, or as much of the path before as tells them apart."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    names = ["/".join(part[-1:]) for part in parts]
+    for length in range(2, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-length:]) if names.count(name) > 1 else name for name, part in zip(names, parts, strict=True)]
+    return names

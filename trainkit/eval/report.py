@@ -1,4 +1,4 @@
-"""A bench's summary as a text table, as JSON and as a figure; files are written whole or not at all."""
+"""A bench's summary as a text table and as JSON; files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def table(summary: dict[str, Any]) -> str:
     """The summary for people, within 100 columns."""
     parts = [_head(summary), _speeds(summary)]
     if any("tau" in one for one in summary["contenders"]):
-        parts.append(_drafting(summary))
+        parts += [_drafting(summary), _positions(summary)]
     parts.append(_closing(summary))
     return "\n\n".join(parts)
 
@@ -34,28 +34,8 @@ def write_json(summary: dict[str, Any], path: str | Path) -> None:
     Raises:
         UserError: the folder is missing or cannot be written.
     """
-    text = json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def figure(summary: dict[str, Any], path: str | Path) -> None:
-    """Writes a PNG: tokens per second of every contender with the spread of its repeats; tau, roof and speedup by depth.
-
-    Raises:
-        UserError: the folder is missing or cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drafting = _chains(summary)
-    canvas = Figure(figsize=(12 if drafting else 7, 4.8), layout="constrained")
-    FigureCanvasAgg(canvas)
-    axes = canvas.subplots(1, 2 if drafting else 1, squeeze=False)[0]
-    _bars(axes[0], summary)
-    if drafting:
-        _curves(axes[1], drafting)
-    canvas.suptitle(_title(summary), fontsize=10)
-    _write(path, lambda temporary: canvas.savefig(temporary, format="png", dpi=130))
+    text = json.dumps(finite(summary), indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # text
@@ -65,7 +45,7 @@ def _head(summary: dict[str, Any]) -> str:
     arguments, machine, prompts = summary["arguments"], summary["machine"], summary["prompts"]
     cache, mean = machine["last_level_cache"], prompts["tokens"] / prompts["count"]
     return _wrapped([
-        _title(summary),
+        title(summary), *_reading(summary),
         f"{machine['processor']}, {machine['threads']} threads, copies {machine['copy_bandwidth'] / 1e9:.1f} GB/s, "
         f"last-level cache {'unknown' if cache is None else f'{cache / 2**20:.0f} MiB'}; {summary['date']}",
         f"{prompts['count']} prompts of {mean:.0f} tokens, {arguments['max_new_tokens']} new "
@@ -74,39 +54,85 @@ def _head(summary: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def _title(summary: dict[str, Any]) -> str:
-    target, drafter = summary["target"], summary["drafter"]
+def title(summary: dict[str, Any]) -> str:
+    """The target and the drafters, each with its number of parameters."""
+    target, drafters = summary["target"], summary["drafters"]
     text = f"target {target['name']} ({_count(target['parameters'])}, {summary['arguments']['dtype']})"
-    return text if drafter is None else f"{text}, drafter {drafter['name']} ({_count(drafter['parameters'])})"
+    found = ", ".join(f"{one['name']} ({_count(one['parameters'])})" for one in drafters)
+    return text if not drafters else f"{text}, drafter{'s' if len(drafters) > 1 else ''} {found}"
+
+
+def _reading(summary: dict[str, Any]) -> list[str]:
+    """What a draft step of each drafter reads, beside a call of the target."""
+    target = summary["target"]["step_bytes"]
+    return [
+        f"{one['name']}: {_count(one['parameters'])} parameters of its own, a draft step reads "
+        f"{one['step_bytes'] / 1e6:.3g} MB, {one['step_bytes'] / target:.2f} of the target's {target / 1e6:.3g} MB"
+        for one in summary["drafters"]
+    ]
+
+
+def by_drafter(summary: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Contenders under a heading each drafter, those without one first; all under none where there is a single drafter."""
+    ones, names = summary["contenders"], [one["name"] for one in summary["drafters"]]
+    if len(names) < 2:
+        return [("", ones)]
+    return [(name, [one for one in ones if (one["drafter"] or "") == name]) for name in ("", *names)]
+
+
+def label(one: dict[str, Any]) -> str:
+    """A contender's name under its drafter's."""
+    name = one["name"].removeprefix("trainkit ").replace("transformers", "transf.")
+    return name.replace(f"{one['drafter']} ", "", 1) if one["drafter"] else name
 
 
 def _speeds(summary: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [
         ("decoding", "tokens", "thr", "tok/s", "min..max", "x plain", "x transf.", "bandwidth", "identical")
     ]
-    for one in summary["contenders"]:
-        rate = one["tokens_per_second"]
-        rows.append((
-            one["name"], str(one["tokens"]), str(one["threads"]), _short(rate["median"]),
-            f"{_short(rate['min'])}..{_short(rate['max'])}", _ratio(one["x_plain"]), _ratio(one["x_transformers"]),
-            _bandwidth(one.get("bandwidth")), _identical(one, summary),
-        ))  # fmt: skip
-    return _aligned(rows)
+    for heading, ones in by_drafter(summary):
+        rows += [(f"{heading}:",)] if heading else []
+        for one in ones:
+            rate = one["tokens_per_second"]
+            rows.append((
+                f"  {label(one)}" if heading else one["name"], str(one["tokens"]), str(one["threads"]), _short(rate["median"]),
+                f"{_short(rate['min'])}..{_short(rate['max'])}", _ratio(one["x_plain"]), _ratio(one["x_transformers"]),
+                _bandwidth(one.get("bandwidth")), _identical(one, summary),
+            ))  # fmt: skip
+    return aligned(rows)
 
 
 def _drafting(summary: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = [
-        ("draft", "tau", "mbsu", "v(T)", "draft", "roof", "speedup", "of roof", "effic.", "cut", "alpha_k")
+        ("draft", "MB read", "tau", "mbsu", "v(T)", "draft", "roof", "speedup", "of roof", "effic.", "cut rounds")
     ]
-    for one in summary["contenders"]:
-        if "tau" in one:
-            rows.append((
-                one["name"].removeprefix("trainkit "),
-                *(_ratio(one[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
-                _percent(one["speedup_over_roof"]), _percent(one["efficiency"]), str(one["cut_rounds"]),
-                " ".join(f"{alpha:.2f}" for alpha in one["alpha_k"]),
-            ))  # fmt: skip
-    return _aligned(rows)
+    for name, one in _drafts(summary, rows):
+        rows.append((
+            name, f"{one['bandwidth']['bytes'] / 1e6:.3g}",
+            *(_ratio(one[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
+            _percent(one["speedup_over_roof"]), _percent(one["efficiency"]), str(one["cut_rounds"]),
+        ))  # fmt: skip
+    return aligned(rows)
+
+
+def _positions(summary: dict[str, Any]) -> str:
+    """alpha_k by position k, as many as fit."""
+    most = min(12, max(len(one["alpha_k"]) for one in summary["contenders"] if "tau" in one))
+    rows: list[tuple[str, ...]] = [("alpha_k, k =", *map(str, range(1, most + 1)), "")]
+    for name, one in _drafts(summary, rows):
+        cells = [f"{alpha:.2f}" for alpha in one["alpha_k"][:most]]
+        rows.append((name, *cells, *[""] * (most - len(cells)), ""))
+    return "\n".join(line.rstrip() for line in aligned(rows).splitlines())
+
+
+def _drafts(summary: dict[str, Any], rows: list[tuple[str, ...]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each drafting contender with its name; a heading goes into `rows` where another drafter begins."""
+    for heading, ones in by_drafter(summary):
+        drafting = [one for one in ones if "tau" in one]
+        if heading and drafting:
+            rows.append((f"{heading}:",))
+        for one in drafting:
+            yield f"  {label(one)}" if heading else label(one), one
 
 
 def _closing(summary: dict[str, Any]) -> str:
@@ -153,13 +179,14 @@ def _identical(one: dict[str, Any], summary: dict[str, Any]) -> str:
     return f"{found['equal']}/{found['of']}{extra}" + (f", {found['mismatches']} WRONG" if found["mismatches"] else "")
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their headings: the first and the last to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their headings: the first and the last to the left, numbers to the right; rows of one cell as they are."""
+    full = [row for row in rows if len(row) > 1]
+    widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
     lines = []
     for row in rows:
-        numbers = [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *numbers, row[-1]]))
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=False)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *numbers, row[-1]]) if len(row) > 1 else row[0])
     return "\n".join(lines)
 
 
@@ -185,47 +212,19 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
 
 
-# figure
-
-
-def _chains(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    chains = [one for one in summary["contenders"] if "tau" in one and one["nodes"] == one["depth"] + 1]
-    return sorted(chains, key=lambda one: one["depth"])
-
-
-def _bars(axes: Any, summary: dict[str, Any]) -> None:
-    ones = summary["contenders"][::-1]
-    rates = [one["tokens_per_second"] for one in ones]
-    spread = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
-    colours = ["tab:gray" if one["family"] == "transformers" else "tab:blue" for one in ones]
-    axes.barh([one["name"] for one in ones], [rate["median"] for rate in rates], xerr=spread, color=colours, capsize=3)
-    axes.set_xlabel("tokens per second (median; bars: all repeats)")
-
-
-def _curves(axes: Any, chains: Sequence[dict[str, Any]]) -> None:
-    depths = [one["depth"] for one in chains]
-    for key, style in (("tau", "o-"), ("mbsu", "^:"), ("roof", "s--"), ("speedup", "d-")):
-        axes.plot(depths, [one[key] for one in chains], style, label=key)
-    axes.axhline(1.0, color="black", linewidth=0.7)
-    axes.set_xticks(depths)
-    axes.set_xlabel("draft depth")
-    axes.set_ylabel("times plain decoding (tau: tokens per round)")
-    axes.legend()
-
-
 # files
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same without nan and infinities, which JSON has not."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
 
 
-def _write(path: str | Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     """Writes to a sibling, then renames: a kill leaves the old file or the new one."""
     final = Path(path)
     try:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trainkit.eval.machine import Machine
     from trainkit.eval.speed import Contender, RoundCost
     from trainkit.runner import Runner
+    from trainkit.runner.tree import RankPath
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,10 @@ class Request:
     """The arguments of `bench`, whose docstring explains them, once they are checked."""
 
     target: str | None
-    drafter: str | None
+    drafters: tuple[str, ...]
     prompts: str | None
     depths: tuple[int, ...]
+    trees: tuple[tuple[RankPath, ...], ...]
     max_new_tokens: int
     temperature: float
     verify: str
@@ -43,10 +45,15 @@ class Request:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if any(depth < 1 for depth in self.depths) or len(set(self.depths)) != len(self.depths):
             raise UserError(f"depths {list(self.depths)}: must be different and at least 1; plain decoding is always measured")
+        for folder in self.drafters:
+            if self.drafters.count(folder) > 1:
+                raise UserError(f"drafter {folder}: given twice; name each once")
         if self.synthetic is None and (self.target is None or self.prompts is None):
             raise UserError("bench needs --target and --prompts (a file), or --synthetic with the name of a shape")
-        if self.synthetic is not None and (self.target or self.drafter or self.prompts or self.temperature):
+        if self.synthetic is not None and (self.target or self.drafters or self.prompts or self.temperature):
             raise UserError("synthetic: takes no target, drafter or prompts, and decodes at temperature 0")
+        if self.trees and not self.drafters:
+            raise UserError("trees: need a --drafter to draft them")
         if self.verify not in ("coupled", "residual"):
             raise UserError(f"verify {self.verify!r}: must be one of coupled, residual")
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -62,15 +69,23 @@ class Request:
         return self.temperature == 0 or (contender.family == "trainkit" and self.verify == "coupled")
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A drafter that takes part: its name, and a runner of it with the field's target."""
+
+    name: str
+    runner: Runner
+
+
 @dataclass
 class Field:
     """Who takes part.
 
     Attributes:
-        runner: Ours.
+        runner: Of the target alone; the drafts' runners hold the same one.
         prompts: Token ids.
         target: Its name.
-        drafter: Its name, or None.
+        drafts: The drafters.
         contenders: In the order of the table, plain decoding among them.
         notes: What was left out, and why.
     """
@@ -78,7 +93,7 @@ class Field:
     runner: Runner
     prompts: list[list[int]]
     target: str
-    drafter: str | None = None
+    drafts: list[Draft] = field(default_factory=list)
     contenders: list[Contender] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -104,7 +119,7 @@ class Result:
         machine: Where.
         date: When, UTC, ISO 8601.
         identity: By contender's name, its output against plain decoding; absent where it is another draw.
-        costs: By (threads, tree), what drafting and verifying takes.
+        costs: By (threads, drafter's name, tree), what drafting and verifying takes; the empty tree is plain decoding.
         tolerance: Score gap below which a difference is a tie.
     """
 
@@ -113,7 +128,7 @@ class Result:
     machine: Machine
     date: str
     identity: dict[str, Identity]
-    costs: dict[tuple[int, Any], RoundCost]
+    costs: dict[tuple[int, str, Any], RoundCost]
     tolerance: float
 
     @property

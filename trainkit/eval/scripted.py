@@ -129,7 +129,9 @@ class ScriptedDrafter(Drafter):
             "round": torch.zeros(batch_size, dtype=torch.long, device=device),
         }
 
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         bias = causal_bias(positions_BT, span, state["cache"].dtype)
         self.decoder(self._known(tokens_BT), positions_BT, bias, state["cache"], positions_BT)
         state["round"].zero_()
@@ -149,7 +151,7 @@ class ScriptedDrafter(Drafter):
 
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None,
+        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert path_BP is None, "a script is a chain"
         state["round"].add_(counts_B > 0)

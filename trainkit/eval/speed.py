@@ -16,10 +16,11 @@ from time import perf_counter
 import torch
 
 from trainkit.eval.machine import synchronize
+from trainkit.layers.linear import stream_weights
 from trainkit.runner import Runner
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.stats import Stats
-from trainkit.runner.tree import RankPath, Tree, build, chain, grow
+from trainkit.runner.tree import Draft, RankPath, Tree, build, chain, grow
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Contender:
         depth: Levels drafted a round; 0 decodes plainly.
         run: (prompts, max_new_tokens) -> what it generated; returns when the tokens are there.
         paths: Rank paths of the draft; only of our contenders.
+        drafter: Its drafter's name; empty where nothing drafts.
         threads: CPU threads it runs with.
         seconds: Wall-clock of each repeat.
         outputs: What each repeat generated.
@@ -64,6 +66,7 @@ class Contender:
     depth: int
     run: Callable[[Sequence[Sequence[int]], int], Generated]
     paths: tuple[RankPath, ...] = ()
+    drafter: str = ""
     threads: int = 1
     seconds: list[float] = field(default_factory=list)
     outputs: list[Generated] = field(default_factory=list)
@@ -90,8 +93,9 @@ class Contender:
 
 
 def ours(
-    runner: Runner, name: str, paths: tuple[RankPath, ...], prepare: Callable[[], None] | None = None, **options: object
-) -> Contender:
+    runner: Runner, name: str, paths: tuple[RankPath, ...], prepare: Callable[[], None] | None = None, drafter: str = "",
+    **options: object,
+) -> Contender:  # fmt: skip
     """A contender that decodes with our runner and this draft tree; no paths is plain decoding.
 
     Args:
@@ -99,10 +103,12 @@ def ours(
         name: As tables show it.
         paths: Rank paths of the tree.
         prepare: Called before each run, untimed work excluded by nobody: keep it small.
+        drafter: The drafter's name.
         **options: As in `Runner.generate`.
     """
 
     def run(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Generated:
+        settle(runner)
         if prepare is not None:
             prepare()
         tree: dict[str, object] = {"tree": paths} if paths else {"depth": 0}
@@ -110,7 +116,13 @@ def ours(
         stats = Stats.merge(output.stats for output in outputs)
         return Generated([output.tokens for output in outputs], stats, runner.rounds_run, dict(runner.seconds))
 
-    return Contender(name, "trainkit", max(map(len, paths), default=0), run, paths)
+    return Contender(name, "trainkit", max(map(len, paths), default=0), run, paths, drafter)
+
+
+def settle(runner: Runner) -> None:
+    """Chooses kernels as a process would that holds this runner alone; others may share its target."""
+    drafter = runner.drafter
+    stream_weights(runner.rounds.target, *([] if drafter is None else [drafter]))
 
 
 def warm_up(
@@ -192,7 +204,7 @@ class RoundCost:
     """Seconds that the parts of one round take, apart from one another.
 
     Attributes:
-        draft: Growing the tree, all levels.
+        draft: Growing the tree, all levels, and taking in what is accepted.
         verify: The target's forward over the tree's nodes, output head included.
     """
 
@@ -210,6 +222,7 @@ def round_costs(
     verifies, as in a round, so that what the target evicts from the processor's cache is evicted here too.
     """
     device = runner.device
+    settle(runner)
     probes: dict[tuple[RankPath, ...], tuple[Callable[[], object], Callable[[], object]]] = {}
     for paths in dict.fromkeys([chain(0), *shapes]):
         probes[paths] = tuple(_graphed(part, device) for part in _parts(runner, build(paths, device), length, batch))  # type: ignore[assignment]
@@ -234,18 +247,24 @@ def _parts(runner: Runner, tree: Tree, length: int, batch: int) -> tuple[Callabl
     span = -(-(length + tree.size) // 64) * 64
     state = rounds.new_state(batch, span)
     state["position"].fill_(length)
-    tokens_BN = torch.zeros(batch, tree.size, dtype=torch.long, device=device)
+    drafted = Draft(torch.zeros(batch, tree.size, dtype=torch.long, device=device), (), tree.topology)
 
     def verify() -> object:
-        return rounds.judge(tree, tokens_BN, state, span)
+        return rounds.judge(tree, drafted, state, span)
 
     if drafter is None or not tree.depth:
         return lambda: None, verify
-    draft_state = drafter.init_state(batch, span, device, rounds.target.embed.weight.dtype)
+    weight = rounds.target.embed.weight
+    draft_state = drafter.init_state(batch, span, device, weight.dtype)
+    levels, counts_B = range(tree.depth + 1), torch.ones(batch, dtype=torch.long, device=device)
+    path_BP = None if tree.is_chain else torch.zeros(batch, len(levels), dtype=torch.long, device=device)
+    taps = weight.new_zeros(batch, len(levels), len(rounds.taps), weight.shape[1]) if rounds.taps else None
 
     def draft() -> object:
         token, position = state["token"], state["position"]
-        return grow(tree, drafter, draft_state, rounds.handle, token, position, Sampling(), None, span, False)
+        made = grow(tree, drafter, draft_state, rounds.handle, token, position, Sampling(), None, span, False)
+        drafter.commit(draft_state, path_BP, made.tokens_BN[:, : len(levels)], counts_B, position, taps, rounds.handle, span)
+        return made
 
     return draft, verify
 

@@ -16,22 +16,22 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from trainkit.eval.result import Result
+from trainkit.eval.result import Draft, Result
 from trainkit.eval.speed import Contender, mbsu, roof
 
 Summary = dict[str, Any]
 
 
 def summarise(result: Result) -> Summary:
-    """Everything measured and derived; format 1."""
+    """Everything measured and derived; format 2."""
     field, request, machine = result.field, result.request, asdict(result.machine)
     versions = machine.pop("versions")
     contenders = [_contender(result, one) for one in field.contenders]
     drafting = [one for one in contenders if one["family"] == "trainkit" and one["depth"]]
     return {
-        "format": 1, "date": result.date, "arguments": asdict(request), "versions": versions, "machine": machine,
-        "target": _model(field.runner.rounds.target, field.target, _bytes(result)[0]),
-        "drafter": field.runner.drafter and _model(field.runner.drafter, str(field.drafter), _bytes(result)[1]),
+        "format": 2, "date": result.date, "arguments": asdict(request), "versions": versions, "machine": machine,
+        "target": _model(field.runner.rounds.target, field.target, _target_bytes(result)),
+        "drafters": [_model(draft.runner.drafter, draft.name, _draft_bytes(draft)) for draft in field.drafts],
         "prompts": {"count": len(field.prompts), "tokens": sum(map(len, field.prompts)), "mean_cached": field.mean_length},
         "tie_tolerance": result.tolerance, "mismatches": result.mismatches, "notes": list(field.notes),
         "best": max(drafting, key=lambda one: one["tokens_per_second"]["median"])["name"] if drafting else None,
@@ -48,7 +48,8 @@ def _contender(result: Result, one: Contender) -> Summary:
     transformers = [other for other in field.contenders if other.family == "transformers" and not other.depth]
     rates = one.rates
     values: Summary = {
-        "name": one.name, "family": one.family, "depth": one.depth, "threads": one.threads, "tokens": one.last.count,
+        "name": one.name, "family": one.family, "drafter": one.drafter or None, "depth": one.depth,
+        "threads": one.threads, "tokens": one.last.count,
         "seconds": one.seconds, "tokens_per_second": {"median": one.rate, "min": min(rates), "max": max(rates)},
         "x_plain": one.rate / field.plain.rate, "x_transformers": one.rate / transformers[0].rate if transformers else None,
         "identical": _identity(result, one),
@@ -75,10 +76,9 @@ def _drafting(result: Result, one: Contender) -> Summary:
     stats = one.last.stats
     assert stats is not None
     plain = result.field.plain
-    target_bytes, draft_bytes = _bytes(result)
-    cost = result.costs[one.threads, one.paths]
-    step = result.costs[plain.threads, ()].verify
-    c, tau, speedup = draft_bytes / target_bytes, stats.tau, one.rate / plain.rate
+    cost = result.costs[one.threads, one.drafter, one.paths]
+    step = result.costs[plain.threads, one.drafter, ()].verify  # timed beside this drafter's trees
+    c, tau, speedup = _draft_bytes(_draft(result, one)) / _target_bytes(result), stats.tau, one.rate / plain.rate
     attainable = roof(tau, step, cost)
     alpha_k = [*stats.alpha_k, 0.0][: one.depth]  # a position that was reached and never accepted
     return {
@@ -91,10 +91,10 @@ def _drafting(result: Result, one: Contender) -> Summary:
 
 def _bandwidth(result: Result, one: Contender) -> Summary:
     """Bytes a round must read (weights once each level, the cache once), the time it takes, and the share of copy bandwidth."""
-    target_bytes, draft_bytes = _bytes(result)
+    draft_bytes = _draft_bytes(_draft(result, one)) if one.drafter else 0
     request, field, machine = result.request, result.field, result.machine
     batch = min(request.batch, len(field.prompts))
-    needed = target_bytes + one.depth * draft_bytes + batch * field.mean_length * _cache_bytes(result)
+    needed = _target_bytes(result) + one.depth * draft_bytes + batch * field.mean_length * _cache_bytes(result)
     seconds = one.decode_seconds / max(1, one.last.rounds)
     cache = machine.last_level_cache
     return {
@@ -103,12 +103,20 @@ def _bandwidth(result: Result, one: Contender) -> Summary:
     }  # fmt: skip
 
 
-def _bytes(result: Result) -> tuple[int, int]:
-    """Bytes of weights that a target call and a draft step read."""
-    rounds = result.field.runner.rounds
-    head = rounds.target.embed.weight  # as large as the head, whether or not they are one
-    drafter = rounds.drafter
-    return rounds.target.step_bytes(), 0 if drafter is None else drafter.step_bytes(head.numel() * head.element_size())
+def _draft(result: Result, one: Contender) -> Draft:
+    return next(draft for draft in result.field.drafts if draft.name == one.drafter)
+
+
+def _target_bytes(result: Result) -> int:
+    """Bytes of weights that a target call reads."""
+    return result.field.runner.rounds.target.step_bytes()
+
+
+def _draft_bytes(draft: Draft) -> int:
+    """Bytes of weights that a draft step reads."""
+    head = draft.runner.rounds.target.embed.weight  # as large as the head, whether or not they are one
+    assert draft.runner.drafter is not None
+    return draft.runner.drafter.step_bytes(head.numel() * head.element_size())
 
 
 def _cache_bytes(result: Result) -> int:

@@ -1,10 +1,15 @@
-"""A trained drafter as a bundle: its kind's own files, the tokenizer, the card; reloaded and compared before it stands."""
+"""A trained drafter as a bundle: its kind's own files, the tokenizer, the card; checked before it stands.
+
+Outside programs fill what a file lacks with noise, and say nothing. So what a kind wrote is held against the tensors that its
+layout asks for, name by name, then reloaded and compared by its logits. Left out on purpose: running those programs.
+"""
 
 # B batch  T positions  A taps  D hidden  V vocabulary  K draft vocabulary
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors calls them
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -35,27 +41,38 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def export_drafter(
-    drafter: Drafter, out: str | Path, *, tokenizer: str | Path, dtype: torch.dtype = torch.float32, **card: Any
-) -> bundle.Bundle:
-    """Writes a drafter as a bundle and returns it; nothing stands at `out` unless the reloaded drafter gives equal logits.
+    drafter: Drafter, out: str | Path, *, tokenizer: str | Path, dtype: torch.dtype = torch.float32, format: str = "native",
+    **card: Any,
+) -> bundle.Bundle:  # fmt: skip
+    """Writes a drafter as a bundle and returns it; nothing stands at `out` unless its files are those of the format, tensor by
+    tensor, and the reloaded drafter gives equal logits.
 
     Args:
         drafter: Trained, on the CPU.
         out: Folder to write; a bundle there is replaced.
         tokenizer: Folder whose tokenizer files go along.
         dtype: Of the weights written.
+        format: One of the kind's `formats`.
         card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:
-        UserError: weights that are not finite, `out` is something else than a bundle, or no tokenizer.
+        UserError: weights that are not finite, a format that the drafter does not have, files that are not in it, `out` is
+            something else than a bundle, or no tokenizer.
     """
+    layout = checked_format(format, drafter.formats, f"drafter of kind {kind_of(drafter)!r}")
+    shapes = drafter.layout_shapes(layout)
+    if format != "native" and shapes is None:  # such as heads that share the target's
+        raise UserError(f"--format {format}: does not carry the parts that this drafter shares with its target; leave it out")
     for name, value in drafter.named_parameters():
         if not value.isfinite().all():
             raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
     drafter, kind = drafter.to(dtype).eval(), kind_of(drafter)
+    drafter.find_target(Path(tokenizer))
 
     def fill(folder: Path) -> None:
-        drafter.export(folder, dtype)
+        drafter.export(folder, dtype, layout)
+        if shapes is not None:
+            check_tensors(folder, shapes, dtype, str(out))
         copy_tokenizer(Path(tokenizer), folder)
         again = load_kind(kind).load(folder, drafter.target, drafter.config()).to(dtype)
         difference = (first_logits(drafter) - first_logits(again)).abs().max().item()
@@ -65,8 +82,45 @@ def export_drafter(
 
     return bundle.write(
         out, fill, kind=kind, config=drafter.config(), target=drafter.target.to_dict(),
-        extra={"taps": list(drafter.taps)}, **card,
+        extra={"taps": list(drafter.taps), "format": format, "layout": layout if shapes is not None else "native"}, **card,
     )  # fmt: skip
+
+
+def checked_format(format: str, formats: Mapping[str, str], what: str) -> str:
+    """The layout that serves a format.
+
+    Raises:
+        UserError: `what` has no such format; the message lists those it has.
+    """
+    if format not in formats:
+        raise UserError(f"--format {format}: a {what} has no such format; it has {', '.join(formats)}")
+    return formats[format]
+
+
+def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, out: str) -> None:
+    """Holds the header of model.safetensors against the tensors that a layout asks for: names, shapes and dtype.
+
+    Weights are of `dtype`; a vector may be an index map instead (int64 or bool).
+
+    Raises:
+        UserError: one is missing, not asked for, or another; names the first.
+    """
+    found = {path.name: bundle.tensor_entries(path) for path in folder.glob("*.safetensors")}
+    tensors = found.pop("model.safetensors", {})
+    strays = sorted([*found, *(tensors.keys() - shapes.keys())])
+    fault = None
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        fault = f"{missing[0]!r} is missing"
+    elif strays:
+        fault = f"{strays[0]!r} is not part of the format"
+    for name, entry in tensors.items():
+        if fault is None and tuple(entry["shape"]) != tuple(shapes[name]):
+            fault = f"{name!r} is {entry['shape']}, the format asks for {list(shapes[name])}"
+        index = entry["dtype"] in ("I64", "BOOL") and len(entry["shape"]) == 1
+        if fault is None and entry["dtype"] != _DTYPES[dtype] and not index:
+            fault = f"{name!r} is {entry['dtype']}, not {_DTYPES[dtype]}"
+    if fault is not None:
+        raise UserError(f"{out}: of the tensors that would be written {fault}; nothing was written, report this as a bug")
 
 
 @torch.inference_mode()
@@ -83,8 +137,8 @@ def first_logits(drafter: Drafter) -> Tensor:
     if drafter.taps:
         taps = torch.randn(1, T, len(drafter.taps), shape.hidden_size, generator=generator).to(parameter.dtype)
     state = drafter.init_state(1, 64, parameter.device, parameter.dtype)
-    drafter.prefill(state, tokens[:, :T], torch.arange(T)[None], taps, T)
     handle, zero = stand_in(drafter.target, parameter.dtype), torch.zeros(1, 1, dtype=torch.long)
+    drafter.prefill(state, tokens[:, :T], torch.arange(T)[None], taps, handle, T)
     token, logits = tokens[:, T:], []
     for depth in range(drafter.max_depth or 2):
         seen = torch.ones(1, 1, depth + 1, dtype=torch.bool)
@@ -107,5 +161,3 @@ def stand_in(target: TargetShape, dtype: torch.dtype) -> TargetHandle:
         return hidden @ weight.T
 
     return TargetHandle(embed, lambda hidden: hidden, head, shape.vocab_size)
-
-

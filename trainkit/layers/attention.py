@@ -109,11 +109,7 @@ class Attention(nn.Module):
         """
         B, T, _ = x_BTD.shape
         H, G = self.heads, self.kv_heads
-        qkv = self.qkv(x_BTD).view(B, T, H + 2 * G, self.width)
-        qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
-        qk = rotate(qk, rope_BT2E)
+        qk, v = self.projected(x_BTD, rope_BT2E)
         if cache_BGSE is None:
             k, v = qk[:, :, H:].transpose(1, 2), v.transpose(1, 2)
         else:
@@ -126,6 +122,15 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1RS)
         y = y.view(B, G, group, T, self.width).permute(0, 3, 1, 2, 4).reshape(B, T, H * self.width)
         return self.out(y)
+
+    def projected(self, x_BTD: Tensor, rope_BT2E: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, T, H + G, E], rotated, queries first; and values [B, T, G, E]."""
+        H, G = self.heads, self.kv_heads
+        qkv = self.qkv(x_BTD).view(*x_BTD.shape[:2], H + 2 * G, self.width)
+        qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
+        return rotate(qk, rope_BT2E), v
 
 
 def slot_index(slots_BT: Tensor, like_BGSE: Tensor) -> Tensor:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 
 from trainkit.errors import UserError
 from trainkit.layers.linear import Linear
+
+WIDEST = 256
+"""Nodes on one level of a tree, at most, of a drafter that keeps something of each for the next."""
 
 
 class ResidualBlock(nn.Module):
@@ -75,7 +80,9 @@ def trim_rows(state: dict[str, Tensor], prefix: str, held_K: Tensor | None, want
     return {name: value[rows_K] if name.startswith(prefix) else value for name, value in state.items()}
 
 
-def checked_heads(num_heads: int, num_layers: int, head: str, draft_vocab: list[int] | None, vocab_size: int) -> Tensor | None:
+def checked_heads(
+    num_heads: int, num_layers: int, head: str, draft_vocab: list[int] | str | None, vocab_size: int
+) -> Tensor | None:
     """The ids that heads may propose [K], None for all.
 
     Raises:
@@ -89,14 +96,22 @@ def checked_heads(num_heads: int, num_layers: int, head: str, draft_vocab: list[
     return checked_vocab(draft_vocab, vocab_size)
 
 
-def checked_vocab(draft_vocab: list[int] | None, vocab_size: int) -> Tensor | None:
-    """The ids of a trimmed vocabulary as a tensor [K]; None for the whole one.
+def checked_vocab(draft_vocab: list[int] | str | None, vocab_size: int) -> Tensor | None:
+    """The ids of a trimmed vocabulary as a tensor [K]; None for the whole one. A string names a JSON file of them.
 
     Raises:
-        UserError: not ascending, or outside the vocabulary.
+        UserError: no such file, not ascending, or outside the vocabulary.
     """
     if draft_vocab is None:
         return None
+    if isinstance(draft_vocab, str):
+        try:
+            draft_vocab = json.loads(Path(draft_vocab).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            said = f"drafter.draft_vocab: {draft_vocab}: no JSON list of ids ({error})"
+            raise UserError(f"{said}; make it by trainkit vocab") from None
+    if not isinstance(draft_vocab, list) or not all(type(value) is int for value in draft_vocab):
+        raise UserError("drafter.draft_vocab: must be a list of token ids; make it by trainkit vocab")
     ids_K = torch.tensor(draft_vocab, dtype=torch.long)
     if not len(ids_K) or int(ids_K[0]) < 0 or int(ids_K[-1]) >= vocab_size or not bool((ids_K.diff() > 0).all()):
         raise UserError(f"drafter.draft_vocab: must be ascending ids within the vocabulary of {vocab_size}")

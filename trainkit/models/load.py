@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,8 +210,29 @@ def places(shape: DecoderShape) -> dict[str, Place]:
     return found
 
 
-def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor in a folder's safetensors files, one at a time.
+def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a Hugging Face program expects of this shape, and its size; says nothing of a `Decoder`'s storage."""
+    D, inner = shape.hidden_size, shape.intermediate_size
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (q, D), "self_attn.k_proj.weight": (kv, D), "self_attn.v_proj.weight": (kv, D),
+        "self_attn.o_proj.weight": (D, q),
+        "mlp.gate_proj.weight": (inner, D), "mlp.up_proj.weight": (inner, D), "mlp.down_proj.weight": (D, inner),
+    }  # fmt: skip
+    if shape.qkv_bias:
+        layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if shape.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (shape.head_dim,), "self_attn.k_norm.weight": (shape.head_dim,)}
+    ends = {"model.embed_tokens.weight": (shape.vocab_size, D), "model.norm.weight": (D,)}
+    if not shape.tied:
+        ends["lm_head.weight"] = (shape.vocab_size, D)
+    layers = range(shape.num_layers)
+    return ends | {f"model.layers.{index}.{name}": size for index in layers for name, size in layer.items()}
+
+
+def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor in a folder's safetensors files, or of those named in `only`, one at a time.
 
     Raises:
         UserError: no safetensors there, or a file is truncated.
@@ -220,7 +241,8 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = sorted({path / str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+            held = json.loads(index.read_text())["weight_map"].items()
+            files = sorted({path / str(file) for name, file in held if only is None or name in only})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: names no weight files ({first_lines(error, 1)}); copy it again") from error
     else:
@@ -231,6 +253,8 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
+                    if only is not None and name not in only:
+                        continue
                     yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error

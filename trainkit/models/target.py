@@ -231,6 +231,13 @@ class FrozenTarget:
             document_BT: Document numbers, ascending within a row, -1 for padding at the end.
             taps: Indices of Hugging Face `hidden_states`: 0 the embeddings, i after i layers, the last (or -1) after the norm.
         """
+        return self._states(tokens_BT, positions_BT, document_BT, taps)
+
+    __call__ = forward
+
+    def _states(
+        self, tokens_BT: Tensor, positions_BT: Tensor, document_BT: Tensor, taps: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
         assert tokens_BT.shape == positions_BT.shape == document_BT.shape and len(self._layers) == self.num_layers
         with self._recorded(taps) as states:
             output = self.backbone(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
@@ -238,8 +245,6 @@ class FrozenTarget:
         if not taps:
             return output.last_hidden_state, None
         return output.last_hidden_state, torch.stack([states[self.layer(tap)] for tap in taps], dim=2)
-
-    __call__ = forward
 
     def layer(self, tap: int) -> int:
         """After how many layers a tap is: -1 is `num_layers`.

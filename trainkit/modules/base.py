@@ -255,7 +255,7 @@ class TrainingModule(LightningModule):
             raise UserError(f"{self.trainer.ckpt_path}: not a checkpoint of trainkit; give a last.ckpt or best.ckpt of a run")
         mend = "resume with the recipe that it was made with"
         described = self.describe()
-        if not described.keys() <= saved.keys():
+        if described.keys() != saved.keys() - {"format", "info"}:
             was = saved["info"].get("module") or "another module"
             raise UserError(f"{self.trainer.ckpt_path}: made by {was}, this run's is {type(self).__name__}; {mend}")
         for name, value in described.items():
@@ -266,13 +266,17 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Matrices with weight decay, vectors (norms, biases) without; the schedule is per optimiser step."""
-        assert self.network is not None
-        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() > 1]},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = self._make_optimizer([group for group in groups if group["params"]])
+        groups, shares = [], []
+        for network, share in self.trained():
+            given = [parameter for parameter in network.parameters() if parameter.requires_grad]
+            matrices, vectors = [p for p in given if p.dim() > 1], [p for p in given if p.dim() < 2]
+            for group in ({"params": matrices}, {"params": vectors, "weight_decay": 0.0}):
+                if group["params"]:
+                    groups.append(group)
+                    shares.append(share)
+        optimizer = self._make_optimizer(groups)
+        for group, share in zip(optimizer.param_groups, shares, strict=True):
+            group["lr"] *= share
         total = int(self.trainer.estimated_stepping_batches) if self._make_scheduler is None else 0
         if self._make_scheduler is not None:
             scheduler = self._make_scheduler(optimizer)
@@ -280,6 +284,11 @@ class TrainingModule(LightningModule):
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, total))
         self._given_groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def trained(self) -> list[tuple[nn.Module, float]]:
+        """What is trained, each with its learning rate as a share of the optimiser's."""
+        assert self.network is not None
+        return [(self.network, 1.0)]
 
     def schedule(self, step: int, total: int) -> float:
         """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to `final_lr`."""

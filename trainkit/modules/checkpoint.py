@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from trainkit.drafters.base import Drafter, load_kind
 from trainkit.errors import UserError
+from trainkit.models.adapter import AdapterShape
 from trainkit.models.shape import TargetShape
 from trainkit.modules.base import CHECKPOINT_KEY
 
@@ -44,6 +46,31 @@ def load_language_model(checkpoint: str | Path) -> tuple[Any, Path, Info]:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**saved["model_config"]), dtype=torch.float32)
     _load(model, values, "lm.", checkpoint)
     return model.eval(), Path(saved["info"]["tokenizer"]), saved["info"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a JointModule checkpoint says of its target: the adapter, where the target lay, and the mark of its weights."""
+
+    shape: AdapterShape
+    tensors: dict[str, Any]
+    target: Path
+    target_weights: str
+
+
+def load_adapter(checkpoint: str | Path) -> Adapter | None:
+    """The target's adapter in a checkpoint; None where the target stayed frozen.
+
+    Raises:
+        UserError: not a checkpoint of trainkit.
+    """
+    values, saved = _read(checkpoint, "info", "a network")
+    if "adapter" not in saved:
+        return None
+    prefix, tensors = "adapter.", values["state_dict"]
+    tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    shape = AdapterShape(**{**saved["adapter"], "modules": tuple(saved["adapter"]["modules"])})
+    return Adapter(shape, tensors, Path(saved["info"]["target"]), saved["target_weights"])
 
 
 def holds_language_model(checkpoint: str | Path) -> bool:

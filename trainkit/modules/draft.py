@@ -105,7 +105,7 @@ class DraftModule(TrainingModule):
     def setup(self, stage: str) -> None:
         # Not in configure_model, whose contexts (ZeRO-3's, for one) would shard the target as if it were trained.
         if self.teacher is None:
-            self.teacher = FrozenTarget(self.target, **self._target_options, layers=self.features is None)
+            self.teacher = self.load_target()
             if self.target_shard == "fsdp":
                 self.teacher.shard(self.device)
             self.shape = self.teacher.shape()
@@ -114,6 +114,10 @@ class DraftModule(TrainingModule):
             else:
                 self._reader = FeatureReader(self.features, self.teacher, self.teacher_top_k)
             self.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
+
+    def load_target(self) -> FrozenTarget:
+        """The target that teaches."""
+        return FrozenTarget(self.target, **self._target_options, layers=self.features is None)
 
     def configure_model(self) -> None:
         if self.drafter is None:
@@ -131,8 +135,11 @@ class DraftModule(TrainingModule):
         return {"kind": kind_of(self.drafter), "config": self.drafter.config(), "target": self.shape.to_dict()}
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
+        return self.draft_loss(self._seen(batch), batch, micro)
+
+    def draft_loss(self, seen: DraftBatch, batch: Batch, micro: int | None) -> LossOutput:
+        """The drafter's loss over a batch that the target has read; in validation (no `micro`) with the rounds of serving."""
         assert self.drafter is not None
-        seen = self._seen(batch)
         if micro is None:
             output = self.drafter(seen, self.divergence.measuring(coupled=True))
             self._measure_rounds(seen, output)

@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import trainkit.losses.divergence
 import trainkit.modules.data
 import trainkit.modules.draft
+import trainkit.modules.joint
 import trainkit.modules.language
 import trainkit.modules.policy  # noqa: F401
 from trainkit.drafters.base import discover

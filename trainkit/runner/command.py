@@ -9,7 +9,9 @@ from time import perf_counter
 from trainkit.data.chat import Encoder
 from trainkit.data.sources import BadRow
 from trainkit.errors import UserError
+from trainkit.runner.dynamic import read_tree
 from trainkit.runner.engine import Runner
+from trainkit.runner.verify import Typical
 
 
 def generate(
@@ -23,7 +25,10 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     depth: int | None = None,
+    tree: str | None = None,
     verify: str = "coupled",
+    typical_epsilon: float = Typical.epsilon,
+    typical_scale: float = Typical.scale,
     stop: list[str] | None = None,
     raw: bool = False,
     device: str = "cpu",
@@ -34,6 +39,7 @@ def generate(
     Examples:
         trainkit generate --target models/target --prompt "How many days have 3 weeks?"
         trainkit generate --target models/target --drafter models/draft --prompt @question.txt --temperature 0.7 --seed 1
+        trainkit generate --target models/target --drafter models/draft --prompt "Why?" --tree dynamic:5,4,16
 
     Args:
         target: Hugging Face folder of the target.
@@ -45,7 +51,13 @@ def generate(
         top_k: Likeliest tokens kept; 0 keeps all.
         seed: Fixes every draw.
         depth: Tokens drafted a round; 0 decodes plainly.
-        verify: coupled or residual.
+        tree: Draft a tree instead of a chain. dynamic:DEPTH,TOP_K,NODES follows the draft's probabilities: on each of DEPTH
+            levels the TOP_K best nodes get TOP_K children, and of all these the best are verified, NODES rows with the root.
+            [[0],[1],[0,0]] is a fixed tree of rank paths: here the root's best two tokens and the best after the first.
+        verify: coupled: the text of plain decoding with the same seed, token for token; residual: equal in distribution;
+            typical: LOSSY above temperature 0, keeps drafted tokens that the target finds plausible and so writes other text.
+        typical_epsilon: typical keeps a token whose probability is above the lower of this,
+        typical_scale: and of this times exp(-entropy).
         stop: Strings that end the text.
         raw: Give the prompt to the model as it is; otherwise it becomes a user turn where the tokenizer has a chat template.
         device: Torch device.
@@ -71,7 +83,8 @@ def generate(
     began = perf_counter()
     stream = runner.stream(
         tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, depth=depth,
-        verify=verify, stop=stop or (),
+        tree=None if tree is None else read_tree(tree), verify=verify, typical_epsilon=typical_epsilon,
+        typical_scale=typical_scale, stop=stop or (),
     )  # fmt: skip
     for piece in stream:
         print(piece, end="", flush=True)
@@ -79,4 +92,7 @@ def generate(
     spent = perf_counter() - began
     stats = runner.last
     speed = stats.tokens / spent
-    print(f"[{stats.tokens} tokens, {speed:.1f} tokens/s, tau {stats.tau:.2f} over {stats.rounds} rounds]", file=sys.stderr)
+    lossy = f"; LOSSY: {verify} verification, not the target's own text" if stats.lossy else ""
+    print(
+        f"[{stats.tokens} tokens, {speed:.1f} tokens/s, tau {stats.tau:.2f} over {stats.rounds} rounds{lossy}]", file=sys.stderr
+    )

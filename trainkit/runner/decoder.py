@@ -18,9 +18,10 @@ from torch import Tensor
 from trainkit.drafters.base import Drafter, State, TargetHandle
 from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
-from trainkit.runner.sampling import CHOICE, PROPOSAL, Sampling, gumbel
-from trainkit.runner.tree import Draft, Tree, grow
-from trainkit.runner.verify import Verdict, coupled, mixed, residual
+from trainkit.runner.dynamic import DynamicTree
+from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Sampling, gumbel
+from trainkit.runner.tree import Draft, Shape, Tree, grow
+from trainkit.runner.verify import Typical, Verdict, coupled, mixed, residual, typical
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Trace:
 
     Attributes:
         tree: Shape of the draft.
-        draft: Its tokens and processed logits.
+        draft: Its tokens, topology and processed logits.
         scores_BNV: The target's processed logits at every node.
         verdict: What was accepted; a row that was done has a count of 0.
     """
 
-    tree: Tree
+    tree: Shape
     draft: Draft
     scores_BNV: Tensor
     verdict: Verdict
@@ -47,17 +48,19 @@ class Plan:
     Attributes:
         sampling: Temperature, top-k, top-p.
         tree: Shape of the draft.
-        verify: `coupled` or `residual`; temperature 0 is always coupled, of which it is the case without noise. `mixed` lets
-            text of the draft pass unverified.
+        verify: `coupled`, `residual` or, lossy, `typical`; temperature 0 is always coupled, of which it is the case without
+            noise. `mixed` lets text of the draft pass unverified.
         share: Of the draft's tokens in `mixed` text.
+        typical: Thresholds of `typical`.
         logprobs: Also return the log-probability of each emitted token.
         observe: Called after each round with its trace; only without graphs.
     """
 
     sampling: Sampling
-    tree: Tree
+    tree: Shape
     verify: str = "coupled"
     share: float = 0.0
+    typical: Typical = Typical()
     logprobs: bool = False
     observe: Callable[[Trace], None] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "target": 0.0, "verify": 0.0})
@@ -125,7 +128,7 @@ class Rounds:
             bias = causal_bias(positions, span, state["cache"].dtype)
             hidden, taps = self.target(tokens, positions, bias, state["cache"], positions, self.taps)
             if self.drafter is not None and plan.tree.depth:
-                self.drafter.prefill(draft_state, tokens, positions, taps, span)
+                self.drafter.prefill(draft_state, tokens, positions, taps, self.handle, span)
         logits = self.target.head(hidden[:, -1:])
         state["position"].fill_(T)
         noise = None if plan.sampling.greedy else gumbel(state["keys"], state["position"][:, None], self.vocabulary, CHOICE)
@@ -149,28 +152,35 @@ class Rounds:
         position, token = state["position"], state["token"]
         started = perf_counter()
         noise = None
-        apart = plan.is_residual or plan.verify == "mixed"  # draft and target draw independently
+        ranked = plan.is_residual and isinstance(tree, DynamicTree)  # its children are no draws but the likeliest
+        drawn = plan.is_residual and not ranked
         if not sampling.greedy and not (plan.is_residual and not tree.depth):
+            # under `residual` and in `mixed` text, draft and target draw independently
+            stream = RESIDUAL if ranked else PROPOSAL if drawn or plan.verify == "mixed" else CHOICE
             rows = position[:, None] + 1 + torch.arange(tree.depth + 1, device=position.device)
-            noise = gumbel(state["keys"], rows, self.vocabulary, PROPOSAL if apart else CHOICE)
-        keep = plan.is_residual or plan.observe is not None
+            noise = gumbel(state["keys"], rows, self.vocabulary, stream)
         if self.drafter is None or not tree.depth:
-            draft = Draft(token[:, None], ())
+            assert isinstance(tree, Tree)
+            draft = Draft(token[:, None], (), tree.topology)
         else:
-            draft = grow(tree, self.drafter, draft_state, self.handle, token, position, sampling, noise, span, keep)
+            proposing, keep = None if ranked else noise, drawn or plan.observe is not None
+            draft = grow(tree, self.drafter, draft_state, self.handle, token, position, sampling, proposing, span, keep)
         drafted = perf_counter()
 
-        logits, taps = self.judge(tree, draft.tokens_BN, state, span)
+        logits, taps = self.judge(tree, draft, state, span)
         judged = perf_counter()
 
         scores = sampling.process(logits)
-        if plan.is_residual:
+        if drawn:
+            assert isinstance(tree, Tree)
             verdict = residual(tree, draft, scores, state["keys"], position)
         elif plan.verify == "mixed":
             verdict = mixed(tree, draft, scores, state["keys"], position, plan.share, sampling.greedy)
+        elif plan.verify == "typical" and not sampling.greedy:
+            verdict = typical(tree, draft, scores, noise, plan.typical)
         else:
             verdict = coupled(tree, draft, scores, noise)
-        output = self._commit(plan, state, draft_state, draft, verdict, logits, taps)
+        output = self._commit(plan, state, draft_state, draft, verdict, logits, taps, span)
         if plan.observe is not None:
             plan.observe(Trace(tree, draft, scores, Verdict(verdict.path_BP, output.counts_B, verdict.emitted_BP)))
         seconds = plan.seconds
@@ -179,35 +189,38 @@ class Rounds:
         seconds["verify"] += perf_counter() - judged
         return output
 
-    def judge(self, tree: Tree, tokens_BN: Tensor, state: State, span: int) -> tuple[Tensor, Tensor | None]:
+    def judge(self, tree: Shape, draft: Draft, state: State, span: int) -> tuple[Tensor, Tensor | None]:
         """The target's logits [B, N, V] at every node, and its taps; the nodes' keys and values go to scratch slots.
 
         A chain's nodes lie in the slots of their positions, so what each may see needs no ancestors.
         """
         position = state["position"]
-        positions = position[:, None] + tree.depths_N
+        topology = draft.topology
+        positions = position[:, None] + topology.depths_BN
         if tree.is_chain:
             slots, bias = positions, causal_bias(positions, span, state["cache"].dtype)
         else:
             slots = position[:, None] + torch.arange(tree.size, device=position.device)
-            bias = tree_bias(position, tree.ancestors_NN.expand(position.shape[0], -1, -1), span, state["cache"].dtype)
-        hidden, taps = self.target(tokens_BN, positions, bias, state["cache"], slots, self.taps)
+            bias = tree_bias(position, topology.ancestors_BNN.expand(position.shape[0], -1, -1), span, state["cache"].dtype)
+        hidden, taps = self.target(draft.tokens_BN, positions, bias, state["cache"], slots, self.taps)
         return self.target.head(hidden), taps
 
     def _commit(
-        self, plan: Plan, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor, taps: Tensor | None
-    ) -> RoundOutput:
+        self, plan: Plan, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor, taps: Tensor | None,
+        span: int,
+    ) -> RoundOutput:  # fmt: skip
         position, path = state["position"], verdict.path_BP
         counts = verdict.counts_B.masked_fill(state["done"], 0)
         emitted = verdict.emitted_BP
         if path is not None:
             move_slots(state["cache"], position[:, None] + path, position)
         if self.drafter is not None and plan.tree.depth:
-            tokens, kept = draft.tokens_BN, taps
+            tokens, kept, numbers = draft.tokens_BN, taps, path
             if path is not None:
                 tokens = tokens.gather(1, path)
                 kept = None if taps is None else taps.gather(1, path[..., None, None].expand(-1, -1, *taps.shape[2:]))
-            self.drafter.commit(draft_state, path, tokens, counts, position, kept)
+                numbers = path if draft.numbers_BN is None else draft.numbers_BN.gather(1, path)
+            self.drafter.commit(draft_state, numbers, tokens, counts, position, kept, self.handle, span)
         logprobs = None
         if plan.logprobs:
             at_nodes = logits if path is None else logits.gather(1, path[..., None].expand(-1, -1, logits.shape[-1]))

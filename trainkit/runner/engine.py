@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainkit import bundle
-from trainkit.drafters.base import Drafter, discover, load_bundle
+from trainkit.drafters.base import Drafter, load_bundle, load_outside
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.layers.linear import stream_weights
@@ -24,14 +24,16 @@ from trainkit.models.load import copy_weights, covered_positions, device_of, loa
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
 from trainkit.runner.decoder import Plan, Rounds, Trace
+from trainkit.runner.dynamic import DynamicTree
 from trainkit.runner.request import Options, Output, Request, Stopping, strings
 from trainkit.runner.sampling import Sampling, request_keys
 from trainkit.runner.schedule import Schedule
 from trainkit.runner.stats import Stats
 from trainkit.runner.tree import RankPath, Tree, build, chain
+from trainkit.runner.verify import Typical
 
 Prompt = str | Sequence[int]
-VERIFICATIONS = ("coupled", "residual")
+VERIFICATIONS = ("coupled", "residual", "typical")
 DEFAULT_DEPTH = 4
 
 
@@ -146,9 +148,11 @@ class Runner:
         stop: Sequence[str] = (),
         n: int = 1,
         logprobs: bool = False,
-        tree: Sequence[RankPath] | None = None,
+        tree: Sequence[RankPath] | DynamicTree | None = None,
         ignore_end: bool = False,
         progress: bool = False,
+        typical_epsilon: float = Typical.epsilon,
+        typical_scale: float = Typical.scale,
     ) -> list[Output]:
         """Continues every prompt; `n` outputs for each, in the order of the prompts.
 
@@ -160,19 +164,23 @@ class Runner:
             top_k: Likeliest tokens kept; 0 keeps all.
             seed: With the prompt's place in the list it fixes every draw, whatever the batch, depth or drafter.
             depth: Tokens drafted a round, a chain; 0 decodes plainly; the drafter's own tree, or a chain of 4, by default.
-            verify: `coupled` (equals plain seeded decoding token for token) or `residual` (equal in distribution).
+            verify: `coupled` (equals plain seeded decoding token for token), `residual` (equal in distribution), or `typical`
+                (LOSSY above temperature 0: keeps what the target finds plausible; outputs say `lossy`).
             stop: Strings that end a text; the text is cut before them.
             n: Samples for each prompt.
             logprobs: Also return each token's log-probability.
-            tree: Rank paths of a static draft tree, instead of `depth`.
+            tree: Rank paths of a static draft tree, or a `DynamicTree`, instead of `depth`.
             ignore_end: Go on to `max_new_tokens` past end tokens; for measuring.
             progress: Show a progress bar.
+            typical_epsilon: `typical` keeps a token whose probability is above the lower of this,
+            typical_scale: and of this times exp(-entropy).
 
         Raises:
             UserError: an argument out of range, an empty prompt, or one longer than the cache.
         """
         options = Options(
-            max_new_tokens, temperature, top_p, top_k, seed, depth, verify, strings(stop), logprobs, tree, ignore_end
+            max_new_tokens, temperature, top_p, top_k, seed, depth, verify, strings(stop), logprobs, tree, ignore_end,
+            typical_epsilon, typical_scale,
         )  # fmt: skip
         if n < 1:
             raise UserError(f"n {n} must be at least 1")
@@ -286,23 +294,30 @@ class Runner:
             raise UserError("give depth or tree, not both")
         if depth is not None and not 0 <= depth < self.max_len:
             raise UserError(f"depth {depth}: must be at least 0 and at most {self.max_len - 1}, what the cache holds")
-        if self.drafter is None:
-            if depth or tree:
-                raise UserError("depth or tree given, but this runner was loaded without a drafter; give one (--drafter)")
-            paths: tuple[RankPath, ...] = ()
-        elif tree is not None:
+        if self.drafter is None and (depth or tree):
+            raise UserError("depth or tree given, but this runner was loaded without a drafter; give one (--drafter)")
+        shape = tree if isinstance(tree, DynamicTree) else self._static(tree, depth)
+        if self.drafter is not None:
+            deepest, widest = self.drafter.max_depth, self.drafter.max_width
+            if deepest is not None and shape.depth > deepest:
+                raise UserError(f"depth {shape.depth}: this drafter has heads for {deepest} tokens; draft at most so many")
+            if widest is not None and shape.widest > widest:
+                raise UserError(f"tree: {shape.widest} nodes on a level, this drafter expands at most {widest} together")
+        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        thresholds = Typical(options.typical_epsilon, options.typical_scale)
+        return Plan(sampling, shape, options.verify, options.share, thresholds, options.logprobs, self.observe)
+
+    def _static(self, tree: Sequence[RankPath] | None, depth: int | None) -> Tree:
+        """The tree of these paths, or a chain of this depth, or what the drafter drafts by itself; the root without one."""
+        if tree is not None:
             paths = tuple(tuple(path) for path in tree)
-        elif depth is not None:
-            paths = chain(depth)
+        elif self.drafter is None or depth is not None:
+            paths = chain(depth or 0)
         else:
             paths = self.drafter.default_tree or chain(min(DEFAULT_DEPTH, self.drafter.max_depth or DEFAULT_DEPTH))
-        most, deepest = self.drafter.max_depth if self.drafter else None, max(map(len, paths), default=0)
-        if most is not None and deepest > most:
-            raise UserError(f"depth {deepest}: this drafter has heads for {most} tokens; draft at most so many")
         if paths not in self._trees:
             self._trees[paths] = build(paths, self.device)
-        sampling = Sampling(options.temperature, options.top_k, options.top_p)
-        return Plan(sampling, self._trees[paths], options.verify, options.share, options.logprobs, self.observe)
+        return self._trees[paths]
 
     def _stopping(self, options: Options) -> Stopping:
         decode = (lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)) if options.stop else None
@@ -328,7 +343,7 @@ class Runner:
                 "shorten it or load with a larger max_len"
             )
         limit = min(len(tokens) + options.max_new_tokens, self.max_len)
-        return Request(place, tokens, request_keys(options.seed, *draws), limit)
+        return Request(place, tokens, request_keys(options.seed, *draws), limit, stats=Stats(lossy=options.lossy))
 
     def _output(self, request: Request, logprobs: bool) -> Output:
         text = ""
@@ -352,7 +367,4 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
         reads_hidden = bool(found.extra.get("taps"))
         bundle.check_fit(found.target, bundle.fingerprint(target_folder), shape.decoder.to_dict(), hidden=reads_hidden)
         return load_bundle(found, shape)
-    for kind in discover().values():
-        if kind.claims(folder):
-            return kind.load(folder, shape, {})
-    raise UserError(f"{folder}: neither a trainkit bundle (no trainkit.json) nor a model folder that a drafter kind reads")
+    return load_outside(folder, shape)

@@ -10,8 +10,10 @@ from typing import Any
 
 from trainkit.errors import UserError
 from trainkit.runner.decoder import RoundOutput
+from trainkit.runner.dynamic import DynamicTree
 from trainkit.runner.stats import Stats
 from trainkit.runner.tree import RankPath
+from trainkit.runner.verify import Typical
 
 
 @dataclass
@@ -32,6 +34,11 @@ class Output:
     stats: Stats
     logprobs: list[float] | None = None
 
+    @property
+    def lossy(self) -> bool:
+        """Verification let tokens pass that the target would not have chosen."""
+        return self.stats.lossy
+
 
 @dataclass(frozen=True)
 class Options:
@@ -46,8 +53,10 @@ class Options:
     verify: str = "coupled"
     stop: tuple[str, ...] = ()
     logprobs: bool = False
-    tree: Sequence[RankPath] | None = None
+    tree: Sequence[RankPath] | DynamicTree | None = None
     ignore_end: bool = False
+    typical_epsilon: float = Typical.epsilon
+    typical_scale: float = Typical.scale
     share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -55,6 +64,11 @@ class Options:
             raise UserError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
         if any(not s for s in self.stop):
             raise UserError("stop: an empty string would end every text at once")
+
+    @property
+    def lossy(self) -> bool:
+        """Whether what is written is not the target's own; `typical` at temperature 0 is `coupled`."""
+        return self.verify == "mixed" or (self.verify == "typical" and self.temperature > 0)
 
     @staticmethod
     def of(caller: str, options: dict[str, Any]) -> Options:

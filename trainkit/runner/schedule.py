@@ -78,7 +78,7 @@ class Schedule:
         turn = self.begin()
         self.rounds.set_end_ids(stopping.end_ids)
         step = plan.tree.depth + 1
-        slack = plan.tree.size + (self.lag + 1) * step
+        slack = plan.tree.slots + (self.lag + 1) * step
         batch = min(self.max_batch, len(requests))
         state, draft_state = self.state(batch, self.max_len + slack)
         state["done"].fill_(True)
@@ -102,7 +102,7 @@ class Schedule:
                 continue
             ahead = (len(flight) + 1) * step
             longest = max(len(r.prompt) + len(r.tokens) for r in rows)
-            span = self._span(longest + ahead + plan.tree.size)
+            span = self._span(longest + ahead + plan.tree.slots)
             output = self._round(plan, state, draft_state, len(rows), span)
             rounds_run += 1
             flight.append((list(rows), self._fetch(output)))
@@ -150,7 +150,8 @@ class Schedule:
         # a padded row's old position may lie past this round's span
         state["position"][active:batch].fill_(1)
         views = _rows(state, 0, batch), _rows(draft_state, 0, batch)
-        key = (plan.sampling, plan.tree.paths, plan.verify, plan.share, plan.logprobs, batch, span, self.rounds.end_key)
+        rule = (plan.sampling, plan.verify, plan.share, plan.typical, plan.logprobs)
+        key = (plan.tree.key, rule, batch, span, self.rounds.end_key)
         return self.graphs.run(key, lambda: self.rounds(plan, *views, span), views[0]["done"])
 
     def _fetch(self, output: RoundOutput) -> Callable[[], RoundOutput]:

@@ -14,11 +14,13 @@ class Stats:
         accepted: `accepted[k]` full rounds accepted exactly k drafted tokens.
         cut_rounds: Last rounds cut by an end token, a stop string or the length; counted here and nowhere else.
         tokens: Tokens emitted in all, the prefill's and the cut rounds' included.
+        lossy: The text is not what the target alone would have written, nor distributed as it (for any, if added together).
     """
 
     accepted: list[int] = field(default_factory=list)
     cut_rounds: int = 0
     tokens: int = 0
+    lossy: bool = False
 
     def add_round(self, accepted: int) -> None:
         """Counts one full round."""
@@ -53,4 +55,5 @@ class Stats:
                 total.accepted[k] += n
             total.cut_rounds += one.cut_rounds
             total.tokens += one.tokens
+            total.lossy |= one.lossy
         return total

@@ -1,14 +1,16 @@
-"""The shape of a round's draft, and its growth level by level: one builder for a chain and for any static tree.
+"""The shape of a round's draft, and its growth level by level: what every shape shares, chains and static trees.
 
-A tree is a list of rank paths: (0,) is the root's likeliest child, (0, 1) that child's second. Topology lives in index tensors.
+A static tree is a list of rank paths: (0,) is the root's likeliest child, (0, 1) that child's second. Trees whose shape follows
+the draft's own probabilities are in dynamic.py. Topology lives in index tensors.
 """
 
 # B batch  N nodes, root first  F frontier nodes  C children of one level  K draft vocabulary  V vocabulary  D levels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +20,125 @@ from trainkit.errors import UserError
 from trainkit.runner.sampling import Sampling
 
 RankPath = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where the nodes that the target judges hang; one row stands for all where their shape is the same.
+
+    Attributes:
+        depths_BN: Depth of each node.
+        parents_BN: Parent's number, 0 for the root itself; a parent's number is lower than its children's.
+        ancestors_BNN: True at [b, i, j] where j is an ancestor of i, or i.
+    """
+
+    depths_BN: Tensor
+    parents_BN: Tensor
+    ancestors_BNN: Tensor
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A drafted tree.
+
+    Attributes:
+        tokens_BN: Tokens, root first.
+        scores: Per level, the processed draft logits [B, F, V] over the whole vocabulary (-inf where it proposes nothing);
+            kept only when asked for.
+        topology: Where the nodes hang.
+        numbers_BN: What the drafter calls each node, 0 for one it never expanded; None where it calls them as they are here.
+    """
+
+    tokens_BN: Tensor
+    scores: tuple[Tensor, ...]
+    topology: Topology
+    numbers_BN: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The drafter's steps of one round, and what all of them share.
+
+    Attributes:
+        drafter: Whose steps they are.
+        state: Its tensors.
+        handle: The target's shared parts.
+        root_B: The root's token.
+        position_B: Its absolute position.
+        sampling: Processing, the same as the target's.
+        noise_BDV: A row of Gumbel noise for each level, or None to take the likeliest.
+        span: No cache slot at or past it is in use.
+        keep_scores: Keep each level's processed logits, for `residual` and for measuring.
+        scores: Those kept so far.
+    """
+
+    drafter: Drafter
+    state: State
+    handle: TargetHandle
+    root_B: Tensor
+    position_B: Tensor
+    sampling: Sampling
+    noise_BDV: Tensor | None
+    span: int
+    keep_scores: bool
+    scores: list[Tensor] = field(default_factory=list)
+
+    def expand(self, frontier: Frontier, width: int) -> tuple[Tensor, Tensor | None]:
+        """Processed draft logits [B, F, K] of a level, noise added; and the token ids of the columns, as `StepOutput.ids_K`.
+
+        Raises:
+            UserError: `width` children are wanted of a node, and the drafter proposes among fewer tokens.
+        """
+        out = self.drafter.step(self.state, frontier, self.handle, self.span)
+        if width > (known := out.logits_BFK.shape[-1]):
+            raise UserError(f"tree: {width} children of a node, but this drafter proposes among {known} tokens only")
+        logits_BFK = self.sampling.process(out.logits_BFK)
+        if self.keep_scores:
+            whole = logits_BFK if out.ids_K is None else _widen(logits_BFK, out.ids_K, self.handle.vocab_size)
+            self.scores.append(whole)
+        if self.noise_BDV is None:
+            return logits_BFK, out.ids_K
+        row = self.noise_BDV[:, frontier.depth : frontier.depth + 1]
+        return logits_BFK + (row if out.ids_K is None else row[:, :, out.ids_K]), out.ids_K
+
+
+class Shape(ABC):
+    """What a round drafts.
+
+    Attributes:
+        depth: Longest path; the most tokens a round can accept.
+    """
+
+    depth: int
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Nodes, root included: rows the target verifies."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """Scratch cache slots, the larger of what target and drafter need."""
+
+    @property
+    @abstractmethod
+    def widest(self) -> int:
+        """Nodes of its widest frontier."""
+
+    @property
+    @abstractmethod
+    def is_chain(self) -> bool:
+        """Each node has at most one child."""
+
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """All that tells it from other shapes."""
+
+    @abstractmethod
+    def grow(self, steps: Steps) -> Draft:
+        """Drafts, with one step for each level."""
 
 
 @dataclass(frozen=True)
@@ -48,36 +169,68 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Tree:
+class Tree(Shape):
     """A static draft tree on a device.
 
     Attributes:
         paths: Rank paths of the nodes after the root, parents before children, level by level.
         levels: Its expansions, root's first.
         depth: Longest path; the most tokens a round can accept.
-        depths_N: Depth of each node.
-        parents_N: Parent's number, 0 for the root itself.
-        ancestors_NN: True at [i, j] where j is an ancestor of i, or i.
+        topology: Where its nodes hang.
         children_NW: The number of each node's child by rank, -1 where there is none.
     """
 
     paths: tuple[RankPath, ...]
     levels: tuple[Level, ...]
     depth: int
-    depths_N: Tensor
-    parents_N: Tensor
-    ancestors_NN: Tensor
+    topology: Topology
     children_NW: Tensor
 
     @property
     def size(self) -> int:
-        """Nodes, root included: rows the target verifies."""
         return len(self.paths) + 1
 
     @property
+    def slots(self) -> int:
+        return self.size
+
+    @property
+    def widest(self) -> int:
+        return max((len(level.nodes_F) for level in self.levels), default=0)
+
+    @property
     def is_chain(self) -> bool:
-        """Each node has at most one child."""
         return self.depth == len(self.paths)
+
+    @property
+    def key(self) -> Hashable:
+        return self.paths
+
+    def grow(self, steps: Steps) -> Draft:
+        """Each level's proposals are the best by draft log-probability plus noise."""
+        B = steps.root_B.shape[0]
+        tokens_BN = steps.root_B[:, None].repeat(1, self.size)
+        frontier_BF = steps.root_B[:, None]
+        for depth, level in enumerate(self.levels):
+            frontier = Frontier(
+                tokens_BF=frontier_BF,
+                positions_BF=(steps.position_B + depth)[:, None].expand(B, len(level.nodes_F)),
+                nodes_F=level.nodes_F,
+                parents_BF=level.parents_F.expand(B, -1),
+                parent_places_BF=level.parent_places_F.expand(B, -1),
+                ancestors_BFM=level.ancestors_FN.expand(B, -1, -1),
+                depth=depth,
+                chain=self.is_chain,
+            )
+            noisy_BFK, ids_K = steps.expand(frontier, level.width)
+            picked = noisy_BFK.argmax(-1, keepdim=True) if level.width == 1 else noisy_BFK.topk(level.width, dim=-1).indices
+            if ids_K is not None:
+                picked = ids_K[picked]
+            children_BC = picked[..., 0] if level.single else picked[:, level.places_C, level.ranks_C]
+            tokens_BN[:, level.children] = children_BC
+            if depth + 1 < self.depth:
+                frontier_BF = children_BC if self.is_chain else tokens_BN[:, self.levels[depth + 1].nodes_F]
+        return Draft(tokens_BN, tuple(steps.scores), self.topology)
 
 
 def chain(depth: int) -> tuple[RankPath, ...]:
@@ -101,7 +254,7 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
             raise UserError(f"tree: path {list(path)} needs its parent and every lower rank beside it")
     nodes = [(), *ordered]
 
-    def tensor(values: Sequence[int]) -> Tensor:
+    def tensor(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
     ancestors = torch.zeros(len(nodes), len(nodes), dtype=torch.bool, device=device)
@@ -133,79 +286,17 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
         if path:
             children_NW[number[path[:-1]], path[-1]] = number[path]
     return Tree(
-        paths=tuple(ordered), levels=tuple(levels), depth=len(levels), depths_N=tensor([len(p) for p in nodes]),
-        parents_N=tensor([number[p[:-1]] for p in nodes]), ancestors_NN=ancestors, children_NW=children_NW,
+        paths=tuple(ordered), levels=tuple(levels), depth=len(levels), children_NW=children_NW,
+        topology=Topology(tensor([[len(p) for p in nodes]]), tensor([[number[p[:-1]] for p in nodes]]), ancestors[None]),
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A drafted tree.
-
-    Attributes:
-        tokens_BN: Tokens, root first.
-        scores: Per level, the processed draft logits [B, F, V] over the whole vocabulary (-inf where it proposes nothing);
-            kept only when asked for.
-    """
-
-    tokens_BN: Tensor
-    scores: tuple[Tensor, ...]
-
-
 def grow(
-    tree: Tree, drafter: Drafter, state: State, handle: TargetHandle, root_B: Tensor, position_B: Tensor, sampling: Sampling,
+    tree: Shape, drafter: Drafter, state: State, handle: TargetHandle, root_B: Tensor, position_B: Tensor, sampling: Sampling,
     noise_BDV: Tensor | None, span: int, keep_scores: bool,
 ) -> Draft:  # fmt: skip
-    """Drafts the tree: each level's proposals are the best by draft log-probability plus noise.
-
-    Args:
-        tree: Its shape.
-        drafter: Whose steps expand it.
-        state: The drafter's tensors.
-        handle: The target's shared parts.
-        root_B: The root's token.
-        position_B: Its absolute position.
-        sampling: Processing, the same as the target's.
-        noise_BDV: A row of Gumbel noise for each level, or None to take the likeliest.
-        span: No cache slot at or past it is in use.
-        keep_scores: Keep each level's processed logits, for `residual` and for measuring.
-    """
-    B = root_B.shape[0]
-    tokens_BN = root_B[:, None].repeat(1, tree.size)
-    scores: list[Tensor] = []
-    frontier_BF = root_B[:, None]
-    for depth, level in enumerate(tree.levels):
-        out = drafter.step(
-            state,
-            Frontier(
-                tokens_BF=frontier_BF,
-                positions_BF=(position_B + depth)[:, None].expand(B, len(level.nodes_F)),
-                nodes_F=level.nodes_F,
-                parents_BF=level.parents_F.expand(B, -1),
-                parent_places_BF=level.parent_places_F.expand(B, -1),
-                ancestors_BFM=level.ancestors_FN.expand(B, -1, -1),
-                depth=depth,
-                chain=tree.is_chain,
-            ),
-            handle,
-            span,
-        )
-        logits_BFK = sampling.process(out.logits_BFK)
-        noisy = logits_BFK
-        if noise_BDV is not None:
-            row = noise_BDV[:, depth : depth + 1]
-            noisy = logits_BFK + (row if out.ids_K is None else row[:, :, out.ids_K])
-        picked = noisy.argmax(-1, keepdim=True) if level.width == 1 else noisy.topk(level.width, dim=-1).indices
-        if out.ids_K is not None:
-            picked = out.ids_K[picked]
-        children_BC = picked[..., 0] if level.single else picked[:, level.places_C, level.ranks_C]
-        tokens_BN[:, level.children] = children_BC
-        if depth + 1 < tree.depth:
-            below = tree.levels[depth + 1]
-            frontier_BF = children_BC if tree.is_chain else tokens_BN[:, below.nodes_F]
-        if keep_scores:
-            scores.append(logits_BFK if out.ids_K is None else _widen(logits_BFK, out.ids_K, handle.vocab_size))
-    return Draft(tokens_BN, tuple(scores))
+    """Drafts a tree of this shape; the other arguments as in `Steps`."""
+    return tree.grow(Steps(drafter, state, handle, root_B, position_B, sampling, noise_BDV, span, keep_scores))
 
 
 def _widen(logits_BFK: Tensor, ids_K: Tensor, vocab_size: int) -> Tensor:

@@ -42,6 +42,7 @@ class Twig(Drafter):
     """
 
     default_tree = ((0,), (1,), (0, 0), (0, 1), (1, 0))
+    max_width = WIDEST
 
     def __init__(self, target: TargetShape, *, first_tap: int = 1) -> None:
         super().__init__(target)
@@ -74,7 +75,9 @@ class Twig(Drafter):
             "level": torch.zeros(batch_size, WIDEST, D, device=device, dtype=dtype),
         }
 
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         assert taps_BTAD is not None
         state["feature"].copy_(self.fuse(taps_BTAD[:, -1].flatten(1)))
 
@@ -90,7 +93,7 @@ class Twig(Drafter):
 
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None,
+        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert taps_BPAD is not None
         last = (counts_B - 1).clamp(min=0)[:, None, None, None].expand(-1, 1, *taps_BPAD.shape[2:])
@@ -103,7 +106,7 @@ class Twig(Drafter):
     def config(self) -> dict[str, Any]:
         return {"first_tap": self.taps[0]}
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
         save_file({name: value.to(dtype) for name, value in self.state_dict().items()}, folder / "twig.safetensors")
 
     @classmethod

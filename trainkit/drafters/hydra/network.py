@@ -32,12 +32,10 @@ from trainkit.drafters.base import (
 )
 from trainkit.layers.attention import causal_bias, document_bias, fold_bias, rotary_table, slot_index
 from trainkit.layers.blocks import DecoderLayer
-from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
+from trainkit.layers.heads import WIDEST, OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
 from trainkit.layers.linear import Linear
 from trainkit.losses.output import heads_together
 from trainkit.models.load import load_decoder
-
-WIDEST = 256  # nodes on one level of a tree
 
 
 class FirstBlock(nn.Module):
@@ -67,10 +65,12 @@ class Hydra(Drafter):
         head: `own` gives each head its projection, copied from the target's; `target` uses the target's own, which it shares.
         decay: Head i weighs decay^i in the loss.
         dropout: Of the heads' inputs, in training.
-        draft_vocab: Token ids the heads may propose, ascending; all by default. Needs `head: own`.
+        draft_vocab: Token ids the heads may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
+            Needs `head: own`.
     """
 
     taps = (-1,)
+    max_width = WIDEST
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Hydra(Drafter):
         head: Literal["own", "target"] = "own",
         decay: float = 1.0,
         dropout: float = 0.0,
-        draft_vocab: list[int] | None = None,
+        draft_vocab: list[int] | str | None = None,
     ) -> None:
         super().__init__(target)
         D, V = target.decoder.hidden_size, target.decoder.vocab_size
@@ -128,7 +128,9 @@ class Hydra(Drafter):
             state["cache"] = self.prefix.new_cache(batch_size, slots, device, dtype)
         return state
 
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         assert taps_BTAD is not None
         hidden_BTD = taps_BTAD[:, :, 0]
         if self.prefix is not None:
@@ -148,14 +150,14 @@ class Hydra(Drafter):
 
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None,
+        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert taps_BPAD is not None
         hidden_BPD = taps_BPAD[:, :, 0]
         if self.prefix is not None:
             # past the accepted path it writes what the next round writes over, before anything looks there
             positions_BP = root_B[:, None] + torch.arange(hidden_BPD.shape[1], device=root_B.device)
-            bias = causal_bias(positions_BP, state["cache"].shape[3], hidden_BPD.dtype)
+            bias = causal_bias(positions_BP, span, hidden_BPD.dtype)
             hidden_BPD = self.prefix(hidden_BPD, positions_BP, bias, state["cache"])
         state["hidden"].copy_(last_kept(hidden_BPD, counts_B, state["hidden"]))
 
@@ -170,7 +172,7 @@ class Hydra(Drafter):
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
         }  # fmt: skip
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
         tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
         if self.ids_K is not None:
             tensors["token_map"] = self.ids_K.clone()

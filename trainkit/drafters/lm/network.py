@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainkit.bundle import read_json
 from trainkit.drafters.base import (
     Divergence,
     DraftBatch,
@@ -37,6 +38,7 @@ from trainkit.models.load import (
     check_covered,
     copy_weights,
     decoder_shape,
+    hf_shapes,
     load_decoder,
     read_config,
     read_tensors,
@@ -56,9 +58,12 @@ class LMDraft(Drafter):
         num_kv_heads: Key-value heads; as many as the target has, at most `num_heads`, by default.
         init: `scratch` draws random weights; `target` copies the target's embedding, head and every n-th layer (needs the
             target's width); anything else names a Hugging Face folder whose weights, and whose sizes, are taken.
-        draft_vocab: Token ids it may propose, ascending; all by default. Its head then reads and computes only these rows
-            (VocabTrim, arXiv 2506.22694); weights and exports keep the whole head. `trainkit trim` chooses them.
+        draft_vocab: Token ids it may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default. Its head
+            then reads and computes only these rows (VocabTrim, arXiv 2506.22694); weights and exports keep the whole head.
+            `trainkit trim` chooses them.
     """
+
+    formats: ClassVar[Mapping[str, str]] = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
 
     def __init__(
         self,
@@ -70,7 +75,7 @@ class LMDraft(Drafter):
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
         init: str = "target",
-        draft_vocab: list[int] | None = None,
+        draft_vocab: list[int] | str | None = None,
     ) -> None:
         super().__init__(target)
         shape = target.decoder
@@ -143,7 +148,9 @@ class LMDraft(Drafter):
             "previous": torch.zeros(batch_size, dtype=torch.long, device=device),
         }
 
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         bias = causal_bias(positions_BT, span, state["cache"].dtype)
         self.decoder(tokens_BT, positions_BT, bias, state["cache"], positions_BT)
         state["previous"].copy_(tokens_BT[:, -1])
@@ -169,7 +176,7 @@ class LMDraft(Drafter):
 
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None,
+        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         if path_BP is not None:
             move_slots(state["cache"], root_B[:, None] + path_BP, root_B)
@@ -194,7 +201,10 @@ class LMDraft(Drafter):
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
         }  # fmt: skip
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]]:
+        return hf_shapes(self.decoder.shape)
+
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "hf") -> None:
         save_decoder(self.decoder, folder, dtype, self.target.end_ids, self.target.pad_id)
 
     @classmethod
@@ -202,8 +212,9 @@ class LMDraft(Drafter):
         """Any plain checkpoint of a layout our decoder covers."""
         if not (folder / "config.json").is_file():
             return False
-        config = read_config(folder)
-        return config.model_type in LAYOUTS and (config.architectures or [""])[0].endswith("ForCausalLM")
+        config = read_json(folder / "config.json")  # as it stands: transformers refuses one of a model that it does not know
+        names = config.get("architectures") or [""]
+        return config.get("model_type") in LAYOUTS and isinstance(names, list) and str(names[0]).endswith("ForCausalLM")
 
     @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> LMDraft:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,9 +29,10 @@ from trainkit.drafters.base import (
     TargetHandle,
     TargetShape,
 )
+from trainkit.drafters.medusa.outside import check_heads, is_medusa, read_heads
 from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
 from trainkit.losses.output import heads_together
-from trainkit.models.load import load_decoder
+from trainkit.models.load import check_finite, load_decoder
 
 _NAMES, _FILE_NAMES = re.compile(r"(blocks\.\d+)\.(\d+)\.linear\.(.*)"), re.compile(r"(blocks\.\d+)\.layers\.(\d+)\.(.*)")
 
@@ -45,9 +46,11 @@ class Medusa(Drafter):
         num_layers: Residual blocks in a head.
         head: `own` gives each head its projection, copied from the target's; `target` uses the target's own, which it shares.
         decay: Head i weighs decay^i in the loss.
-        draft_vocab: Token ids the heads may propose, ascending; all by default. Needs `head: own`.
+        draft_vocab: Token ids the heads may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
+            Needs `head: own`.
     """
 
+    formats: ClassVar[Mapping[str, str]] = {"native": "vllm", "vllm": "vllm"}
     taps = (-1,)
 
     def __init__(
@@ -58,7 +61,7 @@ class Medusa(Drafter):
         num_layers: int = 1,
         head: Literal["own", "target"] = "own",
         decay: float = 1.0,
-        draft_vocab: list[int] | None = None,
+        draft_vocab: list[int] | str | None = None,
     ) -> None:
         super().__init__(target)
         D, V = target.decoder.hidden_size, target.decoder.vocab_size
@@ -88,7 +91,9 @@ class Medusa(Drafter):
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         return {"hidden": torch.zeros(batch_size, 1, self.target.decoder.hidden_size, device=device, dtype=dtype)}
 
-    def prefill(self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, span: int) -> None:
+    def prefill(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
         assert taps_BTAD is not None
         state["hidden"].copy_(taps_BTAD[:, -1])
 
@@ -100,7 +105,7 @@ class Medusa(Drafter):
 
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None,
+        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert taps_BPAD is not None
         state["hidden"].copy_(last_kept(taps_BPAD[:, :, 0], counts_B, state["hidden"]))
@@ -117,22 +122,53 @@ class Medusa(Drafter):
 
     # On disk: the layout that vLLM up to 0.32 loads
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def layout_shapes(self, layout: str) -> dict[str, tuple[int, ...]] | None:
+        if self.head == "target":  # which vLLM would look for in this file, and leave as noise
+            return None
+        D, V, heads = self.target.decoder.hidden_size, self.target.decoder.vocab_size, range(self.max_depth or 0)
+        places = [f"blocks.{head}.layers.{layer}" for head in heads for layer in range(self.num_layers)]
+        shapes: dict[str, tuple[int, ...]] = {f"{place}.weight": (D, D) for place in places}
+        shapes |= {f"{place}.bias": (D,) for place in places}
+        shapes |= {f"lm_heads.{head}.weight": (V if self.ids_K is None else len(self.ids_K), D) for head in heads}
+        return shapes if self.ids_K is None else shapes | {"token_map": (len(self.ids_K),)}
+
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "vllm") -> None:
         tensors = {_NAMES.sub(r"\1.layers.\2.\3", name): value.to(dtype) for name, value in self.state_dict().items()}
         if self.ids_K is not None:
             tensors["token_map"] = self.ids_K.clone()
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        if self.head == "target":
+            return  # and no config.json by which vLLM would take it
         vocabulary = self.target.decoder.vocab_size
         config = {
             "model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": self.target.decoder.hidden_size,
             "vocab_size": vocabulary, "num_heads": len(self.blocks), "num_hidden_layers": self.num_layers,
-            "medusa_fc_bias": True, "original_lm_head": self.head == "target",
+            "medusa_fc_bias": True, "original_lm_head": False,
             "truncated_vocab_size": vocabulary if self.ids_K is None else len(self.ids_K),
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
+    def claims(cls, folder: Path) -> bool:
+        """Heads of the original training code, or in vLLM's layout."""
+        return is_medusa(folder)
+
+    @classmethod
+    def _from_outside(cls, folder: Path, target: TargetShape) -> Medusa:
+        found, heads, layers = read_heads(folder)
+        ids = found["token_map"].tolist() if "token_map" in found else None
+        made = cls(target, num_heads=heads, num_layers=layers, draft_vocab=ids)
+        check_heads(found, made.layout_shapes("vllm") or {}, folder)
+        check_finite(found.items(), str(folder))
+        found.pop("token_map", None)
+        state = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in found.items()}
+        made.to(next(iter(state.values())).dtype).load_state_dict(state)
+        return made.eval()
+
+    @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Medusa:
+        if not config:
+            return cls._from_outside(folder, target)
         made, tensors = cls(target, **config), load_file(folder / "model.safetensors")
         held_K = tensors.pop("token_map", None)
         state = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()}

@@ -1,0 +1,88 @@
+"""Tau of drafters of all kinds on the same questions, as chains and as trees, and the tables of recipes/heads.md.
+
+    python recipes/heads.py measure TARGET PROMPTS OUT.json DEPTH DRAFTER...
+    python recipes/heads.py table OUT
+
+Every text is compared with plain decoding's; beside the searched tree stand one of as many nodes that is full, level by level,
+and a dynamic one of as many.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainkit import bundle
+from trainkit.data.prompts import read_prompts
+from trainkit.eval.search import full
+from trainkit.runner import DynamicTree, Runner, Stats
+
+QUESTIONS, NEW_TOKENS = 100, 128
+
+
+def shapes(folder: Path, depth: int) -> dict[str, dict[str, Any]]:
+    """What to draft: a chain, the tree searched for this bundle, and its rivals of as many nodes."""
+    found: dict[str, dict[str, Any]] = {"chain": {"depth": depth}}
+    tree = bundle.read(folder).runner.get("tree")
+    if tree:
+        nodes = len(tree) + 1
+        found["static tree, searched"] = {"tree": [tuple(path) for path in tree]}
+        found["static tree, full"] = {"tree": full(nodes, depth, 8)}
+        width = max(2, -(-nodes // depth))
+        found["dynamic tree"] = {"tree": DynamicTree(depth=depth, top_k=min(width, 4), nodes=nodes)}
+    return found
+
+
+def measure(target: Path, prompts: Path, out: Path, depth: int, drafters: list[Path]) -> None:
+    """Adds what is not there yet to OUT: tau, texts equal to plain decoding's, and acceptance by position."""
+    done = json.loads(out.read_text()) if out.is_file() else {}
+    given = [prompt for prompt in read_prompts(str(prompts), str(target), QUESTIONS + 20) if len(prompt) < 380][:QUESTIONS]
+    plain: dict[float, list[list[int]]] = {}
+    for folder in drafters:
+        runner = Runner.load(target, folder, max_batch=8, max_len=512)
+        for temperature in (0.0, 1.0):
+            options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 1, "progress": True}
+            for name, shape in shapes(folder, depth).items():
+                key = f"{folder.name}|{temperature:g}|{name}"
+                if key in done:
+                    continue
+                if temperature not in plain:
+                    plain[temperature] = [output.tokens for output in runner.generate(given, depth=0, **options)]
+                outputs = runner.generate(given, **shape, **options)
+                stats = Stats.merge(output.stats for output in outputs)
+                same = sum(one.tokens == other for one, other in zip(outputs, plain[temperature], strict=True))
+                done[key] = {
+                    "tau": stats.tau, "rounds": stats.rounds, "alpha_k": list(stats.alpha_k), "equal": same, "of": len(given),
+                    "nodes": len(shape["tree"]) + 1 if isinstance(shape.get("tree"), list) else 0,
+                }  # fmt: skip
+                print(key, done[key])
+                partial = out.with_suffix(".partial")
+                partial.write_text(json.dumps(done, indent=1))
+                partial.replace(out)
+
+
+def table(out: Path) -> None:
+    """Tau by kind and shape, at temperatures 0 and 1."""
+    done: dict[str, dict[str, Any]] = json.loads((out / "tau.json").read_text())
+    keys = [key.split("|") for key in done]
+    names = list(dict.fromkeys(name for _, _, name in keys))
+    print("| kind | T | " + " | ".join(names) + " | nodes of the searched | alpha by position, chain | equal |")
+    print("|---" * (len(names) + 5) + "|")
+    for kind, temperature in dict.fromkeys((kind, temperature) for kind, temperature, _ in keys):
+        rows = {name: done.get(f"{kind}|{temperature}|{name}") for name in names}
+        cells = [f"{row['tau']:.3f}" if row else "-" for row in rows.values()]
+        searched, chain = rows.get("static tree, searched"), rows["chain"]
+        alpha = " ".join(f"{value:.2f}" for value in chain["alpha_k"]) if chain else "-"
+        equal, of = (sum(row[part] for row in rows.values() if row) for part in ("equal", "of"))
+        nodes = searched["nodes"] if searched else "-"
+        print(f"| {kind} | {temperature} | {' | '.join(cells)} | {nodes} | {alpha} | {equal} of {of} |")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "measure":
+        target, prompts, out, depth, *folders = sys.argv[2:]
+        measure(Path(target), Path(prompts), Path(out), int(depth), [Path(folder) for folder in folders])
+    else:
+        table(Path(sys.argv[2]))

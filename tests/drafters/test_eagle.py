@@ -1,0 +1,240 @@
+"""EAGLE-3: what training unrolls is what serving has in its cache, at linear memory; and its files are those others load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from trainkit.drafters.base import DraftBatch
+from trainkit.drafters.eagle import Eagle, layouts
+from trainkit.drafters.eagle.unrolled import attend
+from trainkit.errors import UserError
+from trainkit.export.drafter import export_drafter, first_logits
+from trainkit.losses.divergence import ForwardKL
+from trainkit.models.target import FrozenTarget
+from trainkit.runner import Runner
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_target: Path) -> FrozenTarget:
+    return FrozenTarget(tiny_target)
+
+
+def scrambled(teacher: FrozenTarget, **options: object) -> Eagle:
+    """An Eagle whose every weight is drawn, none left at a start of zeros or ones."""
+    made = Eagle(teacher.shape(), **options)  # type: ignore[arg-type]
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
+    made.find_target(teacher.folder)
+    return made
+
+
+def dense(q_BTHE, entries, document_BT):
+    """The same attention as the published code does it: all steps' keys side by side under one mask, step after step."""
+    B, T, H, E = q_BTHE.shape
+    group = H // entries[0][0].shape[2]
+    keys = torch.cat([k for k, _ in entries], 1).repeat_interleave(group, 2)
+    values = torch.cat([v for _, v in entries], 1).repeat_interleave(group, 2)
+    past = (document_BT[:, :, None] == document_BT[:, None]) & torch.ones(T, T, dtype=torch.bool).tril()
+    own = torch.eye(T, dtype=torch.bool).expand(B, T, T)
+    mask = torch.cat([past, *[own] * (len(entries) - 1)], -1)
+    scores = torch.einsum("bthe,bshe->bhts", q_BTHE, keys) / E**0.5
+    weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshe->bthe", weights, values)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("block", [4, 7, 64])
+def test_structured_attention_is_the_dense_one_in_value_and_gradient(steps, block, seed):
+    B, T, H, G, E = 2, 19, 4, 2, 8
+    document = torch.tensor([[0] * 8 + [1] * 9 + [-1] * 2, [0] * 19])
+    q = torch.randn(B, T, H, E, dtype=torch.float64, requires_grad=True)
+    entries = [tuple(torch.randn(B, T, G, E, dtype=torch.float64, requires_grad=True) for _ in "kv") for _ in range(steps)]
+    inputs = [q, *(x for entry in entries for x in entry)]
+    weight = torch.randn(B, T, H, E, dtype=torch.float64)
+    found = []
+    for y in (attend(q, entries, document, block), dense(q, entries, document)):
+        found.append([y, *torch.autograd.grad((y * weight).sum(), inputs)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def kept_bytes(steps: int, places: int) -> int:
+    """Bytes of all tensors that the unrolled attention alone keeps for its backward pass."""
+    q = [torch.randn(1, places, 4, 16, requires_grad=True) for _ in range(steps)]
+    entries = [tuple(torch.randn(1, places, 2, 16, requires_grad=True) for _ in "kv") for _ in range(steps)]
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = [attend(q[s], entries[: s + 1], torch.zeros(1, places, dtype=torch.long)) for s in range(steps)]
+    assert all(output.requires_grad for output in outputs)
+    return sum(storages.values())
+
+
+def test_its_memory_is_linear_in_steps_and_places(seed):
+    """Queries, keys and values of each step, and nothing of size T x T."""
+    one, two, four = (kept_bytes(steps, 512) for steps in (1, 2, 4))
+    assert four - two == 2 * (two - one), (one, two, four)
+    long = kept_bytes(4, 1024)
+    assert long == pytest.approx(2 * four, rel=0.05)
+    assert long < 1024 * 1024 * 4 * 0.6  # a mask of booleans for each step would be twice that
+
+
+def test_a_step_reads_what_serving_would_have_in_its_cache(teacher, seed):
+    """For each place and step: the layer run token by token over a cache, as the runner does, gives the unrolled features."""
+    draft = scrambled(teacher, steps=3)
+    shape, T, D = teacher.shape().decoder, 9, 64
+    tokens, taps = torch.randint(shape.vocab_size, (1, T + 4)), torch.randn(1, T + 4, len(draft.taps), D)
+    document = torch.zeros(1, T + 4, dtype=torch.long)
+    hidden = torch.randn(1, T + 4, D)
+    batch = DraftBatch(
+        tokens, torch.arange(T + 4)[None], document, torch.ones_like(document, dtype=torch.bool), taps, hidden, teacher.handle()
+    )
+    seen: list[torch.Tensor] = []
+    draft.norm.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
+    with torch.no_grad():
+        draft.eval()(batch, ForwardKL())
+        for place in range(T):
+            state = draft.init_state(1, 32, torch.device("cpu"), torch.float32)
+            at = torch.arange(place + 1)[None]
+            draft.prefill(state, tokens[:, : place + 1], at, taps[:, : place + 1], teacher.handle(), 32)
+            feature = state["feature"]
+            for step in range(3):
+                slot = torch.tensor([[place + step]])
+                bias = torch.zeros(1, 1, 32).masked_fill(torch.arange(32) > slot, float("-inf"))
+                embedded = teacher.handle().embed(tokens[:, place + 1 + step, None])
+                feature = draft._layer(state, embedded, feature, slot, slot, bias)
+                torch.testing.assert_close(feature[0, 0], seen[step][place], rtol=1e-4, atol=1e-5)
+
+
+def test_in_training_only_what_it_can_propose_counts(teacher, seed):
+    ids = list(range(0, 320, 2))
+    draft = scrambled(teacher, steps=2, draft_vocab=ids)
+    tokens = torch.randint(320, (2, 16))
+    positions, document = torch.arange(16).expand(2, -1), torch.zeros(2, 16, dtype=torch.long)
+    hidden, taps = teacher.forward(tokens, positions, document, draft.taps)
+    batch = DraftBatch(tokens, positions, document, positions > 3, taps, hidden, teacher.handle())
+    even = int((teacher.handle().head(hidden[:, 3:15]).argmax(-1) % 2 == 0).sum())  # labels 4..15 are said at 3..14
+    output = draft.train()(batch, ForwardKL())
+    assert 0 < even < 24 and [int(output.metrics[f"count_head{s}"]) for s in (1, 2)] == [even, even]
+    assert int(draft.eval()(batch, ForwardKL()).count) == 2 * 2 * 12
+
+
+def exported(draft: Eagle, teacher: FrozenTarget, out: Path) -> Path:
+    export_drafter(draft, out, tokenizer=teacher.folder)
+    return out
+
+
+@pytest.mark.parametrize("layout", ["flat", "speculators"])
+@pytest.mark.parametrize("ids", [None, [3, 4, 7, 100, 319]])
+def test_files_have_the_published_names_shapes_and_types(layout, ids, teacher, seed, tmp_path):
+    draft = scrambled(teacher, intermediate_size=96, draft_vocab=ids)
+    draft.export(tmp_path, torch.bfloat16, layout)
+    H, inner, V, K, A = 64, 96, 320, len(ids or range(320)), 3
+    at = {"flat": "midlayer", "speculators": "layers.0"}[layout]
+    expected = {
+        "embed_tokens.weight": [V, H], "fc.weight": [H, A * H], "norm.weight": [H], "lm_head.weight": [K, H], "d2t": [K],
+        "t2d": [V], f"{at}.hidden_norm.weight": [H], f"{at}.input_layernorm.weight": [H],
+        f"{at}.post_attention_layernorm.weight": [H], f"{at}.self_attn.q_proj.weight": [64, 2 * H],
+        f"{at}.self_attn.k_proj.weight": [32, 2 * H], f"{at}.self_attn.v_proj.weight": [32, 2 * H],
+        f"{at}.self_attn.o_proj.weight": [H, 64], f"{at}.mlp.gate_proj.weight": [inner, H],
+        f"{at}.mlp.up_proj.weight": [inner, H], f"{at}.mlp.down_proj.weight": [H, inner],
+    }  # fmt: skip
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert {name: file.get_slice(name).get_shape() for name in file.keys()} == expected  # noqa: SIM118
+    shapes = draft.layout_shapes(layout)
+    assert shapes is not None and {name: list(shape) for name, shape in shapes.items()} == expected
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["d2t"].dtype == torch.int64 and tensors["t2d"].dtype == torch.bool
+    assert (torch.arange(K) + tensors["d2t"]).tolist() == (ids or list(range(V)))
+    assert tensors["t2d"].nonzero()[:, 0].tolist() == (ids or list(range(V)))
+    theirs = load_file(teacher.folder / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(tensors["embed_tokens.weight"], theirs.bfloat16())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["norm_before_residual"] is False and config["draft_vocab_size"] == K
+    if layout == "flat":
+        assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["model_type"] == "llama"
+        assert config["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]  # 4 layers: no default of theirs
+        assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [-1, 1, 2]
+    else:
+        assert config["transformer_layer_config"]["num_hidden_layers"] == 1 and config["speculators_model_type"] == "eagle3"
+
+
+def test_default_taps_are_those_readers_take_untold(teacher):
+    assert layouts.default_taps(32) == (2, 16, 29) and layouts.default_taps(7) == (2, 3, 4)
+    assert layouts.default_taps(2) == (0, 1)
+    deep = replace(teacher.shape(), decoder=replace(teacher.shape().decoder, num_layers=32))
+    draft = Eagle(deep)
+    config = layouts.configuration(draft.shape, draft.taps, deep.decoder, 320, "flat", torch.float32, (), "")
+    assert "eagle_config" not in config and "eagle_aux_hidden_state_layer_ids" not in config
+
+
+@pytest.mark.parametrize("layout", ["flat", "speculators"])
+def test_a_folder_without_our_card_decodes_as_the_bundle_does(layout, teacher, seed, tmp_path):
+    """As another program would have written it: recognised, its taps and vocabulary read from its own files."""
+    draft = scrambled(teacher, taps=[0, 1, 3], draft_vocab=list(range(5, 300)))
+    bundle = exported(draft, teacher, tmp_path / "bundle")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    draft.export(outside, torch.float32, layout)
+    assert Eagle.claims(outside) and not Eagle.claims(teacher.folder)
+    assert torch.equal(first_logits(Eagle.load(outside, teacher.shape(), {})), first_logits(draft))
+    texts = [Runner.load(teacher.folder, folder).generate(["How many"], depth=3)[0] for folder in (bundle, outside)]
+    assert texts[0].tokens == texts[1].tokens and texts[0].stats == texts[1].stats
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"norm_before_residual": True}, "norm_before_residual is not supported"), ({"num_hidden_layers": 2}, "2 draft layers")],
+)
+def test_variants_that_it_does_not_compute_are_refused(change, said, teacher, seed, tmp_path):
+    draft = scrambled(teacher)
+    draft.export(tmp_path, torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=said):
+        Eagle.load(tmp_path, teacher.shape(), {})
+
+
+def test_a_file_with_a_tensor_missing_is_refused(teacher, seed, tmp_path):
+    draft = scrambled(teacher)
+    draft.export(tmp_path, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["midlayer.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"midlayer\.mlp\.up_proj\.weight' is missing"):
+        Eagle.load(tmp_path, teacher.shape(), {})
+
+
+def test_a_draft_of_another_targets_width_is_refused(teacher, seed, tmp_path):
+    scrambled(teacher).export(tmp_path, torch.float32)
+    wider = replace(teacher.shape(), decoder=replace(teacher.shape().decoder, hidden_size=96))
+    with pytest.raises(UserError, match=r"give the target that it was trained for"):
+        Eagle.load(tmp_path, wider, {})
+
+
+@pytest.mark.parametrize("taps", [[], [1, 1], [2, 1], [0, 4], [-1, 2]])
+def test_taps_must_name_states_before_the_final_norm(taps, teacher):
+    with pytest.raises(UserError, match=r"drafter\.taps"):
+        Eagle(teacher.shape(), taps=taps)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1, 2", "[3, 2]", "[1.5]", None])
+def test_a_vocabulary_file_that_is_none_is_refused(content, teacher, tmp_path):
+    file = tmp_path / "ids.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=r"drafter\.draft_vocab"):
+        Eagle(teacher.shape(), draft_vocab=str(file))
+    file.write_text("[2, 5]")
+    assert Eagle(teacher.shape(), draft_vocab=str(file)).config()["draft_vocab"] == [2, 5]

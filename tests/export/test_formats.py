@@ -1,0 +1,172 @@
+"""Export formats: a kind's files are those that the outside program expects, tensor by tensor, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.targets import make_target
+from tests.test_kinds import VARIANTS
+from trainkit import bundle
+from trainkit.drafters.base import Drafter, load_bundle, load_kind
+from trainkit.drafters.lm import LMDraft
+from trainkit.drafters.medusa import Medusa
+from trainkit.errors import UserError
+from trainkit.export.drafter import export_drafter, first_logits
+from trainkit.export.model import FORMATS, export_model
+from trainkit.models.load import hf_shapes, read_config
+from trainkit.models.target import load_model, target_shape
+
+Tensors = dict[str, Tensor]
+OFFERED = [(name, format) for name, (kind, _) in VARIANTS.items() for format in load_kind(kind).formats]
+
+
+def made(kind: str, target: Path, **options) -> Drafter:
+    drafter = load_kind(kind)(target_shape(target), **options)
+    drafter.initialise(target)
+    return drafter
+
+
+@pytest.mark.parametrize(("variant", "format"), OFFERED, ids=str)
+def test_every_format_of_a_kind_is_what_it_promises_and_loads(variant, format, tiny_target, tmp_path, seed):
+    kind, options = VARIANTS[variant]
+    drafter = made(kind, tiny_target, **options)
+    out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format=format)
+    again = load_bundle(bundle.read(out.path), target_shape(tiny_target))
+    assert torch.equal(first_logits(again), first_logits(drafter))
+    shapes = drafter.layout_shapes(drafter.formats[format])
+    assert (out.extra["format"], out.extra["layout"]) == (format, "native" if shapes is None else drafter.formats[format])
+    if shapes is not None:
+        written = load_file(out.path / "model.safetensors")
+        assert {name: tuple(value.shape) for name, value in written.items()} == dict(shapes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_the_table_of_a_draft_model_is_transformers_own(model_type, tied, tmp_path):
+    """A draft model is written under the class that has its biases and norms; the table names that class's parameters."""
+    target = make_target(tmp_path / "target", model_type, num_hidden_layers=2, tie_word_embeddings=tied)
+    drafter = LMDraft(target_shape(target), num_layers=2)
+    export_drafter(drafter, tmp_path / "out", tokenizer=target, format="vllm")
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "out"))
+    assert hf_shapes(drafter.decoder.shape) == {name: tuple(value.shape) for name, value in theirs.named_parameters()}
+
+
+@pytest.mark.parametrize("ids", [None, [0, 2, 5]])
+def test_the_table_of_medusa_is_vllms(ids, tiny_target):
+    """As vLLM 0.32 names them; the sizes are those of the target (64 wide, 320 ids), or of the ids kept."""
+    table = {
+        "blocks.0.layers.0.weight": (64, 64), "blocks.0.layers.1.weight": (64, 64), "blocks.0.layers.0.bias": (64,),
+        "blocks.0.layers.1.bias": (64,), "lm_heads.0.weight": (320, 64),
+    }  # fmt: skip
+    drafter = Medusa(target_shape(tiny_target), num_heads=1, num_layers=2, draft_vocab=ids)
+    trimmed = {"lm_heads.0.weight": (3, 64), "token_map": (3,)}
+    assert drafter.layout_shapes("vllm") == (table if ids is None else table | trimmed)
+
+
+def misshapen(tensors: Tensors) -> Tensors:
+    name = next(name for name, value in tensors.items() if value.dim() == 2)
+    return tensors | {name: tensors[name][:-1].clone()}
+
+
+def first(tensors: Tensors) -> str:
+    return sorted(tensors)[0]
+
+
+FAULTS = {
+    "missing": (lambda t: {n: v for n, v in t.items() if n != first(t)}, "is missing"),
+    "renamed": (lambda t: {("x." + n if n == first(t) else n): v for n, v in t.items()}, "is missing"),
+    "misshapen": (misshapen, "the format asks for"),
+    "transposed": (lambda t: {n: v.T.contiguous() if v.dim() == 2 else v for n, v in t.items()}, "the format asks for"),
+    "extra": (lambda t: t | {"rotary.inv_freq": torch.ones(3)}, "'rotary.inv_freq' is not part of the format"),
+    "dtype": (lambda t: t | {first(t): t[first(t)].half()}, "is F16, not F32"),
+    "an index for weights": (lambda t: t | {"lm_heads.0.weight": t["lm_heads.0.weight"].long()}, "is I64, not F32"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"), [(k, f) for k in ("lm", "medusa") for f in FAULTS if k == "medusa" or f != "an index for weights"]
+)
+def test_a_fault_in_what_a_kind_writes_is_refused_at_export(fault, kind, tiny_target, tmp_path, monkeypatch):
+    drafter, out = made(kind, tiny_target), tmp_path / "out"
+    spoil, said = FAULTS[fault]
+    export = type(drafter).export
+
+    def spoiled(self, folder, dtype, layout):
+        export(self, folder, dtype, layout)
+        save_file(spoil(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+    before = export_drafter(drafter, tmp_path / "old", tokenizer=tiny_target)
+    monkeypatch.setattr(type(drafter), "export", spoiled)
+    with pytest.raises(UserError, match=said) as caught:
+        export_drafter(drafter, out, tokenizer=tiny_target)
+    assert "\n" not in str(caught.value) and "nothing was written" in str(caught.value)
+    assert list(tmp_path.iterdir()) == [tmp_path / "old"], "nothing at out, and nothing left beside it"
+    with pytest.raises(UserError, match=said):
+        export_drafter(drafter, tmp_path / "old", tokenizer=tiny_target)
+    assert bundle.read(tmp_path / "old").files == before.files, "what stood there is as it was"
+
+
+def test_weights_in_a_second_file_are_refused(tiny_target, tmp_path, monkeypatch):
+    """Outside programs read every safetensors file of a folder."""
+    drafter, export = made("medusa", tiny_target), Medusa.export
+
+    def doubled(self, folder, dtype, layout):
+        export(self, folder, dtype, layout)
+        save_file({"more": torch.ones(1)}, folder / "more.safetensors")
+
+    monkeypatch.setattr(Medusa, "export", doubled)
+    with pytest.raises(UserError, match=r"'more.safetensors' is not part of the format"):
+        export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_written_whole_is_refused(tiny_target, tmp_path, monkeypatch):
+    """transformers reads a folder without one tensor, or with one too many, and only logs it."""
+    model = load_model(tiny_target, torch.float32)
+    save = type(model).save_pretrained
+    for spoil in (lambda t: {n: v for n, v in t.items() if n != first(t)}, lambda t: t | {"x": torch.ones(1)}):
+
+        def spoiled(self, folder, spoil=spoil):
+            save(self, folder)
+            save_file(spoil(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+        monkeypatch.setattr(type(model), "save_pretrained", spoiled)
+        with pytest.raises(UserError, match="nothing was written"):
+            export_model(model, tmp_path / "out", tokenizer=tiny_target)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "has"), [("lm", "native, hf, vllm, sglang"), ("medusa", "native, vllm"), ("hydra", "native")])
+def test_a_format_that_a_kind_does_not_have_is_one_line_that_lists_its_own(kind, has, tiny_target, tmp_path):
+    with pytest.raises(UserError) as caught:
+        export_drafter(made(kind, tiny_target), tmp_path / "out", tokenizer=tiny_target, format="speculators")
+    assert str(caught.value) == f"--format speculators: a drafter of kind {kind!r} has no such format; it has {has}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_share_the_targets_are_not_offered_to_vllm(tiny_target, tmp_path):
+    """vLLM would look for the shared head in this file and, finding none, propose noise."""
+    drafter = made("medusa", tiny_target, head="target")
+    with pytest.raises(UserError, match="--format vllm: does not carry"):
+        export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format="vllm")
+    out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target)
+    assert out.extra["layout"] == "native" and not (out.path / "config.json").exists()
+
+
+def test_a_language_model_is_the_same_folder_in_every_format(tiny_target, tmp_path):
+    model = load_model(tiny_target, torch.float32)
+    found = {name: export_model(model, tmp_path / name, tokenizer=tiny_target, format=name).files for name in FORMATS}
+    assert list(found) == ["native", "hf", "vllm", "sglang"]
+    assert all(files == found["native"] for files in found.values())
+    assert read_config(tmp_path / "vllm").architectures == ["LlamaForCausalLM"]
+    assert json.loads((tmp_path / "sglang" / "trainkit.json").read_text())["extra"] == {"format": "sglang", "layout": "hf"}
+    with pytest.raises(UserError, match="speculators: a language model has no such format; it has native, hf, vllm, sglang"):
+        export_model(model, tmp_path / "out", tokenizer=tiny_target, format="speculators")

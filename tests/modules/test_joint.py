@@ -1,0 +1,444 @@
+"""Medusa-2: drafter and target trained together, the target through LoRA; then both exported, and decoded without loss."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer, seed_everything
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.modules.test_ranks import torchrun
+from tests.processes import code_of, start
+from tests.runs import arguments, log, weights
+from tests.targets import make_target
+from tests.test_kinds import VARIANTS
+from trainkit import bundle
+from trainkit.cli import main
+from trainkit.drafters.base import DraftBatch, load_kind
+from trainkit.drafters.hydra import Hydra
+from trainkit.drafters.lm import LMDraft
+from trainkit.drafters.medusa import Medusa
+from trainkit.errors import UserError
+from trainkit.losses.divergence import CrossEntropy, ForwardKL, TVDpp
+from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merged
+from trainkit.models.target import FrozenTarget, target_shape
+from trainkit.modules.callbacks import Checkpoints
+from trainkit.modules.checkpoint import load_adapter
+from trainkit.modules.data import TextData
+from trainkit.modules.draft import DraftModule
+from trainkit.modules.export import export
+from trainkit.modules.joint import JointModule
+from trainkit.modules.training import run
+from trainkit.runner import Runner
+
+# B batch  T positions  D hidden  V vocabulary
+
+
+class Watch(Callback):
+    """Losses of each micro-batch; stops at a step."""
+
+    def __init__(self, stop: int = -1) -> None:
+        self.losses: list[float] = []
+        self.stop = stop
+
+    def on_train_batch_end(self, trainer, module, outputs, *args) -> None:
+        self.losses.append(float(outputs["loss"]))
+        trainer.should_stop |= trainer.global_step == self.stop
+
+
+def joint_module(target: Path, **more) -> JointModule:
+    options = {
+        "drafter": lambda shape: Medusa(shape, num_heads=2, decay=0.8), "divergence": CrossEntropy(), "lora_rank": 4,
+        "lora_alpha": 8.0, "heads_steps": 3, "draft_warmup": 2, "warmup_steps": 2,
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=3e-3),
+    }  # fmt: skip
+    return JointModule(str(target), **(options | more))
+
+
+def fit(module, chats: Path, cache: Path, root: Path, *callbacks, steps: int = 6, ckpt_path=None, **more) -> Trainer:
+    seed_everything(3, verbose=False)
+    data = TextData(str(chats), cache=str(cache), length=96, batch_size=more.pop("batch_size", 2), validation_share=0.1)
+    options = {
+        "max_steps": steps, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "num_sanity_val_steps": 0,
+        "enable_model_summary": False, "use_distributed_sampler": False, "check_val_every_n_epoch": None,
+        "val_check_interval": 1000, "default_root_dir": root, "callbacks": [Checkpoints(), *callbacks],
+    }  # fmt: skip
+    trainer = Trainer(**(options | more))
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def saved(root: Path) -> dict:
+    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def tuned_target(folder: Path, **options) -> TunedTarget:
+    """With an adapter that does something: its B is drawn too."""
+    target = TunedTarget(folder, AdapterShape(4, 8.0), **options)
+    for part in target.adapter.children():
+        torch.nn.init.normal_(part["B"].weight, std=0.05)
+    return target
+
+
+def batch_of(target: FrozenTarget) -> dict[str, torch.Tensor]:
+    """Two packed documents with padding; the first tokens of each do not count."""
+    document = torch.tensor([[0] * 10 + [1] * 12 + [-1] * 2, [0] * 24])
+    positions = torch.stack([torch.cat([torch.arange(10), torch.arange(12), torch.arange(2)]), torch.arange(24)])
+    mask = (positions > 2) & (document >= 0)
+    return {"tokens_BT": torch.randint(320, (2, 24)), "positions_BT": positions, "document_BT": document, "mask_BT": mask}
+
+
+def seen_by(target: FrozenTarget, batch: dict[str, torch.Tensor], taps=(-1,)) -> DraftBatch:
+    names = ("tokens_BT", "positions_BT", "document_BT")
+    hidden, said = target(*(batch[name] for name in names), taps)
+    return DraftBatch(*(batch[name] for name in names), batch["mask_BT"], said, hidden, target.handle())
+
+
+def test_switched_off_the_target_is_bit_for_bit_what_it_was(tiny_target, seed):
+    frozen, tuned = FrozenTarget(tiny_target), tuned_target(tiny_target)
+    batch = batch_of(frozen)
+    before = seen_by(frozen, batch, (1, -1))
+    with tuned.off(), torch.no_grad():
+        off = seen_by(tuned, batch, (1, -1))
+    on = seen_by(tuned, batch, (1, -1))
+    assert torch.equal(off.hidden_BTD, before.hidden_BTD) and torch.equal(off.taps_BTAD, before.taps_BTAD)
+    assert (on.hidden_BTD - before.hidden_BTD).abs().max() > 1e-3
+    theirs = {name.replace(".base_layer", ""): value for name, value in tuned.model.named_parameters() if "lora_" not in name}
+    assert all(torch.equal(value, theirs[name]) for name, value in frozen.model.named_parameters())
+    trained = {name for name, value in tuned.model.named_parameters() if value.requires_grad}
+    assert len(trained) == 4 * len(PROJECTIONS) * 2 == len(list(tuned.adapter.parameters()))
+    assert {value.data_ptr() for value in tuned.adapter.parameters()} == {
+        value.data_ptr() for name, value in tuned.model.named_parameters() if name in trained
+    }
+
+
+@pytest.mark.parametrize("divergence", [CrossEntropy(chunk=7), ForwardKL(chunk=7)], ids=["labels", "soft"])
+@pytest.mark.parametrize("base_loss", ["cross_entropy", "self_distillation"])
+def test_loss_and_gradients_of_both_terms_are_those_of_the_formula(base_loss, divergence, tiny_target, seed):
+    """Against whole logits and autograd: value, and gradient by every matrix of the adapter, of each term by itself.
+
+    In `soft` the teacher of the heads is the target as it is, adapter on, and no gradient goes into it.
+    """
+    module = joint_module(tiny_target, base_loss=base_loss)
+    module.tuned, module.drafter = tuned_target(tiny_target), None
+    drafter = Medusa(module.tuned.shape(), num_heads=2, decay=0.8)
+    drafter.initialise(tiny_target)
+    for block in drafter.blocks:
+        torch.nn.init.normal_(block[0].linear.weight, std=0.1)
+    batch = batch_of(module.tuned)
+    seen, weights = seen_by(module.tuned, batch), list(module.tuned.adapter.parameters())
+    found = [module.target_loss(seen, batch).sum, drafter(seen, divergence).sum]
+
+    again, head = seen_by(module.tuned, batch), module.tuned.handle().head
+    log_on = head(again.hidden_BTD).log_softmax(-1)
+    with module.tuned.off(), torch.no_grad():
+        log_off = head(seen_by(module.tuned, batch).hidden_BTD).log_softmax(-1)
+    if base_loss == "cross_entropy":
+        base = F.nll_loss(log_on[:, :-1].flatten(0, 1), batch["tokens_BT"][:, 1:].flatten(), reduction="none").view(2, 23)
+    else:
+        base = (log_off.exp() * (log_off - log_on)).sum(-1)[:, :-1]
+    wanted = [(base * again.label_mask(1)[:, :-1]).sum(), torch.zeros(())]
+    for index, block in enumerate(drafter.blocks):
+        log_q = drafter.lm_heads[index](block(again.hidden_BTD)).log_softmax(-1)
+        ahead = index + 2
+        tokens = batch["tokens_BT"].roll(-ahead, 1)
+        log_p = log_on.detach().roll(1 - ahead, 1)
+        soft = (log_p.exp() * (log_p - log_q)).sum(-1)
+        each = soft if isinstance(divergence, ForwardKL) else -log_q.gather(-1, tokens[..., None])[..., 0]
+        wanted[1] = wanted[1] + 0.8**index * (each * again.label_mask(ahead)).sum()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+        mine, other = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in (ours, theirs))
+        assert all(value.abs().max() > 1e-4 for value in mine), "it reaches all of the adapter"
+        for value, reference in zip(mine, other, strict=True):  # float32, in chunks
+            torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
+
+
+def test_the_weight_of_the_drafters_loss_by_hand(tiny_target):
+    module = joint_module(tiny_target, heads_steps=3, draft_warmup=3, draft_weight=0.2)
+    assert [round(module.weight(step), 6) for step in range(8)] == [0.2, 0.2, 0.2, 0.05, 0.1, 0.15, 0.2, 0.2]
+
+
+def test_heads_alone_leave_the_adapter_untouched_then_both_learn(tiny_target, chats, tmp_path):
+    """With weight decay, which would shrink matrices that merely have no gradient of their own."""
+    watch, options = Watch(), {"optimizer": lambda p: torch.optim.AdamW(p, lr=2e-2, weight_decay=0.1)}
+    fit(joint_module(tiny_target, **options), chats, tmp_path, tmp_path / "a", steps=3)
+    fit(joint_module(tiny_target, **options), chats, tmp_path, tmp_path / "b", watch, steps=40)
+    alone, both = saved(tmp_path / "a"), saved(tmp_path / "b")
+    adapter = [name for name in alone["state_dict"] if name.startswith("adapter.")]
+    assert len(adapter) == 4 * 7 * 2 and set(alone["state_dict"]) == {*adapter, *(n for n in both["state_dict"] if n[0] == "d")}
+    assert all(name.startswith(("adapter.", "drafter.")) for name in both["state_dict"]), "no weight of the target's"
+    for name in adapter:
+        assert bool((alone["state_dict"][name] == 0).all()) == name.endswith("B.weight")
+        assert not torch.equal(alone["state_dict"][name], both["state_dict"][name])
+    states = alone["optimizer_states"][0]
+    groups = [group["params"] for group in states["param_groups"]]
+    assert [len(group) for group in groups] == [4, 2, 56] and set(states["state"]) == {0, 1, 2, 3, 4, 5}, "no moments of it"
+    rates = [group["initial_lr"] for group in states["param_groups"]]
+    assert rates == [2e-2, 2e-2, pytest.approx(2e-2 / 4)]
+    assert sum(watch.losses[-5:]) < 0.85 * sum(watch.losses[4:9]), watch.losses  # from when both terms weigh in full
+
+
+def test_an_untouched_adapter_keeps_its_first_draw(tiny_target, chats, tmp_path):
+    """Weights before the first step and after the heads' stage are the same bits."""
+
+    class Start(Callback):
+        def on_train_start(self, trainer, module) -> None:
+            self.before = {name: value.clone() for name, value in module.adapter.state_dict().items()}
+
+    start, module = Start(), joint_module(tiny_target, heads_steps=9)
+    fit(module, chats, tmp_path, tmp_path / "run", start, steps=4)
+    assert module.adapter is not None
+    assert all(torch.equal(value, start.before[name]) for name, value in module.adapter.state_dict().items())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_self_distillation_starts_at_zero(accumulate, tiny_target, chats, tmp_path):
+    """At the first joint step the target is its own teacher: with no weight on the drafter the whole loss is 0."""
+    watch = Watch()
+    module = joint_module(tiny_target, base_loss="self_distillation", heads_steps=0, draft_weight=0.0)
+    fit(module, chats, tmp_path, tmp_path, watch, steps=2, accumulate_grad_batches=accumulate)
+    assert watch.losses[:accumulate] == [pytest.approx(0.0, abs=1e-6)] * accumulate
+
+
+def test_self_distillation_holds_the_target_to_what_it_said(tiny_target, chats, tmp_path):
+    """With the drafter's loss as well, the target moves, and less than where the text pulls at it."""
+    moved = {}
+    for base in ("self_distillation", "cross_entropy"):
+        module = joint_module(tiny_target, base_loss=base, heads_steps=0)
+        trainer = fit(module, chats, tmp_path, tmp_path / base, steps=20)
+        batch = next(iter(trainer.val_dataloaders))
+        assert module.tuned is not None
+        with torch.no_grad():
+            on = seen_by(module.tuned, batch)
+            with module.tuned.off():
+                off = seen_by(module.tuned, batch)
+        counted, head = on.label_mask(1), on.handle.head
+        kl = ForwardKL()(on.hidden_BTD[counted], head, off.hidden_BTD[counted], head)
+        moved[base] = float(kl.mean)
+    assert 1e-6 < moved["self_distillation"] < 0.5 * moved["cross_entropy"], moved
+
+
+@pytest.mark.parametrize(("stop", "divergence"), [(2, CrossEntropy()), (5, TVDpp(normalise="batch"))], ids=["heads", "both"])
+def test_resumed_equals_uninterrupted_bit_for_bit(stop, divergence, tiny_target, chats, tmp_path):
+    """Stopped among the heads' steps and after them."""
+    straight, first, second = Watch(), Watch(stop), Watch()
+    fit(joint_module(tiny_target, divergence=divergence), chats, tmp_path, tmp_path / "a", straight, steps=9)
+    fit(joint_module(tiny_target, divergence=divergence), chats, tmp_path, tmp_path / "b", first, steps=9)
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    module = joint_module(tiny_target, divergence=divergence)
+    fit(module, chats, tmp_path, tmp_path / "b", second, steps=9, ckpt_path=last)
+    assert len(first.losses) == stop and first.losses + second.losses == straight.losses
+    one, other = saved(tmp_path / "a")["state_dict"], saved(tmp_path / "b")["state_dict"]
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_accumulation_equals_one_large_batch(tiny_target, chats, tmp_path):
+    """Both terms are divided by the labels of the whole step: 4 micro-batches of 1 row are 1 of 4, to float32 rounding."""
+    for name, batch, accumulate in (("large", 4, 1), ("small", 1, 4)):
+        module = joint_module(tiny_target, heads_steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.2))
+        fit(module, chats, tmp_path, tmp_path / name, batch_size=batch, steps=3, accumulate_grad_batches=accumulate)
+    large, small = saved(tmp_path / "large")["state_dict"], saved(tmp_path / "small")["state_dict"]
+    tuned = {name: value for name, value in large.items() if name.endswith("B.weight")}
+    assert max(value.abs().max().item() for value in tuned.values()) > 1e-3
+    assert max((large[name] - small[name]).abs().max().item() for name in large) < 2e-5
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_target, chats, tmp_path_factory) -> Path:
+    """A checkpoint whose target moved so far that it decodes otherwise than before."""
+    root = tmp_path_factory.mktemp("trained")
+    module = joint_module(tiny_target, heads_steps=5, lora_lr=1.0, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    fit(module, chats, root, root, steps=40)
+    return root / "checkpoints" / "last.ckpt"
+
+
+PROMPTS = ["Natalia sold clips", "How many", "In May she sold 48 / 2 = 24 clips. Altogether"]
+
+
+def test_the_merged_target_is_the_tuned_one_and_the_drafter_decodes_with_it_alone(trained, tiny_target, tmp_path, capsys):
+    out, target = tmp_path / "heads", tmp_path / "heads-target"
+    assert main(["export", str(trained), str(out), "--format", "vllm"]) == 0
+    assert str(target) in capsys.readouterr().out
+    adapter = load_adapter(trained)
+    assert adapter is not None
+    tuned = TunedTarget(tiny_target, adapter.shape)
+    tuned.adapter.load_state_dict(adapter.tensors)
+    model, tokens = AutoModelForCausalLM.from_pretrained(target), torch.randint(320, (2, 40))
+    with torch.no_grad():
+        on, plain = tuned.model(tokens).logits, model(tokens).logits
+        with tuned.off():
+            off = tuned.model(tokens).logits
+    torch.testing.assert_close(plain, on, rtol=0, atol=1e-4 * float(on.abs().max()))  # float32 sums in another order
+    assert (on - off).abs().max() > 0.1 * off.abs().max(), "else it shows nothing"
+    stored = {name: tuple(value.shape) for name, value in load_file(target / "model.safetensors").items()}
+    assert stored == {name: tuple(value.shape) for name, value in load_file(tiny_target / "model.safetensors").items()}
+
+    options = {"max_new_tokens": 40, "ignore_end": True}
+    merged_text = [o.tokens for o in Runner.load(target, max_len=128).generate(PROMPTS, **options)]
+    before = [o.tokens for o in Runner.load(tiny_target, max_len=128).generate(PROMPTS, **options)]
+    drafted = Runner.load(target, out, max_len=128).generate(PROMPTS, depth=2, **options)
+    assert [o.tokens for o in drafted] == merged_text != before
+    assert main(["inspect", str(out), "--target", str(target)]) == 0
+    with pytest.raises(UserError, match=r"not the target that the drafter was tuned together with \(heads-target\)"):
+        Runner.load(tiny_target, out, max_len=128)
+    assert main(["inspect", str(out), "--target", str(tiny_target)]) == 2
+    assert bundle.read(out).target["fingerprint"] == bundle.fingerprint(target)
+    assert bundle.read(target).kind == "model"
+
+
+def test_end_ids_and_dtype_of_the_merged_target_are_kept_and_asked_for(trained, tiny_target, tmp_path, chats):
+    """Its own list of end ids must survive: the tokenizer knows one of them."""
+    source = make_target(tmp_path / "source")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps(values | {"eos_token_id": [0, 7]}))
+    fit(joint_module(source), chats, tmp_path, tmp_path / "run", steps=5)
+    export(str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out") + "/", dtype="bfloat16")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out-target" / name).read_text())["eos_token_id"] == [0, 7]
+    for folder in ("out", "out-target"):
+        assert {value.dtype for value in load_file(tmp_path / folder / "model.safetensors").values()} == {torch.bfloat16}
+    prompts = ["How many"]
+    plain = Runner.load(tmp_path / "out-target", max_len=64).generate(prompts, max_new_tokens=20)
+    drafted = Runner.load(tmp_path / "out-target", tmp_path / "out", max_len=64).generate(prompts, max_new_tokens=20)
+    assert [o.tokens for o in drafted] == [o.tokens for o in plain]
+
+
+def test_another_target_is_not_merged_into(trained, tiny_target, tmp_path):
+    """Of equal sizes and tokenizer, but other weights."""
+    other = make_target(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="its weights are not those that were tuned"):
+        export(str(trained), str(tmp_path / "out"), target=str(other))
+    with pytest.raises(UserError, match="--target where it is now"):
+        export(str(trained), str(tmp_path / "out"), target=str(tmp_path / "none"))
+    with pytest.raises(UserError, match="a drafter of kind 'medusa' has no such format"):
+        export(str(trained), str(tmp_path / "out"), format="sglang")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out-target").exists()
+
+
+def test_a_merge_that_changes_the_logits_is_refused(trained, tiny_target, monkeypatch):
+    from peft.tuners.lora import Linear
+
+    adapter = load_adapter(trained)
+    assert adapter is not None
+    delta = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.01 * delta(self, name))
+    with pytest.raises(UserError, match="merging the adapter changed its logits"):
+        merged(tiny_target, adapter.shape, adapter.tensors, "mark")
+
+
+def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp_path):
+    """No kind is named in the module: those with taps take steps, and pass gradients on to the target."""
+    kinds = {name: partial(load_kind(kind), **options) for name, (kind, options) in VARIANTS.items()}
+    kinds = {name: make for name, make in kinds.items() if make(target_shape(tiny_target)).taps}
+    assert {"medusa", "hydra", "hydra++", "twig"} <= set(kinds)
+    for name, make in kinds.items():
+        module = joint_module(tiny_target, drafter=make, heads_steps=0, draft_weight=1.0, divergence=None)
+        trainer = fit(module, chats, tmp_path, tmp_path / name, steps=2)
+        batch = next(iter(trainer.val_dataloaders))
+        assert module.tuned is not None and module.drafter is not None
+        drafted = module.drafter(seen_by(module.tuned, batch, module.drafter.taps), ForwardKL())
+        given = torch.autograd.grad(drafted.sum, list(module.tuned.adapter.parameters()), allow_unused=True)
+        assert any(value is not None and value.abs().max() > 0 for value in given), name
+
+
+def test_metrics_say_each_loss_by_its_own_tokens(tiny_target, chats, tmp_path):
+    """In validation, before any step: heads that start as the target's say what it says, and its own loss is known."""
+    module = joint_module(tiny_target, draft_weight=0.5)
+    data = TextData(str(chats), cache=str(tmp_path), length=96, batch_size=2, validation_share=0.1)
+    trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_checkpointing=False)
+    (values,) = trainer.validate(module, datamodule=data, verbose=False)
+    frozen, total, labels, heads, labels_of_heads = FrozenTarget(tiny_target), 0.0, 0, 0.0, 0
+    for batch in data.val_dataloader():
+        seen = seen_by(frozen, batch)
+        log_p = seen.handle.head(seen.hidden_BTD).log_softmax(-1)
+        for ahead in (1, 2, 3):
+            counted = seen.label_mask(ahead)
+            said = -log_p.gather(-1, seen.tokens_BT.roll(-ahead, 1)[..., None])[..., 0][counted]
+            if ahead == 1:
+                total, labels = total + float(said.sum()), labels + int(counted.sum())
+            else:
+                heads += 0.8 ** (ahead - 2) * float(said.sum())
+                labels_of_heads += int(counted.sum())
+    assert values["val/loss_head0"] == pytest.approx(total / labels, rel=1e-4)
+    assert values["val/loss_draft"] == pytest.approx(heads / labels_of_heads, rel=1e-4)
+    assert values["val/loss"] == pytest.approx((total + 0.5 * heads) / labels_of_heads, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"drafter": lambda shape: LMDraft(shape)}, "kind 'lm' reads none of its target's states"),
+     ({"teacher_cache": "x"}, "teacher_cache"), ({"teacher_top_k": 4}, "teacher_top_k"), ({"lora_rank": 0}, "lora_rank is 0"),
+     ({"lora_modules": ["qq_proj"]}, "lora_modules"), ({"lora_modules": ["embed_tokens"]}, "outside of the decoder layers"),
+     ({"target_shard": "fsdp"}, "target_shard"), ({"lora_lr": -1.0}, "lora_lr")],
+)  # fmt: skip
+def test_a_mistake_is_one_line(given, said, tiny_target, chats, tmp_path):
+    with pytest.raises(UserError, match=said) as caught:
+        fit(joint_module(tiny_target, **given), chats, tmp_path, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_the_other_module_is_refused_by_name(trained, tiny_target, chats, tmp_path):
+    plain = DraftModule(str(tiny_target), drafter=lambda shape: Medusa(shape, num_heads=2, decay=0.8))
+    with pytest.raises(UserError, match="made by JointModule, this run's is DraftModule"):
+        fit(plain, chats, tmp_path, tmp_path, ckpt_path=trained)
+
+
+def test_it_is_configured_in_a_recipe(tiny_target, chats, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model:
+  class_path: JointModule
+  init_args:
+    target: {tiny_target}
+    drafter: {{class_path: Hydra, init_args: {{num_heads: 2}}}}
+    base_loss: self_distillation
+    heads_steps: 1
+    lora_rank: 4
+    divergence: {{class_path: CrossEntropy}}
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-3}}}}
+data:
+  class_path: TextData
+  init_args: {{train: {chats}, length: 96, batch_size: 2, cache: {tmp_path}, validation_share: 0.1}}
+trainer.max_steps: 3
+trainer.val_check_interval: 3
+trainer.accelerator: cpu
+trainer.default_root_dir: {tmp_path / "run"}
+trainer.enable_progress_bar: false
+"""
+    )
+    assert main(["fit", "--config", str(recipe)]) == 0
+    assert "loss_head0" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert main(["export", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out")]) == 0
+    assert isinstance(Runner.load(tmp_path / "out-target", tmp_path / "out", max_len=64).drafter, Hydra)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_across_both_stages(tiny_target, chats, tmp_path):
+    """Equal losses and weights up to float32 rounding, though the adapter has no gradient at first."""
+    more = {
+        "model": "JointModule", "model.drafter": "Medusa", "model.divergence": "ForwardKL", "model.heads_steps": 3,
+        "model.draft_warmup": 2, "model.lora_rank": 4, "model.lora_lr": 4.0, "model.optimizer": "torch.optim.SGD",
+        "model.optimizer.lr": 0.05,
+        "checkpoint.monitor": "val/loss", "trainer.max_steps": 8, "trainer.log_every_n_steps": 1,
+        "trainer.val_check_interval": 16,
+        **dict.fromkeys([f"model.divergence.{name}" for name in ("estimator", "samples", "normalise")]),
+    }  # fmt: skip
+    given = arguments("draft", tiny_target, chats, tmp_path / "one", **more, **{"data.batch_size": 4})
+    assert code_of(start(run, "fit", given)) == 0
+    given = arguments("draft", tiny_target, chats, tmp_path / "two", **more, **{"data.batch_size": 2})
+    process = torchrun(given, tmp_path / "said")
+    assert process.wait(300) == 0, (tmp_path / "said").read_text()[-2000:]
+    for row, other in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        for name in ("train/loss", "train/loss_head0", "val/loss"):
+            assert bool(row[name]) == bool(other[name])
+            assert not row[name] or float(row[name]) == pytest.approx(float(other[name]), rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert any(name.endswith("B.weight") and value.abs().max() > 1e-3 for name, value in one.items())
+    assert all(torch.allclose(value, two[name], rtol=0, atol=1e-4) for name, value in one.items())
