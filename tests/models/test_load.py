@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.runner.equality import assert_few, compare, exact_logits
@@ -95,6 +96,23 @@ def test_weights_are_loaded_in_the_dtype_asked_for(tiny_target, tmp_path):
     assert load_decoder(tmp_path).embed.weight.dtype == torch.bfloat16
     whole = dict(read_tensors(tiny_target))
     assert all(torch.equal(value, whole[name].bfloat16()) for name, value in hf_tensors(decoder).items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_without_layers_reads_embedding_norm_and_head_alone(tied, tmp_path):
+    """Broken weights of a layer are not looked at; broken weights of its own are."""
+    folder = make_target(tmp_path, tie_word_embeddings=tied)
+    whole, ends = load_decoder(folder, dtype=torch.float32), load_decoder(folder, dtype=torch.float32, layers=False)
+    assert len(ends.layers) == 0 and torch.equal(ends.head_weight, whole.head_weight)
+    assert torch.equal(ends.embed.weight, whole.embed.weight) and torch.equal(ends.norm.weight, whole.norm.weight)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    load_decoder(folder, layers=False)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model.norm.weight"):
+        load_decoder(folder, layers=False)
 
 
 def test_weights_in_several_files_are_read(tiny_target, tmp_path):

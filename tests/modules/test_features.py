@@ -39,12 +39,6 @@ def trained(target: Path, chats: Path, root: Path, steps: int = STEPS, **module:
     return losses.values
 
 
-@pytest.fixture
-def never_run(monkeypatch):
-    """The target is not run, nor can it be: its layers are not there."""
-    monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: pytest.fail("the target is run"))
-
-
 @pytest.mark.parametrize("kind", sorted(discover()))
 def test_every_kind_trains_from_features_as_online(kind, tiny_target, chats, tmp_path, monkeypatch):
     """float32 and the same batches of rows: to the bit, with hidden states and with top-k rows; k = V is the whole teacher.
@@ -93,10 +87,11 @@ def test_other_batches_of_rows_differ_by_rounding_alone(tiny_target, chats, tmp_
 @pytest.mark.parametrize(
     ("options", "within"),
     [
-        # a state is rounded by up to 2^-9 of itself, a log-probability of -5 by 0.01; the loss averages over tokens
-        ({"dtype": "bfloat16"}, 1e-2), ({"dtype": "float16"}, 2e-3), ({"dtype": "bfloat16", "top_k": 320}, 1e-2),
-        # what lies outside the 64 likeliest of 320 is merged into one: a lower bound
-        ({"dtype": "float32", "top_k": 64}, 5e-2),
+        # a state is rounded by up to 2^-9 (float16: 2^-12) of itself, a log-probability of -5 by 0.01, either way alike, and
+        # the loss is a mean over tokens: a tenth of one such rounding was measured
+        ({"dtype": "bfloat16"}, 1e-3), ({"dtype": "float16"}, 2e-4), ({"dtype": "bfloat16", "top_k": 320}, 1e-3),
+        # what lies outside the 64 likeliest of 320 of a target that is nearly flat is merged into one: a lower bound
+        ({"dtype": "float32", "top_k": 64}, 0.2), ({"dtype": "bfloat16", "top_k": 64}, 0.2),
     ],
 )  # fmt: skip
 def test_narrow_storage_and_few_tokens_are_close(options, within, tiny_target, chats, tmp_path):
@@ -106,12 +101,12 @@ def test_narrow_storage_and_few_tokens_are_close(options, within, tiny_target, c
     apart = max(abs(one - other) / other for one, other in zip(found, online, strict=True))
     print(f"{options}: losses apart by {apart:.2e} of themselves")
     assert 0 < apart < within
+    assert options.get("top_k") != 64 or found[0] < online[0]
 
 
-def test_the_layers_are_not_loaded_and_nothing_of_the_target_is_saved(never_run, tiny_target, chats, tmp_path, monkeypatch):
-    with monkeypatch.context() as real:
-        real.undo()
-        folder = made(tiny_target, chats, tmp_path / "features")
+def test_the_layers_are_not_loaded_and_nothing_of_the_target_is_saved(tiny_target, chats, tmp_path, monkeypatch):
+    folder = made(tiny_target, chats, tmp_path / "features")
+    monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: pytest.fail("the target is run"))
     module = draft_module(tiny_target, features=folder)
     fit(module, text_data(chats, tmp_path), tmp_path / "run", steps=2)
     assert module.teacher is not None

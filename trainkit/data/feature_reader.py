@@ -97,9 +97,7 @@ class FeatureReader:
             raise UserError(f"{self._me}: holds {have}, model.teacher_top_k asks for {top_k}; leave teacher_top_k out")
         files = [shard[0] for described in values["sets"].values() for shard in described["shards"]]
         if missing := sum(not (self.folder / file).is_file() for file in files):
-            raise UserError(
-                f"{self._me}: {missing} of {len(files)} shards are not done; run the same trainkit features again"
-            )
+            raise UserError(f"{self._me}: {missing} of {len(files)} shards are not done; run the same trainkit features again")
         self._stores: dict[tuple[str, tuple[int, ...]], StoredRows] = {}
 
     @property

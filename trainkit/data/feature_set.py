@@ -183,19 +183,19 @@ def write_features(
 
 
 def _described(layout: FeatureLayout, sets: Mapping[str, PackedSet], provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What `features.json` says; `id` is the digest of what determines the values."""
+    """What `features.json` says, causes before what follows from them; `id` is the digest of what determines the values."""
     kept = {
         "states": list(layout.states), "hidden_size": layout.hidden_size, "top_k": layout.top_k,
         "dtype": str(layout.dtype).removeprefix("torch."), "length": layout.length,
     }  # fmt: skip
     contents = {name: packed.content for name, packed in sets.items()}
-    whose = [provenance["target"]["config"], provenance["weights"], provenance["precision"]]
-    text = json.dumps([contents, kept, whose], sort_keys=True)
+    whose = {key: provenance[key] for key in ("target", "weights", "precision")}
+    text = json.dumps([contents, kept, whose | {"target": whose["target"]["config"]}], sort_keys=True)
     table: dict[str, list[list[Any]]] = {name: [] for name in sets}
     for shard in layout.shards():
         table[shard.set].append([shard.file, shard.first, shard.last])
     return {
-        "format": FORMAT, **provenance, **kept, "bytes": layout.bytes, "id": hashlib.sha256(text.encode()).hexdigest(),
+        "format": FORMAT, **whose, **kept, **provenance, "bytes": layout.bytes, "id": hashlib.sha256(text.encode()).hexdigest(),
         "sets": {
             name: {"rows": len(packed), "content": packed.content, "shards": table[name]} for name, packed in sets.items()
         },
@@ -257,9 +257,7 @@ def _take(stream: IO[bytes], partial: Path) -> None:
         raise UserError(f"{partial}: another process is writing it; let it finish, or stop it first") from None
 
 
-def _filled(
-    shard: Shard, layout: FeatureLayout, packed: PackedSet, read: Read, batch: int, bar: Any
-) -> dict[str, Tensor]:
+def _filled(shard: Shard, layout: FeatureLayout, packed: PackedSet, read: Read, batch: int, bar: Any) -> dict[str, Tensor]:
     tensors = layout.empty(shard.last - shard.first)
     for start in range(shard.first, shard.last, batch):
         rows = list(range(start, min(start + batch, shard.last)))

@@ -39,9 +39,7 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     return values
 
 
-def begin(
-    out: Path, file: str, values: Mapping[str, Any], read: Callable[[Path], dict[str, Any] | None], command: str
-) -> bool:
+def begin(out: Path, file: str, values: Mapping[str, Any], read: Callable[[Path], dict[str, Any] | None], command: str) -> bool:
     """Writes `file` into the folder of a set, or holds it against the one that is there; returns whether it wrote it.
 
     Args:
@@ -75,9 +73,13 @@ def begin(
             raise
         return new
     for name in {**values, **then}:
-        if name != "versions" and _without_place(values.get(name)) != _without_place(then.get(name)):
+        old, new = _without_place(then.get(name)), _without_place(values.get(name))
+        if name != "versions" and old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                key = next(key for key in {**new, **old} if old.get(key) != new.get(key))
+                name, old, new = f"{name} {key}", old.get(key), new.get(key)
             raise UserError(
-                f"--out {out}: that set was begun with {name} {_short(then.get(name))}, now it is {_short(values.get(name))}; "
+                f"--out {out}: that set was begun with {name} {_short(old)}, now it is {_short(new)}; "
                 "give the same settings to go on, or another folder"
             )
     return False

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -306,9 +306,12 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
 
 
 def load_decoder(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, max_len: int | None = None
-) -> Decoder:
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, max_len: int | None = None,
+    layers: bool = True,
+) -> Decoder:  # fmt: skip
     """A decoder with the weights of a Hugging Face folder, in `dtype` (default: as stored), without gradient.
+
+    Without `layers` it is embedding, final norm and head alone, and no other weight is read.
 
     Raises:
         UserError: the runner does not cover this model (`check_covered`), or its weights do not fit its config.
@@ -321,10 +324,11 @@ def load_decoder(
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise UserError(f"{folder}/config.json: dtype {stored!r} is none that weights have; make it float32 or bfloat16")
     with torch.device("meta"):
-        decoder = Decoder(decoder_shape(config))
+        shape = decoder_shape(config)
+        decoder = Decoder(shape if layers else replace(shape, num_layers=0))
     decoder = decoder.to(dtype).to_empty(device=device)
     decoder.rope = torch.empty(0, *decoder.rope.shape[1:], device=device, dtype=dtype)
-    copy_weights(decoder, read_tensors(folder), str(folder))
+    copy_weights(decoder, read_tensors(folder, None if layers else places(decoder.shape)), str(folder))
     return decoder.requires_grad_(False).eval()
 
 

@@ -112,6 +112,8 @@ def features(
         raise UserError(f"--length: {length}, but the target covers {covered} positions")
     if (largest := int(made.train.tokens_N.max())) >= shape.decoder.vocab_size:
         raise UserError(f"--data: token id {largest} is outside the target's vocabulary of {shape.decoder.vocab_size}")
+    if top_k is not None and not 1 <= top_k <= shape.decoder.vocab_size:
+        raise UserError(f"--top_k: {top_k} must be between 1 and the target's vocabulary, {shape.decoder.vocab_size}")
     reader = TargetReader(teacher.to(where), top_k=top_k)
     named = list(taps or ()) if kind is None else _taps_of(kind, shape)
     states = sorted({teacher.layer(tap) for tap in [*named, *([-1] if top_k is None else [])]})

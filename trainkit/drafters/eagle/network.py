@@ -142,7 +142,7 @@ class Eagle(Drafter):
 
     @torch.no_grad()
     def initialise(self, target_folder: Path) -> None:
-        source = load_decoder(target_folder, dtype=torch.float32)
+        source = load_decoder(target_folder, dtype=torch.float32, layers=False)
         self.lm_head.weight.copy_(source.head_weight if self.ids_K is None else source.head_weight[self.ids_K])
         self.norm.weight.copy_(source.norm.weight)
 

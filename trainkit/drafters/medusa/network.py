@@ -74,7 +74,7 @@ class Medusa(Drafter):
         self.lm_heads = OutputHeads(num_heads, D, V, self.ids_K, head == "own")
 
     def initialise(self, target_folder: Path) -> None:
-        self.lm_heads.copy_from(load_decoder(target_folder, dtype=torch.float32).head_weight.detach(), self.ids_K)
+        self.lm_heads.copy_from(load_decoder(target_folder, dtype=torch.float32, layers=False).head_weight.detach(), self.ids_K)
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
         assert batch.taps_BTAD is not None  # the last hidden state; what the batch says beside it is the teacher
