@@ -45,12 +45,12 @@ def test_causal_bias_sees_slots_up_to_its_position():
 def test_tree_bias_sees_what_is_before_the_root_and_the_nodes_own_path():
     tree = build(BUSHY, torch.device("cpu"))
     roots = torch.tensor([5, 1])
-    seen = visible(tree_bias(roots, tree.ancestors_NN.expand(2, -1, -1), 24, torch.float32))
+    seen = visible(tree_bias(roots, tree.topology.ancestors_BNN.expand(2, -1, -1), 24, torch.float32))
     for b, root in enumerate(roots.tolist()):
         for node in range(tree.size):
             path, at = {node}, node
             while at:
-                at = int(tree.parents_N[at])
+                at = int(tree.topology.parents_BN[0, at])
                 path.add(at)
             assert seen[b, node].nonzero()[:, 0].tolist() == list(range(root)) + sorted(root + i for i in path)
 

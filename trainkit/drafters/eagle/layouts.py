@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainkit.bundle import read_json
 from trainkit.errors import UserError
 from trainkit.layers.shape import DecoderShape
 from trainkit.models.load import hf_config, read_tensors
@@ -148,13 +149,16 @@ def arguments(folder: Path, target_layers: int) -> dict[str, Any]:
     """The drafter's constructor arguments that an outside checkpoint's config.json and tensors imply.
 
     Raises:
-        UserError: a variant that this kind does not compute.
+        UserError: a variant that this kind does not compute, or a size that is missing or none.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
         if config.get(name):
             raise UserError(f"{folder}/config.json: {name} is not supported, only EAGLE-3 as published; train one anew")
     layer = config.get("transformer_layer_config", config)
+    for name in ("intermediate_size", "num_attention_heads"):
+        if not isinstance(layer, dict) or type(layer.get(name)) is not int or layer[name] < 1:
+            raise UserError(f"{folder}/config.json: {name} must be a number, at least 1; copy the folder again")
     if layer.get("num_hidden_layers", 1) != 1:
         raise UserError(f"{folder}/config.json: {layer['num_hidden_layers']} draft layers are not supported, only 1")
     taps = config.get("eagle_aux_hidden_state_layer_ids")
@@ -169,11 +173,10 @@ def arguments(folder: Path, target_layers: int) -> dict[str, Any]:
 
 def claimed(folder: Path) -> bool:
     """Whether a folder's config.json names an EAGLE-3 draft."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return (config.get("architectures") or [""])[0] in _ARCHITECTURES
-    except (OSError, ValueError, AttributeError):
+    if not (folder / "config.json").is_file():
         return False
+    names = read_json(folder / "config.json").get("architectures")
+    return isinstance(names, list) and str([*names, ""][0]) in _ARCHITECTURES
 
 
 def embedding(folder: Path) -> Tensor:

@@ -214,7 +214,7 @@ class LMDraft(Drafter):
             return False
         config = read_json(folder / "config.json")  # as it stands: transformers refuses one of a model that it does not know
         names = config.get("architectures") or [""]
-        return config.get("model_type") in LAYOUTS and isinstance(names, list) and str(names[0]).endswith("ForCausalLM")
+        return str(config.get("model_type")) in LAYOUTS and isinstance(names, list) and str(names[0]).endswith("ForCausalLM")
 
     @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> LMDraft:
