@@ -107,7 +107,7 @@ def _tests(arguments: argparse.Namespace, seconds: float) -> tuple[Lines, bool]:
 
 
 def _decoding(arguments: argparse.Namespace, shape: str, seconds: float) -> tuple[Lines, bool]:
-    """Tokens per second, share of copy bandwidth and of the byte ceiling, of plain decoding and two scripted drafts."""
+    """Tokens per second, share of copy bandwidth and of the byte ceiling, of plain decoding and of each kind, scripted."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.json"
         small = arguments.device == "cpu"
@@ -115,6 +115,7 @@ def _decoding(arguments: argparse.Namespace, shape: str, seconds: float) -> tupl
             "synthetic": shape, "device": arguments.device, "dtype": "float32" if small else "bfloat16", "baselines": "false",
             "depths": "[3,5]", "synthetic_tau": 3.4, "max_new_tokens": 32 if small else 192, "repeats": 3, "limit": 2,
             "prompt_length": 32 if small else 512, "max_seconds": seconds / 3, "json": file,
+            "synthetic_kinds": "[lm,medusa,hydra,eagle]",
         }  # fmt: skip
         command = [sys.executable, "-m", "trainkit.cli", "bench", *(str(p) for k, v in flags.items() for p in (f"--{k}", v))]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -49,7 +49,8 @@ def request(**values) -> Request:
         "target": None, "drafters": (), "prompts": None, "depths": (1, 3), "trees": (), "max_new_tokens": 25,
         "temperature": 0.0,
         "verify": "coupled", "limit": 2, "repeats": 1, "batch": 1, "device": "cpu", "dtype": "float32", "baselines": False,
-        "seed": 0, "max_seconds": 100.0, "synthetic": "tiny", "synthetic_tau": 2.5, "prompt_length": 16,
+        "seed": 0, "max_seconds": 100.0, "synthetic": "tiny", "synthetic_tau": 2.5, "synthetic_kinds": ("lm",),
+        "prompt_length": 16,
     }  # fmt: skip
     return Request(**(defaults | values))  # pyright: ignore[reportArgumentType]
 

@@ -24,27 +24,39 @@ def test_tau_below_one_and_unknown_shapes_are_refused():
         random_target("llama9", torch.device("cpu"), torch.float32)
 
 
-def scripted_runner(new_tokens: int, max_batch: int = 1):
+def scripted_runner(new_tokens: int, max_batch: int = 1, kind: str = "lm"):
     device, cpu = torch.device("cpu"), torch.float32
     decoder = random_target("tiny", device, cpu)
     shape = TargetShape(decoder.shape)
     prompts = random_prompts(decoder.shape.vocab_size, 3, 20)
     plain = Runner.of(decoder, None, shape, max_batch=1, max_len=20 + new_tokens)
     text = plain.generate(prompts[:1], max_new_tokens=new_tokens)[0].tokens
-    drafter = ScriptedDrafter.on_device(shape, device, cpu)
+    drafter = ScriptedDrafter.of_kind(kind, shape, device, cpu, head_rows=100)
     drafter.read(prompts[0] + text)
     return Runner.of(decoder, drafter, shape, max_batch=max_batch, max_len=20 + new_tokens), drafter, prompts, text
 
 
-@pytest.mark.parametrize("max_batch", [1, 3])
-def test_each_round_accepts_what_the_script_says_and_the_text_is_the_targets(max_batch):
+@pytest.mark.parametrize(("max_batch", "kind"), [(1, "lm"), (3, "lm"), (1, "medusa"), (3, "hydra"), (3, "eagle")])
+def test_each_round_accepts_what_the_script_says_and_the_text_is_the_targets(max_batch, kind):
     lengths = [0, 3, 1, 4, 2] * 4
-    runner, drafter, prompts, text = scripted_runner(1 + sum(lengths) + len(lengths), max_batch)
+    runner, drafter, prompts, text = scripted_runner(1 + sum(lengths) + len(lengths), max_batch, kind)
     drafter.accept(lengths)
     for output in runner.generate(prompts, max_new_tokens=len(text), depth=4):
         assert output.tokens == text
         assert output.stats.accepted == [4, 4, 4, 4, 4] and output.stats.cut_rounds == 0
         assert output.stats.tau == 3.0
+
+
+def test_it_costs_what_its_kind_costs():
+    """Bytes a level reads, and its calls: the wrapped network's own."""
+    runner, drafter, prompts, _ = scripted_runner(8, kind="eagle")
+    assert drafter.taps == drafter.inner.taps and drafter.inner.config()["draft_vocab"] == list(range(100))
+    assert drafter.step_bytes(0) == drafter.inner.step_bytes(0) > 0
+    calls = []
+    drafter.inner.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    drafter.accept([0] * 20)
+    stats = runner.generate(prompts[:1], max_new_tokens=8, depth=3)[0].stats
+    assert len(calls) == 3 * (stats.rounds + stats.cut_rounds)
 
 
 def test_a_drafter_that_is_told_a_wrong_text_changes_nothing_but_tau():

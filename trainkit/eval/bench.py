@@ -38,6 +38,7 @@ def bench(
     max_seconds: float = 900.0,
     synthetic: str | None = None,
     synthetic_tau: float = 3.0,
+    synthetic_kinds: list[str] | None = None,
     prompt_length: int = 64,
 ) -> int:
     """Measures decoding with and without drafters, beside transformers, on the same prompts, interleaved in one process.
@@ -48,6 +49,7 @@ def bench(
         trainkit bench --target models/target --drafter models/draft --prompts test.jsonl --json bench.json --plot bench.png
         trainkit bench --target models/target --drafter models/draft --drafter models/heads --prompts test.jsonl
         trainkit bench --synthetic llama3-8b --device cuda --dtype bfloat16 --baselines false
+        trainkit bench --synthetic llama3-8b --synthetic_kinds [medusa,hydra,eagle] --synthetic_tau 3.4 --device cuda
 
     Args:
         target: Hugging Face folder of the target.
@@ -70,6 +72,7 @@ def bench(
         max_seconds: Fewer prompts, then fewer repeats are run, and said so, if all of them would need longer than this.
         synthetic: Instead of a target: tiny, llama3-1b or llama3-8b with random weights, and a scripted drafter.
         synthetic_tau: Tokens per round that the scripted drafter realises, as far as the depth allows.
+        synthetic_kinds: Kinds at whose cost it drafts, with their default settings and 32,000 tokens at most; lm by default.
         prompt_length: Tokens of the synthetic prompt.
 
     Returns:
@@ -77,7 +80,8 @@ def bench(
     """
     request = Request(
         target, tuple(drafter or ()), prompts, tuple(depths), read_trees(trees), max_new_tokens, temperature, verify, limit,
-        repeats, batch, chosen_device(device), dtype, baselines, seed, max_seconds, synthetic, synthetic_tau, prompt_length,
+        repeats, batch, chosen_device(device), dtype, baselines, seed, max_seconds, synthetic, synthetic_tau,
+        tuple(synthetic_kinds or ["lm"]), prompt_length,
     )  # fmt: skip
     for name, file in (("json", json), ("plot", plot)):
         if file is not None and Path(file).is_dir():

@@ -54,10 +54,10 @@ def checkpoint_field(request: Request) -> Field:
 
 
 def synthetic_field(request: Request) -> Field:
-    """Contenders of a random target and a drafter that is right as often as `synthetic_tau` asks.
+    """Contenders of a random target and of drafters, at the cost of each kind, that are right as often as `synthetic_tau` asks.
 
     Raises:
-        UserError: no shape has that name, or tau is below 1.
+        UserError: no shape or kind has that name, or tau is below 1.
     """
     assert request.synthetic is not None
     device, dtype, tau = device_of(request.device), getattr(torch, request.dtype), request.synthetic_tau
@@ -67,14 +67,20 @@ def synthetic_field(request: Request) -> Field:
     longest = request.prompt_length + request.max_new_tokens
     plain = Runner.of(decoder, None, shape, max_batch=1, max_len=longest)
     text = prompts[0] + plain.generate(prompts[:1], request.max_new_tokens)[0].tokens
-    drafter = ScriptedDrafter.on_device(shape, device, dtype)
-    drafter.read(text)
-    runner, drafting = (Runner.of(decoder, one, shape, None, request.batch, longest) for one in (None, drafter))
-    field = Field(runner, prompts, f"synthetic {request.synthetic}", [Draft(f"scripted for tau {tau:g}", drafting)])
+    field = Field(Runner.of(decoder, None, shape, None, request.batch, longest), prompts, f"synthetic {request.synthetic}")
+    for kind in request.synthetic_kinds:
+        drafter = ScriptedDrafter.of_kind(kind, shape, device, dtype)
+        drafter.read(text)
+        drafting = Runner.of(decoder, drafter, shape, None, request.batch, longest)
+        field.drafts.append(Draft(f"{kind}, scripted for tau {tau:g}", drafting))
     if request.baselines:
         field.notes.append("transformers assisted: not run, a scripted drafter is no model of its own")
-        _add_baselines(field, request, model_of(decoder), [None])
-    _add_ours(field, request, lambda depth: partial(drafter.accept, accepted_lengths(tau, depth)))
+        _add_baselines(field, request, model_of(decoder), [None] * len(field.drafts))
+
+    def script(drafter: ScriptedDrafter, depth: int) -> Callable[[], None]:
+        return partial(drafter.accept, accepted_lengths(tau, depth))
+
+    _add_ours(field, request, script)
     return field
 
 
@@ -102,7 +108,7 @@ def _assistant(field: Field, request: Request, draft: Draft, folder: str, load: 
     return load(folder)
 
 
-def _add_ours(field: Field, request: Request, prepare: Callable[[int], Callable[[], None]] | None = None) -> None:
+def _add_ours(field: Field, request: Request, prepare: Callable[[Any, int], Callable[[], None]] | None = None) -> None:
     """Plain decoding; and with each drafter a chain of each depth, its own tree where it has one, and the trees asked for."""
     field.contenders.append(ours(field.runner, "trainkit plain", (), **request.options))
     for draft in field.drafts:
@@ -113,7 +119,8 @@ def _add_ours(field: Field, request: Request, prepare: Callable[[int], Callable[
             taken = {one.name for one in field.contenders}
             while f"{name} {shape}" in taken:  # another tree with as many nodes
                 shape += "'"
-            made = ours(draft.runner, f"{name} {shape}", paths, prepare and prepare(depth), draft.name, **request.options)
+            scripted = prepare and prepare(draft.runner.drafter, depth)
+            made = ours(draft.runner, f"{name} {shape}", paths, scripted, draft.name, **request.options)
             field.contenders.append(made)
     # a rotary table that grows later would leave the graphs of other runners, which read the old one, without it
     most = max((len(one.paths) + 3 * one.depth for one in field.contenders), default=0)

@@ -37,6 +37,7 @@ class Request:
     max_seconds: float
     synthetic: str | None
     synthetic_tau: float
+    synthetic_kinds: tuple[str, ...]
     prompt_length: int
 
     def __post_init__(self) -> None:

@@ -1,26 +1,35 @@
 """A target of a named shape with random weights, and a drafter that is right by a script: speed without a checkpoint.
 
-The scripted drafter goes through the real round: it pays for a decoder layer and an output head at each level, keeps a cache
-of its own, and is verified and committed as any other. Only its choice of token is not its network's: it proposes the target's
-own greedy continuation, which is known beforehand, for as many levels as the script accepts in that round, then a wrong token.
-It is no drafter kind: nothing trains or exports it.
+The scripted drafter goes through the real round: it runs the network of any kind at each level, keeps that kind's state, and is
+verified and committed as any other. Only its choice of token is not its network's: it proposes the target's own greedy
+continuation, which is known beforehand, for as many levels as the script accepts in that round, then a wrong token. It is no
+drafter kind: nothing trains or exports it.
 """
 
 # B batch  F frontier nodes  V vocabulary  R rounds of the script  S positions of the text
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainkit.drafters.base import Divergence, DraftBatch, Drafter, Frontier, LossOutput, State, StepOutput, TargetHandle
+from trainkit.drafters.base import (
+    Divergence,
+    DraftBatch,
+    Drafter,
+    Frontier,
+    LossOutput,
+    State,
+    StepOutput,
+    TargetHandle,
+    load_kind,
+)
 from trainkit.errors import UserError
-from trainkit.layers.attention import causal_bias, tree_bias
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
 from trainkit.models.shape import TargetShape
@@ -79,36 +88,41 @@ def accepted_lengths(tau: float, depth: int, rounds: int = 20) -> list[int]:
 
 
 class ScriptedDrafter(Drafter):
-    """Drafts a known text, right for a scripted number of tokens each round.
+    """Drafts a known text, right for a scripted number of tokens each round, at the cost of another drafter.
 
     Args:
         target: Sizes of the target.
-        num_layers: Decoder layers of the network whose cost each level pays.
-        head_rows: Rows of its output head: its draft vocabulary, as if trimmed.
+        inner: Whose network runs, and whose choices are thrown away.
     """
 
     ROUNDS = 20
 
-    def __init__(self, target: TargetShape, *, num_layers: int = 1, head_rows: int = 32000) -> None:
+    def __init__(self, target: TargetShape, inner: Drafter) -> None:
         super().__init__(target)
-        shape = target.decoder
-        self.decoder = Decoder(replace(shape, num_layers=num_layers, vocab_size=min(head_rows, shape.vocab_size), tied=True))
-        self.register_buffer("text_S", torch.zeros(1, dtype=torch.long), persistent=False)
-        self.register_buffer("accepts_R", torch.zeros(self.ROUNDS, dtype=torch.long), persistent=False)
-        self.text_S: Tensor
-        self.accepts_R: Tensor
+        self.inner, self.taps = inner, inner.taps
+        self.max_depth, self.max_width = inner.max_depth, inner.max_width
+        device = next(inner.parameters()).device
+        self.text_S = torch.zeros(1, dtype=torch.long, device=device)
+        self.accepts_R = torch.zeros(self.ROUNDS, dtype=torch.long, device=device)
 
     @staticmethod
-    def on_device(
-        target: TargetShape, device: torch.device, dtype: torch.dtype, seed: int = 1, **config: int
+    def of_kind(
+        kind: str, target: TargetShape, device: torch.device, dtype: torch.dtype, head_rows: int = 32000
     ) -> ScriptedDrafter:
-        """One with random weights, made on the device; give it a text before use."""
-        with torch.device("meta"):
-            drafter = ScriptedDrafter(target, **config)
-        drafter.decoder = _materialise(drafter.decoder, device, dtype, seed)
-        drafter.text_S = torch.zeros(1, dtype=torch.long, device=device)
-        drafter.accepts_R = torch.zeros(ScriptedDrafter.ROUNDS, dtype=torch.long, device=device)
-        return drafter
+        """One at the cost of a kind with its default settings and random weights; give it a text before use.
+
+        Where the kind's vocabulary can be trimmed it has `head_rows` tokens.
+
+        Raises:
+            UserError: no kind has that name.
+        """
+        made, options = load_kind(kind), dict[str, Any]()
+        if "draft_vocab" in inspect.signature(made).parameters and head_rows < target.decoder.vocab_size:
+            options["draft_vocab"] = list(range(head_rows))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+            torch.manual_seed(1)
+            inner = made(target, **options)
+        return ScriptedDrafter(target, inner.to(dtype).requires_grad_(False).eval())
 
     def read(self, text: Sequence[int]) -> None:
         """Takes the text it will draft, prompt included. To be called before the first round: graphs keep it."""
@@ -123,55 +137,43 @@ class ScriptedDrafter(Drafter):
         raise NotImplementedError("a scripted drafter is not trained")
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
-        self.decoder.reserve_positions(slots)
-        return {
-            "cache": self.decoder.new_cache(batch_size, slots, device, dtype),
-            "round": torch.zeros(batch_size, dtype=torch.long, device=device),
-        }
+        state = self.inner.init_state(batch_size, slots, device, dtype)
+        return {**state, "round": torch.zeros(batch_size, dtype=torch.long, device=device)}
 
     def prefill(
         self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
     ) -> None:
-        bias = causal_bias(positions_BT, span, state["cache"].dtype)
-        self.decoder(self._known(tokens_BT), positions_BT, bias, state["cache"], positions_BT)
+        self.inner.prefill(state, tokens_BT, positions_BT, taps_BTAD, handle, span)
         state["round"].zero_()
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
-        positions_BF, depth = frontier.positions_BF, frontier.depth
-        root_B = positions_BF[:, 0] - depth
-        bias = tree_bias(root_B, frontier.ancestors_BFM, span, state["cache"].dtype)
-        slots = root_B[:, None] + frontier.nodes_F
-        hidden_BFD, _ = self.decoder(self._known(frontier.tokens_BF), positions_BF, bias, state["cache"], slots)
-        draft_BFK = self.decoder.head(hidden_BFD)
-        right_BF = self.text_S[(positions_BF + 1).clamp(max=len(self.text_S) - 1)]
-        is_wrong_B = self.accepts_R[state["round"] % self.ROUNDS] <= depth
+        out = self.inner.step(state, frontier, handle, span)
+        right_BF = self.text_S[(frontier.positions_BF + 1).clamp(max=len(self.text_S) - 1)]
+        is_wrong_B = self.accepts_R[state["round"] % self.ROUNDS] <= frontier.depth
         choice_BF = (right_BF + is_wrong_B[:, None]) % handle.vocab_size
-        logits_BFV = draft_BFK.new_zeros(*choice_BF.shape, handle.vocab_size).scatter_(2, choice_BF[..., None], 1.0)
-        return StepOutput(logits_BFV, None, hidden_BFD)
+        logits_BFV = out.logits_BFK.new_zeros(*choice_BF.shape, handle.vocab_size).scatter_(2, choice_BF[..., None], 1.0)
+        return StepOutput(logits_BFV, None, out.hidden_BFD)
 
     def commit(
         self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
         taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert path_BP is None, "a script is a chain"
+        self.inner.commit(state, path_BP, tokens_BP, counts_B, root_B, taps_BPAD, handle, span)
         state["round"].add_(counts_B > 0)
 
     def step_bytes(self, head_bytes: int) -> int:
-        return self.decoder.step_bytes()
+        return self.inner.step_bytes(head_bytes)
 
     def config(self) -> dict[str, Any]:
-        return {"num_layers": self.decoder.shape.num_layers, "head_rows": self.decoder.shape.vocab_size}
+        return self.inner.config()
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
+    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
         raise NotImplementedError("a scripted drafter is not exported")
 
     @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> ScriptedDrafter:
         raise NotImplementedError("a scripted drafter is not exported")
-
-    def _known(self, tokens: Tensor) -> Tensor:
-        """Tokens of the small vocabulary that it embeds; which ones does not matter."""
-        return tokens % self.decoder.shape.vocab_size
 
 
 @torch.no_grad()
