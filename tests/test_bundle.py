@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from trainkit import bundle
+from trainkit import bundle, placing
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
 def test_a_bundle_is_replaced_whole(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(bundle, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(placing, "_exchange", lambda one, other: False)
     make(tmp_path / "b", kind="old")
     (tmp_path / "b" / "own.txt").write_text("a user's note")
     make(tmp_path / "b", kind="new")
@@ -66,7 +66,7 @@ def test_the_kernel_here_exchanges_folders(tmp_path):
     """Else the tests of the atomic path below would prove the fallback only."""
     (tmp_path / "a" / "1").mkdir(parents=True)
     (tmp_path / "b" / "2").mkdir(parents=True)
-    assert bundle._exchange(tmp_path / "a", tmp_path / "b")
+    assert placing._exchange(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "a" / "2").exists()
 
 
@@ -173,13 +173,13 @@ def test_notes_beside_a_bundle_do_no_harm(tmp_path):
 KILLED_AT_EVERY_STEP = """
 import os, sys
 from pathlib import Path
-from trainkit import bundle
+from trainkit import bundle, placing
 from tests.test_bundle import make
 
 base, old, exchange = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
 bundle._versions = dict
 if not exchange:
-    bundle._exchange = lambda one, other: False
+    placing._exchange = lambda one, other: False
 step = 0
 while True:
     step += 1

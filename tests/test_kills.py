@@ -24,13 +24,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tests.faults import Faults, in_fork
 from tests.processes import code_of, start
 from tests.test_recipes import tiny
-from trainkit import bundle
+from trainkit import bundle, placing
 from trainkit.errors import UserError
 from trainkit.modules.callbacks import Checkpoints, put_back
 from trainkit.modules.export import export
 from trainkit.modules.training import run
 
-UNSEEN = ((bundle, "_exchange"), (safetensors.torch, "serialize_file"))
+UNSEEN = ((placing, "_exchange"), (safetensors.torch, "serialize_file"))
 """What changes files without Python's audit noticing."""
 TEARABLE = ("open", "serialize_file")
 
@@ -80,7 +80,7 @@ def told(where: Path, work: Callable[..., int], *given: Any) -> int:
 
 
 def without_exchange() -> None:
-    bundle._exchange = lambda one, other: False
+    placing._exchange = lambda one, other: False
 
 
 # ------------------------------------------------------------------------------------------------------------------- exports

@@ -3,24 +3,18 @@
 `write` fills a temporary sibling and renames it into place; `read` trusts nothing it has not checked. Nothing is unpickled, and
 no tensor is loaded here: that is the business of the kind that wrote them.
 
-What a kill or a power cut leaves: where the kernel swaps two folders in one step (Linux renameat2), the old bundle or the new
-one, complete, at every instant. Elsewhere replacing takes two renames; killed between them, the folder is absent until the next
-`read` or `write` of that path puts the old one back. Leftovers of killed writers are removed by the next `write`.
+What a kill or a power cut leaves is said in placing.py; a bundle that a kill caught between two renames is put back by the next
+`read` or `write` of that path, and leftovers of killed writers are removed by the next `write`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
-import glob
 import hashlib
 import json
 import math
-import os
 import secrets
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -31,6 +25,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from trainkit.errors import UserError
+from trainkit.placing import put_in_place, sync, temporary_sibling, tidy
 
 FORMAT_VERSION = 1
 MANIFEST = "trainkit.json"
@@ -122,13 +117,13 @@ def write(
     _check_replaceable(folder)
     with _writable(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(folder)
-        with _temporary_sibling(folder) as temporary:
+        tidy(folder)
+        with temporary_sibling(folder) as temporary:
             writer(temporary)
             bundle = replace(bundle, files=_hash_all(temporary))
             (temporary / MANIFEST).write_text(_to_json(bundle), encoding="utf-8")
             for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
+                sync(path)
             _check_replaceable(folder)
             put_in_place(temporary, folder)
     return bundle
@@ -194,91 +189,6 @@ def _check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder}: exists and is not a bundle (it has no {MANIFEST}); choose another folder or remove it")
 
 
-@contextlib.contextmanager
-def _temporary_sibling(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, locked while this process lives, so that `_tidy` can tell it from a leftover."""
-    while True:
-        path = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
-        path.mkdir()
-        try:
-            lock = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # another writer tidied it away before it was locked
-            continue
-        if _lock(lock) and path.exists():
-            break
-        os.close(lock)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks
-    return True
-
-
-def _tidy(folder: Path) -> None:
-    """Removes what killed writers left, and puts back an old bundle that one had moved aside."""
-    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(partial, os.O_RDONLY)
-            if _lock(lock):
-                shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
-    for aside in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
-        if aside.with_suffix(".partial").exists():  # its writer is alive, between the two renames
-            continue
-        if folder.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.rename(folder)
-
-
-def put_in_place(made: Path, place: Path) -> None:
-    """Renames a file or folder called *.partial to `place`; what stands there is replaced.
-
-    In one step where both are files, or where the kernel swaps two names (`_exchange`). Elsewhere what stands there is first
-    renamed to `made` with the suffix .old, and a kill before the second rename leaves it under that name.
-    """
-    if made.is_file() and not place.is_dir():
-        _sync(made)
-        os.replace(made, place)
-    elif not place.exists():
-        made.rename(place)
-    elif not _exchange(made, place):
-        aside = made.with_suffix(".old")
-        remove(aside)
-        place.rename(aside)
-        made.rename(place)
-        _sync(place.parent)
-        remove(aside)
-    _sync(place.parent)
-    remove(made)  # after an exchange this is what stood there
-
-
-def remove(path: Path) -> None:
-    """Removes a file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one step; False where the system cannot (no Linux, or a file system without it)."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    at_cwd, exchange = -100, 2
-    return renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
-
-
 def _hash_all(folder: Path) -> dict[str, str]:
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -296,14 +206,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # ------------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -315,7 +217,7 @@ def read(folder: str | Path, checksums: bool = True) -> Bundle:
     """
     folder = Path(folder)
     if not folder.exists() and folder.parent.is_dir():
-        _tidy(folder.resolve())
+        tidy(folder.resolve())
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise UserError(f"{folder}: not a bundle (no {MANIFEST}); make one with `trainkit export CHECKPOINT {folder}`")

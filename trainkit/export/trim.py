@@ -22,6 +22,7 @@ from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
+from trainkit.placing import put_in_place
 
 
 def trim(
@@ -97,7 +98,7 @@ def vocab(
         raise UserError(f"{out}: is a folder; name a file in it")
     partial = Path(f"{out}.partial")
     partial.write_text(json.dumps(ids) + "\n", encoding="utf-8")
-    bundle.put_in_place(partial, Path(out))
+    put_in_place(partial, Path(out))
     return f"{out}: {said}"
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from trainkit.bundle import put_in_place, remove
 from trainkit.errors import UserError
 from trainkit.modules.logger import CSVLog
 from trainkit.modules.tracking import WandbLog
+from trainkit.placing import put_in_place, remove
 
 
 def dry(trainer: Trainer) -> bool:

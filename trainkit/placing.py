@@ -1,0 +1,111 @@
+"""Files and folders put in place whole: what a kill or a power cut leaves is the old one or the new one, never half of one.
+
+Where the kernel swaps two names in one step (Linux renameat2), one of them stands at every instant. Elsewhere replacing a
+folder takes two renames; killed between them, the old one lies beside under a name of its own until `tidy` puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def temporary_sibling(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, locked while this process lives, so that `tidy` can tell it from a leftover."""
+    while True:
+        path = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
+        path.mkdir()
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # another writer tidied it away before it was locked
+            continue
+        if _lock(lock) and path.exists():
+            break
+        os.close(lock)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks
+    return True
+
+
+def tidy(folder: Path) -> None:
+    """Removes what killed writers left, and puts back an old bundle that one had moved aside."""
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(partial, os.O_RDONLY)
+            if _lock(lock):
+                shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+    for aside in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
+        if aside.with_suffix(".partial").exists():  # its writer is alive, between the two renames
+            continue
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(folder)
+
+
+def put_in_place(made: Path, place: Path) -> None:
+    """Renames a file or folder called *.partial to `place`; what stands there is replaced.
+
+    In one step where both are files, or where the kernel swaps two names (`_exchange`). Elsewhere what stands there is first
+    renamed to `made` with the suffix .old, and a kill before the second rename leaves it under that name.
+    """
+    if made.is_file() and not place.is_dir():
+        sync(made)
+        os.replace(made, place)
+    elif not place.exists():
+        made.rename(place)
+    elif not _exchange(made, place):
+        aside = made.with_suffix(".old")
+        remove(aside)
+        place.rename(aside)
+        made.rename(place)
+        sync(place.parent)
+        remove(aside)
+    sync(place.parent)
+    remove(made)  # after an exchange this is what stood there
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step; False where the system cannot (no Linux, or a file system without it)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
