@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.targets import make_target
 from trainkit.drafters.base import DraftBatch
 from trainkit.drafters.eagle import Eagle, layouts
 from trainkit.drafters.eagle.unrolled import attend
@@ -19,6 +20,7 @@ from trainkit.export.drafter import export_drafter, first_logits
 from trainkit.losses.divergence import ForwardKL
 from trainkit.models.target import FrozenTarget
 from trainkit.runner import Runner
+from trainkit.runner.engine import load_drafter
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,7 @@ def test_default_taps_are_those_readers_take_untold(teacher):
     assert layouts.default_taps(2) == (0, 1)
     deep = replace(teacher.shape(), decoder=replace(teacher.shape().decoder, num_layers=32))
     draft = Eagle(deep)
-    config = layouts.configuration(draft.shape, draft.taps, deep.decoder, 320, "flat", torch.float32, (), "")
+    config = layouts.configuration(draft.shape, draft.taps, [], deep.decoder, 320, "flat", torch.float32, (), "")
     assert "eagle_config" not in config and "eagle_aux_hidden_state_layer_ids" not in config
 
 
@@ -193,9 +195,49 @@ def test_a_folder_without_our_card_decodes_as_the_bundle_does(layout, teacher, s
     assert texts[0].tokens == texts[1].tokens and texts[0].stats == texts[1].stats
 
 
+def test_an_outside_drafts_own_rotary_and_norms_are_kept(teacher, seed, tmp_path):
+    """Fields of its config.json, or what transformers takes absent ones for; not the target's. They survive our own bundle."""
+    draft = scrambled(teacher, rope={"rope_type": "default", "rope_theta": 123.0}, norm_eps=1e-3)
+    assert not torch.equal(first_logits(draft), first_logits(copy_of(draft, teacher)))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    draft.export(outside, torch.float32)
+    assert torch.equal(first_logits(Eagle.load(outside, teacher.shape(), {})), first_logits(draft))
+    card = exported(draft, teacher, tmp_path / "bundle")
+    again = load_drafter(card, teacher.folder, teacher.shape())
+    assert torch.equal(first_logits(again), first_logits(draft))
+    config = json.loads((outside / "config.json").read_text())
+    for name in ("rope_parameters", "rope_theta", "rms_norm_eps"):
+        config.pop(name)
+    (outside / "config.json").write_text(json.dumps(config))
+    bare = Eagle.load(outside, teacher.shape(), {})
+    assert bare.shape.rope == {"rope_type": "default", "rope_theta": 10000.0} and bare.shape.norm_eps == 1e-6
+
+
+def copy_of(draft: Eagle, teacher: FrozenTarget) -> Eagle:
+    """The same weights under the target's own rotary parameters and epsilon."""
+    made = Eagle(teacher.shape())
+    made.load_state_dict(draft.state_dict())
+    return made.eval()
+
+
+def test_the_embedding_is_the_targets_whatever_folder_the_tokenizer_comes_from(teacher, seed, tmp_path):
+    other = make_target(tmp_path / "other", seed=5)
+    draft = scrambled(teacher)
+    export_drafter(draft, tmp_path / "out", tokenizer=other, target=teacher.folder)
+    written = load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"]
+    assert torch.equal(written, load_file(teacher.folder / "model.safetensors")["model.embed_tokens.weight"])
+    draft.embedding_folder = None
+    with pytest.raises(UserError, match="name it by --target"):
+        export_drafter(draft, tmp_path / "out", tokenizer=teacher.folder, target=tmp_path / "gone")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"norm_before_residual": True}, "norm_before_residual is not supported"), ({"num_hidden_layers": 2}, "2 draft layers")],
+    [
+        ({"norm_before_residual": True}, "norm_before_residual is not supported"), ({"num_hidden_layers": 2}, "2 draft layers"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"), ({"num_attention_heads": "4"}, "num_attention_heads must be a number"),
+    ],  # fmt: skip
 )
 def test_variants_that_it_does_not_compute_are_refused(change, said, teacher, seed, tmp_path):
     draft = scrambled(teacher)

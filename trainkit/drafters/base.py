@@ -227,7 +227,7 @@ class Drafter(nn.Module, ABC):
         """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape."""
 
     def find_target(self, folder: Path) -> None:
-        """Told, before a checkpoint is exported, where its target lies; for kinds whose files hold weights of the target's."""
+        """Told, before an export, where its target lies, if that is known; for kinds whose files hold weights of it."""
 
     @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -281,8 +282,13 @@ def _graphed(part: Callable[[], object], device: torch.device) -> Callable[[], o
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        part()
-    return graph.replay
+        made = part()
+    return partial(_replay, graph, part, made)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, *read: object) -> None:
+    """`read` is what the graph reads and writes, kept alive for as long as it can be replayed."""
+    graph.replay()
 
 
 def mbsu(tau: float, c: float, depth: int) -> float:

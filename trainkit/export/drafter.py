@@ -41,8 +41,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def export_drafter(
-    drafter: Drafter, out: str | Path, *, tokenizer: str | Path, dtype: torch.dtype = torch.float32, format: str = "native",
-    **card: Any,
+    drafter: Drafter, out: str | Path, *, tokenizer: str | Path, target: str | Path | None = None,
+    dtype: torch.dtype = torch.float32, format: str = "native", **card: Any,
 ) -> bundle.Bundle:  # fmt: skip
     """Writes a drafter as a bundle and returns it; nothing stands at `out` unless its files are those of the format, tensor by
     tensor, and the reloaded drafter gives equal logits.
@@ -51,6 +51,7 @@ def export_drafter(
         drafter: Trained, on the CPU.
         out: Folder to write; a bundle there is replaced.
         tokenizer: Folder whose tokenizer files go along.
+        target: Folder of its target, for kinds whose files hold weights of it; where the tokenizer comes from by default.
         dtype: Of the weights written.
         format: One of the kind's `formats`.
         card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
@@ -67,7 +68,9 @@ def export_drafter(
         if not value.isfinite().all():
             raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
     drafter, kind = drafter.to(dtype).eval(), kind_of(drafter)
-    drafter.find_target(Path(tokenizer))
+    source, mark = Path(target or tokenizer), drafter.target.fingerprint or {}
+    if (source / "config.json").is_file() and bundle.fingerprint(source)["config"] == mark.get("config"):
+        drafter.find_target(source)
 
     def fill(folder: Path) -> None:
         drafter.export(folder, dtype, layout)

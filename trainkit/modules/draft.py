@@ -103,7 +103,8 @@ class DraftModule(TrainingModule):
         return self.divergence.spans_batch
 
     def setup(self, stage: str) -> None:
-        # Not in configure_model, whose contexts (ZeRO-3's, for one) would shard the target as if it were trained.
+        # Not in configure_model: ZeRO-3's context there would shard the target as if it were trained, and leave an empty shard
+        # of each layer of the drafter before it can be filled in from the target; and tensors would be made on the GPU.
         if self.teacher is None:
             self.teacher = self.load_target()
             if self.target_shard == "fsdp":
@@ -114,12 +115,6 @@ class DraftModule(TrainingModule):
             else:
                 self._reader = FeatureReader(self.features, self.teacher, self.teacher_top_k)
             self.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
-
-    def load_target(self) -> FrozenTarget:
-        """The target that teaches."""
-        return FrozenTarget(self.target, **self._target_options, layers=self.features is None)
-
-    def configure_model(self) -> None:
         if self.drafter is None:
             assert self.shape is not None
             drafter = self._make_drafter(self.shape)
@@ -130,9 +125,17 @@ class DraftModule(TrainingModule):
                 for split in ("train", "validation") if self.trainer.state.fn == "fit" else ("validation",):
                     self._store(split)
 
+    def load_target(self) -> FrozenTarget:
+        """The target that teaches."""
+        return FrozenTarget(self.target, **self._target_options, layers=self.features is None)
+
     def describe(self) -> dict[str, Any]:
         assert self.drafter is not None and self.shape is not None
         return {"kind": kind_of(self.drafter), "config": self.drafter.config(), "target": self.shape.to_dict()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["trainkit"]["info"]["target"] = str(self.target)
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         return self.draft_loss(self._seen(batch), batch, micro)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,8 @@ def export(
         out: Folder to write.
         format: native, hf, vllm, sglang or speculators, as far as the checkpoint's kind has it.
         tokenizer: Folder to take the tokenizer files from; by default the one the run used.
-        target: Folder of the target that a JointModule run tuned, if it lies elsewhere than it did then.
+        target: Folder of the target, if it lies elsewhere than it did in training: EAGLE-3's files hold its embedding, and a
+            JointModule run tuned it.
         dtype: Of the weights written; of a tuned target too.
         track: Add the bundle, as an artifact with its card, to the W&B run that the checkpoint's run logged to, if it did.
 
@@ -62,12 +64,13 @@ def export(
     run_folder = tracked_folder(checkpoint) if track else None
     if holds_language_model(checkpoint):
         model, folder, info = load_language_model(checkpoint)
+        if target is not None:
+            raise UserError("--target: a language model has none; leave it out")
         write, network, adapter = export_model, model, None
     else:
         network, _, info = load_drafter(checkpoint)
-        write, folder, adapter = export_drafter, info["tokenizer"], load_adapter(checkpoint)
-    if target is not None and adapter is None:
-        raise UserError("--target: only a run of JointModule has a target to export; leave it out")
+        folder, adapter = info["tokenizer"], load_adapter(checkpoint)
+        write = partial(export_drafter, target=target or info.get("target"))
     metrics = {name: round(float(value), 5) for name, value in info["metrics"].items()}
     card = {"metrics": {**metrics, "step": info["step"]}, "recipe": info["recipe"], "seed": info["seed"], "data": info["data"]}
     said = []
@@ -78,6 +81,7 @@ def export(
             adapter, Path(target or adapter.target), beside.with_name(f"{beside.name}-target"), kind, card
         )
         network.target = replace(network.target, fingerprint=bundle.fingerprint(tuned.path))
+        write = partial(export_drafter, target=tuned.path)
         said = [f"target: {tuned.path}, with which alone this drafter decodes"]
     made = write(network, out, tokenizer=tokenizer or folder, dtype=kind, format=format, **card)
     said = [bundle.card(made), *said]

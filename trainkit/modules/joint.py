@@ -72,6 +72,8 @@ class JointModule(DraftModule):
         for name, given in kept.items():
             if given is not None:
                 raise UserError(f"model.{name}: keeps what a frozen target says, and this one is trained; leave it out")
+        if self._target_options["trust_remote_code"]:
+            raise UserError("model.trust_remote_code: a target with code of its own cannot be merged at export; leave it out")
         if self.target_shard != "none":
             raise UserError("model.target_shard: a target that is trained is not sharded here; leave it out")
         least = {"heads_steps": 0, "draft_weight": 0, "draft_warmup": 0, "lora_rank": 1, "lora_alpha": 0, "lora_lr": 0}
@@ -92,12 +94,9 @@ class JointModule(DraftModule):
         return self.tuned
 
     def setup(self, stage: str) -> None:
-        if not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        if type(self.trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):  # DeepSpeed's is a DDPStrategy too
             raise UserError(f"trainer.strategy: JointModule trains under ddp, not {type(self.trainer.strategy).__name__}")
         super().setup(stage)
-
-    def configure_model(self) -> None:
-        super().configure_model()
         assert self.drafter is not None
         if not self.drafter.taps:
             raise UserError(f"model.drafter: kind {kind_of(self.drafter)!r} reads none of its target's states; use DraftModule")
@@ -153,7 +152,3 @@ class JointModule(DraftModule):
             for parameter in self.adapter.parameters():
                 parameter.grad = None
         super().on_before_optimizer_step(optimizer)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["trainkit"]["info"]["target"] = str(self.target)

@@ -104,8 +104,8 @@ def from_file(tensors: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Te
 
 
 def configuration(
-    layer: DecoderShape, taps: Sequence[int], target: DecoderShape, draft_vocab_size: int, layout: str, dtype: torch.dtype,
-    end_ids: Sequence[int], verifier: str,
+    layer: DecoderShape, taps: Sequence[int], verifiers: list[str], target: DecoderShape, draft_vocab_size: int, layout: str,
+    dtype: torch.dtype, end_ids: Sequence[int], verifier: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The layout's config.json.
 
@@ -139,7 +139,7 @@ def configuration(
             "proposal_methods": [
                 {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
             ],
-            "verifier": {"name_or_path": verifier, "architectures": hf_config(target, (), None, dtype)["architectures"]},
+            "verifier": {"name_or_path": verifier, "architectures": verifiers},
         },
         "transformer_layer_config": {name: plain[name] for name in layer_fields} | {"tie_word_embeddings": False},
     }  # fmt: skip
@@ -164,10 +164,16 @@ def arguments(folder: Path, target_layers: int) -> dict[str, Any]:
     taps = config.get("eagle_aux_hidden_state_layer_ids")
     if taps is None and (shifted := (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")):
         taps = [tap + 1 for tap in shifted]
+    if layer.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{folder}/config.json: hidden_act {layer['hidden_act']!r} is not supported, only 'silu'")
+    # absent fields mean what transformers' LlamaConfig takes them for, whatever the target has
+    rope = {"rope_type": "default", "rope_theta": layer.get("rope_theta", 10000.0)}
+    for given in (layer.get("rope_scaling"), layer.get("rope_parameters")):
+        rope |= {"rope_type" if name == "type" else name: value for name, value in (given or {}).items()}
     heads = layer["num_attention_heads"]
     return {
         "taps": list(taps or default_taps(target_layers)), "intermediate_size": layer["intermediate_size"], "num_heads": heads,
-        "num_kv_heads": layer.get("num_key_value_heads", heads),
+        "num_kv_heads": layer.get("num_key_value_heads", heads), "rope": rope, "norm_eps": layer.get("rms_norm_eps", 1e-6),
     }  # fmt: skip
 
 
@@ -199,12 +205,20 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def verifier(folder: Path, target: DecoderShape) -> list[str]:
+    """The target's architecture as its config.json names it, or, where that is an EAGLE-3 draft's, the one of its sizes."""
+    if claimed(folder):
+        return hf_config(target, (), None, torch.float32)["architectures"]
+    return read_json(folder / "config.json").get("architectures") or []
+
+
 def layer_shape(
-    target: DecoderShape, intermediate_size: int | None, num_heads: int | None, num_kv_heads: int | None
-) -> DecoderShape:
+    target: DecoderShape, intermediate_size: int | None, num_heads: int | None, num_kv_heads: int | None,
+    rope: Mapping[str, Any] | None, norm_eps: float | None,
+) -> DecoderShape:  # fmt: skip
     """Sizes of the draft's one layer: Llama's layout, whatever biases and norms the target's attention has."""
     return replace(
         target, num_layers=1, intermediate_size=intermediate_size or target.intermediate_size,
         num_heads=num_heads or target.num_heads, num_kv_heads=num_kv_heads or target.num_kv_heads, qkv_bias=False,
-        qk_norm=False, tied=False,
+        qk_norm=False, tied=False, rope=dict(rope or target.rope), norm_eps=norm_eps or target.norm_eps,
     )  # fmt: skip

@@ -91,6 +91,8 @@ class Eagle(Drafter):
         intermediate_size: Width inside the layer's MLP; the target's by default.
         num_heads: Query heads; the target's by default.
         num_kv_heads: Key and value heads; the target's by default.
+        rope: Rotary parameters as Hugging Face names them; the target's by default.
+        norm_eps: Epsilon of the norms; the target's by default.
         draft_vocab: Token ids it may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
     """
 
@@ -107,6 +109,8 @@ class Eagle(Drafter):
         intermediate_size: int | None = None,
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
+        rope: dict[str, Any] | None = None,
+        norm_eps: float | None = None,
         draft_vocab: list[int] | str | None = None,
     ) -> None:
         super().__init__(target)
@@ -117,7 +121,7 @@ class Eagle(Drafter):
         if steps < 1:
             raise UserError(f"drafter.steps: {steps} must be at least 1")
         self.steps, self.decay = steps, decay
-        self.shape = layouts.layer_shape(target.decoder, intermediate_size, num_heads, num_kv_heads)
+        self.shape = layouts.layer_shape(target.decoder, intermediate_size, num_heads, num_kv_heads, rope, norm_eps)
         self.register_buffer("ids_K", checked_vocab(draft_vocab, V), persistent=False)
         self.ids_K: Tensor | None
         self.fc = Linear(len(self.taps) * D, D, bias=False)
@@ -147,7 +151,10 @@ class Eagle(Drafter):
         self.norm.weight.copy_(source.norm.weight)
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
-        """The loss over all unrolled steps: sum over s of decay^s times step s's, divided by the predictions counted.
+        """The loss over all unrolled steps: sum over s of decay^s times step s's sum, with the step's labels as denominator.
+
+        One denominator for all, as for every loss here (modules/base.py); where later steps count fewer predictions, next to a
+        document's end or for want of vocabulary, they weigh less. The published code averages each by itself.
 
         Step s at place t reads x_{t+1+s} and names x_{t+2+s}. In training, places where the target's likeliest token lies
         outside the draft's vocabulary do not count; in validation they do, as they do when serving.
@@ -262,7 +269,7 @@ class Eagle(Drafter):
         return {
             "taps": list(self.taps), "steps": self.steps, "decay": self.decay,
             "intermediate_size": self.shape.intermediate_size, "num_heads": self.shape.num_heads,
-            "num_kv_heads": self.shape.num_kv_heads,
+            "num_kv_heads": self.shape.num_kv_heads, "rope": dict(self.shape.rope), "norm_eps": self.shape.norm_eps,
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
         }  # fmt: skip
 
@@ -275,13 +282,14 @@ class Eagle(Drafter):
         return layouts.shapes(self.shape, len(self.taps), self.lm_head.weight.shape[0], layout)
 
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "flat") -> None:
-        if self.embedding_folder is None:
-            raise UserError("an EAGLE-3 export copies the target's embedding; name the target's folder")
+        source, target = self.embedding_folder, self.target.decoder
+        if source is None:
+            raise UserError("the target is not where it lay in training, and its embedding goes along; name it by --target")
         tensors = layouts.to_file(self.state_dict(), self.shape, self.ids_K, layout)
-        tensors["embed_tokens.weight"] = layouts.embedding(self.embedding_folder)
+        tensors["embed_tokens.weight"] = layouts.embedding(source)
         config = layouts.configuration(
-            self.shape, self.taps, self.target.decoder, self.lm_head.weight.shape[0], layout, dtype, self.target.end_ids,
-            (self.target.fingerprint or {}).get("path", ""),
+            self.shape, self.taps, layouts.verifier(source, target), target, self.lm_head.weight.shape[0], layout, dtype,
+            self.target.end_ids, (self.target.fingerprint or {}).get("path", ""),
         )  # fmt: skip
         layouts.write(folder, tensors, config, dtype)
 
