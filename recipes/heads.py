@@ -10,6 +10,7 @@ and a dynamic one of as many.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from trainkit.models.target import FrozenTarget
 from trainkit.modules.draft import agreement_by_position, rounds
 from trainkit.runner import DynamicTree, Runner, Stats
 
-QUESTIONS, NEW_TOKENS = 100, 128
+QUESTIONS, NEW_TOKENS = int(os.environ.get("QUESTIONS", "100")), 128
 
 
 def shapes(folder: Path, depth: int) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@
 #   ./launch.sh recipes/heads.sh TARGET DATA OUT [KINDS...]
 #
 # TARGET: the target's folder. DATA: a folder with train.jsonl and test.jsonl. KINDS: of configs/drafter/, by default all.
-# Environment: STEPS=1500, DEPTH=3, KEEP=1024 (ids in the drafters' vocabulary), DEVICE=cpu.
+# Environment: STEPS=1500, DEPTH=3, KEEP=1024 (ids in the drafters' vocabulary), QUESTIONS=100, DEVICE=cpu.
 set -euo pipefail
 
 target=${1:?usage: heads.sh TARGET DATA OUT [KINDS...]} data=${2:?DATA} out=${3:?OUT}
