@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Medusa, Hydra, Hydra++, EAGLE-3 and a draft model, each trained on the same tokens for the same target, exported, given the tree
-# that is fastest on this machine, and measured side by side. recipes/heads.md has the results, recipes/heads.py makes its tables.
+# Medusa, Hydra, Hydra++, EAGLE-3 and a draft model, each trained on the same tokens for the same target, exported, given the best
+# tree of so many nodes, and measured side by side. recipes/heads.md has the results, recipes/heads.py makes its tables.
 # What is there is not made again, so an interrupted run goes on where it stopped.
 #
 #   ./launch.sh recipes/heads.sh TARGET DATA OUT [KINDS...]
 #
 # TARGET: the target's folder. DATA: a folder with train.jsonl and test.jsonl. KINDS: of configs/drafter/, by default all.
-# Environment: STEPS=1500, DEPTH=3, KEEP=1024 (ids in the drafters' vocabulary), QUESTIONS=100, DEVICE=cpu.
+# Environment: STEPS=1500, DEPTH=3, KEEP=1024 (ids in the drafters' vocabulary), NODES=8 (rows verified), QUESTIONS=100,
+# DEVICE=cpu.
 set -euo pipefail
 
 target=${1:?usage: heads.sh TARGET DATA OUT [KINDS...]} data=${2:?DATA} out=${3:?OUT}
 shift 3
 [ $# -gt 0 ] || set -- lm medusa hydra hydra_plus eagle
-steps=${STEPS:-1500} depth=${DEPTH:-3} keep=${KEEP:-1024} device=${DEVICE:-cpu}
+steps=${STEPS:-1500} depth=${DEPTH:-3} keep=${KEEP:-1024} nodes=${NODES:-8} device=${DEVICE:-cpu}
 mkdir -p "$out/drafts"
 
 say() { printf '== %s (%d s so far)\n' "$1" "$SECONDS"; }
@@ -43,7 +44,7 @@ drafter() {
     fi
     if [ ! -e "$out/drafts/$kind.tree.txt" ]; then
         say "search the tree of $kind"
-        ./launch.sh tree "$out/drafts/$kind" --target "$target" --prompts "$data/train.jsonl" --depth "$depth" --max_nodes 16 \
+        ./launch.sh tree "$out/drafts/$kind" --target "$target" --prompts "$data/train.jsonl" --depth "$depth" --nodes "$nodes" \
             --device "$device" >"$out/drafts/$kind.tree.partial"
         mv "$out/drafts/$kind.tree.partial" "$out/drafts/$kind.tree.txt"
     fi
