@@ -115,7 +115,6 @@ def _decoding(arguments: argparse.Namespace, shape: str, seconds: float) -> tupl
             "synthetic": shape, "device": arguments.device, "dtype": "float32" if small else "bfloat16", "baselines": "false",
             "depths": "[3,5]", "synthetic_tau": 3.4, "max_new_tokens": 32 if small else 192, "repeats": 3, "limit": 2,
             "prompt_length": 32 if small else 512, "max_seconds": seconds / 3, "json": file,
-            "synthetic_kinds": "[lm,medusa,hydra,eagle]",
         }  # fmt: skip
         command = [sys.executable, "-m", "trainkit.cli", "bench", *(str(p) for k, v in flags.items() for p in (f"--{k}", v))]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

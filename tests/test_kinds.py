@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,27 @@ def batch_for(teacher: FrozenTarget, drafter: Drafter) -> DraftBatch:
     return DraftBatch(tokens, torch.stack(positions), document, mask, taps, hidden, teacher.handle())
 
 
+def own_text(teacher: FrozenTarget, drafter: Drafter, prompt: list[int], count: int) -> tuple[DraftBatch, list[int]]:
+    """The target's own greedy continuation as a batch whose labels are its tokens, and these tokens."""
+    plain = runner_for(teacher.folder, None).generate([prompt], max_new_tokens=count, ignore_end=True)[0].tokens
+    tokens = torch.tensor([prompt + plain])
+    positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
+    hidden, taps = teacher.forward(tokens, positions, document, drafter.taps)
+    return DraftBatch(tokens, positions, document, positions >= len(prompt), taps, hidden, teacher.handle()), plain
+
+
+def train(drafter: Drafter, batch: DraftBatch, steps: int, lr: float) -> list[float]:
+    """Repeats one batch; the losses."""
+    optimizer, losses = torch.optim.AdamW(drafter.parameters(), lr=lr, weight_decay=0.0), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = drafter(batch, ForwardKL()).mean
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def runner_for(target: Path, folder: Path | None, **options: object) -> Runner:
     return Runner.load(target, folder, max_batch=3, max_len=128, **options)  # type: ignore[arg-type]
 
@@ -102,15 +124,7 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
 
 
 def test_loss_falls_on_one_repeated_batch(drafter: Drafter, teacher: FrozenTarget) -> None:
-    batch = batch_for(teacher, drafter)
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = drafter(batch, ForwardKL()).mean
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(drafter, batch_for(teacher, drafter), steps=30, lr=3e-3)
     assert losses[-1] < 0.7 * losses[0], losses
 
 
@@ -153,16 +167,8 @@ def test_every_shape_of_draft_at_every_batch_gives_plain_output(
 ) -> None:
     """Chain, static and dynamic tree; drafters trained a little on this text, so that paths of every length are accepted."""
     prompt = list(range(60, 70))
-    text = [prompt + runner_for(tiny_target, None).generate([prompt], 40, ignore_end=True)[0].tokens]
-    tokens = torch.tensor(text)
-    positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
-    hidden, taps = teacher.forward(tokens, positions, document, drafter.taps)
-    batch = DraftBatch(tokens, positions, document, positions >= len(prompt), taps, hidden, teacher.handle())
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3, weight_decay=0.0)
-    for _ in range(60):
-        optimizer.zero_grad()
-        drafter(batch, ForwardKL()).mean.backward()
-        optimizer.step()
+    batch, _ = own_text(teacher, drafter, prompt, 40)
+    train(drafter, batch, steps=60, lr=3e-3)
     folder = exported(drafter, tiny_target, tmp_path / "out")
     prompts = [prompt, *(torch.randint(320, (n,)).tolist() for n in (1, 5, 9, 2, 7, 3, 4, 6))]
     accepted: dict[str, Stats] = {}
@@ -181,20 +187,13 @@ def test_every_shape_of_draft_at_every_batch_gives_plain_output(
     assert all(sum(stats.accepted[1:]) > 0 for stats in accepted.values()), accepted
 
 
-def test_a_trained_drafter_is_accepted_where_it_was_trained(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
+def test_a_trained_drafter_is_accepted_where_it_was_trained(
+    drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path
+) -> None:
     """Trained on the target's own greedy text, it drafts nearly all of that text: shift, taps and positions agree."""
-    teacher = FrozenTarget(tiny_target)
     prompt = list(range(20, 28))
-    plain = runner_for(tiny_target, None).generate([prompt], max_new_tokens=40, ignore_end=True)[0].tokens
-    tokens = torch.tensor([prompt + plain])
-    positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
-    hidden, taps = teacher.forward(tokens, positions, document, drafter.taps)
-    batch = DraftBatch(tokens, positions, document, positions >= len(prompt), taps, hidden, teacher.handle())
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3, weight_decay=0.0)
-    for _ in range(600):
-        optimizer.zero_grad()
-        drafter(batch, ForwardKL()).mean.backward()
-        optimizer.step()
+    batch, plain = own_text(teacher, drafter, prompt, 40)
+    train(drafter, batch, steps=600, lr=5e-3)
     runner = runner_for(tiny_target, exported(drafter, tiny_target, tmp_path / "out"))
     drafted = runner.generate([prompt], max_new_tokens=40, ignore_end=True, depth=2)[0]
     assert drafted.tokens == plain
@@ -208,21 +207,14 @@ def test_rounds_simulated_in_training_are_the_rounds_served(
 ) -> None:
     """On the target's own greedy text a validation's tau is not close to the runner's, it is the runner's, round for round."""
     prompt, depth = list(range(40, 52)), 2
-    plain = runner_for(tiny_target, None).generate([prompt], max_new_tokens=60, ignore_end=True)[0].tokens
-    tokens = torch.tensor([prompt + plain])
-    positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
-    hidden, taps = teacher.forward(tokens, positions, document, drafter.taps)
-    label = positions > len(prompt)  # prefill gives the first
-    batch = DraftBatch(tokens, positions, document, label, taps, hidden, teacher.handle())
-    optimizer = torch.optim.AdamW(drafter.parameters(), lr=3e-3, weight_decay=0.0)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        drafter(batch, ForwardKL()).mean.backward()
-        optimizer.step()
+    batch, _ = own_text(teacher, drafter, prompt, 60)
+    label = batch.positions_BT > len(prompt)  # prefill gives the first
+    batch = replace(batch, mask_BT=label)
+    train(drafter, batch, steps=steps, lr=3e-3)
     with torch.no_grad():
         agreement = agreement_by_position(drafter(batch, ForwardKL().measuring()), batch, depth)
     assert agreement is not None, "output.per_token must say which proposals agree (losses/output.py)"
-    simulated = rounds(agreement, label, document)
+    simulated = rounds(agreement, label, batch.document_BT)
     runner = runner_for(tiny_target, exported(drafter, tiny_target, tmp_path / "out"))
     stats = runner.generate([prompt], max_new_tokens=60, ignore_end=True, depth=depth)[0].stats
     assert (simulated["rounds"], simulated["emitted"]) == (stats.rounds, round(stats.rounds * stats.tau))

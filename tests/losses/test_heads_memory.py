@@ -7,16 +7,14 @@ their gradients and the optimiser's moments, the same for either way of computin
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import resource
 import sys
-import time
 from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 import torch
 
+from tests.losses.resident import alone, measured
 from trainkit.drafters.base import DraftBatch
 from trainkit.drafters.medusa import Medusa
 from trainkit.layers.shape import DecoderShape
@@ -78,27 +76,20 @@ def _step(variant: str, tokens: int, chunk: int, seed: int, connection: Connecti
     for parameter in draft.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     gc.collect()
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
-    start = time.process_time()
-    value = loss(whole)
-    value.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in draft.named_parameters() if parameter.grad is not None}
-    optimizer.step()
-    seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    connection.send((peak - before, seconds, value.item(), {name: value.numpy() for name, value in gradients.items()}))
+
+    def step() -> tuple[float, dict[str, Any]]:
+        value = loss(whole)
+        value.backward()
+        gradients = {name: p.grad.clone().numpy() for name, p in draft.named_parameters() if p.grad is not None}
+        optimizer.step()
+        return value.item(), gradients
+
+    connection.send(measured(step))
 
 
 def measure(seed: int, variant: str, tokens: int, chunk: int = 0) -> tuple[int, float, dict[str, torch.Tensor]]:
     """Of one step: bytes above weights, gradients and optimiser state, its loss, and its gradients."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit this process's peak
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_step, args=(variant, tokens, chunk, seed, theirs))
-    process.start()
-    theirs.close()
-    bytes_, seconds, loss, gradients = ours.recv()
-    process.join()
+    bytes_, seconds, (loss, gradients) = alone(_step, variant, tokens, chunk, seed)
     named = f"{variant}, {tokens} tokens" + (f", chunk {chunk}" if chunk else "")
     print(f"{named}: {bytes_ / 2**30:.2f} GiB activations, {seconds:.1f} s of one core", flush=True)
     return bytes_, loss, {name: torch.from_numpy(value) for name, value in gradients.items()}

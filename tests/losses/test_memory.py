@@ -1,19 +1,17 @@
 """The reason for chunks: what one training step of the loss keeps in memory, measured on the process itself.
 
 Each variant runs in its own process. What is there before the step (weights, gradients already allocated, inputs, libraries
-warmed up by a small step) is read as the resident set; the step's peak is the largest resident set since. Large blocks are
-mapped and returned by malloc, so the difference is what the step needed on top. Linux only: /proc and ru_maxrss in KiB.
+warmed up by a small step) and the step's peak are read as resident.py says.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import sys
-import time
 from multiprocessing.connection import Connection
 
 import pytest
+
+from tests.losses.resident import alone, measured
 
 TOKENS, VOCABULARY, WIDTH = 4096, 131072, 256
 
@@ -39,24 +37,13 @@ def _step(variant: str, chunk: int, seed: int, connection: Connection) -> None:
 
     loss(4).backward()
     head.weight.grad.zero_()
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
-    start = time.process_time()
-    loss(TOKENS).backward()
-    seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    connection.send((peak - before, seconds, float(head.weight.grad.norm())))
+    bytes_, seconds, _ = measured(lambda: loss(TOKENS).backward())
+    connection.send((bytes_, seconds, float(head.weight.grad.norm())))
 
 
 def measure(seed: int, variant: str, chunk: int = 0) -> tuple[int, float, float]:
     """Of one forward and backward: bytes above what was there before, seconds of one core, norm of the head's gradient."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit this process's peak
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_step, args=(variant, chunk, seed, theirs))
-    process.start()
-    theirs.close()
-    result = ours.recv()
-    process.join()
+    result = alone(_step, variant, chunk, seed)
     print(f"{variant} chunk {chunk or TOKENS}: {result[0] / 2**30:.2f} GiB activations, {result[1]:.1f} s")
     return result
 

@@ -32,7 +32,7 @@ from trainkit.models.shape import TargetHandle, TargetShape
 
 __all__ = [
     "Divergence", "DraftBatch", "Drafter", "Frontier", "LossOutput", "State", "StepOutput", "TargetHandle", "TargetShape",
-    "discover", "kind_of", "load_bundle", "load_kind", "load_outside",
+    "discover", "kind_of", "load_bundle", "load_kind", "load_outside", "rank_paths",
 ]  # fmt: skip
 
 State: TypeAlias = dict[str, Tensor]
@@ -311,11 +311,23 @@ def load_bundle(found: Bundle, target: TargetShape, **changes: Any) -> Drafter:
         raise UserError(f"{manifest}: kind {found.kind!r} takes no {unknown[0]!r}; export it again")
     drafter, tree = kind.load(found.path, target, arguments), found.runner.get("tree")
     if tree is not None:
-        is_tree = isinstance(tree, list) and all(isinstance(path, list) and path for path in tree)
-        if not is_tree or any(type(rank) is not int for path in tree for rank in path):
-            raise UserError(f"{manifest}: runner.tree is no list of rank paths such as [[0], [1], [0, 0]]; search it again")
-        drafter.default_tree = tuple(tuple(path) for path in tree)
+        try:
+            drafter.default_tree = rank_paths(tree)
+        except ValueError as error:
+            raise UserError(f"{manifest}: runner.tree is {error}; search it again") from None
     return drafter
+
+
+def rank_paths(tree: Any) -> tuple[tuple[int, ...], ...]:
+    """The rank paths of a static tree from JSON's lists; whether they make a tree is for whoever builds it.
+
+    Raises:
+        ValueError: it is something else; the message goes after "is".
+    """
+    lists = isinstance(tree, list) and all(isinstance(path, list) and path for path in tree)
+    if not lists or any(type(rank) is not int for path in tree for rank in path):
+        raise ValueError("no list of rank paths such as [[0], [1], [0, 0]]")
+    return tuple(tuple(path) for path in tree)
 
 
 def load_outside(folder: Path, target: TargetShape) -> Drafter:

@@ -5,7 +5,6 @@ Every setting that changes text or speed is stated here rather than left to a ch
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trainkit.bundle import read_json
 from trainkit.eval.machine import synchronize
 from trainkit.eval.speed import Contender, Generated
 from trainkit.models.load import hf_config, hf_tensors
@@ -80,7 +80,7 @@ def can_assist(folder: str | Path, vocab_size: int) -> str:
     if not (Path(folder) / "config.json").is_file():
         return "the drafter's folder has no config.json"
     # as it stands: transformers knows no config of heads, and would refuse to read one
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(folder) / "config.json")
     name = (config.get("architectures") or ["?"])[0]
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return f"transformers has no language model {name}"

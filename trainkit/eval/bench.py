@@ -72,7 +72,7 @@ def bench(
         max_seconds: Fewer prompts, then fewer repeats are run, and said so, if all of them would need longer than this.
         synthetic: Instead of a target: tiny, llama3-1b or llama3-8b with random weights, and a scripted drafter.
         synthetic_tau: Tokens per round that the scripted drafter realises, as far as the depth allows.
-        synthetic_kinds: Kinds at whose cost it drafts, with their default settings and 32,000 tokens at most; lm by default.
+        synthetic_kinds: Kinds at whose cost it drafts, with their default settings and 32,000 tokens at most; by default all.
         prompt_length: Tokens of the synthetic prompt.
 
     Returns:
@@ -81,7 +81,7 @@ def bench(
     request = Request(
         target, tuple(drafter or ()), prompts, tuple(depths), read_trees(trees), max_new_tokens, temperature, verify, limit,
         repeats, batch, chosen_device(device), dtype, baselines, seed, max_seconds, synthetic, synthetic_tau,
-        tuple(synthetic_kinds or ["lm"]), prompt_length,
+        tuple(synthetic_kinds or ()), prompt_length,
     )  # fmt: skip
     for name, file in (("json", json), ("plot", plot)):
         if file is not None and Path(file).is_dir():
@@ -141,12 +141,14 @@ def read_trees(given: str | None) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """
     if given is None:
         return ()
+    from trainkit.drafters.base import rank_paths
+
     is_file = not given.lstrip().startswith("[")
     try:
         trees = parse_json(Path(given).read_text(encoding="utf-8") if is_file else given)
-        if not all(tree and all(path for path in tree) for tree in trees):
-            raise ValueError
-        return tuple(tuple(tuple(int(rank) for rank in path) for path in tree) for tree in trees)
+        if not all(trees):
+            raise ValueError("an empty tree is plain decoding")
+        return tuple(rank_paths(tree) for tree in trees)
     except (ValueError, TypeError) as error:
         name = given if is_file else "given"
         raise UserError(f"trees {name}: must be a list of trees, each a list of rank paths: [[[0],[1],[0,0]]]") from error

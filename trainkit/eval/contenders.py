@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trainkit.data.prompts import read_prompts
+from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.eval.baselines import Settings, assisted_contender, can_assist, load_model, model_of, plain_contender
 from trainkit.eval.result import Draft, Field, Request
@@ -68,7 +69,7 @@ def synthetic_field(request: Request) -> Field:
     plain = Runner.of(decoder, None, shape, max_batch=1, max_len=longest)
     text = prompts[0] + plain.generate(prompts[:1], request.max_new_tokens)[0].tokens
     field = Field(Runner.of(decoder, None, shape, None, request.batch, longest), prompts, f"synthetic {request.synthetic}")
-    for kind in request.synthetic_kinds:
+    for kind in request.synthetic_kinds or sorted(discover()):
         drafter = ScriptedDrafter.of_kind(kind, shape, device, dtype)
         drafter.read(text)
         drafting = Runner.of(decoder, drafter, shape, None, request.batch, longest)

@@ -91,7 +91,7 @@ class TrainingModule(LightningModule):
     @property
     @abstractmethod
     def network(self) -> nn.Module | None:
-        """What is trained; None before `configure_model`."""
+        """What is trained; None before it is set up."""
 
     @abstractmethod
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:

@@ -14,14 +14,16 @@ Shapes are static and nothing is read on the host: which node hangs where is dat
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainkit.drafters.base import Frontier
+from trainkit.drafters.base import Frontier, rank_paths
 from trainkit.errors import UserError
 from trainkit.runner.tree import Draft, RankPath, Shape, Steps, Topology
 
@@ -175,6 +177,6 @@ def read_tree(text: str) -> DynamicTree | list[RankPath]:
         return DynamicTree()
     if found := re.fullmatch(r"dynamic:(\d+),(\d+),(\d+)", text.replace(" ", "")):
         return DynamicTree(*map(int, found.groups()))
-    if re.fullmatch(r"\[(\[\d+(,\d+)*\](,\[\d+(,\d+)*\])*)?\]", text.replace(" ", "")):
-        return [tuple(map(int, path.split(","))) for path in re.findall(r"\[([\d,]+)\]", text.replace(" ", ""))]
+    with suppress(ValueError):
+        return list(rank_paths(json.loads(text)))
     raise UserError(f"tree {text}: give rank paths, as [[0],[1],[0,0]], or dynamic:DEPTH,TOP_K,NODES, as dynamic:5,4,16")

@@ -26,7 +26,7 @@ from trainkit.models.load import hf_config, read_tensors
 
 PREFIX = {"flat": "midlayer", "speculators": "layers.0"}
 """What each layout calls the decoder layer."""
-_ARCHITECTURES = {"LlamaForCausalLMEagle3": "flat", "Eagle3DraftModel": "speculators"}
+_ARCHITECTURES = {"flat": "LlamaForCausalLMEagle3", "speculators": "Eagle3DraftModel"}
 
 
 def default_taps(num_layers: int) -> tuple[int, ...]:
@@ -115,7 +115,7 @@ def configuration(
     plain = hf_config(layer, end_ids, None, dtype)
     if layout == "flat":
         found = plain | {
-            "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": draft_vocab_size, "tie_word_embeddings": False,
+            "architectures": [_ARCHITECTURES[layout]], "draft_vocab_size": draft_vocab_size, "tie_word_embeddings": False,
             "norm_before_residual": False, "rope_theta": layer.rope["rope_theta"],
         }  # fmt: skip
         if layer.rope["rope_type"] != "default":  # readers of transformers 4 look here
@@ -130,7 +130,7 @@ def configuration(
         "max_position_embeddings", "rope_parameters",
     )  # fmt: skip
     return {
-        "architectures": ["Eagle3DraftModel"], "speculators_model_type": "eagle3", "speculators_version": "0.9.0",
+        "architectures": [_ARCHITECTURES[layout]], "speculators_model_type": "eagle3", "speculators_version": "0.9.0",
         "draft_vocab_size": draft_vocab_size, "eagle_aux_hidden_state_layer_ids": list(taps), "norm_before_residual": False,
         "norm_before_fc": False, "fc_norm": False, "norm_output": False, "embed_requires_grad": False,
         "target_hidden_size": None, "tie_word_embeddings": False, "dtype": plain["dtype"],
@@ -182,7 +182,7 @@ def claimed(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     names = read_json(folder / "config.json").get("architectures")
-    return isinstance(names, list) and str([*names, ""][0]) in _ARCHITECTURES
+    return isinstance(names, list) and str([*names, ""][0]) in _ARCHITECTURES.values()
 
 
 def embedding(folder: Path) -> Tensor:
@@ -191,9 +191,8 @@ def embedding(folder: Path) -> Tensor:
     Raises:
         UserError: none there.
     """
-    for name, value in read_tensors(folder, only=("model.embed_tokens.weight", "embed_tokens.weight")):
-        if name.endswith("embed_tokens.weight"):
-            return value
+    for _, value in read_tensors(folder, only=("model.embed_tokens.weight", "embed_tokens.weight")):
+        return value
     raise UserError(f"{folder}: holds no embed_tokens.weight, which an EAGLE-3 export copies; name the target's folder")
 
 
