@@ -33,12 +33,14 @@ class Trace:
         draft: Its tokens, topology and processed logits.
         scores_BNV: The target's processed logits at every node.
         verdict: What was accepted; a row that was done has a count of 0.
+        keys_B2: Noise keys, which tell the rows' requests apart.
     """
 
     tree: Shape
     draft: Draft
     scores_BNV: Tensor
     verdict: Verdict
+    keys_B2: Tensor
 
 
 @dataclass
@@ -164,7 +166,10 @@ class Rounds:
             draft = Draft(token[:, None], (), tree.topology)
         else:
             proposing, keep = None if ranked else noise, drawn or plan.observe is not None
-            draft = grow(tree, self.drafter, draft_state, self.handle, token, position, sampling, proposing, span, keep)
+            draft = grow(
+                tree, self.drafter, draft_state, self.handle, token, position, sampling, proposing, span, keep,
+                keep_said=plan.observe is not None,
+            )  # fmt: skip
         drafted = perf_counter()
 
         logits, taps = self.judge(tree, draft, state, span)
@@ -182,7 +187,8 @@ class Rounds:
             verdict = coupled(tree, draft, scores, noise)
         output = self._commit(plan, state, draft_state, draft, verdict, logits, taps, span)
         if plan.observe is not None:
-            plan.observe(Trace(tree, draft, scores, Verdict(verdict.path_BP, output.counts_B, verdict.emitted_BP)))
+            judged_as = Verdict(verdict.path_BP, output.counts_B, verdict.emitted_BP)
+            plan.observe(Trace(tree, draft, scores, judged_as, state["keys"].clone()))
         seconds = plan.seconds
         seconds["draft"] += drafted - started
         seconds["target"] += judged - drafted

@@ -107,9 +107,9 @@ class DynamicTree(Shape):
                 depth=depth,
                 chain=False,
             )
-            noisy_BFV, ids_V = steps.expand(frontier, width)
-            terms_BFK, picked_BFK = likeliest(noisy_BFV, width)
-            children_BC = (picked_BFK if ids_V is None else ids_V[picked_BFK]).flatten(1)
+            made = steps.expand(frontier, width)
+            terms_BFK, picked_BFK = likeliest(made.noisy_BFK, width)
+            children_BC = (picked_BFK if made.ids_K is None else made.ids_K[picked_BFK]).flatten(1)
             found_BC = (scores_BF[..., None] + terms_BFK).flatten(1)
             tokens.append(children_BC)
             scores.append(found_BC)

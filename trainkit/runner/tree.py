@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainkit.drafters.base import Drafter, Frontier, State, TargetHandle
 from trainkit.errors import UserError
+from trainkit.models.acceptance import signals
 from trainkit.runner.sampling import Sampling
 
 RankPath = tuple[int, ...]
@@ -47,12 +48,35 @@ class Draft:
             kept only when asked for.
         topology: Where the nodes hang.
         numbers_BN: What the drafter calls each node, 0 for one it never expanded; None where it calls them as they are here.
+        said: Per level, what an acceptance predictor reads; kept only when asked for.
+        shape: What it came to, where the shape asked for decides that while it drafts.
+        levels: Draft levels run for it, if more than it has.
     """
 
     tokens_BN: Tensor
     scores: tuple[Tensor, ...]
     topology: Topology
     numbers_BN: Tensor | None = None
+    said: tuple[Said, ...] = ()
+    shape: Tree | None = None
+    levels: int | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a level says of its proposals: the states that they come from [B, F, D], and `signals` of the best [B, F, 1, C]."""
+
+    hidden_BFD: Tensor
+    signals_BFWC: Tensor
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """A level's processed draft logits, noise added, the ids of their columns as in `StepOutput`, and the nodes' states."""
+
+    noisy_BFK: Tensor
+    ids_K: Tensor | None
+    hidden_BFD: Tensor
 
 
 @dataclass(frozen=True)
@@ -68,8 +92,10 @@ class Steps:
         sampling: Processing, the same as the target's.
         noise_BDV: A row of Gumbel noise for each level, or None to take the likeliest.
         span: No cache slot at or past it is in use.
-        keep_scores: Keep each level's processed logits, for `residual` and for measuring.
+        keep_scores: Keep each level's processed logits, for `residual`,
+        keep_said: and what a predictor reads, for measuring.
         scores: Those kept so far.
+        said: Likewise.
     """
 
     drafter: Drafter
@@ -81,10 +107,12 @@ class Steps:
     noise_BDV: Tensor | None
     span: int
     keep_scores: bool
+    keep_said: bool = False
     scores: list[Tensor] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
 
-    def expand(self, frontier: Frontier, width: int) -> tuple[Tensor, Tensor | None]:
-        """Processed draft logits [B, F, K] of a level, noise added; and the token ids of the columns, as `StepOutput.ids_K`.
+    def expand(self, frontier: Frontier, width: int) -> Proposals:
+        """What a level proposes.
 
         Raises:
             UserError: `width` children are wanted of a node, and the drafter proposes among fewer tokens.
@@ -96,10 +124,12 @@ class Steps:
         if self.keep_scores:
             whole = logits_BFK if out.ids_K is None else _widen(logits_BFK, out.ids_K, self.handle.vocab_size)
             self.scores.append(whole)
-        if self.noise_BDV is None:
-            return logits_BFK, out.ids_K
-        row = self.noise_BDV[:, frontier.depth : frontier.depth + 1]
-        return logits_BFK + (row if out.ids_K is None else row[:, :, out.ids_K]), out.ids_K
+        if self.noise_BDV is not None:
+            row = self.noise_BDV[:, frontier.depth : frontier.depth + 1]
+            logits_BFK = logits_BFK + (row if out.ids_K is None else row[:, :, out.ids_K])
+        if self.keep_said:
+            self.said.append(Said(out.hidden_BFD, signals(logits_BFK, 1, self.sampling.temperature)))
+        return Proposals(logits_BFK, out.ids_K, out.hidden_BFD)
 
 
 class Shape(ABC):
@@ -222,15 +252,16 @@ class Tree(Shape):
                 depth=depth,
                 chain=self.is_chain,
             )
-            noisy_BFK, ids_K = steps.expand(frontier, level.width)
-            picked = noisy_BFK.argmax(-1, keepdim=True) if level.width == 1 else noisy_BFK.topk(level.width, dim=-1).indices
-            if ids_K is not None:
-                picked = ids_K[picked]
+            made = steps.expand(frontier, level.width)
+            noisy = made.noisy_BFK
+            picked = noisy.argmax(-1, keepdim=True) if level.width == 1 else noisy.topk(level.width, dim=-1).indices
+            if made.ids_K is not None:
+                picked = made.ids_K[picked]
             children_BC = picked[..., 0] if level.single else picked[:, level.places_C, level.ranks_C]
             tokens_BN[:, level.children] = children_BC
             if depth + 1 < self.depth:
                 frontier_BF = children_BC if self.is_chain else tokens_BN[:, self.levels[depth + 1].nodes_F]
-        return Draft(tokens_BN, tuple(steps.scores), self.topology)
+        return Draft(tokens_BN, tuple(steps.scores), self.topology, said=tuple(steps.said))
 
 
 def chain(depth: int) -> tuple[RankPath, ...]:
@@ -293,10 +324,10 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
 
 def grow(
     tree: Shape, drafter: Drafter, state: State, handle: TargetHandle, root_B: Tensor, position_B: Tensor, sampling: Sampling,
-    noise_BDV: Tensor | None, span: int, keep_scores: bool,
+    noise_BDV: Tensor | None, span: int, keep_scores: bool, keep_said: bool = False,
 ) -> Draft:  # fmt: skip
     """Drafts a tree of this shape; the other arguments as in `Steps`."""
-    return tree.grow(Steps(drafter, state, handle, root_B, position_B, sampling, noise_BDV, span, keep_scores))
+    return tree.grow(Steps(drafter, state, handle, root_B, position_B, sampling, noise_BDV, span, keep_scores, keep_said))
 
 
 def _widen(logits_BFK: Tensor, ids_K: Tensor, vocab_size: int) -> Tensor:
