@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.runner.models import pair
-from trainkit.eval.speed import Contender, Generated, RoundCost, mbsu, measure, ours, roof, round_costs, set_threads, warm_up
+from trainkit.eval.speed import Contender, Generated, mbsu, measure, ours, roof, set_threads, settle, warm_up
+from trainkit.runner.costs import RoundCost, round_costs
 from trainkit.runner.tree import chain
 
 
@@ -70,7 +71,8 @@ def test_our_contender_reports_rounds_of_the_whole_batch(seed):
 def test_round_costs_grow_with_depth_and_leave_the_runner_as_it_was(seed):
     runner = pair(ends=())
     before = [out.tokens for out in runner.generate([[1, 2, 3]], max_new_tokens=10, depth=3)]
-    costs = round_costs(runner, [chain(1), chain(6)], length=20, repeats=15)
+    settle(runner)
+    costs = round_costs(runner.rounds, [chain(1), chain(6)], length=20, repeats=15)
     assert costs[()].draft < costs[chain(1)].draft < costs[chain(6)].draft
     assert all(cost.verify > 0 for cost in costs.values())
     assert [out.tokens for out in runner.generate([[1, 2, 3]], max_new_tokens=10, depth=3)] == before

@@ -157,14 +157,14 @@ def test_counts_by_hand():
     """A full block of 5, a block that ends in its middle, and the prefill's token, which belongs to no round."""
     stats = Stats()
     for accepted in (2, 0, 4, 2):
-        stats.add_round(accepted)
+        stats.add_round(accepted, 4)
     stats.cut_rounds, stats.tokens = 1, 15
     assert stats.accepted == [1, 0, 2, 0, 1]
     assert stats.rounds == 4
     assert stats.tau == (3 + 1 + 5 + 3) / 4
     assert stats.alpha_k == [3 / 4, 3 / 3, 1 / 3, 1 / 1]
     total = Stats.merge([stats, Stats([0, 3], 2, 8)])
-    assert total == Stats([1, 3, 2, 0, 1], 3, 23) and total.rounds == 7
+    assert total == Stats([1, 3, 2, 0, 1], 3, 23, offered=[0, 4, 3, 3, 1], drafted=16) and total.rounds == 7
     assert math.isnan(Stats().tau) and Stats().alpha_k == []
     assert Stats([5]).tau == 1 and Stats([5]).alpha_k == []
 

@@ -182,9 +182,15 @@ class Drafter(nn.Module, ABC):
     def prefill(
         self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
     ) -> None:
-        """Reads T more tokens at consecutive positions, with the target's taps there: a prompt chunk by chunk, or what was
-        decoded without drafting. `span` as in `step`.
+        """Reads T more tokens at consecutive positions, with the target's taps there: a prompt chunk by chunk. `span` as in
+        `step`.
         """
+
+    def catch_up(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
+        """Reads what was decoded without drafting since the last round with a draft; arguments as in `prefill`."""
+        self.prefill(state, tokens_BT, positions_BT, taps_BTAD, handle, span)
 
     @abstractmethod
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from trainkit.bundle import read_json
-from trainkit.eval.machine import synchronize
 from trainkit.eval.speed import Contender, Generated
 from trainkit.models.load import hf_config, hf_tensors
 from trainkit.models.shape import TargetShape
+from trainkit.runner.costs import synchronize
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from trainkit.eval.result import Field, Request, Result
 
 if TYPE_CHECKING:
     from trainkit.eval.identity import Identity
-    from trainkit.eval.speed import RoundCost
+    from trainkit.runner.costs import RoundCost
 
 
 def bench(
@@ -183,7 +183,8 @@ def _announce(request: Request, field: Field, seconds: float) -> None:
 
 def _costs(request: Request, field: Field) -> dict[tuple[int, str, Any], RoundCost]:
     """Draft and verify times of each of our contenders, with the threads that it and plain decoding run with."""
-    from trainkit.eval.speed import round_costs, set_threads
+    from trainkit.eval.speed import set_threads, settle
+    from trainkit.runner.costs import round_costs
 
     found, batch = {}, min(request.batch, len(field.prompts))
     for draft in field.drafts:
@@ -191,7 +192,8 @@ def _costs(request: Request, field: Field) -> dict[tuple[int, str, Any], RoundCo
         if drafting:
             for count in sorted({one.threads for one in [field.plain, *drafting]}):
                 set_threads(count)
-                costs = round_costs(draft.runner, [one.paths for one in drafting], field.mean_length, batch)
+                settle(draft.runner)
+                costs = round_costs(draft.runner.rounds, [one.paths for one in drafting], field.mean_length, batch)
                 found |= {(count, draft.name, paths): cost for paths, cost in costs.items()}
     return found
 

@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 
 from trainkit import __version__
+from trainkit.runner.costs import processor, synchronize
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -40,7 +41,7 @@ def examine(device: torch.device) -> Machine:
     """Measures and describes the machine behind `device`."""
     threads = torch.get_num_threads()
     cache = last_level_cache(device)
-    return Machine(_processor(device), threads, cache, copy_bandwidth(device, cache), _versions())
+    return Machine(processor(device), threads, cache, copy_bandwidth(device, cache), _versions())
 
 
 def last_level_cache(device: torch.device) -> int | None:
@@ -70,24 +71,6 @@ def copy_bandwidth(device: torch.device, cache: int | None, repeats: int = 7) ->
         synchronize(device)
         seconds.append(perf_counter() - began)
     return 2 * source.numel() * 4 / statistics.median(seconds[1:])  # the first touches the pages
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for all that was asked of a GPU; a CPU has already done it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, str]:

@@ -166,6 +166,7 @@ def simulated(ranks: Sequence[Ranks], paths: Collection[RankPath]) -> Stats:
     after a rejection more often than a place does.
     """
     tree, stats = set(paths), Stats()
+    depth = max(map(len, tree), default=0)
     for ranks_LD in ranks:
         place, length = 0, len(ranks_LD) + 1
         stats.tokens += length
@@ -178,7 +179,7 @@ def simulated(ranks: Sequence[Ranks], paths: Collection[RankPath]) -> Stats:
             if place + len(path) == length - 1:  # its bonus token lies past the end
                 stats.cut_rounds += 1
                 break
-            stats.add_round(len(path))
+            stats.add_round(len(path), depth, len(tree))
             place += len(path) + 1
     return stats
 

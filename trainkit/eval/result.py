@@ -10,8 +10,9 @@ from trainkit.errors import UserError
 if TYPE_CHECKING:
     from trainkit.eval.identity import Identity
     from trainkit.eval.machine import Machine
-    from trainkit.eval.speed import Contender, RoundCost
+    from trainkit.eval.speed import Contender
     from trainkit.runner import Runner
+    from trainkit.runner.costs import RoundCost
     from trainkit.runner.tree import RankPath
 
 

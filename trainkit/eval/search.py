@@ -23,8 +23,9 @@ import torch
 
 from trainkit.errors import UserError
 from trainkit.eval.ranks import Accuracies, Ranks, falling, simulated
-from trainkit.eval.speed import round_costs, set_threads
+from trainkit.eval.speed import set_threads, settle
 from trainkit.runner import Runner
+from trainkit.runner.costs import round_costs
 from trainkit.runner.tree import RankPath, chain
 
 Paths = tuple[RankPath, ...]
@@ -149,7 +150,8 @@ def _measure_costs(runner: Runner, length: int, batch: int, nodes: int, depth: i
     if depth > 1:
         for count in sorted({c for c in (1, 2, 4, 8, 16) if c < widest} | {widest}):
             brooms[count] = tuple((rank,) for rank in range(count)) + tuple((rank, 0) for rank in range(count))
-    found = round_costs(runner, [chain(1), *brooms.values(), *shapes.values()], length, batch)
+    settle(runner)
+    found = round_costs(runner.rounds, [chain(1), *brooms.values(), *shapes.values()], length, batch)
     first = found[chain(1)].draft
     verify = _rising({1: found[()].verify} | {size: found[paths].verify for size, paths in shapes.items()})
     level = _rising({count: max(0.0, found[paths].draft - first) for count, paths in brooms.items()})

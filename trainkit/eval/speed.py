@@ -4,24 +4,20 @@ All contenders continue the same prompts to the same length in one process, in t
 slows down slows them all. Whoever measures by the wall clock should know: nothing here subtracts anything.
 """
 
-# B batch  N tree nodes
-
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 
 import torch
 
-from trainkit.eval.machine import synchronize
 from trainkit.layers.linear import stream_weights
 from trainkit.runner import Runner
-from trainkit.runner.sampling import Sampling
+from trainkit.runner.costs import RoundCost
 from trainkit.runner.stats import Stats
-from trainkit.runner.tree import Draft, RankPath, Tree, build, chain, grow
+from trainkit.runner.tree import RankPath
 
 
 @dataclass(frozen=True)
@@ -198,97 +194,6 @@ def _timed(contender: Contender, prompts: Sequence[Sequence[int]], max_new_token
     began = perf_counter()
     output = contender.run(prompts, max_new_tokens)
     return perf_counter() - began, output
-
-
-@dataclass(frozen=True)
-class RoundCost:
-    """Seconds that the parts of one round take, apart from one another.
-
-    Attributes:
-        draft: Growing the tree, all levels, and taking in what is accepted.
-        verify: The target's forward over the tree's nodes, output head included.
-    """
-
-    draft: float
-    verify: float
-
-
-@torch.inference_mode()
-def round_costs(
-    runner: Runner, shapes: Sequence[tuple[RankPath, ...]], length: int, batch: int = 1, repeats: int = 15
-) -> dict[tuple[RankPath, ...], RoundCost]:
-    """Median costs of drafting and verifying each tree at `length` cached tokens, greedily; on a GPU as captured graphs.
-
-    Plain decoding is the empty tree: its `verify` is the time of one row. Trees are interleaved, and each drafts before it
-    verifies, as in a round, so that what the target evicts from the processor's cache is evicted here too.
-    """
-    device = runner.device
-    settle(runner)
-    probes: dict[tuple[RankPath, ...], tuple[Callable[[], object], Callable[[], object]]] = {}
-    for paths in dict.fromkeys([chain(0), *shapes]):
-        probes[paths] = tuple(_graphed(part, device) for part in _parts(runner, build(paths, device), length, batch))  # type: ignore[assignment]
-    seconds: dict[tuple[RankPath, ...], list[tuple[float, float]]] = {paths: [] for paths in probes}
-    for _ in range(repeats + 2):
-        for paths, (draft, verify) in probes.items():
-            marks = [perf_counter()]
-            for part in (draft, verify):
-                part()
-                synchronize(device)
-                marks.append(perf_counter())
-            seconds[paths].append((marks[1] - marks[0], marks[2] - marks[1]))
-    return {
-        paths: RoundCost(statistics.median(d for d, _ in found[2:]), statistics.median(v for _, v in found[2:]))
-        for paths, found in seconds.items()
-    }
-
-
-def _parts(runner: Runner, tree: Tree, length: int, batch: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Drafting and verifying of one tree over a cache of zeros; what it holds does not change what it costs."""
-    rounds, drafter, device = runner.rounds, runner.drafter, runner.device
-    span = -(-(length + tree.size) // 64) * 64
-    state = rounds.new_state(batch, span)
-    state["position"].fill_(length)
-    drafted = Draft(torch.zeros(batch, tree.size, dtype=torch.long, device=device), (), tree.topology)
-
-    def verify() -> object:
-        return rounds.judge(tree, drafted, state, span)
-
-    if drafter is None or not tree.depth:
-        return lambda: None, verify
-    weight = rounds.target.embed.weight
-    draft_state = drafter.init_state(batch, span, device, weight.dtype)
-    levels, counts_B = range(tree.depth + 1), torch.ones(batch, dtype=torch.long, device=device)
-    path_BP = None if tree.is_chain else torch.zeros(batch, len(levels), dtype=torch.long, device=device)
-    taps = weight.new_zeros(batch, len(levels), len(rounds.taps), weight.shape[1]) if rounds.taps else None
-
-    def draft() -> object:
-        token, position = state["token"], state["position"]
-        made = grow(tree, drafter, draft_state, rounds.handle, token, position, Sampling(), None, span, False)
-        drafter.commit(draft_state, path_BP, made.tokens_BN[:, : len(levels)], counts_B, position, taps, rounds.handle, span)
-        return made
-
-    return draft, verify
-
-
-def _graphed(part: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The part as a CUDA graph; on a CPU the part itself."""
-    if device.type != "cuda":
-        return part
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            part()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = part()
-    return partial(_replay, graph, part, made)
-
-
-def _replay(graph: torch.cuda.CUDAGraph, *read: object) -> None:
-    """`read` is what the graph reads and writes, kept alive for as long as it can be replayed."""
-    graph.replay()
 
 
 def mbsu(tau: float, c: float, depth: int) -> float:

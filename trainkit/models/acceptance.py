@@ -1,8 +1,8 @@
 """The acceptance predictor: how likely the target is to keep a token that a drafter has just proposed.
 
-After SpecDec++ (Huang et al. 2024, arXiv 2405.19715): residual blocks on the drafter's hidden state. Theirs reads the state after
-the draft consumed the token, which is one draft step late: what it would have saved has then been paid. This one reads the
-state that proposed the token, and, for the token itself, how it was proposed (`signals`): its score in the draft's own
+After SpecDec++ (Huang et al. 2024, arXiv 2405.19715): residual blocks on the drafter's hidden state. Theirs reads the state
+after the draft consumed the token, which is one draft step late: what it would have saved has then been paid. This one reads
+the state that proposed the token, and, for the token itself, how it was proposed (`signals`): its score in the draft's own
 distribution with the noise it was drawn by, and its runner-up's. So its word is there before the next step.
 Left out on purpose: the target's own states, which only some kinds read.
 """
@@ -66,7 +66,8 @@ class AcceptancePredictor(nn.Module):
         self, hidden_size: int, width: int = 64, num_layers: int = 2, max_depth: int = 16, seen: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("width", width), ("num_layers", num_layers), ("max_depth", max_depth)):
+        sizes = {"hidden_size": hidden_size, "width": width, "num_layers": num_layers, "max_depth": max_depth}
+        for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"predictor.{name}: {value} must be at least 1")
         self.hidden_size, self.width, self.num_layers, self.max_depth = hidden_size, width, num_layers, max_depth

@@ -34,6 +34,7 @@ class Trace:
         scores_BNV: The target's processed logits at every node.
         verdict: What was accepted; a row that was done has a count of 0.
         keys_B2: Noise keys, which tell the rows' requests apart.
+        position_B: Absolute position of each row's root.
     """
 
     tree: Shape
@@ -41,6 +42,7 @@ class Trace:
     scores_BNV: Tensor
     verdict: Verdict
     keys_B2: Tensor
+    position_B: Tensor
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Plan:
         typical: Thresholds of `typical`.
         logprobs: Also return the log-probability of each emitted token.
         observe: Called after each round with its trace; only without graphs.
+        pauses: Rounds without a draft may stand between others: what they decode is kept for the drafter to catch up on.
     """
 
     sampling: Sampling
@@ -65,6 +68,7 @@ class Plan:
     typical: Typical = Typical()
     logprobs: bool = False
     observe: Callable[[Trace], None] | None = None
+    pauses: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "target": 0.0, "verify": 0.0})
 
     @property
@@ -74,11 +78,27 @@ class Plan:
 
 @dataclass(frozen=True)
 class RoundOutput:
-    """Tokens a round emitted, `counts_B` of them in each row; and their log-probabilities if asked for."""
+    """What a round gave.
+
+    Attributes:
+        emitted_BP: Tokens.
+        counts_B: How many of them each row emitted.
+        logprobs_BP: Their log-probabilities, if asked for.
+        depth: Of the draft that was verified.
+        drafted: Tokens drafted in each row, those that were not verified too.
+        levels: Draft levels run.
+    """
 
     emitted_BP: Tensor
     counts_B: Tensor
     logprobs_BP: Tensor | None
+    depth: int = 0
+    drafted: int = 0
+    levels: int = 0
+
+
+MISSED = 64
+"""Tokens decoded without a draft that are kept, at most, before the drafter catches up on them."""
 
 
 class Rounds:
@@ -107,10 +127,16 @@ class Rounds:
         self.end_ids = self._ends.setdefault(self.end_key, torch.tensor(self.end_key, dtype=torch.long, device=device))
 
     def new_state(self, batch_size: int, slots: int) -> State:
-        """The target's static tensors: cache, the root's position and token, noise keys, length limit, and who is done."""
+        """The target's static tensors: cache, the root's position and token, noise keys, length limit, and who is done.
+
+        And, of tokens decoded without a draft since the last one: how many, which, and the target's taps there.
+        """
         weight = self.target.embed.weight
-        device = weight.device
+        device, missed = weight.device, MISSED if self.drafter is not None else 0
         return {
+            "missed": torch.zeros(batch_size, dtype=torch.long, device=device),
+            "missed_tokens": torch.zeros(batch_size, missed, dtype=torch.long, device=device),
+            "missed_taps": weight.new_zeros(batch_size, missed, len(self.taps), weight.shape[1]),
             "cache": self.target.new_cache(batch_size, slots, device, weight.dtype),
             "position": torch.ones(batch_size, dtype=torch.long, device=device),
             "token": torch.zeros(batch_size, dtype=torch.long, device=device),
@@ -133,6 +159,7 @@ class Rounds:
                 self.drafter.prefill(draft_state, tokens, positions, taps, self.handle, span)
         logits = self.target.head(hidden[:, -1:])
         state["position"].fill_(T)
+        state["missed"].zero_()
         noise = None if plan.sampling.greedy else gumbel(state["keys"], state["position"][:, None], self.vocabulary, CHOICE)
         scores = plan.sampling.process(logits)
         token = (scores if noise is None else scores + noise).argmax(-1)
@@ -153,6 +180,7 @@ class Rounds:
         tree, sampling = plan.tree, plan.sampling
         position, token = state["position"], state["token"]
         started = perf_counter()
+        root = position.clone() if plan.observe is not None else position
         noise = None
         ranked = plan.is_residual and isinstance(tree, DynamicTree)  # its children are no draws but the likeliest
         drawn = plan.is_residual and not ranked
@@ -163,13 +191,15 @@ class Rounds:
             noise = gumbel(state["keys"], rows, self.vocabulary, stream)
         if self.drafter is None or not tree.depth:
             assert isinstance(tree, Tree)
-            draft = Draft(token[:, None], (), tree.topology)
+            draft = Draft(token[:, None], (), tree.topology, levels=0)
         else:
             proposing, keep = None if ranked else noise, drawn or plan.observe is not None
             draft = grow(
                 tree, self.drafter, draft_state, self.handle, token, position, sampling, proposing, span, keep,
                 keep_said=plan.observe is not None,
             )  # fmt: skip
+            if draft.shape is not None:
+                tree, noise = draft.shape, None if noise is None else noise[:, : draft.shape.depth + 1]
         drafted = perf_counter()
 
         logits, taps = self.judge(tree, draft, state, span)
@@ -185,10 +215,10 @@ class Rounds:
             verdict = typical(tree, draft, scores, noise, plan.typical)
         else:
             verdict = coupled(tree, draft, scores, noise)
-        output = self._commit(plan, state, draft_state, draft, verdict, logits, taps, span)
+        output = self._commit(plan, tree, state, draft_state, draft, verdict, logits, taps, span)
         if plan.observe is not None:
             judged_as = Verdict(verdict.path_BP, output.counts_B, verdict.emitted_BP)
-            plan.observe(Trace(tree, draft, scores, judged_as, state["keys"].clone()))
+            plan.observe(Trace(tree, draft, scores, judged_as, state["keys"].clone(), root))
         seconds = plan.seconds
         seconds["draft"] += drafted - started
         seconds["target"] += judged - drafted
@@ -212,21 +242,24 @@ class Rounds:
         return self.target.head(hidden), taps
 
     def _commit(
-        self, plan: Plan, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor, taps: Tensor | None,
-        span: int,
+        self, plan: Plan, tree: Shape, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor,
+        taps: Tensor | None, span: int,
     ) -> RoundOutput:  # fmt: skip
         position, path = state["position"], verdict.path_BP
+        levels = tree.depth if draft.levels is None else draft.levels
         counts = verdict.counts_B.masked_fill(state["done"], 0)
         emitted = verdict.emitted_BP
         if path is not None:
             move_slots(state["cache"], position[:, None] + path, position)
-        if self.drafter is not None and plan.tree.depth:
+        if self.drafter is not None and levels:
             tokens, kept, numbers = draft.tokens_BN, taps, path
             if path is not None:
                 tokens = tokens.gather(1, path)
                 kept = None if taps is None else taps.gather(1, path[..., None, None].expand(-1, -1, *taps.shape[2:]))
                 numbers = path if draft.numbers_BN is None else draft.numbers_BN.gather(1, path)
             self.drafter.commit(draft_state, numbers, tokens, counts, position, kept, self.handle, span)
+        elif plan.pauses:
+            self._miss(state, draft.tokens_BN, taps, counts)
         logprobs = None
         if plan.logprobs:
             at_nodes = logits if path is None else logits.gather(1, path[..., None].expand(-1, -1, logits.shape[-1]))
@@ -237,4 +270,25 @@ class Rounds:
         inside = torch.arange(emitted.shape[1], device=emitted.device) < counts[:, None]
         ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
         state["done"].logical_or_(ended | (position + 1 >= state["limit"]))
-        return RoundOutput(emitted, counts, logprobs)
+        drafted = tree.size - 1 if draft.levels is None else levels
+        return RoundOutput(emitted, counts, logprobs, tree.depth, drafted, levels)
+
+    def _miss(self, state: State, tokens_B1: Tensor, taps_B1AD: Tensor | None, counts_B: Tensor) -> None:
+        """Keeps a root that was decoded without a draft; room was made by `catch_up`."""
+        place_B1 = state["missed"].clamp(max=MISSED - 1)[:, None]
+        state["missed_tokens"].scatter_(1, place_B1, tokens_B1)
+        if taps_B1AD is not None:
+            state["missed_taps"].scatter_(1, place_B1[..., None, None].expand_as(taps_B1AD), taps_B1AD)
+        state["missed"].add_(counts_B.clamp(max=1))
+
+    def catch_up(self, state: State, draft_state: State) -> None:
+        """Lets the drafter read what each row has decoded without it; reads counts on the host, so not in every round."""
+        assert self.drafter is not None
+        for row, (missed, position) in enumerate(zip(state["missed"].tolist(), state["position"].tolist(), strict=True)):
+            if missed:
+                positions = torch.arange(position - missed, position, device=state["missed"].device)[None]
+                own = {name: tensor[row : row + 1] for name, tensor in draft_state.items()}
+                taps = state["missed_taps"][row : row + 1, :missed] if self.taps else None
+                tokens = state["missed_tokens"][row : row + 1, :missed]
+                self.drafter.catch_up(own, tokens, positions, taps, self.handle, position)
+        state["missed"].zero_()

@@ -7,7 +7,7 @@ Left out on purpose: paged caches and preemption; schedule.py gives each text a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,19 @@ from trainkit.drafters.base import Drafter, load_bundle, load_outside
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.layers.linear import stream_weights
+from trainkit.models.acceptance import AcceptancePredictor, load_predictor
 from trainkit.models.load import copy_weights, covered_positions, device_of, load_decoder, read_tokenizer
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
+from trainkit.runner.adaptive import AdaptiveChain
+from trainkit.runner.control import MOST, Cost, Policy, PolicyName, Recent, Threshold
+from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
 from trainkit.runner.decoder import Plan, Rounds, Trace
-from trainkit.runner.dynamic import DynamicTree
 from trainkit.runner.request import Options, Output, Request, Stopping, strings
 from trainkit.runner.sampling import Sampling, request_keys
 from trainkit.runner.schedule import Schedule
 from trainkit.runner.stats import Stats
-from trainkit.runner.tree import RankPath, Tree, build, chain
+from trainkit.runner.tree import RankPath, Shape, Tree, build, chain
 from trainkit.runner.verify import Typical
 
 Prompt = str | Sequence[int]
@@ -42,17 +45,21 @@ class Runner:
 
     Attributes:
         observe: Set to a function to receive every round's `Trace`; runs eagerly then.
+        predictor: Says how likely the drafter's proposals are to be kept, or None.
     """
 
     def __init__(
-        self, rounds: Rounds, shape: TargetShape, folder: Path | None, max_batch: int, max_len: int, capture: bool
-    ) -> None:
+        self, rounds: Rounds, shape: TargetShape, folder: Path | None, max_batch: int, max_len: int, capture: bool,
+        predictor: AcceptancePredictor | None = None,
+    ) -> None:  # fmt: skip
         self.rounds, self.shape, self.folder = rounds, shape, folder
         self.max_len = max_len
         self.device = rounds.target.embed.weight.device
         self.observe: Callable[[Trace], None] | None = None
         self.schedule = Schedule(rounds, max_batch, max_len, capture)
+        self.predictor = predictor
         self._trees: dict[tuple[RankPath, ...], Tree] = {}
+        self._paced: dict[Hashable, AdaptiveChain] = {}
 
     @staticmethod
     def load(
@@ -89,12 +96,13 @@ class Runner:
         decoder = load_decoder(folder, where, kind, length)
         shape = target_shape(folder)
         draft = None if drafter is None else load_drafter(Path(drafter), folder, shape).to(device=where, dtype=kind)
-        return Runner.of(decoder, draft, shape, folder, max_batch, length, capture)
+        predictor = None if drafter is None else predictor_of(Path(drafter), where, kind)
+        return Runner.of(decoder, draft, shape, folder, max_batch, length, capture, predictor)
 
     @staticmethod
     def of(
         target: Any, drafter: Drafter | None, shape: TargetShape, folder: Path | None = None, max_batch: int = 8,
-        max_len: int = 2048, capture: bool | None = None,
+        max_len: int = 2048, capture: bool | None = None, predictor: AcceptancePredictor | None = None,
     ) -> Runner:  # fmt: skip
         """A runner over modules that are already in memory."""
         device = target.embed.weight.device
@@ -102,7 +110,8 @@ class Runner:
             drafter.requires_grad_(False).eval()
         stream_weights(target, *([] if drafter is None else [drafter]))
         rounds = Rounds(target, drafter, shape.end_ids)
-        return Runner(rounds, shape, folder, max_batch, max_len, device.type == "cuda" if capture is None else capture)
+        captures = device.type == "cuda" if capture is None else capture
+        return Runner(rounds, shape, folder, max_batch, max_len, captures, predictor)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -148,7 +157,8 @@ class Runner:
         stop: Sequence[str] = (),
         n: int = 1,
         logprobs: bool = False,
-        tree: Sequence[RankPath] | DynamicTree | None = None,
+        tree: Sequence[RankPath] | Shape | None = None,
+        policy: str | None = None,
         ignore_end: bool = False,
         progress: bool = False,
         typical_epsilon: float = Typical.epsilon,
@@ -169,7 +179,10 @@ class Runner:
             stop: Strings that end a text; the text is cut before them.
             n: Samples for each prompt.
             logprobs: Also return each token's log-probability.
-            tree: Rank paths of a static draft tree, or a `DynamicTree`, instead of `depth`.
+            tree: Rank paths of a static draft tree, or a shape such as `DynamicTree`, instead of `depth`.
+            policy: How many of at most `depth` (10) tokens to draft, decided as it goes (runner/control.py): `cost`, by what
+                drafting and verifying cost here and how likely each token is to be kept; `predictor:P` or `confidence:P`, until
+                that chance, or the draft's own, falls below P; `ema`, by what was lately accepted; `fixed`.
             ignore_end: Go on to `max_new_tokens` past end tokens; for measuring.
             progress: Show a progress bar.
             typical_epsilon: `typical` keeps a token whose probability is above the lower of this,
@@ -179,8 +192,8 @@ class Runner:
             UserError: an argument out of range, an empty prompt, or one longer than the cache.
         """
         options = Options(
-            max_new_tokens, temperature, top_p, top_k, seed, depth, verify, strings(stop), logprobs, tree, ignore_end,
-            typical_epsilon, typical_scale,
+            max_new_tokens, temperature, top_p, top_k, seed, depth, verify, strings(stop), logprobs, tree, policy,
+            ignore_end, typical_epsilon, typical_scale,
         )  # fmt: skip
         if n < 1:
             raise UserError(f"n {n} must be at least 1")
@@ -296,7 +309,10 @@ class Runner:
             raise UserError(f"depth {depth}: must be at least 0 and at most {self.max_len - 1}, what the cache holds")
         if self.drafter is None and (depth or tree):
             raise UserError("depth or tree given, but this runner was loaded without a drafter; give one (--drafter)")
-        shape = tree if isinstance(tree, DynamicTree) else self._static(tree, depth)
+        if options.policy is not None:
+            shape = self._adaptive(options)
+        else:
+            shape = tree if isinstance(tree, Shape) else self._static(tree, depth)
         if self.drafter is not None:
             deepest, widest = self.drafter.max_depth, self.drafter.max_width
             if deepest is not None and shape.depth > deepest:
@@ -305,7 +321,58 @@ class Runner:
                 raise UserError(f"tree: {shape.widest} nodes on a level, this drafter expands at most {widest} together")
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
         thresholds = Typical(options.typical_epsilon, options.typical_scale)
-        return Plan(sampling, shape, options.verify, options.share, thresholds, options.logprobs, self.observe)
+        pauses = isinstance(shape, AdaptiveChain)
+        return Plan(sampling, shape, options.verify, options.share, thresholds, options.logprobs, self.observe, pauses)
+
+    def _adaptive(self, options: Options) -> AdaptiveChain:
+        """The chain that a policy paces; kept with what it has learnt, for the next call of the same kind."""
+        assert options.policy is not None
+        asked, drafter = PolicyName.of(options.policy), self.drafter
+        if drafter is None:
+            raise UserError(f"policy {options.policy}: this runner was loaded without a drafter; give one (--drafter)")
+        if options.tree is not None or options.depth == 0 or options.verify == "mixed":
+            raise UserError(f"policy {options.policy}: paces chains; leave tree out, and give depth as the most it may draft")
+        if asked.needs_predictor and self.predictor is None:
+            raise UserError(f"policy {options.policy}: the drafter has no predictor; train one, or choose another policy")
+        if asked.stops_within and self.schedule.graphs is not None:
+            raise UserError(f"policy {options.policy}: stops within a round, which a captured graph cannot; take cost or ema")
+        most = options.depth or min(MOST, drafter.max_depth or MOST)
+        key = (asked, most, options.temperature > 0, options.verify, torch.get_num_threads())
+        if key not in self._paced:
+            predictor = None if asked.blind else self.predictor
+            policy = self._policy(asked, most, predictor)
+            drops = options.verify == "coupled" or options.temperature == 0
+            self._paced[key] = AdaptiveChain(policy, self.device, predictor, drops)
+        return self._paced[key]
+
+    def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None) -> Policy:
+        if asked.name == "fixed":
+            return Policy(most)
+        if asked.name == "ema":
+            return Recent(most)
+        if asked.name == "cost":
+            return Cost(self.chain_costs(most, predictor), most, predictor is not None)
+        return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
+
+    def chain_costs(self, most: int, predictor: AcceptancePredictor | None) -> ChainCosts:
+        """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine."""
+        assert self.drafter is not None
+        length, batch = min(256, self.max_len // 2), self.schedule.max_batch
+        setting = {
+            "processor": processor(self.device), "device": str(self.device), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "dtype": str(self.rounds.target.embed.weight.dtype),
+            "target": sizes_of(self.rounds.target), "drafter": sizes_of(self.drafter), "predictor": sizes_of(predictor),
+            "graphs": self.schedule.graphs is not None, "most": most, "batch": batch, "length": length,
+        }  # fmt: skip
+
+        def drafted(levels: int) -> Shape:
+            if self.schedule.graphs is not None:
+                return self._static(None, levels)
+            whole = Policy(levels)
+            whole.reads = "nothing" if predictor is None else "predictor"
+            return AdaptiveChain(whole, self.device, predictor)
+
+        return kept_costs(setting, lambda: measure_chain_costs(self.rounds, drafted, most, batch, length))
 
     def _static(self, tree: Sequence[RankPath] | None, depth: int | None) -> Tree:
         """The tree of these paths, or a chain of this depth, or what the drafter drafts by itself; the root without one."""
@@ -368,3 +435,13 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
         bundle.check_fit(found.target, bundle.fingerprint(target_folder), shape.decoder.to_dict(), hidden=reads_hidden)
         return load_bundle(found, shape)
     return load_outside(folder, shape)
+
+
+def predictor_of(folder: Path, device: torch.device, dtype: torch.dtype) -> AcceptancePredictor | None:
+    """The acceptance predictor in a drafter's bundle, if it has one.
+
+    Raises:
+        UserError: the bundle speaks of one that is missing or of other sizes.
+    """
+    config = bundle.read(folder, checksums=False).runner.get("predictor") if bundle.is_bundle(folder) else None
+    return None if config is None else load_predictor(folder, config).to(device=device, dtype=dtype)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from trainkit.errors import UserError
 from trainkit.models.load import device_of, read_config
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import FrozenTarget
+from trainkit.runner.acceptance import write_set
 
 
 def features(
@@ -48,6 +50,12 @@ def features(
     shard_rows: int | None = None,
     cache: str | None = None,
     trust_remote_code: bool = False,
+    acceptance: str | None = None,
+    temperatures: tuple[float, ...] = (0.0, 1.0),
+    verify: Literal["coupled", "residual"] = "coupled",
+    depth: int = 8,
+    max_new_tokens: int = 128,
+    part_prompts: int = 64,
 ) -> str:
     """Runs the target once over training and validation rows and keeps its hidden states, or its likeliest tokens, on disk.
 
@@ -56,14 +64,19 @@ def features(
     where the disk lacks the room. Killed or interrupted, the same command goes on where it stopped. Started under torchrun,
     each process makes its share of the shards on its own device.
 
+    With --acceptance it decodes prompts with that drafter instead, and keeps of each draft position what an acceptance
+    predictor (PredictorModule) is trained on.
+
     Examples:
         trainkit features --target models/target --data chats.jsonl --out features/chats --length 2048
         trainkit features --target DIR --data SET --out DIR --kind medusa --top_k 64
         torchrun --nproc-per-node 8 -m trainkit.cli features --target DIR --data SET --out DIR --device cuda
+        trainkit features --target DIR --data prompts.jsonl --out DIR --acceptance models/draft --temperatures [0,0.7,1]
 
     Args:
         target: Folder of the target, any Hugging Face causal LM.
-        data: Training files, folders or hub names, as `data.train` takes them, [one,another].
+        data: Training files, folders or hub names, as `data.train` takes them, [one,another]; with --acceptance one file or
+            folder of prompts.
         out: Folder of the features.
         validation: Validation files; by default a share of the training rows is held out.
         taps: Hidden states to keep beside the last one, as a drafter names them: i after i layers, -1 the last.
@@ -74,18 +87,28 @@ def features(
         target_dtype: Precision of the target's weights, as `model.target_dtype`.
         length: Tokens in a packed row, as `data.length`.
         validation_share: Share of rows held out where no validation files are given.
-        seed: Of the held-out rows.
+        seed: Of the held-out rows; with --acceptance, with a prompt's place it fixes its draws.
         limit: First rows of the training files to take.
         limit_validation: First rows of the validation files to take.
         columns: Our column names -> the files'.
         on_bad_row: Stop at a bad row, or count it and go on.
         on_long_row: A row longer than `length` that is not plain text: keep its beginning, count and leave out, or stop.
-        batch: Packed rows at once; with `data.batch_size` here, float32 features are training's own states to the bit.
+        batch: Packed rows at once; with `data.batch_size` here, float32 features are training's own states to the bit. With
+            --acceptance texts decoded together.
         device: Torch device; `cuda` is each process's own under torchrun.
         shard_rows: Packed rows in a file; by default as many as make 256 MB.
         cache: Folder that keeps prepared sets, as `data.cache`.
         trust_remote_code: Whether to run model code that the target's folder carries.
+        acceptance: Bundle of the drafter whose acceptance is recorded. Of the flags above only --target, --data, --out,
+            --dtype, --target_dtype, --seed, --limit, --columns, --batch and --device go with it; those below only with it.
+        temperatures: Every prompt is decoded at each.
+        verify: Verification that the predictor shall serve.
+        depth: Tokens drafted a round, a chain; no more than the drafter can.
+        max_new_tokens: Most tokens of a text.
+        part_prompts: Prompts in a file at one temperature, the unit that processes share out, and what a kill costs at most.
     """
+    given = dict(locals())
+    _check_together(given, acceptance is not None)
     for name, value in (("batch", batch), ("shard_rows", shard_rows)):
         if value is not None and value < 1:
             raise UserError(f"--{name}: {value} must be at least 1")
@@ -95,6 +118,14 @@ def features(
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     where, train = device_of(device), [data] if isinstance(data, str) else data
+    if acceptance is not None:
+        if len(train) > 1:
+            raise UserError("--data: with --acceptance give one file or folder of prompts")
+        return write_set(
+            target=target, drafter=acceptance, prompts=train[0], out=out, temperatures=temperatures, verify=verify, depth=depth,
+            max_new_tokens=max_new_tokens, part_prompts=part_prompts, dtype=dtype, target_dtype=target_dtype, seed=seed,
+            limit=limit, columns=columns, batch=batch, device=device, rank=rank, world_size=world_size,
+        )  # fmt: skip
     validation = [validation] if isinstance(validation, str) else validation
     read_config(target, trust_remote_code)  # a missing folder would be looked for on the hub, as a tokenizer's name
     tokenizer = load_tokenizer(target)
@@ -138,6 +169,20 @@ def features(
         folder, layout, sets, read, provenance, batch=batch, rank=rank, world_size=world_size, progress=rank == 0
     )
     return _summary(folder, layout, written, rank, world_size)
+
+
+_DECODING = ("temperatures", "verify", "depth", "max_new_tokens", "part_prompts")
+_READING = (
+    "validation", "taps", "kind", "top_k", "length", "validation_share", "limit_validation", "on_bad_row", "on_long_row",
+    "shard_rows", "cache", "trust_remote_code",
+)  # fmt: skip
+
+
+def _check_together(given: Mapping[str, Any], decodes: bool) -> None:
+    """Refuses flags that would do nothing."""
+    for name in _READING if decodes else _DECODING:
+        if given[name] != inspect.signature(features).parameters[name].default:
+            raise UserError(f"--{name}: goes {'not' if decodes else 'only'} with --acceptance; leave it out")
 
 
 def _taps_of(kind: str, shape: TargetShape) -> list[int]:

@@ -10,9 +10,8 @@ from typing import Any
 
 from trainkit.errors import UserError
 from trainkit.runner.decoder import RoundOutput
-from trainkit.runner.dynamic import DynamicTree
 from trainkit.runner.stats import Stats
-from trainkit.runner.tree import RankPath
+from trainkit.runner.tree import RankPath, Shape
 from trainkit.runner.verify import Typical
 
 
@@ -53,7 +52,8 @@ class Options:
     verify: str = "coupled"
     stop: tuple[str, ...] = ()
     logprobs: bool = False
-    tree: Sequence[RankPath] | DynamicTree | None = None
+    tree: Sequence[RankPath] | Shape | None = None
+    policy: str | None = None
     ignore_end: bool = False
     typical_epsilon: float = Typical.epsilon
     typical_scale: float = Typical.scale
@@ -144,4 +144,4 @@ class Request:
         if not prefill and kept < count:
             self.stats.cut_rounds += 1
         elif not prefill and count:
-            self.stats.add_round(count - 1)
+            self.stats.add_round(count - 1, output.depth, output.drafted)

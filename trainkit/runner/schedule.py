@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 import torch
 
 from trainkit.drafters.base import State
 from trainkit.errors import UserError
-from trainkit.runner.decoder import Plan, RoundOutput, Rounds
+from trainkit.runner.adaptive import AdaptiveChain
+from trainkit.runner.decoder import MISSED, Plan, RoundOutput, Rounds
 from trainkit.runner.graphs import Graphs
 from trainkit.runner.request import Request, Stopping
 from trainkit.runner.stats import Stats
@@ -46,6 +48,7 @@ class Schedule:
         self.rounds_run = 0
         self.last = Stats()
         self._turn = 0
+        self._paused = 0  # rounds without a draft that the drafter has not caught up on
         self._states: tuple[int, int, State, State] | None = None
 
     def begin(self) -> int:
@@ -76,6 +79,7 @@ class Schedule:
         """
         began = perf_counter()
         turn = self.begin()
+        self._paused = 0
         self.rounds.set_end_ids(stopping.end_ids)
         step = plan.tree.depth + 1
         slack = plan.tree.slots + (self.lag + 1) * step
@@ -103,13 +107,16 @@ class Schedule:
             ahead = (len(flight) + 1) * step
             longest = max(len(r.prompt) + len(r.tokens) for r in rows)
             span = self._span(longest + ahead + plan.tree.slots)
-            output = self._round(plan, state, draft_state, len(rows), span)
+            output = self._round(self._paced(plan, len(rows), state, draft_state), state, draft_state, len(rows), span)
             rounds_run += 1
             flight.append((list(rows), self._fetch(output)))
             if len(flight) <= self.lag:
                 continue
             members, fetch = flight.popleft()
             emitted = fetch()
+            if isinstance(plan.tree, AdaptiveChain):
+                accepted = [count - 1 for count in emitted.counts_B[: len(members)].tolist() if count]
+                plan.tree.policy.learn(len(members), emitted.levels, emitted.depth, accepted)
             for slot, request in enumerate(members):
                 if not request.finish:
                     request.take(emitted, slot, stopping)
@@ -142,6 +149,19 @@ class Schedule:
         size = -(-needed // 64) * 64 if self.graphs is None else max(256, 1 << (needed - 1).bit_length())
         return min(size, self._states[1])
 
+    def _paced(self, plan: Plan, rows: int, state: State, draft_state: State) -> Plan:
+        """The plan of the coming round: where a policy decides, as deep as it says."""
+        shape = plan.tree
+        if not isinstance(shape, AdaptiveChain):
+            return plan
+        within = self.graphs is None or plan.observe is not None
+        shape.most = shape.policy.begin(rows) if within else shape.policy.tier(rows)
+        if self._paused and (shape.most or self._paused >= MISSED):
+            self.rounds.catch_up(_rows(state, 0, rows), _rows(draft_state, 0, rows))
+            self._paused = 0
+        self._paused += not shape.most
+        return plan if within and shape.most else replace(plan, tree=shape.trees[shape.most])
+
     def _round(self, plan: Plan, state: State, draft_state: State, active: int, span: int) -> RoundOutput:
         if self.graphs is None or plan.observe is not None:
             return self.rounds(plan, _rows(state, 0, active), _rows(draft_state, 0, active), span)
@@ -150,7 +170,7 @@ class Schedule:
         # a padded row's old position may lie past this round's span
         state["position"][active:batch].fill_(1)
         views = _rows(state, 0, batch), _rows(draft_state, 0, batch)
-        rule = (plan.sampling, plan.verify, plan.share, plan.typical, plan.logprobs)
+        rule = (plan.sampling, plan.verify, plan.share, plan.typical, plan.logprobs, plan.pauses)
         key = (plan.tree.key, rule, batch, span, self.rounds.end_key)
         return self.graphs.run(key, lambda: self.rounds(plan, *views, span), views[0]["done"])
 
@@ -168,7 +188,7 @@ class Schedule:
             event.synchronize()
             emitted, counts, logprobs = copies
             assert emitted is not None and counts is not None
-            return RoundOutput(emitted, counts, logprobs)
+            return replace(output, emitted_BP=emitted, counts_B=counts, logprobs_BP=logprobs)
 
         return wait
 

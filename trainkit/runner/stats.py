@@ -14,6 +14,8 @@ class Stats:
         accepted: `accepted[k]` full rounds accepted exactly k drafted tokens.
         cut_rounds: Last rounds cut by an end token, a stop string or the length; counted here and nowhere else.
         tokens: Tokens emitted in all, the prefill's and the cut rounds' included.
+        offered: `offered[k]` full rounds came to draft position k and had a token there, counted from 1.
+        drafted: Tokens drafted in full rounds, those that were not verified too.
         lossy: The text is not what the target alone would have written, nor distributed as it (for any, if added together).
     """
 
@@ -21,11 +23,24 @@ class Stats:
     cut_rounds: int = 0
     tokens: int = 0
     lossy: bool = False
+    offered: list[int] = field(default_factory=list)
+    drafted: int = 0
 
-    def add_round(self, accepted: int) -> None:
-        """Counts one full round."""
-        self.accepted.extend([0] * (accepted + 1 - len(self.accepted)))
+    def add_round(self, accepted: int, depth: int, drafted: int | None = None) -> None:
+        """Counts one full round.
+
+        Args:
+            accepted: Drafted tokens that it kept.
+            depth: Of what was verified.
+            drafted: Tokens drafted; `depth` by default.
+        """
+        _extend(self.accepted, accepted + 1)
         self.accepted[accepted] += 1
+        came = min(accepted + 1, depth)
+        _extend(self.offered, came + 1)
+        for k in range(1, came + 1):
+            self.offered[k] += 1
+        self.drafted += depth if drafted is None else drafted
 
     @property
     def rounds(self) -> int:
@@ -41,19 +56,30 @@ class Stats:
 
     @property
     def alpha_k(self) -> list[float]:
-        """For each draft position k from 1, the share of rounds that accepted it among those that accepted k - 1."""
-        reached = [sum(self.accepted[k:]) for k in range(len(self.accepted))]
-        return [after / before for before, after in zip(reached, reached[1:], strict=False) if before]
+        """For each draft position k from 1, the share of rounds that accepted it among those that came to it."""
+        return [sum(self.accepted[k:]) / offered for k, offered in enumerate(self.offered) if k]
+
+    @property
+    def wasted(self) -> float:
+        """Drafted tokens thrown away for each token that full rounds emitted; nan without a round."""
+        kept = sum(k * n for k, n in enumerate(self.accepted))
+        return (self.drafted - kept) / (kept + self.rounds) if self.rounds else float("nan")
 
     @staticmethod
     def merge(many: Iterable[Stats]) -> Stats:
         """The sum over outputs."""
         total = Stats()
         for one in many:
-            total.accepted.extend([0] * (len(one.accepted) - len(total.accepted)))
-            for k, n in enumerate(one.accepted):
-                total.accepted[k] += n
+            for sums, more in ((total.accepted, one.accepted), (total.offered, one.offered)):
+                _extend(sums, len(more))
+                for k, n in enumerate(more):
+                    sums[k] += n
+            total.drafted += one.drafted
             total.cut_rounds += one.cut_rounds
             total.tokens += one.tokens
             total.lossy |= one.lossy
         return total
+
+
+def _extend(counts: list[int], length: int) -> None:
+    counts.extend([0] * (length - len(counts)))

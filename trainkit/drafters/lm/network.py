@@ -155,6 +155,13 @@ class LMDraft(Drafter):
         self.decoder(tokens_BT, positions_BT, bias, state["cache"], positions_BT)
         state["previous"].copy_(tokens_BT[:, -1])
 
+    def catch_up(
+        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
+    ) -> None:
+        # and the token before, which was never fed if it ended a draft that was accepted whole
+        tokens_BT = torch.cat([state["previous"][:, None], tokens_BT], dim=1)
+        self.prefill(state, tokens_BT, torch.cat([positions_BT[:, :1] - 1, positions_BT], dim=1), taps_BTAD, handle, span)
+
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         tokens, positions, ancestors = frontier.tokens_BF, frontier.positions_BF, frontier.ancestors_BFM
         root_B = positions[:, 0] - frontier.depth

@@ -1,0 +1,337 @@
+"""A policy chooses how much is drafted, and never what is emitted; `cost` drafts where it pays and rests where it does not."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.runner import laws
+from tests.runner.equality import assert_few, compare
+from tests.runner.models import pair, ragged_prompts, table_runner
+from trainkit.errors import UserError
+from trainkit.models.acceptance import SIGNALS, AcceptancePredictor, signals
+from trainkit.runner import Runner, Stats, costs
+from trainkit.runner.adaptive import AdaptiveChain
+from trainkit.runner.control import Cost, Policy, PolicyName, Recent, Threshold
+from trainkit.runner.costs import ChainCosts
+from trainkit.runner.sampling import Sampling
+
+POLICIES = ["fixed", "confidence:0.3", "confidence", "predictor:0.4", "cost", "cost-blind", "ema"]
+
+
+@pytest.fixture(autouse=True)
+def own_costs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
+
+
+def flat(verify: float = 0.0, level: float = 0.1) -> ChainCosts:
+    """A plain step of 1, `verify` more for each further row, `level` for each draft level."""
+    nodes = tuple(range(1, 20))
+    line = tuple(1.0 + verify * (n - 1) for n in nodes)
+    return ChainCosts((1, 8), nodes, (line, line), (level, level), (level, level))
+
+
+def predicting(runner: Runner) -> AcceptancePredictor:
+    """A predictor of random weights, wide enough to say something."""
+    assert runner.drafter is not None
+    made = AcceptancePredictor(runner.drafter.target.decoder.hidden_size, width=8)
+    for weight in made.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    return made.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_the_text_is_plain_decodings_under_every_policy(batch, temperature, seed):
+    runner = pair(max_batch=batch)
+    runner.predictor = predicting(runner)
+    prompts, options = ragged_prompts(8), {"max_new_tokens": 24, "temperature": temperature, "seed": seed}
+    plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
+    ties = []
+    for policy in POLICIES:
+        for _ in range(2):  # the second call goes on with what the first has learnt
+            outs = runner.generate(prompts, policy=policy, depth=5, **options)
+            sampling = Sampling(temperature)
+            ties += compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, sampling, seed)
+    assert_few(ties, 2 * len(POLICIES) * sum(map(len, plain)))
+
+
+class Erratic(Policy):
+    """Draws its decisions."""
+
+    def begin(self, rows):
+        return int(torch.randint(0, self.most + 1, ()))
+
+    def more(self, said_B):
+        return bool(torch.rand(()) < 0.7)
+
+    def keep(self, levels):
+        return int(torch.randint(0, levels + 1, ()))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_draft_that_pauses_and_catches_up_proposes_what_one_that_never_paused_does(temperature, seed):
+    """Whatever is skipped or left unverified: at the same place of the same text the draft's logits are the same."""
+    runner = pair(max_batch=3)
+    prompts, options = ragged_prompts(5), {"max_new_tokens": 40, "temperature": temperature, "seed": seed, "ignore_end": True}
+    firsts: list[dict] = [{}, {}]
+    shapes = [{"depth": 4}, {"tree": AdaptiveChain(Erratic(4), torch.device("cpu"))}]
+    for found, shape in zip(firsts, shapes, strict=True):
+
+        def observe(trace, found=found):
+            for row in range(trace.draft.tokens_BN.shape[0]):
+                if trace.draft.scores and trace.verdict.counts_B[row]:
+                    place = (*trace.keys_B2[row].tolist(), int(trace.position_B[row]))
+                    found[place] = trace.draft.scores[0][row, 0]
+
+        runner.observe = observe
+        texts = [out.tokens for out in runner.generate(prompts, **shape, **options)]
+        runner.observe = None
+        assert texts == [out.tokens for out in runner.generate(prompts, depth=0, **options)]
+    both = firsts[0].keys() & firsts[1].keys()
+    assert len(both) > 20
+    for place in both:
+        torch.testing.assert_close(firsts[0][place], firsts[1][place], atol=1e-4, rtol=0)
+
+
+class Choosy(Policy):
+    """Leaves token 0 unverified."""
+
+    reads = "confidence"
+    is_zero = False
+
+    def more(self, said_B):
+        self.is_zero = said_B[0] == 1
+        return True
+
+    def keep(self, levels):
+        return levels - self.is_zero
+
+
+class Telling(AdaptiveChain):
+    """Says which token was drafted."""
+
+    def _said(self, made, depth, temperature):
+        return (made.noisy_BFK[:, 0].argmax(-1) == 0).float()
+
+
+LIKELY_ZERO = np.array([0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3])  # the draft's law everywhere; the target's is uniform
+BLOCKS = 2500
+
+
+def choosy_counts(drops: bool, seed: int) -> np.ndarray:
+    runner = table_runner(torch.zeros(1, 4, 4), torch.tensor(LIKELY_ZERO).log().expand(1, 4, 4), 1, 4 * BLOCKS + 1)
+    shape = Telling(Choosy(1), torch.device("cpu"), drops=drops)
+    outs = runner.generate([[0]], max_new_tokens=4 * BLOCKS, seed=seed, tree=shape, verify="residual", temperature=1.0)
+    tokens = np.array(outs[0].tokens).reshape(-1, 4)
+    return np.bincount(tokens @ [64, 16, 4, 1], minlength=256).reshape(4, 4, 4, 4).astype(float)
+
+
+def test_residual_verification_verifies_all_that_was_drafted():
+    """Through the engine: no policy may leave a token unverified there, by what it is."""
+    runner = pair()
+    runner.predictor = predicting(runner)
+    for policy in POLICIES:
+        runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="residual", policy=policy)
+        runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="coupled", policy=policy)
+        runner.generate([[1, 2]], max_new_tokens=6, temperature=0.0, verify="residual", policy=policy)
+    for (_, _, warm, verify, _), chain in runner._paced.items():
+        assert chain.drops == (verify == "coupled" or not warm)
+
+
+def test_residual_text_is_the_targets_only_if_nothing_is_dropped_by_what_it_is(seed):
+    """The planted fault leaves the place of a drafted 0 to the target, and the others to tokens that are all accepted.
+
+    So token 0 comes with chance 0.6 * 1/4 instead of 1/4, and the joint of four tokens has a noncentrality far above 150.
+    """
+    truth, wrong = np.full(4, 0.25), np.array([0.15, 0.85 / 3, 0.85 / 3, 0.85 / 3])
+    joint, fault = (np.einsum("a,b,c,d->abcd", law, law, law, law) for law in (truth, wrong))
+    assert BLOCKS * ((fault - joint) ** 2 / joint).sum() > 150
+    assert laws.p_value(choosy_counts(False, seed), joint) > 1e-4
+    faulty = choosy_counts(True, seed)
+    assert laws.p_value(faulty, joint) < 1e-6 and laws.p_value(faulty, fault) > 1e-4
+
+
+def test_what_a_level_says_by_hand():
+    """Probabilities 0.5, 0.3, 0.2: the best and its runner-up, and from the second on the best as the other."""
+    logits = torch.tensor([[[0.2, 0.5, 0.3]]]).log() + 3.0
+    found = signals(logits, 2, 0.7)[0, 0]
+    assert found.shape == (2, SIGNALS)
+    torch.testing.assert_close(found[:, 1], torch.tensor([0.5, 0.3]))
+    torch.testing.assert_close(found[:, 3], torch.tensor([0.3, 0.5]))
+    torch.testing.assert_close(found[:, 0], found[:, 1].log())
+    assert (found[:, 4] == 0.7).all()
+    alone = signals(torch.tensor([[[0.0, float("-inf")]]]), 1, 0.0)[0, 0, 0]
+    assert alone.isfinite().all() and alone[1] == 1 and alone[3] < 1e-8
+
+
+def test_thresholds_stop_where_they_should():
+    confident = Threshold("confidence", 0.6, 9)
+    confident.begin(2)
+    assert confident.more([0.9, 0.5]) and not confident.more([0.9, 0.2])
+    chances = Threshold("predictor", 0.5, 9)
+    chances.begin(1)
+    assert chances.more([0.8]) and chances.more([0.7]) and not chances.more([0.8])  # 0.8, 0.56, 0.448
+
+
+def drafted(policy: Cost, said: list[float], rows: int = 1) -> tuple[int, int]:
+    """Levels run, and kept, when each row is told these chances."""
+    most, level = policy.begin(rows), 0
+    while level < most:
+        level += 1
+        if not policy.more([said[level - 1]] * rows):
+            break
+    return level, policy.keep(level)
+
+
+def test_cost_stops_where_the_next_token_costs_more_than_it_brings():
+    """One row, R = 1 token in a plain step: at a price of 0.3 for a level and its row, chance 0.7 * S must be above 0.3."""
+    policy = Cost(flat(verify=0.2, level=0.1), 6, predicted=True)
+    assert policy.rate(1) == 1
+    levels, kept = drafted(policy, [0.6, 0.6, 0.6, 0.6])
+    assert levels == 2  # 0.6 * 0.7 = 0.42 pays, 0.36 * 0.7 = 0.25 does not
+    assert kept == 2  # what is drafted is kept where its chance, 0.6 and 0.36, is above the price of a row, 0.2
+    assert drafted(policy, [0.1, 0.9]) == (1, 0)  # so poor a first token is not worth a row of 0.2
+
+
+def test_cost_drafts_on_for_nothing_and_never_when_dear():
+    assert drafted(Cost(flat(0.0, 0.001), 6, True), [0.95] * 6) == (6, 6)
+    assert drafted(Cost(flat(2.0, 1.0), 6, True), [0.95] * 6) == (1, 0)
+
+
+def run(policy: Policy, chance: float, rounds: int, rows: int, generator: np.random.Generator) -> tuple[float, float]:
+    """Seconds by the costs, of the policy and of plain decoding, for rounds whose proposals are accepted with this chance."""
+    assert isinstance(policy, Cost)
+    seconds = tokens = 0.0
+    for _ in range(rounds):
+        levels, kept = (0, 0) if not policy.begin(rows) else drafted_again(policy, chance, rows)
+        luck = generator.random((rows, kept)) < chance
+        accepted = [int(row.cumprod().sum()) for row in luck]
+        policy.learn(rows, levels, kept, accepted)
+        seconds += policy.costs.round(rows, levels, kept)
+        tokens += sum(accepted) + rows
+    return seconds, tokens * policy.costs.verify(rows, 1) / rows
+
+
+def drafted_again(policy: Cost, chance: float, rows: int) -> tuple[int, int]:
+    level = 0
+    while level < policy.most:
+        level += 1
+        if not policy.more([chance] * rows):
+            break
+    return level, policy.keep(level)
+
+
+@pytest.mark.parametrize("predicted", [True, False])
+def test_cost_gives_up_a_useless_draft_and_loses_hardly_anything(predicted, seed):
+    generator = np.random.default_rng(seed)
+    policy = Cost(flat(verify=0.1, level=0.3), 8, predicted)
+    seconds, plain = run(policy, 0.0, 3000, 8, generator)
+    assert seconds < 1.01 * plain
+
+
+def test_cost_takes_drafting_up_again_when_it_pays_again(seed):
+    generator = np.random.default_rng(seed)
+    policy = Cost(flat(verify=0.05, level=0.1), 8, predicted=True)
+    run(policy, 0.0, 300, 1, generator)
+    run(policy, 0.9, 600, 1, generator)
+    seconds, plain = run(policy, 0.9, 300, 1, generator)
+    assert plain > 2 * seconds
+
+
+def test_cost_beats_every_fixed_depth_where_acceptance_varies(seed):
+    """Half the rounds are hopeless and half are sure: one who is told beats any depth that is the same for both."""
+    generator, price = np.random.default_rng(seed), flat(verify=0.1, level=0.2)
+    chances = np.where(generator.random(4000) < 0.5, 0.1, 0.95)
+
+    def rate(decide) -> float:
+        tokens = seconds = 0.0
+        for chance in chances:
+            levels, kept, learn = decide(chance)
+            accepted = int((generator.random(kept) < chance).cumprod().sum())
+            learn(accepted)
+            tokens, seconds = tokens + accepted + 1, seconds + price.round(1, levels, kept)
+        return tokens / seconds
+
+    def told(chance):
+        if not policy.begin(1):
+            return 0, 0, lambda accepted: None
+        levels, kept = drafted_again(policy, chance, 1)
+        return levels, kept, lambda accepted: policy.learn(1, levels, kept, [accepted])
+
+    policy = Cost(price, 10, predicted=True)
+    fixed = max(rate(lambda chance, depth=depth: (depth, depth, lambda accepted: None)) for depth in range(1, 11))
+    assert rate(told) > 1.1 * fixed
+
+
+def test_ema_follows_what_was_accepted():
+    policy = Recent(10)
+    for _ in range(60):
+        policy.learn(2, 4, 4, [0, 0])
+    assert policy.begin(2) in (1, 2)
+    for _ in range(60):
+        policy.learn(2, 8, 8, [8, 8])
+    assert policy.begin(2) == 10
+
+
+def test_rounds_in_between_are_counted_as_they_were():
+    """Drafted tokens that were not verified are wasted too; a position that was not offered was not refused."""
+    stats = Stats()
+    stats.add_round(2, 3, 5)
+    stats.add_round(1, 1, 1)
+    stats.add_round(0, 0, 0)
+    assert stats.alpha_k == [2 / 2, 1 / 1, 0 / 1] and stats.drafted == 6
+    assert stats.wasted == (6 - 3) / 6 and stats.tau == 2
+
+
+def test_costs_are_measured_once(monkeypatch):
+    runner = pair(max_batch=2)
+    first = runner.chain_costs(4, None)
+    assert first.rows == (1, 2) and first.verify(1, 1) > 0 and first.round(1, 4, 4) > first.round(1, 0, 0)
+    monkeypatch.setattr("trainkit.runner.engine.measure_chain_costs", lambda *_, **__: pytest.fail("measured again"))
+    assert runner.chain_costs(4, None) == first
+
+
+def test_a_line_through_costs_by_hand():
+    found = replace(flat(), nodes=(1, 3), verify_RN=((1.0, 2.0), (1.0, 4.0)))
+    assert found.verify(1, 2) == 1.5 and found.verify(8, 3) == 4 and found.verify(1, 5) == 3 and found.verify(1, 0) == 1
+    assert costs._rising([1.0, 3.0, 2.0, 4.0]) == (1.0, 2.5, 2.5, 4.0)
+
+
+@pytest.mark.parametrize(
+    "policy, options, said",
+    [
+        ("often", {}, "must be fixed, confidence:P"), ("confidence:2", {}, "between 0 and 1"),
+        ("confidence:.", {}, "between 0 and 1"), ("predictor", {}, "has no predictor"),
+        ("cost", {"tree": [(0,)]}, "leave tree out"), ("cost", {"depth": 0}, "give depth"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_in_a_line(policy, options, said):
+    with pytest.raises(UserError, match=said):
+        pair().generate([[1]], policy=policy, **options)
+    plain = pair(noise=None)
+    with pytest.raises(UserError, match="without a drafter"):
+        plain.generate([[1]], policy="ema")
+
+
+def test_names_are_read():
+    assert PolicyName.of("confidence") == PolicyName("confidence", 0.6) and PolicyName.of("predictor:0.25").threshold == 0.25
+    assert PolicyName.of("cost-blind").blind and not PolicyName.of("cost").blind
+
+
+def test_a_predictor_of_another_depth_or_batch_says_the_same(seed):
+    made = predicting(pair())
+    hidden, said = torch.randn(3, 2, made.hidden_size), torch.randn(3, 2, 4, SIGNALS)
+    whole = made(hidden, said, 1)
+    assert whole.shape == (3, 2, 4)
+    torch.testing.assert_close(made(hidden[1:2], said[1:2], torch.tensor([[1, 1]])), whole[1:2])
+    assert not torch.allclose(made(hidden, said, 2), whole)
+    changed = copy.deepcopy(made)
+    changed.scale[1], changed.shift[1] = 2.0, -1.0
+    warm = said.clone()
+    warm[..., -1] = 0.5
+    torch.testing.assert_close(changed.probability(hidden, warm, 0), (2 * made(hidden, warm, 0) - 1).sigmoid())

@@ -1,0 +1,95 @@
+"""A chain that is drafted level by level for as long as a policy asks for more, and verified as far as it says."""
+
+# B rows  D draft levels  N nodes  K ids it may propose
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from trainkit.drafters.base import Frontier
+from trainkit.models.acceptance import AcceptancePredictor, signals
+from trainkit.runner.control import Policy
+from trainkit.runner.tree import Draft, Proposals, Shape, Steps, Tree, build, chain
+
+
+class AdaptiveChain(Shape):
+    """Asks its policy after each level; for that the host reads a number a row, so no graph can hold it.
+
+    Args:
+        policy: What decides.
+        device: Of the tree tensors.
+        predictor: For a policy that reads one.
+        drops: Whether drafted tokens may go unverified. Under `residual` they must not: a token that is verified or not by
+            what it is was not drawn from q, as acceptance supposes, and the text would no longer be distributed as the target's.
+            Under `coupled` what is emitted is the target's choice whatever is verified.
+
+    Attributes:
+        trees: The chain of each depth that it may come to, from none.
+        most: Levels of the coming round at most.
+    """
+
+    def __init__(
+        self, policy: Policy, device: torch.device, predictor: AcceptancePredictor | None = None, drops: bool = True
+    ) -> None:
+        assert policy.reads != "predictor" or predictor is not None
+        self.policy, self.predictor, self.device, self.drops = policy, predictor, device, drops
+        self.depth = self.most = policy.most
+
+    @cached_property
+    def trees(self) -> list[Tree]:
+        return [build(chain(depth), self.device) for depth in range(self.depth + 1)]
+
+    @property
+    def size(self) -> int:
+        return self.depth + 1
+
+    @property
+    def slots(self) -> int:
+        return self.depth + 1
+
+    @property
+    def widest(self) -> int:
+        return 1
+
+    @property
+    def is_chain(self) -> bool:
+        return True
+
+    @property
+    def key(self) -> Hashable:
+        return None
+
+    def grow(self, steps: Steps) -> Draft:
+        policy, whole = self.policy, self.trees[self.depth]
+        B = steps.root_B.shape[0]
+        tokens = [steps.root_B[:, None]]
+        for depth, level in enumerate(whole.levels[: self.most]):
+            frontier = Frontier(
+                tokens_BF=tokens[-1], positions_BF=(steps.position_B + depth)[:, None], nodes_F=level.nodes_F,
+                parents_BF=level.parents_F.expand(B, -1), parent_places_BF=level.parent_places_F.expand(B, -1),
+                ancestors_BFM=level.ancestors_FN.expand(B, -1, -1), depth=depth, chain=True,
+            )  # fmt: skip
+            made = steps.expand(frontier, 1)
+            picked_B1 = made.noisy_BFK.argmax(-1)
+            tokens.append(picked_B1 if made.ids_K is None else made.ids_K[picked_B1])
+            said = [] if policy.reads == "nothing" else self._said(made, depth, steps.sampling.temperature).tolist()
+            if not policy.more(said):
+                break
+        drafted = len(tokens) - 1
+        kept = policy.keep(drafted) if self.drops else drafted
+        return Draft(
+            torch.cat(tokens[: kept + 1], dim=1), tuple(steps.scores[:kept]), self.trees[kept].topology,
+            said=tuple(steps.said[:kept]), shape=self.trees[kept], levels=drafted,
+        )  # fmt: skip
+
+    def _said(self, made: Proposals, depth: int, temperature: float) -> Tensor:
+        """[B] what the policy reads of a level."""
+        signals_B11C = signals(made.noisy_BFK, 1, temperature)
+        if self.policy.reads == "confidence":
+            return signals_B11C[:, 0, 0, 1]
+        assert self.predictor is not None
+        return self.predictor.probability(made.hidden_BFD, signals_B11C, depth)[:, 0, 0]

@@ -1,0 +1,273 @@
+"""What the parts of a round cost on this machine: drafting a tree, verifying so many rows.
+
+Measured apart from one another, over a cache of zeros; what it holds does not change what it costs. `ChainCosts` are those that
+a policy decides by, kept in a small file, since a process should not have to measure what the one before has measured.
+"""
+
+# B rows  N tree nodes
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from trainkit.runner.sampling import Sampling
+from trainkit.runner.tree import Draft, RankPath, Shape, Tree, build, chain, grow
+
+if TYPE_CHECKING:
+    from trainkit.runner.decoder import Rounds
+
+CACHE = Path.home() / ".cache" / "trainkit" / "costs"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all that was asked of a GPU; a CPU has already done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def processor(device: torch.device) -> str:
+    """Model name of the GPU, or of the CPU as Linux reports it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """Seconds that the parts of one round take, apart from one another.
+
+    Attributes:
+        draft: Growing the tree, all levels, and taking in what is accepted.
+        verify: The target's forward over the tree's nodes, output head included.
+    """
+
+    draft: float
+    verify: float
+
+
+def round_costs(
+    rounds: Rounds, shapes: Sequence[tuple[RankPath, ...]], length: int, batch: int = 1, repeats: int = 15
+) -> dict[tuple[RankPath, ...], RoundCost]:
+    """Median costs of drafting and verifying each tree at `length` cached tokens, greedily; on a GPU as captured graphs.
+
+    Plain decoding is the empty tree: its `verify` is the time of one row. Trees are interleaved, and each drafts before it
+    verifies, as in a round, so that what the target evicts from the processor's cache is evicted here too.
+    """
+    device = rounds.target.embed.weight.device
+    trees = {paths: build(paths, device) for paths in dict.fromkeys([chain(0), *shapes])}
+    parts = {paths: (tree, tree) for paths, tree in trees.items()}
+    return {paths: RoundCost(*found) for paths, found in _timed(rounds, parts, length, batch, repeats).items()}
+
+
+@torch.inference_mode()
+def _timed(
+    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree]], length: int, batch: int, repeats: int
+) -> dict[Any, tuple[float, float]]:
+    """Median seconds of drafting the one and verifying the other, by name."""
+    device = rounds.target.embed.weight.device
+    probes: dict[Hashable, list[Callable[[], object]]] = {}
+    for name, (drafted, verified) in parts.items():
+        probes[name] = [_graphed(part, device) for part in _parts(rounds, drafted, verified, length, batch)]
+    seconds: dict[Hashable, list[tuple[float, float]]] = {name: [] for name in probes}
+    for _ in range(repeats + 2):
+        for name, probe in probes.items():
+            marks = [perf_counter()]
+            for part in probe:
+                part()
+                synchronize(device)
+                marks.append(perf_counter())
+            seconds[name].append((marks[1] - marks[0], marks[2] - marks[1]))
+    return {
+        name: (statistics.median(d for d, _ in found[2:]), statistics.median(v for _, v in found[2:]))
+        for name, found in seconds.items()
+    }
+
+
+def _parts(
+    rounds: Rounds, shape: Shape, tree: Tree, length: int, batch: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Drafting of one shape, and verifying of a tree."""
+    drafter, device = rounds.drafter, rounds.target.embed.weight.device
+    span = -(-(length + max(shape.slots, tree.size)) // 64) * 64
+    rounds.target.reserve_positions(span)
+    state = rounds.new_state(batch, span)
+    state["position"].fill_(length)
+    drafted = Draft(torch.zeros(batch, tree.size, dtype=torch.long, device=device), (), tree.topology)
+
+    def verify() -> object:
+        return rounds.judge(tree, drafted, state, span)
+
+    if drafter is None or not shape.depth:
+        return lambda: None, verify
+    weight = rounds.target.embed.weight
+    draft_state = drafter.init_state(batch, span, device, weight.dtype)
+    levels, counts_B = range(shape.depth + 1), torch.ones(batch, dtype=torch.long, device=device)
+    path_BP = None if shape.is_chain else torch.zeros(batch, len(levels), dtype=torch.long, device=device)
+    taps = weight.new_zeros(batch, len(levels), len(rounds.taps), weight.shape[1]) if rounds.taps else None
+
+    def draft() -> object:
+        token, position = state["token"], state["position"]
+        made = grow(shape, drafter, draft_state, rounds.handle, token, position, Sampling(), None, span, False)
+        drafter.commit(draft_state, path_BP, made.tokens_BN[:, : len(levels)], counts_B, position, taps, rounds.handle, span)
+        return made
+
+    return draft, verify
+
+
+def _graphed(part: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The part as a CUDA graph; on a CPU the part itself."""
+    if device.type != "cuda":
+        return part
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            part()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = part()
+    return partial(_replay, graph, part, made)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, *read: object) -> None:
+    """`read` is what the graph reads and writes, kept alive for as long as it can be replayed."""
+    graph.replay()
+
+
+# ------------------------------------------------------------------------------------------------- what a policy decides by
+
+
+@dataclass(frozen=True)
+class ChainCosts:
+    """Seconds of a chain's parts by how many texts are decoded together; straight lines between what was measured.
+
+    Attributes:
+        rows: Numbers of texts measured, ascending.
+        nodes: Numbers of rows verified for each, ascending.
+        verify_RN: The target's forward with output head, by texts, then by nodes.
+        first_R: A draft's first level, predictor and taking in what is accepted included.
+        level_R: Each level after it.
+    """
+
+    rows: tuple[int, ...]
+    nodes: tuple[int, ...]
+    verify_RN: tuple[tuple[float, ...], ...]
+    first_R: tuple[float, ...]
+    level_R: tuple[float, ...]
+
+    def verify(self, rows: int, nodes: int) -> float:
+        """Seconds to verify `nodes` rows of each of so many texts."""
+        return _between(rows, self.rows, [_between(nodes, self.nodes, line) for line in self.verify_RN])
+
+    def level(self, rows: int) -> float:
+        """Seconds of a draft level after the first."""
+        return _between(rows, self.rows, self.level_R)
+
+    def round(self, rows: int, levels: int, verified: int) -> float:
+        """Seconds of a round that drafts so many levels and verifies so many tokens beside the root."""
+        first = _between(rows, self.rows, self.first_R)
+        drafted = first + (levels - 1) * self.level(rows) if levels else 0.0
+        return drafted + self.verify(rows, verified + 1)
+
+
+def _between(x: float, at: Sequence[int], values: Sequence[float]) -> float:
+    """The line through the values at places ascending; level before the first, on from the last two after the last."""
+    place = min(bisect_left(at, x), len(at) - 1)
+    if place == 0:
+        return values[0]
+    low, high = at[place - 1], at[place]
+    return values[place - 1] + (x - low) * (values[place] - values[place - 1]) / (high - low)
+
+
+def measure_chain_costs(
+    rounds: Rounds, drafted: Callable[[int], Shape], most: int, batch: int, length: int, repeats: int = 9
+) -> ChainCosts:
+    """Times chains of up to `most` levels for 1, 2, 4 ... `batch` texts at `length` cached tokens.
+
+    Args:
+        rounds: Of a target and a drafter.
+        drafted: The shape that drafts a number of levels as decoding will.
+        most: Levels.
+        batch: Texts.
+        length: Cached tokens.
+        repeats: Of each.
+    """
+    device = rounds.target.embed.weight.device
+    sizes = sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
+    depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < most} | {most})
+    verify, first, level = [], [], []
+    for rows in sizes:
+        plain = build(chain(0), device)
+        parts: dict[int, tuple[Shape, Tree]] = {0: (plain, plain)}
+        parts |= {depth: (drafted(depth), build(chain(depth), device)) for depth in depths}
+        found = _timed(rounds, parts, length, rows, repeats)
+        verify.append(_rising([found[depth][1] for depth in (0, *depths)]))
+        first.append(found[1][0])
+        steps = [(found[depth][0] - found[1][0]) / (depth - 1) for depth in depths if depth > 1]
+        level.append(max(0.0, statistics.median(steps)) if steps else found[1][0])
+    return ChainCosts(tuple(sizes), (1, *(d + 1 for d in depths)), tuple(verify), tuple(first), tuple(level))
+
+
+def _rising(values: Sequence[float]) -> tuple[float, ...]:
+    """The values with none below one before it: the mean from above and from below."""
+    up, down = list(values), list(values)
+    for place in range(1, len(values)):
+        up[place] = max(up[place], up[place - 1])
+        down[-1 - place] = min(down[-1 - place], down[-place])
+    return tuple((a + b) / 2 for a, b in zip(up, down, strict=True))
+
+
+def kept_costs(setting: Mapping[str, Any], measure: Callable[[], ChainCosts]) -> ChainCosts:
+    """The costs measured under a setting, from a file where they were measured before; TRAINKIT_COSTS names its folder.
+
+    Args:
+        setting: All that costs depend on, JSON-able: machine, threads, versions, sizes.
+        measure: Measures them.
+    """
+    text = json.dumps(setting, sort_keys=True)
+    folder = Path(os.environ.get("TRAINKIT_COSTS") or CACHE)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["setting"] == json.loads(text):
+            costs = values["costs"]
+            verify = tuple(tuple(line) for line in costs.pop("verify_RN"))
+            return ChainCosts(verify_RN=verify, **{name: tuple(value) for name, value in costs.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # not measured yet, or by another version
+    costs = measure()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial_ = path.with_suffix(f".{os.getpid()}")
+        partial_.write_text(json.dumps({"setting": setting, "costs": asdict(costs)}, indent=1) + "\n", encoding="utf-8")
+        partial_.replace(path)
+    except OSError:
+        pass  # a read-only home costs a second at each start, no more
+    return costs
+
+
+def sizes_of(module: nn.Module | None) -> str:
+    """Digest of a module's class and the shapes of its weights: what of it costs depend on."""
+    shapes = {} if module is None else {name: list(value.shape) for name, value in module.named_parameters()}
+    return hashlib.sha256(json.dumps([type(module).__name__, shapes]).encode()).hexdigest()[:16]
