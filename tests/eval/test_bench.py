@@ -46,9 +46,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 def request(**values) -> Request:
     defaults = {
-        "target": None, "drafters": (), "prompts": None, "depths": (1, 3), "trees": (), "max_new_tokens": 25,
-        "temperature": 0.0,
-        "verify": "coupled", "limit": 2, "repeats": 1, "batch": 1, "device": "cpu", "dtype": "float32", "baselines": False,
+        "target": None, "drafters": (), "prompts": None, "depths": (1, 3), "trees": (), "policies": (),
+        "max_new_tokens": 25, "temperature": 0.0, "verify": "coupled", "limit": 2, "repeats": 1, "batch": 1, "device": "cpu", "dtype": "float32", "baselines": False,
         "seed": 0, "max_seconds": 100.0, "synthetic": "tiny", "synthetic_tau": 2.5, "synthetic_kinds": ("lm",),
         "prompt_length": 16,
     }  # fmt: skip

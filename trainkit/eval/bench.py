@@ -25,6 +25,7 @@ def bench(
     plot: str | None = None,
     depths: tuple[int, ...] = (1, 2, 3, 4, 6),
     trees: str | None = None,
+    policy: list[str] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     verify: str = "coupled",
@@ -48,6 +49,7 @@ def bench(
     Examples:
         trainkit bench --target models/target --drafter models/draft --prompts test.jsonl --json bench.json --plot bench.png
         trainkit bench --target models/target --drafter models/draft --drafter models/heads --prompts test.jsonl
+        trainkit bench --target models/target --drafter models/draft --prompts test.jsonl --policy cost --policy confidence:0.6
         trainkit bench --synthetic llama3-8b --device cuda --dtype bfloat16 --baselines false
         trainkit bench --synthetic llama3-8b --synthetic_kinds [medusa,hydra,eagle] --synthetic_tau 3.4 --device cuda
 
@@ -59,6 +61,8 @@ def bench(
         plot: Where to write the figure, PNG.
         depths: Depths to draft to, as far as a drafter can; its own or recommended tree is added where it has one.
         trees: More trees to draft: a list of lists of rank paths, [[[0],[1],[0,0]]], or a JSON file of one.
+        policy: Policies that choose the depth while decoding, up to the largest of `depths`: cost, predictor:P, confidence:P,
+            ema, cost-blind (cost without the predictor); [one,another], or the flag again. Held against the best fixed depth.
         max_new_tokens: Most tokens for each prompt.
         temperature: 0 is greedy. Above, transformers draws other texts, and only our outputs are held against plain decoding.
         verify: coupled or residual.
@@ -79,9 +83,9 @@ def bench(
         0, or 1 on a mismatch.
     """
     request = Request(
-        target, tuple(drafter or ()), prompts, tuple(depths), read_trees(trees), max_new_tokens, temperature, verify, limit,
-        repeats, batch, chosen_device(device), dtype, baselines, seed, max_seconds, synthetic, synthetic_tau,
-        tuple(synthetic_kinds or ()), prompt_length,
+        target, tuple(drafter or ()), prompts, tuple(depths), read_trees(trees), tuple(policy or ()), max_new_tokens,
+        temperature, verify, limit, repeats, batch, chosen_device(device), dtype, baselines, seed, max_seconds, synthetic,
+        synthetic_tau, tuple(synthetic_kinds or ()), prompt_length,
     )  # fmt: skip
     for name, file in (("json", json), ("plot", plot)):
         if file is not None and Path(file).is_dir():

@@ -19,7 +19,8 @@ from trainkit.eval.speed import ours
 from trainkit.models.load import covered_positions, device_of
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
-from trainkit.runner.engine import load_drafter
+from trainkit.runner.control import MOST
+from trainkit.runner.engine import load_drafter, predictor_of
 from trainkit.runner.tree import RankPath, build, chain
 
 
@@ -44,7 +45,9 @@ def checkpoint_field(request: Request) -> Field:
     field = Field(runner, prompts, target.resolve().name)
     for name, folder in zip(_names(request.drafters), request.drafters, strict=True):
         drafter = load_drafter(Path(folder), target, shape).to(device=runner.device, dtype=dtype)
-        field.drafts.append(Draft(name, Runner.of(decoder, drafter, shape, target, batch, longest)))
+        made = Runner.of(decoder, drafter, shape, target, batch, longest)
+        made.predictor = predictor_of(Path(folder), runner.device, dtype)
+        field.drafts.append(Draft(name, made))
     if request.baselines:
         load = partial(load_model, device=runner.device, dtype=dtype)
         model = load(target)
@@ -123,8 +126,17 @@ def _add_ours(field: Field, request: Request, prepare: Callable[[Any, int], Call
             scripted = prepare and prepare(draft.runner.drafter, depth)
             made = ours(draft.runner, f"{name} {shape}", paths, scripted, draft.name, **request.options)
             field.contenders.append(made)
+        if request.policies:
+            assert draft.runner.drafter is not None
+            most = max(request.depths, default=MOST)
+            most = min(most, draft.runner.drafter.max_depth or most)
+            scripted = prepare and prepare(draft.runner.drafter, most)
+            field.contenders += [
+                ours(draft.runner, f"{name} {policy}", (), scripted, draft.name, policy, most, **request.options)
+                for policy in request.policies
+            ]
     # a rotary table that grows later would leave the graphs of other runners, which read the old one, without it
-    most = max((len(one.paths) + 3 * one.depth for one in field.contenders), default=0)
+    most = max((max(len(one.paths), one.depth) + 3 * one.depth for one in field.contenders), default=0)
     field.runner.rounds.target.reserve_positions(field.runner.max_len + most + 128)
 
 

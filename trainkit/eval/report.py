@@ -20,6 +20,8 @@ def table(summary: dict[str, Any]) -> str:
     parts = [_head(summary), _speeds(summary)]
     if any("tau" in one for one in summary["contenders"]):
         parts += [_drafting(summary), _positions(summary)]
+    if any("paced" in one for one in summary["contenders"]):
+        parts.append(_policies(summary))
     parts.append(_closing(summary))
     return "\n\n".join(parts)
 
@@ -112,6 +114,25 @@ def _drafting(summary: dict[str, Any]) -> str:
             *(_ratio(one[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
             _percent(one["speedup_over_roof"]), _percent(one["efficiency"]), str(one["cut_rounds"]),
         ))  # fmt: skip
+    return aligned(rows)
+
+
+def _policies(summary: dict[str, Any]) -> str:
+    """Policies beside the fastest fixed depth; thrown away: drafted tokens that were not kept, for each token emitted."""
+    rows: list[tuple[str, ...]] = [
+        ("policy", "tau", "drafted", "thrown away", "speedup", "x fixed", "min..max", "its best depth, thrown away")
+    ]
+    for heading, ones in by_drafter(summary):
+        paced = [one for one in ones if "paced" in one]
+        rows += [(f"{heading}:",)] if heading and paced else []
+        for one in paced:
+            values, fixed = one["paced"], one["paced"]["over_best_fixed"]
+            beside = ("-", "-", "-")
+            if fixed is not None:
+                beside = (_ratio(fixed["median"]), f"{_ratio(fixed['min'])}..{_ratio(fixed['max'])}",
+                          f"{fixed['depth']}, {_ratio(fixed['wasted'])}")  # fmt: skip
+            figures = (_ratio(values[key]) for key in ("tau", "drafted_per_round", "wasted", "speedup"))
+            rows.append((f"  {label(one)}" if heading else label(one), *figures, *beside))
     return aligned(rows)
 
 

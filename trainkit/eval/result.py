@@ -25,6 +25,7 @@ class Request:
     prompts: str | None
     depths: tuple[int, ...]
     trees: tuple[tuple[RankPath, ...], ...]
+    policies: tuple[str, ...]
     max_new_tokens: int
     temperature: float
     verify: str
@@ -56,6 +57,11 @@ class Request:
             raise UserError("synthetic: takes no target, drafter or prompts, and decodes at temperature 0")
         if self.trees and not self.drafters:
             raise UserError("trees: need a --drafter to draft them")
+        if self.policies and not (self.drafters or self.synthetic):
+            raise UserError("policy: needs a --drafter to pace")
+        for name in self.policies:
+            if self.policies.count(name) > 1:
+                raise UserError(f"policy {name}: given twice; name each once")
         if self.verify not in ("coupled", "residual"):
             raise UserError(f"verify {self.verify!r}: must be one of coupled, residual")
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -102,7 +108,7 @@ class Field:
     @property
     def plain(self) -> Contender:
         """Our decoding without a draft."""
-        return next(one for one in self.contenders if one.family == "trainkit" and not one.paths)
+        return next(one for one in self.contenders if one.family == "trainkit" and not one.drafter)
 
     @property
     def mean_length(self) -> int:

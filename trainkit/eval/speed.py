@@ -53,6 +53,7 @@ class Contender:
         run: (prompts, max_new_tokens) -> what it generated; returns when the tokens are there.
         paths: Rank paths of the draft; only of our contenders.
         drafter: Its drafter's name; empty where nothing drafts.
+        policy: What paces its draft, in place of paths.
         threads: CPU threads it runs with.
         seconds: Wall-clock of each repeat.
         outputs: What each repeat generated.
@@ -64,6 +65,7 @@ class Contender:
     run: Callable[[Sequence[Sequence[int]], int], Generated]
     paths: tuple[RankPath, ...] = ()
     drafter: str = ""
+    policy: str = ""
     threads: int = 1
     seconds: list[float] = field(default_factory=list)
     outputs: list[Generated] = field(default_factory=list)
@@ -91,7 +93,7 @@ class Contender:
 
 def ours(
     runner: Runner, name: str, paths: tuple[RankPath, ...], prepare: Callable[[], None] | None = None, drafter: str = "",
-    **options: object,
+    policy: str = "", most: int = 0, **options: object,
 ) -> Contender:  # fmt: skip
     """A contender that decodes with our runner and this draft tree; no paths is plain decoding.
 
@@ -101,6 +103,8 @@ def ours(
         paths: Rank paths of the tree.
         prepare: Called before each run, untimed work excluded by nobody: keep it small.
         drafter: The drafter's name.
+        policy: In place of paths, what paces the draft,
+        most: and how many tokens it may draft at most.
         **options: As in `Runner.generate`.
     """
 
@@ -108,12 +112,12 @@ def ours(
         settle(runner)
         if prepare is not None:
             prepare()
-        tree: dict[str, object] = {"tree": paths} if paths else {"depth": 0}
+        tree: dict[str, object] = {"tree": paths} if paths else {"depth": most, "policy": policy or None}
         outputs = runner.generate(prompts, max_new_tokens=max_new_tokens, **tree, **options)  # type: ignore[arg-type]
         stats = Stats.merge(output.stats for output in outputs)
         return Generated([output.tokens for output in outputs], stats, runner.rounds_run, dict(runner.seconds))
 
-    return Contender(name, "trainkit", max(map(len, paths), default=0), run, paths, drafter)
+    return Contender(name, "trainkit", max(map(len, paths), default=most), run, paths, drafter, policy)
 
 
 def settle(runner: Runner) -> None:

@@ -58,6 +58,8 @@ def _contender(result: Result, one: Contender) -> Summary:
         values |= {"bandwidth": _bandwidth(result, one), "split": _split(one)}
     if one.paths:
         values |= _drafting(result, one)
+    if one.policy:
+        values["paced"] = _paced(result, one)
     return values
 
 
@@ -69,6 +71,31 @@ def _identity(result: Result, one: Contender) -> Summary | None:
         "of": found.total, "equal": found.equal, "ties": found.ties, "mismatches": found.mismatches,
         "differences": [asdict(difference) for difference in found.differences],
     }  # fmt: skip
+
+
+def _paced(result: Result, one: Contender) -> Summary:
+    """What came of a policy, beside the fastest fixed depth of the same drafter; ratios are of runs next to one another."""
+    stats, plain = one.last.stats, result.field.plain
+    assert stats is not None
+    drafting = [other for other in result.field.contenders if other.drafter == one.drafter and other.paths]
+    chains = [other for other in drafting if len(other.paths) == other.depth]
+    best = max(chains, key=lambda other: other.rate, default=None)
+    values: Summary = {
+        "policy": one.policy, "most": one.depth, "tau": stats.tau, "accepted": list(stats.accepted), "rounds": stats.rounds,
+        "cut_rounds": stats.cut_rounds, "drafted_per_round": stats.drafted / max(1, stats.rounds), "wasted": stats.wasted,
+        "alpha_k": list(stats.alpha_k), "speedup": one.rate / plain.rate, "over_plain": _paired(one, plain),
+        "over_best_fixed": None,
+    }  # fmt: skip
+    if best is not None:
+        assert best.last.stats is not None
+        values["over_best_fixed"] = _paired(one, best) | {"depth": best.depth, "wasted": best.last.stats.wasted}
+    return values
+
+
+def _paired(one: Contender, other: Contender) -> Summary:
+    """Tokens per second of one over the other's, repeat by repeat."""
+    ratios = [a / b for a, b in zip(one.rates, other.rates, strict=True)]
+    return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def _drafting(result: Result, one: Contender) -> Summary:
@@ -83,8 +110,8 @@ def _drafting(result: Result, one: Contender) -> Summary:
     alpha_k = [*stats.alpha_k, 0.0][: one.depth]  # a position that was reached and never accepted
     return {
         "nodes": len(one.paths) + 1, "accepted": list(stats.accepted), "rounds": stats.rounds, "cut_rounds": stats.cut_rounds,
-        "tau": tau, "alpha_k": alpha_k, "c": c, "mbsu": mbsu(tau, c, one.depth), "v": cost.verify / step,
-        "draft": cost.draft / step, "plain_step_seconds": step, "roof": attainable, "speedup": speedup,
+        "tau": tau, "wasted": stats.wasted, "alpha_k": alpha_k, "c": c, "mbsu": mbsu(tau, c, one.depth),
+        "v": cost.verify / step, "draft": cost.draft / step, "plain_step_seconds": step, "roof": attainable, "speedup": speedup,
         "speedup_over_roof": speedup / attainable, "efficiency": speedup / tau,
     }  # fmt: skip
 
@@ -94,7 +121,10 @@ def _bandwidth(result: Result, one: Contender) -> Summary:
     draft_bytes = _draft_bytes(_draft(result, one)) if one.drafter else 0
     request, field, machine = result.request, result.field, result.machine
     batch = min(request.batch, len(field.prompts))
-    needed = _target_bytes(result) + one.depth * draft_bytes + batch * field.mean_length * _cache_bytes(result)
+    levels = one.depth
+    if one.policy and one.last.stats is not None:
+        levels = one.last.stats.drafted / max(1, one.last.stats.rounds)
+    needed = _target_bytes(result) + levels * draft_bytes + batch * field.mean_length * _cache_bytes(result)
     seconds = one.decode_seconds / max(1, one.last.rounds)
     cache = machine.last_level_cache
     return {

@@ -155,7 +155,9 @@ class PolicyData(TextData):
         """(number, prompt's place, new tokens) of the prompts of this rank."""
         options: dict[str, Any] = {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
         if runner.drafter is not None:
-            options |= {"verify": "mixed", "share": self.share if name == "mixed" else 1.0, "depth": self.depth}
+            share = self.share if name == "mixed" else 1.0
+            run = self.depth if share == 1 else max(1, round(share / (1 - share)))  # of the draft's tokens, in the mean
+            options |= {"verify": "mixed", "share": share, "depth": min(self.depth, run)}
         draws = [(number, 0) for number, _ in asked]
         outputs = runner.generate_each([self._prompts[place] for _, place in asked], draws, seed=global_seed(), **options)
         return [(*asked[place], output.tokens) for place, output in outputs]

@@ -9,7 +9,7 @@ replayed as one captured graph on a GPU. Plain decoding is the round whose tree 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -200,6 +200,11 @@ class Rounds:
             )  # fmt: skip
             if draft.shape is not None:
                 tree, noise = draft.shape, None if noise is None else noise[:, : draft.shape.depth + 1]
+        proposed = draft
+        if plan.verify == "mixed":  # the last token is the draft's or the target's, and nobody asks what comes after it
+            assert isinstance(tree, Tree) and tree.is_chain
+            tree = tree.shortened
+            draft = replace(draft, tokens_BN=draft.tokens_BN[:, : tree.size], topology=tree.topology, levels=tree.size)
         drafted = perf_counter()
 
         logits, taps = self.judge(tree, draft, state, span)
@@ -210,7 +215,7 @@ class Rounds:
             assert isinstance(tree, Tree)
             verdict = residual(tree, draft, scores, state["keys"], position)
         elif plan.verify == "mixed":
-            verdict = mixed(tree, draft, scores, state["keys"], position, plan.share, sampling.greedy)
+            verdict = mixed(proposed, scores, state["keys"], position, plan.share, sampling.greedy)
         elif plan.verify == "typical" and not sampling.greedy:
             verdict = typical(tree, draft, scores, noise, plan.typical)
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -235,6 +236,11 @@ class Tree(Shape):
     @property
     def key(self) -> Hashable:
         return self.paths
+
+    @cached_property
+    def shortened(self) -> Tree:
+        """Without its last level."""
+        return build([path for path in self.paths if len(path) < self.depth], self.children_NW.device)
 
     def grow(self, steps: Steps) -> Draft:
         """Each level's proposals are the best by draft log-probability plus noise."""

@@ -164,7 +164,7 @@ def residual(tree: Tree, draft: Draft, scores_BNV: Tensor, keys_B2: Tensor, posi
 
 
 def mixed(
-    tree: Shape, draft: Draft, scores_BNV: Tensor, keys_B2: Tensor, position_B: Tensor, share: float, greedy: bool
+    draft: Draft, scores_BDV: Tensor, keys_B2: Tensor, position_B: Tensor, share: float, greedy: bool
 ) -> Verdict:
     """Text of both: each token is the draft's with probability `share`, otherwise the target's, whatever either thinks of it.
 
@@ -173,26 +173,23 @@ def mixed(
     with the last drafted one: a bonus token would be the target's more often than it should.
 
     Args:
-        tree: A chain.
-        draft: Its tokens.
-        scores_BNV: The target's processed logits at every node.
+        draft: A chain of D tokens after the root.
+        scores_BDV: The target's processed logits at every node but the last.
         keys_B2: Noise keys.
         position_B: Absolute position of the root.
         share: Probability of the draft's token.
         greedy: The target takes its likeliest token.
     """
-    assert tree.is_chain and tree.depth
-    steps_D = torch.arange(tree.depth, device=position_B.device)
+    D = scores_BDV.shape[1]
+    steps_D = torch.arange(D, device=position_B.device)
     coins_BD = uniform(keys_B2, position_B[:, None] + 1 + steps_D, steps_D[:1], ACCEPT)[..., 0]
     kept_B = (coins_BD < share).long().cumprod(1).sum(1)
-    scores_BDV = scores_BNV[:, : tree.depth]
     if not greedy:
-        vocabulary = torch.arange(scores_BNV.shape[-1], device=position_B.device)
+        vocabulary = torch.arange(scores_BDV.shape[-1], device=position_B.device)
         scores_BDV = scores_BDV + gumbel(keys_B2, position_B[:, None] + 1 + steps_D, vocabulary, CHOICE)
     own_BD, drafted_BD = scores_BDV.argmax(-1), draft.tokens_BN[:, 1:]
     emitted_BD = torch.where(steps_D < kept_B[:, None], drafted_BD, own_BD)
-    emitted_BP = torch.cat([emitted_BD, draft.tokens_BN[:, :1]], dim=1)
-    return Verdict(None, (kept_B + 1).clamp(max=tree.depth), emitted_BP)
+    return Verdict(None, (kept_B + 1).clamp(max=D), emitted_BD)
 
 
 def after_rejection(p_BV: Tensor, q_BV: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
