@@ -234,6 +234,41 @@ def test_killed_at_any_step_it_is_the_old_or_the_new(tmp_path, old, exchange):
     assert states[-1] == "new"
 
 
+def add(folder: Path) -> None:
+    (folder / "more").mkdir()
+    fill(folder / "more", 2.0)
+
+
+EXTENDED_AT_EVERY_STEP = (
+    KILLED_AT_EVERY_STEP.replace('make(folder, kind="new")', 'bundle.extend(folder, add, runner={"more": 1})')
+    .replace("import make", "import add, make").replace('"shutil",', '"shutil", "pathlib",')
+)  # fmt: skip
+
+
+def test_killed_while_files_are_added_it_is_the_bundle_before_or_after(tmp_path):
+    """Whole in either state, checksums and all: what stays is linked, and must not go with the folder it was linked from."""
+    child = python(EXTENDED_AT_EVERY_STEP, tmp_path, True, True)
+    child.communicate()
+    assert child.returncode == 0
+    states = []
+    for step in range(1, len(list(tmp_path.iterdir())) + 1):
+        found = bundle.read(tmp_path / str(step) / "b")
+        assert ("more/model.safetensors" in found.files) == (found.runner == {"more": 1}) and found.kind == "old"
+        states.append(len(found.files))
+    assert len(states) > 20 and states == sorted(states) and states[0] < states[-1]
+
+
+def test_added_files_replace_those_of_their_name_and_leave_the_old_copy_alone(tmp_path):
+    was = make(tmp_path / "b", 1.0)
+    (tmp_path / "b" / "NOTES.md").write_text("ours")
+    os.link(tmp_path / "b" / "model.safetensors", tmp_path / "linked")
+    before = (tmp_path / "linked").read_bytes()
+    now = bundle.extend(tmp_path / "b", lambda folder: fill(folder, 2.0), runner={})
+    assert now.files["model.safetensors"] != was.files["model.safetensors"] and bundle.read(tmp_path / "b") == now
+    assert (tmp_path / "linked").read_bytes() == before and (tmp_path / "b" / "NOTES.md").read_text() == "ours"
+    assert "NOTES.md" not in now.files and leftovers(tmp_path / "b") == []
+
+
 def test_sigkill_at_random_moments(tmp_path, seed):
     """A real SIGKILL against a writer that replaces one bundle over and over."""
     folder = tmp_path / "b"

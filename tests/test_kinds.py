@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.runner.equality import assert_few, compare
+from tests.runner.pauses import check_pauses
 from trainkit import bundle
 from trainkit.drafters.base import DraftBatch, Drafter, add_kinds_from, discover, load_kind
 from trainkit.errors import UserError
@@ -185,6 +186,18 @@ def test_every_shape_of_draft_at_every_batch_gives_plain_output(
                 assert_few(ties, 16 * len(asked))
                 accepted[name] = Stats.merge([accepted.get(name, Stats()), *(o.stats for o in drafted)])
     assert all(sum(stats.accepted[1:]) > 0 for stats in accepted.values()), accepted
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_drafter_that_pauses_drafts_on_as_if_it_had_not(
+    drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path, temperature: float
+) -> None:
+    """`catch_up` leaves what drafting on would have left; a drafter trained a little, so that rounds of every length occur."""
+    prompt = list(range(60, 70))
+    train(drafter, own_text(teacher, drafter, prompt, 40)[0], steps=60, lr=3e-3)
+    runner = Runner.load(tiny_target, exported(drafter, tiny_target, tmp_path / "out"), max_batch=3, max_len=96)
+    prompts = [prompt, [3], list(range(5, 12)), [9, 8]]
+    check_pauses(runner, prompts, 2, 8, max_new_tokens=30, temperature=temperature, seed=3, ignore_end=True)
 
 
 def test_a_trained_drafter_is_accepted_where_it_was_trained(

@@ -6,12 +6,14 @@ import logging
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import jsonargparse
 import pytest
 import yaml
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 
+from tests.acceptance import make_set
 from trainkit.layers.blocks import DecoderLayer
 from trainkit.modules.training import TrainingCLI, run
 
@@ -31,12 +33,14 @@ def rows(tmp_path_factory) -> Path:
 def tiny(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]:
     """Flags that shrink a recipe to a tiny target and a handful of rows, whatever it trains."""
     values = yaml.safe_load(recipe.read_text())
+    if values["data"]["class_path"] == "AcceptanceData":
+        flags = {"data.train": make_set(cache / "records"), "data.batch_size": 16, **_quiet(cache)}
+        return _written(recipe, flags)
     arguments, data = (values[part].get("init_args", {}) for part in ("model", "data"))
     flags = {name: rows for name in ("train", "corpus", "target", "prompts") if name in data} | {"validation": rows}
     flags = {f"data.{name}": value for name, value in flags.items()}
     flags |= {"data.length": 64, "data.batch_size": 2, "data.cache": cache}
-    flags |= {"trainer.enable_progress_bar": "false", "trainer.accelerator": "cpu", "trainer.default_root_dir": cache / "run"}
-    flags |= {"trainer.precision": "32-true"}
+    flags |= _quiet(cache)
     if "target" in arguments:
         flags["model.target"] = target
         drafter = arguments["drafter"]  # or the path of a fragment
@@ -44,6 +48,15 @@ def tiny(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]:
             flags["model.drafter.init"] = target
     else:
         flags |= {"data.tokenizer": target, "model.config.num_hidden_layers": 1}
+    return _written(recipe, flags)
+
+
+def _quiet(cache: Path) -> dict[str, Any]:
+    where = {"trainer.accelerator": "cpu", "trainer.default_root_dir": cache / "run"}
+    return {"trainer.enable_progress_bar": "false", **where, "trainer.precision": "32-true"}
+
+
+def _written(recipe: Path, flags: dict[str, Any]) -> list[str]:
     return ["--config", str(recipe), *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
 
 

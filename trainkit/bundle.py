@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import secrets
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -146,6 +147,44 @@ def amend(folder: str | Path, *, runner: Mapping[str, Any]) -> Bundle:
         finally:
             made.unlink(missing_ok=True)
     return bundle
+
+
+def extend(folder: str | Path, writer: Callable[[Path], None], *, runner: Mapping[str, Any]) -> Bundle:
+    """Adds files to the bundle at `folder` and replaces its recommended runner settings, whole or not at all; returns it.
+
+    `writer` fills the empty temporary folder it is given; a file of the same name as one that is there replaces it, every other
+    file stays, as does what else the manifest says. Those that stay are linked, not copied, where the disk can.
+
+    Raises:
+        UserError: `folder` holds no sound bundle, or cannot be written.
+    """
+    folder = Path(folder).resolve()
+    bundle = replace(read(folder), runner=dict(runner))
+    _to_json(bundle)
+    with _writable(folder):
+        tidy(folder)
+        with temporary_sibling(folder) as temporary:
+            writer(temporary)
+            added = _hash_all(temporary)
+            for path in folder.rglob("*"):
+                name = path.relative_to(folder)
+                hidden = any(part.startswith(".") for part in name.parts)
+                if path.is_file() and not hidden and name.as_posix() not in added and name.as_posix() != MANIFEST:
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    _link(path.resolve(), temporary / name)
+            bundle = replace(bundle, files=dict(sorted({**bundle.files, **added}.items())))
+            (temporary / MANIFEST).write_text(_to_json(bundle), encoding="utf-8")
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            put_in_place(temporary, folder)
+    return bundle
+
+
+def _link(source: Path, place: Path) -> None:
+    try:
+        place.hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copy2(source, place)
 
 
 @contextlib.contextmanager
@@ -419,7 +458,8 @@ def card(bundle: Bundle) -> str:
         "layout": bundle.extra.get("layout"),
         "config": _items(bundle.config),
         "metrics": _items(bundle.metrics) or "none recorded",
-        "runner": _items(bundle.runner),
+        "runner": _items({name: value for name, value in bundle.runner.items() if name != "predictor"}),
+        "predictor": _predictor(bundle.runner.get("predictor")),
         "recipe": bundle.recipe if isinstance(bundle.recipe, str) or bundle.recipe is None else json.dumps(bundle.recipe),
         "seed": bundle.seed,
         "data": bundle.data if isinstance(bundle.data, str) or bundle.data is None else json.dumps(bundle.data),
@@ -427,6 +467,16 @@ def card(bundle: Bundle) -> str:
     }
     lines = [f"- **{name}**: {value}" for name, value in rows.items() if value not in (None, "")]
     return "\n".join([f"# {bundle.path.name}: {bundle.kind}", "", *lines, ""])
+
+
+def _predictor(values: Any) -> str:
+    """Of an acceptance predictor its sizes and what it was trained for."""
+    if not isinstance(values, Mapping):
+        return ""
+    seen = values.get("seen") or {}
+    shown = {name: values.get(name) for name in ("width", "num_layers")}
+    shown |= {name: seen[name] for name in ("verify", "temperatures", "depth", "records") if name in seen}
+    return _items(shown)
 
 
 _SIZES = {"vocab_size": "vocabulary", "hidden_size": "hidden", "num_layers": "layers"}

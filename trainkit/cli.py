@@ -51,6 +51,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "trainkit.eval.forced", "evaluate",
         "exact acceptance on given texts, with intervals: trainkit eval --target DIR --drafter [A,B] --data SET",
     ),
+    "predictor": (
+        "trainkit.eval.predictor", "predictor",
+        "is a bundle's acceptance predictor calibrated: trainkit predictor BUNDLE --data SET",
+    ),
     "bench": (
         "trainkit.eval.bench", "bench",
         "speed against plain decoding: trainkit bench --target DIR --drafter A --drafter B --prompts FILE --json OUT",

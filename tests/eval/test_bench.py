@@ -47,9 +47,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 def request(**values) -> Request:
     defaults = {
         "target": None, "drafters": (), "prompts": None, "depths": (1, 3), "trees": (), "policies": (),
-        "max_new_tokens": 25, "temperature": 0.0, "verify": "coupled", "limit": 2, "repeats": 1, "batch": 1, "device": "cpu", "dtype": "float32", "baselines": False,
-        "seed": 0, "max_seconds": 100.0, "synthetic": "tiny", "synthetic_tau": 2.5, "synthetic_kinds": ("lm",),
-        "prompt_length": 16,
+        "max_new_tokens": 25, "temperature": 0.0, "verify": "coupled", "limit": 2, "repeats": 1, "batch": 1, "device": "cpu",
+        "dtype": "float32", "baselines": False, "seed": 0, "max_seconds": 100.0, "synthetic": "tiny", "synthetic_tau": 2.5,
+        "synthetic_kinds": ("lm",), "prompt_length": 16,
     }  # fmt: skip
     return Request(**(defaults | values))  # pyright: ignore[reportArgumentType]
 
@@ -232,3 +232,33 @@ def test_json_has_no_nan_and_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json({"bad": object()}, path)
     assert json.loads(path.read_text())["tau"] is None and [p.name for p in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_policies_are_held_against_plain_decoding_and_the_best_fixed_depth(folders, tmp_path, monkeypatch, capsys, seed):
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
+    target, draft, prompts = map(str, folders)
+    code = bench(
+        target=target, drafter=[draft], prompts=prompts, depths=(1, 3), policy=["cost", "confidence:0.4", "ema"], limit=2,
+        max_new_tokens=20, repeats=2, baselines=False, json=str(tmp_path / "bench.json"),
+    )  # fmt: skip
+    assert code == 0
+    summary, shown = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
+    paced = [one for one in summary["contenders"] if "paced" in one]
+    assert [one["paced"]["policy"] for one in paced] == ["cost", "confidence:0.4", "ema"]
+    for one in paced:
+        values = one["paced"]
+        assert one["identical"]["mismatches"] == 0 and values["most"] == 3
+        assert 0 <= values["drafted_per_round"] <= 3 and values["tau"] >= 1
+        kept = sum(k * n for k, n in enumerate(values["accepted"]))
+        drafted = round(values["drafted_per_round"] * values["rounds"])
+        assert values["wasted"] == pytest.approx((drafted - kept) / (kept + values["rounds"]))
+        fixed = values["over_best_fixed"]
+        assert fixed["depth"] in (1, 3) and fixed["min"] <= fixed["median"] <= fixed["max"]
+        assert one["name"].removeprefix("trainkit ") in shown
+    assert "thrown away" in shown
+
+
+def test_a_policy_needs_a_drafter(folders):
+    target, _, prompts = map(str, folders)
+    with pytest.raises(UserError, match="needs a --drafter"):
+        bench(target=target, prompts=prompts, policy=["cost"], baselines=False)

@@ -12,6 +12,7 @@ import torch
 from tests.runner import laws
 from tests.runner.equality import assert_few, compare
 from tests.runner.models import pair, ragged_prompts, table_runner
+from tests.runner.pauses import check_pauses
 from trainkit.errors import UserError
 from trainkit.models.acceptance import SIGNALS, AcceptancePredictor, signals
 from trainkit.runner import Runner, Stats, costs
@@ -60,42 +61,53 @@ def test_the_text_is_plain_decodings_under_every_policy(batch, temperature, seed
     assert_few(ties, 2 * len(POLICIES) * sum(map(len, plain)))
 
 
-class Erratic(Policy):
-    """Draws its decisions."""
-
-    def begin(self, rows):
-        return int(torch.randint(0, self.most + 1, ()))
-
-    def more(self, said_B):
-        return bool(torch.rand(()) < 0.7)
-
-    def keep(self, levels):
-        return int(torch.randint(0, levels + 1, ()))
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_draft_that_pauses_and_catches_up_proposes_what_one_that_never_paused_does(temperature, seed):
-    """Whatever is skipped or left unverified: at the same place of the same text the draft's logits are the same."""
     runner = pair(max_batch=3)
-    prompts, options = ragged_prompts(5), {"max_new_tokens": 40, "temperature": temperature, "seed": seed, "ignore_end": True}
-    firsts: list[dict] = [{}, {}]
-    shapes = [{"depth": 4}, {"tree": AdaptiveChain(Erratic(4), torch.device("cpu"))}]
-    for found, shape in zip(firsts, shapes, strict=True):
+    check_pauses(runner, ragged_prompts(5), 4, max_new_tokens=40, temperature=temperature, seed=seed, ignore_end=True)
 
-        def observe(trace, found=found):
-            for row in range(trace.draft.tokens_BN.shape[0]):
-                if trace.draft.scores and trace.verdict.counts_B[row]:
-                    place = (*trace.keys_B2[row].tolist(), int(trace.position_B[row]))
-                    found[place] = trace.draft.scores[0][row, 0]
 
-        runner.observe = observe
-        texts = [out.tokens for out in runner.generate(prompts, **shape, **options)]
-        runner.observe = None
-        assert texts == [out.tokens for out in runner.generate(prompts, depth=0, **options)]
-    both = firsts[0].keys() & firsts[1].keys()
-    assert len(both) > 20
-    for place in both:
-        torch.testing.assert_close(firsts[0][place], firsts[1][place], atol=1e-4, rtol=0)
+class Replayed:
+    """In place of captured graphs: runs the round that was first run under its key, again and again."""
+
+    def __init__(self):
+        self.rounds = {}
+
+    def run(self, key, round_, done_B):
+        return self.rounds.setdefault(key, round_)()
+
+    def clear(self):
+        self.rounds.clear()
+
+
+@pytest.mark.parametrize("policy", ["cost", "cost-blind", "ema", "fixed"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, temperature, seed):
+    """With the host a round behind, as on a GPU: the text stays plain decoding's, and the depths are the tiers'."""
+    runner = pair(max_batch=4)
+    runner.predictor = predicting(runner)
+    prompts, options = ragged_prompts(9), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
+    plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
+    runner.chain_costs(10, runner.predictor)  # as a GPU would have measured them
+    replayed = Replayed()
+    runner.schedule.graphs, runner.schedule.lag = replayed, 1
+    if policy.startswith("cost"):
+        runner.chain_costs = lambda most, predictor: flat(0.05, 0.1)
+    outs = runner.generate(prompts, policy=policy, **options)
+    assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 300)
+    depths = {len(key[0]) for key in replayed.rounds}
+    assert depths and depths <= {0, *Recent.tiers}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["cost-blind", "ema"])
+def test_policies_write_the_same_text_from_captured_rounds(policy, seed):
+    runner = pair(max_batch=4)
+    runner = Runner.of(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 4, 96, capture=True)
+    prompts = ragged_prompts(9)
+    plain = [out.tokens for out in runner.generate(prompts, max_new_tokens=30, depth=0, seed=seed)]
+    for _ in range(2):
+        assert [out.tokens for out in runner.generate(prompts, max_new_tokens=30, policy=policy, seed=seed)] == plain
 
 
 class Choosy(Policy):

@@ -13,24 +13,22 @@ Left out on purpose: compression beyond the dtype, and what a kind computes from
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from trainkit.data.packing import PackedSet
-from trainkit.data.provenance import begin
+from trainkit.data.provenance import begin, write_part
 from trainkit.errors import UserError
 
 FEATURES = "features.json"
@@ -224,37 +222,11 @@ def _size(count: int) -> str:
 def _write(
     out: Path, shard: Shard, layout: FeatureLayout, packed: PackedSet, read: Read, mark: str, batch: int, bar: Any
 ) -> None:
-    path = out / shard.file
-    partial = path.with_suffix(".partial")
-    with partial.open("ab") as stream:
-        _take(stream, partial)
-        try:
-            if path.exists():  # by a process that had the lock before
-                partial.unlink(missing_ok=True)
-                return
-            # one metadata key: of several the library writes any order
-            content = safetensors.torch.save(_filled(shard, layout, packed, read, batch, bar), {"features": mark})
-            stream.truncate(0)  # what a killed process left
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _take(stream: IO[bytes], partial: Path) -> None:
-    """Takes the file for this process alone."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{partial}: another process is writing it; let it finish, or stop it first") from None
+    # one metadata key: of several the library writes any order
+    write_part(
+        out / shard.file,
+        lambda: safetensors.torch.save(_filled(shard, layout, packed, read, batch, bar), {"features": mark}),
+    )
 
 
 def _filled(shard: Shard, layout: FeatureLayout, packed: PackedSet, read: Read, batch: int, bar: Any) -> dict[str, Tensor]:

@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainkit.data.acceptance_set import AcceptanceSet
 from trainkit.data.packing import PackedSet
 from trainkit.errors import UserError
 
 Batch = dict[str, Any]
+Rows = PackedSet | AcceptanceSet
+"""What is loaded. Of its `batch` padding is where `document_BT` is -1."""
 
 
 class PackedLoader:
-    """Micro-batches of a packed set, as `PackedSet.batch` gives them, plus `window_count` (and `window`).
+    """Micro-batches of a packed set, as its `batch` gives them, plus `window_count` (and `window`).
 
     `window_count` is a scalar tensor: the labels that count in the whole optimiser step, over all ranks and their `accumulate`
     micro-batches, known without communication; int64, since precision plugins round floats to bf16. The last window of an epoch
@@ -46,7 +49,7 @@ class PackedLoader:
     """
 
     def __init__(
-        self, packed: PackedSet, batch_size: int, *, rank: int = 0, world_size: int = 1, accumulate: int = 1,
+        self, packed: Rows, batch_size: int, *, rank: int = 0, world_size: int = 1, accumulate: int = 1,
         shuffle: bool = True, seed: int = 0, attach_window: bool = False,
     ) -> None:  # fmt: skip
         for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):

@@ -79,6 +79,7 @@ class MixedLoader:
             state["inner"] = self._loader.state_dict()
             if self._writes:
                 packed = self._loader.packed
+                assert isinstance(packed, PackedSet)
                 state["rows"] = {name: torch.from_numpy(np.array(getattr(packed, name))) for name in _ARRAYS}
                 state["rows"] |= {"length": packed.length, "pad_id": packed.pad_id}
                 state["used"] = dict(self._used)

@@ -1,7 +1,8 @@
-"""What a made set says of itself in a JSON beside its files, how it is begun and gone on with, and whose weights made it."""
+"""What a made set says of itself in a JSON beside its files, how it and its parts are written, and whose weights made it."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -83,6 +84,38 @@ def begin(out: Path, file: str, values: Mapping[str, Any], read: Callable[[Path]
                 "give the same settings to go on, or another folder"
             )
     return False
+
+
+def write_part(path: Path, make: Callable[[], bytes]) -> None:
+    """Writes what `make` gives into a file that is whole once it bears its name; what is there already stays.
+
+    Raises:
+        UserError: another process is writing it.
+    """
+    partial = path.with_suffix(".partial")
+    with partial.open("ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{partial}: another process is writing it; let it finish, or stop it first") from None
+        try:
+            if path.exists():  # by a process that had the lock before
+                partial.unlink(missing_ok=True)
+                return
+            content = make()
+            stream.truncate(0)  # what a killed process left
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _without_place(value: Any) -> Any:

@@ -46,7 +46,7 @@ def checkpoint_field(request: Request) -> Field:
     for name, folder in zip(_names(request.drafters), request.drafters, strict=True):
         drafter = load_drafter(Path(folder), target, shape).to(device=runner.device, dtype=dtype)
         made = Runner.of(decoder, drafter, shape, target, batch, longest)
-        made.predictor = predictor_of(Path(folder), runner.device, dtype)
+        made.predictor = predictor_of(Path(folder), runner.device)
         field.drafts.append(Draft(name, made))
     if request.baselines:
         load = partial(load_model, device=runner.device, dtype=dtype)

@@ -115,7 +115,8 @@ def tree(
         "device": str(runner.device), "dtype": dtype, "machine": asdict(examine(runner.device)),
     }  # fmt: skip
     record = finite(record)  # a tau without a round is none
-    bundle.amend(drafter, runner={"tree": [list(path) for path in chosen.paths], "tree_search": record})
+    found = {"tree": [list(path) for path in chosen.paths], "tree_search": record}
+    bundle.amend(drafter, runner={**bundle.read(drafter).runner, **found})
     return _report(drafter, chosen, record)
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from trainkit.errors import UserError
 from trainkit.layers.heads import ResidualBlock
 
-FILE = "predictor.safetensors"
+FILE = "predictor/model.safetensors"
+"""In a folder of its own: outside programs read every safetensors file beside a model as the model's."""
 SIGNALS = 5
 """Of a proposed token: log-probability, probability, the best other's log-probability, its probability, the temperature."""
 

@@ -12,6 +12,7 @@ import torch
 
 from trainkit.drafters.base import Drafter, load_kind
 from trainkit.errors import UserError
+from trainkit.models.acceptance import AcceptancePredictor
 from trainkit.models.adapter import AdapterShape
 from trainkit.models.shape import TargetShape
 from trainkit.modules.base import CHECKPOINT_KEY
@@ -71,6 +72,27 @@ def load_adapter(checkpoint: str | Path) -> Adapter | None:
     tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     shape = AdapterShape(**{**saved["adapter"], "modules": tuple(saved["adapter"]["modules"])})
     return Adapter(shape, tensors, Path(saved["info"]["target"]), saved["target_weights"])
+
+
+def load_predictor(checkpoint: str | Path) -> tuple[AcceptancePredictor, dict[str, Any], Info]:
+    """The trained predictor of a PredictorModule checkpoint in float32 on the CPU, the mark of its drafter, and what made it.
+
+    Raises:
+        UserError: not such a checkpoint.
+    """
+    values, saved = _read(checkpoint, "predictor", "an acceptance predictor")
+    predictor = AcceptancePredictor(**saved["predictor"])
+    _load(predictor, values, "predictor.", checkpoint)
+    return predictor.eval(), saved["drafter"], saved["info"]
+
+
+def holds_predictor(checkpoint: str | Path) -> bool:
+    """Whether `load_predictor` reads it.
+
+    Raises:
+        UserError: not a checkpoint of trainkit.
+    """
+    return "predictor" in _read(checkpoint, "info", "a network")[1]
 
 
 def holds_language_model(checkpoint: str | Path) -> bool:

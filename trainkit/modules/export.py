@@ -15,8 +15,17 @@ from trainkit.drafters.base import kind_of
 from trainkit.errors import UserError
 from trainkit.export.drafter import checked_format, export_drafter
 from trainkit.export.model import export_model
+from trainkit.export.predictor import export_predictor
 from trainkit.models.adapter import merged
-from trainkit.modules.checkpoint import Adapter, holds_language_model, load_adapter, load_drafter, load_language_model
+from trainkit.modules.checkpoint import (
+    Adapter,
+    holds_language_model,
+    holds_predictor,
+    load_adapter,
+    load_drafter,
+    load_language_model,
+    load_predictor,
+)
 from trainkit.modules.tracking import attach, tracked_folder
 
 
@@ -45,9 +54,12 @@ def export(
     A run of JointModule tuned its target as well: that target, its adapter merged, is written to OUT-target first, a plain
     Hugging Face folder, and the drafter at OUT is then refused with any other.
 
+    A run of PredictorModule made no drafter but something for one: OUT is then the bundle of that drafter, into which the
+    acceptance predictor goes, in place of an older one.
+
     Args:
         checkpoint: A .ckpt file of a fit run.
-        out: Folder to write.
+        out: Folder to write; of a predictor, its drafter's bundle.
         format: native, hf, vllm, sglang or speculators, as far as the checkpoint's kind has it.
         tokenizer: Folder to take the tokenizer files from; by default the one the run used.
         target: Folder of the target, if it lies elsewhere than it did in training: EAGLE-3's files hold its embedding, and a
@@ -59,9 +71,19 @@ def export(
         trainkit export runs/draft_tiny/2026-11-21_10-00-00/checkpoints/last.ckpt models/draft_tiny
         trainkit export last.ckpt models/draft --dtype bfloat16
         trainkit export last.ckpt models/heads --format vllm
+        trainkit export runs/predictor/2026-11-21_10-00-00/checkpoints/best.ckpt models/heads
     """
     kind = getattr(torch, dtype)
     run_folder = tracked_folder(checkpoint) if track else None
+    if holds_predictor(checkpoint):
+        for name, value, default in (("format", format, "native"), ("tokenizer", tokenizer, None), ("target", target, None),
+                                     ("dtype", dtype, "float32")):  # fmt: skip
+            if value != default:
+                raise UserError(f"--{name}: a predictor goes into its drafter's bundle as it is; leave it out")
+        predictor, mark, _ = load_predictor(checkpoint)
+        made = export_predictor(predictor, mark, out)
+        shown = bundle.card(made)
+        return shown if run_folder is None else "\n".join([shown, attach(made, run_folder, checkpoint)])
     if holds_language_model(checkpoint):
         model, folder, info = load_language_model(checkpoint)
         if target is not None:

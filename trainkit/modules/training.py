@@ -29,7 +29,8 @@ import trainkit.modules.data
 import trainkit.modules.draft
 import trainkit.modules.joint
 import trainkit.modules.language
-import trainkit.modules.policy  # noqa: F401
+import trainkit.modules.policy
+import trainkit.modules.predictor  # noqa: F401
 from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule

@@ -24,7 +24,7 @@ class AdaptiveChain(Shape):
         device: Of the tree tensors.
         predictor: For a policy that reads one.
         drops: Whether drafted tokens may go unverified. Under `residual` they must not: a token that is verified or not by
-            what it is was not drawn from q, as acceptance supposes, and the text would no longer be distributed as the target's.
+            what it is was not drawn from q, as acceptance supposes, and the text would not be distributed as the target's.
             Under `coupled` what is emitted is the target's choice whatever is verified.
 
     Attributes:

@@ -26,6 +26,7 @@ def generate(
     seed: int = 0,
     depth: int | None = None,
     tree: str | None = None,
+    policy: str | None = None,
     verify: str = "coupled",
     typical_epsilon: float = Typical.epsilon,
     typical_scale: float = Typical.scale,
@@ -40,6 +41,7 @@ def generate(
         trainkit generate --target models/target --prompt "How many days have 3 weeks?"
         trainkit generate --target models/target --drafter models/draft --prompt @question.txt --temperature 0.7 --seed 1
         trainkit generate --target models/target --drafter models/draft --prompt "Why?" --tree dynamic:5,4,16
+        trainkit generate --target models/target --drafter models/draft --prompt "Why?" --policy cost
 
     Args:
         target: Hugging Face folder of the target.
@@ -54,6 +56,9 @@ def generate(
         tree: Draft a tree instead of a chain. dynamic:DEPTH,TOP_K,NODES follows the draft's probabilities: on each of DEPTH
             levels the TOP_K best nodes get TOP_K children, and of all these the best are verified, NODES rows with the root.
             [[0],[1],[0,0]] is a fixed tree of rank paths: here the root's best two tokens and the best after the first.
+        policy: Choose the depth round by round, at most `depth` (10): cost drafts while the next token is worth more than it
+            costs on this machine; predictor:P and confidence:P until the chance of being kept, or the draft's own, falls below
+            P; ema by what was lately accepted. The text is the same under all of them.
         verify: coupled: the text of plain decoding with the same seed, token for token; residual: equal in distribution;
             typical: LOSSY above temperature 0, keeps drafted tokens that the target finds plausible and so writes other text.
         typical_epsilon: typical keeps a token whose probability is above the lower of this,
@@ -83,7 +88,7 @@ def generate(
     began = perf_counter()
     stream = runner.stream(
         tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, depth=depth,
-        tree=None if tree is None else read_tree(tree), verify=verify, typical_epsilon=typical_epsilon,
+        tree=None if tree is None else read_tree(tree), policy=policy, verify=verify, typical_epsilon=typical_epsilon,
         typical_scale=typical_scale, stop=stop or (),
     )  # fmt: skip
     for piece in stream:

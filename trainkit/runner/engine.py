@@ -96,7 +96,7 @@ class Runner:
         decoder = load_decoder(folder, where, kind, length)
         shape = target_shape(folder)
         draft = None if drafter is None else load_drafter(Path(drafter), folder, shape).to(device=where, dtype=kind)
-        predictor = None if drafter is None else predictor_of(Path(drafter), where, kind)
+        predictor = None if drafter is None else predictor_of(Path(drafter), where)
         return Runner.of(decoder, draft, shape, folder, max_batch, length, capture, predictor)
 
     @staticmethod
@@ -437,11 +437,11 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
     return load_outside(folder, shape)
 
 
-def predictor_of(folder: Path, device: torch.device, dtype: torch.dtype) -> AcceptancePredictor | None:
-    """The acceptance predictor in a drafter's bundle, if it has one.
+def predictor_of(folder: Path, device: torch.device) -> AcceptancePredictor | None:
+    """The acceptance predictor in a drafter's bundle, if it has one; in float32 whatever the drafter is in.
 
     Raises:
         UserError: the bundle speaks of one that is missing or of other sizes.
     """
     config = bundle.read(folder, checksums=False).runner.get("predictor") if bundle.is_bundle(folder) else None
-    return None if config is None else load_predictor(folder, config).to(device=device, dtype=dtype)
+    return None if config is None else load_predictor(folder, config).to(device)

@@ -1,0 +1,84 @@
+"""Log-loss and calibration error worked by hand; the recalibration finds what was applied; baselines fitted where they say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.acceptance import make_set
+from trainkit.data.acceptance_set import AcceptanceSet
+from trainkit.eval.calibration import (
+    Baselines,
+    expected_calibration_error,
+    fit_scale,
+    fit_scales,
+    log_loss,
+    reliability,
+    scaled,
+)
+
+
+def test_calibration_error_by_hand():
+    """Two bins: 0.1, 0.3 | 0.5, 0.9, 1.0 with labels 0, 1 | 1, 0, 1: |0.2 - 0.5| and |0.8 - 2/3|, 2 and 3 of 5."""
+    p, y = torch.tensor([0.1, 0.3, 0.5, 0.9, 1.0]), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    assert expected_calibration_error(p, y, bins=2) == pytest.approx(2 / 5 * 0.3 + 3 / 5 * (0.8 - 2 / 3), abs=1e-7)
+    low, high = reliability(p, y, bins=2)
+    assert (low.probability, low.label, low.count) == (pytest.approx(0.2), 0.5, 2)
+    assert (high.probability, high.label, high.count) == (pytest.approx(0.8), pytest.approx(2 / 3), 3)
+    assert len(reliability(torch.tensor([0.01, 0.99]), torch.tensor([0.0, 1.0]))) == 2, "empty bins are left out"
+    assert math.isnan(expected_calibration_error(torch.zeros(0), torch.zeros(0)))
+
+
+def test_log_loss_by_hand_with_a_label_that_is_a_probability():
+    p, y = torch.tensor([0.5, 0.8]), torch.tensor([1.0, 0.25])
+    assert log_loss(p, y) == pytest.approx((math.log(2) - 0.25 * math.log(0.8) - 0.75 * math.log(0.2)) / 2, abs=1e-6)
+    assert log_loss(torch.tensor([1.0]), torch.tensor([0.0])) == pytest.approx(-math.log(1e-6), rel=1e-3), "finite"
+
+
+def test_calibrated_probabilities_have_a_small_error_and_bent_ones_a_large_one(seed):
+    p = torch.rand(40_000, dtype=torch.float64)
+    y = (torch.rand_like(p) < p).double()
+    # about sqrt(p (1 - p) / count) / sqrt(bins) a bin: 0.003
+    assert expected_calibration_error(p, y) < 0.015
+    assert expected_calibration_error(p**3, y) > 0.1
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(2.0, -1.0), (0.5, 0.7), (1.0, 0.0)])
+def test_the_fit_finds_the_scale_and_shift_that_were_applied(scale, shift, seed):
+    """With soft labels exactly (to the ridge's 1e-2 in 20,000 records); with drawn ones within their spread."""
+    logits = 2 * torch.randn(20_000, dtype=torch.float64)
+    p = (scale * logits + shift).sigmoid()
+    assert fit_scale(logits, p) == (pytest.approx(scale, abs=1e-4), pytest.approx(shift, abs=1e-4))
+    drawn = (torch.rand_like(p) < p).double()
+    assert fit_scale(logits, drawn) == (pytest.approx(scale, abs=0.15), pytest.approx(shift, abs=0.15))
+
+
+def test_the_fit_has_an_answer_for_labels_all_alike_and_for_none():
+    assert fit_scale(torch.zeros(0), torch.zeros(0)) == (1.0, 0.0)
+    scale, shift = fit_scale(torch.randn(50), torch.ones(50))
+    assert math.isfinite(scale) and 2 < shift < 50
+    assert all(map(math.isfinite, fit_scale(torch.tensor([-40.0, 40.0]), torch.tensor([1.0, 0.0]))))
+
+
+def test_each_temperature_has_its_own_scale(seed):
+    logits, heat = torch.randn(20_000), torch.arange(20_000).remainder(2) * 0.7
+    p = torch.where(heat > 0, 3 * logits + 1, 0.5 * logits).sigmoid()
+    scales = fit_scales(logits, p, heat)
+    assert scales[0] == (pytest.approx(0.5, abs=1e-3), pytest.approx(0, abs=1e-3))
+    assert scales[1] == (pytest.approx(3, abs=1e-2), pytest.approx(1, abs=1e-2))
+    assert torch.allclose(scaled(logits, heat, scales), p.double(), atol=1e-3)
+
+
+def test_baselines_are_those_of_the_records_they_were_fitted_on(tmp_path):
+    train, held = AcceptanceSet.read(make_set(tmp_path / "set")).split(0.2, 0)
+    found = Baselines.of(train)
+    assert found.constant == pytest.approx(float(train.column("label").mean()), abs=1e-5)
+    assert found == Baselines.from_dict(found.to_dict())
+    told = found.probabilities(held)
+    assert torch.equal(told["max_q"], held.column("max_q"))
+    # max_q says nothing of these labels: recalibrated it is nearly the constant, as it is it is far off
+    label = held.column("label")
+    assert log_loss(told["max_q_fitted"], label) < log_loss(told["constant"], label) + 0.01
+    assert log_loss(told["max_q"], label) > log_loss(told["constant"], label) + 0.1

@@ -1,0 +1,206 @@
+"""The acceptance predictor: learns what there is to learn, says true probabilities, and goes into its drafter's bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.acceptance import make_set
+from tests.runs import go_on, log
+from trainkit import bundle
+from trainkit.cli import main
+from trainkit.data.acceptance_set import AcceptanceSet, drafter_mark
+from trainkit.drafters.lm import LMDraft
+from trainkit.eval.calibration import fit_scales, predicted
+from trainkit.export.drafter import export_drafter
+from trainkit.models.acceptance import FILE, load_predictor
+from trainkit.models.target import target_shape
+from trainkit.modules.checkpoint import load_predictor as from_checkpoint
+from trainkit.modules.training import run
+from trainkit.runner import Runner
+
+
+def arguments(records, root, **more) -> list[str]:
+    flags = {
+        "model": "PredictorModule", "model.optimizer": "torch.optim.AdamW", "model.optimizer.lr": 0.01, "model.width": 16,
+        "model.warmup_steps": 10, "data": "AcceptanceData", "data.train": records, "data.batch_size": 64,
+        "data.validation_share": 0.2, "trainer.default_root_dir": root, "trainer.max_steps": 150,
+        "trainer.val_check_interval": 10, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false",
+        "trainer.log_every_n_steps": 10, "checkpoint.every_n_steps": 50,
+    }  # fmt: skip
+    return [str(part) for name, value in (flags | more).items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory, tiny_target):
+    network = LMDraft(target_shape(tiny_target), num_layers=1, init="target")
+    network.initialise(tiny_target)
+    folder = tmp_path_factory.mktemp("bundles") / "draft"
+    export_drafter(network, folder, tokenizer=tiny_target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, draft):
+    """A set, the run folder of a predictor trained on it, and the last row of its log that has a validation."""
+    folder = tmp_path_factory.mktemp("trained")
+    records = make_set(folder / "set", drafter=drafter_mark(bundle.read(draft)))
+    assert run("fit", arguments(records, folder / "run")) == 0
+    rows = [row for row in log(folder / "run") if row.get("val/loss")]
+    return records, folder / "run", {name: float(value) for name, value in rows[-1].items() if value}
+
+
+def test_it_beats_every_baseline_where_the_label_depends_on_the_state(trained):
+    """The label's entropy given the state is about 0.34 nats, without it 0.68."""
+    values = trained[2]
+    assert values["val/loss"] < 0.45 < 0.6 < values["val/constant_loss"]
+    assert values["val/loss"] < values["val/max_q_fitted_loss"] < values["val/max_q_loss"]
+    assert values["val/fitted_loss"] <= values["val/loss"] + 1e-6
+    assert values["val/fitted_ece"] < 0.08 < values["val/max_q_ece"]
+
+
+def test_a_checkpoint_holds_the_recalibration_of_its_own_weights(trained):
+    records, root, _ = trained
+    for name in ("last.ckpt", "best.ckpt"):
+        predictor, mark, info = from_checkpoint(root / "checkpoints" / name)
+        seen = predictor.seen
+        held = AcceptanceSet.read(records).split(seen["validation_share"], seen["split_seed"])[1]
+        scales = torch.tensor(fit_scales(predicted(predictor, held), held.column("label"), held.heat))
+        assert torch.allclose(torch.stack([predictor.scale, predictor.shift], 1), scales, atol=1e-5)
+        assert not torch.equal(predictor.scale, torch.ones(2))
+        assert mark["kind"] == "lm" and info["metrics"]["val/loss"] < 0.6 and info["module"] == "PredictorModule"
+
+
+def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(trained, tmp_path):
+    records, _, _ = trained
+    short = {"trainer.max_steps": 30, "checkpoint.every_n_steps": 12, "trainer.val_check_interval": 22,
+             "model.lr_scheduler": "torch.optim.lr_scheduler.ConstantLR"}  # fmt: skip
+    assert run("fit", arguments(records, tmp_path / "whole", **short)) == 0
+    assert run("fit", arguments(records, tmp_path / "parts", **{**short, "trainer.max_steps": 12})) == 0
+    cut = arguments(records, tmp_path / "parts", **short)
+    assert run("fit", go_on(cut, tmp_path / "parts")) == 0
+    weights = [from_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")[0].state_dict() for name in ("whole", "parts")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_weights_of_rejections_bias_downwards_and_are_normalised(trained, tmp_path):
+    """Of labels that nothing predicts: P = rate / (rate + 6 (1 - rate)); the weighted loss stays of the plain one's size."""
+    records, _, _ = trained
+    flags = {"model.rejection_weight": 6.0, "model.width": 4, "trainer.max_steps": 60, "trainer.log_every_n_steps": 60}
+    assert run("fit", arguments(records, tmp_path / "run", **flags)) == 0
+    predictor, _, _ = from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    held = AcceptanceSet.read(records).split(0.2, 0)[1]
+    logits, label = predicted(predictor, held), held.column("label")
+    assert logits.sigmoid().mean() < label.mean() - 0.08
+    assert abs(predictor.calibrated(logits, held.heat).mean() - label.mean()) < 0.02
+    row = next(row for row in log(tmp_path / "run") if row.get("train/loss"))
+    assert 0.3 < float(row["train/loss"]) < 1.0
+
+
+def test_export_puts_it_into_the_drafters_bundle_which_decodes_the_same(trained, draft, tiny_target, tmp_path, capsys):
+    place = tmp_path / "draft"
+    shutil.copytree(draft, place)
+    (place / "README.md").write_text("ours")
+    was = bundle.amend(place, runner={"tree": [[0], [0, 0]]})
+    checkpoint = trained[1] / "checkpoints" / "best.ckpt"
+    before = Runner.load(tiny_target, place, max_len=64).generate(["How many"], max_new_tokens=12, temperature=1.0)[0].tokens
+    assert main(["export", str(checkpoint), str(place)]) == 0
+    now = bundle.read(place)
+    assert now.runner["tree"] == [[0], [0, 0]] and now.files.keys() - was.files.keys() == {FILE}
+    assert {**now.files, FILE: ""} == {**was.files, FILE: ""} and (place / "README.md").read_text() == "ours"
+    assert (now.config, now.target, now.versions, now.extra) == (was.config, was.target, was.versions, was.extra)
+    predictor, _, _ = from_checkpoint(checkpoint)
+    found = load_predictor(place, now.runner["predictor"])
+    for name, value in predictor.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
+    after = Runner.load(tiny_target, place, max_len=64).generate(
+        ["How many"], max_new_tokens=12, temperature=1.0, depth=2
+    )[0].tokens  # fmt: skip
+    assert after == before
+    assert main(["inspect", str(place), "--target", str(tiny_target)]) == 0
+    said = capsys.readouterr().out
+    assert "**predictor**: width 16, num_layers 2, verify coupled" in said and "all checksums agree" in said
+
+    # an older one is replaced, and neither counts as part of the drafter
+    assert main(["export", str(trained[1] / "checkpoints" / "last.ckpt"), str(place)]) == 0
+    again = bundle.read(place)
+    assert again.files.keys() == now.files.keys() and load_file(place / FILE).keys() == predictor.state_dict().keys()
+    assert drafter_mark(again) == drafter_mark(now) == {**drafter_mark(was)}
+    assert not [path for path in tmp_path.iterdir() if path != place]
+
+
+def test_a_wrong_drafter_is_refused_and_stays_as_it_was(trained, draft, tiny_target, tmp_path, capsys):
+    other = LMDraft(target_shape(tiny_target), num_layers=1, init="scratch")
+    export_drafter(other, tmp_path / "other", tokenizer=tiny_target)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    checkpoint = str(trained[1] / "checkpoints" / "best.ckpt")
+    for out, part in ((tmp_path / "other", "not the drafter that the predictor was trained for, draft"),
+                      (tmp_path / "none", "not a bundle")):  # fmt: skip
+        assert main(["export", checkpoint, str(out)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert part in error and error.count("\n") == 0
+    assert main(["export", checkpoint, str(draft), "--format", "vllm"]) == 2
+    assert "--format: a predictor goes into its drafter's bundle" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_predictor_that_reloads_otherwise_is_refused_and_the_bundle_stays(trained, draft, tmp_path, monkeypatch, capsys):
+    place = tmp_path / "draft"
+    shutil.copytree(draft, place)
+
+    def spoiled(folder, config):
+        made = load_predictor(folder, config)
+        made.shift += 0.5
+        return made
+
+    monkeypatch.setattr("trainkit.export.predictor.load_predictor", spoiled)
+    assert main(["export", str(trained[1] / "checkpoints" / "best.ckpt"), str(place)]) == 2
+    assert "the reloaded predictor's word differs" in capsys.readouterr().err
+    assert bundle.read(place).files == bundle.read(draft).files and not (place / FILE).exists()
+
+
+def test_the_command_prints_the_table_of_held_out_questions(trained, draft, tmp_path, capsys):
+    place, records = tmp_path / "draft", trained[0]
+    shutil.copytree(draft, place)
+    assert main(["predictor", str(place), "--data", str(records)]) == 2
+    assert "has no acceptance predictor" in capsys.readouterr().err
+    assert main(["export", str(trained[1] / "checkpoints" / "best.ckpt"), str(place)]) == 0
+    capsys.readouterr()
+    files = tmp_path / "out.json", tmp_path / "out.png"
+    assert main(["predictor", str(place), "--data", str(records), "--json", str(files[0]), "--plot", str(files[1])]) == 0
+    said = capsys.readouterr().out
+    assert "of 8 held-out prompts" in said and "temperature 0 " in said and "position 4" in said
+    values = json.loads(files[0].read_text())
+    every = values["groups"][0]
+    best = torch.load(trained[1] / "checkpoints" / "best.ckpt", weights_only=True)["trainkit"]["info"]["metrics"]
+    assert every["log_loss"]["raw"] == pytest.approx(best["val/loss"], abs=1e-4)
+    assert every["log_loss"]["predictor"] == pytest.approx(best["val/fitted_loss"], abs=1e-4)
+    assert every["ece"]["max_q_fitted"] == pytest.approx(best["val/max_q_fitted_ece"], abs=1e-4)
+    assert every["records"] == sum(g["records"] for g in values["groups"] if g["group"].startswith("position"))
+    assert files[1].read_bytes()[:4] == b"\x89PNG"
+
+    fresh = make_set(tmp_path / "fresh", seed=9, drafter=drafter_mark(bundle.read(draft)), verify="residual")
+    assert main(["predictor", str(place), "--data", str(fresh)]) == 0
+    said = capsys.readouterr().out
+    assert "of 40 prompts" in said and "trained for coupled, this set was decoded with residual" in said
+    other = make_set(tmp_path / "other")
+    assert main(["predictor", str(place), "--data", str(other)]) == 2
+    assert "made with another drafter" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(trained, tmp_path, capsys):
+    records = trained[0]
+    for flags, part in (
+        ({"data.train": tmp_path}, "no acceptance set"), ({"data.validation_share": 0.0}, "validation_share"),
+        ({"model.rejection_weight": 0}, "rejection_weight is 0"), ({"model.width": 0}, "predictor.width: 0 must be at least 1"),
+    ):  # fmt: skip
+        assert main(["fit", *arguments(records, tmp_path / "run", **flags)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("trainkit: error: ") and part in error
+
+
