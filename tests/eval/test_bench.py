@@ -262,3 +262,15 @@ def test_a_policy_needs_a_drafter(folders):
     target, _, prompts = map(str, folders)
     with pytest.raises(UserError, match="needs a --drafter"):
         bench(target=target, prompts=prompts, policy=["cost"], baselines=False)
+
+
+def test_a_policy_may_be_the_fastest_and_is_named_so(tmp_path, monkeypatch, capsys):
+    """Deeper than any chain beside it, with a draft that is always right."""
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
+    code = bench(
+        synthetic="tiny", synthetic_tau=9.0, synthetic_kinds=["lm"], depths=(1, 8), policy=["ema"], limit=1, max_new_tokens=60,
+        repeats=1, baselines=False, plot=str(tmp_path / "bench.png"), json=str(tmp_path / "bench.json"), device="cpu",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "bench.json").read_text())
+    assert code == 0 and (tmp_path / "bench.png").stat().st_size > 1000
+    assert f"best: {summary['best']}, " in capsys.readouterr().out

@@ -163,7 +163,7 @@ def _closing(summary: dict[str, Any]) -> str:
         best = by_name[summary["best"]]
         rate = best["tokens_per_second"]["median"]
         plain = by_name["trainkit plain"]["tokens_per_second"]["median"]
-        lines.append(f"best: {best['name']}, {_short(rate)} tokens/s, {best['speedup']:.2f}x plain decoding ({_short(plain)})")
+        lines.append(f"best: {best['name']}, {_short(rate)} tokens/s, {best['x_plain']:.2f}x plain decoding ({_short(plain)})")
         theirs = [one for one in summary["contenders"] if one["family"] == "transformers"]
         if theirs:
             rival = max(theirs, key=lambda one: one["tokens_per_second"]["median"])
