@@ -13,6 +13,7 @@ from tests.runner import laws
 from tests.runner.equality import assert_few, compare
 from tests.runner.models import pair, ragged_prompts, table_runner
 from tests.runner.pauses import check_pauses
+from tests.runner.replaying import replayed
 from trainkit.errors import UserError
 from trainkit.models.acceptance import SIGNALS, AcceptancePredictor, signals
 from trainkit.runner import Runner, Stats, costs
@@ -67,19 +68,6 @@ def test_a_draft_that_pauses_and_catches_up_proposes_what_one_that_never_paused_
     check_pauses(runner, ragged_prompts(5), 4, max_new_tokens=40, temperature=temperature, seed=seed, ignore_end=True)
 
 
-class Replayed:
-    """In place of captured graphs: runs the round that was first run under its key, again and again."""
-
-    def __init__(self):
-        self.rounds = {}
-
-    def run(self, key, round_, done_B):
-        return self.rounds.setdefault(key, round_)()
-
-    def clear(self):
-        self.rounds.clear()
-
-
 @pytest.mark.parametrize("policy", ["cost", "cost-blind", "ema", "fixed"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, temperature, seed):
@@ -89,13 +77,12 @@ def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, tem
     prompts, options = ragged_prompts(9), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     runner.chain_costs(10, runner.predictor)  # as a GPU would have measured them
-    replayed = Replayed()
-    runner.schedule.graphs, runner.schedule.lag = replayed, 1
+    replayed(runner, 1)
     if policy.startswith("cost"):
         runner.chain_costs = lambda most, predictor: flat(0.05, 0.1)
     outs = runner.generate(prompts, policy=policy, **options)
     assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 300)
-    depths = {len(key[0]) for key in replayed.rounds}
+    depths = {len(key[0]) for key in runner.schedule.graphs.closures}
     assert depths and depths <= {0, *Recent.tiers}
 
 

@@ -9,54 +9,11 @@ import torch
 
 from tests.runner.equality import assert_few, compare
 from tests.runner.models import SIBLINGS, pair, ragged_prompts
+from tests.runner.replaying import replayed
 from trainkit.runner import DynamicTree
-from trainkit.runner.decoder import RoundOutput
-from trainkit.runner.graphs import Graphs
 from trainkit.runner.sampling import Sampling
 
 GROWING = DynamicTree(4, 3, 8)
-
-
-class Replayed(Graphs):
-    """Keeps each key's first closure and writes every replay's output into the same tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.closures = {}
-        self.replays = 0
-
-    def clear(self):
-        self.closures.clear()
-
-    def run(self, key, round_, done_B):
-        if key not in self.closures:
-            kept = done_B.clone()
-            done_B.fill_(True)
-            for _ in range(2):
-                assert (round_().counts_B == 0).all()
-            self.closures[key] = round_, round_()
-            done_B.copy_(kept)
-        closure, static = self.closures[key]
-        output = closure()
-        static.emitted_BP.copy_(output.emitted_BP)
-        static.counts_B.copy_(output.counts_B)
-        if static.logprobs_BP is not None:
-            static.logprobs_BP.copy_(output.logprobs_BP)
-        self.replays += 1
-        return static
-
-
-def replayed(runner, lag):
-    """This runner as on a GPU: replaying, and reading `lag` rounds behind from copies made at once."""
-
-    def fetch(output):
-        parts = (output.emitted_BP, output.counts_B, output.logprobs_BP)
-        copies = [None if part is None else part.clone() for part in parts]
-        return lambda: RoundOutput(*copies)
-
-    schedule = runner.schedule
-    schedule.graphs, schedule.lag, schedule._fetch = Replayed(), lag, fetch
-    return runner
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
