@@ -63,7 +63,7 @@ def oracle(target: Path, drafter: Path, file: Path, temperature: float, limit: i
     texts = [one.tokens for one in runner.generate(given, max_new_tokens=128, temperature=temperature, progress=True)]
     ranks = walk(runner, given, texts, MOST, 1, temperature)
     alone = Runner.load(target, drafter, max_batch=1, max_len=512)
-    costs = alone.chain_costs(MOST, None)
+    costs = alone.pacer.costs(MOST, None)
     runs = [[kept(place) for place in text if place[0] != BEYOND] for text in ranks]
     plain = costs.verify(1, 1)
     fixed = {str(depth): played(runs, costs, depth) * plain for depth in range(1, MOST + 1)}
@@ -118,7 +118,7 @@ def useless(target: Path, drafter: Path, file: Path, out: Path, repeats: int = 7
     policies = ["cost-blind"] + (["cost"] if paced.predictor is not None else [])
     found: dict[str, Any] = {name: [] for name in policies}
     for policy in policies:
-        paced.chain_costs(MOST, paced.predictor if policy == "cost" else None)  # measured once a machine, not once a call
+        paced.pacer.costs(MOST, paced.predictor if policy == "cost" else None)  # measured once a machine, not once a call
     for repeat in range(repeats + 1):
         seconds = {}
         for name in ("plain", *policies):

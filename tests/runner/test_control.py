@@ -76,10 +76,10 @@ def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, tem
     runner.predictor = predicting(runner)
     prompts, options = ragged_prompts(9), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
-    runner.chain_costs(10, runner.predictor)  # as a GPU would have measured them
+    runner.pacer.costs(10, runner.predictor)  # as a GPU would have measured them
     replayed(runner, 1)
     if policy.startswith("cost"):
-        runner.chain_costs = lambda most, predictor: flat(0.05, 0.1)
+        runner.pacer.costs = lambda most, predictor: flat(0.05, 0.1)
     outs = runner.generate(prompts, policy=policy, **options)
     assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 300)
     depths = {len(key[0]) for key in runner.schedule.graphs.closures}
@@ -138,7 +138,7 @@ def test_residual_verification_verifies_all_that_was_drafted():
         runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="residual", policy=policy)
         runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="coupled", policy=policy)
         runner.generate([[1, 2]], max_new_tokens=6, temperature=0.0, verify="residual", policy=policy)
-    for (_, _, warm, verify, _), chain in runner._paced.items():
+    for (_, _, warm, verify, *_), chain in runner.pacer.chains.items():
         assert chain.drops == (verify == "coupled" or not warm)
 
 
@@ -288,10 +288,10 @@ def test_rounds_in_between_are_counted_as_they_were():
 
 def test_costs_are_measured_once(monkeypatch):
     runner = pair(max_batch=2)
-    first = runner.chain_costs(4, None)
+    first = runner.pacer.costs(4, None)
     assert first.rows == (1, 2) and first.verify(1, 1) > 0 and first.round(1, 4, 4) > first.round(1, 0, 0)
-    monkeypatch.setattr("trainkit.runner.engine.measure_chain_costs", lambda *_, **__: pytest.fail("measured again"))
-    assert runner.chain_costs(4, None) == first
+    monkeypatch.setattr("trainkit.runner.pacing.measure_chain_costs", lambda *_, **__: pytest.fail("measured again"))
+    assert runner.pacer.costs(4, None) == first
 
 
 def test_a_line_through_costs_by_hand():

@@ -7,7 +7,7 @@ Left out on purpose: paged caches and preemption; schedule.py gives each text a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from trainkit.models.load import copy_weights, covered_positions, device_of, loa
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
 from trainkit.runner.adaptive import AdaptiveChain
-from trainkit.runner.control import MOST, Cost, Policy, PolicyName, Recent, Threshold
-from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
 from trainkit.runner.decoder import Plan, Rounds, Trace
+from trainkit.runner.pacing import Pacer
 from trainkit.runner.request import Options, Output, Request, Stopping, strings
 from trainkit.runner.sampling import Sampling, request_keys
 from trainkit.runner.schedule import Schedule
@@ -59,7 +58,7 @@ class Runner:
         self.schedule = Schedule(rounds, max_batch, max_len, capture)
         self.predictor = predictor
         self._trees: dict[tuple[RankPath, ...], Tree] = {}
-        self._paced: dict[Hashable, AdaptiveChain] = {}
+        self.pacer = Pacer(rounds, self.schedule, max_len)
 
     @staticmethod
     def load(
@@ -310,7 +309,7 @@ class Runner:
         if self.drafter is None and (depth or tree):
             raise UserError("depth or tree given, but this runner was loaded without a drafter; give one (--drafter)")
         if options.policy is not None:
-            shape = self._adaptive(options)
+            shape = self.pacer.shape(options, self.predictor)
         else:
             shape = tree if isinstance(tree, Shape) else self._static(tree, depth)
         if self.drafter is not None:
@@ -323,56 +322,6 @@ class Runner:
         thresholds = Typical(options.typical_epsilon, options.typical_scale)
         pauses = isinstance(shape, AdaptiveChain)
         return Plan(sampling, shape, options.verify, options.share, thresholds, options.logprobs, self.observe, pauses)
-
-    def _adaptive(self, options: Options) -> AdaptiveChain:
-        """The chain that a policy paces; kept with what it has learnt, for the next call of the same kind."""
-        assert options.policy is not None
-        asked, drafter = PolicyName.of(options.policy), self.drafter
-        if drafter is None:
-            raise UserError(f"policy {options.policy}: this runner was loaded without a drafter; give one (--drafter)")
-        if options.tree is not None or options.depth == 0 or options.verify == "mixed":
-            raise UserError(f"policy {options.policy}: paces chains; leave tree out, and give depth as the most it may draft")
-        if asked.needs_predictor and self.predictor is None:
-            raise UserError(f"policy {options.policy}: the drafter has no predictor; train one, or choose another policy")
-        if asked.stops_within and self.schedule.graphs is not None:
-            raise UserError(f"policy {options.policy}: stops within a round, which a captured graph cannot; take cost or ema")
-        most = options.depth or min(MOST, drafter.max_depth or MOST)
-        key = (asked, most, options.temperature > 0, options.verify, torch.get_num_threads())
-        if key not in self._paced:
-            predictor = None if asked.blind else self.predictor
-            policy = self._policy(asked, most, predictor)
-            drops = options.verify == "coupled" or options.temperature == 0
-            self._paced[key] = AdaptiveChain(policy, self.device, predictor, drops)
-        return self._paced[key]
-
-    def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None) -> Policy:
-        if asked.name == "fixed":
-            return Policy(most)
-        if asked.name == "ema":
-            return Recent(most)
-        if asked.name == "cost":
-            return Cost(self.chain_costs(most, predictor), most, predictor is not None)
-        return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
-
-    def chain_costs(self, most: int, predictor: AcceptancePredictor | None) -> ChainCosts:
-        """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine."""
-        assert self.drafter is not None
-        length, batch = min(256, self.max_len // 2), self.schedule.max_batch
-        setting = {
-            "processor": processor(self.device), "device": str(self.device), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "dtype": str(self.rounds.target.embed.weight.dtype),
-            "target": sizes_of(self.rounds.target), "drafter": sizes_of(self.drafter), "predictor": sizes_of(predictor),
-            "graphs": self.schedule.graphs is not None, "most": most, "batch": batch, "length": length,
-        }  # fmt: skip
-
-        def drafted(levels: int) -> Shape:
-            if self.schedule.graphs is not None:
-                return self._static(None, levels)
-            whole = Policy(levels)
-            whole.reads = "nothing" if predictor is None else "predictor"
-            return AdaptiveChain(whole, self.device, predictor)
-
-        return kept_costs(setting, lambda: measure_chain_costs(self.rounds, drafted, most, batch, length))
 
     def _static(self, tree: Sequence[RankPath] | None, depth: int | None) -> Tree:
         """The tree of these paths, or a chain of this depth, or what the drafter drafts by itself; the root without one."""

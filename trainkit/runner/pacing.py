@@ -1,0 +1,86 @@
+"""From a policy's name to the chain that it paces, with what it needs: the costs on this machine, the predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+from trainkit.errors import UserError
+from trainkit.models.acceptance import AcceptancePredictor
+from trainkit.runner.adaptive import AdaptiveChain
+from trainkit.runner.control import MOST, Cost, Policy, PolicyName, Recent, Threshold
+from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
+from trainkit.runner.decoder import Rounds
+from trainkit.runner.request import Options
+from trainkit.runner.schedule import Schedule
+from trainkit.runner.tree import Shape, build, chain
+
+
+class Pacer:
+    """A runner's policies, each kept with what it has learnt for the next call of the same kind.
+
+    Args:
+        rounds: Of the target and its drafter.
+        schedule: Whether rounds are captured, and how many texts are decoded together.
+        max_len: Of the runner.
+    """
+
+    def __init__(self, rounds: Rounds, schedule: Schedule, max_len: int) -> None:
+        self.rounds, self.schedule, self.max_len = rounds, schedule, max_len
+        self.device = schedule.device
+        self.chains: dict[Hashable, AdaptiveChain] = {}
+
+    def shape(self, options: Options, predictor: AcceptancePredictor | None) -> AdaptiveChain:
+        """What `options.policy` paces.
+
+        Raises:
+            UserError: no such policy, or one that does not go with the drafter, the other options or captured rounds.
+        """
+        assert options.policy is not None
+        asked, drafter, policy = PolicyName.of(options.policy), self.rounds.drafter, f"policy {options.policy}"
+        if drafter is None:
+            raise UserError(f"{policy}: this runner was loaded without a drafter; give one (--drafter)")
+        if options.tree is not None or options.depth == 0 or options.verify == "mixed":
+            raise UserError(f"{policy}: paces chains; leave tree out, and give depth as the most it may draft")
+        if asked.needs_predictor and predictor is None:
+            raise UserError(f"{policy}: the drafter has no predictor; train one, or choose another policy")
+        if asked.stops_within and self.schedule.graphs is not None:
+            raise UserError(f"{policy}: stops within a round, which a captured graph cannot; take cost or ema")
+        most = options.depth or min(MOST, drafter.max_depth or MOST)
+        predictor = None if asked.blind else predictor
+        key = (asked, most, options.temperature > 0, options.verify, torch.get_num_threads(), predictor)
+        if key not in self.chains:
+            drops = options.verify == "coupled" or options.temperature == 0
+            self.chains[key] = AdaptiveChain(self._policy(asked, most, predictor), self.device, predictor, drops)
+        return self.chains[key]
+
+    def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None) -> Policy:
+        if asked.name == "fixed":
+            return Policy(most)
+        if asked.name == "ema":
+            return Recent(most)
+        if asked.name == "cost":
+            return Cost(self.costs(most, predictor), most, predictor is not None)
+        return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
+
+    def costs(self, most: int, predictor: AcceptancePredictor | None) -> ChainCosts:
+        """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine."""
+        assert self.rounds.drafter is not None
+        target, captured = self.rounds.target, self.schedule.graphs is not None
+        length, batch = min(256, self.max_len // 2), self.schedule.max_batch
+        setting = {
+            "processor": processor(self.device), "device": str(self.device), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "dtype": str(target.embed.weight.dtype), "target": sizes_of(target),
+            "drafter": sizes_of(self.rounds.drafter), "predictor": sizes_of(predictor), "graphs": captured, "most": most,
+            "batch": batch, "length": length,
+        }  # fmt: skip
+
+        def drafted(levels: int) -> Shape:
+            if captured:
+                return build(chain(levels), self.device)
+            whole = Policy(levels)
+            whole.reads = "nothing" if predictor is None else "predictor"
+            return AdaptiveChain(whole, self.device, predictor)
+
+        return kept_costs(setting, lambda: measure_chain_costs(self.rounds, drafted, most, batch, length))
