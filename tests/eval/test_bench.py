@@ -274,3 +274,10 @@ def test_a_policy_may_be_the_fastest_and_is_named_so(tmp_path, monkeypatch, caps
     summary = json.loads((tmp_path / "bench.json").read_text())
     assert code == 0 and (tmp_path / "bench.png").stat().st_size > 1000
     assert f"best: {summary['best']}, " in capsys.readouterr().out
+
+
+def test_a_position_that_no_round_came_to_has_no_acceptance():
+    """Tau 3 at depth 4: two tokens kept each round, the third refused, the fourth never looked at."""
+    asked = request(depths=(4,), max_new_tokens=1 + 30, synthetic_tau=3.0)
+    found = summarise(run(asked, synthetic_field(asked)))["contenders"][-1]
+    assert found["accepted"] == [0, 0, 20] and found["alpha_k"] == [1.0, 1.0, 0.0]

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainkit.bundle import Bundle
-from trainkit.data.provenance import begin, write_part
+from trainkit.data.provenance import begin, read_about, write_part
 from trainkit.errors import UserError
 from trainkit.models.acceptance import FILE
 
@@ -100,22 +100,13 @@ def part_file(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 
 
-def read_about(folder: Path) -> dict[str, Any] | None:
+def read_acceptance(folder: Path) -> dict[str, Any] | None:
     """What `acceptance.json` says, or None where there is none.
 
     Raises:
         UserError: it is not readable.
     """
-    path = folder / ACCEPTANCE
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); the set cannot be told from another, make it again") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT or not isinstance(values.get("parts"), int):
-        raise UserError(f"{path}: not an acceptance set of format {FORMAT}; use the trainkit that made it")
-    return values
+    return read_about(folder / ACCEPTANCE, FORMAT, "parts", int, "an acceptance set")
 
 
 def write_acceptance(
@@ -141,7 +132,7 @@ def write_acceptance(
         "part_prompts": layout.part_prompts, "parts": layout.parts,
     }  # fmt: skip
     values["id"] = _digest(values)
-    begun = begin(out, ACCEPTANCE, values, read_about, _COMMAND)
+    begun = begin(out, ACCEPTANCE, values, read_acceptance, _COMMAND)
     shared = range(rank, layout.parts, world_size)
     mine = [number for number in shared if not (out / part_file(number)).exists()]
     written, began = Written(found=len(shared) - len(mine)), perf_counter()
@@ -219,7 +210,7 @@ class AcceptanceSet:
             UserError: no such set, parts that are missing, broken or another set's, or no record in any.
         """
         folder = Path(folder)
-        about = read_about(folder)
+        about = read_acceptance(folder)
         if about is None:
             raise UserError(f"{folder}: no acceptance set (no {ACCEPTANCE}); make one with `{_COMMAND} BUNDLE`")
         files = [folder / part_file(number) for number in range(about["parts"])]

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from trainkit.data.packing import PackedSet
-from trainkit.data.provenance import begin, write_part
+from trainkit.data.provenance import begin, read_about, write_part
 from trainkit.errors import UserError
 
 FEATURES = "features.json"
@@ -120,16 +120,7 @@ def read_features(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is not readable.
     """
-    path = folder / FEATURES
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); the folder cannot be told from another, make it again") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT or "sets" not in values:
-        raise UserError(f"{path}: not features of format {FORMAT}; use the trainkit that made them")
-    return values
+    return read_about(folder / FEATURES, FORMAT, "sets", dict, "a feature set")
 
 
 def write_features(

@@ -28,15 +28,30 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is not readable.
     """
-    path = folder / PROVENANCE
+    return read_about(folder / PROVENANCE, FORMAT, "parts", int, "a distillation set")
+
+
+def read_about(path: Path, format: int, key: str, kind: type, what: str) -> dict[str, Any] | None:
+    """What the JSON beside a made set's files says, or None where there is none.
+
+    Args:
+        path: The JSON.
+        format: The one known here.
+        key: Something that it must say,
+        kind: and of which type.
+        what: The set, with its article, for the message.
+
+    Raises:
+        UserError: it is not readable, or of another format.
+    """
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); the set cannot be told from another, make it again") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT or not isinstance(values.get("parts"), int):
-        raise UserError(f"{path}: not a distillation set of format {FORMAT}; use the trainkit that made it")
+        raise UserError(f"{path}: not JSON ({error}); it cannot be told from another set, make it again") from None
+    if not isinstance(values, dict) or values.get("format") != format or not isinstance(values.get(key), kind):
+        raise UserError(f"{path}: not {what} of format {format}; use the trainkit that made it")
     return values
 
 

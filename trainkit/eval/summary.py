@@ -83,7 +83,7 @@ def _paced(result: Result, one: Contender) -> Summary:
     values: Summary = {
         "policy": one.policy, "most": one.depth, "tau": stats.tau, "accepted": list(stats.accepted), "rounds": stats.rounds,
         "cut_rounds": stats.cut_rounds, "drafted_per_round": stats.drafted / max(1, stats.rounds), "wasted": stats.wasted,
-        "alpha_k": list(stats.alpha_k), "speedup": one.rate / plain.rate, "over_plain": _paired(one, plain),
+        "alpha_k": stats.alpha_k, "speedup": one.rate / plain.rate, "over_plain": _paired(one, plain),
         "over_best_fixed": None,
     }  # fmt: skip
     if best is not None:
@@ -107,10 +107,9 @@ def _drafting(result: Result, one: Contender) -> Summary:
     step = result.costs[plain.threads, one.drafter, ()].verify  # timed beside this drafter's trees
     c, tau, speedup = _draft_bytes(_draft(result, one)) / _target_bytes(result), stats.tau, one.rate / plain.rate
     attainable = roof(tau, step, cost)
-    alpha_k = [*stats.alpha_k, 0.0][: one.depth]  # a position that was reached and never accepted
     return {
         "nodes": len(one.paths) + 1, "accepted": list(stats.accepted), "rounds": stats.rounds, "cut_rounds": stats.cut_rounds,
-        "tau": tau, "wasted": stats.wasted, "alpha_k": alpha_k, "c": c, "mbsu": mbsu(tau, c, one.depth),
+        "tau": tau, "wasted": stats.wasted, "alpha_k": stats.alpha_k, "c": c, "mbsu": mbsu(tau, c, one.depth),
         "v": cost.verify / step, "draft": cost.draft / step, "plain_step_seconds": step, "roof": attainable, "speedup": speedup,
         "speedup_over_roof": speedup / attainable, "efficiency": speedup / tau,
     }  # fmt: skip
