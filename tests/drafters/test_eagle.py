@@ -109,9 +109,11 @@ def test_a_step_reads_what_serving_would_have_in_its_cache(teacher, seed):
         for place in range(T):
             state = draft.init_state(1, 32, torch.device("cpu"), torch.float32)
             at = torch.arange(place + 1)[None]
-            draft.prefill(state, tokens[:, : place + 1], at, taps[:, : place + 1], teacher.handle(), 32)
-            feature = state["feature"]
-            for step in range(3):
+            text = tokens[:, : place + 1], tokens[:, 1 : place + 2]
+            draft.prefill(state, *text, at, taps[:, : place + 1], teacher.handle(), 32)
+            feature = state["root"]
+            torch.testing.assert_close(feature[0, 0], seen[0][place], rtol=1e-4, atol=1e-5)
+            for step in (1, 2):
                 slot = torch.tensor([[place + step]])
                 bias = torch.zeros(1, 1, 32).masked_fill(torch.arange(32) > slot, float("-inf"))
                 embedded = teacher.handle().embed(tokens[:, place + 1 + step, None])

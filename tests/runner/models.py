@@ -118,15 +118,16 @@ class TableDraft(Drafter):
         return {}
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
         pass
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         logits = self.table[frontier.positions_BF % self.table.shape[0], frontier.tokens_BF]
         return StepOutput(logits, None, logits)
 
-    def commit(self, state: State, path_BP: Any, tokens_BP: Any, counts_B: Any, root_B: Any, taps_BPAD: Any, *_: Any) -> None:
+    def commit(self, state: State, *_: Any) -> None:
         pass
 
     def config(self) -> dict[str, Any]:

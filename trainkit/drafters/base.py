@@ -180,17 +180,20 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def prefill(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
-        """Reads T more tokens at consecutive positions, with the target's taps there: a prompt chunk by chunk. `span` as in
-        `step`.
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
+        """Reads T more tokens at consecutive positions, with the target's taps there: a prompt chunk by chunk.
+
+        `next_BT` are the tokens that follow each; the last of a prompt's is the first root. `span` as in `step`.
         """
 
     def catch_up(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
         """Reads what was decoded without drafting since the last round with a draft; arguments as in `prefill`."""
-        self.prefill(state, tokens_BT, positions_BT, taps_BTAD, handle, span)
+        self.prefill(state, tokens_BT, next_BT, positions_BT, taps_BTAD, handle, span)
 
     @abstractmethod
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
@@ -198,7 +201,7 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
         taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         """Keeps the accepted path: its cache entries (lm) or new ones made from the target's taps (eagle, hydra++).
@@ -209,6 +212,7 @@ class Drafter(nn.Module, ABC):
                 meaningless. The last node may be one that was never expanded: its number points at nothing that was written.
                 None when the round drafted a chain: node numbers are depths, and nothing has to move.
             tokens_BP: Their tokens.
+            next_BP: The token that follows each, the last of them the next root; meaningless as `path_BP`.
             counts_B: Nodes on the path, root included, 1..P; 0 for a row that is finished and keeps what it has.
             root_B: Absolute position of the root.
             taps_BPAD: The target's taps at those nodes, or None.

@@ -93,7 +93,10 @@ class _Part:
         _, taps = target(tokens_1T, positions_1T, bias, taps=self.rounds.taps)
         view: State = {name: tensor[row : row + 1] for name, tensor in self.state.items()}
         seen = None if taps is None else taps[:, :prompt]
-        self.drafter.prefill(view, tokens_1T[:, :prompt], positions_1T[:, :prompt], seen, self.rounds.handle, prompt)
+        self.drafter.prefill(
+            view, tokens_1T[:, :prompt], self.tokens_BT[row : row + 1, 1 : prompt + 1], positions_1T[:, :prompt], seen,
+            self.rounds.handle, prompt,
+        )  # fmt: skip
         if taps is None:
             return None
         padded = taps.new_zeros(self.tokens_BT.shape[1], *taps.shape[2:])
@@ -114,8 +117,9 @@ class _Part:
             taps = self.taps_BTAD
             if taps is not None:
                 taps = taps.gather(1, path_BP[..., None, None].expand(-1, -1, *taps.shape[2:]))
+            next_BP = self.tokens_BT.gather(1, (path_BP + 1).clamp(max=self.tokens_BT.shape[1] - 1))
             self.drafter.commit(
-                self.state, None, tokens_BP, alive_B.long(), root_B, taps, self.rounds.handle, self.span
+                self.state, None, tokens_BP, next_BP, alive_B.long(), root_B, taps, self.rounds.handle, self.span
             )
         if not found:
             return [np.zeros((0, self.depth), np.int64) for _ in self.lengths_B]

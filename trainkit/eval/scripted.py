@@ -141,9 +141,10 @@ class ScriptedDrafter(Drafter):
         return {**state, "round": torch.zeros(batch_size, dtype=torch.long, device=device)}
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
-        self.inner.prefill(state, tokens_BT, positions_BT, taps_BTAD, handle, span)
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
+        self.inner.prefill(state, tokens_BT, next_BT, positions_BT, taps_BTAD, handle, span)
         state["round"].zero_()
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
@@ -155,11 +156,11 @@ class ScriptedDrafter(Drafter):
         return StepOutput(logits_BFV, None, out.hidden_BFD)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
         taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert path_BP is None, "a script is a chain"
-        self.inner.commit(state, path_BP, tokens_BP, counts_B, root_B, taps_BPAD, handle, span)
+        self.inner.commit(state, path_BP, tokens_BP, next_BP, counts_B, root_B, taps_BPAD, handle, span)
         state["round"].add_(counts_B > 0)
 
     def step_bytes(self, head_bytes: int) -> int:

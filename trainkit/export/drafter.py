@@ -141,7 +141,7 @@ def first_logits(drafter: Drafter) -> Tensor:
         taps = torch.randn(1, T, len(drafter.taps), shape.hidden_size, generator=generator).to(parameter.dtype)
     state = drafter.init_state(1, 64, parameter.device, parameter.dtype)
     handle, zero = stand_in(drafter.target, parameter.dtype), torch.zeros(1, 1, dtype=torch.long)
-    drafter.prefill(state, tokens[:, :T], torch.arange(T)[None], taps, handle, T)
+    drafter.prefill(state, tokens[:, :T], tokens[:, 1:], torch.arange(T)[None], taps, handle, T)
     token, logits = tokens[:, T:], []
     for depth in range(drafter.max_depth or 2):
         seen = torch.ones(1, 1, depth + 1, dtype=torch.bool)

@@ -128,7 +128,8 @@ def _parts(
     def draft() -> object:
         token, position = state["token"], state["position"]
         made = grow(shape, drafter, draft_state, rounds.handle, token, position, Sampling(), None, span, False)
-        drafter.commit(draft_state, path_BP, made.tokens_BN[:, : len(levels)], counts_B, position, taps, rounds.handle, span)
+        tokens = made.tokens_BN[:, : len(levels)]
+        drafter.commit(draft_state, path_BP, tokens, tokens, counts_B, position, taps, rounds.handle, span)
         return made
 
     return draft, verify

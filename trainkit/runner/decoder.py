@@ -147,18 +147,25 @@ class Rounds:
 
     def prefill(self, plan: Plan, state: State, draft_state: State, tokens_T: Tensor, chunk: int = 512) -> RoundOutput:
         """Reads one row's prompt and emits the first token; `state` and `draft_state` are views of that row."""
-        T = tokens_T.shape[0]
-        hidden = tokens_T.new_empty(0)
+        T, output = tokens_T.shape[0], None
         for start in range(0, T, chunk):
-            tokens = tokens_T[None, start : start + chunk]
+            tokens, following = tokens_T[None, start : start + chunk], tokens_T[None, start + 1 : start + chunk + 1]
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
             span = start + tokens.shape[1]
             bias = causal_bias(positions, span, state["cache"].dtype)
             hidden, taps = self.target(tokens, positions, bias, state["cache"], positions, self.taps)
+            if span == T:
+                output = self._first(plan, state, hidden[:, -1:], T)
+                following = torch.cat([following, output.emitted_BP], dim=1)
             if self.drafter is not None and plan.tree.depth:
-                self.drafter.prefill(draft_state, tokens, positions, taps, self.handle, span)
-        logits = self.target.head(hidden[:, -1:])
-        state["position"].fill_(T)
+                self.drafter.prefill(draft_state, tokens, following, positions, taps, self.handle, span)
+        assert output is not None
+        return output
+
+    def _first(self, plan: Plan, state: State, hidden_11D: Tensor, length: int) -> RoundOutput:
+        """The token after a prompt of this length, which becomes the root."""
+        logits = self.target.head(hidden_11D)
+        state["position"].fill_(length)
         state["missed"].zero_()
         noise = None if plan.sampling.greedy else gumbel(state["keys"], state["position"][:, None], self.vocabulary, CHOICE)
         scores = plan.sampling.process(logits)
@@ -262,7 +269,7 @@ class Rounds:
                 tokens = tokens.gather(1, path)
                 kept = None if taps is None else taps.gather(1, path[..., None, None].expand(-1, -1, *taps.shape[2:]))
                 numbers = path if draft.numbers_BN is None else draft.numbers_BN.gather(1, path)
-            self.drafter.commit(draft_state, numbers, tokens, counts, position, kept, self.handle, span)
+            self.drafter.commit(draft_state, numbers, tokens, emitted, counts, position, kept, self.handle, span)
         elif plan.pauses:
             self._miss(state, draft.tokens_BN, taps, counts)
         logprobs = None
@@ -295,5 +302,6 @@ class Rounds:
                 own = {name: tensor[row : row + 1] for name, tensor in draft_state.items()}
                 taps = state["missed_taps"][row : row + 1, :missed] if self.taps else None
                 tokens = state["missed_tokens"][row : row + 1, :missed]
-                self.drafter.catch_up(own, tokens, positions, taps, self.handle, position)
+                following = torch.cat([tokens[:, 1:], state["token"][row : row + 1, None]], dim=1)
+                self.drafter.catch_up(own, tokens, following, positions, taps, self.handle, position)
         state["missed"].zero_()

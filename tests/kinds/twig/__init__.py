@@ -76,8 +76,9 @@ class Twig(Drafter):
         }
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
         assert taps_BTAD is not None
         state["feature"].copy_(self.fuse(taps_BTAD[:, -1].flatten(1)))
 
@@ -92,7 +93,7 @@ class Twig(Drafter):
         return StepOutput(handle.head(hidden), None, hidden)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
         taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert taps_BPAD is not None

@@ -192,36 +192,35 @@ class Eagle(Drafter):
         return torch.isin(choices_N, self.ids_K).view(batch.tokens_BT.shape)
 
     # Served: the entry of a text's place t is made of (x_{t+1}, target's states at t), so a round's root, at position R, has
-    # the slot R - 1, and node i the slot R - 1 + i.
+    # the slot R - 1, and node i the slot R - 1 + i. The root is known when the round before it ends: its entry is made together
+    # with those of the text that round accepted, and the first level of a draft costs a head alone.
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         self._reserve(slots, self.fc.weight)
         D, G, E = self.shape.hidden_size, self.shape.num_kv_heads, self.shape.head_dim
         return {
             "cache": torch.zeros(batch_size, 1, 2 * G, slots, E, device=device, dtype=dtype),
-            # of the place before the root, whose token was not known when the target's states there were
-            "feature": torch.zeros(batch_size, 1, D, device=device, dtype=dtype),
-            # what came out at each node of the level above
+            # what came out at the root, and at each node of the level above
+            "root": torch.zeros(batch_size, 1, D, device=device, dtype=dtype),
             "outputs": torch.zeros(batch_size, WIDEST, D, device=device, dtype=dtype),
         }
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
         assert taps_BTAD is not None
-        feature_BTD = torch.cat([state["feature"], self.fc(taps_BTAD.flatten(2))], dim=1)
-        skipped = 1 if int(positions_BT.min()) == 0 else 0  # a text's first token has no place before it
-        if tokens_BT.shape[1] > skipped:
-            places_BT = positions_BT[:, skipped:] - 1
-            self._read(state, tokens_BT[:, skipped:], feature_BTD[:, skipped:-1], places_BT, handle, span)
-        state["feature"].copy_(feature_BTD[:, -1:])
+        state["root"].copy_(self._read(state, next_BT, taps_BTAD, positions_BT, handle, span)[:, -1:])
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
-        nodes, places_BF = frontier.tokens_BF.shape[1], frontier.positions_BF - 1
-        feature_BFD = state["feature"]
-        if frontier.depth:
-            above = frontier.parent_places_BF[..., None].expand(-1, -1, feature_BFD.shape[2])
-            feature_BFD = state["outputs"].gather(1, above)
+        output_BFD = self._deeper(state, frontier, handle, span) if frontier.depth else state["root"]
+        state["outputs"][:, : output_BFD.shape[1]].copy_(output_BFD)
+        return StepOutput(self.lm_head(self.norm(output_BFD)), self.ids_K, output_BFD)
+
+    def _deeper(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> Tensor:
+        """What comes out at the nodes of a level after the first [B, F, D]; each reads its parent's."""
+        places_BF, outputs = frontier.positions_BF - 1, state["outputs"]
+        feature_BFD = outputs.gather(1, frontier.parent_places_BF[..., None].expand(-1, -1, outputs.shape[2]))
         if frontier.chain:
             slots_BF, bias = places_BF, causal_bias(places_BF, span, feature_BFD.dtype)
         else:
@@ -229,27 +228,24 @@ class Eagle(Drafter):
             slots_BF = root_B[:, None] + frontier.nodes_F
             bias = tree_bias(root_B, frontier.ancestors_BFM, span, feature_BFD.dtype)
         embedded_BFD = handle.embed(frontier.tokens_BF).to(feature_BFD.dtype)
-        output_BFD = self._layer(state, embedded_BFD, feature_BFD, places_BF, slots_BF, bias)
-        state["outputs"][:, :nodes].copy_(output_BFD)
-        return StepOutput(self.lm_head(self.norm(output_BFD)), self.ids_K, output_BFD)
+        return self._layer(state, embedded_BFD, feature_BFD, places_BF, slots_BF, bias)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
         taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert taps_BPAD is not None
-        feature_BPD = self.fc(taps_BPAD.flatten(2))
         # past the accepted path this writes what the next rounds write over, before anything looks there
-        places_BP = root_B[:, None] + torch.arange(tokens_BP.shape[1] - 1, device=root_B.device)
-        self._read(state, tokens_BP[:, 1:], feature_BPD[:, :-1], places_BP, handle, span)
-        state["feature"].copy_(last_kept(feature_BPD, counts_B, state["feature"]))
+        places_BP = root_B[:, None] + torch.arange(next_BP.shape[1], device=root_B.device)
+        output_BPD = self._read(state, next_BP, taps_BPAD, places_BP, handle, span)
+        state["root"].copy_(last_kept(output_BPD, counts_B, state["root"]))
 
     def _read(
-        self, state: State, tokens_BT: Tensor, feature_BTD: Tensor, places_BT: Tensor, handle: TargetHandle, span: int
-    ) -> None:
-        """Puts text into the cache: features of places, with the tokens one further on."""
-        bias = causal_bias(places_BT, span, feature_BTD.dtype)
-        self._layer(state, handle.embed(tokens_BT).to(feature_BTD.dtype), feature_BTD, places_BT, places_BT, bias)
+        self, state: State, next_BT: Tensor, taps_BTAD: Tensor, places_BT: Tensor, handle: TargetHandle, span: int
+    ) -> Tensor:
+        """Puts text into the cache, the target's states at places with the tokens one further on; what comes out [B, T, D]."""
+        feature_BTD, bias = self.fc(taps_BTAD.flatten(2)), causal_bias(places_BT, span, taps_BTAD.dtype)
+        return self._layer(state, handle.embed(next_BT).to(feature_BTD.dtype), feature_BTD, places_BT, places_BT, bias)
 
     def _layer(
         self, state: State, embedded_BTD: Tensor, feature_BTD: Tensor, places_BT: Tensor, slots_BT: Tensor, bias_BTS: Tensor

@@ -129,8 +129,9 @@ class Hydra(Drafter):
         return state
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
         assert taps_BTAD is not None
         hidden_BTD = taps_BTAD[:, :, 0]
         if self.prefix is not None:
@@ -149,7 +150,7 @@ class Hydra(Drafter):
         return StepOutput(self.lm_heads.of(depth, handle.head)(hidden_BFD), self.ids_K, hidden_BFD)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
         taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert taps_BPAD is not None

@@ -149,18 +149,21 @@ class LMDraft(Drafter):
         }
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
         bias = causal_bias(positions_BT, span, state["cache"].dtype)
         self.decoder(tokens_BT, positions_BT, bias, state["cache"], positions_BT)
         state["previous"].copy_(tokens_BT[:, -1])
 
     def catch_up(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
         # and the token before, which was never fed if it ended a draft that was accepted whole
         tokens_BT = torch.cat([state["previous"][:, None], tokens_BT], dim=1)
-        self.prefill(state, tokens_BT, torch.cat([positions_BT[:, :1] - 1, positions_BT], dim=1), taps_BTAD, handle, span)
+        positions_BT = torch.cat([positions_BT[:, :1] - 1, positions_BT], dim=1)
+        self.prefill(state, tokens_BT, next_BT, positions_BT, taps_BTAD, handle, span)
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         tokens, positions, ancestors = frontier.tokens_BF, frontier.positions_BF, frontier.ancestors_BFM
@@ -182,7 +185,7 @@ class LMDraft(Drafter):
         return StepOutput(project(hidden, self.head_KD, None, self.decoder.streams), self.ids_K, hidden)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
         taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         if path_BP is not None:

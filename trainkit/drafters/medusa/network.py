@@ -92,8 +92,9 @@ class Medusa(Drafter):
         return {"hidden": torch.zeros(batch_size, 1, self.target.decoder.hidden_size, device=device, dtype=dtype)}
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None, handle: TargetHandle, span: int
-    ) -> None:
+        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
+        handle: TargetHandle, span: int,
+    ) -> None:  # fmt: skip
         assert taps_BTAD is not None
         state["hidden"].copy_(taps_BTAD[:, -1])
 
@@ -104,7 +105,7 @@ class Medusa(Drafter):
         return StepOutput(logits_B1K.expand(-1, nodes, -1), self.ids_K, hidden_B1D.expand(-1, nodes, -1))
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, counts_B: Tensor, root_B: Tensor,
+        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
         taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
     ) -> None:  # fmt: skip
         assert taps_BPAD is not None
