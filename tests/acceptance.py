@@ -16,15 +16,20 @@ D = 12
 
 
 def synthetic(numbers: Sequence[int], temperature: float, told: Callable[[int], None]) -> dict[str, Tensor]:
-    """As many records of each prompt as its number asks for; the same at each call. P(accept) = sigmoid(4 h_0 - 1)."""
+    """As many records of each prompt as its number asks for; the same at each call. P(accept) = sigmoid(4 h_0 - 1).
+
+    A second proposal is right in half of the cases where the first is not.
+    """
     kept = []
     for number in numbers:
         generator = torch.Generator().manual_seed(1000 * number + int(10 * temperature))
         n = 20 + number % 7
         hidden = torch.randn(n, D, generator=generator)
-        signals = torch.rand(n, 5, generator=generator)
-        signals[:, -1] = temperature
-        label = (torch.rand(n, generator=generator) < (4 * hidden[:, 0] - 1).sigmoid()).float()
+        signals = torch.rand(n, 2, 5, generator=generator)
+        signals[..., -1] = temperature
+        signals[..., 2] = torch.tensor([0.0, 1.0])  # the best other's: by it a likeliest proposal is told from a second
+        first = (torch.rand(n, generator=generator) < (4 * hidden[:, 0] - 1).sigmoid()).float()
+        label = torch.stack([first, (1 - first) * (torch.rand(n, generator=generator) < 0.5)], 1)
         kept.append(
             {
                 "hidden": hidden, "signals": signals, "depth": torch.arange(n).remainder(4).short(), "label": label,

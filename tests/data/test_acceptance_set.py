@@ -90,7 +90,7 @@ def test_an_epoch_hands_out_every_record_once_over_two_ranks_padded_at_the_end(s
         window = {int(batch["window_count"]) for batch in batches}
         real = [batch["document_BT"][:, 0] >= 0 for batch in batches]
         assert window == {sum(int(one.sum()) for one in real)}, "what the loss is divided by is what is there"
-        assert all(len(batch["label_B"]) == 100 for batch in batches)
+        assert all(batch["label_BW"].shape == (100, 2) for batch in batches)
         states += [batch["hidden_BD"][one] for batch, one in zip(batches, real, strict=True)]
         counted += window.pop()
     assert counted == len(train)
@@ -112,7 +112,7 @@ def test_parts_and_sets_are_not_taken_for_anothers(straight, tmp_path):
         AcceptanceSet.read(tmp_path)
     about = json.loads((other / "acceptance.json").read_text())
     (other / "acceptance.json").write_text(json.dumps(about | {"format": 9}))
-    with pytest.raises(UserError, match="not an acceptance set of format 1"):
+    with pytest.raises(UserError, match="not an acceptance set of format 2"):
         AcceptanceSet.read(other)
 
 

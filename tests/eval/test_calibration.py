@@ -74,11 +74,11 @@ def test_each_temperature_has_its_own_scale(seed):
 def test_baselines_are_those_of_the_records_they_were_fitted_on(tmp_path):
     train, held = AcceptanceSet.read(make_set(tmp_path / "set")).split(0.2, 0)
     found = Baselines.of(train)
-    assert found.constant == pytest.approx(float(train.column("label").mean()), abs=1e-5)
+    assert found.constant == pytest.approx(float(train.accepted.mean()), abs=1e-5)
     assert found == Baselines.from_dict(found.to_dict())
     told = found.probabilities(held)
     assert torch.equal(told["max_q"], held.column("max_q"))
     # max_q says nothing of these labels: recalibrated it is nearly the constant, as it is it is far off
-    label = held.column("label")
+    label = held.accepted
     assert log_loss(told["max_q_fitted"], label) < log_loss(told["constant"], label) + 0.01
     assert log_loss(told["max_q"], label) > log_loss(told["constant"], label) + 0.1

@@ -69,7 +69,7 @@ def test_a_checkpoint_holds_the_recalibration_of_its_own_weights(trained):
         predictor, mark, info = from_checkpoint(root / "checkpoints" / name)
         seen = predictor.seen
         held = AcceptanceSet.read(records).split(seen["validation_share"], seen["split_seed"])[1]
-        scales = torch.tensor(fit_scales(predicted(predictor, held), held.column("label"), held.heat))
+        scales = torch.tensor(fit_scales(predicted(predictor, held)[:, 0], held.accepted, held.heat))
         assert torch.allclose(torch.stack([predictor.scale, predictor.shift], 1), scales, atol=1e-5)
         assert not torch.equal(predictor.scale, torch.ones(2))
         assert mark["kind"] == "lm" and info["metrics"]["val/loss"] < 0.6 and info["module"] == "PredictorModule"
@@ -94,7 +94,7 @@ def test_weights_of_rejections_bias_downwards_and_are_normalised(trained, tmp_pa
     assert run("fit", arguments(records, tmp_path / "run", **flags)) == 0
     predictor, _, _ = from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     held = AcceptanceSet.read(records).split(0.2, 0)[1]
-    logits, label = predicted(predictor, held), held.column("label")
+    logits, label = predicted(predictor, held)[:, 0], held.accepted
     assert logits.sigmoid().mean() < label.mean() - 0.08
     assert abs(predictor.calibrated(logits, held.heat).mean() - label.mean()) < 0.02
     row = next(row for row in log(tmp_path / "run") if row.get("train/loss"))
@@ -181,6 +181,10 @@ def test_the_command_prints_the_table_of_held_out_questions(trained, draft, tmp_
     assert every["log_loss"]["raw"] == pytest.approx(best["val/loss"], abs=1e-4)
     assert every["log_loss"]["predictor"] == pytest.approx(best["val/fitted_loss"], abs=1e-4)
     assert every["ece"]["max_q_fitted"] == pytest.approx(best["val/max_q_fitted_ece"], abs=1e-4)
+    first, second = values["ranks"]
+    assert first["log_loss"]["predictor"] == every["log_loss"]["predictor"] and "proposal 2" in said
+    assert second["accepted"] == pytest.approx((1 - every["accepted"]) / 2, abs=0.05)
+    assert second["log_loss"]["predictor"] < second["log_loss"]["draft"], "it learns of the second proposals too"
     assert every["records"] == sum(g["records"] for g in values["groups"] if g["group"].startswith("position"))
     assert files[1].read_bytes()[:4] == b"\x89PNG"
 

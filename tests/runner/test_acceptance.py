@@ -16,6 +16,7 @@ from trainkit.cli import main
 from trainkit.data.acceptance_set import COLUMNS, AcceptanceSet
 from trainkit.drafters.lm import LMDraft
 from trainkit.export.drafter import export_drafter
+from trainkit.models.acceptance import RANKS
 from trainkit.models.target import target_shape
 from trainkit.runner.acceptance import Recorder, records_of
 from trainkit.runner.sampling import CHOICE, gumbel, request_keys
@@ -44,7 +45,7 @@ def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed):
         prompts, temperature=temperature, depth=DEPTH, verify=verify, max_new_tokens=24, seed=5, ignore_end=False)}  # fmt: skip
     assert sorted(told) == sorted(map(len, texts.values()))
 
-    by_prompt = {i: [] for i in range(5)}
+    by_prompt, beside = {i: [] for i in range(5)}, 0.0
     keys = {request_keys(5, i, 0): i for i in range(5)}
     for trace in traces:
         for row, pair_of in enumerate(trace.keys_B2.tolist()):
@@ -57,8 +58,13 @@ def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed):
                 assert not accepted or emitted[d] == token
                 q_V, p_V = trace.draft.scores[d][row, 0].softmax(-1), trace.scores_BNV[row, d].softmax(-1)
                 soft = verify == "residual" and temperature > 0
-                label = min(1.0, float(p_V[token] / q_V[token])) if soft else float(accepted)
-                by_prompt[keys[tuple(pair_of)]].append((d, label, float(q_V.max()), trace.draft.said[d].hidden_BFD[row, 0]))
+                told = trace.draft.said[d]
+                best = told.tokens_BFW[row, 0].tolist()
+                assert best[0] == token and len(set(best)) == RANKS
+                label = [min(1.0, float(p_V[token] / q_V[token]))] if soft else [float(one == emitted[d]) for one in best]
+                assert soft or label[0] == accepted
+                beside += sum(label[1:])
+                by_prompt[keys[tuple(pair_of)]].append((d, label, float(q_V.max()), told.hidden_BFD[row, 0]))
                 if not accepted:
                     break
     expected = [(i, *one) for i, found in by_prompt.items() for one in found]
@@ -68,9 +74,9 @@ def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed):
     assert torch.allclose(records["label"], torch.tensor([one[2] for one in expected]), atol=1e-6)
     assert torch.allclose(records["max_q"], torch.tensor([one[3] for one in expected]), atol=1e-6)
     assert torch.equal(records["hidden"], torch.stack([one[4] for one in expected]))
-    assert bool((records["signals"][:, -1] == torch.tensor(temperature)).all())
-    share = float(records["label"].mean())
-    assert 0.1 < share < 0.95, "too little to tell"
+    assert bool((records["signals"][..., -1] == torch.tensor(temperature)).all())
+    share = float(records["label"][:, 0].mean())
+    assert 0.1 < share < 0.95 and (soft or beside > 3), "too little to tell"
 
 
 def test_coupled_labels_are_settled_by_the_noise_that_the_signals_have_seen(seed):
@@ -100,7 +106,7 @@ def test_coupled_labels_are_settled_by_the_noise_that_the_signals_have_seen(seed
         records = make(runner, prompts, "coupled")(range(4), temperature, lambda tokens: None)
     finally:
         Recorder.__call__ = seen
-    assert checked == len(records["label"]) > 20 and set(records["label"].tolist()) == {0.0, 1.0}
+    assert checked == len(records["label"]) > 20 and set(records["label"].unique().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("verify", ["coupled", "residual"])

@@ -10,12 +10,12 @@ in for 85 of 100 of the target's, is an approximation of that which needs no dec
 Left out on purpose: the tokens. A predictor does not read them, and the prompts' file has them.
 
 Tensors of a part, prompt by prompt, round by round, position by position: `hidden` [N, D], the state that proposed; `signals`
-[N, C] float32 of the proposal, the last of them the temperature; `depth` [N] int16, 0 for the round's first; `label` [N]
-float32, whether it was accepted, or how likely that was; `max_q` [N] float32, the draft's highest probability there; `prompt`
-[N] int32, its number.
+[N, W, C] float32 of its W likeliest proposals, likeliest first, the last of them the temperature; `depth` [N] int16, 0 for the
+round's first; `label` [N, W] float32, whether each was what the target chose, or how likely that was; `max_q` [N] float32, the
+draft's highest probability there; `prompt` [N] int32, its number. A chain drafts the first proposal; W is 1 under `residual`.
 """
 
-# N records of a part  R records of a set  D hidden  C signals
+# N records of a part  R records of a set  W proposals of a position  D hidden  C signals
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from trainkit.errors import UserError
 from trainkit.models.acceptance import FILE
 
 ACCEPTANCE = "acceptance.json"
-FORMAT = 1
+FORMAT = 2
 COLUMNS = ("hidden", "signals", "depth", "label", "max_q", "prompt")
 _COMMAND = "trainkit features --acceptance"
 
@@ -148,7 +148,7 @@ def write_acceptance(
     def content(number: int) -> bytes:
         records = make(*layout.part(number), told)
         written.records += len(records["label"])
-        written.accepted += float(records["label"].sum())
+        written.accepted += float(records["label"][:, 0].sum())
         return safetensors.torch.save({name: records[name].contiguous() for name in COLUMNS}, {"acceptance": values["id"]})
 
     try:
@@ -248,7 +248,12 @@ class AcceptanceSet:
     @property
     def heat(self) -> Tensor:
         """[R] temperatures."""
-        return self.tensors["signals"][:, -1][torch.from_numpy(self.rows_R)]
+        return self.tensors["signals"][:, 0, -1][torch.from_numpy(self.rows_R)]
+
+    @property
+    def accepted(self) -> Tensor:
+        """[R] labels of the first proposals, which a chain drafts."""
+        return self.tensors["label"][:, 0][torch.from_numpy(self.rows_R)]
 
     def split(self, share: float, seed: int) -> tuple[AcceptanceSet, AcceptanceSet]:
         """The records of most prompts, and those of a share drawn under `seed`: no prompt has records in both.
@@ -276,7 +281,7 @@ class AcceptanceSet:
         """Tensors of `size` records: those given, then padding of zeros.
 
         Returns:
-            hidden_BD, signals_BC, depth_B int64, label_B, max_q_B; document_BT [B, 1], 0 and on padding -1.
+            hidden_BD, signals_BWC, depth_B int64, label_BW, max_q_B; document_BT [B, 1], 0 and on padding -1.
         """
         chosen_R = torch.from_numpy(self.rows_R[np.asarray(rows, np.int64)])
         lacking = size - len(chosen_R)
@@ -288,8 +293,8 @@ class AcceptanceSet:
         document_B = torch.zeros(size, dtype=torch.long)
         document_B[len(chosen_R) :] = -1
         return {
-            "hidden_BD": padded("hidden"), "signals_BC": padded("signals"), "depth_B": padded("depth").long(),
-            "label_B": padded("label"), "max_q_B": padded("max_q"), "document_BT": document_B[:, None],
+            "hidden_BD": padded("hidden"), "signals_BWC": padded("signals"), "depth_B": padded("depth").long(),
+            "label_BW": padded("label"), "max_q_B": padded("max_q"), "document_BT": document_B[:, None],
         }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Labels are 0 or 1, or probabilities themselves (`residual`). Left out on purpose
 curve, and for it the bundle would have to carry one; a predictor that needs it has another fault.
 """
 
-# N records  M bins
+# N records  W proposals of each  M bins
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Baselines:
     @staticmethod
     def of(train: AcceptanceSet) -> Baselines:
         """Rounded, so that a resumed run on another machine finds them equal."""
-        label_N = train.column("label")
+        label_N = train.accepted
         scales = fit_scales(_logit(train.column("max_q")), label_N, train.heat)
         (a, b), (c, d) = (tuple(round(value, 5) for value in scale) for scale in scales)
         return Baselines(round(label_N.double().mean().item(), 5), ((a, b), (c, d)))
@@ -148,8 +148,8 @@ def _logit(probability_N: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predicted(predictor: Any, records: AcceptanceSet, device: torch.device | None = None, batch: int = 8192) -> Tensor:
-    """[N] uncalibrated logits of an `AcceptancePredictor`, on the CPU."""
-    found = [torch.zeros(0)]
+    """[N, W] uncalibrated logits of an `AcceptancePredictor`, on the CPU."""
+    found = [torch.zeros(0, records.tensors["label"].shape[1])]
     for start in range(0, len(records), batch):
         rows: Sequence[int] = range(start, min(start + batch, len(records)))
         made = {name: value.to(device) for name, value in records.batch(rows, len(rows)).items()}
@@ -158,5 +158,5 @@ def predicted(predictor: Any, records: AcceptanceSet, device: torch.device | Non
 
 
 def logits_of(predictor: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """[B] uncalibrated logits of a batch of `AcceptanceSet.batch`."""
-    return predictor(batch["hidden_BD"][:, None], batch["signals_BC"][:, None, None], batch["depth_B"][:, None])[:, 0, 0]
+    """[B, W] uncalibrated logits of a batch of `AcceptanceSet.batch`."""
+    return predictor(batch["hidden_BD"][:, None], batch["signals_BWC"][:, None], batch["depth_B"][:, None])[:, 0]

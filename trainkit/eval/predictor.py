@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json as to_json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,7 @@ from torch import Tensor
 from trainkit import bundle as bundles
 from trainkit.data.acceptance_set import AcceptanceSet, drafter_mark
 from trainkit.errors import UserError
-from trainkit.eval.calibration import (
-    UNSCALED,
-    Baselines,
-    expected_calibration_error,
-    log_loss,
-    predicted,
-    reliability,
-    scaled,
-)
+from trainkit.eval.calibration import Baselines, expected_calibration_error, log_loss, predicted, reliability
 from trainkit.eval.report import write_whole
 from trainkit.models.acceptance import AcceptancePredictor, load_predictor
 
@@ -66,7 +58,7 @@ def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | 
     values = {
         "bundle": found.path.resolve().name, "kind": found.kind, "set": records.about["id"], "verify": records.about["verify"],
         "prompts": records.prompts, "held_out": records.prompts < whole, "trained_for": network.config()["seen"],
-        "groups": tables,
+        "groups": tables, "ranks": measure_ranks(network, records),
     }  # fmt: skip
     if json is not None:
         write_whole(json, lambda path: path.write_text(to_json.dumps(values, indent=2) + "\n", encoding="utf-8"))
@@ -77,15 +69,25 @@ def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | 
 
 def measure(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]:
     """All records, then those of each temperature, then those of each draft position, from 1."""
-    logits_N, label_N, heat_N = predicted(network, records), records.column("label"), records.heat
-    scales = [(scale, shift) for scale, shift in zip(network.scale.tolist(), network.shift.tolist(), strict=True)]
-    sources = {"predictor": scaled(logits_N, heat_N, (scales[0], scales[1])), "raw": scaled(logits_N, heat_N, UNSCALED)}
+    logits_N, label_N, heat_N = predicted(network, records)[:, 0], records.accepted, records.heat
+    sources = {"predictor": network.calibrated(logits_N, heat_N), "raw": logits_N.sigmoid()}
     sources |= Baselines.from_dict(network.seen["baselines"]).probabilities(records)
     position_N = records.column("depth").long() + 1
     groups = {"all": torch.ones_like(heat_N, dtype=torch.bool)}
     groups |= {f"temperature {heat:g}": heat_N == heat for heat in heat_N.unique().tolist()}
     groups |= {f"position {place}": position_N == place for place in position_N.unique().tolist()}
     return [_table(group, sources, label_N, chosen_N) for group, chosen_N in groups.items()]
+
+
+def measure_ranks(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]:
+    """Of every record the likeliest proposal, the second and so on; beside the predictor the draft's probability of each."""
+    p_NW = network.calibrated(predicted(network, records), records.heat[:, None])
+    own_NW, label_NW = records.column("signals")[..., 1], records.column("label")
+    every_N = torch.ones(len(records), dtype=torch.bool)
+    return [
+        _table(f"proposal {rank + 1}", {"predictor": p_NW[:, rank], "draft": own_NW[:, rank]}, label_NW[:, rank], every_N)
+        for rank in range(label_NW.shape[1])
+    ]
 
 
 def _table(group: str, sources: Mapping[str, Tensor], label_N: Tensor, chosen_N: Tensor) -> Table:
@@ -108,17 +110,24 @@ def report(values: Mapping[str, Any]) -> str:
         f"predictor of {values['bundle']} ({values['kind']}), verification {values['verify']}: {tables[0]['records']:,} draft "
         f"positions of {values['prompts']:,} {which}", "", "log-loss (nats) / expected calibration error", "",
     ]  # fmt: skip
-    sources = list(tables[0]["log_loss"])
-    lines.append(f"{'':<16}{'records':>9}{'accepted':>10}" + "".join(f"{name.replace('_', ' '):>16}" for name in sources))
-    for table in tables:
-        cells = [f"{table['log_loss'][name]:.4f} / {table['ece'][name]:.3f}" for name in sources]
-        lines.append(
-            f"{table['group']:<16}{table['records']:>9,}{table['accepted']:>10.3f}" + "".join(f"{cell:>16}" for cell in cells)
-        )
+    lines += _lines(tables)
+    if len(values["ranks"]) > 1:
+        lines += ["", "the proposals beside it, for trees, and the draft's probability of each", "", *_lines(values["ranks"])]
     trained = values["trained_for"]["verify"]
     if trained != values["verify"]:
         lines += ["", f"note: the predictor was trained for {trained}, this set was decoded with {values['verify']}"]
     return "\n".join(lines)
+
+
+def _lines(tables: Sequence[Table]) -> list[str]:
+    """A heading, and a line for each table."""
+    sources = list(tables[0]["log_loss"])
+    lines = [f"{'':<16}{'records':>9}{'accepted':>10}" + "".join(f"{name.replace('_', ' '):>16}" for name in sources)]
+    for table in tables:
+        cells = [f"{table['log_loss'][name]:.4f} / {table['ece'][name]:.3f}" for name in sources]
+        start = f"{table['group']:<16}{table['records']:>9,}{table['accepted']:>10.3f}"
+        lines.append(start + "".join(f"{cell:>16}" for cell in cells))
+    return lines
 
 
 def reliability_figure(values: Mapping[str, Any], path: str | Path) -> None:

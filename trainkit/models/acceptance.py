@@ -27,6 +27,9 @@ FILE = "predictor/model.safetensors"
 SIGNALS = 5
 """Of a proposed token: log-probability, probability, the best other's log-probability, its probability, the temperature."""
 
+RANKS = 4
+"""Proposals of a node that a set has labels of, likeliest first: a chain takes the first, a tree hangs others beside it."""
+
 _FLOOR = -20.0
 
 

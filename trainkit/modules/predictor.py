@@ -1,6 +1,6 @@
 """Trains an acceptance predictor on the records of an acceptance set; the drafter is frozen, and not even loaded."""
 
-# B records of a batch  D hidden  C signals  N validation records
+# B records of a batch  W proposals of each  D hidden  C signals  N validation records
 
 from __future__ import annotations
 
@@ -77,11 +77,12 @@ class PredictorModule(TrainingModule):
 
     The loss is binary cross entropy, y the label: -(y log P + w (1 - y) log(1 - P)) / mean(y + w (1 - y)), w
     `rejection_weight`, the mean over the training records; so what is divided by their number is divided by their total weight.
+    Of a record it is the sum over the proposals that it has labels of: the one that a chain drafts, and those beside it.
 
-    Validation logs `loss` (log-loss, unweighted) and `ece` (expected calibration error) of the predictor as it is, `fitted_*`
-    recalibrated (on these same records: four numbers), and the same of what it has to beat: `constant`, the training records'
-    mean label; `max_q`, the draft's highest probability; `max_q_fitted`, that recalibrated on the training records. Every
-    checkpoint holds the recalibration of its own weights.
+    Of the former alone validation logs `loss` (log-loss, unweighted) and `ece` (expected calibration error) of the predictor
+    as it is, `fitted_*` recalibrated (on these same records: four numbers), and the same of what it has to beat: `constant`,
+    the training records' mean label; `max_q`, the draft's highest probability; `max_q_fitted`, that recalibrated on the
+    training records. Every checkpoint holds the recalibration of its own weights.
 
     Args:
         width: Of the predictor's layers.
@@ -131,12 +132,13 @@ class PredictorModule(TrainingModule):
         if not isinstance(data, AcceptanceData):
             raise UserError("data: a predictor is trained on an acceptance set; set data.class_path: AcceptanceData")
         train, _ = self._sets
-        about, label_N = train.about, train.column("label").double()
+        about, label_NW = train.about, train.column("label").double()
         self._baselines = Baselines.of(train)
-        self._mean_weight = float((label_N + self.rejection_weight * (1 - label_N)).mean())
+        self._mean_weight = float((label_NW + self.rejection_weight * (1 - label_NW)).mean())
         self._drafter = dict(about["drafter"])
         seen = {
             "verify": about["verify"], "temperatures": about["temperatures"], "depth": about["depth"], "set": about["id"],
+            "ranks": label_NW.shape[1],
             "validation_share": data.validation_share, "split_seed": global_seed(), "records": len(train),
             "rejection_weight": self.rejection_weight, "baselines": self._baselines.to_dict(),
         }  # fmt: skip
@@ -155,9 +157,9 @@ class PredictorModule(TrainingModule):
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         assert self.predictor is not None
         real_B = batch["document_BT"][:, 0] >= 0
-        logits, label = logits_of(self.predictor, batch)[real_B], batch["label_B"][real_B]
-        kept, not_kept = label * F.softplus(-logits), (1 - label) * F.softplus(logits)
-        plain = (kept + not_kept).sum()
+        logits_BW, label_BW = logits_of(self.predictor, batch)[real_B], batch["label_BW"][real_B]
+        kept, not_kept = label_BW * F.softplus(-logits_BW), (1 - label_BW) * F.softplus(logits_BW)
+        plain = (kept + not_kept)[:, 0].sum()
         if micro is None:
             return LossOutput(plain, real_B.sum().float())
         weighted = (kept + self.rejection_weight * not_kept).sum() / self._mean_weight
@@ -169,7 +171,7 @@ class PredictorModule(TrainingModule):
         logits_N, scales = self._recalibrated()
         found = {"": scaled(logits_N, held.heat, UNSCALED), "fitted_": scaled(logits_N, held.heat, scales)}
         found |= {f"{name}_": p_N for name, p_N in self._baselines.probabilities(held).items()}
-        label_N = held.column("label")
+        label_N = held.accepted
         values = {f"{name}loss": log_loss(p_N, label_N) for name, p_N in found.items() if name}
         return means(sums) | values | {f"{name}ece": expected_calibration_error(p_N, label_N) for name, p_N in found.items()}
 
@@ -177,8 +179,8 @@ class PredictorModule(TrainingModule):
         """The validation records' logits under the weights as they are, and what recalibrates them; the same on every rank."""
         assert self.predictor is not None
         _, held = self._sets
-        logits_N = predicted(self.predictor, held, self.device)
-        return logits_N, fit_scales(logits_N, held.column("label"), held.heat)
+        logits_N = predicted(self.predictor, held, self.device)[:, 0]
+        return logits_N, fit_scales(logits_N, held.accepted, held.heat)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -31,6 +31,7 @@ class Recorder:
 
     The label is whether the target accepted the proposal. Under `coupled`, and at temperature 0, that is settled by the noise
     that draft and target share, which the signals have seen: a probability averaged over the noise would be the wrong answer.
+    There the proposals that a tree would have hung beside it have labels too, whether they are what the target chose.
     Under `residual` above temperature 0 the coin is independent of all that the predictor sees, and its probability
     min(1, p/q) at the drafted token has the same expectation and less variance, so that stands in its place.
 
@@ -56,14 +57,15 @@ class Recorder:
         if self.soft:
             token_N1 = draft.tokens_BN[rows_N, depth_N + 1][:, None]
             p_N1, q_N1 = trace.scores_BNV[rows_N, depth_N].softmax(-1).gather(1, token_N1), q_NV.gather(1, token_N1)
-            label_N = (p_N1 / q_N1).clamp(max=1.0)[:, 0]
+            label_NW = (p_N1 / q_N1).clamp(max=1.0)
         else:
-            label_N = (depth_N + 1 < counts_B[rows_N]).float()
+            chosen_N1 = trace.verdict.emitted_BP[rows_N, depth_N][:, None]
+            label_NW = (torch.cat([said.tokens_BFW for said in draft.said], 1)[rows_N, depth_N] == chosen_N1).float()
         numbers_B = [self.number_of.get((first, second), -1) for first, second in trace.keys_B2.tolist()]
         found = {
             "hidden": torch.cat([said.hidden_BFD for said in draft.said], 1)[rows_N, depth_N].to(self.dtype),
-            "signals": torch.cat([said.signals_BFWC[:, :, 0] for said in draft.said], 1)[rows_N, depth_N].float(),
-            "depth": depth_N.short(), "label": label_N, "max_q": q_NV.amax(-1),
+            "signals": torch.cat([said.signals_BFWC for said in draft.said], 1)[rows_N, depth_N, : label_NW.shape[1]].float(),
+            "depth": depth_N.short(), "label": label_NW, "max_q": q_NV.amax(-1),
             "prompt": torch.tensor(numbers_B, dtype=torch.int32, device=rows_N.device)[rows_N],
         }  # fmt: skip
         self._kept.append({name: value.cpu() for name, value in found.items()})
@@ -76,8 +78,8 @@ class Recorder:
         """
         kept, self._kept = self._kept, []
         if not kept:
-            shapes = {"hidden": ((0, 0), self.dtype), "signals": ((0, SIGNALS), torch.float32), "depth": ((0,), torch.int16)}
-            shapes |= dict.fromkeys(("label", "max_q"), ((0,), torch.float32)) | {"prompt": ((0,), torch.int32)}
+            shapes = {"hidden": ((0, 0), self.dtype), "signals": ((0, 1, SIGNALS), torch.float32), "depth": ((0,), torch.int16)}
+            shapes |= {"label": ((0, 1), torch.float32), "max_q": ((0,), torch.float32), "prompt": ((0,), torch.int32)}
             return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         together = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
         assert int(together["prompt"].min()) >= 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainkit.drafters.base import Drafter, Frontier, State, TargetHandle
 from trainkit.errors import UserError
-from trainkit.models.acceptance import signals
+from trainkit.models.acceptance import RANKS, signals
 from trainkit.runner.sampling import Sampling
 
 RankPath = tuple[int, ...]
@@ -65,9 +65,10 @@ class Draft:
 
 @dataclass(frozen=True)
 class Said:
-    """What a level says of its proposals: the states that they come from [B, F, D], and `signals` of the best [B, F, 1, C]."""
+    """What a level says: the states that propose, and of each node's best proposals, best first, tokens and `signals`."""
 
     hidden_BFD: Tensor
+    tokens_BFW: Tensor
     signals_BFWC: Tensor
 
 
@@ -129,7 +130,10 @@ class Steps:
             row = self.noise_BDV[:, frontier.depth : frontier.depth + 1]
             logits_BFK = logits_BFK + (row if out.ids_K is None else row[:, :, out.ids_K])
         if self.keep_said:
-            self.said.append(Said(out.hidden_BFD, signals(logits_BFK, 1, self.sampling.temperature)))
+            width = min(RANKS, known)
+            best_BFW = logits_BFK.topk(width, dim=-1).indices
+            tokens_BFW = best_BFW if out.ids_K is None else out.ids_K[best_BFW]
+            self.said.append(Said(out.hidden_BFD, tokens_BFW, signals(logits_BFK, width, self.sampling.temperature)))
         return Proposals(logits_BFK, out.ids_K, out.hidden_BFD)
 
 
