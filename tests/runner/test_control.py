@@ -79,7 +79,7 @@ def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, tem
     runner.pacer.costs(10, runner.predictor)  # as a GPU would have measured them
     replayed(runner, 1)
     if policy.startswith("cost"):
-        runner.pacer.costs = lambda most, predictor: flat(0.05, 0.1)
+        runner.pacer.costs = lambda *_: flat(0.05, 0.1)
     outs = runner.generate(prompts, policy=policy, **options)
     assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 300)
     depths = {len(key[0]) for key in runner.schedule.graphs.closures}

@@ -1,9 +1,10 @@
-"""A chain that is drafted level by level for as long as a policy asks for more, and verified as far as it says."""
+"""Drafts that grow for as long as a policy asks for more: a chain level by level, verified as far as it says; a tree, pruned."""
 
 # B rows  D draft levels  N nodes  K ids it may propose
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable
 from functools import cached_property
 
@@ -16,7 +17,23 @@ from trainkit.runner.control import Policy
 from trainkit.runner.tree import Draft, Proposals, Shape, Steps, Tree, build, chain
 
 
-class AdaptiveChain(Shape):
+class Paced(Shape):
+    """A shape that a policy decides round by round.
+
+    Attributes:
+        policy: What decides.
+        most: Levels of the coming round at most.
+    """
+
+    policy: Policy
+    most: int
+
+    @abstractmethod
+    def fixed(self, levels: int) -> Shape:
+        """The shape of this many levels that is decided beforehand, as a captured graph needs it; the root alone with none."""
+
+
+class AdaptiveChain(Paced):
     """Asks its policy after each level; for that the host reads a number a row, so no graph can hold it.
 
     Args:
@@ -29,14 +46,14 @@ class AdaptiveChain(Shape):
 
     Attributes:
         trees: The chain of each depth that it may come to, from none.
-        most: Levels of the coming round at most.
     """
 
     def __init__(
         self, policy: Policy, device: torch.device, predictor: AcceptancePredictor | None = None, drops: bool = True
     ) -> None:
         assert policy.reads != "predictor" or predictor is not None
-        self.policy, self.predictor, self.device, self.drops = policy, predictor, device, drops
+        self.policy, self.device, self.drops = policy, device, drops
+        self.predictor = None if predictor is None else predictor.folded()
         self.depth = self.most = policy.most
 
     @cached_property
@@ -62,6 +79,9 @@ class AdaptiveChain(Shape):
     @property
     def key(self) -> Hashable:
         return None
+
+    def fixed(self, levels: int) -> Shape:
+        return self.trees[levels]
 
     def grow(self, steps: Steps) -> Draft:
         policy, whole = self.policy, self.trees[self.depth]
@@ -92,4 +112,4 @@ class AdaptiveChain(Shape):
         if self.policy.reads == "confidence":
             return signals_B11C[:, 0, 0, 1]
         assert self.predictor is not None
-        return self.predictor.probability(made.hidden_BFD, signals_B11C, depth)[:, 0, 0]
+        return self.predictor(made.hidden_BFD, signals_B11C, depth, temperature > 0)[:, 0, 0]

@@ -186,7 +186,7 @@ class Cost(Policy):
 
     def rate(self, rows: int) -> float:
         """R: tokens per second that decoding makes, plain decoding's at least."""
-        return max(1.0, self._book(rows).speedup) * rows / self.costs.verify(rows, 1)
+        return max(1.0, self._book(rows).speedup) * rows / self.costs.plain(rows)
 
     def _book(self, rows: int) -> _Book:
         return self._books.setdefault((rows - 1).bit_length(), _Book())
@@ -237,7 +237,7 @@ class Cost(Policy):
         if not levels or not accepted:
             return
         tokens = sum(accepted) + len(accepted)
-        self._book(rows).add(self.costs.round(rows, levels, verified), tokens * self.costs.verify(rows, 1) / rows)
+        self._book(rows).add(self.costs.round(rows, levels, verified), tokens * self.costs.plain(rows) / rows)
         if self.reads == "nothing":
             for level in range(verified):
                 came = sum(count >= level for count in accepted)

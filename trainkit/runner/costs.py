@@ -17,18 +17,18 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from trainkit.drafters.base import State
+from trainkit.runner.decoder import Plan, Rounds
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.tree import Draft, RankPath, Shape, Tree, build, chain, grow
-
-if TYPE_CHECKING:
-    from trainkit.runner.decoder import Rounds
 
 CACHE = Path.home() / ".cache" / "trainkit" / "costs"
 
@@ -76,19 +76,20 @@ def round_costs(
     device = rounds.target.embed.weight.device
     trees = {paths: build(paths, device) for paths in dict.fromkeys([chain(0), *shapes])}
     parts = {paths: (tree, tree) for paths, tree in trees.items()}
-    return {paths: RoundCost(*found) for paths, found in _timed(rounds, parts, length, batch, repeats).items()}
+    return {paths: RoundCost(*found) for paths, found in _timed(rounds, parts, length, batch, repeats, _parts).items()}
 
 
 @torch.inference_mode()
 def _timed(
-    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree]], length: int, batch: int, repeats: int
-) -> dict[Any, tuple[float, float]]:
-    """Median seconds of drafting the one and verifying the other, by name."""
+    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree]], length: int, batch: int, repeats: int,
+    probing: Callable[[Rounds, Shape, Tree, int, int], tuple[Callable[[], object], ...]],
+) -> dict[Any, list[float]]:  # fmt: skip
+    """Median seconds of each probe of drafting the one and verifying the other, by name."""
     device = rounds.target.embed.weight.device
     probes: dict[Hashable, list[Callable[[], object]]] = {}
     for name, (drafted, verified) in parts.items():
-        probes[name] = [_graphed(part, device) for part in _parts(rounds, drafted, verified, length, batch)]
-    seconds: dict[Hashable, list[tuple[float, float]]] = {name: [] for name in probes}
+        probes[name] = [_graphed(part, device) for part in probing(rounds, drafted, verified, length, batch)]
+    seconds: dict[Hashable, list[list[float]]] = {name: [] for name in probes}
     for _ in range(repeats + 2):
         for name, probe in probes.items():
             marks = [perf_counter()]
@@ -96,11 +97,8 @@ def _timed(
                 part()
                 synchronize(device)
                 marks.append(perf_counter())
-            seconds[name].append((marks[1] - marks[0], marks[2] - marks[1]))
-    return {
-        name: (statistics.median(d for d, _ in found[2:]), statistics.median(v for _, v in found[2:]))
-        for name, found in seconds.items()
-    }
+            seconds[name].append([after - before for before, after in pairwise(marks)])
+    return {name: [statistics.median(each) for each in zip(*found[2:], strict=True)] for name, found in seconds.items()}
 
 
 def _parts(
@@ -133,6 +131,29 @@ def _parts(
         return made
 
     return draft, verify
+
+
+def _whole(
+    rounds: Rounds, sampling: Sampling, shape: Shape, tree: Tree, length: int, batch: int
+) -> tuple[Callable[[], object], ...]:
+    """As `_parts`, and then the round that they are parts of."""
+    device = rounds.target.embed.weight.device
+    span = -(-(length + 2 * max(shape.slots, tree.size)) // 64) * 64
+    rounds.target.reserve_positions(span)
+    state = rounds.new_state(batch, span)
+    draft_state: State = {}
+    state["limit"].fill_(1 << 40)
+    if rounds.drafter is not None and shape.depth:
+        draft_state = rounds.drafter.init_state(batch, span, device, rounds.target.embed.weight.dtype)
+    plan = Plan(sampling, shape, pauses=True)
+
+    def whole() -> object:
+        state["position"].fill_(length)
+        state["done"].fill_(False)
+        state["missed"].zero_()
+        return rounds(plan, state, draft_state, span)
+
+    return *_parts(rounds, shape, tree, length, batch), whole
 
 
 def _graphed(part: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -169,6 +190,8 @@ class ChainCosts:
         verify_RN: The target's forward with output head, by texts, then by nodes.
         first_R: A draft's first level, predictor and taking in what is accepted included.
         level_R: Each level after it.
+        rest_R: What a round with a draft takes beside its parts: judging, keeping what is accepted, noise.
+        plain_rest_R: Likewise one without.
     """
 
     rows: tuple[int, ...]
@@ -176,6 +199,8 @@ class ChainCosts:
     verify_RN: tuple[tuple[float, ...], ...]
     first_R: tuple[float, ...]
     level_R: tuple[float, ...]
+    rest_R: tuple[float, ...] = (0.0,)
+    plain_rest_R: tuple[float, ...] = (0.0,)
 
     def verify(self, rows: int, nodes: int) -> float:
         """Seconds to verify `nodes` rows of each of so many texts."""
@@ -187,14 +212,19 @@ class ChainCosts:
 
     def round(self, rows: int, levels: int, verified: int) -> float:
         """Seconds of a round that drafts so many levels and verifies so many tokens beside the root."""
-        first = _between(rows, self.rows, self.first_R)
-        drafted = first + (levels - 1) * self.level(rows) if levels else 0.0
-        return drafted + self.verify(rows, verified + 1)
+        if not levels:
+            return self.verify(rows, verified + 1) + _between(rows, self.rows, self.plain_rest_R)
+        first, rest = (_between(rows, self.rows, values) for values in (self.first_R, self.rest_R))
+        return first + (levels - 1) * self.level(rows) + self.verify(rows, verified + 1) + rest
+
+    def plain(self, rows: int) -> float:
+        """Seconds of a token by plain decoding of one of so many texts, all of them together."""
+        return self.round(rows, 0, 0)
 
 
 def _between(x: float, at: Sequence[int], values: Sequence[float]) -> float:
     """The line through the values at places ascending; level before the first, on from the last two after the last."""
-    place = min(bisect_left(at, x), len(at) - 1)
+    place = min(bisect_left(at, x), len(values) - 1)
     if place == 0:
         return values[0]
     low, high = at[place - 1], at[place]
@@ -202,7 +232,7 @@ def _between(x: float, at: Sequence[int], values: Sequence[float]) -> float:
 
 
 def measure_chain_costs(
-    rounds: Rounds, drafted: Callable[[int], Shape], most: int, batch: int, length: int, repeats: int = 9
+    rounds: Rounds, drafted: Callable[[int], Shape], most: int, batch: int, length: int, sampling: Sampling, repeats: int = 9
 ) -> ChainCosts:
     """Times chains of up to `most` levels for 1, 2, 4 ... `batch` texts at `length` cached tokens.
 
@@ -212,22 +242,27 @@ def measure_chain_costs(
         most: Levels.
         batch: Texts.
         length: Cached tokens.
+        sampling: Of the rounds.
         repeats: Of each.
     """
     device = rounds.target.embed.weight.device
     sizes = sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
     depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < most} | {most})
-    verify, first, level = [], [], []
+    verify, first, level, rest, plain_rest = [], [], [], [], []
     for rows in sizes:
         plain = build(chain(0), device)
         parts: dict[int, tuple[Shape, Tree]] = {0: (plain, plain)}
         parts |= {depth: (drafted(depth), build(chain(depth), device)) for depth in depths}
-        found = _timed(rounds, parts, length, rows, repeats)
+        found = _timed(rounds, parts, length, rows, repeats, lambda rounds, *given: _whole(rounds, sampling, *given))
         verify.append(_rising([found[depth][1] for depth in (0, *depths)]))
         first.append(found[1][0])
         steps = [(found[depth][0] - found[1][0]) / (depth - 1) for depth in depths if depth > 1]
         level.append(max(0.0, statistics.median(steps)) if steps else found[1][0])
-    return ChainCosts(tuple(sizes), (1, *(d + 1 for d in depths)), tuple(verify), tuple(first), tuple(level))
+        beside = {depth: max(0.0, whole - draft - judged) for depth, (draft, judged, whole) in found.items()}
+        plain_rest.append(beside.pop(0))
+        rest.append(statistics.median(beside.values()))
+    nodes = (1, *(depth + 1 for depth in depths))
+    return ChainCosts(tuple(sizes), nodes, tuple(verify), tuple(first), tuple(level), tuple(rest), tuple(plain_rest))
 
 
 def _rising(values: Sequence[float]) -> tuple[float, ...]:

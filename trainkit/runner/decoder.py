@@ -18,7 +18,6 @@ from torch import Tensor
 from trainkit.drafters.base import Drafter, State, TargetHandle
 from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
-from trainkit.runner.dynamic import DynamicTree
 from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Sampling, gumbel
 from trainkit.runner.tree import Draft, Shape, Tree, grow
 from trainkit.runner.verify import Typical, Verdict, coupled, mixed, residual, typical
@@ -87,6 +86,7 @@ class RoundOutput:
         depth: Of the draft that was verified.
         drafted: Tokens drafted in each row, those that were not verified too.
         levels: Draft levels run.
+        verified: Nodes that the target judged in each row beside the root.
     """
 
     emitted_BP: Tensor
@@ -95,6 +95,7 @@ class RoundOutput:
     depth: int = 0
     drafted: int = 0
     levels: int = 0
+    verified: int = 0
 
 
 MISSED = 64
@@ -189,7 +190,7 @@ class Rounds:
         started = perf_counter()
         root = position.clone() if plan.observe is not None else position
         noise = None
-        ranked = plan.is_residual and isinstance(tree, DynamicTree)  # its children are no draws but the likeliest
+        ranked = plan.is_residual and tree.ranked
         drawn = plan.is_residual and not ranked
         if not sampling.greedy and not (plan.is_residual and not tree.depth):
             # under `residual` and in `mixed` text, draft and target draw independently
@@ -282,8 +283,8 @@ class Rounds:
         inside = torch.arange(emitted.shape[1], device=emitted.device) < counts[:, None]
         ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
         state["done"].logical_or_(ended | (position + 1 >= state["limit"]))
-        drafted = tree.size - 1 if draft.levels is None else levels
-        return RoundOutput(emitted, counts, logprobs, tree.depth, drafted, levels)
+        drafted = levels if draft.levels is not None and tree.is_chain else tree.size - 1
+        return RoundOutput(emitted, counts, logprobs, tree.depth, drafted, levels, tree.size - 1)
 
     def _miss(self, state: State, tokens_B1: Tensor, taps_B1AD: Tensor | None, counts_B: Tensor) -> None:
         """Keeps a root that was decoded without a draft; room was made by `catch_up`."""

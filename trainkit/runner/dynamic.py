@@ -7,6 +7,7 @@ proposed are ranked together and the best are kept. No term is above 0, so an an
 what is kept is a tree.
 
 Shapes are static and nothing is read on the host: which node hangs where is data, so one captured graph serves every tree.
+A `Guide` may score children otherwise, or end the growth early.
 """
 
 # B batch  N nodes kept, root first  F frontier nodes  K children of a node  M nodes expanded, root first  V vocabulary
@@ -25,7 +26,23 @@ from torch import Tensor
 
 from trainkit.drafters.base import Frontier, rank_paths
 from trainkit.errors import UserError
-from trainkit.runner.tree import Draft, RankPath, Shape, Steps, Topology
+from trainkit.runner.tree import Draft, Proposals, RankPath, Shape, Steps, Topology
+
+
+class Guide:
+    """Steers the growth of a dynamic tree: this one by the draft's word alone, to the full size."""
+
+    def terms(self, made: Proposals, depth: int, width: int) -> tuple[Tensor, Tensor]:
+        """Each node's best children [B, F, K]: the logarithm of each one's chance, at most 0, and their columns."""
+        return likeliest(made.noisy_BFK, width)
+
+    def goes_on(self, terms_BFK: Tensor) -> bool:
+        """Whether to expand another level, after one that gave these terms."""
+        return True
+
+    def keeps(self, most: int) -> int:
+        """How many nodes stay beside the root, at most so many."""
+        return most
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,7 @@ class DynamicTree(Shape):
     depth: int = 5
     top_k: int = 4
     nodes: int = 16
+    ranked = True
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -83,6 +101,10 @@ class DynamicTree(Shape):
 
     def grow(self, steps: Steps) -> Draft:
         """Expands the best nodes of each level and keeps the best of all; kept nodes are numbered by rank, best first."""
+        return self.guided(steps, Guide())
+
+    def guided(self, steps: Steps, guide: Guide) -> Draft:
+        """As `grow`, steered."""
         root_B, device, width = steps.root_B, steps.root_B.device, self.top_k
         B, M = root_B.shape[0], self._expanded
         # of the frontier: token, score, number, place among the proposed, parent's number and place in its frontier, ancestors
@@ -108,13 +130,13 @@ class DynamicTree(Shape):
                 chain=False,
             )
             made = steps.expand(frontier, width)
-            terms_BFK, picked_BFK = likeliest(made.noisy_BFK, width)
+            terms_BFK, picked_BFK = guide.terms(made, depth, width)
             children_BC = (picked_BFK if made.ids_K is None else made.ids_K[picked_BFK]).flatten(1)
             found_BC = (scores_BF[..., None] + terms_BFK).flatten(1)
             tokens.append(children_BC)
             scores.append(found_BC)
             parents.append(proposed_BF.repeat_interleave(width, 1))
-            if depth + 1 == self.depth:
+            if depth + 1 == self.depth or not guide.goes_on(terms_BFK):
                 break
             best_BF = best(found_BC, width)
             above_BF = best_BF // width
@@ -127,7 +149,9 @@ class DynamicTree(Shape):
                 2, numbers_F.expand(B, -1)[..., None], True
             )
             rows.append(ancestors_BFM)
-        kept_BN = torch.cat([torch.zeros_like(above_BF[:, :1]), 1 + best(torch.cat(scores, 1), self.nodes - 1)], dim=1)
+        found_BC = torch.cat(scores, 1)
+        kept = guide.keeps(min(self.nodes - 1, found_BC.shape[1]))
+        kept_BN = torch.cat([torch.zeros_like(above_BF[:, :1]), 1 + best(found_BC, kept)], dim=1)
         numbers_BN = numbers_BC.gather(1, kept_BN)
         topology = self._topology(kept_BN, numbers_BN, torch.cat(parents, 1), numbers_BC, torch.cat(rows, 1))
         return Draft(torch.cat(tokens, 1).gather(1, kept_BN), tuple(steps.scores), topology, numbers_BN)
@@ -144,7 +168,7 @@ class DynamicTree(Shape):
             numbers_BC: Numbers of all proposed.
             ancestors_BMM: True at ancestors and self, over the expanded nodes.
         """
-        N, device = self.nodes, kept_BN.device
+        N, device = kept_BN.shape[1], kept_BN.device
         order_N = torch.arange(N, device=device)
         rank_BC = torch.zeros_like(parents_BC).scatter(1, kept_BN, order_N.expand_as(kept_BN))
         above_BN = parents_BC.gather(1, kept_BN)

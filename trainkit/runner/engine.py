@@ -24,7 +24,7 @@ from trainkit.models.acceptance import AcceptancePredictor, load_predictor
 from trainkit.models.load import copy_weights, covered_positions, device_of, load_decoder, read_tokenizer
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
-from trainkit.runner.adaptive import AdaptiveChain
+from trainkit.runner.adaptive import Paced
 from trainkit.runner.decoder import Plan, Rounds, Trace
 from trainkit.runner.pacing import Pacer
 from trainkit.runner.request import Options, Output, Request, Stopping, strings
@@ -320,7 +320,7 @@ class Runner:
                 raise UserError(f"tree: {shape.widest} nodes on a level, this drafter expands at most {widest} together")
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
         thresholds = Typical(options.typical_epsilon, options.typical_scale)
-        pauses = isinstance(shape, AdaptiveChain)
+        pauses = isinstance(shape, Paced)
         return Plan(sampling, shape, options.verify, options.share, thresholds, options.logprobs, self.observe, pauses)
 
     def _static(self, tree: Sequence[RankPath] | None, depth: int | None) -> Tree:

@@ -13,6 +13,7 @@ from trainkit.runner.control import MOST, Cost, Policy, PolicyName, Recent, Thre
 from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
 from trainkit.runner.decoder import Rounds
 from trainkit.runner.request import Options
+from trainkit.runner.sampling import Sampling
 from trainkit.runner.schedule import Schedule
 from trainkit.runner.tree import Shape, build, chain
 
@@ -49,22 +50,25 @@ class Pacer:
             raise UserError(f"{policy}: stops within a round, which a captured graph cannot; take cost or ema")
         most = options.depth or min(MOST, drafter.max_depth or MOST)
         predictor = None if asked.blind else predictor
-        key = (asked, most, options.temperature > 0, options.verify, torch.get_num_threads(), predictor)
+        warm, threads = options.temperature > 0, torch.get_num_threads()
+        key = (asked, most, warm, options.verify, threads, predictor, options.top_k > 0, options.top_p < 1)
         if key not in self.chains:
             drops = options.verify == "coupled" or options.temperature == 0
-            self.chains[key] = AdaptiveChain(self._policy(asked, most, predictor), self.device, predictor, drops)
+            sampling = Sampling(options.temperature, options.top_k, options.top_p)
+            paced = self._policy(asked, most, predictor, sampling)
+            self.chains[key] = AdaptiveChain(paced, self.device, predictor, drops)
         return self.chains[key]
 
-    def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None) -> Policy:
+    def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None, sampling: Sampling) -> Policy:
         if asked.name == "fixed":
             return Policy(most)
         if asked.name == "ema":
             return Recent(most)
         if asked.name == "cost":
-            return Cost(self.costs(most, predictor), most, predictor is not None)
+            return Cost(self.costs(most, predictor, sampling), most, predictor is not None)
         return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
 
-    def costs(self, most: int, predictor: AcceptancePredictor | None) -> ChainCosts:
+    def costs(self, most: int, predictor: AcceptancePredictor | None, sampling: Sampling = Sampling()) -> ChainCosts:
         """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine."""
         assert self.rounds.drafter is not None
         target, captured = self.rounds.target, self.schedule.graphs is not None
@@ -73,7 +77,8 @@ class Pacer:
             "processor": processor(self.device), "device": str(self.device), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "dtype": str(target.embed.weight.dtype), "target": sizes_of(target),
             "drafter": sizes_of(self.rounds.drafter), "predictor": sizes_of(predictor), "graphs": captured, "most": most,
-            "batch": batch, "length": length,
+            "batch": batch, "length": length, "parts": "draft, verify, rest",
+            "sampling": [not sampling.greedy, sampling.top_k > 0, sampling.top_p < 1],
         }  # fmt: skip
 
         def drafted(levels: int) -> Shape:
@@ -83,4 +88,4 @@ class Pacer:
             whole.reads = "nothing" if predictor is None else "predictor"
             return AdaptiveChain(whole, self.device, predictor)
 
-        return kept_costs(setting, lambda: measure_chain_costs(self.rounds, drafted, most, batch, length))
+        return kept_costs(setting, lambda: measure_chain_costs(self.rounds, drafted, most, batch, length, sampling))

@@ -16,7 +16,7 @@ import torch
 
 from trainkit.drafters.base import State
 from trainkit.errors import UserError
-from trainkit.runner.adaptive import AdaptiveChain
+from trainkit.runner.adaptive import Paced
 from trainkit.runner.decoder import MISSED, Plan, RoundOutput, Rounds
 from trainkit.runner.graphs import Graphs
 from trainkit.runner.request import Request, Stopping
@@ -114,9 +114,9 @@ class Schedule:
                 continue
             members, fetch = flight.popleft()
             emitted = fetch()
-            if isinstance(plan.tree, AdaptiveChain):
+            if isinstance(plan.tree, Paced):
                 accepted = [count - 1 for count in emitted.counts_B[: len(members)].tolist() if count]
-                plan.tree.policy.learn(len(members), emitted.levels, emitted.depth, accepted)
+                plan.tree.policy.learn(len(members), emitted.levels, emitted.verified, accepted)
             for slot, request in enumerate(members):
                 if not request.finish:
                     request.take(emitted, slot, stopping)
@@ -152,7 +152,7 @@ class Schedule:
     def _paced(self, plan: Plan, rows: int, state: State, draft_state: State) -> Plan:
         """The plan of the coming round: where a policy decides, as deep as it says."""
         shape = plan.tree
-        if not isinstance(shape, AdaptiveChain):
+        if not isinstance(shape, Paced):
             return plan
         within = self.graphs is None or plan.observe is not None
         shape.most = shape.policy.begin(rows) if within else shape.policy.tier(rows)
@@ -160,7 +160,7 @@ class Schedule:
             self.rounds.catch_up(_rows(state, 0, rows), _rows(draft_state, 0, rows))
             self._paused = 0
         self._paused += not shape.most
-        return plan if within and shape.most else replace(plan, tree=shape.trees[shape.most])
+        return plan if within and shape.most else replace(plan, tree=shape.fixed(shape.most))
 
     def _round(self, plan: Plan, state: State, draft_state: State, active: int, span: int) -> RoundOutput:
         if self.graphs is None or plan.observe is not None:

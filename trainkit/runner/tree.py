@@ -50,7 +50,7 @@ class Draft:
         topology: Where the nodes hang.
         numbers_BN: What the drafter calls each node, 0 for one it never expanded; None where it calls them as they are here.
         said: Per level, what an acceptance predictor reads; kept only when asked for.
-        shape: What it came to, where the shape asked for decides that while it drafts.
+        shape: What it came to, where the shape asked for decides that while it drafts; it grows nothing itself.
         levels: Draft levels run for it, if more than it has.
     """
 
@@ -59,7 +59,7 @@ class Draft:
     topology: Topology
     numbers_BN: Tensor | None = None
     said: tuple[Said, ...] = ()
-    shape: Tree | None = None
+    shape: Shape | None = None
     levels: int | None = None
 
 
@@ -142,9 +142,11 @@ class Shape(ABC):
 
     Attributes:
         depth: Longest path; the most tokens a round can accept.
+        ranked: A node's children are the likeliest, not draws from the draft's distribution, whatever the verification.
     """
 
     depth: int
+    ranked = False
 
     @property
     @abstractmethod
