@@ -474,7 +474,7 @@ def _predictor(values: Any) -> str:
     if not isinstance(values, Mapping):
         return ""
     seen = values.get("seen") or {}
-    shown = {name: values.get(name) for name in ("width", "num_layers")}
+    shown = {"width": values.get("width")}
     shown |= {name: seen[name] for name in ("verify", "temperatures", "depth", "records") if name in seen}
     return _items(shown)
 

@@ -115,7 +115,8 @@ class Telling(AdaptiveChain):
     """Says which token was drafted."""
 
     def _said(self, made, depth, temperature):
-        return (made.noisy_BFK[:, 0].argmax(-1) == 0).float()
+        picked_B1 = made.noisy_BFK.argmax(-1)
+        return (picked_B1 == 0)[:, 0].float(), picked_B1
 
 
 LIKELY_ZERO = np.array([0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3])  # the draft's law everywhere; the target's is uniform

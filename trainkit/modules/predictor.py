@@ -85,8 +85,7 @@ class PredictorModule(TrainingModule):
     training records. Every checkpoint holds the recalibration of its own weights.
 
     Args:
-        width: Of the predictor's layers.
-        num_layers: Residual blocks.
+        width: Of the predictor's hidden layer.
         max_depth: Draft positions told apart.
         rejection_weight: w. 1 gives probabilities. SpecDec++ takes 6, which biases them downwards and wants a threshold chosen
             with it; the recalibration takes most of that back out.
@@ -99,7 +98,6 @@ class PredictorModule(TrainingModule):
     def __init__(
         self,
         width: int = 64,
-        num_layers: int = 2,
         max_depth: int = 16,
         rejection_weight: float = 1.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -111,7 +109,7 @@ class PredictorModule(TrainingModule):
         if not 0 < rejection_weight < float("inf"):
             raise UserError(f"model.rejection_weight is {rejection_weight}; it must be above 0")
         self.rejection_weight = rejection_weight
-        self._sizes = {"width": width, "num_layers": num_layers, "max_depth": max_depth}
+        self._sizes = {"width": width, "max_depth": max_depth}
         self.predictor: AcceptancePredictor | None = None
         self._mean_weight = 1.0
         self._baselines: Baselines | None = None

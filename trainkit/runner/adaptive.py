@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainkit.drafters.base import Frontier
-from trainkit.models.acceptance import AcceptancePredictor, signals
+from trainkit.models.acceptance import AcceptancePredictor, FoldedPredictor
 from trainkit.runner.control import Policy
 from trainkit.runner.tree import Draft, Proposals, Shape, Steps, Tree, build, chain
 
@@ -53,7 +53,8 @@ class AdaptiveChain(Paced):
     ) -> None:
         assert policy.reads != "predictor" or predictor is not None
         self.policy, self.device, self.drops = policy, device, drops
-        self.predictor = None if predictor is None else predictor.folded()
+        self.predictor = predictor
+        self._folded: dict[float, FoldedPredictor] = {}  # by temperature
         self.depth = self.most = policy.most
 
     @cached_property
@@ -94,10 +95,9 @@ class AdaptiveChain(Paced):
                 ancestors_BFM=level.ancestors_FN.expand(B, -1, -1), depth=depth, chain=True,
             )  # fmt: skip
             made = steps.expand(frontier, 1)
-            picked_B1 = made.noisy_BFK.argmax(-1)
+            said_B, picked_B1 = self._said(made, depth, steps.sampling.temperature)
             tokens.append(picked_B1 if made.ids_K is None else made.ids_K[picked_B1])
-            said = [] if policy.reads == "nothing" else self._said(made, depth, steps.sampling.temperature).tolist()
-            if not policy.more(said):
+            if not policy.more([] if said_B is None else said_B.tolist()):
                 break
         drafted = len(tokens) - 1
         kept = policy.keep(drafted) if self.drops else drafted
@@ -106,10 +106,16 @@ class AdaptiveChain(Paced):
             said=tuple(steps.said[:kept]), shape=self.trees[kept], levels=drafted,
         )  # fmt: skip
 
-    def _said(self, made: Proposals, depth: int, temperature: float) -> Tensor:
-        """[B] what the policy reads of a level."""
-        signals_B11C = signals(made.noisy_BFK, 1, temperature)
-        if self.policy.reads == "confidence":
-            return signals_B11C[:, 0, 0, 1]
-        assert self.predictor is not None
-        return self.predictor(made.hidden_BFD, signals_B11C, depth, temperature > 0)[:, 0, 0]
+    def _said(self, made: Proposals, depth: int, temperature: float) -> tuple[Tensor | None, Tensor]:
+        """[B] what the policy reads of a level, or None; and the columns of the proposals [B, 1]."""
+        noisy_B1K = made.noisy_BFK
+        if self.policy.reads == "predictor":
+            assert self.predictor is not None
+            if temperature not in self._folded:
+                self._folded[temperature] = FoldedPredictor(self.predictor, temperature)
+            said_B11, picked_B11 = self._folded[temperature](made.hidden_BFD, noisy_B1K, 1, depth)
+            return said_B11[:, 0, 0], picked_B11[:, 0]
+        picked_B1 = noisy_B1K.argmax(-1)
+        if self.policy.reads == "nothing":
+            return None, picked_B1
+        return noisy_B1K.softmax(-1).gather(2, picked_B1[..., None])[:, 0, 0], picked_B1

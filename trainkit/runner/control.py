@@ -220,10 +220,14 @@ class Cost(Policy):
         self._expected.append(reached)
         if self.reads == "predictor" and before:
             self.accept[level] += (1 - _FADE) * (reached / before - self.accept[level])
-        if level + 1 >= self.most:
-            return False
-        row = self.costs.verify(rows, level + 3) - self.costs.verify(rows, level + 2)
-        return reached * self.accept[level + 1] > self.rate(rows) * (self.costs.level(rows) + row)
+        # further levels, however many: a row to verify may cost next to nothing beside the one before it, or a lot
+        rate, verified, kept, chance = self.rate(rows), self.costs.verify(rows, level + 2), 0.0, reached
+        for more, accept in enumerate(self.accept[level + 1 :], 1):
+            chance *= accept
+            kept += chance
+            if kept > rate * (more * self.costs.level(rows) + self.costs.verify(rows, level + 2 + more) - verified):
+                return True
+        return False
 
     def keep(self, levels: int) -> int:
         rows, rate, gained = self._rows, self.rate(self._rows), 0.0
