@@ -1,4 +1,4 @@
-"""Drafts that grow for as long as a policy asks for more: a chain level by level, verified as far as it says; a tree, pruned."""
+"""A chain that is drafted level by level for as long as a policy asks for more, and verified as far as it says."""
 
 # B rows  D draft levels  N nodes  K ids it may propose
 

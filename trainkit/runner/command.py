@@ -58,7 +58,8 @@ def generate(
             [[0],[1],[0,0]] is a fixed tree of rank paths: here the root's best two tokens and the best after the first.
         policy: Choose the depth round by round, at most `depth` (10): cost drafts while the next token is worth more than it
             costs on this machine; predictor:P and confidence:P until the chance of being kept, or the draft's own, falls below
-            P; ema by what was lately accepted. The text is the same under all of them.
+            P; ema by what was lately accepted. With a dynamic tree: fixed, which ranks its nodes by the predictor, or cost,
+            which also ends and prunes it. The text is the same under all of them.
         verify: coupled: the text of plain decoding with the same seed, token for token; residual: equal in distribution;
             typical: LOSSY above temperature 0, keeps drafted tokens that the target finds plausible and so writes other text.
         typical_epsilon: typical keeps a token whose probability is above the lower of this,

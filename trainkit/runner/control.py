@@ -118,10 +118,10 @@ class Recent(Policy):
             self._accepted = self.decay * self._accepted + (1 - self.decay) * sum(accepted) / len(accepted)
 
 
-_FADE = 0.98
+FADE = 0.98
 """Weight of past rounds against a new one: some fifty count."""
 
-_PRIOR = 0.7
+PRIOR = 0.7
 """Acceptance of a level that has not been tried."""
 
 _TRIAL = 4
@@ -154,7 +154,7 @@ class _Book:
         return self.plain / self.seconds if self.seconds else 1.0
 
     def add(self, seconds: float, plain: float) -> None:
-        self.seconds, self.plain = _FADE * self.seconds + seconds, _FADE * self.plain + plain
+        self.seconds, self.plain = FADE * self.seconds + seconds, FADE * self.plain + plain
         self.trial += 1
         if self.trial >= _TRIAL and self.speedup < 1:
             self.resting, self.rest = self.rest, min(2 * self.rest, _LONGEST_REST)
@@ -178,7 +178,7 @@ class Cost(Policy):
     def __init__(self, costs: ChainCosts, most: int, predicted: bool) -> None:
         super().__init__(most)
         self.costs, self.reads = costs, "predictor" if predicted else "nothing"
-        self.accept = [_PRIOR] * most
+        self.accept = [PRIOR] * most
         self._books: dict[int, _Book] = {}
         self._rows = 1
         self._survival: list[float] = []
@@ -207,8 +207,12 @@ class Cost(Policy):
             chance *= accept
             kept += rows * chance
             if depth in Recent.tiers:
-                values[depth] = kept - rate * self.costs.round(rows, depth, depth)
+                values[depth] = kept - rate * self.costs.round(rows, depth, self.verified(depth))
         return max(values, key=lambda depth: values[depth])
+
+    def verified(self, depth: int) -> int:
+        """Tokens that a round of this depth verifies, decided beforehand."""
+        return depth
 
     def more(self, said_B: Sequence[float]) -> bool:
         level, rows = len(self._expected), self._rows
@@ -219,7 +223,7 @@ class Cost(Policy):
         reached = sum(self._survival)
         self._expected.append(reached)
         if self.reads == "predictor" and before:
-            self.accept[level] += (1 - _FADE) * (reached / before - self.accept[level])
+            self.accept[level] += (1 - FADE) * (reached / before - self.accept[level])
         # further levels, however many: a row to verify may cost next to nothing beside the one before it, or a lot
         rate, verified, kept, chance = self.rate(rows), self.costs.verify(rows, level + 2), 0.0, reached
         for more, accept in enumerate(self.accept[level + 1 :], 1):
@@ -243,11 +247,15 @@ class Cost(Policy):
         tokens = sum(accepted) + len(accepted)
         self._book(rows).add(self.costs.round(rows, levels, verified), tokens * self.costs.plain(rows) / rows)
         if self.reads == "nothing":
-            for level in range(verified):
-                came = sum(count >= level for count in accepted)
-                if came:
-                    kept = sum(count > level for count in accepted)
-                    self.accept[level] += (1 - _FADE) * came / rows * (kept / came - self.accept[level])
+            self.tried(rows, verified, accepted)
+
+    def tried(self, rows: int, levels: int, accepted: Sequence[int]) -> None:
+        """Takes in how far rounds of so many levels were accepted."""
+        for level in range(levels):
+            came = sum(count >= level for count in accepted)
+            if came:
+                kept = sum(count > level for count in accepted)
+                self.accept[level] += (1 - FADE) * came / rows * (kept / came - self.accept[level])
 
 
 _FORMS = "fixed, confidence:P, predictor:P, cost, cost-blind or ema"

@@ -238,7 +238,8 @@ def measure_chain_costs(
 
     Args:
         rounds: Of a target and a drafter.
-        drafted: The shape that drafts a number of levels as decoding will.
+        drafted: The shape that drafts a number of levels as decoding will. As many rows as it has nodes are verified, a chain
+            or a root with children: how they hang does not change what they cost.
         most: Levels.
         batch: Texts.
         length: Cached tokens.
@@ -248,11 +249,12 @@ def measure_chain_costs(
     device = rounds.target.embed.weight.device
     sizes = sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
     depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < most} | {most})
+    shapes = {depth: drafted(depth) for depth in depths}
     verify, first, level, rest, plain_rest = [], [], [], [], []
     for rows in sizes:
         plain = build(chain(0), device)
         parts: dict[int, tuple[Shape, Tree]] = {0: (plain, plain)}
-        parts |= {depth: (drafted(depth), build(chain(depth), device)) for depth in depths}
+        parts |= {depth: (shape, _rows(shape, device)) for depth, shape in shapes.items()}
         found = _timed(rounds, parts, length, rows, repeats, lambda rounds, *given: _whole(rounds, sampling, *given))
         verify.append(_rising([found[depth][1] for depth in (0, *depths)]))
         first.append(found[1][0])
@@ -261,8 +263,13 @@ def measure_chain_costs(
         beside = {depth: max(0.0, whole - draft - judged) for depth, (draft, judged, whole) in found.items()}
         plain_rest.append(beside.pop(0))
         rest.append(statistics.median(beside.values()))
-    nodes = (1, *(depth + 1 for depth in depths))
+    nodes = (1, *(_rows(shape, device).size for shape in shapes.values()))
     return ChainCosts(tuple(sizes), nodes, tuple(verify), tuple(first), tuple(level), tuple(rest), tuple(plain_rest))
+
+
+def _rows(shape: Shape, device: torch.device) -> Tree:
+    """A tree to verify of as many nodes."""
+    return build(chain(shape.depth) if shape.is_chain else [(rank,) for rank in range(shape.size - 1)], device)
 
 
 def _rising(values: Sequence[float]) -> tuple[float, ...]:

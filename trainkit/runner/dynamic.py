@@ -65,14 +65,15 @@ class DynamicTree(Shape):
             raise UserError(f"tree: depth {self.depth} must be at least 1")
         if self.top_k < 1:
             raise UserError(f"tree: top_k {self.top_k} must be at least 1")
-        if not 2 <= self.nodes <= self._proposed:
+        if not 2 <= self.nodes <= self.proposed:
             raise UserError(
-                f"tree: nodes {self.nodes} must be at least 2 and at most {self._proposed}, what depth {self.depth} and "
+                f"tree: nodes {self.nodes} must be at least 2 and at most {self.proposed}, what depth {self.depth} and "
                 f"top_k {self.top_k} propose with the root"
             )
 
     @property
-    def _proposed(self) -> int:
+    def proposed(self) -> int:
+        """Nodes that it chooses among, root included."""
         return 1 + self.top_k + (self.depth - 1) * self.top_k**2
 
     @property
@@ -116,7 +117,7 @@ class DynamicTree(Shape):
         ancestors_BFM[..., 0] = True
         # of all that is proposed, level by level
         tokens, scores, parents, rows = [tokens_BF], [], [proposed_BF], [ancestors_BFM]
-        numbers_BC = torch.zeros(B, self._proposed, dtype=torch.long, device=device)
+        numbers_BC = torch.zeros(B, self.proposed, dtype=torch.long, device=device)
         for depth in range(self.depth):
             F, first = tokens_BF.shape[1], 1 if depth == 0 else 1 + width + (depth - 1) * width**2
             frontier = Frontier(
@@ -136,7 +137,7 @@ class DynamicTree(Shape):
             tokens.append(children_BC)
             scores.append(found_BC)
             parents.append(proposed_BF.repeat_interleave(width, 1))
-            if depth + 1 == self.depth or not guide.goes_on(terms_BFK):
+            if not guide.goes_on(terms_BFK) or depth + 1 == self.depth:
                 break
             best_BF = best(found_BC, width)
             above_BF = best_BF // width

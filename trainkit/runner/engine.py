@@ -181,7 +181,8 @@ class Runner:
             tree: Rank paths of a static draft tree, or a shape such as `DynamicTree`, instead of `depth`.
             policy: How many of at most `depth` (10) tokens to draft, decided as it goes (runner/control.py): `cost`, by what
                 drafting and verifying cost here and how likely each token is to be kept; `predictor:P` or `confidence:P`, until
-                that chance, or the draft's own, falls below P; `ema`, by what was lately accepted; `fixed`.
+                that chance, or the draft's own, falls below P; `ema`, by what was lately accepted; `fixed`. With a
+                `DynamicTree`: `fixed`, ranked by the predictor, or `cost`, which also ends its growth and prunes it.
             ignore_end: Go on to `max_new_tokens` past end tokens; for measuring.
             progress: Show a progress bar.
             typical_epsilon: `typical` keeps a token whose probability is above the lower of this,

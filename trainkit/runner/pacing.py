@@ -7,15 +7,19 @@ from collections.abc import Hashable
 import torch
 
 from trainkit.errors import UserError
-from trainkit.models.acceptance import AcceptancePredictor
+from trainkit.models.acceptance import AcceptancePredictor, FoldedPredictor
 from trainkit.runner.adaptive import AdaptiveChain
 from trainkit.runner.control import MOST, Cost, Policy, PolicyName, Recent, Threshold
 from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
 from trainkit.runner.decoder import Rounds
+from trainkit.runner.dynamic import DynamicTree
+from trainkit.runner.pruned import AdaptiveTree, PredictedTree, TreeCost
 from trainkit.runner.request import Options
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.schedule import Schedule
 from trainkit.runner.tree import Shape, build, chain
+
+_GREEDY = Sampling()
 
 
 class Pacer:
@@ -31,8 +35,9 @@ class Pacer:
         self.rounds, self.schedule, self.max_len = rounds, schedule, max_len
         self.device = schedule.device
         self.chains: dict[Hashable, AdaptiveChain] = {}
+        self.trees: dict[Hashable, Shape] = {}
 
-    def shape(self, options: Options, predictor: AcceptancePredictor | None) -> AdaptiveChain:
+    def shape(self, options: Options, predictor: AcceptancePredictor | None) -> Shape:
         """What `options.policy` paces.
 
         Raises:
@@ -42,14 +47,17 @@ class Pacer:
         asked, drafter, policy = PolicyName.of(options.policy), self.rounds.drafter, f"policy {options.policy}"
         if drafter is None:
             raise UserError(f"{policy}: this runner was loaded without a drafter; give one (--drafter)")
-        if options.tree is not None or options.depth == 0 or options.verify == "mixed":
-            raise UserError(f"{policy}: paces chains; leave tree out, and give depth as the most it may draft")
+        tree = options.tree
+        if (tree is not None and type(tree) is not DynamicTree) or options.depth == 0 or options.verify == "mixed":
+            raise UserError(f"{policy}: paces chains and dynamic trees; leave tree out, or give depth as the most it may draft")
         if asked.needs_predictor and predictor is None:
             raise UserError(f"{policy}: the drafter has no predictor; train one, or choose another policy")
         if asked.stops_within and self.schedule.graphs is not None:
             raise UserError(f"{policy}: stops within a round, which a captured graph cannot; take cost or ema")
-        most = options.depth or min(MOST, drafter.max_depth or MOST)
         predictor = None if asked.blind else predictor
+        if isinstance(tree, DynamicTree):
+            return self._tree(asked, tree, options, predictor)
+        most = options.depth or min(MOST, drafter.max_depth or MOST)
         warm, threads = options.temperature > 0, torch.get_num_threads()
         key = (asked, most, warm, options.verify, threads, predictor, options.top_k > 0, options.top_p < 1)
         if key not in self.chains:
@@ -58,6 +66,24 @@ class Pacer:
             paced = self._policy(asked, most, predictor, sampling)
             self.chains[key] = AdaptiveChain(paced, self.device, predictor, drops)
         return self.chains[key]
+
+    def _tree(
+        self, asked: PolicyName, tree: DynamicTree, options: Options, predictor: AcceptancePredictor | None
+    ) -> Shape:
+        if asked.name not in ("fixed", "cost"):
+            raise UserError(f"policy {options.policy}: paces chains; for a dynamic tree take cost or fixed")
+        key = (asked, tree, options.temperature, options.verify, torch.get_num_threads(), predictor)
+        if key not in self.trees:
+            sampling = Sampling(options.temperature, options.top_k, options.top_p)
+            independent = options.verify == "residual" and options.temperature > 0  # of the noise that the predictor has learnt
+            word = None if predictor is None or independent else FoldedPredictor(predictor, options.temperature)
+            whole = PredictedTree(tree.depth, tree.top_k, tree.nodes, word)
+            if asked.name == "fixed":
+                self.trees[key] = whole
+            else:
+                costs = self.costs(tree.depth, predictor, sampling, whole)
+                self.trees[key] = AdaptiveTree(TreeCost(costs, whole), self.device)
+        return self.trees[key]
 
     def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None, sampling: Sampling) -> Policy:
         if asked.name == "fixed":
@@ -68,8 +94,13 @@ class Pacer:
             return Cost(self.costs(most, predictor, sampling), most, predictor is not None)
         return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
 
-    def costs(self, most: int, predictor: AcceptancePredictor | None, sampling: Sampling = Sampling()) -> ChainCosts:
-        """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine."""
+    def costs(
+        self, most: int, predictor: AcceptancePredictor | None, sampling: Sampling = _GREEDY, tree: PredictedTree | None = None
+    ) -> ChainCosts:
+        """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine.
+
+        With `tree` what its levels and nodes take.
+        """
         assert self.rounds.drafter is not None
         target, captured = self.rounds.target, self.schedule.graphs is not None
         length, batch = min(256, self.max_len // 2), self.schedule.max_batch
@@ -78,10 +109,13 @@ class Pacer:
             "torch": torch.__version__, "dtype": str(target.embed.weight.dtype), "target": sizes_of(target),
             "drafter": sizes_of(self.rounds.drafter), "predictor": sizes_of(predictor), "graphs": captured, "most": most,
             "batch": batch, "length": length, "parts": "draft, verify, rest",
+            "tree": None if tree is None else [tree.depth, tree.top_k, tree.nodes],
             "sampling": [not sampling.greedy, sampling.top_k > 0, sampling.top_p < 1],
         }  # fmt: skip
 
         def drafted(levels: int) -> Shape:
+            if tree is not None:  # numbers of nodes from few to all
+                return tree.cut(levels, max(2, round(tree.nodes * levels / most)))
             if captured:
                 return build(chain(levels), self.device)
             whole = Policy(levels)
