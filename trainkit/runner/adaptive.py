@@ -1,22 +1,48 @@
-"""A chain that is drafted level by level for as long as a policy asks for more, and verified as far as it says."""
+"""A chain that is drafted level by level for as long as a policy asks for more, and verified in each row as far as it says.
 
-# B rows  D draft levels  N nodes  K ids it may propose
+And what stands in for it where rounds are captured, so that none can be stopped within: a chain of a given depth, whose
+likeliest tokens are verified, over all rows a given number.
+"""
+
+# B rows  D draft levels  C signals  K ids it may propose
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from trainkit.drafters.base import Frontier
+from trainkit.layers.attention import Packing
 from trainkit.models.acceptance import AcceptancePredictor, signals
 from trainkit.runner.control import Policy
-from trainkit.runner.tree import Draft, Proposals, Shape, Steps, Tree, build, chain
+from trainkit.runner.tree import Draft, Level, Proposals, Shape, Steps, Tree, build, chain
 
 
-class AdaptiveChain(Shape):
+class Chain(Shape):
+    """What chains have in common."""
+
+    @property
+    def size(self) -> int:
+        return self.depth + 1
+
+    @property
+    def slots(self) -> int:
+        return self.depth + 1
+
+    @property
+    def widest(self) -> int:
+        return 1
+
+    @property
+    def is_chain(self) -> bool:
+        return True
+
+
+class AdaptiveChain(Chain):
     """Asks its policy after each level; for that the host reads a number a row, so no graph can hold it.
 
     Args:
@@ -44,52 +70,104 @@ class AdaptiveChain(Shape):
         return [build(chain(depth), self.device) for depth in range(self.depth + 1)]
 
     @property
-    def size(self) -> int:
-        return self.depth + 1
-
-    @property
-    def slots(self) -> int:
-        return self.depth + 1
-
-    @property
-    def widest(self) -> int:
-        return 1
-
-    @property
-    def is_chain(self) -> bool:
-        return True
-
-    @property
     def key(self) -> Hashable:
         return None
 
+    def captured(self, levels: int, each: int) -> Shape:
+        """The shape of a round that drafts so many levels and verifies `each` tokens in the mean of rows, if it may."""
+        tree = self.trees[levels]
+        if not levels or self.policy.reads == "nothing":
+            return tree
+        return RankedChain(tree, each if self.drops else levels, self.predictor)
+
     def grow(self, steps: Steps) -> Draft:
         policy, whole = self.policy, self.trees[self.depth]
-        B = steps.root_B.shape[0]
         tokens = [steps.root_B[:, None]]
         for depth, level in enumerate(whole.levels[: self.most]):
-            frontier = Frontier(
-                tokens_BF=tokens[-1], positions_BF=(steps.position_B + depth)[:, None], nodes_F=level.nodes_F,
-                parents_BF=level.parents_F.expand(B, -1), parent_places_BF=level.parent_places_F.expand(B, -1),
-                ancestors_BFM=level.ancestors_FN.expand(B, -1, -1), depth=depth, chain=True,
-            )  # fmt: skip
-            made = steps.expand(frontier, 1)
-            picked_B1 = made.noisy_BFK.argmax(-1)
-            tokens.append(picked_B1 if made.ids_K is None else made.ids_K[picked_B1])
+            made, token_B1 = _step(steps, level, tokens[-1], depth)
+            tokens.append(token_B1)
             said = [] if policy.reads == "nothing" else self._said(made, depth, steps.sampling.temperature).tolist()
             if not policy.more(said):
                 break
         drafted = len(tokens) - 1
-        kept = policy.keep(drafted) if self.drops else drafted
+        lengths = policy.share(drafted) if self.drops else ()
+        kept = max(lengths) if lengths else policy.keep(drafted) if self.drops else drafted
+        packing = None
+        if lengths and min(lengths) < kept:
+            nodes_B = 1 + torch.tensor(lengths, device=self.device)
+            packing = Packing.of(nodes_B, kept + 1, sum(lengths) + len(lengths))
         return Draft(
             torch.cat(tokens[: kept + 1], dim=1), tuple(steps.scores[:kept]), self.trees[kept].topology,
-            said=tuple(steps.said[:kept]), shape=self.trees[kept], levels=drafted,
+            said=tuple(steps.said[:kept]), shape=self.trees[kept], levels=drafted, packing=packing,
         )  # fmt: skip
 
     def _said(self, made: Proposals, depth: int, temperature: float) -> Tensor:
         """[B] what the policy reads of a level."""
-        signals_B11C = signals(made.noisy_BFK, 1, temperature)
-        if self.policy.reads == "confidence":
-            return signals_B11C[:, 0, 0, 1]
-        assert self.predictor is not None
-        return self.predictor.probability(made.hidden_BFD, signals_B11C, depth)[:, 0, 0]
+        return _chance(made, depth, temperature, None if self.policy.reads == "confidence" else self.predictor)
+
+
+@dataclass(frozen=True, eq=False)
+class RankedChain(Chain):
+    """Drafts a chain in every row; of all tokens those likeliest to be kept are verified. Nothing is read on the host.
+
+    What is likelier than others is so with its whole path, since a token is never likelier than the one before it.
+
+    Attributes:
+        tree: The chain.
+        each: Tokens verified in the mean of rows; those that are done take none while others have any.
+        predictor: Says how likely they are; without one, the draft's own probabilities do.
+    """
+
+    tree: Tree
+    each: int
+    predictor: AcceptancePredictor | None = None
+
+    @property
+    def depth(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.tree.depth
+
+    @property
+    def key(self) -> Hashable:
+        return self.tree.paths, self.each, self.predictor
+
+    def grow(self, steps: Steps) -> Draft:
+        B, D = steps.root_B.shape[0], self.depth
+        tokens, said = [steps.root_B[:, None]], []
+        for depth, level in enumerate(self.tree.levels):
+            made, token_B1 = _step(steps, level, tokens[-1], depth)
+            tokens.append(token_B1)
+            said.append(_chance(made, depth, steps.sampling.temperature, self.predictor))
+        chances_BD = torch.stack(said, 1).clamp(max=1.0).cumprod(1)
+        if steps.done_B is not None:
+            chances_BD = chances_BD.masked_fill(steps.done_B[:, None], 0.0)
+        packing = None
+        if self.each < D:
+            # stable, so that of equally likely tokens of a row the first come first
+            best = chances_BD.flatten().sort(descending=True, stable=True).indices[: B * self.each]
+            nodes_B = torch.ones_like(steps.root_B).scatter_add(0, best // D, torch.ones_like(best))
+            packing = Packing.of(nodes_B, D + 1, B * (1 + self.each))
+        return Draft(
+            torch.cat(tokens, dim=1), tuple(steps.scores), self.tree.topology, said=tuple(steps.said), shape=self.tree,
+            packing=packing, chances_BD=chances_BD,
+        )  # fmt: skip
+
+
+def _step(steps: Steps, level: Level, token_B1: Tensor, depth: int) -> tuple[Proposals, Tensor]:
+    """What a chain's level proposes after a token, and the best of it [B, 1]."""
+    B = token_B1.shape[0]
+    frontier = Frontier(
+        tokens_BF=token_B1, positions_BF=(steps.position_B + depth)[:, None], nodes_F=level.nodes_F,
+        parents_BF=level.parents_F.expand(B, -1), parent_places_BF=level.parent_places_F.expand(B, -1),
+        ancestors_BFM=level.ancestors_FN.expand(B, -1, -1), depth=depth, chain=True,
+    )  # fmt: skip
+    made = steps.expand(frontier, 1)
+    picked_B1 = made.noisy_BFK.argmax(-1)
+    return made, picked_B1 if made.ids_K is None else made.ids_K[picked_B1]
+
+
+def _chance(made: Proposals, depth: int, temperature: float, predictor: AcceptancePredictor | None) -> Tensor:
+    """[B] how likely a level's best proposal is to be kept: the predictor's word, or the draft's own probability of it."""
+    signals_B11C = signals(made.noisy_BFK, 1, temperature)
+    if predictor is None:
+        return signals_B11C[:, 0, 0, 1]
+    return predictor.probability(made.hidden_BFD, signals_B11C, depth)[:, 0, 0]

@@ -15,7 +15,7 @@ import platform
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trainkit.layers.attention import Packing
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.tree import Draft, RankPath, Shape, Tree, build, chain, grow
 
@@ -75,19 +76,19 @@ def round_costs(
     """
     device = rounds.target.embed.weight.device
     trees = {paths: build(paths, device) for paths in dict.fromkeys([chain(0), *shapes])}
-    parts = {paths: (tree, tree) for paths, tree in trees.items()}
+    parts = {paths: (tree, tree, ()) for paths, tree in trees.items()}
     return {paths: RoundCost(*found) for paths, found in _timed(rounds, parts, length, batch, repeats).items()}
 
 
 @torch.inference_mode()
 def _timed(
-    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree]], length: int, batch: int, repeats: int
+    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree, Sequence[int]]], length: int, batch: int, repeats: int
 ) -> dict[Any, tuple[float, float]]:
-    """Median seconds of drafting the one and verifying the other, by name."""
+    """Median seconds of drafting the one and verifying the other, all nodes of it or so many in each row, by name."""
     device = rounds.target.embed.weight.device
     probes: dict[Hashable, list[Callable[[], object]]] = {}
-    for name, (drafted, verified) in parts.items():
-        probes[name] = [_graphed(part, device) for part in _parts(rounds, drafted, verified, length, batch)]
+    for name, (drafted, verified, lengths) in parts.items():
+        probes[name] = [_graphed(part, device) for part in _parts(rounds, drafted, verified, lengths, length, batch)]
     seconds: dict[Hashable, list[tuple[float, float]]] = {name: [] for name in probes}
     for _ in range(repeats + 2):
         for name, probe in probes.items():
@@ -104,18 +105,20 @@ def _timed(
 
 
 def _parts(
-    rounds: Rounds, shape: Shape, tree: Tree, length: int, batch: int
+    rounds: Rounds, shape: Shape, tree: Tree, lengths: Sequence[int], length: int, batch: int
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Drafting of one shape, and verifying of a tree."""
+    """Drafting of one shape, and verifying of a tree, or of so many nodes of each row."""
     drafter, device = rounds.drafter, rounds.target.embed.weight.device
     span = -(-(length + max(shape.slots, tree.size)) // 64) * 64
     rounds.target.reserve_positions(span)
     state = rounds.new_state(batch, span)
     state["position"].fill_(length)
     drafted = Draft(torch.zeros(batch, tree.size, dtype=torch.long, device=device), (), tree.topology)
+    lengths_B = torch.tensor(lengths, device=device) if lengths else None
 
     def verify() -> object:
-        return rounds.judge(tree, drafted, state, span)
+        packing = None if lengths_B is None else Packing.of(lengths_B, tree.size, sum(lengths))
+        return rounds.judge(tree, replace(drafted, packing=packing), state, span)
 
     if drafter is None or not shape.depth:
         return lambda: None, verify
@@ -168,6 +171,8 @@ class ChainCosts:
         verify_RN: The target's forward with output head, by texts, then by nodes.
         first_R: A draft's first level, predictor and taking in what is accepted included.
         level_R: Each level after it.
+        pack_R: Packing nodes, where texts have unequally many, beyond what verifying them would take alone.
+        pad_R: Each pad that they need beside.
     """
 
     rows: tuple[int, ...]
@@ -175,20 +180,30 @@ class ChainCosts:
     verify_RN: tuple[tuple[float, ...], ...]
     first_R: tuple[float, ...]
     level_R: tuple[float, ...]
+    pack_R: tuple[float, ...]
+    pad_R: tuple[float, ...]
 
-    def verify(self, rows: int, nodes: int) -> float:
+    def verify(self, rows: int, nodes: float) -> float:
         """Seconds to verify `nodes` rows of each of so many texts."""
         return _between(rows, self.rows, [_between(nodes, self.nodes, line) for line in self.verify_RN])
+
+    def packed(self, rows: int, total: int, longest: int) -> float:
+        """Seconds to verify `total` nodes of so many texts, at most `longest` of each."""
+        pads = rows * longest - total
+        more = _between(rows, self.rows, self.pack_R) + pads * _between(rows, self.rows, self.pad_R) if pads else 0.0
+        return self.verify(rows, total / rows) + more
 
     def level(self, rows: int) -> float:
         """Seconds of a draft level after the first."""
         return _between(rows, self.rows, self.level_R)
 
+    def drafted(self, rows: int, levels: int) -> float:
+        """Seconds of drafting so many levels."""
+        return _between(rows, self.rows, self.first_R) + (levels - 1) * self.level(rows) if levels else 0.0
+
     def round(self, rows: int, levels: int, verified: int) -> float:
         """Seconds of a round that drafts so many levels and verifies so many tokens beside the root."""
-        first = _between(rows, self.rows, self.first_R)
-        drafted = first + (levels - 1) * self.level(rows) if levels else 0.0
-        return drafted + self.verify(rows, verified + 1)
+        return self.drafted(rows, levels) + self.verify(rows, verified + 1)
 
 
 def _between(x: float, at: Sequence[int], values: Sequence[float]) -> float:
@@ -216,17 +231,31 @@ def measure_chain_costs(
     device = rounds.target.embed.weight.device
     sizes = sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
     depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < most} | {most})
-    verify, first, level = [], [], []
+    verify, first, level, pack, pad = [], [], [], [], []
     for rows in sizes:
         plain = build(chain(0), device)
-        parts: dict[int, tuple[Shape, Tree]] = {0: (plain, plain)}
-        parts |= {depth: (drafted(depth), build(chain(depth), device)) for depth in depths}
+        parts: dict[Any, tuple[Shape, Tree, Sequence[int]]] = {0: (plain, plain, ())}
+        parts |= {depth: (drafted(depth), build(chain(depth), device), ()) for depth in depths}
+        # unequal rows: one node less than all, and every other text without a draft
+        ragged = [1 if row % 2 else most + 1 for row in range(rows)]
+        unequal = {} if rows == 1 else {"full": [most] + [most + 1] * (rows - 1), "half": ragged}
+        parts |= {name: (*parts[most][:2], lengths) for name, lengths in unequal.items()}
         found = _timed(rounds, parts, length, rows, repeats)
         verify.append(_rising([found[depth][1] for depth in (0, *depths)]))
         first.append(found[1][0])
         steps = [(found[depth][0] - found[1][0]) / (depth - 1) for depth in depths if depth > 1]
         level.append(max(0.0, statistics.median(steps)) if steps else found[1][0])
-    return ChainCosts(tuple(sizes), (1, *(d + 1 for d in depths)), tuple(verify), tuple(first), tuple(level))
+        nodes = (1, *(d + 1 for d in depths))
+        beyond = {
+            name: max(0.0, found[name][1] - _between(sum(lengths) / rows, nodes, verify[-1]))
+            for name, lengths in unequal.items()
+        }
+        pack.append(beyond.get("full", 0.0))
+        pads = rows * (most + 1) - sum(ragged)
+        pad.append(max(0.0, beyond["half"] - pack[-1]) / pads if beyond else 0.0)
+    return ChainCosts(
+        tuple(sizes), (1, *(d + 1 for d in depths)), tuple(verify), tuple(first), tuple(level), tuple(pack), tuple(pad)
+    )
 
 
 def _rising(values: Sequence[float]) -> tuple[float, ...]:

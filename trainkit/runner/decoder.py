@@ -87,6 +87,9 @@ class RoundOutput:
         depth: Of the draft that was verified.
         drafted: Tokens drafted in each row, those that were not verified too.
         levels: Draft levels run.
+        paused: It has no draft because a policy chose so.
+        verified_B: Tokens verified in each row, where some had fewer than `depth`.
+        chances_BD: As in `Draft`.
     """
 
     emitted_BP: Tensor
@@ -95,6 +98,18 @@ class RoundOutput:
     depth: int = 0
     drafted: int = 0
     levels: int = 0
+    paused: bool = False
+    verified_B: Tensor | None = None
+    chances_BD: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def verified(self, row: int) -> int:
+        """Tokens verified in a row."""
+        return self.depth if self.verified_B is None else int(self.verified_B[row])
 
 
 MISSED = 64
@@ -196,7 +211,7 @@ class Rounds:
             proposing, keep = None if ranked else noise, drawn or plan.observe is not None
             draft = grow(
                 tree, self.drafter, draft_state, self.handle, token, position, sampling, proposing, span, keep,
-                keep_said=plan.observe is not None,
+                keep_said=plan.observe is not None, done_B=state["done"],
             )  # fmt: skip
             if draft.shape is not None:
                 tree, noise = draft.shape, None if noise is None else noise[:, : draft.shape.depth + 1]
@@ -233,7 +248,8 @@ class Rounds:
     def judge(self, tree: Shape, draft: Draft, state: State, span: int) -> tuple[Tensor, Tensor | None]:
         """The target's logits [B, N, V] at every node, and its taps; the nodes' keys and values go to scratch slots.
 
-        A chain's nodes lie in the slots of their positions, so what each may see needs no ancestors.
+        A chain's nodes lie in the slots of their positions, so what each may see needs no ancestors. Where rows have unequally
+        many, the logits and taps of pads are their roots'.
         """
         position = state["position"]
         topology = draft.topology
@@ -243,8 +259,13 @@ class Rounds:
         else:
             slots = position[:, None] + torch.arange(tree.size, device=position.device)
             bias = tree_bias(position, topology.ancestors_BNN.expand(position.shape[0], -1, -1), span, state["cache"].dtype)
-        hidden, taps = self.target(draft.tokens_BN, positions, bias, state["cache"], slots, self.taps)
-        return self.target.head(hidden), taps
+        packing = draft.packing
+        tokens = draft.tokens_BN if packing is None else packing.pack(draft.tokens_BN)
+        hidden, taps = self.target(tokens, positions, bias, state["cache"], slots, self.taps, packing)
+        logits = self.target.head(hidden)
+        if packing is None:
+            return logits, taps
+        return packing.pad(logits), None if taps is None else packing.pad(taps)
 
     def _commit(
         self, plan: Plan, tree: Shape, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor,
@@ -276,7 +297,9 @@ class Rounds:
         ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
         state["done"].logical_or_(ended | (position + 1 >= state["limit"]))
         drafted = tree.size - 1 if draft.levels is None else levels
-        return RoundOutput(emitted, counts, logprobs, tree.depth, drafted, levels)
+        verified = None if draft.packing is None else draft.packing.lengths_B - 1
+        paused = plan.pauses and not levels
+        return RoundOutput(emitted, counts, logprobs, tree.depth, drafted, levels, paused, verified, draft.chances_BD)
 
     def _miss(self, state: State, tokens_B1: Tensor, taps_B1AD: Tensor | None, counts_B: Tensor) -> None:
         """Keeps a root that was decoded without a draft; room was made by `catch_up`."""

@@ -8,7 +8,7 @@ import torch
 
 from trainkit.errors import UserError
 from trainkit.models.acceptance import AcceptancePredictor
-from trainkit.runner.adaptive import AdaptiveChain
+from trainkit.runner.adaptive import AdaptiveChain, RankedChain
 from trainkit.runner.control import MOST, Cost, Policy, PolicyName, Recent, Threshold
 from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
 from trainkit.runner.decoder import Rounds
@@ -52,16 +52,17 @@ class Pacer:
         key = (asked, most, options.temperature > 0, options.verify, torch.get_num_threads(), predictor)
         if key not in self.chains:
             drops = options.verify == "coupled" or options.temperature == 0
-            self.chains[key] = AdaptiveChain(self._policy(asked, most, predictor), self.device, predictor, drops)
+            self.chains[key] = AdaptiveChain(self._policy(asked, most, predictor, drops), self.device, predictor, drops)
         return self.chains[key]
 
-    def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None) -> Policy:
+    def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None, drops: bool) -> Policy:
         if asked.name == "fixed":
             return Policy(most)
         if asked.name == "ema":
             return Recent(most)
         if asked.name == "cost":
-            return Cost(self.costs(most, predictor), most, predictor is not None)
+            blind = "nothing" if self.schedule.graphs is None else "confidence"
+            return Cost(self.costs(most, predictor), most, blind if predictor is None else "predictor", drops)
         return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
 
     def costs(self, most: int, predictor: AcceptancePredictor | None) -> ChainCosts:
@@ -78,7 +79,7 @@ class Pacer:
 
         def drafted(levels: int) -> Shape:
             if captured:
-                return build(chain(levels), self.device)
+                return RankedChain(build(chain(levels), self.device), levels, predictor)
             whole = Policy(levels)
             whole.reads = "nothing" if predictor is None else "predictor"
             return AdaptiveChain(whole, self.device, predictor)
