@@ -79,7 +79,7 @@ def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, tem
     runner.pacer.costs(10, runner.predictor)  # as a GPU would have measured them
     replayed(runner, 1)
     if policy.startswith("cost"):
-        runner.pacer.costs = lambda most, predictor: flat(0.05, 0.1)
+        runner.pacer.costs = lambda *_: flat(0.05, 0.1)
     outs = runner.generate(prompts, policy=policy, **options)
     assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 300)
     keys = {key[0] for key in runner.schedule.graphs.closures}
@@ -293,8 +293,9 @@ def test_costs_are_measured_once(monkeypatch):
     runner = pair(max_batch=2)
     first = runner.pacer.costs(4, None)
     assert first.rows == (1, 2) and first.verify(1, 1) > 0 and first.round(1, 4, 4) > first.round(1, 0, 0)
+    warm = runner.pacer.costs(4, None, Sampling(0.7))  # noise takes its time
     monkeypatch.setattr("trainkit.runner.pacing.measure_chain_costs", lambda *_, **__: pytest.fail("measured again"))
-    assert runner.pacer.costs(4, None) == first
+    assert runner.pacer.costs(4, None) == first != warm == runner.pacer.costs(4, None, Sampling(1.0))
 
 
 def test_a_line_through_costs_by_hand():

@@ -211,6 +211,7 @@ class Cost(Policy):
         self._books: dict[int, _Book] = {}
         self._rows = 1
         self._chances: list[list[float]] = []  # by level, of each row's token to be kept
+        self._prices: dict[tuple[int, int, int], float] = {}
         # of captured rounds: tokens a row is expected to keep by tier, and those kept and expected of all, older ones fading
         self._gains: dict[tuple[int, int], float] = {}
         self._kept = self._expected = 0.0
@@ -256,10 +257,10 @@ class Cost(Policy):
     def _equal(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, int]:
         """What verifying equally many tokens of each row is worth at best, less what it costs; and how many."""
         rows, rate, gained = self._rows, self.rate(self._rows), 0.0
-        values = [(-rate * self.costs.verify(rows, 1), 0)]
+        values = [(-rate * self._price(rows, rows, 1), 0)]
         for level, chances_B in enumerate(chances_DB, 1):
             gained += sum(chances_B)
-            values.append((gained - rate * self.costs.verify(rows, level + 1), level))
+            values.append((gained - rate * self._price(rows, rows * (level + 1), level + 1), level))
         return max(values, key=lambda value: value[0])
 
     def _shared(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, list[int]]:
@@ -267,14 +268,22 @@ class Cost(Policy):
         rows, rate, gained = self._rows, self.rate(self._rows), 0.0
         ranked = sorted(((chance, row) for chances_B in chances_DB for row, chance in enumerate(chances_B)), reverse=True)
         best, depth = self._equal(chances_DB)
-        found, lengths = [depth] * rows, [0] * rows
+        found, lengths, longest = [depth] * rows, [0] * rows, 0
         for count, (chance, row) in enumerate(ranked, 1):
             gained += chance
             lengths[row] += 1
-            value = gained - rate * self.costs.packed(rows, rows + count, 1 + max(lengths))
+            longest = max(longest, lengths[row])
+            value = gained - rate * self._price(rows, rows + count, 1 + longest)
             if value > best:
                 best, found = value, lengths.copy()
         return best, found
+
+    def _price(self, rows: int, total: int, longest: int) -> float:
+        """`ChainCosts.packed`, looked up: asked for a hundred times a round."""
+        nodes = rows, total, longest
+        if nodes not in self._prices:
+            self._prices[nodes] = self.costs.packed(*nodes)
+        return self._prices[nodes]
 
     def tier(self, rows: int) -> tuple[int, int]:
         """Among few, so that few graphs are captured: all that is drafted is verified, or about half of it."""

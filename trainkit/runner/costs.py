@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 from trainkit.layers.attention import Packing
-from trainkit.runner.sampling import Sampling
+from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
 from trainkit.runner.tree import Draft, RankPath, Shape, Tree, build, chain, grow
+from trainkit.runner.verify import coupled
 
 if TYPE_CHECKING:
     from trainkit.runner.decoder import Rounds
@@ -82,13 +83,17 @@ def round_costs(
 
 @torch.inference_mode()
 def _timed(
-    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree, Sequence[int]]], length: int, batch: int, repeats: int
-) -> dict[Any, tuple[float, float]]:
-    """Median seconds of drafting the one and verifying the other, all nodes of it or so many in each row, by name."""
+    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree, Sequence[int]]], length: int, batch: int, repeats: int,
+    sampling: Sampling | None = None,
+) -> dict[Any, tuple[float, float]]:  # fmt: skip
+    """Median seconds of drafting the one and verifying the other, all nodes of it or so many in each row, by name.
+
+    With a `sampling`, noise, processing and the target's choice too; each level makes a row of noise, and verifying another.
+    """
     device = rounds.target.embed.weight.device
     probes: dict[Hashable, list[Callable[[], object]]] = {}
     for name, (drafted, verified, lengths) in parts.items():
-        probes[name] = [_graphed(part, device) for part in _parts(rounds, drafted, verified, lengths, length, batch)]
+        probes[name] = [_graphed(part, device) for part in _parts(rounds, drafted, verified, lengths, length, batch, sampling)]
     seconds: dict[Hashable, list[tuple[float, float]]] = {name: [] for name in probes}
     for _ in range(repeats + 2):
         for name, probe in probes.items():
@@ -105,7 +110,7 @@ def _timed(
 
 
 def _parts(
-    rounds: Rounds, shape: Shape, tree: Tree, lengths: Sequence[int], length: int, batch: int
+    rounds: Rounds, shape: Shape, tree: Tree, lengths: Sequence[int], length: int, batch: int, sampling: Sampling | None
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Drafting of one shape, and verifying of a tree, or of so many nodes of each row."""
     drafter, device = rounds.drafter, rounds.target.embed.weight.device
@@ -118,7 +123,14 @@ def _parts(
 
     def verify() -> object:
         packing = None if lengths_B is None else Packing.of(lengths_B, tree.size, sum(lengths))
-        return rounds.judge(tree, replace(drafted, packing=packing), state, span)
+        judged = replace(drafted, packing=packing)
+        logits, taps = rounds.judge(tree, judged, state, span)
+        if sampling is None:
+            return logits, taps
+        noise = None
+        if not sampling.greedy:
+            noise = gumbel(state["keys"], state["position"][:, None] + 1, rounds.vocabulary, CHOICE)
+        return coupled(tree, judged, sampling.process(logits), noise)
 
     if drafter is None or not shape.depth:
         return lambda: None, verify
@@ -129,8 +141,9 @@ def _parts(
     taps = weight.new_zeros(batch, len(levels), len(rounds.taps), weight.shape[1]) if rounds.taps else None
 
     def draft() -> object:
-        token, position = state["token"], state["position"]
-        made = grow(shape, drafter, draft_state, rounds.handle, token, position, Sampling(), None, span, False)
+        token, position, process = state["token"], state["position"], sampling or Sampling()
+        noise = None if process.greedy else Noise(state["keys"], position, rounds.vocabulary, CHOICE)
+        made = grow(shape, drafter, draft_state, rounds.handle, token, position, process, noise, span, False)
         drafter.commit(draft_state, path_BP, made.tokens_BN[:, : len(levels)], counts_B, position, taps, rounds.handle, span)
         return made
 
@@ -216,7 +229,7 @@ def _between(x: float, at: Sequence[int], values: Sequence[float]) -> float:
 
 
 def measure_chain_costs(
-    rounds: Rounds, drafted: Callable[[int], Shape], most: int, batch: int, length: int, repeats: int = 9
+    rounds: Rounds, drafted: Callable[[int], Shape], most: int, batch: int, length: int, sampling: Sampling, repeats: int = 9
 ) -> ChainCosts:
     """Times chains of up to `most` levels for 1, 2, 4 ... `batch` texts at `length` cached tokens.
 
@@ -226,6 +239,7 @@ def measure_chain_costs(
         most: Levels.
         batch: Texts.
         length: Cached tokens.
+        sampling: Of drafting and verifying; noise and top-p take their time.
         repeats: Of each.
     """
     device = rounds.target.embed.weight.device
@@ -240,7 +254,7 @@ def measure_chain_costs(
         ragged = [1 if row % 2 else most + 1 for row in range(rows)]
         unequal = {} if rows == 1 else {"full": [most] + [most + 1] * (rows - 1), "half": ragged}
         parts |= {name: (*parts[most][:2], lengths) for name, lengths in unequal.items()}
-        found = _timed(rounds, parts, length, rows, repeats)
+        found = _timed(rounds, parts, length, rows, repeats, sampling)
         verify.append(_rising([found[depth][1] for depth in (0, *depths)]))
         first.append(found[1][0])
         steps = [(found[depth][0] - found[1][0]) / (depth - 1) for depth in depths if depth > 1]

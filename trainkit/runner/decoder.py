@@ -19,7 +19,7 @@ from trainkit.drafters.base import Drafter, State, TargetHandle
 from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
 from trainkit.runner.dynamic import DynamicTree
-from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Sampling, gumbel
+from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Noise, Sampling, gumbel
 from trainkit.runner.tree import Draft, Shape, Tree, grow
 from trainkit.runner.verify import Typical, Verdict, coupled, mixed, residual, typical
 
@@ -202,8 +202,9 @@ class Rounds:
         if not sampling.greedy and not (plan.is_residual and not tree.depth):
             # under `residual` and in `mixed` text, draft and target draw independently
             stream = RESIDUAL if ranked else PROPOSAL if drawn or plan.verify == "mixed" else CHOICE
-            rows = position[:, None] + 1 + torch.arange(tree.depth + 1, device=position.device)
-            noise = gumbel(state["keys"], rows, self.vocabulary, stream)
+            noise = Noise(state["keys"], position, self.vocabulary, stream)
+            if tree.key is not None:  # how far it drafts is known
+                noise = noise[:, : tree.depth + 1]
         if self.drafter is None or not tree.depth:
             assert isinstance(tree, Tree)
             draft = Draft(token[:, None], (), tree.topology, levels=0)
@@ -215,6 +216,7 @@ class Rounds:
             )  # fmt: skip
             if draft.shape is not None:
                 tree, noise = draft.shape, None if noise is None else noise[:, : draft.shape.depth + 1]
+        assert not isinstance(noise, Noise)
         proposed = draft
         if plan.verify == "mixed":  # the last token is the draft's or the target's, and nobody asks what comes after it
             assert isinstance(tree, Tree) and tree.is_chain

@@ -13,6 +13,7 @@ from trainkit.runner.control import MOST, Cost, Policy, PolicyName, Recent, Thre
 from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
 from trainkit.runner.decoder import Rounds
 from trainkit.runner.request import Options
+from trainkit.runner.sampling import Sampling
 from trainkit.runner.schedule import Schedule
 from trainkit.runner.tree import Shape, build, chain
 
@@ -49,32 +50,37 @@ class Pacer:
             raise UserError(f"{policy}: stops within a round, which a captured graph cannot; take cost or ema")
         most = options.depth or min(MOST, drafter.max_depth or MOST)
         predictor = None if asked.blind else predictor
-        key = (asked, most, options.temperature > 0, options.verify, torch.get_num_threads(), predictor)
+        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        key = (asked, most, not sampling.greedy, options.verify, torch.get_num_threads(), predictor, _parts(sampling))
         if key not in self.chains:
             drops = options.verify == "coupled" or options.temperature == 0
-            self.chains[key] = AdaptiveChain(self._policy(asked, most, predictor, drops), self.device, predictor, drops)
+            made = self._policy(asked, most, predictor, sampling, drops)
+            self.chains[key] = AdaptiveChain(made, self.device, predictor, drops)
         return self.chains[key]
 
-    def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None, drops: bool) -> Policy:
+    def _policy(
+        self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None, sampling: Sampling, drops: bool
+    ) -> Policy:
         if asked.name == "fixed":
             return Policy(most)
         if asked.name == "ema":
             return Recent(most)
         if asked.name == "cost":
             blind = "nothing" if self.schedule.graphs is None else "confidence"
-            return Cost(self.costs(most, predictor), most, blind if predictor is None else "predictor", drops)
+            return Cost(self.costs(most, predictor, sampling), most, blind if predictor is None else "predictor", drops)
         return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
 
-    def costs(self, most: int, predictor: AcceptancePredictor | None) -> ChainCosts:
+    def costs(self, most: int, predictor: AcceptancePredictor | None, sampling: Sampling | None = None) -> ChainCosts:
         """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine."""
         assert self.rounds.drafter is not None
+        sampling = sampling or Sampling()
         target, captured = self.rounds.target, self.schedule.graphs is not None
         length, batch = min(256, self.max_len // 2), self.schedule.max_batch
         setting = {
             "processor": processor(self.device), "device": str(self.device), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "dtype": str(target.embed.weight.dtype), "target": sizes_of(target),
             "drafter": sizes_of(self.rounds.drafter), "predictor": sizes_of(predictor), "graphs": captured, "most": most,
-            "batch": batch, "length": length,
+            "batch": batch, "length": length, "sampling": _parts(sampling),
         }  # fmt: skip
 
         def drafted(levels: int) -> Shape:
@@ -84,4 +90,9 @@ class Pacer:
             whole.reads = "nothing" if predictor is None else "predictor"
             return AdaptiveChain(whole, self.device, predictor)
 
-        return kept_costs(setting, lambda: measure_chain_costs(self.rounds, drafted, most, batch, length))
+        return kept_costs(setting, lambda: measure_chain_costs(self.rounds, drafted, most, batch, length, sampling))
+
+
+def _parts(sampling: Sampling) -> tuple[bool, bool, bool]:
+    """Which parts of processing it has, each with its time: noise, top-k, top-p."""
+    return not sampling.greedy, not sampling.greedy and sampling.top_k > 0, not sampling.greedy and sampling.top_p < 1

@@ -20,7 +20,7 @@ from trainkit.drafters.base import Drafter, Frontier, State, TargetHandle
 from trainkit.errors import UserError
 from trainkit.layers.attention import Packing
 from trainkit.models.acceptance import signals
-from trainkit.runner.sampling import Sampling
+from trainkit.runner.sampling import Noise, Sampling
 
 RankPath = tuple[int, ...]
 
@@ -111,7 +111,7 @@ class Steps:
     root_B: Tensor
     position_B: Tensor
     sampling: Sampling
-    noise_BDV: Tensor | None
+    noise_BDV: Tensor | Noise | None
     span: int
     keep_scores: bool
     keep_said: bool = False
@@ -337,7 +337,7 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
 
 def grow(
     tree: Shape, drafter: Drafter, state: State, handle: TargetHandle, root_B: Tensor, position_B: Tensor, sampling: Sampling,
-    noise_BDV: Tensor | None, span: int, keep_scores: bool, keep_said: bool = False, done_B: Tensor | None = None,
+    noise_BDV: Tensor | Noise | None, span: int, keep_scores: bool, keep_said: bool = False, done_B: Tensor | None = None,
 ) -> Draft:  # fmt: skip
     """Drafts a tree of this shape; the other arguments as in `Steps`."""
     steps = Steps(drafter, state, handle, root_B, position_B, sampling, noise_BDV, span, keep_scores, keep_said, done_B)
