@@ -252,10 +252,11 @@ def test_policies_are_held_against_plain_decoding_and_the_best_fixed_depth(folde
         kept = sum(k * n for k, n in enumerate(values["accepted"]))
         drafted = round(values["drafted_per_round"] * values["rounds"])
         assert values["wasted"] == pytest.approx((drafted - kept) / (kept + values["rounds"]))
+        assert 0 <= values["paused"] <= values["rounds"]
         fixed = values["over_best_fixed"]
         assert fixed["depth"] in (1, 3) and fixed["min"] <= fixed["median"] <= fixed["max"]
         assert one["name"].removeprefix("trainkit ") in shown
-    assert "thrown away" in shown
+    assert "thrown away" in shown and "paused" in shown
 
 
 def test_a_policy_needs_a_drafter(folders):

@@ -95,8 +95,9 @@ class TableTarget(nn.Module):
         return torch.zeros(batch_size, 1, 1, slots, 1, device=device, dtype=dtype)
 
     def forward(
-        self, tokens_BT: Tensor, positions_BT: Tensor, bias_BTS: Tensor, cache: Tensor, slots_BT: Tensor, taps: Any = ()
-    ) -> tuple[Tensor, None]:
+        self, tokens_BT: Tensor, positions_BT: Tensor, bias_BTS: Tensor, cache: Tensor, slots_BT: Tensor, taps: Any = (),
+        packing: None = None,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         row_BS = cache[:, 0, 0, :, 0]
         row_BS.scatter_(1, slots_BT, tokens_BT.to(row_BS.dtype))
         highest_BT = torch.where(bias_BTS == 0, torch.arange(bias_BTS.shape[2]), -1).amax(-1)

@@ -1,4 +1,4 @@
-"""Rounds that draft, pause and leave tokens unverified as a die falls, held against rounds that always draft."""
+"""Rounds that draft, pause and leave tokens unverified, of each row others, as a die falls; and rounds that always draft."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class Erratic(Policy):
     """Draws its decisions."""
 
     def begin(self, rows):
+        self.rows = rows
         return int(torch.randint(0, self.most + 1, ()))
 
     def more(self, said_B):
@@ -19,6 +20,9 @@ class Erratic(Policy):
 
     def keep(self, levels):
         return int(torch.randint(0, levels + 1, ()))
+
+    def share(self, levels):
+        return torch.randint(0, levels + 1, (self.rows,)).tolist() if torch.rand(()) < 0.7 else ()
 
 
 def check_pauses(runner, prompts, depth, least=20, **options):

@@ -28,10 +28,8 @@ class Replayed(Graphs):
             done_B.copy_(kept)
         closure, static = self.closures[key]
         output = closure()
-        static.emitted_BP.copy_(output.emitted_BP)
-        static.counts_B.copy_(output.counts_B)
-        if static.logprobs_BP is not None:
-            static.logprobs_BP.copy_(output.logprobs_BP)
+        for name, tensor in output.tensors.items():
+            getattr(static, name).copy_(tensor)
         self.replays += 1
         return static
 
@@ -40,8 +38,7 @@ def replayed(runner, lag):
     """This runner as on a GPU: replaying, and reading `lag` rounds behind from copies made at once."""
 
     def fetch(output):
-        parts = {name: getattr(output, name) for name in ("emitted_BP", "counts_B", "logprobs_BP")}
-        copied = replace(output, **{name: None if part is None else part.clone() for name, part in parts.items()})
+        copied = replace(output, **{name: tensor.clone() for name, tensor in output.tensors.items()})
         return lambda: copied
 
     schedule = runner.schedule

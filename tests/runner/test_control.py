@@ -15,10 +15,10 @@ from tests.runner.models import pair, ragged_prompts, table_runner
 from tests.runner.pauses import check_pauses
 from tests.runner.replaying import replayed
 from trainkit.errors import UserError
-from trainkit.models.acceptance import SIGNALS, AcceptancePredictor, signals
+from trainkit.models.acceptance import SIGNALS, AcceptancePredictor, FoldedPredictor, signals
 from trainkit.runner import Runner, Stats, costs
 from trainkit.runner.adaptive import AdaptiveChain
-from trainkit.runner.control import Cost, Policy, PolicyName, Recent, Threshold
+from trainkit.runner.control import Came, Cost, Policy, PolicyName, Recent, Threshold
 from trainkit.runner.costs import ChainCosts
 from trainkit.runner.sampling import Sampling
 
@@ -34,7 +34,7 @@ def flat(verify: float = 0.0, level: float = 0.1) -> ChainCosts:
     """A plain step of 1, `verify` more for each further row, `level` for each draft level."""
     nodes = tuple(range(1, 20))
     line = tuple(1.0 + verify * (n - 1) for n in nodes)
-    return ChainCosts((1, 8), nodes, (line, line), (level, level), (level, level))
+    return ChainCosts((1, 8), nodes, (line, line), (level, level), (level, level), (0.0, 0.0), (0.0, 0.0))
 
 
 def predicting(runner: Runner) -> AcceptancePredictor:
@@ -82,8 +82,11 @@ def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, tem
         runner.pacer.costs = lambda *_: flat(0.05, 0.1)
     outs = runner.generate(prompts, policy=policy, **options)
     assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 300)
-    depths = {len(key[0]) for key in runner.schedule.graphs.closures}
+    keys = {key[0] for key in runner.schedule.graphs.closures}
+    shared = {key for key in keys if key and isinstance(key[-1], FoldedPredictor | None)}
+    depths = {len(key[0] if key in shared else key) for key in keys}
     assert depths and depths <= {0, *Recent.tiers}
+    assert bool(shared) == policy.startswith("cost") and all(0 < each <= len(paths) for paths, each, _ in shared)
 
 
 @pytest.mark.gpu
@@ -114,7 +117,7 @@ class Choosy(Policy):
 class Telling(AdaptiveChain):
     """Says which token was drafted."""
 
-    def _said(self, made, depth, temperature):
+    def _said(self, made, depth):
         picked_B1 = made.noisy_BFK.argmax(-1)
         return (picked_B1 == 0)[:, 0].float(), picked_B1
 
@@ -189,7 +192,7 @@ def drafted(policy: Cost, said: list[float], rows: int = 1) -> tuple[int, int]:
 
 def test_cost_stops_where_the_next_token_costs_more_than_it_brings():
     """One row, R = 1 token in a plain step: at a price of 0.3 for a level and its row, chance 0.7 * S must be above 0.3."""
-    policy = Cost(flat(verify=0.2, level=0.1), 6, predicted=True)
+    policy = Cost(flat(verify=0.2, level=0.1), 6, reads="predictor")
     assert policy.rate(1) == 1
     levels, kept = drafted(policy, [0.6, 0.6, 0.6, 0.6])
     assert levels == 2  # 0.6 * 0.7 = 0.42 pays, 0.36 * 0.7 = 0.25 does not
@@ -198,8 +201,8 @@ def test_cost_stops_where_the_next_token_costs_more_than_it_brings():
 
 
 def test_cost_drafts_on_for_nothing_and_never_when_dear():
-    assert drafted(Cost(flat(0.0, 0.001), 6, True), [0.95] * 6) == (6, 6)
-    assert drafted(Cost(flat(2.0, 1.0), 6, True), [0.95] * 6) == (1, 0)
+    assert drafted(Cost(flat(0.0, 0.001), 6, "predictor"), [0.95] * 6) == (6, 6)
+    assert drafted(Cost(flat(2.0, 1.0), 6, "predictor"), [0.95] * 6) == (1, 0)
 
 
 def run(policy: Policy, chance: float, rounds: int, rows: int, generator: np.random.Generator) -> tuple[float, float]:
@@ -210,7 +213,7 @@ def run(policy: Policy, chance: float, rounds: int, rows: int, generator: np.ran
         levels, kept = (0, 0) if not policy.begin(rows) else drafted_again(policy, chance, rows)
         luck = generator.random((rows, kept)) < chance
         accepted = [int(row.cumprod().sum()) for row in luck]
-        policy.learn(rows, levels, kept, accepted)
+        policy.learn(Came(rows, levels, [kept] * rows, accepted))
         seconds += policy.costs.round(rows, levels, kept)
         tokens += sum(accepted) + rows
     return seconds, tokens * policy.costs.verify(rows, 1) / rows
@@ -225,17 +228,17 @@ def drafted_again(policy: Cost, chance: float, rows: int) -> tuple[int, int]:
     return level, policy.keep(level)
 
 
-@pytest.mark.parametrize("predicted", [True, False])
-def test_cost_gives_up_a_useless_draft_and_loses_hardly_anything(predicted, seed):
+@pytest.mark.parametrize("reads", ["predictor", "nothing"])
+def test_cost_gives_up_a_useless_draft_and_loses_hardly_anything(reads, seed):
     generator = np.random.default_rng(seed)
-    policy = Cost(flat(verify=0.1, level=0.3), 8, predicted)
+    policy = Cost(flat(verify=0.1, level=0.3), 8, reads)
     seconds, plain = run(policy, 0.0, 3000, 8, generator)
     assert seconds < 1.01 * plain
 
 
 def test_cost_takes_drafting_up_again_when_it_pays_again(seed):
     generator = np.random.default_rng(seed)
-    policy = Cost(flat(verify=0.05, level=0.1), 8, predicted=True)
+    policy = Cost(flat(verify=0.05, level=0.1), 8, reads="predictor")
     run(policy, 0.0, 300, 1, generator)
     run(policy, 0.9, 600, 1, generator)
     seconds, plain = run(policy, 0.9, 300, 1, generator)
@@ -260,9 +263,9 @@ def test_cost_beats_every_fixed_depth_where_acceptance_varies(seed):
         if not policy.begin(1):
             return 0, 0, lambda accepted: None
         levels, kept = drafted_again(policy, chance, 1)
-        return levels, kept, lambda accepted: policy.learn(1, levels, kept, [accepted])
+        return levels, kept, lambda accepted: policy.learn(Came(1, levels, [kept], [accepted]))
 
-    policy = Cost(price, 10, predicted=True)
+    policy = Cost(price, 10, reads="predictor")
     fixed = max(rate(lambda chance, depth=depth: (depth, depth, lambda accepted: None)) for depth in range(1, 11))
     assert rate(told) > 1.1 * fixed
 
@@ -270,10 +273,10 @@ def test_cost_beats_every_fixed_depth_where_acceptance_varies(seed):
 def test_ema_follows_what_was_accepted():
     policy = Recent(10)
     for _ in range(60):
-        policy.learn(2, 4, 4, [0, 0])
+        policy.learn(Came(2, 4, [4, 4], [0, 0]))
     assert policy.begin(2) in (1, 2)
     for _ in range(60):
-        policy.learn(2, 8, 8, [8, 8])
+        policy.learn(Came(2, 8, [8, 8], [8, 8]))
     assert policy.begin(2) == 10
 
 
@@ -291,8 +294,9 @@ def test_costs_are_measured_once(monkeypatch):
     runner = pair(max_batch=2)
     first = runner.pacer.costs(4, None)
     assert first.rows == (1, 2) and first.verify(1, 1) > 0 and first.round(1, 4, 4) > first.round(1, 0, 0)
+    warm = runner.pacer.costs(4, None, Sampling(0.7))  # noise takes its time
     monkeypatch.setattr("trainkit.runner.pacing.measure_chain_costs", lambda *_, **__: pytest.fail("measured again"))
-    assert runner.pacer.costs(4, None) == first
+    assert runner.pacer.costs(4, None) == first != warm == runner.pacer.costs(4, None, Sampling(1.0))
 
 
 def test_a_line_through_costs_by_hand():

@@ -190,4 +190,4 @@ def test_costs_of_trees_are_measured_for_their_levels_and_nodes():
     costs = runner.pacer.costs(TREE.depth, None, tree=PredictedTree(4, 3, 10))
     assert costs.nodes == (1, 2, 5, 8, 10) and costs.rows == (1, 2)
     assert costs.round(1, 4, 9) > costs.round(1, 1, 1) > costs.round(1, 0, 0) > 0
-    assert isinstance(AdaptiveTree(TreeCost(costs, PredictedTree(4, 3, 10)), runner.device).fixed(2), PredictedTree)
+    assert isinstance(AdaptiveTree(TreeCost(costs, PredictedTree(4, 3, 10)), runner.device).captured(2, 2), PredictedTree)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.runner.laws import processed
 from trainkit.errors import UserError
-from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, RESIDUAL, Sampling, gumbel, mix, request_keys, uniform
+from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, RESIDUAL, Noise, Sampling, gumbel, mix, request_keys, uniform
 
 STREAMS = (CHOICE, PROPOSAL, ACCEPT, RESIDUAL)
 WORD = 0xFFFFFFFF
@@ -161,3 +161,11 @@ def test_processing_leaves_something_and_greedy_changes_nothing():
 def test_values_out_of_range_are_refused_by_name(values):
     with pytest.raises(UserError, match=next(iter(values))):
         Sampling(**values)
+
+
+def test_noise_made_row_by_row_is_the_same():
+    keys, roots, tokens = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), torch.tensor([5, 9]), torch.arange(6)
+    whole = gumbel(keys, roots[:, None] + 1 + torch.arange(4), tokens, CHOICE)
+    noise = Noise(keys, roots, tokens, CHOICE)
+    assert torch.equal(noise[:, 1:2], whole[:, 1:2]) and noise.made_BRV.shape[1] == 2
+    assert torch.equal(noise[:, :4], whole) and torch.equal(noise[:, 0:1], whole[:, :1])

@@ -118,9 +118,13 @@ def _drafting(summary: dict[str, Any]) -> str:
 
 
 def _policies(summary: dict[str, Any]) -> str:
-    """Policies beside the fastest fixed depth; thrown away: drafted tokens that were not kept, for each token emitted."""
+    """Policies beside the fastest fixed depth.
+
+    Thrown away: drafted tokens that were not kept, for each token emitted; paused: rounds in which nothing was drafted because
+    it would not have paid, of all.
+    """
     rows: list[tuple[str, ...]] = [
-        ("policy", "tau", "drafted", "thrown away", "speedup", "x fixed", "min..max", "its best depth, thrown away")
+        ("policy", "tau", "drafted", "thrown away", "paused", "speedup", "x fixed", "min..max", "best depth, thrown")
     ]
     for heading, ones in by_drafter(summary):
         paced = [one for one in ones if "paced" in one]
@@ -131,8 +135,10 @@ def _policies(summary: dict[str, Any]) -> str:
             if fixed is not None:
                 beside = (_ratio(fixed["median"]), f"{_ratio(fixed['min'])}..{_ratio(fixed['max'])}",
                           f"{fixed['depth']}, {_ratio(fixed['wasted'])}")  # fmt: skip
-            figures = (_ratio(values[key]) for key in ("tau", "drafted_per_round", "wasted", "speedup"))
-            rows.append((f"  {label(one)}" if heading else label(one), *figures, *beside))
+            tau, drafted, wasted, speedup = (_ratio(values[key]) for key in ("tau", "drafted_per_round", "wasted", "speedup"))
+            paused = _percent(values["paused"] / max(1, values["rounds"]))
+            name = f"  {label(one)}" if heading else label(one)
+            rows.append((name, tau, drafted, wasted, paused, speedup, *beside))
     return aligned(rows)
 
 

@@ -83,7 +83,7 @@ def _paced(result: Result, one: Contender) -> Summary:
     values: Summary = {
         "policy": one.policy, "most": one.depth, "tau": stats.tau, "accepted": list(stats.accepted), "rounds": stats.rounds,
         "cut_rounds": stats.cut_rounds, "drafted_per_round": stats.drafted / max(1, stats.rounds), "wasted": stats.wasted,
-        "alpha_k": stats.alpha_k, "speedup": one.rate / plain.rate, "over_plain": _paired(one, plain),
+        "paused": stats.paused, "alpha_k": stats.alpha_k, "speedup": one.rate / plain.rate, "over_plain": _paired(one, plain),
         "over_best_fixed": None,
     }  # fmt: skip
     if best is not None:

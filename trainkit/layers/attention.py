@@ -5,9 +5,11 @@ the sequence itself or from cache slots. Query heads that share a key head are f
 """
 
 # B batch  T positions  D hidden  H query heads  G key-value heads  E head width  S cache slots  M nodes of a round
-# R rows: T positions for each of the H / G query heads that share a key head
+# R rows: T positions for each of the H / G query heads that share a key head  Q positions of all rows, packed
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,43 @@ def fold_bias(bias_BTS: Tensor, group: int) -> Tensor:
     return (bias_BTS.expand(-1, group * T, -1) if 1 in (T, group) else bias_BTS.repeat(1, group, 1))[:, None]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Rows of unequal length, laid one after the other into a single row of Q positions.
+
+    Whatever looks at one position alone runs over Q of them; only attention sees rows, padded to the longest. A pad repeats its
+    row's first position and goes where the row has nothing yet, so that no one sees it.
+
+    Attributes:
+        lengths_B: Positions of each row, at least 1.
+        packed_BT: Where each position of the padded rows lies among the packed.
+        padded_Q: Where each packed position lies among the padded, row by row.
+    """
+
+    lengths_B: Tensor
+    packed_BT: Tensor
+    padded_Q: Tensor
+
+    @staticmethod
+    def of(lengths_B: Tensor, longest: int, total: int) -> Packing:
+        """The packing of rows of these lengths; `longest` and `total`, their sum, are told, so that the host reads nothing."""
+        ends_B = lengths_B.cumsum(0)
+        starts_B = ends_B - lengths_B
+        places_T = torch.arange(longest, device=lengths_B.device)
+        packed_BT = starts_B[:, None] + torch.where(places_T < lengths_B[:, None], places_T, 0)
+        places_Q = torch.arange(total, device=lengths_B.device)
+        row_Q = torch.searchsorted(ends_B, places_Q, right=True)
+        return Packing(lengths_B, packed_BT, row_Q * longest + places_Q - starts_B[row_Q])
+
+    def pack(self, padded_BT: Tensor) -> Tensor:
+        """[1, Q, ...] of [B, T, ...]."""
+        return padded_BT.flatten(0, 1).index_select(0, self.padded_Q)[None]
+
+    def pad(self, packed_1Q: Tensor) -> Tensor:
+        """[B, T, ...] of [1, Q, ...]."""
+        return packed_1Q[0].index_select(0, self.packed_BT.flatten()).unflatten(0, self.packed_BT.shape)
+
+
 class Attention(nn.Module):
     """Attention with query, key and value projections fused into one matrix, rows in the order q, k, v.
 
@@ -96,8 +135,9 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, rope_BT2E: Tensor, bias_B1RS: Tensor, cache_BGSE: Tensor | None = None, slots: Tensor | None = None
-    ) -> Tensor:
+        self, x_BTD: Tensor, rope_BT2E: Tensor, bias_B1RS: Tensor, cache_BGSE: Tensor | None = None,
+        slots: Tensor | None = None, packing: Packing | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attends within the sequence, or over a cache after writing this call's keys and values into it.
 
         Args:
@@ -106,10 +146,11 @@ class Attention(nn.Module):
             bias_B1RS: Additive bias from `fold_bias`; S = T without a cache, else at most the cache's slots.
             cache_BGSE: This layer's [B, 2G, slots, E], keys before values; written in place.
             slots: [B, 2G, T, E] index of the slot that each new key and value goes to.
+            packing: Input and result are packed, [1, Q, D]; all else is of the padded rows.
         """
-        B, T, _ = x_BTD.shape
         H, G = self.heads, self.kv_heads
-        qk, v = self.projected(x_BTD, rope_BT2E)
+        qk, v = self.projected(x_BTD, rope_BT2E, packing)
+        B, T = qk.shape[:2]
         if cache_BGSE is None:
             k, v = qk[:, :, H:].transpose(1, 2), v.transpose(1, 2)
         else:
@@ -121,12 +162,13 @@ class Attention(nn.Module):
         q = qk[:, :, :H].unflatten(2, (G, group)).permute(0, 2, 3, 1, 4).reshape(B, G, group * T, self.width)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1RS)
         y = y.view(B, G, group, T, self.width).permute(0, 3, 1, 2, 4).reshape(B, T, H * self.width)
-        return self.out(y)
+        return self.out(y if packing is None else packing.pack(y))
 
-    def projected(self, x_BTD: Tensor, rope_BT2E: Tensor) -> tuple[Tensor, Tensor]:
+    def projected(self, x_BTD: Tensor, rope_BT2E: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
         """Queries and keys [B, T, H + G, E], rotated, queries first; and values [B, T, G, E]."""
         H, G = self.heads, self.kv_heads
-        qkv = self.qkv(x_BTD).view(*x_BTD.shape[:2], H + 2 * G, self.width)
+        qkv = self.qkv(x_BTD)
+        qkv = (qkv if packing is None else packing.pad(qkv)).unflatten(-1, (H + 2 * G, self.width))
         qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)

@@ -4,7 +4,7 @@ Covers the layouts of Llama, Mistral, Qwen2 and Qwen3. Weights that are read tog
 and up), in training as in the runner; `models/load.py` maps them to and from Hugging Face names.
 """
 
-# B batch  T positions  D hidden  A taps  S cache slots  E head width  G key-value heads  L layers
+# B batch  T positions  D hidden  A taps  S cache slots  E head width  G key-value heads  L layers  Q packed positions
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainkit.layers.attention import Attention, fold_bias, rotary_table, slot_index
+from trainkit.layers.attention import Attention, Packing, fold_bias, rotary_table, slot_index
 from trainkit.layers.linear import Linear, project
 from trainkit.layers.shape import DecoderShape
 
@@ -43,9 +43,10 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size)
 
     def forward(
-        self, x: Tensor, rope: Tensor, bias: Tensor, cache: Tensor | None = None, slots: Tensor | None = None
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, bias, cache, slots)
+        self, x: Tensor, rope: Tensor, bias: Tensor, cache: Tensor | None = None, slots: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:  # fmt: skip
+        x = x + self.attention(self.attention_norm(x), rope, bias, cache, slots, packing)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -107,6 +108,7 @@ class Decoder(nn.Module):
         cache: Tensor | None = None,
         slots_BT: Tensor | None = None,
         taps: Sequence[int] = (),
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states after the final norm [B, T, D], and the tapped ones [B, T, A, D] or None.
 
@@ -118,6 +120,7 @@ class Decoder(nn.Module):
             slots_BT: Cache slots of the new keys and values.
             taps: Hidden states to return, indexed as Hugging Face `hidden_states`: 0 embeddings, i after i layers, the last
                 (L or -1) after the final norm.
+            packing: Tokens come packed, [1, Q], and hidden states go so; positions, bias and slots are the padded rows'.
         """
         rope = F.embedding(positions_BT, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])
         slots = None if cache is None or slots_BT is None else slot_index(slots_BT, cache[:, 0])
@@ -128,7 +131,7 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             if index in wanted:
                 states[index] = x
-            x = layer(x, rope, bias, None if cache is None else cache[:, index], slots)
+            x = layer(x, rope, bias, None if cache is None else cache[:, index], slots, packing)
         x = self.norm(x)
         states[self.shape.num_layers] = x
         if not taps:

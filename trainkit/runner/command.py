@@ -99,6 +99,8 @@ def generate(
     stats = runner.last
     speed = stats.tokens / spent
     lossy = f"; LOSSY: {verify} verification, not the target's own text" if stats.lossy else ""
+    paused = f", {stats.paused} without a draft, which would not have paid" if stats.paused else ""
     print(
-        f"[{stats.tokens} tokens, {speed:.1f} tokens/s, tau {stats.tau:.2f} over {stats.rounds} rounds{lossy}]", file=sys.stderr
+        f"[{stats.tokens} tokens, {speed:.1f} tokens/s, tau {stats.tau:.2f} over {stats.rounds} rounds{paused}{lossy}]",
+        file=sys.stderr,
     )

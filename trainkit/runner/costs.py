@@ -15,7 +15,7 @@ import platform
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +26,11 @@ import torch
 from torch import nn
 
 from trainkit.drafters.base import State
+from trainkit.layers.attention import Packing
 from trainkit.runner.decoder import Plan, Rounds
-from trainkit.runner.sampling import Sampling
+from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
 from trainkit.runner.tree import Draft, RankPath, Shape, Tree, build, chain, grow
+from trainkit.runner.verify import coupled
 
 CACHE = Path.home() / ".cache" / "trainkit" / "costs"
 
@@ -75,20 +77,27 @@ def round_costs(
     """
     device = rounds.target.embed.weight.device
     trees = {paths: build(paths, device) for paths in dict.fromkeys([chain(0), *shapes])}
-    parts = {paths: (tree, tree) for paths, tree in trees.items()}
-    return {paths: RoundCost(*found) for paths, found in _timed(rounds, parts, length, batch, repeats, _parts).items()}
+    parts = {paths: (tree, tree, ()) for paths, tree in trees.items()}
+    return {paths: RoundCost(*found) for paths, found in _timed(rounds, parts, length, batch, repeats).items()}
 
 
 @torch.inference_mode()
 def _timed(
-    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree]], length: int, batch: int, repeats: int,
-    probing: Callable[[Rounds, Shape, Tree, int, int], tuple[Callable[[], object], ...]],
+    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree, Sequence[int]]], length: int, batch: int, repeats: int,
+    sampling: Sampling | None = None,
 ) -> dict[Any, list[float]]:  # fmt: skip
-    """Median seconds of each probe of drafting the one and verifying the other, by name."""
+    """Median seconds of drafting the one and verifying the other, all nodes of it or so many in each row, by name.
+
+    With a `sampling`, noise, processing and the target's choice too; each level makes a row of noise, and verifying another.
+    Then also, where all nodes are verified, of the whole round that these are parts of.
+    """
     device = rounds.target.embed.weight.device
     probes: dict[Hashable, list[Callable[[], object]]] = {}
-    for name, (drafted, verified) in parts.items():
-        probes[name] = [_graphed(part, device) for part in probing(rounds, drafted, verified, length, batch)]
+    for name, (drafted, verified, lengths) in parts.items():
+        parts_: list[Callable[[], object]] = [*_parts(rounds, drafted, verified, lengths, length, batch, sampling)]
+        if sampling is not None and not lengths:
+            parts_.append(_whole(rounds, sampling, drafted, length, batch))
+        probes[name] = [_graphed(part, device) for part in parts_]
     seconds: dict[Hashable, list[list[float]]] = {name: [] for name in probes}
     for _ in range(repeats + 2):
         for name, probe in probes.items():
@@ -102,18 +111,27 @@ def _timed(
 
 
 def _parts(
-    rounds: Rounds, shape: Shape, tree: Tree, length: int, batch: int
+    rounds: Rounds, shape: Shape, tree: Tree, lengths: Sequence[int], length: int, batch: int, sampling: Sampling | None
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Drafting of one shape, and verifying of a tree."""
+    """Drafting of one shape, and verifying of a tree, or of so many nodes of each row."""
     drafter, device = rounds.drafter, rounds.target.embed.weight.device
     span = -(-(length + max(shape.slots, tree.size)) // 64) * 64
     rounds.target.reserve_positions(span)
     state = rounds.new_state(batch, span)
     state["position"].fill_(length)
     drafted = Draft(torch.zeros(batch, tree.size, dtype=torch.long, device=device), (), tree.topology)
+    lengths_B = torch.tensor(lengths, device=device) if lengths else None
 
     def verify() -> object:
-        return rounds.judge(tree, drafted, state, span)
+        packing = None if lengths_B is None else Packing.of(lengths_B, tree.size, sum(lengths))
+        judged = replace(drafted, packing=packing)
+        logits, taps = rounds.judge(tree, judged, state, span)
+        if sampling is None:
+            return logits, taps
+        noise = None
+        if not sampling.greedy:
+            noise = gumbel(state["keys"], state["position"][:, None] + 1, rounds.vocabulary, CHOICE)
+        return coupled(tree, judged, sampling.process(logits), noise)
 
     if drafter is None or not shape.depth:
         return lambda: None, verify
@@ -124,8 +142,9 @@ def _parts(
     taps = weight.new_zeros(batch, len(levels), len(rounds.taps), weight.shape[1]) if rounds.taps else None
 
     def draft() -> object:
-        token, position = state["token"], state["position"]
-        made = grow(shape, drafter, draft_state, rounds.handle, token, position, Sampling(), None, span, False)
+        token, position, process = state["token"], state["position"], sampling or Sampling()
+        noise = None if process.greedy else Noise(state["keys"], position, rounds.vocabulary, CHOICE)
+        made = grow(shape, drafter, draft_state, rounds.handle, token, position, process, noise, span, False)
         tokens = made.tokens_BN[:, : len(levels)]
         drafter.commit(draft_state, path_BP, tokens, tokens, counts_B, position, taps, rounds.handle, span)
         return made
@@ -133,16 +152,14 @@ def _parts(
     return draft, verify
 
 
-def _whole(
-    rounds: Rounds, sampling: Sampling, shape: Shape, tree: Tree, length: int, batch: int
-) -> tuple[Callable[[], object], ...]:
-    """As `_parts`, and then the round that they are parts of."""
+def _whole(rounds: Rounds, sampling: Sampling, shape: Shape, length: int, batch: int) -> Callable[[], object]:
+    """A round of this shape."""
     device = rounds.target.embed.weight.device
-    span = -(-(length + 2 * max(shape.slots, tree.size)) // 64) * 64
+    span = -(-(length + 2 * shape.slots) // 64) * 64
     rounds.target.reserve_positions(span)
     state = rounds.new_state(batch, span)
-    draft_state: State = {}
     state["limit"].fill_(1 << 40)
+    draft_state: State = {}
     if rounds.drafter is not None and shape.depth:
         draft_state = rounds.drafter.init_state(batch, span, device, rounds.target.embed.weight.dtype)
     plan = Plan(sampling, shape, pauses=True)
@@ -153,7 +170,7 @@ def _whole(
         state["missed"].zero_()
         return rounds(plan, state, draft_state, span)
 
-    return *_parts(rounds, shape, tree, length, batch), whole
+    return whole
 
 
 def _graphed(part: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -190,7 +207,9 @@ class ChainCosts:
         verify_RN: The target's forward with output head, by texts, then by nodes.
         first_R: A draft's first level, predictor and taking in what is accepted included.
         level_R: Each level after it.
-        rest_R: What a round with a draft takes beside its parts: judging, keeping what is accepted, noise.
+        pack_R: Packing nodes, where texts have unequally many, beyond what verifying them would take alone.
+        pad_R: Each pad that they need beside.
+        rest_R: What a round with a draft takes beside its parts: keeping what is accepted, ends, the loop itself.
         plain_rest_R: Likewise one without.
     """
 
@@ -199,26 +218,40 @@ class ChainCosts:
     verify_RN: tuple[tuple[float, ...], ...]
     first_R: tuple[float, ...]
     level_R: tuple[float, ...]
+    pack_R: tuple[float, ...] = (0.0,)
+    pad_R: tuple[float, ...] = (0.0,)
     rest_R: tuple[float, ...] = (0.0,)
     plain_rest_R: tuple[float, ...] = (0.0,)
 
-    def verify(self, rows: int, nodes: int) -> float:
+    def verify(self, rows: int, nodes: float) -> float:
         """Seconds to verify `nodes` rows of each of so many texts."""
         return _between(rows, self.rows, [_between(nodes, self.nodes, line) for line in self.verify_RN])
+
+    def packed(self, rows: int, total: int, longest: int) -> float:
+        """Seconds to verify `total` nodes of so many texts, at most `longest` of each."""
+        pads = rows * longest - total
+        more = _between(rows, self.rows, self.pack_R) + pads * _between(rows, self.rows, self.pad_R) if pads else 0.0
+        return self.verify(rows, total / rows) + more
 
     def level(self, rows: int) -> float:
         """Seconds of a draft level after the first."""
         return _between(rows, self.rows, self.level_R)
 
+    def drafted(self, rows: int, levels: int) -> float:
+        """Seconds of drafting so many levels."""
+        return _between(rows, self.rows, self.first_R) + (levels - 1) * self.level(rows) if levels else 0.0
+
     def round(self, rows: int, levels: int, verified: int) -> float:
         """Seconds of a round that drafts so many levels and verifies so many tokens beside the root."""
-        if not levels:
-            return self.verify(rows, verified + 1) + _between(rows, self.rows, self.plain_rest_R)
-        first, rest = (_between(rows, self.rows, values) for values in (self.first_R, self.rest_R))
-        return first + (levels - 1) * self.level(rows) + self.verify(rows, verified + 1) + rest
+        rest = self.rest(rows) if levels else _between(rows, self.rows, self.plain_rest_R)
+        return self.drafted(rows, levels) + self.verify(rows, verified + 1) + rest
+
+    def rest(self, rows: int) -> float:
+        """Seconds of a round with a draft beside drafting and verifying."""
+        return _between(rows, self.rows, self.rest_R)
 
     def plain(self, rows: int) -> float:
-        """Seconds of a token by plain decoding of one of so many texts, all of them together."""
+        """Seconds of a round without a draft."""
         return self.round(rows, 0, 0)
 
 
@@ -243,31 +276,44 @@ def measure_chain_costs(
         most: Levels.
         batch: Texts.
         length: Cached tokens.
-        sampling: Of the rounds.
+        sampling: Of drafting and verifying; noise and top-p take their time.
         repeats: Of each.
     """
     device = rounds.target.embed.weight.device
     sizes = sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
     depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < most} | {most})
     shapes = {depth: drafted(depth) for depth in depths}
-    verify, first, level, rest, plain_rest = [], [], [], [], []
+    nodes = (1, *(_judged(shape, device).size for shape in shapes.values()))
+    verify, first, level, pack, pad, rest, plain_rest = [], [], [], [], [], [], []
     for rows in sizes:
         plain = build(chain(0), device)
-        parts: dict[int, tuple[Shape, Tree]] = {0: (plain, plain)}
-        parts |= {depth: (shape, _rows(shape, device)) for depth, shape in shapes.items()}
-        found = _timed(rounds, parts, length, rows, repeats, lambda rounds, *given: _whole(rounds, sampling, *given))
+        parts: dict[Any, tuple[Shape, Tree, Sequence[int]]] = {0: (plain, plain, ())}
+        parts |= {depth: (shape, _judged(shape, device), ()) for depth, shape in shapes.items()}
+        # unequal rows: one node less than all, and every other text without a draft
+        ragged = [1 if row % 2 else most + 1 for row in range(rows)]
+        unequal = {} if rows == 1 or not shapes[most].is_chain else {"full": [most] + [most + 1] * (rows - 1), "half": ragged}
+        parts |= {name: (*parts[most][:2], lengths) for name, lengths in unequal.items()}
+        found = _timed(rounds, parts, length, rows, repeats, sampling)
         verify.append(_rising([found[depth][1] for depth in (0, *depths)]))
         first.append(found[1][0])
         steps = [(found[depth][0] - found[1][0]) / (depth - 1) for depth in depths if depth > 1]
         level.append(max(0.0, statistics.median(steps)) if steps else found[1][0])
-        beside = {depth: max(0.0, whole - draft - judged) for depth, (draft, judged, whole) in found.items()}
-        plain_rest.append(beside.pop(0))
-        rest.append(statistics.median(beside.values()))
-    nodes = (1, *(_rows(shape, device).size for shape in shapes.values()))
-    return ChainCosts(tuple(sizes), nodes, tuple(verify), tuple(first), tuple(level), tuple(rest), tuple(plain_rest))
+        beyond = {
+            name: max(0.0, found[name][1] - _between(sum(lengths) / rows, nodes, verify[-1]))
+            for name, lengths in unequal.items()
+        }
+        pack.append(beyond.get("full", 0.0))
+        pads = rows * (most + 1) - sum(ragged)
+        pad.append(max(0.0, beyond["half"] - pack[-1]) / pads if beyond else 0.0)
+        beside = [max(0.0, found[depth][2] - found[depth][1] - found[depth][0]) for depth in (0, *depths)]
+        plain_rest.append(beside[0])
+        rest.append(statistics.median(beside[1:]))
+    return ChainCosts(
+        tuple(sizes), nodes, tuple(verify), tuple(first), tuple(level), tuple(pack), tuple(pad), tuple(rest), tuple(plain_rest)
+    )
 
 
-def _rows(shape: Shape, device: torch.device) -> Tree:
+def _judged(shape: Shape, device: torch.device) -> Tree:
     """A tree to verify of as many nodes."""
     return build(chain(shape.depth) if shape.is_chain else [(rank,) for rank in range(shape.size - 1)], device)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainkit.drafters.base import Drafter, State, TargetHandle
 from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
-from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Sampling, gumbel
+from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Noise, Sampling, gumbel
 from trainkit.runner.tree import Draft, Shape, Tree, grow
 from trainkit.runner.verify import Typical, Verdict, coupled, mixed, residual, typical
 
@@ -86,7 +86,10 @@ class RoundOutput:
         depth: Of the draft that was verified.
         drafted: Tokens drafted in each row, those that were not verified too.
         levels: Draft levels run.
-        verified: Nodes that the target judged in each row beside the root.
+        nodes: That the target judged in each row beside the root, where all have as many.
+        paused: It has no draft because a policy chose so.
+        verified_B: Tokens verified in each row, where some had fewer than `depth`.
+        chances_BD: As in `Draft`.
     """
 
     emitted_BP: Tensor
@@ -95,7 +98,19 @@ class RoundOutput:
     depth: int = 0
     drafted: int = 0
     levels: int = 0
-    verified: int = 0
+    nodes: int = 0
+    paused: bool = False
+    verified_B: Tensor | None = None
+    chances_BD: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def verified(self, row: int) -> int:
+        """Tokens verified in a row."""
+        return self.depth if self.verified_B is None else int(self.verified_B[row])
 
 
 MISSED = 64
@@ -195,8 +210,9 @@ class Rounds:
         if not sampling.greedy and not (plan.is_residual and not tree.depth):
             # under `residual` and in `mixed` text, draft and target draw independently
             stream = RESIDUAL if ranked else PROPOSAL if drawn or plan.verify == "mixed" else CHOICE
-            rows = position[:, None] + 1 + torch.arange(tree.depth + 1, device=position.device)
-            noise = gumbel(state["keys"], rows, self.vocabulary, stream)
+            noise = Noise(state["keys"], position, self.vocabulary, stream)
+            if tree.key is not None:  # how far it drafts is known
+                noise = noise[:, : tree.depth + 1]
         if self.drafter is None or not tree.depth:
             assert isinstance(tree, Tree)
             draft = Draft(token[:, None], (), tree.topology, levels=0)
@@ -204,10 +220,11 @@ class Rounds:
             proposing, keep = None if ranked else noise, drawn or plan.observe is not None
             draft = grow(
                 tree, self.drafter, draft_state, self.handle, token, position, sampling, proposing, span, keep,
-                keep_said=plan.observe is not None,
+                keep_said=plan.observe is not None, done_B=state["done"],
             )  # fmt: skip
             if draft.shape is not None:
                 tree, noise = draft.shape, None if noise is None else noise[:, : draft.shape.depth + 1]
+        assert not isinstance(noise, Noise)
         proposed = draft
         if plan.verify == "mixed":  # the last token is the draft's or the target's, and nobody asks what comes after it
             assert isinstance(tree, Tree) and tree.is_chain
@@ -241,7 +258,8 @@ class Rounds:
     def judge(self, tree: Shape, draft: Draft, state: State, span: int) -> tuple[Tensor, Tensor | None]:
         """The target's logits [B, N, V] at every node, and its taps; the nodes' keys and values go to scratch slots.
 
-        A chain's nodes lie in the slots of their positions, so what each may see needs no ancestors.
+        A chain's nodes lie in the slots of their positions, so what each may see needs no ancestors. Where rows have unequally
+        many, the logits and taps of pads are their roots'.
         """
         position = state["position"]
         topology = draft.topology
@@ -251,8 +269,13 @@ class Rounds:
         else:
             slots = position[:, None] + torch.arange(tree.size, device=position.device)
             bias = tree_bias(position, topology.ancestors_BNN.expand(position.shape[0], -1, -1), span, state["cache"].dtype)
-        hidden, taps = self.target(draft.tokens_BN, positions, bias, state["cache"], slots, self.taps)
-        return self.target.head(hidden), taps
+        packing = draft.packing
+        tokens = draft.tokens_BN if packing is None else packing.pack(draft.tokens_BN)
+        hidden, taps = self.target(tokens, positions, bias, state["cache"], slots, self.taps, packing)
+        logits = self.target.head(hidden)
+        if packing is None:
+            return logits, taps
+        return packing.pad(logits), None if taps is None else packing.pad(taps)
 
     def _commit(
         self, plan: Plan, tree: Shape, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor,
@@ -284,7 +307,11 @@ class Rounds:
         ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
         state["done"].logical_or_(ended | (position + 1 >= state["limit"]))
         drafted = levels if draft.levels is not None and tree.is_chain else tree.size - 1
-        return RoundOutput(emitted, counts, logprobs, tree.depth, drafted, levels, tree.size - 1)
+        verified = None if draft.packing is None else draft.packing.lengths_B - 1
+        paused = plan.pauses and not levels
+        return RoundOutput(
+            emitted, counts, logprobs, tree.depth, drafted, levels, tree.size - 1, paused, verified, draft.chances_BD
+        )
 
     def _miss(self, state: State, tokens_B1: Tensor, taps_B1AD: Tensor | None, counts_B: Tensor) -> None:
         """Keeps a root that was decoded without a draft; room was made by `catch_up`."""

@@ -8,7 +8,7 @@ import torch
 
 from trainkit.errors import UserError
 from trainkit.models.acceptance import AcceptancePredictor, FoldedPredictor
-from trainkit.runner.adaptive import AdaptiveChain
+from trainkit.runner.adaptive import AdaptiveChain, RankedChain
 from trainkit.runner.control import MOST, Cost, Policy, PolicyName, Recent, Threshold
 from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
 from trainkit.runner.decoder import Rounds
@@ -18,8 +18,6 @@ from trainkit.runner.request import Options
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.schedule import Schedule
 from trainkit.runner.tree import Shape, build, chain
-
-_GREEDY = Sampling()
 
 
 class Pacer:
@@ -55,27 +53,26 @@ class Pacer:
         if asked.stops_within and self.schedule.graphs is not None:
             raise UserError(f"{policy}: stops within a round, which a captured graph cannot; take cost or ema")
         predictor = None if asked.blind else predictor
+        sampling = Sampling(options.temperature, options.top_k, options.top_p)
         if isinstance(tree, DynamicTree):
-            return self._tree(asked, tree, options, predictor)
+            return self._tree(asked, tree, sampling, options, predictor)
         most = options.depth or min(MOST, drafter.max_depth or MOST)
-        warm, threads = options.temperature > 0, torch.get_num_threads()
-        key = (asked, most, warm, options.verify, threads, predictor, options.top_k > 0, options.top_p < 1)
+        key = (asked, most, options.temperature, options.verify, torch.get_num_threads(), predictor, _parts(sampling))
         if key not in self.chains:
             drops = options.verify == "coupled" or options.temperature == 0
-            sampling = Sampling(options.temperature, options.top_k, options.top_p)
-            paced = self._policy(asked, most, predictor, sampling)
-            self.chains[key] = AdaptiveChain(paced, self.device, predictor, drops)
+            made = self._policy(asked, most, predictor, sampling, drops)
+            word = None if predictor is None else FoldedPredictor(predictor, options.temperature)
+            self.chains[key] = AdaptiveChain(made, self.device, word, drops)
         return self.chains[key]
 
     def _tree(
-        self, asked: PolicyName, tree: DynamicTree, options: Options, predictor: AcceptancePredictor | None
+        self, asked: PolicyName, tree: DynamicTree, sampling: Sampling, options: Options, predictor: AcceptancePredictor | None
     ) -> Shape:
         if asked.name not in ("fixed", "cost"):
             raise UserError(f"policy {options.policy}: paces chains; for a dynamic tree take cost or fixed")
-        key = (asked, tree, options.temperature, options.verify, torch.get_num_threads(), predictor)
+        key = (asked, tree, options.temperature, options.verify, torch.get_num_threads(), predictor, _parts(sampling))
         if key not in self.trees:
-            sampling = Sampling(options.temperature, options.top_k, options.top_p)
-            independent = options.verify == "residual" and options.temperature > 0  # of the noise that the predictor has learnt
+            independent = options.verify == "residual" and options.temperature > 0  # of the noise that the predictor knows
             word = None if predictor is None or independent else FoldedPredictor(predictor, options.temperature)
             whole = PredictedTree(tree.depth, tree.top_k, tree.nodes, word)
             if asked.name == "fixed":
@@ -85,41 +82,52 @@ class Pacer:
                 self.trees[key] = AdaptiveTree(TreeCost(costs, whole), self.device)
         return self.trees[key]
 
-    def _policy(self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None, sampling: Sampling) -> Policy:
+    def _policy(
+        self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None, sampling: Sampling, drops: bool
+    ) -> Policy:
         if asked.name == "fixed":
             return Policy(most)
         if asked.name == "ema":
             return Recent(most)
         if asked.name == "cost":
-            return Cost(self.costs(most, predictor, sampling), most, predictor is not None)
+            blind = "nothing" if self.schedule.graphs is None else "confidence"
+            return Cost(self.costs(most, predictor, sampling), most, blind if predictor is None else "predictor", drops)
         return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
 
     def costs(
-        self, most: int, predictor: AcceptancePredictor | None, sampling: Sampling = _GREEDY, tree: PredictedTree | None = None
-    ) -> ChainCosts:
+        self, most: int, predictor: AcceptancePredictor | None, sampling: Sampling | None = None,
+        tree: PredictedTree | None = None,
+    ) -> ChainCosts:  # fmt: skip
         """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine.
 
         With `tree` what its levels and nodes take.
         """
         assert self.rounds.drafter is not None
+        sampling = sampling or Sampling()
         target, captured = self.rounds.target, self.schedule.graphs is not None
         length, batch = min(256, self.max_len // 2), self.schedule.max_batch
         setting = {
             "processor": processor(self.device), "device": str(self.device), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "dtype": str(target.embed.weight.dtype), "target": sizes_of(target),
             "drafter": sizes_of(self.rounds.drafter), "predictor": sizes_of(predictor), "graphs": captured, "most": most,
-            "batch": batch, "length": length, "parts": "draft, verify, rest",
+            "batch": batch, "length": length, "sampling": _parts(sampling), "parts": "draft, verify, packing, rest",
             "tree": None if tree is None else [tree.depth, tree.top_k, tree.nodes],
-            "sampling": [not sampling.greedy, sampling.top_k > 0, sampling.top_p < 1],
         }  # fmt: skip
+
+        word = None if predictor is None else FoldedPredictor(predictor, sampling.temperature)
 
         def drafted(levels: int) -> Shape:
             if tree is not None:  # numbers of nodes from few to all
                 return tree.cut(levels, max(2, round(tree.nodes * levels / most)))
             if captured:
-                return build(chain(levels), self.device)
+                return RankedChain(build(chain(levels), self.device), levels, word)
             whole = Policy(levels)
             whole.reads = "nothing" if predictor is None else "predictor"
-            return AdaptiveChain(whole, self.device, predictor)
+            return AdaptiveChain(whole, self.device, word)
 
         return kept_costs(setting, lambda: measure_chain_costs(self.rounds, drafted, most, batch, length, sampling))
+
+
+def _parts(sampling: Sampling) -> tuple[bool, bool, bool]:
+    """Which parts of processing it has, each with its time: noise, top-k, top-p."""
+    return not sampling.greedy, not sampling.greedy and sampling.top_k > 0, not sampling.greedy and sampling.top_p < 1

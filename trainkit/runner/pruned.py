@@ -10,7 +10,7 @@ Lossless under every verification that a dynamic tree has: which nodes stay neve
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainkit.models.acceptance import FoldedPredictor
 from trainkit.runner.adaptive import Paced
-from trainkit.runner.control import FADE, PRIOR, Cost
+from trainkit.runner.control import FADE, PRIOR, Came, Cost
 from trainkit.runner.costs import ChainCosts
 from trainkit.runner.dynamic import DynamicTree, Guide
 from trainkit.runner.tree import Draft, Proposals, Shape, Steps, Tree, build, chain
@@ -69,7 +69,7 @@ class TreeCost(Cost):
     """
 
     def __init__(self, costs: ChainCosts, tree: PredictedTree) -> None:
-        super().__init__(costs, tree.depth, True)
+        super().__init__(costs, tree.depth, "predictor")
         self.tree = tree
         first = [PRIOR] + [(1 - PRIOR) / tree.top_k] * (tree.top_k - 1)
         self.shares_DK = np.tile(first, (tree.depth, 1))  # chances of a node's children, best first, on average
@@ -80,8 +80,8 @@ class TreeCost(Cost):
         self._reached_BF, self._proposed_BC, self._level = np.ones((rows, 1)), np.empty((rows, 0)), 0
         return super().begin(rows)
 
-    def verified(self, depth: int) -> int:
-        return self.tree.cut(depth, self.tree.nodes).nodes - 1
+    def _seconds(self, rows: int, levels: int, total: int, longest: int) -> float:
+        return self.costs.round(rows, levels, self.tree.cut(levels, self.tree.nodes).nodes - 1)
 
     def spread(self, chances_BFK: np.ndarray) -> bool:
         """Whether to expand another level, after one of whose nodes' children these are the chances, best first."""
@@ -106,10 +106,14 @@ class TreeCost(Cost):
         values = [gain - rate * self.costs.verify(rows, count + 1) for count, gain in enumerate([0.0, *gained.tolist()])]
         return max(range(len(values)), key=lambda count: values[count])
 
-    def learn(self, rows: int, levels: int, verified: int, accepted: Sequence[int]) -> None:
-        super().learn(rows, levels, verified, accepted)
-        if levels and accepted:
-            self.tried(rows, levels, accepted)
+    def learn(self, came: Came) -> None:
+        rows, accepted = came.rows, came.accepted
+        if came.levels and accepted:
+            tokens = sum(accepted) + len(accepted)
+            self._book(rows).add(self.costs.round(rows, came.levels, came.nodes), tokens * self.costs.plain(rows) / rows)
+            for level in range(came.levels):
+                reached = [count for count in accepted if count >= level]
+                self._learn_level(level, len(reached), sum(count > level for count in reached), rows)
 
 
 class _Pruned(Predicted):
@@ -163,7 +167,7 @@ class AdaptiveTree(Paced):
     def key(self) -> Hashable:
         return None
 
-    def fixed(self, levels: int) -> Shape:
+    def captured(self, levels: int, each: int) -> Shape:
         return self.whole.cut(levels, self.whole.nodes) if levels else self.root
 
     def grow(self, steps: Steps) -> Draft:

@@ -144,4 +144,4 @@ class Request:
         if not prefill and kept < count:
             self.stats.cut_rounds += 1
         elif not prefill and count:
-            self.stats.add_round(count - 1, output.depth, output.drafted)
+            self.stats.add_round(count - 1, output.verified(slot), output.drafted, output.paused)

@@ -106,3 +106,26 @@ def uniform(keys_B2: Tensor, positions_BR: Tensor, tokens_V: Tensor, stream: int
 def gumbel(keys_B2: Tensor, positions_BR: Tensor, tokens_V: Tensor, stream: int) -> Tensor:
     """[B, R, V] float32 Gumbel noise, -log(-log1p(-v)): precise where it is large, which decides, and never infinite."""
     return -(-torch.log1p(-uniform(keys_B2, positions_BR, tokens_V, stream))).log()
+
+
+class Noise:
+    """`gumbel` at the positions after a round's root, sliced as a tensor [B, R, V]; a row is made when first asked for.
+
+    Args:
+        keys_B2: As in `uniform`.
+        root_B: The root's position.
+        tokens_V: As in `uniform`.
+        stream: Likewise.
+    """
+
+    def __init__(self, keys_B2: Tensor, root_B: Tensor, tokens_V: Tensor, stream: int) -> None:
+        self.keys_B2, self.root_B, self.tokens_V, self.stream = keys_B2, root_B, tokens_V, stream
+        self.made_BRV = torch.empty(len(root_B), 0, len(tokens_V), device=root_B.device)
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
+        made = self.made_BRV.shape[1]
+        if (needed := index[1].stop) > made:
+            places_R = 1 + torch.arange(made, needed, device=self.root_B.device)
+            more_BRV = gumbel(self.keys_B2, self.root_B[:, None] + places_R, self.tokens_V, self.stream)
+            self.made_BRV = torch.cat([self.made_BRV, more_BRV], dim=1) if made else more_BRV
+        return self.made_BRV[index]

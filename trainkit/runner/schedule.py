@@ -17,6 +17,7 @@ import torch
 from trainkit.drafters.base import State
 from trainkit.errors import UserError
 from trainkit.runner.adaptive import Paced
+from trainkit.runner.control import Came
 from trainkit.runner.decoder import MISSED, Plan, RoundOutput, Rounds
 from trainkit.runner.graphs import Graphs
 from trainkit.runner.request import Request, Stopping
@@ -115,8 +116,7 @@ class Schedule:
             members, fetch = flight.popleft()
             emitted = fetch()
             if isinstance(plan.tree, Paced):
-                accepted = [count - 1 for count in emitted.counts_B[: len(members)].tolist() if count]
-                plan.tree.policy.learn(len(members), emitted.levels, emitted.verified, accepted)
+                plan.tree.policy.learn(_came(emitted, len(members)))
             for slot, request in enumerate(members):
                 if not request.finish:
                     request.take(emitted, slot, stopping)
@@ -155,12 +155,12 @@ class Schedule:
         if not isinstance(shape, Paced):
             return plan
         within = self.graphs is None or plan.observe is not None
-        shape.most = shape.policy.begin(rows) if within else shape.policy.tier(rows)
+        shape.most, each = (shape.policy.begin(rows), 0) if within else shape.policy.tier(rows)
         if self._paused and (shape.most or self._paused >= MISSED):
             self.rounds.catch_up(_rows(state, 0, rows), _rows(draft_state, 0, rows))
             self._paused = 0
         self._paused += not shape.most
-        return plan if within and shape.most else replace(plan, tree=shape.fixed(shape.most))
+        return plan if within and shape.most else replace(plan, tree=shape.captured(shape.most, each))
 
     def _round(self, plan: Plan, state: State, draft_state: State, active: int, span: int) -> RoundOutput:
         if self.graphs is None or plan.observe is not None:
@@ -178,17 +178,16 @@ class Schedule:
         """Starts the copy of a round's output to the host; the returned function waits for it."""
         if self.device.type != "cuda":
             return lambda: output
-        parts = (output.emitted_BP, output.counts_B, output.logprobs_BP)
-        pinned = [None if t is None else torch.empty_like(t, device="cpu", pin_memory=True) for t in parts]
-        copies = [None if p is None or t is None else p.copy_(t, non_blocking=True) for p, t in zip(pinned, parts, strict=True)]
+        copies = {
+            name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            for name, tensor in output.tensors.items()
+        }
         event = torch.cuda.Event()
         event.record()
 
         def wait() -> RoundOutput:
             event.synchronize()
-            emitted, counts, logprobs = copies
-            assert emitted is not None and counts is not None
-            return replace(output, emitted_BP=emitted, counts_B=counts, logprobs_BP=logprobs)
+            return replace(output, **copies)
 
         return wait
 
@@ -204,6 +203,15 @@ class Schedule:
                 rows[slot] = rows[last]
                 rows.pop()
                 state["done"][last].fill_(True)
+
+
+def _came(output: RoundOutput, rows: int) -> Came:
+    """What a policy learns of a round of so many texts."""
+    counts = output.counts_B[:rows].tolist()
+    live = [row for row, count in enumerate(counts) if count]
+    verified, accepted = [output.verified(row) for row in live], [counts[row] - 1 for row in live]
+    chances = () if output.chances_BD is None else output.chances_BD[live].T.tolist()
+    return Came(rows, output.levels, verified, accepted, chances, output.nodes)
 
 
 def _rows(state: State, start: int, stop: int) -> State:

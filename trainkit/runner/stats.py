@@ -16,6 +16,7 @@ class Stats:
         tokens: Tokens emitted in all, the prefill's and the cut rounds' included.
         offered: `offered[k]` full rounds came to draft position k and had a token there, counted from 1.
         drafted: Tokens drafted in full rounds, those that were not verified too.
+        paused: Full rounds without a draft because a policy found that it would not pay.
         lossy: The text is not what the target alone would have written, nor distributed as it (for any, if added together).
     """
 
@@ -25,14 +26,16 @@ class Stats:
     lossy: bool = False
     offered: list[int] = field(default_factory=list)
     drafted: int = 0
+    paused: int = 0
 
-    def add_round(self, accepted: int, depth: int, drafted: int | None = None) -> None:
+    def add_round(self, accepted: int, depth: int, drafted: int | None = None, paused: bool = False) -> None:
         """Counts one full round.
 
         Args:
             accepted: Drafted tokens that it kept.
             depth: Of what was verified.
             drafted: Tokens drafted; `depth` by default.
+            paused: A policy chose to draft nothing.
         """
         _extend(self.accepted, accepted + 1)
         self.accepted[accepted] += 1
@@ -41,6 +44,7 @@ class Stats:
         for k in range(1, came + 1):
             self.offered[k] += 1
         self.drafted += depth if drafted is None else drafted
+        self.paused += paused
 
     @property
     def rounds(self) -> int:
@@ -75,6 +79,7 @@ class Stats:
                 for k, n in enumerate(more):
                     sums[k] += n
             total.drafted += one.drafted
+            total.paused += one.paused
             total.cut_rounds += one.cut_rounds
             total.tokens += one.tokens
             total.lossy |= one.lossy

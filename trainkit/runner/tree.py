@@ -18,8 +18,9 @@ from torch import Tensor
 
 from trainkit.drafters.base import Drafter, Frontier, State, TargetHandle
 from trainkit.errors import UserError
+from trainkit.layers.attention import Packing
 from trainkit.models.acceptance import RANKS, signals
-from trainkit.runner.sampling import Sampling
+from trainkit.runner.sampling import Noise, Sampling
 
 RankPath = tuple[int, ...]
 
@@ -52,6 +53,8 @@ class Draft:
         said: Per level, what an acceptance predictor reads; kept only when asked for.
         shape: What it came to, where the shape asked for decides that while it drafts; it grows nothing itself.
         levels: Draft levels run for it, if more than it has.
+        packing: Nodes of a chain that are verified, where some rows have more than others; the rest are pads.
+        chances_BD: How likely each token is to be kept, where that was asked of a draft that no host followed.
     """
 
     tokens_BN: Tensor
@@ -61,6 +64,8 @@ class Draft:
     said: tuple[Said, ...] = ()
     shape: Shape | None = None
     levels: int | None = None
+    packing: Packing | None = None
+    chances_BD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Steps:
         span: No cache slot at or past it is in use.
         keep_scores: Keep each level's processed logits, for `residual`,
         keep_said: and what a predictor reads, for measuring.
+        done_B: Rows whose text has ended.
         scores: Those kept so far.
         said: Likewise.
     """
@@ -106,10 +112,11 @@ class Steps:
     root_B: Tensor
     position_B: Tensor
     sampling: Sampling
-    noise_BDV: Tensor | None
+    noise_BDV: Tensor | Noise | None
     span: int
     keep_scores: bool
     keep_said: bool = False
+    done_B: Tensor | None = None
     scores: list[Tensor] = field(default_factory=list)
     said: list[Said] = field(default_factory=list)
 
@@ -336,10 +343,11 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
 
 def grow(
     tree: Shape, drafter: Drafter, state: State, handle: TargetHandle, root_B: Tensor, position_B: Tensor, sampling: Sampling,
-    noise_BDV: Tensor | None, span: int, keep_scores: bool, keep_said: bool = False,
+    noise_BDV: Tensor | Noise | None, span: int, keep_scores: bool, keep_said: bool = False, done_B: Tensor | None = None,
 ) -> Draft:  # fmt: skip
     """Drafts a tree of this shape; the other arguments as in `Steps`."""
-    return tree.grow(Steps(drafter, state, handle, root_B, position_B, sampling, noise_BDV, span, keep_scores, keep_said))
+    steps = Steps(drafter, state, handle, root_B, position_B, sampling, noise_BDV, span, keep_scores, keep_said, done_B)
+    return tree.grow(steps)
 
 
 def _widen(logits_BFK: Tensor, ids_K: Tensor, vocab_size: int) -> Tensor:

@@ -53,6 +53,8 @@ def coupled(tree: Shape, draft: Draft, scores_BNV: Tensor, noise_BRV: Tensor | N
     choice_BN = _choice(tree, draft, scores_BNV, noise_BRV)
     if tree.is_chain:
         agreed = draft.tokens_BN[:, 1:] == choice_BN[:, :-1]
+        if draft.packing is not None:  # a pad is not judged: what stands there are its root's logits
+            agreed &= torch.arange(1, tree.size, device=agreed.device) < draft.packing.lengths_B[:, None]
         return Verdict(None, 1 + agreed.cumprod(1).sum(1), choice_BN)
     parents_BN = draft.topology.parents_BN.expand_as(choice_BN)
     on_path = _reached(draft, draft.tokens_BN == choice_BN.gather(1, parents_BN))
