@@ -26,6 +26,7 @@ from trainkit.data.prompts import read_prompts
 from trainkit.eval.ranks import BEYOND, walk
 from trainkit.runner import Runner
 from trainkit.runner.costs import ChainCosts
+from trainkit.runner.sampling import Sampling
 
 MOST = 10
 NAMES = ("Aisha", "Bogdan", "Chidi", "Dara", "Emeka", "Freya", "Goran", "Hana", "Ines", "Jomo", "Kenji", "Lotte")
@@ -63,7 +64,7 @@ def oracle(target: Path, drafter: Path, file: Path, temperature: float, limit: i
     texts = [one.tokens for one in runner.generate(given, max_new_tokens=128, temperature=temperature, progress=True)]
     ranks = walk(runner, given, texts, MOST, 1, temperature)
     alone = Runner.load(target, drafter, max_batch=1, max_len=512)
-    costs = alone.pacer.costs(MOST, None)
+    costs = alone.pacer.costs(MOST, None, Sampling(temperature))
     runs = [[kept(place) for place in text if place[0] != BEYOND] for text in ranks]
     plain = costs.verify(1, 1)
     fixed = {str(depth): played(runs, costs, depth) * plain for depth in range(1, MOST + 1)}

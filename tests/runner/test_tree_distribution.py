@@ -13,7 +13,7 @@ import torch
 from tests.runner import laws
 from tests.runner.models import SIBLINGS
 from tests.runner.test_distribution import CASES, check, laws_of, sample, skewed, tables
-from trainkit.runner import DynamicTree, decoder, verify
+from trainkit.runner import DynamicTree, decoder, sampling, verify
 
 SLOW = pytest.mark.slow
 TREES = {"grown": DynamicTree(3, 2, 6), "wide": DynamicTree(2, 3, 7), "deep": DynamicTree(5, 2, 8)}
@@ -115,9 +115,9 @@ def test_a_rule_is_caught_if_it_is_wrong(rule, tree, seed, monkeypatch):
 )  # fmt: skip
 def test_one_row_of_noise_for_every_depth_is_caught(tree, method, seed, monkeypatch):
     """Planted: tokens of one round share their noise. Each token by itself still has the right law."""
-    right = decoder.gumbel
+    right = sampling.gumbel
     monkeypatch.setattr(
-        decoder, "gumbel", lambda keys, rows, *rest: right(keys, rows[:, :1], *rest).expand(-1, rows.shape[1], -1)
+        sampling, "gumbel", lambda keys, rows, *rest: right(keys, rows[:, :1], *rest).expand(-1, rows.shape[1], -1)
     )
     p, q = skewed(1)
     counts, _ = sample(p, q, 20_000, tree, seed, verify=method, temperature=1.0)

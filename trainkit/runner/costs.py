@@ -289,22 +289,20 @@ def measure_chain_costs(
         plain = build(chain(0), device)
         parts: dict[Any, tuple[Shape, Tree, Sequence[int]]] = {0: (plain, plain, ())}
         parts |= {depth: (shape, _judged(shape, device), ()) for depth, shape in shapes.items()}
-        # unequal rows: one node less than all, and every other text without a draft
+        # packed though equal, which costs packing alone; and every other text without a draft
         ragged = [1 if row % 2 else most + 1 for row in range(rows)]
-        unequal = {} if rows == 1 or not shapes[most].is_chain else {"full": [most] + [most + 1] * (rows - 1), "half": ragged}
+        is_shared = rows > 1 and shapes[most].is_chain
+        unequal = {"full": [most + 1] * rows, "half": ragged} if is_shared else {}
         parts |= {name: (*parts[most][:2], lengths) for name, lengths in unequal.items()}
         found = _timed(rounds, parts, length, rows, repeats, sampling)
         verify.append(_rising([found[depth][1] for depth in (0, *depths)]))
         first.append(found[1][0])
         steps = [(found[depth][0] - found[1][0]) / (depth - 1) for depth in depths if depth > 1]
         level.append(max(0.0, statistics.median(steps)) if steps else found[1][0])
-        beyond = {
-            name: max(0.0, found[name][1] - _between(sum(lengths) / rows, nodes, verify[-1]))
-            for name, lengths in unequal.items()
-        }
-        pack.append(beyond.get("full", 0.0))
+        pack.append(max(0.0, found["full"][1] - found[most][1]) if is_shared else 0.0)
+        half = found["half"][1] - _between(sum(ragged) / rows, nodes, verify[-1]) if is_shared else 0.0
         pads = rows * (most + 1) - sum(ragged)
-        pad.append(max(0.0, beyond["half"] - pack[-1]) / pads if beyond else 0.0)
+        pad.append(max(0.0, half - pack[-1]) / pads if is_shared else 0.0)
         beside = [max(0.0, found[depth][2] - found[depth][1] - found[depth][0]) for depth in (0, *depths)]
         plain_rest.append(beside[0])
         rest.append(statistics.median(beside[1:]))
