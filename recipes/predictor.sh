@@ -6,12 +6,12 @@
 #   ./launch.sh recipes/predictor.sh TARGET DATA CODE DRAFTER OUT
 #
 # TARGET: the target's folder. DATA: a folder with test.jsonl, questions that the drafter was not trained on. CODE: a JSONL of
-# prompts of another kind (HumanEval). DRAFTER: a bundle, which is copied. Environment: SEEN=700 (questions to train on), DEPTH=10,
+# prompts of another kind (HumanEval). DRAFTER: a bundle, which is copied. Environment: SEEN=1000 (questions to train on), DEPTH=10,
 # LIMIT=12 (prompts timed), REPEATS=5, TEMPERATURES="0 1", DEVICE=cpu.
 set -euo pipefail
 
 target=${1:?usage: predictor.sh TARGET DATA CODE DRAFTER OUT} data=${2:?DATA} code=${3:?CODE} drafter=${4:?DRAFTER} out=${5:?OUT}
-seen=${SEEN:-700} depth=${DEPTH:-10} limit=${LIMIT:-12} repeats=${REPEATS:-5} device=${DEVICE:-cpu}
+seen=${SEEN:-1000} depth=${DEPTH:-10} limit=${LIMIT:-12} repeats=${REPEATS:-5} device=${DEVICE:-cpu}
 mkdir -p "$out"
 
 say() { printf '== %s (%d s so far)\n' "$1" "$SECONDS"; }
@@ -42,7 +42,7 @@ for t in ${TEMPERATURES:-0 1}; do
         say "speed on $set at temperature $t"
         [ -e "$out/bench-$set-t$t.json" ] || ./launch.sh bench --target "$target" --drafter "$out/draft" --prompts "$out/$set.jsonl" \
             --limit "$limit" --max_new_tokens 128 --depths "[$(seq -s, 1 "$depth")]" --policy cost --policy cost-blind \
-            --policy predictor:0.5 --policy confidence:0.6 --policy ema --repeats "$repeats" --baselines false --temperature "$t" \
+            --policy predictor:0.6 --policy confidence:0.6 --policy ema --repeats "$repeats" --baselines false --temperature "$t" \
             --device "$device" --json "$out/bench-$set-t$t.json"
         [ -e "$out/oracle-$set-t$t.json" ] || python recipes/predictor.py oracle "$target" "$out/draft" "$out/$set.jsonl" "$t" \
             "$limit" "$out/oracle-$set-t$t.json"

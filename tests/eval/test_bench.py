@@ -178,8 +178,8 @@ def test_a_wrong_contender_is_a_mismatch_and_is_named():
     asked = request()
     field = synthetic_field(asked)
 
-    def wrong(prompts, most):
-        good = field.plain.run(prompts, most)
+    def wrong(prompts, most, first):
+        good = field.plain.run(prompts, most, first)
         return Generated([[*text[:-1], (text[-1] + 1) % 512] for text in good.tokens], good.stats, good.rounds, good.split)
 
     field.contenders.append(Contender("planted", "trainkit", 0, wrong, ((0,),), field.drafts[0].name))

@@ -24,7 +24,7 @@ def test_mbsu_and_roof_by_hand():
 
 
 def test_rates_are_medians_and_prefill_is_left_out_of_decoding():
-    one = Contender("x", "trainkit", 0, lambda prompts, most: Generated([]))
+    one = Contender("x", "trainkit", 0, lambda prompts, most, first: Generated([]))
     one.seconds = [2.0, 1.0, 4.0]
     one.outputs = [Generated([[1] * 6, [2] * 2], split={"prefill": 0.5})] * 3
     assert one.rates == [4.0, 8.0, 2.0] and one.rate == 4.0 and one.decode_seconds == 1.5
@@ -34,7 +34,7 @@ def test_repeats_are_interleaved_each_with_its_own_threads():
     seen = []
 
     def contender(name, threads):
-        def run(prompts, most):
+        def run(prompts, most, first):
             seen.append((name, torch.get_num_threads()))
             return Generated([[1] * most])
 
@@ -47,9 +47,24 @@ def test_repeats_are_interleaved_each_with_its_own_threads():
     assert seen == [("a", 1), ("b", 2), ("a", 1), ("b", 2)] and told == ["a", "b", "a", "b"]
 
 
+def test_contenders_take_turns_prompt_by_prompt_and_their_pieces_add_up(seed):
+    """As one call: the same tokens, by the same draws, the same counts; and the seconds are those of all turns."""
+    prompts, seen = [[1, 2], [3], [4, 5, 6]], []
+    runner = pair(ends=())
+    whole, cut, other = (ours(runner, name, ((0,), (0, 0)), temperature=0.8) for name in ("whole", "cut", "other"))
+    inner = cut.run
+    cut.run = lambda *given: (seen.append(("cut", given[2])), time.sleep(0.02), inner(*given))[2]
+    other.run = lambda *given: (seen.append(("other", given[2])), Generated([[0]] * len(given[0])))[1]
+    measure([whole], prompts, 12, 1)
+    measure([cut, other], prompts, 12, 1, piece=1)
+    assert seen == [(name, place) for place in range(3) for name in ("cut", "other")]
+    assert cut.last.tokens == whole.last.tokens and cut.last.stats == whole.last.stats and len(other.last.tokens) == 3
+    assert cut.seconds[0] > 0.06 and set(cut.last.split) == set(whole.last.split)
+
+
 def test_each_contender_gets_its_faster_number_of_threads():
     def contender(fast):
-        def run(prompts, most):
+        def run(prompts, most, first):
             time.sleep(0.001 if torch.get_num_threads() == fast else 0.03)
             return Generated([[1] * most])
 
@@ -63,7 +78,7 @@ def test_each_contender_gets_its_faster_number_of_threads():
 
 def test_our_contender_reports_rounds_of_the_whole_batch(seed):
     runner = pair(ends=(), max_batch=4)
-    output = ours(runner, "plain", ()).run([[1, 2]] * 4, 9)
+    output = ours(runner, "plain", ()).run([[1, 2]] * 4, 9, 0)
     assert output.count == 36 and output.rounds == 8 and output.stats is not None and output.stats.rounds == 32
     assert set(output.split) >= {"prefill", "target", "host"}
 

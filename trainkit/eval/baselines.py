@@ -5,7 +5,7 @@ Every setting that changes text or speed is stated here rather than left to a ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainkit.bundle import read_json
-from trainkit.eval.speed import Contender, Generated
+from trainkit.eval.speed import Contender, Generated, Run
 from trainkit.models.load import hf_config, hf_tensors
 from trainkit.models.shape import TargetShape
 from trainkit.runner.costs import synchronize
@@ -99,8 +99,8 @@ def assisted_contender(name: str, model: Any, assistant: Any, depth: int, settin
     return Contender(name, "transformers", depth, _runner(model, assistant, depth, settings), drafter=drafter)
 
 
-def _runner(model: Any, assistant: Any, depth: int, settings: Settings) -> Callable[[Sequence[Sequence[int]], int], Generated]:
-    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Generated:
+def _runner(model: Any, assistant: Any, depth: int, settings: Settings) -> Run:
+    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int) -> Generated:
         model.generation_config = settings.generation_config(max_new_tokens)
         extra = {}
         if assistant is not None:
@@ -111,7 +111,7 @@ def _runner(model: Any, assistant: Any, depth: int, settings: Settings) -> Calla
             extra["assistant_model"] = assistant
         tokens: list[list[int]] = []
         for start in range(0, len(prompts), settings.batch):
-            torch.manual_seed(settings.seed + start)
+            torch.manual_seed(settings.seed + first + start)
             tokens += _generate(model, prompts[start : start + settings.batch], settings, extra)
         synchronize(model.device)
         return Generated(tokens)

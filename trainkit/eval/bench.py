@@ -119,14 +119,16 @@ def run(request: Request, field: Field) -> Result:
         threads = sorted({1, every}) if device.type == "cpu" else [every]
         once = warm_up(field.contenders, field.prompts, request.max_new_tokens, threads, whole=device.type != "cpu")
         _announce(request, field, _fit(field, once * request.repeats, request.max_seconds))
-        with tqdm(total=len(field.contenders) * request.repeats, unit="run", disable=None) as bar:
+        piece = 1 if request.batch == 1 else len(field.prompts)
+        turns = len(field.contenders) * request.repeats * -(-len(field.prompts) // piece)
+        with tqdm(total=turns, unit="run", disable=None) as bar:
 
             def progress(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
             done = measure(
-                field.contenders, field.prompts, request.max_new_tokens, request.repeats, progress, request.max_seconds
+                field.contenders, field.prompts, request.max_new_tokens, request.repeats, progress, request.max_seconds, piece
             )
         if done < request.repeats:
             field.notes.append(f"{done} of {request.repeats} repeats, to stay within max_seconds {request.max_seconds:.0f}")

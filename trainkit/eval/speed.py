@@ -41,6 +41,17 @@ class Generated:
         """Tokens emitted."""
         return sum(map(len, self.tokens))
 
+    @staticmethod
+    def of(calls: Sequence[Generated]) -> Generated:
+        """What several calls gave, one after the other."""
+        stats = [call.stats for call in calls if call.stats is not None]
+        split = {part: sum(call.split[part] for call in calls) for part in calls[0].split}
+        tokens = [text for call in calls for text in call.tokens]
+        return Generated(tokens, Stats.merge(stats) if stats else None, sum(call.rounds for call in calls), split)
+
+
+Run = Callable[[Sequence[Sequence[int]], int, int], Generated]
+
 
 @dataclass
 class Contender:
@@ -50,7 +61,7 @@ class Contender:
         name: As tables show it.
         family: `transformers` or `trainkit`.
         depth: Levels drafted a round; 0 decodes plainly.
-        run: (prompts, max_new_tokens) -> what it generated; returns when the tokens are there.
+        run: (prompts, max_new_tokens, place of the first prompt) -> what it generated; returns when the tokens are there.
         paths: Rank paths of the draft; only of our contenders.
         drafter: Its drafter's name; empty where nothing drafts.
         policy: What paces its draft, in place of paths.
@@ -62,7 +73,7 @@ class Contender:
     name: str
     family: str
     depth: int
-    run: Callable[[Sequence[Sequence[int]], int], Generated]
+    run: Run
     paths: tuple[RankPath, ...] = ()
     drafter: str = ""
     policy: str = ""
@@ -108,12 +119,14 @@ def ours(
         **options: As in `Runner.generate`.
     """
 
-    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Generated:
+    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int) -> Generated:
         settle(runner)
         if prepare is not None:
             prepare()
         tree: dict[str, object] = {"tree": paths} if paths else {"depth": most, "policy": policy or None}
-        outputs = runner.generate(prompts, max_new_tokens=max_new_tokens, **tree, **options)  # type: ignore[arg-type]
+        draws = [(first + place, 0) for place in range(len(prompts))]  # a prompt's own, whichever are decoded with it
+        found = dict(runner.generate_each(prompts, draws, max_new_tokens=max_new_tokens, **tree, **options))
+        outputs = [found[place] for place in range(len(prompts))]
         stats = Stats.merge(output.stats for output in outputs)
         return Generated([output.tokens for output in outputs], stats, runner.rounds_run, dict(runner.seconds))
 
@@ -146,12 +159,12 @@ def warm_up(
     # the deepest first: static tensors then never grow again, which would drop the graphs captured before
     for contender in sorted(contenders, key=lambda one: -len(one.paths)):
         if whole:
-            contender.run(prompts, max_new_tokens)
+            contender.run(prompts, max_new_tokens, 0)
         probe, length = prompts[:1], min(24, max_new_tokens)
         found: dict[int, float] = {}
         for count in threads:
             set_threads(count)
-            contender.run(probe, min(4, length))
+            contender.run(probe, min(4, length), 0)
             seconds, output = _timed(contender, probe, length)
             found[count] = seconds / max(1, output.count)
         contender.threads = min(found, key=lambda count: found[count])
@@ -161,9 +174,12 @@ def warm_up(
 
 def measure(
     contenders: Sequence[Contender], prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int,
-    progress: Callable[[str], None] = lambda name: None, max_seconds: float = float("inf"),
+    progress: Callable[[str], None] = lambda name: None, max_seconds: float = float("inf"), piece: int | None = None,
 ) -> int:  # fmt: skip
     """Times every contender `repeats` times, interleaved; results go into `seconds` and `outputs` of each.
+
+    Where prompts are decoded one after the other, contenders take turns prompt by prompt (`piece` 1): what else the machine
+    does meets all of them alike, and ratios of a repeat are of the same minute.
 
     Returns how often it did: fewer times, but once at least, if another repeat would end after `max_seconds`.
 
@@ -174,17 +190,21 @@ def measure(
         repeats: Rounds over all contenders.
         progress: Told the name of a contender that has just been timed.
         max_seconds: Wall-clock for all repeats.
+        piece: Prompts of a turn; all by default.
     """
     began = perf_counter()
     for done in range(repeats):
         if done and (perf_counter() - began) * (done + 1) / done > max_seconds:
             return done
-        for contender in contenders:
-            set_threads(contender.threads)
-            seconds, output = _timed(contender, prompts, max_new_tokens)
-            contender.seconds.append(seconds)
-            contender.outputs.append(output)
-            progress(contender.name)
+        found: list[list[tuple[float, Generated]]] = [[] for _ in contenders]
+        for start in range(0, len(prompts), piece or len(prompts)):
+            for contender, turns in zip(contenders, found, strict=True):
+                set_threads(contender.threads)
+                turns.append(_timed(contender, prompts[start : start + (piece or len(prompts))], max_new_tokens, start))
+                progress(contender.name)
+        for contender, turns in zip(contenders, found, strict=True):
+            contender.seconds.append(sum(seconds for seconds, _ in turns))
+            contender.outputs.append(Generated.of([output for _, output in turns]))
     return repeats
 
 
@@ -194,9 +214,11 @@ def set_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def _timed(contender: Contender, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[float, Generated]:
+def _timed(
+    contender: Contender, prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int = 0
+) -> tuple[float, Generated]:
     began = perf_counter()
-    output = contender.run(prompts, max_new_tokens)
+    output = contender.run(prompts, max_new_tokens, first)
     return perf_counter() - began, output
 
 
