@@ -1,7 +1,8 @@
-"""Prompts, oracle, useless draft and tables of recipes/predictor.sh.
+"""Prompts, oracle, trees, useless draft and tables of recipes/predictor.sh.
 
     python recipes/predictor.py prompts TEST.jsonl CODE.jsonl SEEN OUT
     python recipes/predictor.py oracle TARGET DRAFTER PROMPTS TEMPERATURE LIMIT OUT.json
+    python recipes/predictor.py trees TARGET DRAFTER PROMPTS TEMPERATURE LIMIT OUT.json
     python recipes/predictor.py useless TARGET DRAFTER PROMPTS OUT.json
     python recipes/predictor.py table OUT
 
@@ -24,7 +25,7 @@ import torch
 
 from trainkit.data.prompts import read_prompts
 from trainkit.eval.ranks import BEYOND, walk
-from trainkit.runner import Runner
+from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.costs import ChainCosts
 from trainkit.runner.sampling import Sampling
 
@@ -66,7 +67,7 @@ def oracle(target: Path, drafter: Path, file: Path, temperature: float, limit: i
     alone = Runner.load(target, drafter, max_batch=1, max_len=512)
     costs = alone.pacer.costs(MOST, None, Sampling(temperature))
     runs = [[kept(place) for place in text if place[0] != BEYOND] for text in ranks]
-    plain = costs.verify(1, 1)
+    plain = costs.plain(1)
     fixed = {str(depth): played(runs, costs, depth) * plain for depth in range(1, MOST + 1)}
     rate = 1 / plain
     for _ in range(20):  # Dinkelbach
@@ -103,6 +104,46 @@ def known(runs: list[list[int]], costs: ChainCosts, rate: float) -> tuple[float,
             depth = max(worth, key=lambda depth: worth[depth])
             place, tokens, seconds = place + depth + 1, tokens + depth + 1, seconds + costs.round(1, depth, depth)
     return tokens, seconds
+
+
+def trees(target: Path, drafter: Path, file: Path, temperature: float, limit: int, out: Path, repeats: int = 3) -> None:
+    """Dynamic trees ranked by the draft, by the predictor, and pruned; beside chains; turns prompt by prompt."""
+    torch.set_num_threads(1)
+    given = read_prompts(str(file), str(target), limit)
+    runner = Runner.load(target, drafter, max_batch=1, max_len=max(map(len, given)) + 192)
+    shape = DynamicTree(4, 3, 8)
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {"depth": 0}, "chain of 3": {"depth": 3}, "chain, cost": {"policy": "cost"},
+        "tree, ranked by the draft": {"tree": shape}, "tree, ranked by the predictor": {"tree": shape, "policy": "fixed"},
+        "tree, pruned without the predictor": {"tree": shape, "policy": "cost-blind"},
+        "tree, pruned": {"tree": shape, "policy": "cost"},
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [0.0] * repeats for name in ways}
+    stats: dict[str, Stats] = {}
+    for repeat in range(-1, repeats):  # the first for warmth, and for what policies learn
+        found: dict[str, list[Stats]] = {name: [] for name in ways}
+        for place, prompt in enumerate(given):
+            texts = {}
+            for name, options in ways.items():
+                began = perf_counter()
+                every = options | {"max_new_tokens": 128, "temperature": temperature}
+                ((_, output),) = runner.generate_each([prompt], [(place, 0)], **every)
+                texts[name] = output.tokens
+                found[name].append(output.stats)
+                if repeat >= 0:
+                    seconds[name][repeat] += perf_counter() - began
+            assert all(text == texts["plain"] for text in texts.values()), place
+        stats = {name: Stats.merge(all_) for name, all_ in found.items()}
+    result = {
+        name: {
+            "tau": one.tau, "verified": one.drafted / one.rounds, "wasted": one.wasted,
+            "speedup": statistics.median(a / b for a, b in zip(seconds["plain"], seconds[name], strict=True)),
+        }
+        for name, one in stats.items()
+    }  # fmt: skip
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, one in result.items():
+        print(f"{name:36} tau {one['tau']:.2f}  drafted {one['verified']:.2f}  {one['speedup']:.2f}x plain")
 
 
 def useless(target: Path, drafter: Path, file: Path, out: Path, repeats: int = 7) -> None:
@@ -163,6 +204,11 @@ def table(out: Path) -> None:
                     f"| {SETS[name]}, {heat} | {paced['policy']} | {paced['speedup']:.2f} | {fixed['median']:.3f} {spread} | "
                     f"{paced['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
                 )
+    print("\n| prompts, T | way | tau | tokens drafted a round | speedup |\n" + "|---" * 5 + "|")
+    for file in sorted(out.glob("trees-*.json")):
+        name, heat = file.stem.removeprefix("trees-").split("-t")
+        for way, one in json.loads(file.read_text(encoding="utf-8")).items():
+            print(f"| {SETS[name]}, {heat} | {way} | {one['tau']:.2f} | {one['verified']:.2f} | {one['speedup']:.2f} |")
     if (out / "useless.json").is_file():
         for name, one in json.loads((out / "useless.json").read_text(encoding="utf-8")).items():
             print(f"\nuseless draft, batch 8, {name}: {one['median']:.3f} of plain ({one['min']:.3f}..{one['max']:.3f})")
@@ -174,6 +220,8 @@ if __name__ == "__main__":
         prompts(Path(given_[0]), Path(given_[1]), int(given_[2]), Path(given_[3]))
     elif command == "oracle":
         oracle(Path(given_[0]), Path(given_[1]), Path(given_[2]), float(given_[3]), int(given_[4]), Path(given_[5]))
+    elif command == "trees":
+        trees(Path(given_[0]), Path(given_[1]), Path(given_[2]), float(given_[3]), int(given_[4]), Path(given_[5]))
     elif command == "useless":
         useless(*(Path(name) for name in given_))
     else:

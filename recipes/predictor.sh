@@ -46,6 +46,8 @@ for t in ${TEMPERATURES:-0 1}; do
             --device "$device" --json "$out/bench-$set-t$t.json"
         [ -e "$out/oracle-$set-t$t.json" ] || python recipes/predictor.py oracle "$target" "$out/draft" "$out/$set.jsonl" "$t" \
             "$limit" "$out/oracle-$set-t$t.json"
+        [ -e "$out/trees-$set-t$t.json" ] || python recipes/predictor.py trees "$target" "$out/draft" "$out/$set.jsonl" "$t" \
+            "$limit" "$out/trees-$set-t$t.json"
     done
 done
 

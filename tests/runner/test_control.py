@@ -18,9 +18,10 @@ from trainkit.errors import UserError
 from trainkit.models.acceptance import SIGNALS, AcceptancePredictor, FoldedPredictor, signals
 from trainkit.runner import Runner, Stats, costs
 from trainkit.runner.adaptive import AdaptiveChain
-from trainkit.runner.control import Came, Cost, Policy, PolicyName, Recent, Threshold
+from trainkit.runner.control import Came, Policy, PolicyName, Recent, Threshold
 from trainkit.runner.costs import ChainCosts
 from trainkit.runner.sampling import Sampling
+from trainkit.runner.worth import Cost
 
 POLICIES = ["fixed", "confidence:0.3", "confidence", "predictor:0.4", "cost", "cost-blind", "ema"]
 

@@ -19,10 +19,11 @@ from trainkit.layers.attention import Packing, causal_bias
 from trainkit.models.acceptance import FoldedPredictor
 from trainkit.runner import Runner, Stats, adaptive, decoder, verify
 from trainkit.runner.adaptive import AdaptiveChain, RankedChain
-from trainkit.runner.control import Came, Cost, Policy
+from trainkit.runner.control import Came, Policy
 from trainkit.runner.costs import ChainCosts
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.tree import Draft, build, chain, grow
+from trainkit.runner.worth import Cost
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 from trainkit.errors import UserError
 from trainkit.models.acceptance import AcceptancePredictor, FoldedPredictor
 from trainkit.runner.adaptive import AdaptiveChain, RankedChain
-from trainkit.runner.control import MOST, Cost, Policy, PolicyName, Recent, Threshold
+from trainkit.runner.control import MOST, Policy, PolicyName, Recent, Threshold
 from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
 from trainkit.runner.decoder import Rounds
 from trainkit.runner.dynamic import DynamicTree
@@ -18,6 +18,7 @@ from trainkit.runner.request import Options
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.schedule import Schedule
 from trainkit.runner.tree import Shape, build, chain
+from trainkit.runner.worth import Cost
 
 
 class Pacer:

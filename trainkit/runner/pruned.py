@@ -19,10 +19,11 @@ from torch import Tensor
 
 from trainkit.models.acceptance import FoldedPredictor
 from trainkit.runner.adaptive import Paced
-from trainkit.runner.control import FADE, PRIOR, Came, Cost
+from trainkit.runner.control import Came
 from trainkit.runner.costs import ChainCosts
 from trainkit.runner.dynamic import DynamicTree, Guide
 from trainkit.runner.tree import Draft, Proposals, Shape, Steps, Tree, build, chain
+from trainkit.runner.worth import FADE, PRIOR, Cost
 
 _LEAST = 1e-6
 """Chances are taken from here to 1 less this: their logarithm is finite, and a child never ranks with its parent."""

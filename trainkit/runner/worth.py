@@ -1,0 +1,226 @@
+"""The policy `cost`: draft while the next token is worth more than it costs, verify those that are worth their rows.
+
+With R the tokens per second that decoding makes, a draft token is worth its chance of being kept, and costs R times the seconds
+of a draft step and of one more row to verify. R is what the rounds so far have made (Dinkelbach's iteration for a ratio of
+expectations), and plain decoding's at least; where speculation makes less than that, it rests and is tried again ever more
+seldom. Of several texts, those whose tokens are likelier to be kept get more of them verified.
+Left out on purpose: learning a policy (bandits); there are three numbers to know, and they are measured.
+"""
+
+# B rows  D tokens by level
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+
+from trainkit.runner.control import Came, Policy, Recent, Signal
+from trainkit.runner.costs import ChainCosts
+
+FADE = 0.98
+"""Weight of past rounds against a new one: some fifty count."""
+
+PRIOR = 0.7
+"""Acceptance of a level that has not been tried."""
+
+_TRIAL = 4
+"""Rounds after which speculation that loses is given up."""
+
+_REST, _LONGEST_REST = 32, 2048
+"""Plain rounds until it is tried again; twice as many after each trial that failed."""
+
+
+@dataclass
+class _Book:
+    """What drafted rounds of about so many rows took, and what plain decoding would have taken; older ones fade.
+
+    Attributes:
+        seconds: As they were.
+        plain: For the same tokens.
+        trial: Rounds since drafting began or was taken up again.
+        resting: Plain rounds still to come.
+        rest: How many the next rest will have.
+    """
+
+    seconds: float = 0.0
+    plain: float = 0.0
+    trial: int = 0
+    resting: int = 0
+    rest: int = _REST
+
+    @property
+    def speedup(self) -> float:
+        return self.plain / self.seconds if self.seconds else 1.0
+
+    def add(self, seconds: float, plain: float) -> None:
+        self.seconds, self.plain = FADE * self.seconds + seconds, FADE * self.plain + plain
+        self.trial += 1
+        if self.trial >= _TRIAL and self.speedup < 1:
+            self.resting, self.rest = self.rest, min(2 * self.rest, _LONGEST_REST)
+            self.seconds = self.plain = 0.0
+            self.trial = 0
+        elif self.trial > 8 * _TRIAL:
+            self.rest = _REST
+
+
+class Cost(Policy):
+    """Drafts while the next token is worth more than it costs.
+
+    Seconds are the measured costs of what a round did, not a clock's, so that a call decides alike on a busy machine.
+
+    Args:
+        costs: Of a round's parts.
+        most: Levels at most.
+        reads: What says how likely each proposal is to be kept; with `nothing`, the mean of its level is taken for it.
+        shares: Whether tokens may go unverified by what was said of them, so that rows need not verify equally many.
+    """
+
+    def __init__(self, costs: ChainCosts, most: int, reads: Signal = "nothing", shares: bool = False) -> None:
+        super().__init__(most)
+        self.costs, self.reads, self.shares = costs, reads, shares and reads != "nothing"
+        self.accept = [PRIOR] * most
+        self._books: dict[int, _Book] = {}
+        self._rows = 1
+        self._chances: list[list[float]] = []  # by level, of each row's token to be kept
+        self._prices: dict[tuple[int, int, int], float] = {}
+        # of captured rounds: tokens a row is expected to keep by tier, and those kept and expected of all, older ones fading
+        self._gains: dict[tuple[int, int], float] = {}
+        self._kept = self._expected = 0.0
+
+    def rate(self, rows: int) -> float:
+        """R: tokens per second that decoding makes, plain decoding's at least."""
+        return max(1.0, self._book(rows).speedup) * rows / self.costs.plain(rows)
+
+    def _book(self, rows: int) -> _Book:
+        return self._books.setdefault((rows - 1).bit_length(), _Book())
+
+    def begin(self, rows: int) -> int:
+        self._rows, self._chances = rows, []
+        book = self._book(rows)
+        if book.resting:
+            book.resting -= 1
+            return 0
+        return self.most
+
+    def more(self, said_B: Sequence[float]) -> bool:
+        level, rows, rate = len(self._chances), self._rows, self.rate(self._rows)
+        if self.reads == "nothing":
+            said_B = [self.accept[level]] * rows
+        before_B = self._chances[-1] if level else [1.0] * rows
+        chances_B = [chance * said for chance, said in zip(before_B, said_B, strict=True)]
+        self._chances.append(chances_B)
+        if self.reads != "nothing":
+            self._learn_level(level, sum(before_B), sum(chances_B))
+        if level + 1 >= self.most:
+            return False
+        if self.shares and rows > 1:
+            next_B = [chance * self.accept[level + 1] for chance in chances_B]
+            return self._shared([*self._chances, next_B])[0] - self._shared(self._chances)[0] > rate * self.costs.level(rows)
+        # further levels, however many: a row to verify may cost next to nothing beside the one before it, or a lot
+        verified, gained, chance = self.costs.verify(rows, level + 2), 0.0, sum(chances_B)
+        for more, accept in enumerate(self.accept[level + 1 :], 1):
+            chance *= accept
+            gained += chance
+            if gained > rate * (more * self.costs.level(rows) + self.costs.verify(rows, level + 2 + more) - verified):
+                return True
+        return False
+
+    def keep(self, levels: int) -> int:
+        return self._equal(self._chances[:levels])[1]
+
+    def share(self, levels: int) -> Sequence[int]:
+        return self._shared(self._chances[:levels])[1] if self.shares and self._rows > 1 else ()
+
+    def _equal(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, int]:
+        """What verifying equally many tokens of each row is worth at best, less what it costs; and how many."""
+        rows, rate, gained = self._rows, self.rate(self._rows), 0.0
+        values = [(-rate * self._price(rows, rows, 1), 0)]
+        for level, chances_B in enumerate(chances_DB, 1):
+            gained += sum(chances_B)
+            values.append((gained - rate * self._price(rows, rows * (level + 1), level + 1), level))
+        return max(values, key=lambda value: value[0])
+
+    def _shared(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, list[int]]:
+        """As `_equal`, of the likeliest of all rows' tokens, as many as pay; none is likelier than the one before it."""
+        rows, rate, gained = self._rows, self.rate(self._rows), 0.0
+        ranked = sorted(((chance, row) for chances_B in chances_DB for row, chance in enumerate(chances_B)), reverse=True)
+        best, depth = self._equal(chances_DB)
+        found, lengths, longest = [depth] * rows, [0] * rows, 0
+        for count, (chance, row) in enumerate(ranked, 1):
+            gained += chance
+            lengths[row] += 1
+            longest = max(longest, lengths[row])
+            value = gained - rate * self._price(rows, rows + count, 1 + longest)
+            if value > best:
+                best, found = value, lengths.copy()
+        return best, found
+
+    def _price(self, rows: int, total: int, longest: int) -> float:
+        """`ChainCosts.packed`, looked up: asked for a hundred times a round."""
+        nodes = rows, total, longest
+        if nodes not in self._prices:
+            self._prices[nodes] = self.costs.packed(*nodes)
+        return self._prices[nodes]
+
+    def tier(self, rows: int) -> tuple[int, int]:
+        """Among few, so that few graphs are captured: all that is drafted is verified, or about half of it."""
+        if not self.begin(rows):
+            return 0, 0
+        rate, values = self.rate(rows), {}
+        for levels, each in self._tiers(rows):
+            gained = self._gains.get((levels, each))
+            if gained is None:
+                gained = sum(accumulate(self.accept[:each], mul))
+            elif self._expected:
+                gained *= self._kept / self._expected
+            values[levels, each] = rows * gained - rate * self._seconds(rows, levels, rows * (1 + each), 1 + levels)
+        return max(values, key=lambda tier: values[tier])
+
+    def _tiers(self, rows: int) -> list[tuple[int, int]]:
+        fitting = [tier for tier in Recent.tiers if tier <= self.most]
+        whole = [(tier, tier) for tier in fitting]
+        if not self.shares or rows == 1:
+            return whole
+        return whole + [(tier, max(each for each in fitting if 2 * each <= tier)) for tier in fitting if tier > 1]
+
+    def _seconds(self, rows: int, levels: int, total: int, longest: int) -> float:
+        return self.costs.drafted(rows, levels) + self.costs.packed(rows, total, longest) + self.costs.rest(rows)
+
+    def learn(self, came: Came) -> None:
+        rows, live = came.rows, len(came.accepted)
+        if not came.levels or not live:
+            return
+        # done rows take part as the others do in the mean
+        total = rows + round(sum(came.verified) * rows / live)
+        longest = 1 + (came.levels if came.chances else max(came.verified))
+        tokens = sum(came.accepted) + live
+        self._book(rows).add(self._seconds(rows, came.levels, total, longest), tokens * self.costs.plain(rows) / rows)
+        if came.chances:
+            self._learn_tiers(came)
+        elif self.reads == "nothing":
+            for level in range(max(came.verified)):
+                offered = [n for n, most in zip(came.accepted, came.verified, strict=True) if n >= level and most > level]
+                self._learn_level(level, len(offered), sum(n > level for n in offered), rows)
+
+    def _learn_level(self, level: int, came: float, kept: float, rows: int = 0) -> None:
+        """Moves a level's mean; by as much as the rows that came to it are of `rows`, if given."""
+        if came:
+            self.accept[level] += (1 - FADE) * (came / rows if rows else 1.0) * (kept / came - self.accept[level])
+
+    def _learn_tiers(self, came: Came) -> None:
+        """What each tier would have been expected to keep of a round, deeper levels by their mean."""
+        live, levels = len(came.accepted), [list(level) for level in came.chances]
+        reached = [float(live), *map(sum, levels)]
+        for level in range(len(levels)):
+            self._learn_level(level, reached[level], reached[level + 1])
+        expected = sum(levels[level][row] for row, count in enumerate(came.verified) for level in range(count))
+        self._kept = FADE * self._kept + sum(came.accepted)
+        self._expected = FADE * self._expected + expected
+        for accept in self.accept[len(levels) :]:
+            levels.append([chance * accept for chance in levels[-1]])
+        for depth, each in self._tiers(live):
+            best = sorted((chance for level in levels[:depth] for chance in level), reverse=True)[: live * each]
+            before = self._gains.setdefault((depth, each), sum(best) / live)
+            self._gains[depth, each] += (1 - FADE) * (sum(best) / live - before)
