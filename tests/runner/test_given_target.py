@@ -34,6 +34,11 @@ SHAPES = {
     "static tree": {"tree": [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]},
     "dynamic tree": {"tree": DynamicTree(depth=3, top_k=3, nodes=8)},
 }
+POLICIES = {
+    **{name: {"policy": name} for name in ("fixed", "confidence:0.6", "predictor:0.6", "cost", "cost-blind", "ema")},
+    "cost, dynamic tree": {"policy": "cost", "tree": SHAPES["dynamic tree"]["tree"]},
+    "fixed, dynamic tree": {"policy": "fixed", "tree": SHAPES["dynamic tree"]["tree"]},
+}
 
 
 @pytest.fixture(scope="module", params=DRAFTERS, ids=lambda folder: Path(folder).name or "tiny")
@@ -98,6 +103,28 @@ def test_every_shape_and_batch_gives_the_tokens_of_plain_decoding(
         print(
             f"\n{folders[1].name}, temperature {temperature}, batch {batch}, {name}: {len(prompts)} prompts, "
             f"{sum(map(len, plain))} tokens, equal {len(prompts) - len(ties)}, ties {len(ties)}, tau {tau:.3f}"
+        )
+        assert_few(ties, sum(map(len, plain)))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_every_policy_gives_the_tokens_of_plain_decoding(
+    runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float, batch: int
+) -> None:
+    options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 5}
+    plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
+    paced = Runner.load(*folders, max_batch=batch, max_len=512)
+    for name, shape in POLICIES.items():
+        if name.startswith("predictor") and paced.predictor is None:
+            continue
+        outs = paced.generate(prompts, **shape, **options)
+        ties = compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed=5)
+        stats = Stats.merge(out.stats for out in outs)
+        print(
+            f"\n{folders[1].name}, temperature {temperature}, batch {batch}, {name}: {len(prompts)} prompts, "
+            f"{sum(map(len, plain))} tokens, equal {len(prompts) - len(ties)}, ties {len(ties)}, tau {stats.tau:.3f}, "
+            f"{stats.paused} of {stats.rounds} rounds without a draft"
         )
         assert_few(ties, sum(map(len, plain)))
 
