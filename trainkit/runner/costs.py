@@ -78,15 +78,16 @@ def round_costs(
     device = rounds.target.embed.weight.device
     trees = {paths: build(paths, device) for paths in dict.fromkeys([chain(0), *shapes])}
     parts = {paths: (tree, tree, ()) for paths, tree in trees.items()}
-    return {paths: RoundCost(*found) for paths, found in _timed(rounds, parts, length, batch, repeats).items()}
+    found = _timed(rounds, parts, length, batch, repeats)
+    return {paths: RoundCost(_median(runs, 0), _median(runs, 1)) for paths, runs in found.items()}
 
 
 @torch.inference_mode()
 def _timed(
     rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree, Sequence[int]]], length: int, batch: int, repeats: int,
     sampling: Sampling | None = None,
-) -> dict[Any, list[float]]:  # fmt: skip
-    """Median seconds of drafting the one and verifying the other, all nodes of it or so many in each row, by name.
+) -> dict[Any, list[list[float]]]:  # fmt: skip
+    """Seconds of drafting the one and verifying the other, all nodes of it or so many in each row, by name; of each repeat.
 
     With a `sampling`, noise, processing and the target's choice too; each level makes a row of noise, and verifying another.
     Then also, where all nodes are verified, of the whole round that these are parts of.
@@ -107,7 +108,11 @@ def _timed(
                 synchronize(device)
                 marks.append(perf_counter())
             seconds[name].append([after - before for before, after in pairwise(marks)])
-    return {name: [statistics.median(each) for each in zip(*found[2:], strict=True)] for name, found in seconds.items()}
+    return {name: found[2:] for name, found in seconds.items()}
+
+
+def _median(runs: Sequence[Sequence[float]], part: int) -> float:
+    return statistics.median(run[part] for run in runs)
 
 
 def _parts(
@@ -265,7 +270,7 @@ def _between(x: float, at: Sequence[int], values: Sequence[float]) -> float:
 
 
 def measure_chain_costs(
-    rounds: Rounds, drafted: Callable[[int], Shape], most: int, batch: int, length: int, sampling: Sampling, repeats: int = 9
+    rounds: Rounds, drafted: Callable[[int], Shape], most: int, batch: int, length: int, sampling: Sampling, repeats: int = 15
 ) -> ChainCosts:
     """Times chains of up to `most` levels for 1, 2, 4 ... `batch` texts at `length` cached tokens.
 
@@ -295,17 +300,18 @@ def measure_chain_costs(
         unequal = {"full": [most + 1] * rows, "half": ragged} if is_shared else {}
         parts |= {name: (*parts[most][:2], lengths) for name, lengths in unequal.items()}
         found = _timed(rounds, parts, length, rows, repeats, sampling)
-        verify.append(_rising([found[depth][1] for depth in (0, *depths)]))
-        first.append(found[1][0])
-        steps = [(found[depth][0] - found[1][0]) / (depth - 1) for depth in depths if depth > 1]
-        level.append(max(0.0, statistics.median(steps)) if steps else found[1][0])
-        pack.append(max(0.0, found["full"][1] - found[most][1]) if is_shared else 0.0)
-        half = found["half"][1] - _between(sum(ragged) / rows, nodes, verify[-1]) if is_shared else 0.0
+        verify.append(_rising([_median(found[depth], 1) for depth in (0, *depths)]))
+        first.append(_median(found[1], 0))
+        steps = [(_median(found[depth], 0) - first[-1]) / (depth - 1) for depth in depths if depth > 1]
+        level.append(max(0.0, statistics.median(steps)) if steps else first[-1])
+        pack.append(max(0.0, _median(found["full"], 1) - _median(found[most], 1)) if is_shared else 0.0)
+        half = _median(found["half"], 1) - _between(sum(ragged) / rows, nodes, verify[-1]) if is_shared else 0.0
         pads = rows * (most + 1) - sum(ragged)
         pad.append(max(0.0, half - pack[-1]) / pads if is_shared else 0.0)
-        beside = [max(0.0, found[depth][2] - found[depth][1] - found[depth][0]) for depth in (0, *depths)]
-        plain_rest.append(beside[0])
-        rest.append(statistics.median(beside[1:]))
+        # small differences of large times: of one repeat each, and of all depths together
+        beside = {depth: [whole - draft - judged for draft, judged, whole in found[depth]] for depth in (0, *depths)}
+        plain_rest.append(max(0.0, statistics.median(beside.pop(0))))
+        rest.append(max(0.0, statistics.median(one for runs in beside.values() for one in runs)))
     return ChainCosts(
         tuple(sizes), nodes, tuple(verify), tuple(first), tuple(level), tuple(pack), tuple(pad), tuple(rest), tuple(plain_rest)
     )
