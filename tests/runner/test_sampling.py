@@ -163,9 +163,9 @@ def test_values_out_of_range_are_refused_by_name(values):
         Sampling(**values)
 
 
-def test_noise_made_row_by_row_is_the_same():
+def test_noise_made_when_asked_for_is_the_same():
     keys, roots, tokens = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), torch.tensor([5, 9]), torch.arange(6)
-    whole = gumbel(keys, roots[:, None] + 1 + torch.arange(4), tokens, CHOICE)
+    whole = gumbel(keys, roots[:, None] + 1 + torch.arange(6), tokens, CHOICE)
     noise = Noise(keys, roots, tokens, CHOICE)
-    assert torch.equal(noise[:, 1:2], whole[:, 1:2]) and noise.made_BRV.shape[1] == 2
-    assert torch.equal(noise[:, :4], whole) and torch.equal(noise[:, 0:1], whole[:, :1])
+    assert torch.equal(noise[:, 1:2], whole[:, 1:2]) and noise.made_BRV.shape[1] == 4
+    assert torch.equal(noise[:, :6], whole) and torch.equal(noise[:, 0:1], whole[:, :1]) and noise.made_BRV.shape[1] == 8
