@@ -91,3 +91,15 @@ def test_round_costs_grow_with_depth_and_leave_the_runner_as_it_was(seed):
     assert costs[()].draft < costs[chain(1)].draft < costs[chain(6)].draft
     assert all(cost.verify > 0 for cost in costs.values())
     assert [out.tokens for out in runner.generate([[1, 2, 3]], max_new_tokens=10, depth=3)] == before
+
+
+def test_warm_up_begins_with_what_needs_most_slots():
+    ran = []
+
+    def made(name, depth, paths=()):
+        return Contender(name, "trainkit", depth, lambda *_: ran.append(name) or Generated([[1]]), paths)
+
+    bush = tuple((rank,) for rank in range(12))
+    chains = tuple((0,) * n for n in range(1, 5))
+    warm_up([made("plain", 0), made("bush", 1, bush), made("cost", 10), made("chain", 4, chains)], [[1]], 4, [1])
+    assert list(dict.fromkeys(ran)) == ["cost", "bush", "chain", "plain"]

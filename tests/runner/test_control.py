@@ -8,18 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from tests.runner import laws
 from tests.runner.equality import assert_few, compare
-from tests.runner.models import pair, ragged_prompts, table_runner
+from tests.runner.models import SHAPE, pair, ragged_prompts, random_decoder, table_runner
 from tests.runner.pauses import check_pauses
 from tests.runner.replaying import replayed
+from trainkit.drafters.base import load_kind
 from trainkit.errors import UserError
 from trainkit.models.acceptance import SIGNALS, AcceptancePredictor, FoldedPredictor, signals
-from trainkit.runner import Runner, Stats, costs
+from trainkit.models.shape import TargetShape
+from trainkit.runner import DynamicTree, Runner, Stats, costs
 from trainkit.runner.adaptive import AdaptiveChain
 from trainkit.runner.control import Came, Policy, PolicyName, Recent, Threshold
 from trainkit.runner.costs import ChainCosts
+from trainkit.runner.decoder import Plan
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.worth import Cost
 
@@ -339,3 +343,40 @@ def test_a_predictor_of_another_depth_or_batch_says_the_same(seed):
     warm = said.clone()
     warm[..., -1] = 0.5
     torch.testing.assert_close(changed.probability(hidden, warm, 0), (2 * made(hidden, warm, 0) - 1).sigmoid())
+
+
+class Told(Policy):
+    """Remembers what was said of the last level; of each row, since here every row stands for a call of its own."""
+
+    reads = "confidence"
+
+    def more(self, said_B):
+        self.said_B = torch.tensor(said_B)
+        return True
+
+
+def test_a_policy_that_remembers_what_was_said_leaves_residual_text_the_targets():
+    """The first of two proposals is rejected; whether a draft is made at the second's place hangs on what was said of it."""
+    p, q, rows = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.6, 0.2, 0.1, 0.1]), 100_000
+    rounds = table_runner(*(torch.tensor(x).log().expand(1, 4, 4).clone() for x in (p, q)), rows, 16).rounds
+    state, policy = rounds.new_state(rows, 16), Told(2)
+    shape = AdaptiveChain(policy, torch.device("cpu"), drops=False)
+    state["limit"].fill_(16), state["done"].fill_(False)
+    state["keys"].copy_(torch.arange(2 * rows, dtype=torch.int32).view(rows, 2) * 0x9E3779B)
+    with torch.inference_mode():
+        rejected_B = rounds(Plan(Sampling(1.0), shape, "residual", pauses=True), state, {}, 16).counts_B == 1
+        first_B2 = []
+        for way in (shape.trees[0], shape):
+            copied = {name: value.clone() for name, value in state.items()}
+            likely_B = policy.said_B > 0.6
+            first_B2.append(rounds(Plan(Sampling(1.0), way, "residual", pauses=True), copied, {}, 16).emitted_BP[:, 0])
+    tokens = torch.where(likely_B, first_B2[1], first_B2[0])[rejected_B].numpy()
+    assert chisquare(np.bincount(tokens, minlength=4), len(tokens) * p).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("way", [{"depth": 6}, {"tree": DynamicTree(5, 2, 8)}])
+def test_cost_refuses_more_levels_than_there_are_heads(way, seed):
+    told = TargetShape(SHAPE, ())
+    runner = Runner.of(random_decoder(), load_kind("medusa")(told, num_heads=3), told, max_batch=1, max_len=64)
+    with pytest.raises(UserError, match="heads for 3 tokens"):
+        runner.generate([[1]], max_new_tokens=4, policy="cost", **way)

@@ -296,3 +296,16 @@ def test_an_observer_sees_the_topology_and_the_draft_logits_of_every_level(seed)
     for trace in seen:
         assert [tuple(scores.shape[1:]) for scores in trace.draft.scores] == [(1, 48), (2, 48), (2, 48)]
         assert trace.tree is tree and trace.draft.topology.parents_BN.shape == trace.draft.tokens_BN.shape
+
+
+@pytest.mark.parametrize("tree", [DynamicTree(3, 2, 4), DynamicTree(4, 3, 6)])
+def test_a_draft_that_is_no_number_does_not_change_the_text(tree):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        p = 2 * torch.randn(1, 8, 8)
+        q = p + 0.3 * torch.randn(1, 8, 8)
+        q[0, seed % 8] = float("nan")
+        runner, options = table_runner(p, q, 3, 64), {"max_new_tokens": 30, "temperature": 0.7, "seed": seed}
+        ways = ({"depth": 0}, {"tree": tree})
+        plain, texts = ([out.tokens for out in runner.generate([[1], [2, 3], [4]], **way, **options)] for way in ways)
+        assert texts == plain

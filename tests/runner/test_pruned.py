@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -191,3 +192,39 @@ def test_costs_of_trees_are_measured_for_their_levels_and_nodes():
     assert costs.nodes == (1, 2, 5, 8, 10) and costs.rows == (1, 2)
     assert costs.round(1, 4, 9) > costs.round(1, 1, 1) > costs.round(1, 0, 0) > 0
     assert isinstance(AdaptiveTree(TreeCost(costs, PredictedTree(4, 3, 10)), runner.device).captured(2, 2), PredictedTree)
+
+
+class Rootless(TreeCost):
+    """Grows two levels and keeps none of it."""
+
+    def begin(self, rows):
+        return 2
+
+    def spread(self, chances_BFK):
+        return True
+
+    def nodes(self, most):
+        return 0
+
+    def learn(self, came):
+        pass
+
+
+def test_a_tree_pruned_to_its_root_counts_as_trees_do(seed):
+    costs = ChainCosts((1,), (1, 20), ((1.0, 1.0),), (0.0,), (0.0,))
+    runner = pair(ends=())
+    shape = AdaptiveTree(Rootless(costs, PredictedTree(2, 3, 6)), runner.device)
+    stats = runner.generate([[1, 2]], max_new_tokens=9, tree=shape)[0].stats
+    assert stats.rounds == 8 and stats.paused == 0 and stats.drafted == 0
+
+
+def test_tables_that_a_captured_round_reads_live_as_long_as_it_does(seed):
+    """Costs are measured at more slots than the runner has, and rotary tables made anew for that."""
+    runner = replayed(pair(max_len=32, max_batch=1), 1)
+    tree, options = DynamicTree(5, 6, 60), {"max_new_tokens": 20, "tree": DynamicTree(5, 6, 60)}
+    runner.generate([[1, 2]], **options)
+    tables = [weakref.ref(runner.rounds.target.rope), weakref.ref(runner.drafter.decoder.rope)]
+    runner.generate([[1, 2]], policy="cost", **options)
+    assert runner.rounds.target.rope is not tables[0]()
+    assert any(key[0] == tree for key in runner.schedule.graphs.closures)
+    assert all(table() is not None for table in tables)

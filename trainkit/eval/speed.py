@@ -156,8 +156,8 @@ def warm_up(
         whole: Run the whole load once before: on a GPU every cache bucket has a graph to capture.
     """
     estimate = 0.0
-    # the deepest first: static tensors then never grow again, which would drop the graphs captured before
-    for contender in sorted(contenders, key=lambda one: -len(one.paths)):
+    # what needs most slots first: static tensors then never grow again, which would drop the graphs captured before
+    for contender in sorted(contenders, key=lambda one: -max(len(one.paths), one.depth) - 2 * one.depth):
         if whole:
             contender.run(prompts, max_new_tokens, 0)
         probe, length = prompts[:1], min(24, max_new_tokens)

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainkit.drafters.base import Drafter, State, TargetHandle
 from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
-from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Noise, Sampling, gumbel
+from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Noise, Sampling, gumbel, mix
 from trainkit.runner.tree import Draft, Shape, Tree, grow
 from trainkit.runner.verify import Typical, Verdict, coupled, mixed, residual, typical
 
@@ -30,7 +30,7 @@ class Trace:
     Attributes:
         tree: Shape of the draft.
         draft: Its tokens, topology and processed logits.
-        scores_BNV: The target's processed logits at every node.
+        scores_BNV: The target's processed logits at every node; at pads, where rows have unequally many, their root's.
         verdict: What was accepted; a row that was done has a count of 0.
         keys_B2: Noise keys, which tell the rows' requests apart.
         position_B: Absolute position of each row's root.
@@ -210,7 +210,9 @@ class Rounds:
         if not sampling.greedy and not (plan.is_residual and not tree.depth):
             # under `residual` and in `mixed` text, draft and target draw independently
             stream = RESIDUAL if ranked else PROPOSAL if drawn or plan.verify == "mixed" else CHOICE
-            noise = Noise(state["keys"], position, self.vocabulary, stream)
+            # under `residual` a policy may have been told of proposals that no round judged: each round draws others
+            keys = state["keys"] ^ mix(position.int())[:, None] if drawn else state["keys"]
+            noise = Noise(keys, position, self.vocabulary, stream)
             if tree.key is not None:  # how far it drafts is known
                 noise = noise[:, : tree.depth + 1]
         if self.drafter is None or not tree.depth:
@@ -225,6 +227,7 @@ class Rounds:
             if draft.shape is not None:
                 tree, noise = draft.shape, None if noise is None else noise[:, : draft.shape.depth + 1]
         assert not isinstance(noise, Noise)
+        assert draft.packing is None or plan.verify == "coupled" or sampling.greedy  # the others would judge pads
         proposed = draft
         if plan.verify == "mixed":  # the last token is the draft's or the target's, and nobody asks what comes after it
             assert isinstance(tree, Tree) and tree.is_chain
@@ -306,7 +309,7 @@ class Rounds:
         inside = torch.arange(emitted.shape[1], device=emitted.device) < counts[:, None]
         ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
         state["done"].logical_or_(ended | (position + 1 >= state["limit"]))
-        drafted = levels if draft.levels is not None and tree.is_chain else tree.size - 1
+        drafted = levels if draft.levels is not None and plan.tree.is_chain else tree.size - 1
         verified = None if draft.packing is None else draft.packing.lengths_B - 1
         paused = plan.pauses and not levels
         return RoundOutput(

@@ -133,7 +133,8 @@ class DynamicTree(Shape):
             made = steps.expand(frontier, width)
             terms_BFK, picked_BFK = guide.terms(made, depth, width)
             children_BC = (picked_BFK if made.ids_K is None else made.ids_K[picked_BFK]).flatten(1)
-            found_BC = (scores_BF[..., None] + terms_BFK).flatten(1)
+            # a child of unknown chance must not rank before its parent, which would then not stay
+            found_BC = (scores_BF[..., None] + terms_BFK).flatten(1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
             tokens.append(children_BC)
             scores.append(found_BC)
             parents.append(proposed_BF.repeat_interleave(width, 1))

@@ -309,16 +309,15 @@ class Runner:
             raise UserError(f"depth {depth}: must be at least 0 and at most {self.max_len - 1}, what the cache holds")
         if self.drafter is None and (depth or tree):
             raise UserError("depth or tree given, but this runner was loaded without a drafter; give one (--drafter)")
-        if options.policy is not None:
-            shape = self.pacer.shape(options, self.predictor)
-        else:
-            shape = tree if isinstance(tree, Shape) else self._static(tree, depth)
+        shape = tree if isinstance(tree, Shape) else self._static(tree, depth)
         if self.drafter is not None:
             deepest, widest = self.drafter.max_depth, self.drafter.max_width
             if deepest is not None and shape.depth > deepest:
                 raise UserError(f"depth {shape.depth}: this drafter has heads for {deepest} tokens; draft at most so many")
             if widest is not None and shape.widest > widest:
                 raise UserError(f"tree: {shape.widest} nodes on a level, this drafter expands at most {widest} together")
+        if options.policy is not None:  # which may measure what such a draft costs
+            shape = self.pacer.shape(options, self.predictor)
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
         thresholds = Typical(options.typical_epsilon, options.typical_scale)
         pauses = isinstance(shape, Paced)

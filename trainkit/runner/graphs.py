@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class _Captured:
     graph: torch.cuda.CUDAGraph
     output: RoundOutput
+    round_: Callable[[], RoundOutput]  # what it holds on to, the graph reads
 
 
 class Graphs:
@@ -56,7 +57,7 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self._pool):
                 output = round_()
             self._pool = self._pool or graph.pool()
-            self._captured[key] = _Captured(graph, output)
+            self._captured[key] = _Captured(graph, output, round_)
             done_B.copy_(kept)
         captured = self._captured[key]
         captured.graph.replay()

@@ -1,4 +1,4 @@
-"""From a policy's name to the chain that it paces, with what it needs: the costs on this machine, the predictor."""
+"""From a policy's name to the chain or tree that it paces, with what it needs: the costs on this machine, the predictor."""
 
 from __future__ import annotations
 

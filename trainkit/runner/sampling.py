@@ -20,7 +20,7 @@ from trainkit.errors import UserError
 
 # streams: what each independent draw at one (key, position) is for
 CHOICE: Final = 0  # the target's own choice, and under `coupled` the drafter's too
-PROPOSAL: Final = 1  # the drafter's choice under `residual`
+PROPOSAL: Final = 1  # the drafter's choice under `residual`, another in each round
 ACCEPT: Final = 2  # acceptance tests under `residual`
 RESIDUAL: Final = 3  # draws from what remains after rejections
 

@@ -172,7 +172,14 @@ class Schedule:
         views = _rows(state, 0, batch), _rows(draft_state, 0, batch)
         rule = (plan.sampling, plan.verify, plan.share, plan.typical, plan.logprobs, plan.pauses)
         key = (plan.tree.key, rule, batch, span, self.rounds.end_key)
-        return self.graphs.run(key, lambda: self.rounds(plan, *views, span), views[0]["done"])
+        modules = [module for module in (self.rounds.target, self.rounds.drafter) if module is not None]
+        read: list[torch.Tensor] = []
+
+        def captured() -> RoundOutput:  # and what it reads stays, though another runner may make longer rotary tables
+            read[:] = [table for module in modules for table in module.buffers()]
+            return self.rounds(plan, *views, span)
+
+        return self.graphs.run(key, captured, views[0]["done"])
 
     def _fetch(self, output: RoundOutput) -> Callable[[], RoundOutput]:
         """Starts the copy of a round's output to the host; the returned function waits for it."""

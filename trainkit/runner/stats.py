@@ -14,8 +14,9 @@ class Stats:
         accepted: `accepted[k]` full rounds accepted exactly k drafted tokens.
         cut_rounds: Last rounds cut by an end token, a stop string or the length; counted here and nowhere else.
         tokens: Tokens emitted in all, the prefill's and the cut rounds' included.
-        offered: `offered[k]` full rounds came to draft position k and had a token there, counted from 1.
-        drafted: Tokens drafted in full rounds, those that were not verified too.
+        offered: `offered[k]` full rounds came to draft position k and had a token there, counted from 1; of trees, those whose
+            tree is as deep, whether or not below the node that was reached.
+        drafted: Tokens drafted in full rounds, of chains those too that were not verified; of trees their verified nodes.
         paused: Full rounds without a draft because a policy found that it would not pay.
         lossy: The text is not what the target alone would have written, nor distributed as it (for any, if added together).
     """
