@@ -361,7 +361,8 @@ def test_a_policy_that_remembers_what_was_said_leaves_residual_text_the_targets(
     rounds = table_runner(*(torch.tensor(x).log().expand(1, 4, 4).clone() for x in (p, q)), rows, 16).rounds
     state, policy = rounds.new_state(rows, 16), Told(2)
     shape = AdaptiveChain(policy, torch.device("cpu"), drops=False)
-    state["limit"].fill_(16), state["done"].fill_(False)
+    state["limit"].fill_(16)
+    state["done"].fill_(False)
     state["keys"].copy_(torch.arange(2 * rows, dtype=torch.int32).view(rows, 2) * 0x9E3779B)
     with torch.inference_mode():
         rejected_B = rounds(Plan(Sampling(1.0), shape, "residual", pauses=True), state, {}, 16).counts_B == 1
