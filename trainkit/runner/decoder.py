@@ -113,8 +113,11 @@ class RoundOutput:
         return self.depth if self.verified_B is None else int(self.verified_B[row])
 
 
-MISSED = 64
-"""Tokens decoded without a draft that are kept, at most, before the drafter catches up on them."""
+MISSED = 256
+"""Tokens decoded without a draft that are kept, at most, before the drafter catches up on them.
+
+Few texts go on so long while drafting rests, and for one that ends before it is taken up again nothing need be read.
+"""
 
 
 class Rounds:
