@@ -186,9 +186,10 @@ def test_other_policies_pace_chains(policy):
         runner.generate([[1, 2]], max_new_tokens=4, tree=TREE, policy=policy)
 
 
-def test_costs_of_trees_are_measured_for_their_levels_and_nodes():
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_costs_of_trees_are_measured_for_their_levels_and_nodes(temperature):
     runner = pair(max_batch=2)
-    costs = runner.pacer.costs(TREE.depth, None, tree=PredictedTree(4, 3, 10))
+    costs = runner.pacer.costs(TREE.depth, None, Sampling(temperature), PredictedTree(4, 3, 10))
     assert costs.nodes == (1, 2, 5, 8, 10) and costs.rows == (1, 2)
     assert costs.round(1, 4, 9) > costs.round(1, 1, 1) > costs.round(1, 0, 0) > 0
     assert isinstance(AdaptiveTree(TreeCost(costs, PredictedTree(4, 3, 10)), runner.device).captured(2, 2), PredictedTree)

@@ -135,7 +135,8 @@ def _parts(
             return logits, taps
         noise = None
         if not sampling.greedy:
-            noise = gumbel(state["keys"], state["position"][:, None] + 1, rounds.vocabulary, CHOICE)
+            ahead = torch.arange(1 if tree.is_chain else tree.depth + 1, device=device)
+            noise = gumbel(state["keys"], state["position"][:, None] + 1 + ahead, rounds.vocabulary, CHOICE)
         return coupled(tree, judged, sampling.process(logits), noise)
 
     if drafter is None or not shape.depth:
