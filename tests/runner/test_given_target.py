@@ -9,7 +9,9 @@ made of two of its four layers. `-s` shows the figures.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,38 +90,19 @@ def test_every_depth_gives_the_tokens_of_plain_decoding(
         assert_few(ties, decisions)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_every_shape_and_batch_gives_the_tokens_of_plain_decoding(
-    runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float, batch: int
-) -> None:
-    options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 4}
+def check_ways(
+    ways: Mapping[str, Any], runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float,
+    batch: int, seed: int,
+) -> None:  # fmt: skip
+    """Each of these options of `generate` gives the tokens of plain decoding, over so many rows."""
+    options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     batched = Runner.load(*folders, max_batch=batch, max_len=512)
-    for name, shape in SHAPES.items():
-        outs = batched.generate(prompts, **shape, **options)
-        ties = compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed=4)
-        tau = Stats.merge(out.stats for out in outs).tau
-        print(
-            f"\n{folders[1].name}, temperature {temperature}, batch {batch}, {name}: {len(prompts)} prompts, "
-            f"{sum(map(len, plain))} tokens, equal {len(prompts) - len(ties)}, ties {len(ties)}, tau {tau:.3f}"
-        )
-        assert_few(ties, sum(map(len, plain)))
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_every_policy_gives_the_tokens_of_plain_decoding(
-    runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float, batch: int
-) -> None:
-    options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 5}
-    plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
-    paced = Runner.load(*folders, max_batch=batch, max_len=512)
-    for name, shape in POLICIES.items():
-        if name.startswith("predictor") and paced.predictor is None:
+    for name, way in ways.items():
+        if name.startswith("predictor") and batched.predictor is None:
             continue
-        outs = paced.generate(prompts, **shape, **options)
-        ties = compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed=5)
+        outs = batched.generate(prompts, **way, **options)
+        ties = compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed=seed)
         stats = Stats.merge(out.stats for out in outs)
         print(
             f"\n{folders[1].name}, temperature {temperature}, batch {batch}, {name}: {len(prompts)} prompts, "
@@ -127,6 +110,22 @@ def test_every_policy_gives_the_tokens_of_plain_decoding(
             f"{stats.paused} of {stats.rounds} rounds without a draft"
         )
         assert_few(ties, sum(map(len, plain)))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_every_shape_and_batch_gives_the_tokens_of_plain_decoding(
+    runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float, batch: int
+) -> None:
+    check_ways(SHAPES, runner, folders, prompts, temperature, batch, seed=4)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_every_policy_gives_the_tokens_of_plain_decoding(
+    runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float, batch: int
+) -> None:
+    check_ways(POLICIES, runner, folders, prompts, temperature, batch, seed=5)
 
 
 def test_greedy_tokens_are_those_of_transformers(runner: Runner, prompts: list[list[int]], folders: tuple[Path, Path]) -> None:
