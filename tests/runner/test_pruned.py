@@ -221,7 +221,7 @@ def test_a_tree_pruned_to_its_root_counts_as_trees_do(seed):
 
 def test_tables_that_a_captured_round_reads_live_as_long_as_it_does(seed):
     """Costs are measured at more slots than the runner has, and rotary tables made anew for that."""
-    runner = replayed(pair(max_len=32, max_batch=1), 1)
+    runner = replayed(pair(max_len=32, max_batch=1, ends=()), 1)
     tree, options = DynamicTree(5, 6, 60), {"max_new_tokens": 20, "tree": DynamicTree(5, 6, 60)}
     runner.generate([[1, 2]], **options)
     tables = [weakref.ref(runner.rounds.target.rope), weakref.ref(runner.drafter.decoder.rope)]

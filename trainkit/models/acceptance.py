@@ -7,7 +7,7 @@ distribution with the noise it was drawn by, and its runner-up's. So its word is
 Left out on purpose: the target's own states, which only some kinds read.
 """
 
-# B batch  F frontier nodes  W children of a node  D hidden  K ids it may propose  C signals  H width  R = H + 1  P positions
+# B batch  F frontier nodes  W children of a node  D hidden  K ids it may propose  C signals  H width  R = H + 1  P positions  X inputs  U = H + 2
 
 from __future__ import annotations
 
@@ -125,9 +125,11 @@ class AcceptancePredictor(nn.Module):
 
 
 class FoldedPredictor:
-    """An `AcceptancePredictor` at one temperature, for decoding: from the noisy logits to its word in a dozen operations.
+    """An `AcceptancePredictor` at one temperature, for decoding: from the noisy logits to its word in ten operations.
 
     A draft level of a small model is a few dozen. So it also says which proposals they are, which somebody would have to find.
+    All that the temperature settles is in the weights, and so is the straight line past the hidden layer, of which two units
+    are enough: x = silu(x) - silu(-x).
 
     Args:
         predictor: Trained.
@@ -137,16 +139,14 @@ class FoldedPredictor:
     @torch.no_grad()
     def __init__(self, predictor: AcceptancePredictor, temperature: float) -> None:
         warm, D = int(temperature > 0), predictor.hidden_size
-        scale, shift = predictor.scale[warm].float(), predictor.shift[warm].float()
-        rows_R = torch.ones(predictor.width + 1, device=scale.device)
-        rows_R[-1] = scale
-        said_RC = predictor.said.weight.float() * rows_R[:, None]
-        place_PR = (predictor.place.weight + predictor.state.bias).float() * rows_R + temperature * said_RC[:, -1]
-        place_PR[:, -1] += shift
-        self.place_PR = place_PR
-        self.state_RD = predictor.state.weight.float() * rows_R[:, None] * D**0.5
-        self.said_R4 = said_RC[:, [0, 2, 1, 3]].contiguous()
-        self.out_1H = predictor.out.weight.float() * scale
+        said_RC = predictor.said.weight.float()
+        weight_RX = torch.cat([predictor.state.weight.float() * D**0.5, said_RC[:, [0, 2, 1, 3]]], dim=1)
+        place_PR = predictor.place.weight.float() + predictor.state.bias.float() + temperature * said_RC[:, -1]
+        self.weight_UX = torch.cat([weight_RX, -weight_RX[-1:]])
+        self.place_PU = torch.cat([place_PR, -place_PR[:, -1:]], dim=1)
+        past_12 = predictor.out.weight.new_tensor([[1.0, -1.0]])
+        self.out_1U = torch.cat([predictor.out.weight, past_12], dim=1).float() * predictor.scale[warm]
+        self.shift_1 = predictor.shift[warm : warm + 1].float()
 
     def __call__(self, hidden_BFD: Tensor, noisy_BFK: Tensor, width: int, depth: int) -> tuple[Tensor, Tensor]:
         """Recalibrated probabilities [B, F, W] of each node's best `width` proposals, best first, and their columns.
@@ -161,17 +161,17 @@ class FoldedPredictor:
         log_p = top.values.clamp(min=_FLOOR)
         if log_p.shape[-1] == 1:
             log_p = F.pad(log_p, (0, 1), value=_FLOOR)
+        hidden = hidden_BFD.float()
+        normed = hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
         if width == 1:
-            own_other = log_p[:, :, None]
+            read = torch.cat([normed, log_p, log_p.exp()], dim=-1)[:, :, None]
         else:
             other = torch.cat([log_p[..., 1:2], log_p[..., :1].expand_as(log_p[..., 1:])], dim=-1)
             own_other = torch.stack([log_p, other], dim=-1)[:, :, :width]
-        said = torch.cat([own_other, own_other.exp()], dim=-1)
-        hidden = hidden_BFD.float()
-        normed = hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-        trunk = F.linear(normed, self.state_RD, self.place_PR[min(depth, len(self.place_PR) - 1)])
-        x = trunk[:, :, None] + F.linear(said, self.said_R4)
-        logit = F.linear(F.silu(x[..., :-1]), self.out_1H) + x[..., -1:]
+            normed = normed[:, :, None].expand(-1, -1, own_other.shape[2], -1)
+            read = torch.cat([normed, own_other, own_other.exp()], dim=-1)
+        units = F.linear(read, self.weight_UX, self.place_PU[min(depth, len(self.place_PU) - 1)])
+        logit = F.linear(F.silu(units), self.out_1U, self.shift_1)
         return logit[..., 0].sigmoid(), top.indices[..., :width]
 
 
