@@ -7,7 +7,8 @@ distribution with the noise it was drawn by, and its runner-up's. So its word is
 Left out on purpose: the target's own states, which only some kinds read.
 """
 
-# B batch  F frontier nodes  W children of a node  D hidden  K ids it may propose  C signals  H width  R = H + 1  P positions  X inputs  U = H + 2
+# B batch  F frontier nodes  W children of a node  D hidden  K ids it may propose  C signals  P positions
+# H width  R = H + 1  U = H + 2  X = D + 4 inputs
 
 from __future__ import annotations
 

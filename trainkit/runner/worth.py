@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from operator import mul
 
@@ -84,14 +85,16 @@ class Cost(Policy):
         self._books: dict[int, _Book] = {}
         self._rows = 1
         self._chances: list[list[float]] = []  # by level, of each row's token to be kept
-        self._prices: dict[tuple[int, int, int], float] = {}
+        # looked up many times a round, beside which a small model's levels are short
+        self._plain, self._drafted, self._rest, self._price = map(cache, (costs.plain, costs.drafted, costs.rest, costs.packed))
+        self._ahead = cache(self._further)
         # of captured rounds: tokens a row is expected to keep by tier, and those kept and expected of all, older ones fading
         self._gains: dict[tuple[int, int], float] = {}
         self._kept = self._expected = 0.0
 
     def rate(self, rows: int) -> float:
         """R: tokens per second that decoding makes, plain decoding's at least."""
-        return max(1.0, self._book(rows).speedup) * rows / self.costs.plain(rows)
+        return max(1.0, self._book(rows).speedup) * rows / self._plain(rows)
 
     def _book(self, rows: int) -> _Book:
         return self._books.setdefault((rows - 1).bit_length(), _Book())
@@ -119,13 +122,18 @@ class Cost(Policy):
             next_B = [chance * self.accept[level + 1] for chance in chances_B]
             return self._shared([*self._chances, next_B])[0] - self._shared(self._chances)[0] > rate * self.costs.level(rows)
         # further levels, however many: a row to verify may cost next to nothing beside the one before it, or a lot
-        verified, gained, chance = self.costs.verify(rows, level + 2), 0.0, sum(chances_B)
-        for more, accept in enumerate(self.accept[level + 1 :], 1):
+        gained, chance = 0.0, sum(chances_B)
+        for accept, seconds in zip(self.accept[level + 1 :], self._ahead(rows, level), strict=True):
             chance *= accept
             gained += chance
-            if gained > rate * (more * self.costs.level(rows) + self.costs.verify(rows, level + 2 + more) - verified):
+            if gained > rate * seconds:
                 return True
         return False
+
+    def _further(self, rows: int, level: int) -> list[float]:
+        """Seconds that 1, 2, 3 ... levels after this one take, with a row to verify for each."""
+        so_far, step = self.costs.verify(rows, level + 2), self.costs.level(rows)
+        return [more * step + self.costs.verify(rows, level + 2 + more) - so_far for more in range(1, self.most - level)]
 
     def keep(self, levels: int) -> int:
         return self._equal(self._chances[:levels])[1]
@@ -157,13 +165,6 @@ class Cost(Policy):
                 best, found = value, lengths.copy()
         return best, found
 
-    def _price(self, rows: int, total: int, longest: int) -> float:
-        """`ChainCosts.packed`, looked up: asked for a hundred times a round."""
-        nodes = rows, total, longest
-        if nodes not in self._prices:
-            self._prices[nodes] = self.costs.packed(*nodes)
-        return self._prices[nodes]
-
     def tier(self, rows: int) -> tuple[int, int]:
         """Among few, so that few graphs are captured: all that is drafted is verified, or about half of it."""
         if not self.begin(rows):
@@ -186,7 +187,7 @@ class Cost(Policy):
         return whole + [(tier, max(each for each in fitting if 2 * each <= tier)) for tier in fitting if tier > 1]
 
     def _seconds(self, rows: int, levels: int, total: int, longest: int) -> float:
-        return self.costs.drafted(rows, levels) + self.costs.packed(rows, total, longest) + self.costs.rest(rows)
+        return self._drafted(rows, levels) + self._price(rows, total, longest) + self._rest(rows)
 
     def learn(self, came: Came) -> None:
         rows, live = came.rows, len(came.accepted)
@@ -196,7 +197,7 @@ class Cost(Policy):
         total = rows + round(sum(came.verified) * rows / live)
         longest = 1 + (came.levels if came.chances else max(came.verified))
         tokens = sum(came.accepted) + live
-        self._book(rows).add(self._seconds(rows, came.levels, total, longest), tokens * self.costs.plain(rows) / rows)
+        self._book(rows).add(self._seconds(rows, came.levels, total, longest), tokens * self._plain(rows) / rows)
         if came.chances:
             self._learn_tiers(came)
         elif self.reads == "nothing":
