@@ -11,6 +11,9 @@ from trainkit.runner.control import Policy
 class Erratic(Policy):
     """Draws its decisions."""
 
+    def rests(self, rows):
+        return bool(torch.rand(()) < 0.5)  # then the drafter reads a prompt when it is first asked
+
     def begin(self, rows):
         self.rows = rows
         return int(torch.randint(0, self.most + 1, ()))

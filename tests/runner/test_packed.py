@@ -332,6 +332,23 @@ def test_speculation_that_loses_is_switched_off_and_the_counts_say_so(seed):
     assert runner.last.paused > 0.8 * runner.last.rounds
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_while_drafting_rests_the_drafter_reads_no_prompt(captured, seed):
+    """It is read with what was decoded since, once drafting is tried again; a text that ends before never is."""
+    runner = pair(noise=3.0, max_batch=4, max_len=700, ends=())
+    runner.pacer.costs = lambda *_: priced(0.2, 2.0)
+    if captured:
+        replayed(runner, 1)
+    read, prefill = [], runner.drafter.prefill
+    runner.drafter.prefill = lambda state, tokens, *rest: (read.append(tokens.tolist()), prefill(state, tokens, *rest))
+    prompts = [[*range(n)] for n in range(8, 15)] + [[9] * 600]
+    outs = runner.generate(prompts, policy="cost", max_new_tokens=30)
+    at_once = [tokens[0] for tokens in read if tokens[0] in prompts]
+    assert at_once == prompts[:4], "later ones come while drafting rests"
+    assert [9] * 88 in [tokens[0] for tokens in read], "but one that is too long to be kept is read at once"
+    assert [out.tokens for out in outs] == [out.tokens for out in runner.generate(prompts, depth=0, max_new_tokens=30)]
+
+
 def test_packing_is_priced_where_rows_are_unequal():
     """By hand: 8 nodes of 2 texts with a pad each, 1.0 + 0.1 * 7 for the nodes, 0.5 for packing and 2 pads at 0.25."""
     found = priced(0.1, pack=0.5, pad=0.25)

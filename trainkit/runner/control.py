@@ -48,6 +48,10 @@ class Policy:
         """
         return self.most
 
+    def rests(self, rows: int) -> bool:
+        """Whether the coming round of so many texts is decoded plainly, as far as is known before it."""
+        return False
+
     def tier(self, rows: int) -> tuple[int, int]:
         """Levels, and tokens verified in the mean of rows, of a round that cannot be stopped within; a captured graph."""
         levels = self.begin(rows)

@@ -113,8 +113,8 @@ class RoundOutput:
         return self.depth if self.verified_B is None else int(self.verified_B[row])
 
 
-MISSED = 256
-"""Tokens decoded without a draft that are kept, at most, before the drafter catches up on them.
+MISSED = 512
+"""Tokens that the drafter has not read while drafting rests are kept, at most so many, before it catches up on them.
 
 Few texts go on so long while drafting rests, and for one that ends before it is taken up again nothing need be read.
 """
@@ -164,8 +164,13 @@ class Rounds:
             "done": torch.ones(batch_size, dtype=torch.bool, device=device),
         }
 
-    def prefill(self, plan: Plan, state: State, draft_state: State, tokens_T: Tensor, chunk: int = 512) -> RoundOutput:
-        """Reads one row's prompt and emits the first token; `state` and `draft_state` are views of that row."""
+    def prefill(
+        self, plan: Plan, state: State, draft_state: State, tokens_T: Tensor, later: bool = False, chunk: int = 512
+    ) -> RoundOutput:
+        """Reads one row's prompt and emits the first token; `state` and `draft_state` are views of that row.
+
+        With `later` the prompt, `MISSED` tokens and a chunk at most, is kept for the drafter to catch up on.
+        """
         T, output = tokens_T.shape[0], None
         for start in range(0, T, chunk):
             tokens, following = tokens_T[None, start : start + chunk], tokens_T[None, start + 1 : start + chunk + 1]
@@ -176,7 +181,12 @@ class Rounds:
             if span == T:
                 output = self._first(plan, state, hidden[:, -1:], T)
                 following = torch.cat([following, output.emitted_BP], dim=1)
-            if self.drafter is not None and plan.tree.depth:
+            if later:
+                state["missed_tokens"][:, :T] = tokens
+                if taps is not None:
+                    state["missed_taps"][:, :T] = taps
+                state["missed"].fill_(T)
+            elif self.drafter is not None and plan.tree.depth:
                 self.drafter.prefill(draft_state, tokens, following, positions, taps, self.handle, span)
         assert output is not None
         return output
@@ -337,5 +347,6 @@ class Rounds:
                 taps = state["missed_taps"][row : row + 1, :missed] if self.taps else None
                 tokens = state["missed_tokens"][row : row + 1, :missed]
                 following = torch.cat([tokens[:, 1:], state["token"][row : row + 1, None]], dim=1)
-                self.drafter.catch_up(own, tokens, following, positions, taps, self.handle, position)
+                read = self.drafter.prefill if missed == position else self.drafter.catch_up
+                read(own, tokens, following, positions, taps, self.handle, position)
         state["missed"].zero_()

@@ -107,6 +107,7 @@ class Request:
         stats: Rounds so far.
         finish: Empty until it ends; then as `Output.finish`.
         text_end: Characters of the text before a stop string.
+        missed: Its tokens that the drafter has not read because a policy drafts nothing; at most so many.
     """
 
     place: int
@@ -118,6 +119,7 @@ class Request:
     stats: Stats = field(default_factory=Stats)
     finish: str = ""
     text_end: int | None = None
+    missed: int = 0
 
     def take(self, output: RoundOutput, slot: int, stopping: Stopping, prefill: bool = False) -> None:
         """Appends a round's tokens to a request, ends it inside the block where it ends, and counts the round."""

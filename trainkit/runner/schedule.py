@@ -49,7 +49,6 @@ class Schedule:
         self.rounds_run = 0
         self.last = Stats()
         self._turn = 0
-        self._paused = 0  # rounds without a draft that the drafter has not caught up on
         self._states: tuple[int, int, State, State] | None = None
 
     def begin(self) -> int:
@@ -80,7 +79,6 @@ class Schedule:
         """
         began = perf_counter()
         turn = self.begin()
-        self._paused = 0
         self.rounds.set_end_ids(stopping.end_ids)
         step = plan.tree.depth + 1
         slack = plan.tree.slots + (self.lag + 1) * step
@@ -93,8 +91,11 @@ class Schedule:
 
         while waiting or rows:
             while waiting and len(rows) < batch:
+                coming = min(len(rows) + len(waiting), batch)
                 request = waiting.popleft()
                 mark = perf_counter()
+                if isinstance(plan.tree, Paced) and plan.tree.policy.rests(coming) and len(request.prompt) < MISSED:
+                    request.missed = len(request.prompt)
                 first = self._start(request, len(rows), plan, state, draft_state)
                 rows.append(request)
                 request.take(first, 0, stopping, prefill=True)
@@ -108,7 +109,7 @@ class Schedule:
             ahead = (len(flight) + 1) * step
             longest = max(len(r.prompt) + len(r.tokens) for r in rows)
             span = self._span(longest + ahead + plan.tree.slots)
-            output = self._round(self._paced(plan, len(rows), state, draft_state), state, draft_state, len(rows), span)
+            output = self._round(self._paced(plan, rows, state, draft_state), state, draft_state, len(rows), span)
             rounds_run += 1
             flight.append((list(rows), self._fetch(output)))
             if len(flight) <= self.lag:
@@ -139,7 +140,7 @@ class Schedule:
         row, draft_row = _rows(state, slot, slot + 1), _rows(draft_state, slot, slot + 1)
         row["keys"].copy_(torch.tensor([request.keys], dtype=torch.int32))
         row["limit"].fill_(request.limit)
-        output = self.rounds.prefill(plan, row, draft_row, torch.tensor(request.prompt, device=self.device))
+        output = self.rounds.prefill(plan, row, draft_row, torch.tensor(request.prompt, device=self.device), request.missed > 0)
         logprobs = None if output.logprobs_BP is None else output.logprobs_BP.cpu()
         return RoundOutput(output.emitted_BP.cpu(), output.counts_B.cpu(), logprobs)
 
@@ -149,17 +150,21 @@ class Schedule:
         size = -(-needed // 64) * 64 if self.graphs is None else max(256, 1 << (needed - 1).bit_length())
         return min(size, self._states[1])
 
-    def _paced(self, plan: Plan, rows: int, state: State, draft_state: State) -> Plan:
+    def _paced(self, plan: Plan, requests: Sequence[Request], state: State, draft_state: State) -> Plan:
         """The plan of the coming round: where a policy decides, as deep as it says."""
         shape = plan.tree
         if not isinstance(shape, Paced):
             return plan
         within = self.graphs is None or plan.observe is not None
+        rows, missed = len(requests), max(request.missed for request in requests)
         shape.most, each = (shape.policy.begin(rows), 0) if within else shape.policy.tier(rows)
-        if self._paused and (shape.most or self._paused >= MISSED):
+        if missed and (shape.most or missed >= MISSED):
             self.rounds.catch_up(_rows(state, 0, rows), _rows(draft_state, 0, rows))
-            self._paused = 0
-        self._paused += not shape.most
+            for request in requests:
+                request.missed = 0
+        if not shape.most:
+            for request in requests:
+                request.missed += 1
         return plan if within and shape.most else replace(plan, tree=shape.captured(shape.most, each))
 
     def _round(self, plan: Plan, state: State, draft_state: State, active: int, span: int) -> RoundOutput:

@@ -99,6 +99,9 @@ class Cost(Policy):
     def _book(self, rows: int) -> _Book:
         return self._books.setdefault((rows - 1).bit_length(), _Book())
 
+    def rests(self, rows: int) -> bool:
+        return self._book(rows).resting > 0
+
     def begin(self, rows: int) -> int:
         self._rows, self._chances = rows, []
         book = self._book(rows)
