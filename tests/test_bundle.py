@@ -346,6 +346,13 @@ def test_fit_names_what_does_not_fit():
 def test_the_card_counts_weights_from_the_headers(tmp_path):
     found = make(tmp_path / "b", metrics={"tau": 2.51234}, recipe="recipes/x.yaml")
     assert bundle.weight_count(found) == (15, 15 * 4 + 4 * 8)
+
+    def predictor(folder):
+        (folder / "predictor").mkdir()
+        save_file({"state.weight": np.ones(9, np.float32)}, folder / "predictor" / "model.safetensors")
+
+    found = bundle.extend(found.path, predictor, runner={})
+    assert "predictor/model.safetensors" in found.files and bundle.weight_count(found)[0] == 15
     card = bundle.card(found)
     for text in ("b: fake", "15 parameters", "tiny", "vocabulary 320", "tau 2.512", "recipes/x.yaml", "seed**: 7"):
         assert text in card

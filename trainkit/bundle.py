@@ -416,10 +416,10 @@ def check_fit(
 
 
 def weight_count(bundle: Bundle) -> tuple[int, int]:
-    """Parameters and bytes in the bundle's safetensors files, from their headers."""
+    """Parameters and bytes in the bundle's safetensors files, from their headers; without its acceptance predictor's."""
     count = size = 0
     for name in bundle.files:
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") and not name.startswith("predictor/"):
             for entry in tensor_entries(bundle.path / name).values():
                 count += math.prod(entry["shape"]) if entry["dtype"] not in ("BOOL", "I64") else 0  # those are index maps
                 size += entry["data_offsets"][1] - entry["data_offsets"][0]
