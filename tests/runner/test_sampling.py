@@ -167,5 +167,6 @@ def test_noise_made_when_asked_for_is_the_same():
     keys, roots, tokens = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), torch.tensor([5, 9]), torch.arange(6)
     whole = gumbel(keys, roots[:, None] + 1 + torch.arange(6), tokens, CHOICE)
     noise = Noise(keys, roots, tokens, CHOICE)
+    assert torch.equal(noise.first(3), whole[:, :3])
     assert torch.equal(noise[:, 1:2], whole[:, 1:2]) and noise.made_BRV.shape[1] == 4
     assert torch.equal(noise[:, :6], whole) and torch.equal(noise[:, 0:1], whole[:, :1]) and noise.made_BRV.shape[1] == 8

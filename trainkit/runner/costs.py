@@ -215,7 +215,8 @@ class ChainCosts:
         level_R: Each level after it.
         pack_R: Packing nodes, where texts have unequally many, beyond what verifying them would take alone.
         pad_R: Each pad that they need beside.
-        rest_R: What a round with a draft takes beside its parts: keeping what is accepted, ends, the loop itself.
+        rest_R: What a round with a draft takes beside its parts: keeping what is accepted, ends, the loop itself; less what
+            they have in common, such as noise.
         plain_rest_R: Likewise one without.
     """
 
@@ -311,8 +312,8 @@ def measure_chain_costs(
         pad.append(max(0.0, half - pack[-1]) / pads if is_shared else 0.0)
         # small differences of large times: of one repeat each, and of all depths together
         beside = {depth: [whole - draft - judged for draft, judged, whole in found[depth]] for depth in (0, *depths)}
-        plain_rest.append(max(0.0, statistics.median(beside.pop(0))))
-        rest.append(max(0.0, statistics.median(one for runs in beside.values() for one in runs)))
+        plain_rest.append(statistics.median(beside.pop(0)))
+        rest.append(statistics.median(one for runs in beside.values() for one in runs))
     return ChainCosts(
         tuple(sizes), nodes, tuple(verify), tuple(first), tuple(level), tuple(pack), tuple(pad), tuple(rest), tuple(plain_rest)
     )

@@ -227,7 +227,7 @@ class Rounds:
             keys = state["keys"] ^ mix(position.int())[:, None] if drawn else state["keys"]
             noise = Noise(keys, position, self.vocabulary, stream)
             if tree.key is not None:  # how far it drafts is known
-                noise = noise[:, : tree.depth + 1]
+                noise = noise.first(tree.depth + 1)
         if self.drafter is None or not tree.depth:
             assert isinstance(tree, Tree)
             draft = Draft(token[:, None], (), tree.topology, levels=0)
