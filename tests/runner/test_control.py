@@ -30,9 +30,14 @@ from trainkit.runner.worth import Cost
 POLICIES = ["fixed", "confidence:0.3", "confidence", "predictor:0.4", "cost", "cost-blind", "ema"]
 
 
+@pytest.fixture(scope="module")
+def costs_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("costs")  # measured once for all tests here, which takes seconds
+
+
 @pytest.fixture(autouse=True)
-def own_costs(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
+def own_costs(costs_folder, monkeypatch):
+    monkeypatch.setenv("TRAINKIT_COSTS", str(costs_folder))
 
 
 def flat(verify: float = 0.0, level: float = 0.1) -> ChainCosts:
@@ -295,7 +300,8 @@ def test_rounds_in_between_are_counted_as_they_were():
     assert stats.wasted == (6 - 3) / 6 and stats.tau == 2
 
 
-def test_costs_are_measured_once(monkeypatch):
+def test_costs_are_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
     runner = pair(max_batch=2)
     first = runner.pacer.costs(4, None)
     assert first.rows == (1, 2) and first.verify(1, 1) > 0 and first.round(1, 4, 4) > first.round(1, 0, 0)
