@@ -334,7 +334,7 @@ def test_speculation_that_loses_is_switched_off_and_the_counts_say_so(seed):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_while_drafting_rests_the_drafter_reads_no_prompt(captured, seed):
-    """It is read with what was decoded since, once drafting is tried again; a text that ends before never is."""
+    """It is read with what was decoded since, once drafting is tried again."""
     runner = pair(noise=3.0, max_batch=4, max_len=700, ends=())
     runner.pacer.costs = lambda *_: priced(0.2, 2.0)
     if captured:
