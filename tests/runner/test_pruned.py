@@ -99,8 +99,10 @@ def test_where_rounds_are_captured_the_sizes_are_few_and_the_text_stays(policy, 
 
 def test_the_nodes_that_stay_are_those_with_the_best_predicted_chances(seed):
     """Each round's tree against all products of what the predictor said as it was asked; not in the draft's order."""
-    runner = pair(noise=0.3)
+    runner = pair(noise=0.3, ends=())
     made = predicting(runner)
+    made.said.weight[-1] = torch.tensor([-2.0, 0, 0, 0, 0])  # the less the draft believes in a token, the more this one does
+    made.scale.fill_(0.2)  # far from 0 and 1, where chances are clamped
     asked: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     class Telling(FoldedPredictor):
@@ -109,7 +111,7 @@ def test_the_nodes_that_stay_are_those_with_the_best_predicted_chances(seed):
             asked.append((told[0], likeliest(noisy_BFK, width)[0].exp()))
             return told
 
-    kept: list[tuple[list[float], list[float]]] = []
+    kept: list[tuple[list[int], list[int]]] = []
     tree = PredictedTree(2, 3, 6, Telling(made, 0.0))
 
     def observe(trace):
@@ -125,8 +127,7 @@ def test_the_nodes_that_stay_are_those_with_the_best_predicted_chances(seed):
             assert depths[0] == 0 and all(depths[n] == depths[parents[n]] + 1 for n in range(1, 6))
             # how many on each level says which chances stayed
             assert depths.count(1) == int((first >= expected[-1]).sum())
-            by_draft = torch.cat([draft_root[row, 0], torch.zeros(0)])
-            kept.append((order.tolist(), by_draft.argsort(descending=True).tolist()))
+            kept.append((order.tolist(), draft_root[row, 0].argsort(descending=True, stable=True).tolist()))
 
     runner.observe = observe
     runner.generate(ragged_prompts(4), max_new_tokens=16, tree=tree)
