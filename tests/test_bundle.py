@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from trainkit import bundle, placing
+from trainkit.card import describe, weight_count
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,15 +346,15 @@ def test_fit_names_what_does_not_fit():
 
 def test_the_card_counts_weights_from_the_headers(tmp_path):
     found = make(tmp_path / "b", metrics={"tau": 2.51234}, recipe="recipes/x.yaml")
-    assert bundle.weight_count(found) == (15, 15 * 4 + 4 * 8)
+    assert weight_count(found) == (15, 15 * 4 + 4 * 8)
 
     def predictor(folder):
         (folder / "predictor").mkdir()
         save_file({"state.weight": np.ones(9, np.float32)}, folder / "predictor" / "model.safetensors")
 
     found = bundle.extend(found.path, predictor, runner={})
-    assert "predictor/model.safetensors" in found.files and bundle.weight_count(found)[0] == 15
-    card = bundle.card(found)
+    assert "predictor/model.safetensors" in found.files and weight_count(found)[0] == 15
+    card = describe(found)
     for text in ("b: fake", "15 parameters", "tiny", "vocabulary 320", "tau 2.512", "recipes/x.yaml", "seed**: 7"):
         assert text in card
 
@@ -363,4 +364,4 @@ def test_the_card_of_a_model_of_its_own_has_no_target(tmp_path):
         (folder / "config.json").write_text("{}")
 
     found = bundle.write(tmp_path / "b", fill, kind="model", config={}, target={})
-    assert "target" not in bundle.card(found) and "b: model" in bundle.card(found)
+    assert "target" not in describe(found) and "b: model" in describe(found)

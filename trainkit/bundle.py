@@ -13,7 +13,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import secrets
 import shutil
 import struct
@@ -355,6 +354,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> `dtype`, `shape`, `data_offsets` of a safetensors file's tensors: its header, and nothing of its values.
+
+    8 bytes of length, then JSON (huggingface.co/docs/safetensors).
+
+    Raises:
+        UserError: not a safetensors file, or cut short.
+    """
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 0 <= length <= path.stat().st_size - 8:
+            raise UserError(f"{path}: not a safetensors file, or cut short; export it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise UserError(f"{path}: not a safetensors file (its header is no JSON); copy it again") from None
+    header.pop("__metadata__", None)
+    return header
+
+
 def _sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -410,85 +430,3 @@ def check_fit(
     if made.get("config") and made["config"] != target_fingerprint.get("config"):
         return [f"{target}: its config is not the one the bundle was made for{source}; acceptance may be lower than measured"]
     return []
-
-
-# ------------------------------------------------------------------------------------------------------------------- showing
-
-
-def weight_count(bundle: Bundle) -> tuple[int, int]:
-    """Parameters and bytes in the bundle's safetensors files, from their headers; without its acceptance predictor's."""
-    count = size = 0
-    for name in bundle.files:
-        if name.endswith(".safetensors") and not name.startswith("predictor/"):
-            for entry in tensor_entries(bundle.path / name).values():
-                count += math.prod(entry["shape"]) if entry["dtype"] not in ("BOOL", "I64") else 0  # those are index maps
-                size += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return count, size
-
-
-def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> `dtype`, `shape`, `data_offsets` of a safetensors file's tensors: its header, and nothing of its values.
-
-    8 bytes of length, then JSON (huggingface.co/docs/safetensors).
-
-    Raises:
-        UserError: not a safetensors file, or cut short.
-    """
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 <= length <= path.stat().st_size - 8:
-            raise UserError(f"{path}: not a safetensors file, or cut short; export it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise UserError(f"{path}: not a safetensors file (its header is no JSON); copy it again") from None
-    header.pop("__metadata__", None)
-    return header
-
-
-def card(bundle: Bundle) -> str:
-    """The bundle in words (Markdown): kind, size, target, what was measured and how to run it."""
-    count, size = weight_count(bundle)
-    decoder, made = bundle.target.get("decoder", {}), bundle.target.get("fingerprint") or {}
-    sizes = [f"{label} {decoder[key]}" for key, label in _SIZES.items() if key in decoder]
-    rows = {
-        "weights": f"{count:,} parameters, {size / 1e6:,.1f} MB",
-        "target": ", ".join([str(made["path"]), *sizes] if made.get("path") else sizes),
-        "layout": bundle.extra.get("layout"),
-        "config": _items(bundle.config),
-        "metrics": _items(bundle.metrics) or "none recorded",
-        "runner": _items({name: value for name, value in bundle.runner.items() if name != "predictor"}),
-        "predictor": _predictor(bundle.runner.get("predictor")),
-        "recipe": bundle.recipe if isinstance(bundle.recipe, str) or bundle.recipe is None else json.dumps(bundle.recipe),
-        "seed": bundle.seed,
-        "data": bundle.data if isinstance(bundle.data, str) or bundle.data is None else json.dumps(bundle.data),
-        "versions": _items(bundle.versions),
-    }
-    lines = [f"- **{name}**: {value}" for name, value in rows.items() if value not in (None, "")]
-    return "\n".join([f"# {bundle.path.name}: {bundle.kind}", "", *lines, ""])
-
-
-def _predictor(values: Any) -> str:
-    """Of an acceptance predictor its sizes and what it was trained for."""
-    if not isinstance(values, Mapping):
-        return ""
-    seen = values.get("seen") or {}
-    shown = {"width": values.get("width")}
-    shown |= {name: seen[name] for name in ("verify", "temperatures", "depth", "records") if name in seen}
-    return _items(shown)
-
-
-_SIZES = {"vocab_size": "vocabulary", "hidden_size": "hidden", "num_layers": "layers"}
-
-
-def _items(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_short(value)}" for key, value in values.items())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (list, tuple)) and len(value) > 16:  # such as the ids of a trimmed vocabulary
-        return f"[{len(value):,} entries]"
-    if isinstance(value, Mapping) and len(str(value)) > 200:  # such as what a tree was searched with
-        return f"{{{', '.join(value)}}}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -11,6 +11,7 @@ import torch
 
 from tests.runner.models import BUSHY, SIBLINGS, lm_draft, near, pair, ragged_prompts
 from trainkit import bundle
+from trainkit.card import describe
 from trainkit.cli import main
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
@@ -245,7 +246,7 @@ def test_the_bundle_carries_the_tree_to_the_runner(made, capsys):
     seen.clear()
     assert runner.generate([[1, 2, 3]], 16, depth=2, ignore_end=True)[0].tokens == default
     assert {trace.tree.paths for trace in seen} == {chain(2)}, "depth goes before the recommended tree"
-    assert len(bundle.card(found)) < 3000
+    assert len(describe(found)) < 3000
 
 
 def test_the_number_of_nodes_is_chosen_where_none_is_given(made):

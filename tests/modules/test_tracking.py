@@ -18,6 +18,7 @@ from tests import wandb_records
 from tests.modules.test_signals import arguments, go_on, lines
 from tests.processes import code_of, start, wait_until
 from trainkit import bundle
+from trainkit.card import describe
 from trainkit.cli import main
 from trainkit.errors import UserError
 from trainkit.modules.export import export
@@ -121,12 +122,12 @@ def test_metrics_configuration_revision_and_bundle_are_on_disk_and_nothing_elsew
     assert [again.run_id for again in wandb_records.of_kind(found, "run")] == [made.run_id]
     (artifact,) = wandb_records.of_kind(found, "artifact")
     written = bundle.read(out)
-    assert (artifact.name, artifact.type, artifact.description) == ("a-bundle", "model", bundle.card(written))
+    assert (artifact.name, artifact.type, artifact.description) == ("a-bundle", "model", describe(written))
     contents = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
     assert set(contents) == {*written.files, "trainkit.json", "card.md"}
     for name, copy in contents.items():
         assert copy.is_relative_to(root), "else a sync after the bundle has moved would find nothing"
-        assert copy.read_bytes() == ((out / name).read_bytes() if name != "card.md" else bundle.card(written).encode())
+        assert copy.read_bytes() == ((out / name).read_bytes() if name != "card.md" else describe(written).encode())
     assert json.loads(artifact.metadata)["metrics"] == written.metrics
 
     assert everything(tmp_path / "HOME", tmp_path / "TMPDIR") == set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainkit import bundle as bundles
+from trainkit.card import describe
 from trainkit.errors import UserError
 
 
@@ -23,7 +24,7 @@ def inspect(bundle: Path, *, target: Path | None = None) -> str:
         UserError: the bundle is broken, or does not fit the target.
     """
     found = bundles.read(bundle)
-    lines = [bundles.card(found), f"{len(found.files)} files, all checksums agree."]
+    lines = [describe(found), f"{len(found.files)} files, all checksums agree."]
     if target is not None:
         lines += [f"note: {note}" for note in _fit(found, target)] + [f"It fits {target}."]
     return "\n".join(lines)

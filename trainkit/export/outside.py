@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from trainkit import bundle
+from trainkit.card import describe
 from trainkit.drafters.base import load_outside
 from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
@@ -45,4 +46,4 @@ def import_outside(
     made = export_drafter(
         drafter.float(), out, tokenizer=target, dtype=kept, format=format, recipe=f"imported from {Path(folder).resolve().name}"
     )
-    return bundle.card(made)
+    return describe(made)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from trainkit import bundle
+from trainkit.card import describe
 from trainkit.data.chat import load_tokenizer
 from trainkit.data.prepare import prepare
 from trainkit.drafters.base import load_bundle, load_kind
@@ -66,7 +67,7 @@ def trim(
         data=found.data, format=found.extra.get("format", "native"),
         metrics={"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)},
     )  # fmt: skip
-    return f"{bundle.card(made)}\n{said}"
+    return f"{describe(made)}\n{said}"
 
 
 def vocab(

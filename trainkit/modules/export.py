@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from trainkit import bundle
+from trainkit.card import describe
 from trainkit.data.provenance import weights_mark
 from trainkit.drafters.base import kind_of
 from trainkit.errors import UserError
@@ -82,7 +83,7 @@ def export(
                 raise UserError(f"--{name}: a predictor goes into its drafter's bundle as it is; leave it out")
         predictor, mark, _ = load_predictor(checkpoint)
         made = export_predictor(predictor, mark, out)
-        shown = bundle.card(made)
+        shown = describe(made)
         return shown if run_folder is None else "\n".join([shown, attach(made, run_folder, checkpoint)])
     if holds_language_model(checkpoint):
         model, folder, info = load_language_model(checkpoint)
@@ -106,7 +107,7 @@ def export(
         write = partial(export_drafter, target=tuned.path)
         said = [f"target: {tuned.path}, with which alone this drafter decodes"]
     made = write(network, out, tokenizer=tokenizer or folder, dtype=kind, format=format, **card)
-    said = [bundle.card(made), *said]
+    said = [describe(made), *said]
     return "\n".join(said if run_folder is None else [*said, attach(made, run_folder, checkpoint)])
 
 

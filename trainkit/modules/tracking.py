@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from trainkit import bundle
+from trainkit.card import describe
 from trainkit.errors import UserError
 
 STEP = "trainer/global_step"
@@ -220,7 +221,7 @@ def attach(made: bundle.Bundle, folder: Path, checkpoint: str) -> str:
 def _log_bundle(run: Any, made: bundle.Bundle, checkpoint: str) -> str:
     import wandb
 
-    card = bundle.card(made)
+    card = describe(made)
     metadata = {
         "kind": made.kind, "metrics": dict(made.metrics), "recipe": made.recipe, "seed": made.seed, "data": made.data,
         "versions": dict(made.versions), "target": made.target.get("fingerprint"),
