@@ -61,3 +61,11 @@ def test_the_gap_of_a_thing_to_itself_is_nothing_and_turns_its_sign(seed):
     there, back = gap(one, other, resamples=2500), gap(other, one, resamples=2500)
     assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
     assert there == gap(one, other, resamples=2500) != gap(one, other, resamples=2500, seed=1)
+
+
+def test_resamples_that_count_nothing_are_left_out():
+    """A question without a round: a quarter of the resamples are nothing but it; the others all say 3 of 2."""
+    found = mean(np.array([0.0, 3.0]), np.array([0.0, 2.0]))
+    assert (found.value, found.low, found.high) == (1.5, 1.5, 1.5)
+    assert gap((np.array([0.0, 3.0]), np.array([0.0, 2.0])), (np.ones(2), np.ones(2))).high == 0.5
+    assert all(np.isnan(part) for part in vars(mean(np.zeros(2), np.zeros(2))).values())

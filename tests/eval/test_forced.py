@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kinds.twig import Twig
 from tests.runner.equality import exact_logits
 from trainkit.cli import main
 from trainkit.data.features import TargetReader
 from trainkit.data.prepare import Prepared, prepare
 from trainkit.drafters.lm import LMDraft
+from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.eval.forced import Sums, evaluate, measure, served
 from trainkit.export.drafter import export_drafter
@@ -75,7 +77,7 @@ def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
         draft_of(tiny_target, 4, 0.02, draft_vocab=list(range(0, 320, 2))),
     ]  # fmt: skip
     found = measure(TargetReader(FrozenTarget(tiny_target)), drafts, made.train, [0, 0.7, 1], 2, progress=False)
-    for draft, sums in zip(drafts, found, strict=True):
+    for draft, (sums,) in zip(drafts, found, strict=True):
         expected = naive(tiny_target, draft, made, [0, 0.7, 1])
         assert sums.keys() == expected.keys() and len(sums["tokens"]) == 7 == len(made.train.documents_D) - 1
         assert sums["tokens"].tolist() == expected["tokens"].tolist() and sums["tokens"].sum() == made.train.labels_R.sum()
@@ -83,14 +85,14 @@ def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
             tolerance = 1 if name == "agreement@0" else 1e-2  # one tie in 1,000 tokens, else float32 rounding
             assert np.abs(sums[name] - values).sum() <= tolerance, name
             assert 0 < sums[name].sum() < sums["tokens"].sum() or name == "tokens"
-    assert not np.allclose(found[0]["alpha@1"], found[1]["alpha@1"])
+    assert not np.allclose(found[0][0]["alpha@1"], found[1][0]["alpha@1"])
 
 
 def test_temperature_0_alone_gives_agreement_and_neither_batch_nor_order_matters(tiny_target, made, seed):
     draft = draft_of(tiny_target, 4, 0.02)
     reader = TargetReader(FrozenTarget(tiny_target))
-    (alone,) = measure(reader, [draft], made.train, [0], 3, progress=False)
-    (many,) = measure(reader, [draft], made.train, [0.5, 0], 1, progress=False)
+    ((alone,),) = measure(reader, [draft], made.train, [0], 3, progress=False)
+    ((many,),) = measure(reader, [draft], made.train, [0.5, 0], 1, progress=False)
     assert list(alone) == ["tokens", "agreement@0"] and set(many) == {"tokens", "agreement@0", "alpha@0.5", "alpha_coupled@0.5"}
     assert np.abs(alone["agreement@0"] - many["agreement@0"]).sum() <= 1  # a tie, at most
 
@@ -107,15 +109,46 @@ def test_the_target_is_run_once_for_all_drafters_and_not_again_where_it_is_kept(
     assert len(calls) == 2 * batches
     second = measure(TargetReader(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set", progress=False)
     assert len(calls) == 2 * batches
-    for one, two, three in zip(plain, first, second, strict=True):
+    for (one,), (two,), (three,) in zip(plain, first, second, strict=True):
         assert all(np.array_equal(one[name], two[name]) and np.array_equal(one[name], three[name]) for name in one)
 
 
-def test_a_kind_with_several_predictions_a_position_is_refused(tiny_target, made, tmp_path, seed):
-    """Also beside a kind without taps, with which it shares no stored states."""
+def test_each_head_is_measured_where_it_says_a_token(tiny_target, made, tmp_path, seed):
+    """Untrained Medusa heads all repeat the target's last word: head k is right where that of k places before was.
+
+    Beside a kind without taps, with which it shares no stored states.
+    """
+    drafts = [draft_of(tiny_target, 1, 0.0), Medusa(target_shape(tiny_target), num_heads=3, head="target").eval()]
     reader = TargetReader(FrozenTarget(tiny_target), str(tmp_path))
-    with pytest.raises(UserError, match="Twig: several predictions") as caught:
-        measure(reader, [draft_of(tiny_target, 1, 0.0), Twig(target_shape(tiny_target))], made.train, [0.0], progress=False)
+    alone, heads = measure(reader, drafts, made.train, [0, 0.7], 2, progress=False)
+    assert len(alone) == 1 and len(heads) == 3
+    packed, teacher = made.train, load_decoder(tiny_target)
+    documents = list(itertools.pairwise(packed.documents_D.tolist()))
+    for k, sums in enumerate(heads, start=1):
+        expected: dict[str, list[float]] = {name: [] for name in ("tokens", "agreement@0", "alpha@0.7", "alpha_coupled@0.7")}
+        for start, end in documents:
+            logits = exact_logits(teacher, packed.tokens_N[start:end].tolist())
+            labels = [p for p in range(k + 1, end - start) if packed.mask_N[start + p]]
+            theirs, ours = logits[[p - 1 for p in labels]], logits[[p - 1 - k for p in labels]]
+            p, q = (theirs / 0.7).softmax(-1), (ours / 0.7).softmax(-1)
+            expected["tokens"].append(len(labels))
+            expected["agreement@0"].append(float((theirs.argmax(-1) == ours.argmax(-1)).sum()))
+            expected["alpha@0.7"].append(float(acceptance(p, q).sum()))
+            expected["alpha_coupled@0.7"].append(float(coupled_acceptance(p, q).sum()))
+        assert sums.keys() == expected.keys() and sums["tokens"].tolist() == expected["tokens"]
+        for name, values in expected.items():
+            assert np.abs(sums[name] - np.array(values)).sum() <= (2 if name == "agreement@0" else 1e-2), (k, name)
+    assert not np.allclose(heads[0]["alpha@0.7"], heads[1]["alpha@0.7"])
+
+
+def test_a_kind_whose_loss_does_not_tell_tokens_apart_is_refused(tiny_target, made, seed):
+    class Silent(LMDraft):
+        def forward(self, batch, divergence):
+            return replace(super().forward(batch, divergence), per_token={})
+
+    draft = Silent(target_shape(tiny_target), num_layers=1)
+    with pytest.raises(UserError, match="Silent: its loss does not tell its tokens apart") as caught:
+        measure(TargetReader(FrozenTarget(tiny_target)), [draft], made.train, [0.0], progress=False)
     assert "\n" not in str(caught.value)
 
 
@@ -164,6 +197,21 @@ def test_the_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path
     table = "\n".join(said[0])
     assert f"7 texts, {found['tokens']:,} tokens" in table and f"difference to {bundles[0]}, paired" in table
     assert f"{means['alpha@1']['mean']:.4f} [{means['alpha@1']['low']:.4f}, {means['alpha@1']['high']:.4f}]" in table
+
+
+def test_the_table_has_a_line_for_each_head_and_tau_for_each_drafter(tiny_target, texts, bundles, tmp_path, capsys):
+    heads = Medusa(target_shape(tiny_target), num_heads=2, head="target")
+    export_drafter(heads.eval(), tmp_path / "heads", tokenizer=tiny_target)
+    names = [bundles[0], str(tmp_path / "heads"), f"{tmp_path / 'heads'} head 2"]
+    flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--temperatures", "[0]"]
+    flags += ["--prompts", str(texts), "--questions", "2", "--max-new-tokens", "8", "--json", str(tmp_path / "eval.json")]
+    assert main(["eval", *flags, "--drafter", f"[{bundles[0]},{tmp_path / 'heads'}]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "eval.json").read_text())["drafters"]
+    assert list(found) == names and [sum(line.startswith(f"{name} ") for line in lines) for name in names] == [1, 4, 2]
+    assert [list(found[name]["means"]) for name in names] == [["agreement@0", "tau_coupled@0"]] * 2 + [["agreement@0"]]
+    emitted, rounds = map(sum, found[names[1]]["per_question"]["tau_coupled@0"])
+    assert rounds <= emitted <= 3 * rounds, "a chain as deep as there are heads"
 
 
 def test_one_drafter_has_no_difference_and_the_paired_gap_to_itself_is_nothing(tiny_target, texts, bundles, capsys):

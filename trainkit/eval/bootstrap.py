@@ -54,16 +54,19 @@ def gap(first: Measured, second: Measured, resamples: int = RESAMPLES, seed: int
 
 
 def _interval(value: np.ndarray, draws: list[np.ndarray]) -> Interval:
-    low, high = np.quantile(np.concatenate(draws), [0.025, 0.975])
+    told = np.concatenate(draws)
+    told = told[~np.isnan(told)]  # a resample of questions that count nothing says nothing
+    low, high = np.quantile(told, [0.025, 0.975]) if len(told) else (np.nan, np.nan)
     return Interval(float(value), float(low), float(high))
 
 
 def _ratio(measured: Measured, weights_RQ: np.ndarray | None = None) -> np.ndarray:
     """Sum over questions of the one by that of the other, averaged over seeds; [R] with weights."""
     sums_SQ, counts_SQ = np.atleast_2d(measured[0]), np.atleast_2d(measured[1])
-    if weights_RQ is None:
-        return (sums_SQ.sum(1) / counts_SQ.sum(1)).mean()
-    return ((weights_RQ @ sums_SQ.T) / (weights_RQ @ counts_SQ.T)).mean(1)
+    with np.errstate(invalid="ignore"):
+        if weights_RQ is None:
+            return (sums_SQ.sum(1) / counts_SQ.sum(1)).mean()
+        return ((weights_RQ @ sums_SQ.T) / (weights_RQ @ counts_SQ.T)).mean(1)
 
 
 def _weights(questions: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -27,13 +27,14 @@ from trainkit.drafters.base import DraftBatch, Drafter
 from trainkit.errors import UserError
 from trainkit.eval import bootstrap
 from trainkit.losses.divergence import ForwardKL
+from trainkit.losses.output import LossOutput
 from trainkit.models.load import device_of, load_decoder, read_config
 from trainkit.models.target import FrozenTarget
 from trainkit.runner import Runner
 from trainkit.runner.engine import load_drafter
 
 Sums = dict[str, np.ndarray]
-"""`tokens`, and by name the sum over each question's tokens [Q]."""
+"""`tokens`, and by name the sum over each question's tokens [Q]; of one drafter, or of one of its heads."""
 
 
 def evaluate(
@@ -57,8 +58,10 @@ def evaluate(
     """Exact acceptance of one or more drafters on given texts: alpha (residual verification), alpha_coupled, agreement.
 
     Prints the mean over counted tokens with a 95 % bootstrap interval over questions, and each drafter's difference to the
-    first one, questions paired. At temperature 0 both alphas are argmax agreement. With prompts also tau, tokens per round of a
-    chain of `depth`, by decoding them: with both verifications where the temperature is above 0.
+    first one, questions paired. At temperature 0 both alphas are argmax agreement. A drafter of several heads, or steps, has a
+    line for each: how well it says the token so many places on; teacher-forced, a draft model says all of them alike. With
+    prompts also tau, tokens per round of a chain of `depth`, by decoding them: with both verifications where the temperature
+    is above 0.
 
     Examples:
         trainkit distill --target models/target --prompts test.jsonl --out data/test_t1 --temperatures [1]
@@ -75,7 +78,7 @@ def evaluate(
         columns: Our column names -> the file's.
         prompts: Rows to decode for tau.
         questions: First prompts to take.
-        depth: Tokens drafted a round.
+        depth: Tokens drafted a round; fewer where a drafter has fewer heads.
         max_new_tokens: Most tokens of a decoded answer.
         teacher_cache: Folder that keeps the target's states, for the next call on the same data.
         device: Torch device.
@@ -104,19 +107,24 @@ def evaluate(
     found = measure(reader, networks, made.train, temperatures, batch, made.fingerprint)
     if prompts is not None:
         given = read_prompts(prompts, tokenizer, questions, columns)
-        for sums, network in zip(found, networks, strict=True):
-            sums |= served(target, network, given, temperatures, depth, max_new_tokens, device)
+        for (first, *_), network in zip(found, networks, strict=True):
+            first |= served(target, network, given, temperatures, depth, max_new_tokens, device)
+    rows = [
+        (folder if number == 1 else f"{folder} head {number}", sums)
+        for folder, heads in zip(drafter, found, strict=True)
+        for number, sums in enumerate(heads, start=1)
+    ]
     values = {
         "target": target, "data": data, "temperatures": list(temperatures), "questions": len(made.train.documents_D) - 1,
         "tokens": int(made.train.labels_R.sum()), "fingerprint": made.fingerprint,
         "drafters": {
-            folder: {"means": _means(sums), "per_question": {name: value.round(5).tolist() for name, value in sums.items()}}
-            for folder, sums in zip(drafter, found, strict=True)
+            name: {"means": _means(sums), "per_question": {key: value.round(5).tolist() for key, value in sums.items()}}
+            for name, sums in rows
         },
     }  # fmt: skip
     if json is not None:
         Path(json).write_text(json_module.dumps(values) + "\n", encoding="utf-8")
-    return _table(drafter, found, values)
+    return _table(rows, values)
 
 
 def served(
@@ -130,7 +138,7 @@ def served(
     shape = drafter.target
     decoder = load_decoder(Path(target), torch.device(device), torch.float32)
     room = max(map(len, prompts)) + max_new_tokens
-    runner = Runner.of(decoder, drafter, shape, Path(target), 16, room)
+    runner, depth = Runner.of(decoder, drafter, shape, Path(target), 16, room), min(depth, drafter.max_depth or depth)
     sums: Sums = {}
     for temperature in temperatures:
         for verify in ("coupled", "residual") if temperature else ("coupled",):
@@ -144,8 +152,10 @@ def served(
 def measure(
     reader: TargetReader, drafters: Sequence[Drafter], packed: PackedSet, temperatures: Sequence[float], batch: int = 8,
     name: str = "", progress: bool = True,
-) -> list[Sums]:  # fmt: skip
-    """Sums by question of each drafter: `alpha@T` and `alpha_coupled@T` for T above 0, `agreement@0`; and `tokens`.
+) -> list[list[Sums]]:  # fmt: skip
+    """Sums by question of each drafter's heads: `alpha@T` and `alpha_coupled@T` for T above 0, `agreement@0`; and `tokens`.
+
+    Of a drafter with one prediction a position, whatever the depth, that is one entry.
 
     Args:
         reader: The target; what it says is kept under `name` where it has a folder.
@@ -157,29 +167,30 @@ def measure(
         progress: Show a bar.
 
     Raises:
-        UserError: a kind with several predictions a position, whose tokens cannot be told apart by question.
+        UserError: a kind whose loss does not tell its tokens apart.
     """
     from tqdm import tqdm
 
     questions, device = len(packed.documents_D) - 1, reader.target.device
-    found: list[Sums] = [{} for _ in drafters]
+    found: list[list[Sums]] = [[] for _ in drafters]
     starts = range(0, len(packed), batch)
     for start in tqdm(starts, desc="eval", unit=" batches", disable=not progress or None, delay=2):
         rows = list(range(start, min(start + batch, len(packed))))
         tensors = {key: value.to(device) for key, value in packed.batch(rows, len(rows)).items()}
         firsts_B = torch.as_tensor(packed.rows_R[rows], device=device)
         said: dict[tuple[int, ...], DraftBatch] = {}
-        for sums, drafter in zip(found, drafters, strict=True):
+        for heads, drafter in zip(found, drafters, strict=True):
             taps = tuple(drafter.taps)
             if taps not in said:
                 said[taps] = _seen(reader, tensors, taps, packed, name)
-            seen = said[taps]
-            counted_BT = seen.label_mask(1)
-            question_N = (seen.document_BT + firsts_B[:, None])[counted_BT].cpu().numpy()
-            values = {"tokens": torch.ones(len(question_N)), **_values(drafter, seen, temperatures, len(question_N))}
-            for key, value_N in values.items():
-                total = np.bincount(question_N, value_N.double().cpu().numpy(), questions)
-                sums[key] = sums[key] + total if key in sums else total
+            numbers_BT = (said[taps].document_BT + firsts_B[:, None]).cpu()
+            for number, (counted_BT, values) in enumerate(_values(drafter, said[taps], temperatures)):
+                if number == len(heads):
+                    heads.append({})
+                question_N = numbers_BT[counted_BT].numpy()
+                for key, value_N in {"tokens": torch.ones(len(question_N)), **values}.items():
+                    total = np.bincount(question_N, value_N.double().numpy(), questions)
+                    heads[number][key] = heads[number][key] + total if key in heads[number] else total
     return found
 
 
@@ -194,20 +205,36 @@ def _seen(
     )  # fmt: skip
 
 
-def _values(drafter: Drafter, seen: DraftBatch, temperatures: Sequence[float], count: int) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
-    for temperature in sorted(temperatures, reverse=True):
-        if temperature == 0 and "agreement@0" in values:
+def _values(drafter: Drafter, seen: DraftBatch, temperatures: Sequence[float]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Of each head where its tokens count [B, T], and their measures [N]; on the CPU."""
+    heads: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for temperature in sorted(set(temperatures), reverse=True):
+        if temperature == 0 and heads:
             continue
         divergence = ForwardKL(temperature=temperature or 1.0, chunk=256)
         output = drafter(seen, divergence.measuring(coupled=True) if temperature else divergence)
-        if len(output.per_token.get("agreement", ())) != count:
-            raise UserError(f"{type(drafter).__name__}: several predictions a position; eval by question reads kinds with one")
-        if temperature:
-            values |= {f"{key}@{temperature:g}": output.per_token[key] for key in ("alpha", "alpha_coupled")}
-        if 0 in temperatures:
-            values["agreement@0"] = output.per_token["agreement"]
-    return values
+        told = _by_head(drafter, seen, output)
+        heads = heads or [(counted_BT, {}) for counted_BT, _ in told]
+        for (_, values), (_, given) in zip(heads, told, strict=True):
+            if temperature:
+                values |= {f"{key}@{temperature:g}": given[key] for key in ("alpha", "alpha_coupled")}
+            if 0 in temperatures:
+                values["agreement@0"] = given["agreement"]
+    return heads
+
+
+def _by_head(drafter: Drafter, seen: DraftBatch, output: LossOutput) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
+    given = {name.removesuffix("_HBT"): value.cpu() for name, value in output.per_token.items()}
+    if "counted" in given:
+        counted_HBT = given.pop("counted")
+        return [
+            (counted_BT, {name: value[head][counted_BT] for name, value in given.items()})
+            for head, counted_BT in enumerate(counted_HBT)
+        ]
+    counted_BT = seen.label_mask(1).cpu()
+    if len(given.get("agreement", ())) != int(counted_BT.sum()):
+        raise UserError(f"{type(drafter).__name__}: its loss does not tell its tokens apart; eval cannot sort them by question")
+    return [(counted_BT, given)]
 
 
 def _over(sums: Sums, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -224,18 +251,19 @@ def _means(sums: Sums) -> dict[str, dict[str, float]]:
     return means
 
 
-def _table(names: Sequence[str], found: Sequence[Sums], values: dict[str, Any]) -> str:
-    measures = [name for name in found[0] if name != "tokens"]
-    wide = max(len(name) for name in names)
+def _table(rows: Sequence[tuple[str, Sums]], values: dict[str, Any]) -> str:
+    (first_name, first), *others = rows
+    measures = [name for name in first if name != "tokens"]
+    wide = max(len(name) for name, _ in rows)
     lines = [f"{values['questions']:,} texts, {values['tokens']:,} tokens; mean [95 % interval over texts]", ""]
     lines.append(" " * wide + "".join(f"  {name:>26}" for name in measures))
-    for name in names:
+    for name, sums in rows:
         means = values["drafters"][name]["means"]
-        cells = [f"{means[m]['mean']:.4f} [{means[m]['low']:.4f}, {means[m]['high']:.4f}]" for m in measures]
-        lines.append(f"{name:<{wide}}" + "".join(f"  {cell:>26}" for cell in cells))
-    if len(names) > 1:
-        lines += ["", f"difference to {names[0]}, paired:"]
-        for name, sums in zip(names[1:], found[1:], strict=True):
-            cells = [str(bootstrap.gap(_over(sums, m), _over(found[0], m))) for m in measures]
-            lines.append(f"{name:<{wide}}" + "".join(f"  {cell:>26}" for cell in cells))
+        cells = ["{mean:.4f} [{low:.4f}, {high:.4f}]".format(**means[m]) if m in sums else "" for m in measures]
+        lines.append(f"{name:<{wide}}" + "".join(f"  {cell:>26}" for cell in cells).rstrip())
+    if others:
+        lines += ["", f"difference to {first_name}, paired:"]
+        for name, sums in others:
+            cells = [str(bootstrap.gap(_over(sums, m), _over(first, m))) if m in sums else "" for m in measures]
+            lines.append(f"{name:<{wide}}" + "".join(f"  {cell:>26}" for cell in cells).rstrip())
     return "\n".join(lines)

@@ -21,7 +21,7 @@ class LossOutput:
         metrics: Detached scalar sums over the same tokens, by name (`alpha`, `alpha_coupled`, `agreement`, ...);
             divide by `count` after adding over chunks, micro-batches and ranks, those named `..._head2` by `count_head2`.
         per_token: Detached [N] values of the same metrics in the order the tokens were given, 0 where not counted; of several
-            heads `agreement_HBT` [H, B, T] alone, by the position of the label.
+            heads `alpha_HBT`, `agreement_HBT`, ... [H, B, T] by the position of the label, and `counted_HBT`, where one counts.
     """
 
     sum: Tensor
@@ -50,11 +50,14 @@ def heads_together(
     for number, output in enumerate(outputs, start=1):
         metrics |= {f"{name}_head{number}": output.metrics[name] for name in names}
         metrics[f"count_head{number}"] = output.count
-    agreement_HBT = torch.zeros(len(outputs), *counted[0][0].shape, dtype=torch.bool, device=outputs[0].sum.device)
+    size, device = (len(outputs), *counted[0][0].shape), outputs[0].sum.device
+    placed = {f"{name}_HBT": torch.zeros(size, device=device) for name in outputs[0].per_token}
+    placed["counted_HBT"] = torch.zeros(size, dtype=torch.bool, device=device)
     for head, (output, (counted_BT, ahead)) in enumerate(zip(outputs, counted, strict=True)):
-        if "agreement" in output.per_token:
-            rows_N, places_N = counted_BT.nonzero(as_tuple=True)
-            agreement_HBT[head, rows_N, places_N + ahead] = output.per_token["agreement"].bool()
+        rows_N, places_N = counted_BT.nonzero(as_tuple=True)
+        placed["counted_HBT"][head, rows_N, places_N + ahead] = True
+        for name, value_N in output.per_token.items():
+            placed[f"{name}_HBT"][head, rows_N, places_N + ahead] = value_N.float()
     total = torch.stack([weight * output.sum for weight, output in zip(weights, outputs, strict=True)]).sum()
     count = torch.stack([output.count for output in outputs]).sum()
-    return LossOutput(total, count, metrics, {"agreement_HBT": agreement_HBT})
+    return LossOutput(total, count, metrics, placed)

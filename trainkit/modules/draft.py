@@ -213,7 +213,7 @@ def agreement_by_position(output: LossOutput, seen: DraftBatch, depth: int) -> T
     K is `depth`, or the number of heads if that is less.
     """
     if "agreement_HBT" in output.per_token:
-        return output.per_token["agreement_HBT"][:depth]
+        return output.per_token["agreement_HBT"][:depth].bool()
     counted_BT, agreement_N = seen.label_mask(1), output.per_token.get("agreement")
     if agreement_N is None or agreement_N.numel() != int(counted_BT.sum()):
         return None
