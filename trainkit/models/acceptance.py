@@ -126,7 +126,7 @@ class AcceptancePredictor(nn.Module):
 
 
 class FoldedPredictor:
-    """An `AcceptancePredictor` at one temperature, for decoding: from the noisy logits to its word in ten operations.
+    """An `AcceptancePredictor` at one temperature, for decoding: from the noisy logits to its word in eleven operations.
 
     A draft level of a small model is a few dozen. So it also says which proposals they are, which somebody would have to find.
     All that the temperature settles is in the weights, and so is the straight line past the hidden layer, of which two units
@@ -153,7 +153,7 @@ class FoldedPredictor:
         """Recalibrated probabilities [B, F, W] of each node's best `width` proposals, best first, and their columns.
 
         Args:
-            hidden_BFD: The states that the proposals were made from, in any precision; not zero.
+            hidden_BFD: The states that the proposals were made from, in any precision.
             noisy_BFK: Processed draft logits, noise added.
             width: W, at most K.
             depth: Of the nodes proposed from.
@@ -163,7 +163,8 @@ class FoldedPredictor:
         if log_p.shape[-1] == 1:
             log_p = F.pad(log_p, (0, 1), value=_FLOOR)
         hidden = hidden_BFD.float()
-        normed = hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
+        # a row that has not been read yet may hold zeros, and no number would outlast all others in what a policy has learnt
+        normed = hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp_min_(_EPS)
         if width == 1:
             read = torch.cat([normed, log_p, log_p.exp()], dim=-1)[:, :, None]
         else:
@@ -180,7 +181,7 @@ def load_predictor(folder: Path, config: Mapping[str, Any]) -> AcceptancePredict
     """The predictor in a bundle's folder, on the CPU; `config` is its manifest's `runner.predictor`.
 
     Raises:
-        UserError: its weights are missing or of other sizes.
+        UserError: its weights are missing, of other sizes, or no numbers.
     """
     path = folder / FILE
     if not path.is_file():
@@ -190,4 +191,6 @@ def load_predictor(folder: Path, config: Mapping[str, Any]) -> AcceptancePredict
         made.load_state_dict(load_file(path))
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{path}: does not fit the bundle's settings ({' '.join(str(error).split())[:120]})") from None
+    if not all(weight.isfinite().all() for weight in made.state_dict().values()):
+        raise UserError(f"{path}: holds weights that are no numbers (its training diverged); train it again")
     return made.eval().requires_grad_(False)
