@@ -127,6 +127,18 @@ def trimmed_pair(ids: list[int] | None, noise: float = 0.03) -> Runner:
     return Runner.of(target, draft, told, max_batch=4, max_len=96)
 
 
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [({}, None), ({"tree": [[0], [1]]}, "the tree of"), ({"tree": [[0]], "predictor": {}}, "the tree and the predictor of")],
+)  # fmt: skip
+def test_what_was_made_for_the_whole_vocabulary_is_left_behind_and_said(left, said, tiny_target, text, tmp_path, seed):
+    whole = exported(tiny_target, tmp_path / "whole")
+    bundle.amend(whole, runner=left)
+    lines = trim(str(whole), str(tmp_path / "out"), target=str(tiny_target), text=str(text)).splitlines()
+    assert bundle.read(tmp_path / "out").runner == {}
+    assert [f"not taken along: {said} {whole}; " in line for line in lines if "taken along" in line] == ([True] if said else [])
+
+
 @pytest.mark.parametrize("tree", [None, BUSHY], ids=["chain", "tree"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_output_is_that_of_plain_decoding_and_only_its_ids_are_proposed(temperature, tree, seed):

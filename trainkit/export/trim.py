@@ -38,7 +38,8 @@ def trim(
 ) -> str:
     """Trims a drafter's output vocabulary to the ids most often counted in TEXT, and writes it as a new bundle.
 
-    The bundle keeps the whole head, so that other programs load it as before; the ids stand in its trainkit.json.
+    The bundle keeps the whole head, so that other programs load it as before; the ids stand in its trainkit.json. A searched
+    tree and an acceptance predictor were made for the whole vocabulary and are not taken along.
 
     Examples:
         trainkit trim models/draft models/draft-trimmed --target models/target --text data/distilled --keep 0.25
@@ -67,7 +68,16 @@ def trim(
         data=found.data, format=found.extra.get("format", "native"),
         metrics={"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)},
     )  # fmt: skip
-    return f"{describe(made)}\n{said}"
+    return "\n".join([describe(made), said, *_left_behind(found)])
+
+
+def _left_behind(found: bundle.Bundle) -> list[str]:
+    """What was made for the whole vocabulary's chances and speed."""
+    advice = {"tree": "search a tree for it (trainkit tree)", "predictor": "train an acceptance predictor on it"}
+    left = [name for name in advice if name in found.runner]
+    if not left:
+        return []
+    return [f"not taken along: the {' and the '.join(left)} of {found.path}; {', '.join(advice[name] for name in left)}"]
 
 
 def vocab(
