@@ -14,8 +14,17 @@ import glob
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def kept_folder(name: str) -> Path:
+    """Where what can be made anew is kept from run to run; among temporary files where the user has no home."""
+    try:
+        return Path.home() / ".cache" / "trainkit" / name
+    except RuntimeError:  # a container's made-up user
+        return Path(tempfile.gettempdir()) / "trainkit" / name
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from trainkit.runner import DynamicTree, Runner, Stats, costs
 from trainkit.runner.adaptive import AdaptiveChain
 from trainkit.runner.control import Came, Policy, PolicyName, Recent, Threshold
 from trainkit.runner.costs import ChainCosts
-from trainkit.runner.decoder import Plan
+from trainkit.runner.decoder import Plan, Rounds
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.worth import Cost
 
@@ -255,6 +256,54 @@ def test_cost_takes_drafting_up_again_when_it_pays_again(seed):
     assert plain > 2 * seconds
 
 
+def told_rounds(policy: Cost, said: list[float], rounds: int, rows: int, tier: bool, draw: np.random.Generator) -> float:
+    """Tokens per second and row by the costs, where these are the chances by level, and the policy is told them."""
+    seconds, tokens, truth = 0.0, 0, np.array(said)
+    for _ in range(rounds):
+        levels, kept = policy.tier(rows) if tier else drafted(policy, said, rows)
+        luck = draw.random((rows, kept)) < truth[:kept]
+        accepted = luck.cumprod(1).sum(1).tolist()
+        chances = [[float(one)] * rows for one in truth.cumprod()[:levels]] if tier else ()
+        policy.learn(Came(rows, levels, [kept] * rows, accepted, chances))
+        seconds += policy.costs.round(rows, levels, kept)
+        tokens += sum(accepted) + rows
+    return tokens / seconds / rows
+
+
+@pytest.mark.parametrize(("reads", "tier"), [("nothing", False), ("predictor", False), ("confidence", True)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_cost_tries_a_level_that_failed_again(rows, reads, tier, seed):
+    """After 300 rounds whose second token fails it comes to all eight levels of good ones, as one that never saw these."""
+    draw, good = np.random.default_rng(seed), [0.95] * 8
+    policy, fresh = (Cost(flat(0.05, 0.1), 8, reads) for _ in range(2))
+    told_rounds(policy, [0.95] + [0.02] * 7, 300, rows, tier, draw)
+    told_rounds(policy, good, 700, rows, tier, draw)
+    assert told_rounds(policy, good, 500, rows, tier, draw) > 0.9 * told_rounds(fresh, good, 500, rows, tier, draw)
+
+
+@pytest.mark.parametrize("reads", ["nothing", "predictor"])
+def test_to_try_again_costs_hardly_anything(reads, seed):
+    """Against the best fixed depth, 2, which is never wrong: the first token is sure, the second good, and no other."""
+    draw, said = np.random.default_rng(seed), [0.95, 0.8] + [0.05] * 6
+    rate = told_rounds(Cost(flat(0.1, 0.2), 8, reads), said, 3000, 1, False, draw)
+    assert rate > 0.97 * (1 + 0.95 + 0.95 * 0.8) / (1 + 0.1 * 2 + 0.2 * 2)
+
+
+@pytest.mark.parametrize("tier", [False, True])
+def test_what_is_no_number_is_not_learnt(tier, seed):
+    """A draft that overflows once: that round is lost, not all after it."""
+    draw, good = np.random.default_rng(seed), [0.95] * 6
+    policy, fresh = (Cost(flat(0.05, 0.1), 6, "predictor") for _ in range(2))
+    told_rounds(policy, good, 50, 2, tier, draw)
+    if tier:
+        levels, kept = policy.tier(2)
+        policy.learn(Came(2, levels, [kept] * 2, [0, 0], [[float("nan")] * 2] * levels))
+    else:
+        assert drafted(policy, [0.9, float("nan"), 0.9], 2) == (2, 1)
+        policy.learn(Came(2, 2, [1, 1], [1, 1]))
+    assert told_rounds(policy, good, 600, 2, tier, draw) > 0.9 * told_rounds(fresh, good, 600, 2, tier, draw)
+
+
 def test_cost_beats_every_fixed_depth_where_acceptance_varies(seed):
     """Half the rounds are hopeless and half are sure: one who is told beats any depth that is the same for both."""
     generator, price = np.random.default_rng(seed), flat(verify=0.1, level=0.2)
@@ -308,6 +357,48 @@ def test_costs_are_measured_once(tmp_path, monkeypatch):
     warm = runner.pacer.costs(4, None, Sampling(0.7))  # noise takes its time
     monkeypatch.setattr("trainkit.runner.pacing.measure_chain_costs", lambda *_, **__: pytest.fail("measured again"))
     assert runner.pacer.costs(4, None) == first != warm == runner.pacer.costs(4, None, Sampling(1.0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rows": []}, {"first_R": ["x"]}, {"first_R": [float("nan")]}, {"verify_RN": [[1.0]]}, {"verify_RN": []}, {"first_R": 1.0},
+     {"verify_RN": [[0.0, 0.0]], "plain_rest_R": [0.0]}, {"level": [1.0]}, None],
+)  # fmt: skip
+def test_a_file_of_costs_that_makes_no_sense_is_measured_anew(change, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
+    made = replace(flat(0.1), rows=(1,), nodes=(1, 2), verify_RN=((1.0, 1.1),))
+    made = replace(made, **dict.fromkeys(("first_R", "level_R", "pack_R", "pad_R", "rest_R", "plain_rest_R"), (0.1,)))
+    calls: list[int] = []
+
+    def measured() -> ChainCosts:
+        calls.append(1)
+        return made
+
+    assert costs.kept_costs({"a": 1}, measured) == made == costs.kept_costs({"a": 1}, measured) and len(calls) == 1
+    (path,) = tmp_path.iterdir()
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"costs": values["costs"] | change}) if change is not None else '{"setting":')
+    assert costs.kept_costs({"a": 1}, measured) == made == costs.kept_costs({"a": 1}, measured) and len(calls) == 2
+    path.unlink()
+    path.mkdir()  # cannot be written over
+    assert costs.kept_costs({"a": 1}, measured) == made and list(tmp_path.iterdir()) == [path]
+
+
+def test_costs_are_measured_in_two_states_whatever_the_number_of_shapes(tmp_path, monkeypatch):
+    """Of a large model each is gigabytes: one that parts are timed in, one for whole rounds."""
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
+    made: list[int] = []
+    new_state = Rounds.new_state
+    monkeypatch.setattr(Rounds, "new_state", lambda self, batch, slots: made.append(batch) or new_state(self, batch, slots))
+    pair(max_batch=2).pacer.costs(6, None)
+    assert made == [1, 1, 2, 2]
+
+
+def test_only_chains_that_rounds_come_to_are_built(seed):
+    """A chain of 400 in each depth would take a minute before the first token."""
+    runner = pair(max_len=512, noise=None)
+    shape = AdaptiveChain(Recent(400), runner.device)
+    assert [shape.tree(depth).size for depth in (0, 3)] == [1, 4] and set(shape._trees) == {0, 3}
 
 
 def test_a_line_through_costs_by_hand():
@@ -373,7 +464,7 @@ def test_a_policy_that_remembers_what_was_said_leaves_residual_text_the_targets(
     with torch.inference_mode():
         rejected_B = rounds(Plan(Sampling(1.0), shape, "residual", pauses=True), state, {}, 16).counts_B == 1
         first_B2 = []
-        for way in (shape.trees[0], shape):
+        for way in (shape.tree(0), shape):
             copied = {name: value.clone() for name, value in state.items()}
             likely_B = policy.said_B > 0.6
             first_B2.append(rounds(Plan(Sampling(1.0), way, "residual", pauses=True), copied, {}, 16).emitted_BP[:, 0])

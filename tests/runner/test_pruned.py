@@ -15,6 +15,7 @@ from tests.runner.replaying import replayed
 from trainkit.errors import UserError
 from trainkit.models.acceptance import AcceptancePredictor, FoldedPredictor, signals
 from trainkit.runner import DynamicTree, Runner
+from trainkit.runner.control import Came
 from trainkit.runner.costs import ChainCosts
 from trainkit.runner.dynamic import likeliest
 from trainkit.runner.pruned import AdaptiveTree, PredictedTree, TreeCost
@@ -169,6 +170,34 @@ def test_it_grows_while_a_level_pays():
     free = TreeCost(flat(0.9, 0.0), PredictedTree(3, 3, 10))
     free.begin(1)
     assert not free.spread(unlikely), "a row costs 0.9, no child is worth it"
+
+
+def test_a_level_that_failed_is_tried_again(seed):
+    """As in chains: 300 rounds whose second token fails, then 700 good ones; and a level that said NaN once."""
+    draw = np.random.default_rng(seed)
+
+    def levels(policy: TreeCost, said: list[float], rounds: int) -> list[int]:
+        found = []
+        for _ in range(rounds):
+            level, most = 0, policy.begin(1)
+            while level < most:
+                chances_BFK = np.full((1, 3 if level else 1, 3), 0.001)
+                chances_BFK[..., 0] = said[level]
+                level += 1
+                if not policy.spread(chances_BFK):
+                    break
+            kept = policy.nodes(9) if level else 0
+            accepted = int((draw.random(level) < np.array(said[:level])).cumprod().sum())
+            policy.learn(Came(1, level, [kept], [min(accepted, kept)], (), kept))
+            found.append(level)
+        return found
+
+    policy = TreeCost(flat(0.05, 0.2), PredictedTree(4, 3, 10))
+    levels(policy, [0.95, 0.01, 0.01, 0.01], 300)
+    levels(policy, [0.95] * 4, 700)
+    assert np.mean(levels(policy, [0.95] * 4, 100)) > 3.5
+    assert levels(policy, [0.95, float("nan"), 0.9, 0.9], 1) == [2]
+    assert np.mean(levels(policy, [0.95] * 4, 300)[200:]) > 3.5
 
 
 def test_a_tree_that_does_not_pay_costs_hardly_a_round(seed):

@@ -24,11 +24,12 @@ from trainkit.data.report import Report, SetReport
 from trainkit.data.sources import BadRow, content_hash, read_rows
 from trainkit.data.text import check_columns, parse
 from trainkit.errors import UserError
+from trainkit.placing import kept_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE = Path.home() / ".cache" / "trainkit" / "data"
+CACHE = kept_folder("data")
 """Where prepared sets are kept unless somebody says otherwise."""
 CODE_VERSION = 1
 """Part of every fingerprint: raise it with any change that alters what comes out of the same files."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,7 +75,6 @@ class AdaptiveChain(Chain, Paced):
             Under `coupled` what is emitted is the target's choice whatever is verified.
 
     Attributes:
-        trees: The chain of each depth that it may come to, from none.
         most: Levels of the coming round at most.
     """
 
@@ -86,23 +84,26 @@ class AdaptiveChain(Chain, Paced):
         assert policy.reads != "predictor" or predictor is not None
         self.policy, self.predictor, self.device, self.drops = policy, predictor, device, drops
         self.depth = self.most = policy.most
+        self._trees: dict[int, Tree] = {}
 
-    @cached_property
-    def trees(self) -> list[Tree]:
-        return [build(chain(depth), self.device) for depth in range(self.depth + 1)]
+    def tree(self, depth: int) -> Tree:
+        """The chain of a depth that a round has come to; built once."""
+        if depth not in self._trees:
+            self._trees[depth] = build(chain(depth), self.device)
+        return self._trees[depth]
 
     @property
     def key(self) -> Hashable:
         return None
 
     def captured(self, levels: int, each: int) -> Shape:
-        tree = self.trees[levels]
+        tree = self.tree(levels)
         if not levels or self.policy.reads == "nothing":
             return tree
         return RankedChain(tree, each if self.drops else levels, self.predictor)
 
     def grow(self, steps: Steps) -> Draft:
-        policy, whole = self.policy, self.trees[self.depth]
+        policy, whole = self.policy, self.tree(self.depth)
         tokens = [steps.root_B[:, None]]
         for depth, level in enumerate(whole.levels[: self.most]):
             made = _step(steps, level, tokens[-1], depth)
@@ -117,9 +118,10 @@ class AdaptiveChain(Chain, Paced):
         if lengths and min(lengths) < kept:
             nodes_B = 1 + torch.tensor(lengths, device=self.device)
             packing = Packing.of(nodes_B, kept + 1, sum(lengths) + len(lengths))
+        reached = self.tree(kept)
         return Draft(
-            torch.cat(tokens[: kept + 1], dim=1), tuple(steps.scores[:kept]), self.trees[kept].topology,
-            said=tuple(steps.said[:kept]), shape=self.trees[kept], levels=drafted, packing=packing,
+            torch.cat(tokens[: kept + 1], dim=1), tuple(steps.scores[:kept]), reached.topology,
+            said=tuple(steps.said[:kept]), shape=reached, levels=drafted, packing=packing,
         )  # fmt: skip
 
     def _said(self, made: Proposals, depth: int) -> tuple[Tensor | None, Tensor]:

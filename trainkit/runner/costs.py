@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -27,12 +28,13 @@ from torch import nn
 
 from trainkit.drafters.base import State
 from trainkit.layers.attention import Packing
+from trainkit.placing import kept_folder
 from trainkit.runner.decoder import Plan, Rounds
 from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
 from trainkit.runner.tree import Draft, RankPath, Shape, Tree, build, chain, grow
 from trainkit.runner.verify import coupled
 
-CACHE = Path.home() / ".cache" / "trainkit" / "costs"
+CACHE = kept_folder("costs")
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,11 +95,16 @@ def _timed(
     Then also, where all nodes are verified, of the whole round that these are parts of.
     """
     device = rounds.target.embed.weight.device
+    slots = max(max(2 * drafted.slots, verified.size) for drafted, verified, _ in parts.values())
+    span = -(-(length + slots) // 64) * 64
+    rounds.target.reserve_positions(span)
+    # one for all shapes, as in decoding; whole rounds move on in theirs
+    states, moving = _States.of(rounds, batch, span, length), _States.of(rounds, batch, span, length)
     probes: dict[Hashable, list[Callable[[], object]]] = {}
     for name, (drafted, verified, lengths) in parts.items():
-        parts_: list[Callable[[], object]] = [*_parts(rounds, drafted, verified, lengths, length, batch, sampling)]
+        parts_: list[Callable[[], object]] = [*_parts(rounds, drafted, verified, lengths, states, sampling)]
         if sampling is not None and not lengths:
-            parts_.append(_whole(rounds, sampling, drafted, length, batch))
+            parts_.append(_whole(rounds, sampling, drafted, moving, length))
         probes[name] = [_graphed(part, device) for part in parts_]
     seconds: dict[Hashable, list[list[float]]] = {name: [] for name in probes}
     for _ in range(repeats + 2):
@@ -115,15 +122,29 @@ def _median(runs: Sequence[Sequence[float]], part: int) -> float:
     return statistics.median(run[part] for run in runs)
 
 
+@dataclass(frozen=True)
+class _States:
+    """The target's and the drafter's, at `length` cached tokens, for rounds that read `span` slots."""
+
+    target: State
+    draft: State
+    span: int
+
+    @classmethod
+    def of(cls, rounds: Rounds, batch: int, span: int, length: int) -> _States:
+        weight, drafter = rounds.target.embed.weight, rounds.drafter
+        state = rounds.new_state(batch, span)
+        state["position"].fill_(length)
+        state["limit"].fill_(1 << 40)
+        return cls(state, {} if drafter is None else drafter.init_state(batch, span, weight.device, weight.dtype), span)
+
+
 def _parts(
-    rounds: Rounds, shape: Shape, tree: Tree, lengths: Sequence[int], length: int, batch: int, sampling: Sampling | None
+    rounds: Rounds, shape: Shape, tree: Tree, lengths: Sequence[int], states: _States, sampling: Sampling | None
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Drafting of one shape, and verifying of a tree, or of so many nodes of each row."""
-    drafter, device = rounds.drafter, rounds.target.embed.weight.device
-    span = -(-(length + max(shape.slots, tree.size)) // 64) * 64
-    rounds.target.reserve_positions(span)
-    state = rounds.new_state(batch, span)
-    state["position"].fill_(length)
+    drafter, device, state, span = rounds.drafter, rounds.target.embed.weight.device, states.target, states.span
+    batch = state["position"].shape[0]
     drafted = Draft(torch.zeros(batch, tree.size, dtype=torch.long, device=device), (), tree.topology)
     lengths_B = torch.tensor(lengths, device=device) if lengths else None
 
@@ -142,7 +163,6 @@ def _parts(
     if drafter is None or not shape.depth:
         return lambda: None, verify
     weight = rounds.target.embed.weight
-    draft_state = drafter.init_state(batch, span, device, weight.dtype)
     levels, counts_B = range(shape.depth + 1), torch.ones(batch, dtype=torch.long, device=device)
     path_BP = None if shape.is_chain else torch.zeros(batch, len(levels), dtype=torch.long, device=device)
     taps = weight.new_zeros(batch, len(levels), len(rounds.taps), weight.shape[1]) if rounds.taps else None
@@ -150,31 +170,23 @@ def _parts(
     def draft() -> object:
         token, position, process = state["token"], state["position"], sampling or Sampling()
         noise = None if process.greedy else Noise(state["keys"], position, rounds.vocabulary, CHOICE)
-        made = grow(shape, drafter, draft_state, rounds.handle, token, position, process, noise, span, False)
+        made = grow(shape, drafter, states.draft, rounds.handle, token, position, process, noise, span, False)
         tokens = made.tokens_BN[:, : len(levels)]
-        drafter.commit(draft_state, path_BP, tokens, tokens, counts_B, position, taps, rounds.handle, span)
+        drafter.commit(states.draft, path_BP, tokens, tokens, counts_B, position, taps, rounds.handle, span)
         return made
 
     return draft, verify
 
 
-def _whole(rounds: Rounds, sampling: Sampling, shape: Shape, length: int, batch: int) -> Callable[[], object]:
+def _whole(rounds: Rounds, sampling: Sampling, shape: Shape, states: _States, length: int) -> Callable[[], object]:
     """A round of this shape."""
-    device = rounds.target.embed.weight.device
-    span = -(-(length + 2 * shape.slots) // 64) * 64
-    rounds.target.reserve_positions(span)
-    state = rounds.new_state(batch, span)
-    state["limit"].fill_(1 << 40)
-    draft_state: State = {}
-    if rounds.drafter is not None and shape.depth:
-        draft_state = rounds.drafter.init_state(batch, span, device, rounds.target.embed.weight.dtype)
-    plan = Plan(sampling, shape, pauses=True)
+    state, plan = states.target, Plan(sampling, shape, pauses=True)
 
     def whole() -> object:
         state["position"].fill_(length)
         state["done"].fill_(False)
         state["missed"].zero_()
-        return rounds(plan, state, draft_state, span)
+        return rounds(plan, state, states.draft, states.span)
 
     return whole
 
@@ -229,6 +241,15 @@ class ChainCosts:
     pad_R: tuple[float, ...] = (0.0,)
     rest_R: tuple[float, ...] = (0.0,)
     plain_rest_R: tuple[float, ...] = (0.0,)
+
+    def __post_init__(self) -> None:
+        lines = (*self.verify_RN, self.first_R, self.level_R, self.pack_R, self.pad_R, self.rest_R, self.plain_rest_R)
+        if not all(math.isfinite(value) for line in lines for value in line):
+            raise ValueError("costs must be numbers")
+        if len(self.verify_RN) != len(self.rows) or {len(line) for line in self.verify_RN} != {len(self.nodes)}:
+            raise ValueError("costs must be given for all numbers of texts and nodes")
+        if min(self.plain(rows) for rows in self.rows) <= 0:
+            raise ValueError("a round must take some time")
 
     def verify(self, rows: int, nodes: float) -> float:
         """Seconds to verify `nodes` rows of each of so many texts."""
@@ -355,8 +376,11 @@ def kept_costs(setting: Mapping[str, Any], measure: Callable[[], ChainCosts]) ->
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial_ = path.with_suffix(f".{os.getpid()}")
-        partial_.write_text(json.dumps({"setting": setting, "costs": asdict(costs)}, indent=1) + "\n", encoding="utf-8")
-        partial_.replace(path)
+        try:
+            partial_.write_text(json.dumps({"setting": setting, "costs": asdict(costs)}, indent=1) + "\n", encoding="utf-8")
+            partial_.replace(path)
+        finally:
+            partial_.unlink(missing_ok=True)
     except OSError:
         pass  # a read-only home costs a second at each start, no more
     return costs

@@ -23,7 +23,7 @@ from trainkit.runner.control import Came
 from trainkit.runner.costs import ChainCosts
 from trainkit.runner.dynamic import DynamicTree, Guide
 from trainkit.runner.tree import Draft, Proposals, Shape, Steps, Tree, build, chain
-from trainkit.runner.worth import FADE, PRIOR, Cost
+from trainkit.runner.worth import DOUBT, FADE, PRIOR, SOME, Cost
 
 _LEAST = 1e-6
 """Chances are taken from here to 1 less this: their logarithm is finite, and a child never ranks with its parent."""
@@ -74,6 +74,7 @@ class TreeCost(Cost):
         self.tree = tree
         first = [PRIOR] + [(1 - PRIOR) / tree.top_k] * (tree.top_k - 1)
         self.shares_DK = np.tile(first, (tree.depth, 1))  # chances of a node's children, best first, on average
+        self._prior_K, self._came_D, self._kept_DK = np.array(first), np.full(tree.depth, SOME), SOME * self.shares_DK
         self._reached_BF, self._proposed_BC, self._level = np.ones((1, 1)), np.empty((1, 0)), 0
 
     def begin(self, rows: int) -> int:
@@ -81,20 +82,29 @@ class TreeCost(Cost):
         self._reached_BF, self._proposed_BC, self._level = np.ones((rows, 1)), np.empty((rows, 0)), 0
         return super().begin(rows)
 
+    def _fade(self) -> None:
+        self._came_D *= FADE
+        self._kept_DK *= FADE
+
     def _seconds(self, rows: int, levels: int, total: int, longest: int) -> float:
         return self.costs.round(rows, levels, self.tree.cut(levels, self.tree.nodes).nodes - 1)
 
     def spread(self, chances_BFK: np.ndarray) -> bool:
         """Whether to expand another level, after one of whose nodes' children these are the chances, best first."""
-        shares_K, rows, level = self.shares_DK[self._level], self._rows, self._level
-        found_BFK = self._reached_BF[..., None] * chances_BFK
-        shares_K += (1 - FADE) * (found_BFK.sum((0, 1)) / self._reached_BF.sum() - shares_K)
+        rows, level = self._rows, self._level
+        found_BFK = self._reached_BF[..., None] * np.nan_to_num(chances_BFK)
+        self._came_D[level] += self._reached_BF.sum() / rows
+        self._kept_DK[level] += found_BFK.sum((0, 1)) / rows
         found_BC = found_BFK.reshape(rows, -1)
         self._proposed_BC = np.concatenate([self._proposed_BC, found_BC], axis=1)
         self._reached_BF = -np.sort(-found_BC)[:, : self.tree.top_k]
         self._level += 1
         if level + 1 >= self.most:
             return False
+        # as in a chain: what is known fades, and a level not come to for long passes for as good as the one before it
+        for known in (level, level + 1):
+            before_K = self.shares_DK[known - 1] if known else self._prior_K
+            self.shares_DK[known] = (self._kept_DK[known] + DOUBT * before_K) / (self._came_D[known] + DOUBT)
         rate, nodes = self.rate(rows), self.tree.nodes
         row = (self.costs.verify(rows, nodes) - self.costs.verify(rows, 1)) / (rows * (nodes - 1))  # of a node, on average
         worth_BFK = self._reached_BF[..., None] * self.shares_DK[level + 1] - rate * row
@@ -112,9 +122,6 @@ class TreeCost(Cost):
         if came.levels and accepted:
             tokens = sum(accepted) + len(accepted)
             self._book(rows).add(self.costs.round(rows, came.levels, came.nodes), tokens * self.costs.plain(rows) / rows)
-            for level in range(came.levels):
-                reached = [count for count in accepted if count >= level]
-                self._learn_level(level, len(reached), sum(count > level for count in reached), rows)
 
 
 class _Pruned(Predicted):

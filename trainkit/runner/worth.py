@@ -26,6 +26,13 @@ FADE = 0.98
 PRIOR = 0.7
 """Acceptance of a level that has not been tried."""
 
+SOME = 10.0
+"""Rounds that the prior counts for at first."""
+
+DOUBT = 0.25
+"""Rounds for which the level before counts, and for good. A level that failed is not come to any more, and what is known of it
+fades: after some 150 rounds it passes for as good as the one before again and is tried, once. More is sooner, and dearer."""
+
 _TRIAL = 4
 """Rounds after which speculation that loses is given up."""
 
@@ -81,7 +88,8 @@ class Cost(Policy):
     def __init__(self, costs: ChainCosts, most: int, reads: Signal = "nothing", shares: bool = False) -> None:
         super().__init__(most)
         self.costs, self.reads, self.shares = costs, reads, shares and reads != "nothing"
-        self.accept = [PRIOR] * most
+        self.accept = [PRIOR] * most  # of each level, given those before it: kept of came to, older rounds fading
+        self._came, self._kept = [SOME] * most, [SOME * PRIOR] * most
         self._books: dict[int, _Book] = {}
         self._rows = 1
         self._chances: list[list[float]] = []  # by level, of each row's token to be kept
@@ -90,7 +98,7 @@ class Cost(Policy):
         self._ahead = cache(self._further)
         # of captured rounds: tokens a row is expected to keep by tier, and those kept and expected of all, older ones fading
         self._gains: dict[tuple[int, int], float] = {}
-        self._kept = self._expected = 0.0
+        self._kept_all = self._expected = 0.0
 
     def rate(self, rows: int) -> float:
         """R: tokens per second that decoding makes, plain decoding's at least."""
@@ -108,17 +116,27 @@ class Cost(Policy):
         if book.resting:
             book.resting -= 1
             return 0
+        self._fade()
         return self.most
+
+    def _fade(self) -> None:
+        before = PRIOR
+        for level in range(self.most):
+            self._came[level] *= FADE
+            self._kept[level] *= FADE
+            before = (self._kept[level] + DOUBT * before) / (self._came[level] + DOUBT)
+            self.accept[level] = before
 
     def more(self, said_B: Sequence[float]) -> bool:
         level, rows, rate = len(self._chances), self._rows, self.rate(self._rows)
         if self.reads == "nothing":
             said_B = [self.accept[level]] * rows
         before_B = self._chances[-1] if level else [1.0] * rows
-        chances_B = [chance * said for chance, said in zip(before_B, said_B, strict=True)]
+        # what is no number says nothing good, and would stay in all means
+        chances_B = [chance * said if said == said else 0.0 for chance, said in zip(before_B, said_B, strict=True)]
         self._chances.append(chances_B)
         if self.reads != "nothing":
-            self._learn_level(level, sum(before_B), sum(chances_B))
+            self._learn_level(level, sum(before_B) / rows, sum(chances_B) / rows)
         if level + 1 >= self.most:
             return False
         if self.shares and rows > 1:
@@ -178,7 +196,7 @@ class Cost(Policy):
             if gained is None:
                 gained = sum(accumulate(self.accept[:each], mul))
             elif self._expected:
-                gained *= self._kept / self._expected
+                gained *= self._kept_all / self._expected
             values[levels, each] = rows * gained - rate * self._seconds(rows, levels, rows * (1 + each), 1 + levels)
         return max(values, key=lambda tier: values[tier])
 
@@ -206,21 +224,22 @@ class Cost(Policy):
         elif self.reads == "nothing":
             for level in range(max(came.verified)):
                 offered = [n for n, most in zip(came.accepted, came.verified, strict=True) if n >= level and most > level]
-                self._learn_level(level, len(offered), sum(n > level for n in offered), rows)
+                self._learn_level(level, len(offered) / rows, sum(n > level for n in offered) / rows)
 
-    def _learn_level(self, level: int, came: float, kept: float, rows: int = 0) -> None:
-        """Moves a level's mean; by as much as the rows that came to it are of `rows`, if given."""
-        if came:
-            self.accept[level] += (1 - FADE) * (came / rows if rows else 1.0) * (kept / came - self.accept[level])
+    def _learn_level(self, level: int, came: float, kept: float) -> None:
+        """Adds the shares of a round's rows that came to a level, and that kept its token."""
+        self._came[level] += came
+        self._kept[level] += kept
 
     def _learn_tiers(self, came: Came) -> None:
         """What each tier would have been expected to keep of a round, deeper levels by their mean."""
-        live, levels = len(came.accepted), [list(level) for level in came.chances]
+        live = len(came.accepted)
+        levels = [[chance if chance == chance else 0.0 for chance in level] for level in came.chances]
         reached = [float(live), *map(sum, levels)]
         for level in range(len(levels)):
-            self._learn_level(level, reached[level], reached[level + 1])
+            self._learn_level(level, reached[level] / live, reached[level + 1] / live)
         expected = sum(levels[level][row] for row, count in enumerate(came.verified) for level in range(count))
-        self._kept = FADE * self._kept + sum(came.accepted)
+        self._kept_all = FADE * self._kept_all + sum(came.accepted)
         self._expected = FADE * self._expected + expected
         for accept in self.accept[len(levels) :]:
             levels.append([chance * accept for chance in levels[-1]])
