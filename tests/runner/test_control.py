@@ -394,6 +394,25 @@ def test_costs_are_measured_in_two_states_whatever_the_number_of_shapes(tmp_path
     assert made == [1, 1, 2, 2]
 
 
+def test_costs_do_not_hold_what_slowed_the_machine_for_a_while(seed):
+    """Repeats of which some were slow, whole or in a part: rounds cost in the ratio that they have; and their parts add up."""
+    draw = np.random.default_rng(seed)
+    truth = {0: (0.0, 10.0), 1: (2.0, 10.5), 2: (3.0, 12.0), 4: (5.0, 15.0)}
+
+    def runs(draft: float, judged: float, slow: np.ndarray) -> list[list[float]]:
+        whole = draft + judged + 0.5
+        hiccups = np.where(draw.random((15, 3)) < 0.03, 3.0, 1.0)
+        return (slow[:, None] * hiccups * np.array([draft, judged, whole])).tolist()
+
+    for _ in range(20):
+        slow = np.where(draw.random(15) < draw.random(), 1.7, 1.0)
+        found = {depth: runs(*parts, slow) for depth, parts in truth.items()}
+        verify, first, level, pack, pad, rest, plain_rest = costs._fitted(found, (1, 2, 4), (1, 2, 3, 5), 1.0, 0)
+        made = ChainCosts((1,), (1, 2, 3, 5), (verify,), (first,), (level,), (pack,), (pad,), (rest,), (plain_rest,))
+        for depth in (1, 2, 4):
+            assert made.round(1, depth, depth) / made.plain(1) == pytest.approx((sum(truth[depth]) + 0.5) / 10.5, rel=1e-6)
+
+
 def test_only_chains_that_rounds_come_to_are_built(seed):
     """A chain of 400 in each depth would take a minute before the first token."""
     runner = pair(max_len=512, noise=None)

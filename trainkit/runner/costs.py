@@ -312,32 +312,46 @@ def measure_chain_costs(
     depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < most} | {most})
     shapes = {depth: drafted(depth) for depth in depths}
     nodes = (1, *(_judged(shape, device).size for shape in shapes.values()))
-    verify, first, level, pack, pad, rest, plain_rest = [], [], [], [], [], [], []
+    found = []
     for rows in sizes:
         plain = build(chain(0), device)
         parts: dict[Any, tuple[Shape, Tree, Sequence[int]]] = {0: (plain, plain, ())}
         parts |= {depth: (shape, _judged(shape, device), ()) for depth, shape in shapes.items()}
         # packed though equal, which costs packing alone; and every other text without a draft
         ragged = [1 if row % 2 else most + 1 for row in range(rows)]
-        is_shared = rows > 1 and shapes[most].is_chain
-        unequal = {"full": [most + 1] * rows, "half": ragged} if is_shared else {}
+        unequal = {"full": [most + 1] * rows, "half": ragged} if rows > 1 and shapes[most].is_chain else {}
         parts |= {name: (*parts[most][:2], lengths) for name, lengths in unequal.items()}
-        found = _timed(rounds, parts, length, rows, repeats, sampling)
-        verify.append(_rising([_median(found[depth], 1) for depth in (0, *depths)]))
-        first.append(_median(found[1], 0))
-        steps = [(_median(found[depth], 0) - first[-1]) / (depth - 1) for depth in depths if depth > 1]
-        level.append(max(0.0, statistics.median(steps)) if steps else first[-1])
-        pack.append(max(0.0, _median(found["full"], 1) - _median(found[most], 1)) if is_shared else 0.0)
-        half = _median(found["half"], 1) - _between(sum(ragged) / rows, nodes, verify[-1]) if is_shared else 0.0
-        pads = rows * (most + 1) - sum(ragged)
-        pad.append(max(0.0, half - pack[-1]) / pads if is_shared else 0.0)
-        # small differences of large times: of one repeat each, and of all depths together
-        beside = {depth: [whole - draft - judged for draft, judged, whole in found[depth]] for depth in (0, *depths)}
-        plain_rest.append(statistics.median(beside.pop(0)))
-        rest.append(statistics.median(one for runs in beside.values() for one in runs))
-    return ChainCosts(
-        tuple(sizes), nodes, tuple(verify), tuple(first), tuple(level), tuple(pack), tuple(pad), tuple(rest), tuple(plain_rest)
-    )
+        runs = _timed(rounds, parts, length, rows, repeats, sampling)
+        found.append(_fitted(runs, depths, nodes, sum(ragged) / rows, rows * (most + 1) - sum(ragged)))
+    verify, first, level, pack, pad, rest, plain_rest = zip(*found, strict=True)
+    return ChainCosts(tuple(sizes), nodes, verify, first, level, pack, pad, rest, plain_rest)
+
+
+def _fitted(
+    runs: Mapping[Any, Sequence[Sequence[float]]], depths: Sequence[int], nodes: Sequence[int], half_nodes: float,
+    half_pads: int,
+) -> tuple[tuple[float, ...], float, float, float, float, float, float]:  # fmt: skip
+    """The costs of so many rows, from `_timed`: of verifying by nodes, first level, level, packing, pad, rest, plain rest.
+
+    What a repeat says counts by its own plain round, since what slows the machine for a while slows both; and the parts add up
+    to what whole rounds took.
+    """
+    plain = _median(runs[0], 2)
+
+    def took(name: Any, part: int) -> float:
+        return plain * statistics.median(run[part] / beside[2] for run, beside in zip(runs[name], runs[0], strict=True))
+
+    verify = _rising([took(depth, 1) for depth in (0, *depths)])
+    first = took(1, 0)
+    steps = [(took(depth, 0) - first) / (depth - 1) for depth in depths if depth > 1]
+    level = max(0.0, statistics.median(steps)) if steps else first
+    pack = pad = 0.0
+    if "full" in runs:
+        pack = max(0.0, took("full", 1) - took(depths[-1], 1))
+        pad = max(0.0, took("half", 1) - _between(half_nodes, nodes, verify) - pack) / half_pads
+    parts = [first + (depth - 1) * level + judged for depth, judged in zip(depths, verify[1:], strict=True)]
+    rest = statistics.median(took(depth, 2) - part for depth, part in zip(depths, parts, strict=True))
+    return verify, first, level, pack, pad, rest, plain - verify[0]
 
 
 def _judged(shape: Shape, device: torch.device) -> Tree:

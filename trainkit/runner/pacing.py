@@ -111,7 +111,7 @@ class Pacer:
             "processor": processor(self.device), "device": str(self.device), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "dtype": str(target.embed.weight.dtype), "target": sizes_of(target),
             "drafter": sizes_of(self.rounds.drafter), "predictor": sizes_of(predictor), "graphs": captured, "most": most,
-            "batch": batch, "length": length, "sampling": _parts(sampling), "parts": "draft, verify, packing, rest 3",
+            "batch": batch, "length": length, "sampling": _parts(sampling), "parts": "draft, verify, packing, rest 4",
             "tree": None if tree is None else [tree.depth, tree.top_k, tree.nodes],
         }  # fmt: skip
 
