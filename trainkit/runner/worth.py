@@ -3,7 +3,8 @@
 With R the tokens per second that decoding makes, a draft token is worth its chance of being kept, and costs R times the seconds
 of a draft step and of one more row to verify. R is what the rounds so far have made (Dinkelbach's iteration for a ratio of
 expectations), and plain decoding's at least; where speculation makes less than that, it rests and is tried again ever more
-seldom. Of several texts, those whose tokens are likelier to be kept get more of them verified.
+seldom. What is known of a level fades, so that one that failed is tried again too. Of several texts, those whose tokens are
+likelier to be kept get more of them verified.
 Left out on purpose: learning a policy (bandits); there are three numbers to know, and they are measured.
 """
 
