@@ -362,7 +362,7 @@ def test_costs_are_measured_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [{"rows": []}, {"first_R": ["x"]}, {"first_R": [float("nan")]}, {"verify_RN": [[1.0]]}, {"verify_RN": []}, {"first_R": 1.0},
-     {"verify_RN": [[0.0, 0.0]], "plain_rest_R": [0.0]}, {"level": [1.0]}, None],
+     {"verify_RN": [[0.0, 0.0]], "plain_rest_R": [0.0]}, {"nodes": [], "verify_RN": [[]]}, {"level": [1.0]}, None],
 )  # fmt: skip
 def test_a_file_of_costs_that_makes_no_sense_is_measured_anew(change, tmp_path, monkeypatch):
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))

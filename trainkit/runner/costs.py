@@ -384,7 +384,7 @@ def kept_costs(setting: Mapping[str, Any], measure: Callable[[], ChainCosts]) ->
             costs = values["costs"]
             verify = tuple(tuple(line) for line in costs.pop("verify_RN"))
             return ChainCosts(verify_RN=verify, **{name: tuple(value) for name, value in costs.items()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass  # not measured yet, or by another version
     costs = measure()
     try:
