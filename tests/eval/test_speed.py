@@ -7,7 +7,7 @@ import torch
 
 from tests.runner.models import pair
 from trainkit.eval.speed import Contender, Generated, mbsu, measure, ours, roof, set_threads, settle, warm_up
-from trainkit.runner.costs import RoundCost, round_costs
+from trainkit.runner.timing import RoundCost, round_costs
 from trainkit.runner.tree import chain
 
 

@@ -122,10 +122,10 @@ def test_the_text_of_shared_rounds_is_plain_decodings(batch, temperature, draft_
     runner.pacer.costs = lambda *_: priced(0.05)
     prompts, options = ragged_prompts(11), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
-    for paced in ({"policy": "cost", "depth": 5}, sharing(runner)):
+    for paced in (sharing(runner), {"policy": "cost", "depth": 5}):
         texts = [out.tokens for out in runner.generate(prompts, **paced, **options)]
         assert_few(compare(runner.rounds.target, prompts, texts, plain, Sampling(temperature), seed), 330)
-    assert packings and all(min(lengths) >= 1 and min(lengths) < max(lengths) for lengths in packings)
+        assert packings and all(min(lengths) >= 1 and min(lengths) < max(lengths) for lengths in packings)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

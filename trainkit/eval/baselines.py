@@ -16,7 +16,7 @@ from trainkit.bundle import read_json
 from trainkit.eval.speed import Contender, Generated, Run
 from trainkit.models.load import hf_config, hf_tensors
 from trainkit.models.shape import TargetShape
-from trainkit.runner.costs import synchronize
+from trainkit.runner.timing import synchronize
 
 
 @dataclass(frozen=True)

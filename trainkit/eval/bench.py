@@ -13,7 +13,7 @@ from trainkit.eval.result import Field, Request, Result
 
 if TYPE_CHECKING:
     from trainkit.eval.identity import Identity
-    from trainkit.runner.costs import RoundCost
+    from trainkit.runner.timing import RoundCost
 
 
 def bench(
@@ -190,7 +190,7 @@ def _announce(request: Request, field: Field, seconds: float) -> None:
 def _costs(request: Request, field: Field) -> dict[tuple[int, str, Any], RoundCost]:
     """Draft and verify times of each of our contenders, with the threads that it and plain decoding run with."""
     from trainkit.eval.speed import set_threads, settle
-    from trainkit.runner.costs import round_costs
+    from trainkit.runner.timing import round_costs
 
     found, batch = {}, min(request.batch, len(field.prompts))
     for draft in field.drafts:

@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 
 from trainkit import __version__
-from trainkit.runner.costs import processor, synchronize
+from trainkit.runner.timing import processor, synchronize
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trainkit.eval.machine import Machine
     from trainkit.eval.speed import Contender
     from trainkit.runner import Runner
-    from trainkit.runner.costs import RoundCost
+    from trainkit.runner.timing import RoundCost
     from trainkit.runner.tree import RankPath
 
 

@@ -25,7 +25,7 @@ from trainkit.errors import UserError
 from trainkit.eval.ranks import Accuracies, Ranks, falling, simulated
 from trainkit.eval.speed import set_threads, settle
 from trainkit.runner import Runner
-from trainkit.runner.costs import round_costs
+from trainkit.runner.timing import round_costs
 from trainkit.runner.tree import RankPath, chain
 
 Paths = tuple[RankPath, ...]

@@ -15,8 +15,8 @@ import torch
 
 from trainkit.layers.linear import stream_weights
 from trainkit.runner import Runner
-from trainkit.runner.costs import RoundCost
 from trainkit.runner.stats import Stats
+from trainkit.runner.timing import RoundCost
 from trainkit.runner.tree import RankPath
 
 

@@ -1,10 +1,9 @@
-"""What the parts of a round cost on this machine: drafting a tree, verifying so many rows.
+"""What a policy decides by: the seconds of a round's parts on this machine, by numbers of texts and of nodes.
 
-Measured apart from one another, over a cache of zeros; what it holds does not change what it costs. `ChainCosts` are those that
-a policy decides by, kept in a small file, since a process should not have to measure what the one before has measured.
+Kept in a small file, since a process should not have to measure what the one before has measured.
 """
 
-# B rows  N tree nodes
+# R numbers of texts  N numbers of nodes
 
 from __future__ import annotations
 
@@ -12,207 +11,23 @@ import hashlib
 import json
 import math
 import os
-import platform
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainkit.drafters.base import State
-from trainkit.layers.attention import Packing
 from trainkit.placing import kept_folder
-from trainkit.runner.decoder import Plan, Rounds
-from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
-from trainkit.runner.tree import Draft, RankPath, Shape, Tree, build, chain, grow
-from trainkit.runner.verify import coupled
+from trainkit.runner.decoder import Rounds
+from trainkit.runner.sampling import Sampling
+from trainkit.runner.timing import median, timed
+from trainkit.runner.tree import Shape, Tree, build, chain
 
 CACHE = kept_folder("costs")
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for all that was asked of a GPU; a CPU has already done it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def processor(device: torch.device) -> str:
-    """Model name of the GPU, or of the CPU as Linux reports it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-@dataclass(frozen=True)
-class RoundCost:
-    """Seconds that the parts of one round take, apart from one another.
-
-    Attributes:
-        draft: Growing the tree, all levels, and taking in what is accepted.
-        verify: The target's forward over the tree's nodes, output head included.
-    """
-
-    draft: float
-    verify: float
-
-
-def round_costs(
-    rounds: Rounds, shapes: Sequence[tuple[RankPath, ...]], length: int, batch: int = 1, repeats: int = 15
-) -> dict[tuple[RankPath, ...], RoundCost]:
-    """Median costs of drafting and verifying each tree at `length` cached tokens, greedily; on a GPU as captured graphs.
-
-    Plain decoding is the empty tree: its `verify` is the time of one row. Trees are interleaved, and each drafts before it
-    verifies, as in a round, so that what the target evicts from the processor's cache is evicted here too.
-    """
-    device = rounds.target.embed.weight.device
-    trees = {paths: build(paths, device) for paths in dict.fromkeys([chain(0), *shapes])}
-    parts = {paths: (tree, tree, ()) for paths, tree in trees.items()}
-    found = _timed(rounds, parts, length, batch, repeats)
-    return {paths: RoundCost(_median(runs, 0), _median(runs, 1)) for paths, runs in found.items()}
-
-
-@torch.inference_mode()
-def _timed(
-    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree, Sequence[int]]], length: int, batch: int, repeats: int,
-    sampling: Sampling | None = None,
-) -> dict[Any, list[list[float]]]:  # fmt: skip
-    """Seconds of drafting the one and verifying the other, all nodes of it or so many in each row, by name; of each repeat.
-
-    With a `sampling`, noise, processing and the target's choice too; each level makes a row of noise, and verifying another.
-    Then also, where all nodes are verified, of the whole round that these are parts of.
-    """
-    device = rounds.target.embed.weight.device
-    slots = max(max(2 * drafted.slots, verified.size) for drafted, verified, _ in parts.values())
-    span = -(-(length + slots) // 64) * 64
-    rounds.target.reserve_positions(span)
-    # one for all shapes, as in decoding; whole rounds move on in theirs
-    states, moving = _States.of(rounds, batch, span, length), _States.of(rounds, batch, span, length)
-    probes: dict[Hashable, list[Callable[[], object]]] = {}
-    for name, (drafted, verified, lengths) in parts.items():
-        parts_: list[Callable[[], object]] = [*_parts(rounds, drafted, verified, lengths, states, sampling)]
-        if sampling is not None and not lengths:
-            parts_.append(_whole(rounds, sampling, drafted, moving, length))
-        probes[name] = [_graphed(part, device) for part in parts_]
-    seconds: dict[Hashable, list[list[float]]] = {name: [] for name in probes}
-    for _ in range(repeats + 2):
-        for name, probe in probes.items():
-            marks = [perf_counter()]
-            for part in probe:
-                part()
-                synchronize(device)
-                marks.append(perf_counter())
-            seconds[name].append([after - before for before, after in pairwise(marks)])
-    return {name: found[2:] for name, found in seconds.items()}
-
-
-def _median(runs: Sequence[Sequence[float]], part: int) -> float:
-    return statistics.median(run[part] for run in runs)
-
-
-@dataclass(frozen=True)
-class _States:
-    """The target's and the drafter's, at `length` cached tokens, for rounds that read `span` slots."""
-
-    target: State
-    draft: State
-    span: int
-
-    @classmethod
-    def of(cls, rounds: Rounds, batch: int, span: int, length: int) -> _States:
-        weight, drafter = rounds.target.embed.weight, rounds.drafter
-        state = rounds.new_state(batch, span)
-        state["position"].fill_(length)
-        state["limit"].fill_(1 << 40)
-        return cls(state, {} if drafter is None else drafter.init_state(batch, span, weight.device, weight.dtype), span)
-
-
-def _parts(
-    rounds: Rounds, shape: Shape, tree: Tree, lengths: Sequence[int], states: _States, sampling: Sampling | None
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Drafting of one shape, and verifying of a tree, or of so many nodes of each row."""
-    drafter, device, state, span = rounds.drafter, rounds.target.embed.weight.device, states.target, states.span
-    batch = state["position"].shape[0]
-    drafted = Draft(torch.zeros(batch, tree.size, dtype=torch.long, device=device), (), tree.topology)
-    lengths_B = torch.tensor(lengths, device=device) if lengths else None
-
-    def verify() -> object:
-        packing = None if lengths_B is None else Packing.of(lengths_B, tree.size, sum(lengths))
-        judged = replace(drafted, packing=packing)
-        logits, taps = rounds.judge(tree, judged, state, span)
-        if sampling is None:
-            return logits, taps
-        noise = None
-        if not sampling.greedy:
-            ahead = torch.arange(1 if tree.is_chain else tree.depth + 1, device=device)
-            noise = gumbel(state["keys"], state["position"][:, None] + 1 + ahead, rounds.vocabulary, CHOICE)
-        return coupled(tree, judged, sampling.process(logits), noise)
-
-    if drafter is None or not shape.depth:
-        return lambda: None, verify
-    weight = rounds.target.embed.weight
-    levels, counts_B = range(shape.depth + 1), torch.ones(batch, dtype=torch.long, device=device)
-    path_BP = None if shape.is_chain else torch.zeros(batch, len(levels), dtype=torch.long, device=device)
-    taps = weight.new_zeros(batch, len(levels), len(rounds.taps), weight.shape[1]) if rounds.taps else None
-
-    def draft() -> object:
-        token, position, process = state["token"], state["position"], sampling or Sampling()
-        noise = None if process.greedy else Noise(state["keys"], position, rounds.vocabulary, CHOICE)
-        made = grow(shape, drafter, states.draft, rounds.handle, token, position, process, noise, span, False)
-        tokens = made.tokens_BN[:, : len(levels)]
-        drafter.commit(states.draft, path_BP, tokens, tokens, counts_B, position, taps, rounds.handle, span)
-        return made
-
-    return draft, verify
-
-
-def _whole(rounds: Rounds, sampling: Sampling, shape: Shape, states: _States, length: int) -> Callable[[], object]:
-    """A round of this shape."""
-    state, plan = states.target, Plan(sampling, shape, pauses=True)
-
-    def whole() -> object:
-        state["position"].fill_(length)
-        state["done"].fill_(False)
-        state["missed"].zero_()
-        return rounds(plan, state, states.draft, states.span)
-
-    return whole
-
-
-def _graphed(part: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The part as a CUDA graph; on a CPU the part itself."""
-    if device.type != "cuda":
-        return part
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            part()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = part()
-    return partial(_replay, graph, part, made)
-
-
-def _replay(graph: torch.cuda.CUDAGraph, *read: object) -> None:
-    """`read` is what the graph reads and writes, kept alive for as long as it can be replayed."""
-    graph.replay()
-
-
-# ------------------------------------------------------------------------------------------------- what a policy decides by
 
 
 @dataclass(frozen=True)
@@ -321,7 +136,7 @@ def measure_chain_costs(
         ragged = [1 if row % 2 else most + 1 for row in range(rows)]
         unequal = {"full": [most + 1] * rows, "half": ragged} if rows > 1 and shapes[most].is_chain else {}
         parts |= {name: (*parts[most][:2], lengths) for name, lengths in unequal.items()}
-        runs = _timed(rounds, parts, length, rows, repeats, sampling)
+        runs = timed(rounds, parts, length, rows, repeats, sampling)
         found.append(_fitted(runs, depths, nodes, sum(ragged) / rows, rows * (most + 1) - sum(ragged)))
     verify, first, level, pack, pad, rest, plain_rest = zip(*found, strict=True)
     return ChainCosts(tuple(sizes), nodes, verify, first, level, pack, pad, rest, plain_rest)
@@ -331,12 +146,12 @@ def _fitted(
     runs: Mapping[Any, Sequence[Sequence[float]]], depths: Sequence[int], nodes: Sequence[int], half_nodes: float,
     half_pads: int,
 ) -> tuple[tuple[float, ...], float, float, float, float, float, float]:  # fmt: skip
-    """The costs of so many rows, from `_timed`: of verifying by nodes, first level, level, packing, pad, rest, plain rest.
+    """The costs of so many rows, from `timed`: of verifying by nodes, first level, level, packing, pad, rest, plain rest.
 
     What a repeat says counts by its own plain round, since what slows the machine for a while slows both; and the parts add up
     to what whole rounds took.
     """
-    plain = _median(runs[0], 2)
+    plain = median(runs[0], 2)
 
     def took(name: Any, part: int) -> float:
         return plain * statistics.median(run[part] / beside[2] for run, beside in zip(runs[name], runs[0], strict=True))

@@ -10,13 +10,14 @@ from trainkit.errors import UserError
 from trainkit.models.acceptance import AcceptancePredictor, FoldedPredictor
 from trainkit.runner.adaptive import AdaptiveChain, RankedChain
 from trainkit.runner.control import MOST, Policy, PolicyName, Recent, Threshold
-from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, processor, sizes_of
+from trainkit.runner.costs import ChainCosts, kept_costs, measure_chain_costs, sizes_of
 from trainkit.runner.decoder import Rounds
 from trainkit.runner.dynamic import DynamicTree
 from trainkit.runner.pruned import AdaptiveTree, PredictedTree, TreeCost
 from trainkit.runner.request import Options
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.schedule import Schedule
+from trainkit.runner.timing import processor
 from trainkit.runner.tree import Shape, build, chain
 from trainkit.runner.worth import Cost
 

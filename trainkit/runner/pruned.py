@@ -23,7 +23,7 @@ from trainkit.runner.control import Came
 from trainkit.runner.costs import ChainCosts
 from trainkit.runner.dynamic import DynamicTree, Guide
 from trainkit.runner.tree import Draft, Proposals, Shape, Steps, Tree, build, chain
-from trainkit.runner.worth import DOUBT, FADE, PRIOR, SOME, Cost
+from trainkit.runner.worth import PRIOR, Cost, Fading
 
 _LEAST = 1e-6
 """Chances are taken from here to 1 less this: their logarithm is finite, and a child never ranks with its parent."""
@@ -73,18 +73,13 @@ class TreeCost(Cost):
         super().__init__(costs, tree.depth, "predictor")
         self.tree = tree
         first = [PRIOR] + [(1 - PRIOR) / tree.top_k] * (tree.top_k - 1)
-        self.shares_DK = np.tile(first, (tree.depth, 1))  # chances of a node's children, best first, on average
-        self._prior_K, self._came_D, self._kept_DK = np.array(first), np.full(tree.depth, SOME), SOME * self.shares_DK
+        self.known = Fading(tree.depth, np.array(first))  # chances of a node's children, best first
         self._reached_BF, self._proposed_BC, self._level = np.ones((1, 1)), np.empty((1, 0)), 0
 
     def begin(self, rows: int) -> int:
         # chances of the nodes that the coming level expands, and of all that were proposed
         self._reached_BF, self._proposed_BC, self._level = np.ones((rows, 1)), np.empty((rows, 0)), 0
         return super().begin(rows)
-
-    def _fade(self) -> None:
-        self._came_D *= FADE
-        self._kept_DK *= FADE
 
     def _seconds(self, rows: int, levels: int, total: int, longest: int) -> float:
         return self.costs.round(rows, levels, self.tree.cut(levels, self.tree.nodes).nodes - 1)
@@ -93,21 +88,16 @@ class TreeCost(Cost):
         """Whether to expand another level, after one of whose nodes' children these are the chances, best first."""
         rows, level = self._rows, self._level
         found_BFK = self._reached_BF[..., None] * np.nan_to_num(chances_BFK)
-        self._came_D[level] += self._reached_BF.sum() / rows
-        self._kept_DK[level] += found_BFK.sum((0, 1)) / rows
+        self.known.add(level, self._reached_BF.sum() / rows, found_BFK.sum((0, 1)) / rows)
         found_BC = found_BFK.reshape(rows, -1)
         self._proposed_BC = np.concatenate([self._proposed_BC, found_BC], axis=1)
         self._reached_BF = -np.sort(-found_BC)[:, : self.tree.top_k]
         self._level += 1
         if level + 1 >= self.most:
             return False
-        # as in a chain: what is known fades, and a level not come to for long passes for as good as the one before it
-        for known in (level, level + 1):
-            before_K = self.shares_DK[known - 1] if known else self._prior_K
-            self.shares_DK[known] = (self._kept_DK[known] + DOUBT * before_K) / (self._came_D[known] + DOUBT)
         rate, nodes = self.rate(rows), self.tree.nodes
         row = (self.costs.verify(rows, nodes) - self.costs.verify(rows, 1)) / (rows * (nodes - 1))  # of a node, on average
-        worth_BFK = self._reached_BF[..., None] * self.shares_DK[level + 1] - rate * row
+        worth_BFK = self._reached_BF[..., None] * self.known.means[level + 1] - rate * row
         return worth_BFK.clip(min=0).sum() > rate * self.costs.level(rows)
 
     def nodes(self, most: int) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from operator import mul
+from typing import Any
 
 from trainkit.runner.control import Came, Policy, Recent, Signal
 from trainkit.runner.costs import ChainCosts
@@ -74,6 +75,34 @@ class _Book:
             self.rest = _REST
 
 
+class Fading:
+    """Means by level of what was kept of what came to it, older rounds fading; of numbers, or of arrays of them.
+
+    Args:
+        levels: How many.
+        prior: What is taken for a level's mean at first, and stands before the first level.
+
+    Attributes:
+        means: As of the last `fade`.
+    """
+
+    def __init__(self, levels: int, prior: Any) -> None:
+        self.prior, self.means = prior, [prior] * levels
+        self._came, self._kept = [SOME] * levels, [SOME * prior] * levels
+
+    def fade(self) -> None:
+        """Before each round."""
+        before = self.prior
+        for level, (came, kept) in enumerate(zip(self._came, self._kept, strict=True)):
+            self._came[level], self._kept[level] = FADE * came, FADE * kept
+            before = self.means[level] = (FADE * kept + DOUBT * before) / (FADE * came + DOUBT)
+
+    def add(self, level: int, came: float, kept: Any) -> None:
+        """The shares of a round's rows that came to a level, and that kept its token."""
+        self._came[level] += came
+        self._kept[level] = self._kept[level] + kept
+
+
 class Cost(Policy):
     """Drafts while the next token is worth more than it costs.
 
@@ -89,8 +118,8 @@ class Cost(Policy):
     def __init__(self, costs: ChainCosts, most: int, reads: Signal = "nothing", shares: bool = False) -> None:
         super().__init__(most)
         self.costs, self.reads, self.shares = costs, reads, shares and reads != "nothing"
-        self.accept = [PRIOR] * most  # of each level, given those before it: kept of came to, older rounds fading
-        self._came, self._kept = [SOME] * most, [SOME * PRIOR] * most
+        self.known = Fading(most, PRIOR)
+        self.accept: list[float] = self.known.means  # of each level, given those before it
         self._books: dict[int, _Book] = {}
         self._rows = 1
         self._chances: list[list[float]] = []  # by level, of each row's token to be kept
@@ -99,7 +128,7 @@ class Cost(Policy):
         self._ahead = cache(self._further)
         # of captured rounds: tokens a row is expected to keep by tier, and those kept and expected of all, older ones fading
         self._gains: dict[tuple[int, int], float] = {}
-        self._kept_all = self._expected = 0.0
+        self._kept = self._expected = 0.0
 
     def rate(self, rows: int) -> float:
         """R: tokens per second that decoding makes, plain decoding's at least."""
@@ -117,16 +146,8 @@ class Cost(Policy):
         if book.resting:
             book.resting -= 1
             return 0
-        self._fade()
+        self.known.fade()
         return self.most
-
-    def _fade(self) -> None:
-        before = PRIOR
-        for level in range(self.most):
-            self._came[level] *= FADE
-            self._kept[level] *= FADE
-            before = (self._kept[level] + DOUBT * before) / (self._came[level] + DOUBT)
-            self.accept[level] = before
 
     def more(self, said_B: Sequence[float]) -> bool:
         level, rows, rate = len(self._chances), self._rows, self.rate(self._rows)
@@ -137,7 +158,7 @@ class Cost(Policy):
         chances_B = [chance * said if said == said else 0.0 for chance, said in zip(before_B, said_B, strict=True)]
         self._chances.append(chances_B)
         if self.reads != "nothing":
-            self._learn_level(level, sum(before_B) / rows, sum(chances_B) / rows)
+            self.known.add(level, sum(before_B) / rows, sum(chances_B) / rows)
         if level + 1 >= self.most:
             return False
         if self.shares and rows > 1:
@@ -197,7 +218,7 @@ class Cost(Policy):
             if gained is None:
                 gained = sum(accumulate(self.accept[:each], mul))
             elif self._expected:
-                gained *= self._kept_all / self._expected
+                gained *= self._kept / self._expected
             values[levels, each] = rows * gained - rate * self._seconds(rows, levels, rows * (1 + each), 1 + levels)
         return max(values, key=lambda tier: values[tier])
 
@@ -225,12 +246,7 @@ class Cost(Policy):
         elif self.reads == "nothing":
             for level in range(max(came.verified)):
                 offered = [n for n, most in zip(came.accepted, came.verified, strict=True) if n >= level and most > level]
-                self._learn_level(level, len(offered) / rows, sum(n > level for n in offered) / rows)
-
-    def _learn_level(self, level: int, came: float, kept: float) -> None:
-        """Adds the shares of a round's rows that came to a level, and that kept its token."""
-        self._came[level] += came
-        self._kept[level] += kept
+                self.known.add(level, len(offered) / rows, sum(n > level for n in offered) / rows)
 
     def _learn_tiers(self, came: Came) -> None:
         """What each tier would have been expected to keep of a round, deeper levels by their mean."""
@@ -238,9 +254,9 @@ class Cost(Policy):
         levels = [[chance if chance == chance else 0.0 for chance in level] for level in came.chances]
         reached = [float(live), *map(sum, levels)]
         for level in range(len(levels)):
-            self._learn_level(level, reached[level] / live, reached[level + 1] / live)
+            self.known.add(level, reached[level] / live, reached[level + 1] / live)
         expected = sum(levels[level][row] for row, count in enumerate(came.verified) for level in range(count))
-        self._kept_all = FADE * self._kept_all + sum(came.accepted)
+        self._kept = FADE * self._kept + sum(came.accepted)
         self._expected = FADE * self._expected + expected
         for accept in self.accept[len(levels) :]:
             levels.append([chance * accept for chance in levels[-1]])
