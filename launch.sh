@@ -150,9 +150,15 @@ fit() {
 case ${1:-} in
     "" | -h | --help | help) usage ;;
     quickstart) shift; setup; cd "$root"; exec bash recipes/quickstart.sh "$@" ;;
-    test) shift; setup; cd "$root"; exec "$python" -m pytest "$@" ;;
+    test) # one thread and one process for each core; threads that spin would slow the other processes sixfold
+        shift; setup; cd "$root"
+        if has_gpu; then exec "$python" -m pytest "$@"; fi
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
+        exec "$python" -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile --durations 30 "$@"
+        ;;
     lint)
         setup; cd "$root"; failed=0
+        ruff format --check . || failed=1
         ruff check . || failed=1
         pyright || failed=1
         lint-imports || failed=1

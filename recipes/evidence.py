@@ -16,19 +16,36 @@ import numpy as np
 from trainkit.eval import bootstrap
 
 LOSSES = (
-    "forward_kl", "tvdpp_position", "tvdpp_batch_sampled", "tvdpp_sharp", "tv", "lk", "lk_hybrid", "jsd", "reverse_kl", "ce",
-)  # fmt: skip
+    "forward_kl",
+    "tvdpp_position",
+    "tvdpp_batch_sampled",
+    "tvdpp_sharp",
+    "tv",
+    "lk",
+    "lk_hybrid",
+    "jsd",
+    "reverse_kl",
+    "ce",
+)
 POLICIES = ("forward_kl", "policy_corpus", "policy_target_corpus", "policy_draft", "policy_mixed")
 PIPELINE = ("forward_kl", "alone_corpus", "alone_answers")
 COLUMNS = {
-    "alpha@1": "alpha, T 1", "alpha_coupled@1": "alpha coupled, T 1", "agreement@0": "alpha, T 0", "tau_coupled@0": "tau, T 0",
-    "tau_coupled@1": "tau coupled, T 1", "tau_residual@1": "tau residual, T 1",
-}  # fmt: skip
+    "alpha@1": "alpha, T 1",
+    "alpha_coupled@1": "alpha coupled, T 1",
+    "agreement@0": "alpha, T 0",
+    "tau_coupled@0": "tau, T 0",
+    "tau_coupled@1": "tau coupled, T 1",
+    "tau_residual@1": "tau residual, T 1",
+}
 NAMES = {
-    "forward_kl": "forward_kl (target's answers)", "policy_corpus": "corpus", "policy_target_corpus": "target 0.9, corpus 0.1",
-    "policy_draft": "draft (on-policy)", "policy_mixed": "mixed 0.5",
-    "alone_corpus": "corpus alone, cross entropy", "alone_answers": "target's answers alone, forward KL",
-}  # fmt: skip
+    "forward_kl": "forward_kl (target's answers)",
+    "policy_corpus": "corpus",
+    "policy_target_corpus": "target 0.9, corpus 0.1",
+    "policy_draft": "draft (on-policy)",
+    "policy_mixed": "mixed 0.5",
+    "alone_corpus": "corpus alone, cross entropy",
+    "alone_answers": "target's answers alone, forward KL",
+}
 Row = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -102,8 +119,18 @@ def scaling(out: Path, plots: Path | None) -> list[str]:
 
 def trimmed(out: Path, name: str = "forward_kl") -> list[str]:
     """The whole draft beside its trimmed ones: tau, mbsu, wall-clock."""
-    heads = ("vocabulary", "tau, T 0", "of whole", "tau coupled, T 1", "of whole", "depth", "mbsu", "speedup",
-             "roof", "of roof")  # fmt: skip
+    heads = (
+        "vocabulary",
+        "tau, T 0",
+        "of whole",
+        "tau coupled, T 1",
+        "of whole",
+        "depth",
+        "mbsu",
+        "speedup",
+        "roof",
+        "of roof",
+    )
     lines = [f"| {' | '.join(heads)} |"]
     lines.append("|---" * 10 + "|")
     whole = read(out, name)

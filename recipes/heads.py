@@ -61,9 +61,13 @@ def measure(target: Path, prompts: Path, out: Path, depth: int, drafters: list[P
                 stats = Stats.merge(output.stats for output in outputs)
                 same = sum(one.tokens == other for one, other in zip(outputs, plain[temperature], strict=True))
                 done[key] = {
-                    "tau": stats.tau, "rounds": stats.rounds, "alpha_k": list(stats.alpha_k), "equal": same, "of": len(given),
+                    "tau": stats.tau,
+                    "rounds": stats.rounds,
+                    "alpha_k": list(stats.alpha_k),
+                    "equal": same,
+                    "of": len(given),
                     "nodes": len(shape["tree"]) + 1 if isinstance(shape.get("tree"), list) else 0,
-                }  # fmt: skip
+                }
                 if name == "chain" and temperature == 0:
                     done[key]["in_training"] = simulated(runner, target, given, plain[temperature], depth)
                 print(key, done[key])

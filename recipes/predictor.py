@@ -113,11 +113,14 @@ def trees(target: Path, drafter: Path, file: Path, temperature: float, limit: in
     runner = Runner.load(target, drafter, max_batch=1, max_len=max(map(len, given)) + 192)
     shape = DynamicTree(4, 3, 8)
     ways: dict[str, dict[str, Any]] = {
-        "plain": {"depth": 0}, "chain of 3": {"depth": 3}, "chain, cost": {"policy": "cost"},
-        "tree, ranked by the draft": {"tree": shape}, "tree, ranked by the predictor": {"tree": shape, "policy": "fixed"},
+        "plain": {"depth": 0},
+        "chain of 3": {"depth": 3},
+        "chain, cost": {"policy": "cost"},
+        "tree, ranked by the draft": {"tree": shape},
+        "tree, ranked by the predictor": {"tree": shape, "policy": "fixed"},
         "tree, pruned without the predictor": {"tree": shape, "policy": "cost-blind"},
         "tree, pruned": {"tree": shape, "policy": "cost"},
-    }  # fmt: skip
+    }
     seconds: dict[str, list[float]] = {name: [0.0] * repeats for name in ways}
     stats: dict[str, Stats] = {}
     for repeat in range(-1, repeats):  # the first for warmth, and for what policies learn
@@ -136,11 +139,13 @@ def trees(target: Path, drafter: Path, file: Path, temperature: float, limit: in
         stats = {name: Stats.merge(all_) for name, all_ in found.items()}
     result = {
         name: {
-            "tau": one.tau, "verified": one.drafted / one.rounds, "wasted": one.wasted,
+            "tau": one.tau,
+            "verified": one.drafted / one.rounds,
+            "wasted": one.wasted,
             "speedup": statistics.median(a / b for a, b in zip(seconds["plain"], seconds[name], strict=True)),
         }
         for name, one in stats.items()
-    }  # fmt: skip
+    }
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, one in result.items():
         print(f"{name:36} tau {one['tau']:.2f}  drafted {one['verified']:.2f}  {one['speedup']:.2f}x plain")

@@ -32,10 +32,14 @@ def synthetic(numbers: Sequence[int], temperature: float, told: Callable[[int], 
         label = torch.stack([first, (1 - first) * (torch.rand(n, generator=generator) < 0.5)], 1)
         kept.append(
             {
-                "hidden": hidden, "signals": signals, "depth": torch.arange(n).remainder(4).short(), "label": label,
-                "max_q": torch.rand(n, generator=generator), "prompt": torch.full((n,), number, dtype=torch.int32),
+                "hidden": hidden,
+                "signals": signals,
+                "depth": torch.arange(n).remainder(4).short(),
+                "label": label,
+                "max_q": torch.rand(n, generator=generator),
+                "prompt": torch.full((n,), number, dtype=torch.int32),
             }
-        )  # fmt: skip
+        )
         told(n)
     return {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
 

@@ -17,6 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it fo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = int(os.environ.get("TRAINKIT_TEST_SEED") or secrets.randbelow(2**31))
+os.environ["TRAINKIT_TEST_SEED"] = str(SEED)  # pytest-xdist's workers draw the same
 
 
 def _seed_line() -> str:

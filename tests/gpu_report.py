@@ -44,9 +44,11 @@ def main() -> int:
     machine = examine(device)
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [
-        f"# {machine.processor}, {datetime.now(UTC):%Y-%m-%d}", "",
-        f"copies {machine.copy_bandwidth / 1e9:.0f} GB/s; {versions}", "",
-    ]  # fmt: skip
+        f"# {machine.processor}, {datetime.now(UTC):%Y-%m-%d}",
+        "",
+        f"copies {machine.copy_bandwidth / 1e9:.0f} GB/s; {versions}",
+        "",
+    ]
     failed = False
     parts: list[tuple[str, float, Callable[[], tuple[Lines, bool]]]] = [
         ("tests marked gpu", 60, lambda: _tests(arguments, left())),
@@ -112,10 +114,19 @@ def _decoding(arguments: argparse.Namespace, shape: str, seconds: float) -> tupl
         file = Path(folder) / "bench.json"
         small = arguments.device == "cpu"
         flags = {
-            "synthetic": shape, "device": arguments.device, "dtype": "float32" if small else "bfloat16", "baselines": "false",
-            "depths": "[3,5]", "synthetic_tau": 3.4, "max_new_tokens": 32 if small else 192, "repeats": 3, "limit": 2,
-            "prompt_length": 32 if small else 512, "max_seconds": seconds / 3, "json": file,
-        }  # fmt: skip
+            "synthetic": shape,
+            "device": arguments.device,
+            "dtype": "float32" if small else "bfloat16",
+            "baselines": "false",
+            "depths": "[3,5]",
+            "synthetic_tau": 3.4,
+            "max_new_tokens": 32 if small else 192,
+            "repeats": 3,
+            "limit": 2,
+            "prompt_length": 32 if small else 512,
+            "max_seconds": seconds / 3,
+            "json": file,
+        }
         command = [sys.executable, "-m", "trainkit.cli", "bench", *(str(p) for k, v in flags.items() for p in (f"--{k}", v))]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         try:

@@ -35,9 +35,12 @@ def make_tokenizer(vocab_size: int = 320) -> Any:
     core.add_special_tokens([f"<|reserved_{i}|>" for i in range(vocab_size - core.get_vocab_size())])
     assert core.get_vocab_size() == vocab_size
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
+        tokenizer_object=core,
+        eos_token="<|end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def make_target(folder: Path | str, model_type: str = "llama", *, seed: int = 0, std: float = 0.25, **overrides: Any) -> Path:
@@ -54,11 +57,24 @@ def make_target(folder: Path | str, model_type: str = "llama", *, seed: int = 0,
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = make_tokenizer(overrides.get("vocab_size", 320))
-    values: dict[str, Any] = {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": True,
-        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-    } | ({"sliding_window": None} if model_type == "mistral" else {}) | overrides  # fmt: skip
+    values: dict[str, Any] = (
+        {
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        | ({"sliding_window": None} if model_type == "mistral" else {})
+        | overrides
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values), dtype=torch.float32)

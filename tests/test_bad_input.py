@@ -128,18 +128,27 @@ def recipe(target: Path, rows: Path, cache: Path) -> dict[str, Any]:
     return {
         "model": {"class_path": "DraftModule", "init_args": {"target": str(target), "drafter": drafter}},
         "data": {"class_path": "TextData", "init_args": data},
-        "trainer.max_steps": 1, "trainer.val_check_interval": 1, "trainer.accelerator": "cpu",
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": False,
-    }  # fmt: skip
+    }
 
 
 LANGUAGE = {
     "class_path": "LanguageModule",
-    "init_args": {"config": {
-        "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "max_position_embeddings": 128,
-    }},
-}  # fmt: skip
+    "init_args": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 128,
+        }
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +241,9 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "prompts missing": (lambda it: it.distill(prompts="nowhere.jsonl"), ("nowhere.jsonl", "give an existing file")),
     "training file missing": (lambda it: it.fit(data__train="nowhere.jsonl"), ("nowhere.jsonl", "give an existing file")),
     "target missing": (
-        lambda it: it.generate(target="nowhere"), ("nowhere: no config.json", "give a Hugging Face model folder")),
+        lambda it: it.generate(target="nowhere"),
+        ("nowhere: no config.json", "give a Hugging Face model folder"),
+    ),
     "target of a recipe missing": (lambda it: it.fit(model__target="nowhere"), ("nowhere", "give")),
     "drafter missing": (lambda it: it.generate(drafter="nowhere"), ("nowhere: no such folder", "give a drafter bundle")),
     "checkpoint missing": (lambda it: it.export(Path("nowhere.ckpt")), ("nowhere.ckpt", "give")),
@@ -241,7 +252,9 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "prompt file missing": (lambda it: it.generate(prompt="@nowhere.txt"), ("nowhere.txt", "give")),
     # rows
     "broken JSON in training rows": (
-        lambda it: it.fit(data__train=it.lines(*ROWS[:2], '{"question": "a', ROWS[3])), ("rows.jsonl:3", "on_bad_row")),
+        lambda it: it.fit(data__train=it.lines(*ROWS[:2], '{"question": "a', ROWS[3])),
+        ("rows.jsonl:3", "on_bad_row"),
+    ),
     "broken JSON in prompts": (lambda it: it.bench(prompts=it.lines(*ROWS[:2], "{"), limit=9), ("rows.jsonl:3", "mend")),
     "row of unknown shape": (lambda it: it.eval(data=it.lines(ROWS[0], {"q": 1})), ("rows.jsonl:2", "'q'", "column mapping")),
     "prompt of unknown shape": (lambda it: it.distill(prompts=it.lines({"q": 1})), ("rows.jsonl:1", "'q'", "column mapping")),
@@ -250,45 +263,53 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "only blank rows": (lambda it: it.trim(text=it.lines("", " \t", "")), ("rows.jsonl", "no usable row", "give")),
     "no assistant turn": (
         lambda it: it.eval(data=it.lines(CHAT, {"messages": CHAT["messages"][:1]})),
-        ("rows.jsonl:2", "no assistant turn", "on_bad_row")),
+        ("rows.jsonl:2", "no assistant turn", "on_bad_row"),
+    ),
     "no chat template": (
         lambda it: it.fit(
-            data__train=it.lines(CHAT),
-            data__tokenizer=it.model(lambda path: (path / "chat_template.jinja").unlink())),
-        ("no chat template", "model", "add a chat_template.jinja")),
-    "column that is not there": (
-        lambda it: it.eval(columns="{prompt: query, response: answer}"), ("rows.jsonl:1", "query")),
+            data__train=it.lines(CHAT), data__tokenizer=it.model(lambda path: (path / "chat_template.jinja").unlink())
+        ),
+        ("no chat template", "model", "add a chat_template.jinja"),
+    ),
+    "column that is not there": (lambda it: it.eval(columns="{prompt: query, response: answer}"), ("rows.jsonl:1", "query")),
     "column name of no format": (lambda it: it.distill(columns="{promt: question}"), ("columns", "promt", "the keys are")),
     "validation share out of range": (lambda it: it.fit(data__validation_share=1.5), ("validation_share", "1.5", "below 1")),
     "unknown kind of file": (lambda it: it.eval(data=it.write("rows.xml", "<a/>")), ("rows.xml", "use .jsonl")),
     "rows that are no UTF-8": (
         lambda it: it.bench(prompts=it.copy(it.rows, "latin.jsonl", lambda p: p.write_bytes(b'{"text": "\xe9"}'))),
-        ("latin.jsonl:1", "UTF-8", "mend")),
+        ("latin.jsonl:1", "UTF-8", "mend"),
+    ),
     # recipes and flags
     "unknown key in a recipe": (
-        lambda it: it.fit(it.recipe(**{"trainer.max_stpes": 3})), ("trainer.max_stpes", "did you mean trainer.max_steps?")),
+        lambda it: it.fit(it.recipe(**{"trainer.max_stpes": 3})),
+        ("trainer.max_stpes", "did you mean trainer.max_steps?"),
+    ),
     "unknown argument in a recipe": (
         lambda it: it.fit(it.recipe(data={"class_path": "TextData", "init_args": {"train": "x", "lenght": 3}})),
-        ("lenght", "did you mean length?")),
+        ("lenght", "did you mean length?"),
+    ),
     "unknown flag": (lambda it: it.generate(temprature=1), ("--temprature", "did you mean --temperature?")),
     "unknown command": (lambda it: ["distil", "--target", "x"], ("'distil'", "did you mean distill?")),
     "wrong type of a flag": (lambda it: it.bench(limit="many"), ("limit", "expected int", "many")),
     "broken YAML": (lambda it: it.fit(it.write("recipe.yaml", "model: [\n  a: {\n")), ("recipe.yaml:3", "not YAML", "mend")),
     "unknown class in a recipe": (
         lambda it: it.fit(it.recipe(model={"class_path": "DraftModul", "init_args": {}})),
-        ("model", "DraftModul", "did you mean")),
+        ("model", "DraftModul", "did you mean"),
+    ),
     "unknown loss": (lambda it: it.fit(model__divergence="ForwardKl"), ("model", "ForwardKl", "did you mean ForwardKL")),
-    "sizes that no drafter has": (
-        lambda it: it.fit(model__drafter__hidden_size=63), ("drafter", "63", "init: scratch")),
+    "sizes that no drafter has": (lambda it: it.fit(model__drafter__hidden_size=63), ("drafter", "63", "init: scratch")),
     "no steps": (lambda it: it.fit(trainer__max_steps=0), ("trainer.max_steps", "0", "at least 1")),
     "no temperatures": (lambda it: it.eval(temperatures="[]"), ("--temperatures", "at least one")),
     "fewer states than one": (lambda it: it.fit(model__teacher_top_k=0), ("teacher_top_k", "0", "between 1 and")),
     "batch of none": (lambda it: it.fit(data__batch_size=0), ("batch_size", "0", "at least 1")),
     "null where a number must stand": (
-        lambda it: it.fit(model__warmup_steps="null"), ("model.warmup_steps", "null", "leave the key out")),
+        lambda it: it.fit(model__warmup_steps="null"),
+        ("model.warmup_steps", "null", "leave the key out"),
+    ),
     "wrong policy": (
         lambda it: it.fit(it.recipe(data={"class_path": "PolicyData", "init_args": {"weights": {"corpse": 1.0}}})),
-        ("weights", "corpse", "corpus")),
+        ("weights", "corpse", "corpus"),
+    ),
     "wrong verification": (lambda it: it.bench(verify="sloppy"), ("verify", "sloppy", "coupled, residual")),
     "negative temperature": (lambda it: it.generate(temperature=-1), ("temperature", "-1", "at least 0")),
     "negative temperature in a list": (lambda it: it.distill(temperatures="[0,-0.5]"), ("temperature", "-0.5", "at least 0")),
@@ -298,9 +319,10 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "depth 0 in eval": (lambda it: it.eval(depth=0, prompts=it.rows), ("depth", "0", "at least 1")),
     "depth beyond what can be held": (lambda it: it.generate(drafter=it.draft, depth=100000), ("depth", "100000", "at most")),
     "a tree that is spelt wrong": (
-        lambda it: it.generate(drafter=it.draft, tree="dynamic:5"), ("tree dynamic:5", "[[0],[1]", "dynamic:5,4,16")),
-    "a tree of too many nodes": (
-        lambda it: it.generate(drafter=it.draft, tree="dynamic:1,4,9"), ("nodes 9", "at most 5")),
+        lambda it: it.generate(drafter=it.draft, tree="dynamic:5"),
+        ("tree dynamic:5", "[[0],[1]", "dynamic:5,4,16"),
+    ),
+    "a tree of too many nodes": (lambda it: it.generate(drafter=it.draft, tree="dynamic:1,4,9"), ("nodes 9", "at most 5")),
     "depth without a drafter": (lambda it: it.generate(depth=3), ("depth", "drafter", "--drafter")),
     "no such device": (lambda it: it.generate(device="gpu"), ("device", "gpu", "cpu")),
     "no such precision": (lambda it: it.distill(dtype="int8"), ("dtype", "int8", "float32")),
@@ -311,154 +333,207 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "packed rows longer than the positions": (lambda it: it.fit(data__length=600), ("data.length", "600", "lower data.length")),
     "processes that would train apart": (
         lambda it: torchrun(it) or it.fit(trainer__strategy="auto", trainer__devices=1),
-        ("trainer.strategy", "set trainer.strategy: ddp")),
+        ("trainer.strategy", "set trainer.strategy: ddp"),
+    ),
     "unknown strategy": (lambda it: it.fit(trainer__strategy="dpp"), ("dpp", "ddp")),
     "monitor of no side": (lambda it: it.fit(checkpoint__mode="most"), ("checkpoint.mode", "most", "min or max")),
     # models
     "vocabulary of another target": (
-        lambda it: it.generate(target=it.other, drafter=it.draft), ("vocab_size 400", "320", "use the target")),
+        lambda it: it.generate(target=it.other, drafter=it.draft),
+        ("vocab_size 400", "320", "use the target"),
+    ),
     "tokenizer of another target": (
         lambda it: it.eval(target=it.model(lambda path: other_tokenizer(path))),
-        ("model", "tokenizer", "use the target")),
+        ("model", "tokenizer", "use the target"),
+    ),
     "tokenizer beyond the vocabulary": (
         lambda it: it.fit(data__tokenizer=it.other, data__train=it.lines({"text": "<|reserved_4|>" * 9}, *ROWS)),
-        ("data.tokenizer", "320", "use its own tokenizer")),
-    "truncated target": (
-        lambda it: it.generate(target=it.model(cut)), ("model/model.safetensors", "copy it again")),
-    "truncated target in training": (
-        lambda it: it.fit(model__target=it.model(cut)), ("model", "copy it again")),
-    "missing weight": (
-        lambda it: it.generate(target=it.model(weights(lambda w: w.pop(NORM)))), ("model", NORM, "copy")),
+        ("data.tokenizer", "320", "use its own tokenizer"),
+    ),
+    "truncated target": (lambda it: it.generate(target=it.model(cut)), ("model/model.safetensors", "copy it again")),
+    "truncated target in training": (lambda it: it.fit(model__target=it.model(cut)), ("model", "copy it again")),
+    "missing weight": (lambda it: it.generate(target=it.model(weights(lambda w: w.pop(NORM)))), ("model", NORM, "copy")),
     "missing weight in training": (
-        lambda it: it.fit(model__target=it.model(weights(lambda w: w.pop(NORM)))), ("model", NORM, "copy")),
+        lambda it: it.fit(model__target=it.model(weights(lambda w: w.pop(NORM)))),
+        ("model", NORM, "copy"),
+    ),
     "unexpected weight": (
         lambda it: it.distill(target=it.model(weights(lambda w: w.update(extra=torch.ones(2))))),
-        ("model", "'extra'", "give")),
+        ("model", "'extra'", "give"),
+    ),
     "weight of another size": (
         lambda it: it.generate(target=it.model(weights(lambda w: w.update({NORM: torch.ones(2, 2)})))),
-        ("model", NORM, "[2, 2]", "give")),
+        ("model", NORM, "[2, 2]", "give"),
+    ),
     "missing weight file": (
         lambda it: it.generate(target=it.model(lambda path: (path / "model.safetensors").unlink())),
-        ("model.safetensors", "not found", "safetensors only")),
+        ("model.safetensors", "not found", "safetensors only"),
+    ),
     "architecture not decoded": (
         lambda it: it.generate(target=it.model(config(model_type="gpt2"))),
-        ("config.json", "'gpt2'", "llama, mistral, qwen2, qwen3")),
+        ("config.json", "'gpt2'", "llama, mistral, qwen2, qwen3"),
+    ),
     "no transformer": (
         lambda it: it.bench(target=it.model(config(model_type="mamba", architectures=["MambaForCausalLM"]))),
-        ("config.json", "'mamba'", "llama, mistral, qwen2, qwen3")),
+        ("config.json", "'mamba'", "llama, mistral, qwen2, qwen3"),
+    ),
     "config.json that is no JSON": (
         lambda it: it.generate(target=it.model(lambda path: (path / "config.json").write_text("{"))),
-        ("config.json", "mend")),
+        ("config.json", "mend"),
+    ),
     "config.json with a wrong size": (
-        lambda it: it.generate(target=it.model(config(num_hidden_layers="two"))), ("config.json", "num_hidden_layers")),
+        lambda it: it.generate(target=it.model(config(num_hidden_layers="two"))),
+        ("config.json", "num_hidden_layers"),
+    ),
     "tokenizer.json that is no JSON": (
         lambda it: it.distill(target=it.model(lambda path: (path / "tokenizer.json").write_text("{"))),
-        ("model", "tokenizer", "give")),
+        ("model", "tokenizer", "give"),
+    ),
     "target without a tokenizer": (
         lambda it: it.generate(target=it.model(lambda path: [p.unlink() for p in path.glob("tokenizer*")])),
-        ("model", "tokenizer", "give")),
-    "NaN in the target": (
-        lambda it: it.generate(target=it.model(weights(spoil(NORM)))), (NORM, "not finite", "copy")),
+        ("model", "tokenizer", "give"),
+    ),
+    "NaN in the target": (lambda it: it.generate(target=it.model(weights(spoil(NORM)))), (NORM, "not finite", "copy")),
     "NaN in the target in training": (
-        lambda it: it.fit(model__target=it.model(weights(spoil(NORM)))), ("model", "not finite", "copy")),
-    "NaN in a plain draft": (
-        lambda it: it.generate(drafter=it.model(weights(spoil(HEAD)))), (HEAD, "not finite", "copy")),
+        lambda it: it.fit(model__target=it.model(weights(spoil(NORM)))),
+        ("model", "not finite", "copy"),
+    ),
+    "NaN in a plain draft": (lambda it: it.generate(drafter=it.model(weights(spoil(HEAD)))), (HEAD, "not finite", "copy")),
     "NaN in a checkpoint": (
-        lambda it: it.export(spoiled_checkpoint(it)), ("decoder.norm.weight", "not finite", "export an earlier")),
+        lambda it: it.export(spoiled_checkpoint(it)),
+        ("decoder.norm.weight", "not finite", "export an earlier"),
+    ),
     "prompt longer than the positions": (
-        lambda it: it.generate(prompt="clips " * 600), ("tokens", "max_len 512", "shorten it")),
+        lambda it: it.generate(prompt="clips " * 600),
+        ("tokens", "max_len 512", "shorten it"),
+    ),
     "prompts longer than the positions": (
-        lambda it: it.distill(prompts=it.lines({"prompt": "clips " * 600})), ("prompt 0", "512", "shorten")),
+        lambda it: it.distill(prompts=it.lines({"prompt": "clips " * 600})),
+        ("prompt 0", "512", "shorten"),
+    ),
     # bundles
-    "truncated bundle": (
-        lambda it: it.generate(drafter=it.bundle(cut)), ("bundle/model.safetensors", "export it again")),
-    "flipped byte": (
-        lambda it: ["inspect", str(it.bundle(flip))],
-        ("bundle/model.safetensors", "sha256", "export it again")),
+    "truncated bundle": (lambda it: it.generate(drafter=it.bundle(cut)), ("bundle/model.safetensors", "export it again")),
+    "flipped byte": (lambda it: ["inspect", str(it.bundle(flip))], ("bundle/model.safetensors", "sha256", "export it again")),
     "path out of a bundle": (
         lambda it: it.trim(it.bundle(manifest(files={"../x.json": "0"}))),
-        ("trainkit.json", "'../x.json'", "do not use")),
+        ("trainkit.json", "'../x.json'", "do not use"),
+    ),
     "link out of a bundle": (
         lambda it: it.eval(drafter=f"[{it.bundle(link_out)}]"),
-        ("bundle/config.json", "leads out", "copy the file")),
+        ("bundle/config.json", "leads out", "copy the file"),
+    ),
     "bundle of the future": (
         lambda it: it.generate(drafter=it.bundle(manifest(format=99))),
-        ("trainkit.json", "format 99", "upgrade")),
+        ("trainkit.json", "format 99", "upgrade"),
+    ),
     "no bundle": (lambda it: it.trim(it.target), ("target", "trainkit.json", "trainkit export")),
     "pickle beside a bundle": (
         lambda it: it.generate(drafter=it.bundle(lambda path: (path / "model.bin").write_bytes(payload(it)))),
-        ("bundle/model.bin", "remove it")),
+        ("bundle/model.bin", "remove it"),
+    ),
     "bundle of an unknown kind": (
         lambda it: it.generate(drafter=it.bundle(manifest(kind="oracle"))),
-        ("trainkit.json", "'oracle'", "there are: ")),
+        ("trainkit.json", "'oracle'", "there are: "),
+    ),
     "bundle with another argument": (
         lambda it: it.generate(drafter=it.bundle(manifest(config={"levels": 3}))),
-        ("trainkit.json", "levels", "export it again")),
+        ("trainkit.json", "levels", "export it again"),
+    ),
     "bundle with a broken target": (
-        lambda it: ["inspect", str(it.bundle(manifest(target={"decoder": {}}))),
-                    "--target", str(it.target)],
-        ("trainkit.json", "target", "export it again")),
+        lambda it: ["inspect", str(it.bundle(manifest(target={"decoder": {}}))), "--target", str(it.target)],
+        ("trainkit.json", "target", "export it again"),
+    ),
     # checkpoints
     "garbage for a checkpoint": (
-        lambda it: it.fit(ckpt_path=it.write("bad.ckpt", "garbage")), ("bad.ckpt", "not a checkpoint", "give")),
+        lambda it: it.fit(ckpt_path=it.write("bad.ckpt", "garbage")),
+        ("bad.ckpt", "not a checkpoint", "give"),
+    ),
     "garbage to export": (lambda it: it.export(it.write("bad.ckpt", "garbage")), ("bad.ckpt", "not a checkpoint", "give")),
     "truncated checkpoint": (
         lambda it: it.fit(ckpt_path=it.copy(it.checkpoint, "bad.ckpt", lambda path: os.truncate(path, 5000))),
-        ("bad.ckpt", "not a checkpoint", "give")),
+        ("bad.ckpt", "not a checkpoint", "give"),
+    ),
     "truncated checkpoint to export": (
         lambda it: it.export(it.copy(it.checkpoint, "bad.ckpt", lambda path: os.truncate(path, 5000))),
-        ("bad.ckpt", "not a checkpoint", "give")),
+        ("bad.ckpt", "not a checkpoint", "give"),
+    ),
     "checkpoint that would run code": (
         lambda it: it.fit(ckpt_path=it.copy(it.checkpoint, "bad.ckpt", lambda path: poison(it, path))),
-        ("bad.ckpt", "not a checkpoint", "give")),
+        ("bad.ckpt", "not a checkpoint", "give"),
+    ),
     "pickle that would run code": (
         lambda it: it.export(it.copy(it.checkpoint, "bad.ckpt", lambda path: path.write_bytes(payload(it)))),
-        ("bad.ckpt", "not a checkpoint", "give")),
+        ("bad.ckpt", "not a checkpoint", "give"),
+    ),
     "checkpoint of another program": (
         lambda it: it.fit(ckpt_path=it.copy(it.checkpoint, "bad.ckpt", lambda path: torch.save({"state_dict": {}}, path))),
-        ("bad.ckpt", "not a checkpoint", "give")),
+        ("bad.ckpt", "not a checkpoint", "give"),
+    ),
     "resumed with another target": (
-        lambda it: it.fit(model__target=it.other, ckpt_path=it.checkpoint), ("last.ckpt", "target", "400", "resume with")),
-    "resumed with another class": (
-        lambda it: it.fit(ckpt_path=it.language), ("last.ckpt", "LanguageModule", "resume with")),
+        lambda it: it.fit(model__target=it.other, ckpt_path=it.checkpoint),
+        ("last.ckpt", "target", "400", "resume with"),
+    ),
+    "resumed with another class": (lambda it: it.fit(ckpt_path=it.language), ("last.ckpt", "LanguageModule", "resume with")),
     "resumed with other data": (
         lambda it: it.fit(data__train=it.lines(*ROWS[:9]), ckpt_path=it.checkpoint),
-        ("data_fingerprint", "resume with the same data")),
+        ("data_fingerprint", "resume with the same data"),
+    ),
     # places to write to
     "two runs in one folder": (lambda it: it.fit(trainer__default_root_dir=it.run), ("run: holds a run already", "--resume")),
     "export onto something else": (
-        lambda it: it.export(out=occupied(it)), ("occupied: exists and is not a bundle", "choose another folder")),
+        lambda it: it.export(out=occupied(it)),
+        ("occupied: exists and is not a bundle", "choose another folder"),
+    ),
     "trim onto something else": (
-        lambda it: it.trim(out=occupied(it)), ("occupied: exists and is not a bundle", "choose another folder")),
+        lambda it: it.trim(out=occupied(it)),
+        ("occupied: exists and is not a bundle", "choose another folder"),
+    ),
     "distill into another set": (lambda it: it.distill(out=begun(it)), ("--out", "temperatures [1.0]", "another folder")),
     "distill onto something else": (lambda it: it.distill(out=occupied(it)), ("occupied", "give a new folder")),
     "no server": (
         lambda it: it.distill(base_url=f"http://127.0.0.1:{closed_port()}/v1"),
-        ("127.0.0.1", "no answer", "see that the server runs")),
+        ("127.0.0.1", "no answer", "see that the server runs"),
+    ),
     "no server for a model that is named": (
         lambda it: it.distill(base_url=f"http://127.0.0.1:{closed_port()}/v1", model="x"),
-        ("127.0.0.1", "no answer", "see that the server runs")),
+        ("127.0.0.1", "no answer", "see that the server runs"),
+    ),
     "no address": (lambda it: it.distill(base_url="localhost:8000"), ("localhost:8000", "http://HOST:PORT/v1")),
-    "disk full while exporting": (
-        lambda it: limited(it.export()), ("out: cannot be written", "File too large", "free space")),
+    "disk full while exporting": (lambda it: limited(it.export()), ("out: cannot be written", "File too large", "free space")),
     "disk full while exporting a model": (
-        lambda it: limited(it.export(it.language)), ("out: cannot be written", "File too large", "free space")),
+        lambda it: limited(it.export(it.language)),
+        ("out: cannot be written", "File too large", "free space"),
+    ),
     "disk full while saving a checkpoint": (
-        lambda it: limited(it.fit()), ("run/checkpoints/last.ckpt: cannot be written", "File too large", "free space")),
+        lambda it: limited(it.fit()),
+        ("run/checkpoints/last.ckpt: cannot be written", "File too large", "free space"),
+    ),
     "disk full while trimming": (
-        lambda it: failing(it, errno.ENOSPC, "trainkit.json") or it.trim(keep=0.5), ("out", "No space left", "free space")),
+        lambda it: failing(it, errno.ENOSPC, "trainkit.json") or it.trim(keep=0.5),
+        ("out", "No space left", "free space"),
+    ),
     "disk full while distilling": (
-        lambda it: failing(it, errno.ENOSPC, "distill.json") or it.distill(), ("out", "No space left", "free space")),
+        lambda it: failing(it, errno.ENOSPC, "distill.json") or it.distill(),
+        ("out", "No space left", "free space"),
+    ),
     "read-only folder for an export": (
-        lambda it: failing(it, errno.EROFS, "out") or it.export(), ("out", "Read-only file system", "another folder")),
+        lambda it: failing(it, errno.EROFS, "out") or it.export(),
+        ("out", "Read-only file system", "another folder"),
+    ),
     "read-only folder for a set": (
-        lambda it: failing(it, errno.EROFS, "out") or it.distill(), ("out", "Read-only file system", "another folder")),
+        lambda it: failing(it, errno.EROFS, "out") or it.distill(),
+        ("out", "Read-only file system", "another folder"),
+    ),
     "no permission for a run": (
-        lambda it: failing(it, errno.EACCES, "run") or it.fit(), ("run", "Permission denied", "another folder")),
+        lambda it: failing(it, errno.EACCES, "run") or it.fit(),
+        ("run", "Permission denied", "another folder"),
+    ),
     "no permission for a result": (
-        lambda it: failing(it, errno.EACCES, "eval.json") or it.eval(), ("eval.json", "Permission denied", "another")),
+        lambda it: failing(it, errno.EACCES, "eval.json") or it.eval(),
+        ("eval.json", "Permission denied", "another"),
+    ),
     "no folder for a result": (lambda it: it.eval(json=it.folder / "no" / "eval.json"), ("no/eval.json", "make")),
-}  # fmt: skip
+}
 
 
 def torchrun(it: Inputs) -> None:
@@ -549,8 +624,10 @@ def limited(arguments: list[str]) -> list[str]:
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file and folder, hidden ones too, with size and time of change."""
-    return {str(path.relative_to(folder)): (path.lstat().st_size if path.is_file() else 0, path.lstat().st_mtime_ns)
-            for path in folder.rglob("*")}  # fmt: skip
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_size if path.is_file() else 0, path.lstat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
 
 
 @pytest.mark.parametrize("name", CASES)

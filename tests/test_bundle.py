@@ -242,8 +242,9 @@ def add(folder: Path) -> None:
 
 EXTENDED_AT_EVERY_STEP = (
     KILLED_AT_EVERY_STEP.replace('make(folder, kind="new")', 'bundle.extend(folder, add, runner={"more": 1})')
-    .replace("import make", "import add, make").replace('"shutil",', '"shutil", "pathlib",')
-)  # fmt: skip
+    .replace("import make", "import add, make")
+    .replace('"shutil",', '"shutil", "pathlib",')
+)
 
 
 def test_killed_while_files_are_added_it_is_the_bundle_before_or_after(tmp_path):

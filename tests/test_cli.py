@@ -20,8 +20,15 @@ from trainkit.errors import UserError
 from trainkit.parser import one_line
 
 
-def cook(dish: Path, plates: int, *, target: Path, temperatures: list[float] | None = None, depth: int | None = None,
-         verify: Literal["coupled", "residual"] = "coupled") -> str:  # fmt: skip
+def cook(
+    dish: Path,
+    plates: int,
+    *,
+    target: Path,
+    temperatures: list[float] | None = None,
+    depth: int | None = None,
+    verify: Literal["coupled", "residual"] = "coupled",
+) -> str:
     """Cooks a dish; the second line is not lost.
 
     Args:
@@ -83,8 +90,13 @@ def test_command_help_is_the_docstring_with_its_examples(capsys):
         cli.main(["cook", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for part in ("usage: trainkit cook", "second line is not lost", "What to cook.", "At which temperatures.",
-                 "    trainkit cook soup 3 --target DIR\n    trainkit cook"):  # fmt: skip
+    for part in (
+        "usage: trainkit cook",
+        "second line is not lost",
+        "What to cook.",
+        "At which temperatures.",
+        "    trainkit cook soup 3 --target DIR\n    trainkit cook",
+    ):
         assert part in text
     assert "no such dish" not in text
 
@@ -143,16 +155,18 @@ def test_training_gets_its_arguments_and_its_code_is_returned(monkeypatch, comma
 
 # What jsonargparse says about recipes, and the line made of it.
 RECIPE_ERRORS = {
-    "Subcommand 'fit' does not accept option 'trainer.max_stpes'":
-        "Subcommand 'fit' does not accept option 'trainer.max_stpes'; did you mean trainer.max_steps?",
-    'Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: abc': "trainer.max_steps: expected int, got abc",
-    'Parser key "config": File does not exist: \'x.yaml\'': "config: File does not exist: 'x.yaml'; give one that is there",
+    "Subcommand 'fit' does not accept option 'trainer.max_stpes'": (
+        "Subcommand 'fit' does not accept option 'trainer.max_stpes'; did you mean trainer.max_steps?"
+    ),
+    "Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: abc": "trainer.max_steps: expected int, got abc",
+    "Parser key \"config\": File does not exist: 'x.yaml'": "config: File does not exist: 'x.yaml'; give one that is there",
     'Parser key "model.drafter":\n  Does not validate against any of the Union subtypes\n  Subtypes: [a, b]\n  Errors:\n'
     "    - Type typing.Callable[[int], M] expects a function or a callable class: Option 'denominatr' is not accepted. "
     "Got value: Namespace(class_path='fractions.Fraction', init_args=Namespace(denominatr=1))\n"
-    "    - Expected a <class 'NoneType'>\n  Given value type: <class 'dict'>\n  Given value: {'denominatr': 1}":
-        "model.drafter: Option 'denominatr' is not accepted, got {'denominatr': 1}; did you mean denominator?",
-}  # fmt: skip
+    "    - Expected a <class 'NoneType'>\n  Given value type: <class 'dict'>\n  Given value: {'denominatr': 1}": (
+        "model.drafter: Option 'denominatr' is not accepted, got {'denominatr': 1}; did you mean denominator?"
+    ),
+}
 
 
 @pytest.mark.parametrize("message", RECIPE_ERRORS)
@@ -164,9 +178,12 @@ def test_inspect_shows_verifies_and_fits(tmp_path, capsys):
     target = make_target(tmp_path / "target")
     decoder = {"vocab_size": 320, "hidden_size": 64, "num_layers": 4}
     bundle.write(
-        tmp_path / "b", lambda path: save_file({"w": np.zeros((2, 3), np.float32)}, path / "model.safetensors"),
-        kind="fake", config={}, target={"decoder": decoder, "fingerprint": bundle.fingerprint(target)},
-    )  # fmt: skip
+        tmp_path / "b",
+        lambda path: save_file({"w": np.zeros((2, 3), np.float32)}, path / "model.safetensors"),
+        kind="fake",
+        config={},
+        target={"decoder": decoder, "fingerprint": bundle.fingerprint(target)},
+    )
     assert cli.main(["inspect", str(tmp_path / "b"), "--target", str(target)]) == 0
     text = capsys.readouterr().out
     assert "fake" in text

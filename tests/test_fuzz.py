@@ -29,14 +29,20 @@ QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), databas
 SCALARS = st.none() | st.booleans() | st.integers(-3, 400) | st.floats() | st.text(max_size=8)
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6
-)  # fmt: skip
+)
 TURNS = st.lists(
-    st.fixed_dictionaries({}, optional={
-        "role": st.sampled_from(["user", "assistant", "system", "tool", ""]) | JSON, "content": st.text(max_size=12) | JSON,
-        "from": st.sampled_from(["human", "gpt"]) | JSON, "value": st.text(max_size=12) | JSON, "tool_calls": JSON,
-    }),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(["user", "assistant", "system", "tool", ""]) | JSON,
+            "content": st.text(max_size=12) | JSON,
+            "from": st.sampled_from(["human", "gpt"]) | JSON,
+            "value": st.text(max_size=12) | JSON,
+            "tool_calls": JSON,
+        },
+    ),
     max_size=4,
-)  # fmt: skip
+)
 COLUMNS = sorted({name for names in (*FORMATS, *PROMPT_FORMATS) for name in names})
 IDS = st.lists(st.integers(-2, 330), max_size=5)
 ROWS = st.dictionaries(st.sampled_from(COLUMNS) | st.text(max_size=5), TURNS | IDS | st.text(max_size=20) | JSON, max_size=4)
@@ -60,10 +66,13 @@ def works_or_says_why(call: Callable[[], Any]) -> None:
         call()
 
 
-POLICIES = st.fixed_dictionaries({
-    "on_bad_row": st.sampled_from(["error", "skip"]), "on_long_row": st.sampled_from(["truncate", "skip", "error"]),
-    "validation_share": st.sampled_from([0.0, 0.5]),
-})  # fmt: skip
+POLICIES = st.fixed_dictionaries(
+    {
+        "on_bad_row": st.sampled_from(["error", "skip"]),
+        "on_long_row": st.sampled_from(["truncate", "skip", "error"]),
+        "validation_share": st.sampled_from([0.0, 0.5]),
+    }
+)
 
 
 @QUICK
@@ -74,16 +83,42 @@ def test_any_rows_are_read_or_refused_in_words(tokenizer, rows, options):
         works_or_says_why(lambda: read_prompts(file, tokenizer))
 
 
-FRAGMENTS = st.sampled_from([
-    "{% for m in messages %}", "{% for message in messages %}", "{% endfor %}", "{{ m['content'] }}", "{{ m.role }}",
-    "{% if add_generation_prompt %}", "{% endif %}", "{% else %}", "{% generation %}", "{% endgeneration %}", "<|assistant|>",
-    "<|end|>", "{{ raise_exception('no') }}", "{{ messages[9]['content'] }}", "{{ 1 / 0 }}", "{{ m.content.nothing() }}",
-    "{{ messages | length }}", "{{ undefined_function() }}", "{{ 'a' + 1 }}", "{{ messages[0] | tojson }}", "{% set x = ",
-    "{{ messages | map(attribute='content') | join('|') }}", "{% break %}", "{{ tools | tojson }}",
-    "{{ bos_token + eos_token }}", "{{ m['content'].split('x')[3] }}", "{{ range(10**9) | list }}",
-    "{% include 'x' %}", "{{ strftime_now('%Y') }}",
-    "\n", "{#", "}}",
-]) | st.text(max_size=6)  # fmt: skip
+FRAGMENTS = st.sampled_from(
+    [
+        "{% for m in messages %}",
+        "{% for message in messages %}",
+        "{% endfor %}",
+        "{{ m['content'] }}",
+        "{{ m.role }}",
+        "{% if add_generation_prompt %}",
+        "{% endif %}",
+        "{% else %}",
+        "{% generation %}",
+        "{% endgeneration %}",
+        "<|assistant|>",
+        "<|end|>",
+        "{{ raise_exception('no') }}",
+        "{{ messages[9]['content'] }}",
+        "{{ 1 / 0 }}",
+        "{{ m.content.nothing() }}",
+        "{{ messages | length }}",
+        "{{ undefined_function() }}",
+        "{{ 'a' + 1 }}",
+        "{{ messages[0] | tojson }}",
+        "{% set x = ",
+        "{{ messages | map(attribute='content') | join('|') }}",
+        "{% break %}",
+        "{{ tools | tojson }}",
+        "{{ bos_token + eos_token }}",
+        "{{ m['content'].split('x')[3] }}",
+        "{{ range(10**9) | list }}",
+        "{% include 'x' %}",
+        "{{ strftime_now('%Y') }}",
+        "\n",
+        "{#",
+        "}}",
+    ]
+) | st.text(max_size=6)
 LOOPS = st.lists(FRAGMENTS, max_size=5).map(lambda parts: "{% for m in messages %}" + "".join(parts) + "{% endfor %}")
 TEMPLATES = st.lists(FRAGMENTS, max_size=6).map("".join) | LOOPS
 CHATS = [{"messages": [{"role": role, "content": f"{role} says {n}"} for role in ("user", "assistant") * n]} for n in (1, 2)]
@@ -105,11 +140,17 @@ FIELDS = (
     "use_sliding_window layer_types quantization_config "
     "text_config auto_map unknown"
 ).split()
-ROPE = st.fixed_dictionaries({}, optional={
-    "rope_type": st.sampled_from(["default", "linear", "llama3", "yarn", "longrope", "dynamic"]) | SCALARS,
-    "rope_theta": SCALARS, "factor": SCALARS, "low_freq_factor": SCALARS, "original_max_position_embeddings": SCALARS,
-    "partial_rotary_factor": SCALARS,
-})  # fmt: skip
+ROPE = st.fixed_dictionaries(
+    {},
+    optional={
+        "rope_type": st.sampled_from(["default", "linear", "llama3", "yarn", "longrope", "dynamic"]) | SCALARS,
+        "rope_theta": SCALARS,
+        "factor": SCALARS,
+        "low_freq_factor": SCALARS,
+        "original_max_position_embeddings": SCALARS,
+        "partial_rotary_factor": SCALARS,
+    },
+)
 KINDS = st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "gpt2", "mamba", "t5", "bert", "gemma2"])
 VALUES = JSON | ROPE | KINDS | st.sampled_from([16, 32, 64, 128, 320, "silu", "bfloat16", "float8", ["LlamaForCausalLM"]])
 CONFIGS = st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3)

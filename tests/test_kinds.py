@@ -46,8 +46,10 @@ TAUGHT = follow(PAGE)
 add_kinds_from("kinds_of_the_page")
 KINDS = sorted(discover())
 SHAPES: dict[str, dict] = {
-    "chain": {"depth": 2}, "static": {"tree": ((0,), (1,), (0, 0), (0, 1), (1, 0))}, "dynamic": {"tree": DynamicTree(3, 3, 7)},
-}  # fmt: skip
+    "chain": {"depth": 2},
+    "static": {"tree": ((0,), (1,), (0, 0), (0, 1), (1, 0))},
+    "dynamic": {"tree": DynamicTree(3, 3, 7)},
+}
 PROMPTS = ["Natalia sold clips", "How many", "In May she sold 48 / 2 = 24 clips. Altogether", "x"]
 
 

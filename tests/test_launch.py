@@ -76,9 +76,13 @@ class Checkout:
 
     def launch(self, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(self.root / "launch.sh"), *arguments], cwd=cwd or self.root, env=self.environment | environment,
-            capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            [str(self.root / "launch.sh"), *arguments],
+            cwd=cwd or self.root,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
 
 
 @pytest.fixture

@@ -19,13 +19,22 @@ from trainkit.runner import Runner, Stats
 
 DEPTH = 3
 QUESTIONS = [
-    "How many clips did she sell?", "Natalia sold 48", "What is half of 12?", "In May, how many?", "Add 7 and 5.", "Friends?",
-    "She sold half as many.", "Altogether, how many clips in April and May?",
-]  # fmt: skip
+    "How many clips did she sell?",
+    "Natalia sold 48",
+    "What is half of 12?",
+    "In May, how many?",
+    "Add 7 and 5.",
+    "Friends?",
+    "She sold half as many.",
+    "Altogether, how many clips in April and May?",
+]
 KINDS = {
-    "lm": ("lm", {"num_layers": 2}), "medusa": ("medusa", {"num_heads": DEPTH}), "hydra": ("hydra", {"num_heads": DEPTH}),
-    "hydra++": ("hydra", {"num_heads": DEPTH, "prefix": True, "num_layers": 2}), "eagle": ("eagle", {"steps": DEPTH}),
-}  # fmt: skip
+    "lm": ("lm", {"num_layers": 2}),
+    "medusa": ("medusa", {"num_heads": DEPTH}),
+    "hydra": ("hydra", {"num_heads": DEPTH}),
+    "hydra++": ("hydra", {"num_heads": DEPTH, "prefix": True, "num_layers": 2}),
+    "eagle": ("eagle", {"steps": DEPTH}),
+}
 
 
 @pytest.mark.slow

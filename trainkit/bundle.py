@@ -37,11 +37,15 @@ ADAPTER = "trainkit_adapter"
 
 _INERT = (".md", ".txt", ".png")  # may lie in a bundle unlisted: nothing loads them
 _VOLATILE = {
-    "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "initializer_range", "_attn_implementation",
-}  # fmt: skip
-_REFUSALS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG,
-}  # fmt: skip
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "initializer_range",
+    "_attn_implementation",
+}
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
 _TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 
 
@@ -110,9 +114,19 @@ def write(
     """
     folder = Path(folder).resolve()
     bundle = Bundle(
-        folder, kind, dict(config), dict(target), dict(metrics or {}), dict(runner or {}), recipe, seed, _versions(), data, {},
+        folder,
+        kind,
+        dict(config),
+        dict(target),
+        dict(metrics or {}),
+        dict(runner or {}),
+        recipe,
+        seed,
+        _versions(),
+        data,
+        {},
         dict(extra or {}),
-    )  # fmt: skip
+    )
     _to_json(bundle)  # what is no JSON is found before the work, not after it
     _check_replaceable(folder)
     with _writable(folder):

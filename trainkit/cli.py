@@ -28,44 +28,55 @@ TRAINING = {
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("trainkit.modules.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
     "import": (
-        "trainkit.export.outside", "import_outside",
+        "trainkit.export.outside",
+        "import_outside",
         "another program's drafter as a bundle: trainkit import FOLDER OUT --target DIR",
     ),
     "trim": ("trainkit.export.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
     "vocab": ("trainkit.export.trim", "vocab", "the ids to train such a one on: trainkit vocab OUT --target DIR --text SET"),
     "tree": (
-        "trainkit.eval.treesearch", "tree",
+        "trainkit.eval.treesearch",
+        "tree",
         "the fastest draft tree on this machine: trainkit tree BUNDLE --target DIR --prompts FILE",
     ),
     "inspect": ("trainkit.export.inspect", "inspect", "a bundle's card, and if it fits: trainkit inspect BUNDLE --target DIR"),
     "distill": (
-        "trainkit.runner.distill", "distill",
+        "trainkit.runner.distill",
+        "distill",
         "a training set of the target's own answers: trainkit distill --target DIR --prompts FILE --out DIR",
     ),
     "features": (
-        "trainkit.runner.features", "features",
+        "trainkit.runner.features",
+        "features",
         "what the target says of training data, kept on disk: trainkit features --target DIR --data SET --out DIR",
     ),
     "generate": ("trainkit.runner.command", "generate", "text: trainkit generate --target DIR --drafter DIR --prompt TEXT"),
     "eval": (
-        "trainkit.eval.forced", "evaluate",
+        "trainkit.eval.forced",
+        "evaluate",
         "exact acceptance on given texts, with intervals: trainkit eval --target DIR --drafter [A,B] --data SET",
     ),
     "predictor": (
-        "trainkit.eval.predictor", "predictor",
+        "trainkit.eval.predictor",
+        "predictor",
         "is a bundle's acceptance predictor calibrated: trainkit predictor BUNDLE --data SET",
     ),
     "bench": (
-        "trainkit.eval.bench", "bench",
+        "trainkit.eval.bench",
+        "bench",
         "speed against plain decoding: trainkit bench --target DIR --drafter A --drafter B --prompts FILE --json OUT",
     ),
-}  # fmt: skip
+}
 _MENDS = {
-    errno.ENOENT: "give a path that exists", errno.EISDIR: "give a file, not a folder", errno.ENOTDIR: "give a path of folders",
-    errno.EEXIST: "choose another name", errno.ENAMETOOLONG: "choose a shorter name", errno.ELOOP: "mend the links",
+    errno.ENOENT: "give a path that exists",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ENOTDIR: "give a path of folders",
+    errno.EEXIST: "choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the links",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions or choose another folder"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or choose another disk"),
-}  # fmt: skip
+}
 """What the system refuses for a reason that lies outside the code, and what the user can do about it."""
 
 
@@ -165,9 +176,15 @@ def _overview() -> str:
     rows = TRAINING | {name: help_line for name, (_, _, help_line) in COMMANDS.items()}
     lines = [f"  {name:<10} {text}" for name, text in rows.items()]
     return "\n".join(
-        ["usage: trainkit COMMAND ...", "", *lines, "", "trainkit COMMAND --help explains each; lists are written [0,0.7].",
-         "TRAINKIT_DEBUG=1 shows the traceback of an error."]
-    )  # fmt: skip
+        [
+            "usage: trainkit COMMAND ...",
+            "",
+            *lines,
+            "",
+            "trainkit COMMAND --help explains each; lists are written [0,0.7].",
+            "TRAINKIT_DEBUG=1 shows the traceback of an error.",
+        ]
+    )
 
 
 def _help_texts(docstring: str) -> tuple[str, str]:

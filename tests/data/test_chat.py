@@ -32,9 +32,11 @@ def spans(tokenizer: Any, document: Document) -> list[tuple[bool, str]]:
 def test_generation_spans_mark_every_assistant_turn_in_one_document(tokenizer: Any) -> None:
     (document,) = Encoder(tokenizer).documents(chat("2 + 2?", "It is 4.", "And 3 + 3?", "That is 6."))
     assert spans(tokenizer, document) == [
-        (False, "<|bos|><|user|>2 + 2?<|end|><|assistant|>"), (True, "It is 4.<|end|>"),
-        (False, "<|user|>And 3 + 3?<|end|><|assistant|>"), (True, "That is 6.<|end|>"),
-    ]  # fmt: skip
+        (False, "<|bos|><|user|>2 + 2?<|end|><|assistant|>"),
+        (True, "It is 4.<|end|>"),
+        (False, "<|user|>And 3 + 3?<|end|><|assistant|>"),
+        (True, "That is 6.<|end|>"),
+    ]
 
 
 def test_without_spans_each_assistant_turn_is_a_document_and_nothing_after_its_end_token_counts(tokenizer: Any) -> None:
@@ -43,8 +45,9 @@ def test_without_spans_each_assistant_turn_is_a_document_and_nothing_after_its_e
     assert spans(tokenizer, first) == [(False, "<|user|>Hi<|end|>\n<|assistant|>"), (True, "Yes?<|end|>"), (False, "\n")]
     assert spans(tokenizer, second) == [
         (False, "<|user|>Hi<|end|>\n<|assistant|>Yes?<|end|>\n<|user|>Bye<|end|>\n<|assistant|>"),
-        (True, "Good night<|end|>"), (False, "\n"),
-    ]  # fmt: skip
+        (True, "Good night<|end|>"),
+        (False, "\n"),
+    ]
 
 
 def test_stripped_thinking_counts_where_it_was_written_and_is_gone_where_it_is_context(tokenizer: Any) -> None:
@@ -52,8 +55,9 @@ def test_stripped_thinking_counts_where_it_was_written_and_is_gone_where_it_is_c
     first, second = Encoder(tokenizer).documents(chat("A?", "<think>x y</think>One", "B?", "<think>z</think>Two"))
     assert spans(tokenizer, first) == [(False, "<|user|>A?<|end|><|assistant|>"), (True, "<think>x y</think>One<|end|>")]
     assert spans(tokenizer, second) == [
-        (False, "<|user|>A?<|end|><|assistant|>One<|end|><|user|>B?<|end|><|assistant|>"), (True, "<think>z</think>Two<|end|>"),
-    ]  # fmt: skip
+        (False, "<|user|>A?<|end|><|assistant|>One<|end|><|user|>B?<|end|><|assistant|>"),
+        (True, "<think>z</think>Two<|end|>"),
+    ]
 
 
 def test_both_ways_count_the_same_tokens_of_a_two_turn_chat(tokenizer: Any) -> None:

@@ -37,8 +37,9 @@ def asked(count: int = 7) -> list[Asked]:
     """Chats, raw texts and given tokens in turn."""
     kinds = (
         lambda n: Asked([3, n], [{"role": "user", "content": f"frage {n} \u2028 ü"}]),
-        lambda n: Asked([4, n, n], None, f"text {n}"), lambda n: Asked([n + 1]),
-    )  # fmt: skip
+        lambda n: Asked([4, n, n], None, f"text {n}"),
+        lambda n: Asked([n + 1]),
+    )
     return [kinds[n % 3](n) for n in range(count)]
 
 
@@ -84,9 +85,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files_of(out)
 
 
-@given(
-    st.integers(1, 9), st.lists(st.floats(0, 2), min_size=1, max_size=4, unique=True), st.integers(1, 3), st.integers(1, 20)
-)
+@given(st.integers(1, 9), st.lists(st.floats(0, 2), min_size=1, max_size=4, unique=True), st.integers(1, 3), st.integers(1, 20))
 def test_parts_hold_every_prompt_temperature_and_sample_once(prompts, temperatures, samples, part_rows):
     layout = Layout(prompts, tuple(temperatures), samples, part_rows)
     numbers = [number for part in range(layout.parts) for number in layout.numbers(part)]
@@ -144,7 +143,8 @@ def test_killed_while_a_part_gets_its_name(call, when, tmp_path, straight, seed)
 
 @settings(max_examples=40, deadline=None)
 @given(
-    most=st.integers(1, 11), share=st.floats(0, 1, exclude_max=True),
+    most=st.integers(1, 11),
+    share=st.floats(0, 1, exclude_max=True),
     torn=st.sampled_from([b"", b'{"id": 1', b"\x00\xff", b"["]),
 )
 def test_a_torn_last_line_is_made_again(most, share, torn):
@@ -210,13 +210,17 @@ def test_a_rank_that_begins_between_our_two_looks_is_no_stranger(tmp_path, strai
 @pytest.mark.parametrize(
     ("key", "layout", "more"),
     [
-        ("seed", LAYOUT, {"seed": 5}), ("target", LAYOUT, {"target": {"config": "dc"}}),
-        ("prompts", LAYOUT, {"prompts": {"sha256": "ba" * 60}}), ("max_new_tokens", LAYOUT, {"max_new_tokens": 8}),
-        ("temperatures", Layout(7, (0.0, 0.7, 1.0), 2, 3), {}), ("samples", Layout(7, (0.0, 0.7), 3, 3), {}),
-        ("part_rows", Layout(7, (0.0, 0.7), 2, 4), {}), ("rows", Layout(6, (0.0, 0.7), 2, 3), {}),
+        ("seed", LAYOUT, {"seed": 5}),
+        ("target", LAYOUT, {"target": {"config": "dc"}}),
+        ("prompts", LAYOUT, {"prompts": {"sha256": "ba" * 60}}),
+        ("max_new_tokens", LAYOUT, {"max_new_tokens": 8}),
+        ("temperatures", Layout(7, (0.0, 0.7, 1.0), 2, 3), {}),
+        ("samples", Layout(7, (0.0, 0.7), 3, 3), {}),
+        ("part_rows", Layout(7, (0.0, 0.7), 2, 4), {}),
+        ("rows", Layout(6, (0.0, 0.7), 2, 3), {}),
         ("weights", LAYOUT, {"weights": "of another"}),
     ],
-)  # fmt: skip
+)
 def test_another_setting_is_named_and_nothing_changes(key, layout, more, tmp_path):
     begin(tmp_path, 5)
     before = files_of(tmp_path)
@@ -261,10 +265,15 @@ def test_two_processes_at_once_the_second_is_refused(tmp_path, straight):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b"nonsense\n", "broken at byte"), (b'{"no": 1}\n', "broken"), (b'{"id": null}\n', "broken"), (b"7\n", "broken"),
-        (b'{"id": 3}\n', "row 3"), (b'{"id": -1}\n', "row -1"), (None, "twice"),
+        (b"nonsense\n", "broken at byte"),
+        (b'{"no": 1}\n', "broken"),
+        (b'{"id": null}\n', "broken"),
+        (b"7\n", "broken"),
+        (b'{"id": 3}\n', "row 3"),
+        (b'{"id": -1}\n', "row -1"),
+        (None, "twice"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_partial_is_named_and_its_lock_given_back(line, said, tmp_path, straight):
     begin(tmp_path, 2, Layout(7, (0.0, 0.7), 2, 3))
     partial = tmp_path / "part-00000.partial"

@@ -78,10 +78,12 @@ def test_rows_of_padding_are_neither_kept_nor_missed(tmp_path, seed):
 def test_any_other_key_is_another_store(tmp_path):
     first = store(tmp_path)
     others = [
-        store(tmp_path, torch.bfloat16), store(tmp_path, set="b"), store(tmp_path, top_k=3),
+        store(tmp_path, torch.bfloat16),
+        store(tmp_path, set="b"),
+        store(tmp_path, top_k=3),
         FeatureStore(tmp_path, {"set": "a"}, 6, 3, 4, torch.float32),
         FeatureStore(tmp_path, {"set": "a"}, 5, 4, 3, torch.float32),
-    ]  # fmt: skip
+    ]
     first.put(torch.arange(5), torch.ones(5, 3, 4))
     assert len({one.path for one in (first, *others)}) == 6 and not any(one.filled for one in others)
     assert store(tmp_path).path == first.path and json.loads((first.path / "key.json").read_text())["set"] == "a"
@@ -169,10 +171,13 @@ def test_each_target_precision_and_choice_of_taps_has_a_store_of_its_own(tiny_ta
     batches, seen = -(-len(packed) // 2), []
     for top_k in (None, 4):
         for folder, dtype, autocast, taps in (
-            (tiny_target, torch.float32, False, ()), (weights, torch.float32, False, ()), (config, torch.float32, False, ()),
-            (tiny_target, torch.bfloat16, False, ()), (tiny_target, torch.float32, True, ()),
+            (tiny_target, torch.float32, False, ()),
+            (weights, torch.float32, False, ()),
+            (config, torch.float32, False, ()),
+            (tiny_target, torch.bfloat16, False, ()),
+            (tiny_target, torch.float32, True, ()),
             (tiny_target, torch.float32, False, (1,)),
-        ):  # fmt: skip
+        ):
             before = len(runs)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 plain = read_all(TargetReader(FrozenTarget(folder, dtype), None, top_k), packed, taps)

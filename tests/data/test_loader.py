@@ -22,9 +22,7 @@ sizes = {"rows": st.integers(1, 23), "batch_size": few, "world_size": few, "accu
 def packed_set(rows: int, seed: int = 0) -> PackedSet:
     """Rows that hold two documents, told apart by their tokens, with random masks."""
     rng = np.random.default_rng(seed)
-    documents = [
-        Document(np.full(4, 10 + n, np.int32), rng.random(4) < 0.6) for n in range(2 * rows)
-    ]  # fmt: skip
+    documents = [Document(np.full(4, 10 + n, np.int32), rng.random(4) < 0.6) for n in range(2 * rows)]
     return pack(documents, 8, 0, "fingerprint")
 
 
@@ -185,10 +183,17 @@ def test_lightning_saves_and_resumes_it_at_any_step_without_a_lost_or_doubled_ba
     def run(callbacks: list[L.Callback], checkpoint: str | None = None) -> Recorder:
         module = Recorder()
         trainer = L.Trainer(
-            max_steps=13, accumulate_grad_batches=2, accelerator="cpu", devices=1, default_root_dir=tmp_path,
-            callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            max_steps=13,
+            accumulate_grad_batches=2,
+            accelerator="cpu",
+            devices=1,
+            default_root_dir=tmp_path,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
             enable_model_summary=False,
-        )  # fmt: skip
+        )
         trainer.fit(module, PackedLoader(packed_set(9), 1, accumulate=2, seed=seed), ckpt_path=checkpoint, weights_only=True)
         return module
 

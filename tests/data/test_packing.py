@@ -11,9 +11,7 @@ from trainkit.data.chat import Document
 from trainkit.data.packing import PackedSet, pack
 
 LENGTH = 16
-documents = st.lists(
-    st.lists(st.tuples(st.integers(1, 90), st.booleans()), min_size=1, max_size=LENGTH), max_size=40
-)  # fmt: skip
+documents = st.lists(st.lists(st.tuples(st.integers(1, 90), st.booleans()), min_size=1, max_size=LENGTH), max_size=40)
 
 
 def made(pairs: list[list[tuple[int, bool]]]) -> list[Document]:
@@ -76,9 +74,12 @@ def test_a_batch_by_hand() -> None:
     assert batch["mask_BT"].int().tolist() == [[0, 1, 1, 0, 1, 0], [0] * 6]
     assert batch["rows_B"].tolist() == [0, -1]
     assert {name: tensor.dtype for name, tensor in batch.items()} == {
-        "tokens_BT": torch.int64, "positions_BT": torch.int64, "document_BT": torch.int64, "mask_BT": torch.bool,
+        "tokens_BT": torch.int64,
+        "positions_BT": torch.int64,
+        "document_BT": torch.int64,
+        "mask_BT": torch.bool,
         "rows_B": torch.int64,
-    }  # fmt: skip
+    }
 
 
 def test_packing_leaves_little_padding(seed: int) -> None:

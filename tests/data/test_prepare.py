@@ -46,7 +46,7 @@ def test_turns_of_one_chat_are_held_out_together(rows_file: Callable[..., str], 
     tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
     rows = [
         {"messages": [{"role": ("user", "assistant")[k % 2], "content": f"chat {n};{k}"} for k in range(4)]} for n in range(20)
-    ]  # fmt: skip
+    ]
     prepared = prepare([rows_file(*rows)], None, tokenizer, 256, validation_share=0.3, seed=seed)
     chats = [{text.split(";")[0] for text in texts(packed, tokenizer)} for packed in (prepared.train, prepared.validation)]
     assert len(chats[0]) == 14 and len(chats[1]) == 6 and not chats[0] & chats[1]
@@ -82,7 +82,7 @@ def test_the_report_adds_up_on_the_bundled_corpus(tokenizer: Any) -> None:
     rows = [json.loads(line) for line in Path(train).read_text().splitlines()[:200]]
     encoded = [
         tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True) for row in rows
-    ]  # fmt: skip
+    ]
     assert report.rows == report.documents == 200 and prepared.report.validation.rows == 50
     assert report.tokens == sum(len(one["input_ids"]) for one in encoded)
     assert report.counted == sum(sum(one["assistant_masks"]) for one in encoded)
@@ -140,10 +140,18 @@ def test_the_cache_gives_back_what_was_made_and_is_hit_only_by_equal_content(
     assert equal(first, run(train=[moved])) and equal(first, run(tokenizer=TOKENIZER)) and len(made) == 2
     for number, options in enumerate(
         [
-            {"length": 65}, {"seed": 1}, {"validation_share": 0.5}, {"limit": 19}, {"on_bad_row": "skip"},
-            {"on_long_row": "skip"}, {"train": [path, path]}, {"validation": [path]}, {"columns": {"prompt": "prompt"}},
-        ], start=3,
-    ):  # fmt: skip
+            {"length": 65},
+            {"seed": 1},
+            {"validation_share": 0.5},
+            {"limit": 19},
+            {"on_bad_row": "skip"},
+            {"on_long_row": "skip"},
+            {"train": [path, path]},
+            {"validation": [path]},
+            {"columns": {"prompt": "prompt"}},
+        ],
+        start=3,
+    ):
         assert run(**options).fingerprint != first.fingerprint and len(made) >= number
     done = len(made)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|bos|>", "")

@@ -222,10 +222,7 @@ def test_what_stays_broken_ends_after_all_attempts(always: str, ask: Any) -> Non
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "patch",
-    [{"finish_reason": "abort"}, {"text": None}, {"token_ids": ["a"]}],
-)
+@pytest.mark.parametrize("patch", [{"finish_reason": "abort"}, {"text": None}, {"token_ids": ["a"]}])
 def test_a_reply_that_is_none_is_not_taken(patch: dict[str, Any], ask: Any) -> None:
     with serve(patch=patch) as served, pytest.raises(UserError, match="no answer in 2 attempts, at last a reply w"):
         list(ask(served, attempts=2).complete([(4, [7])], **HOT))
@@ -311,9 +308,13 @@ def test_a_program_that_leaves_the_iterator_open_still_ends() -> None:
     )
     with serve(always="429", after=1, headers={"Retry-After": "1000"}) as served:
         done = subprocess.run(
-            [sys.executable, "-c", script, served.base_url], capture_output=True, text=True, timeout=100,
-            cwd=Path(__file__).parents[2], check=False,
-        )  # fmt: skip
+            [sys.executable, "-c", script, served.base_url],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            cwd=Path(__file__).parents[2],
+            check=False,
+        )
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 

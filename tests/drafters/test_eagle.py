@@ -147,13 +147,23 @@ def test_files_have_the_published_names_shapes_and_types(layout, ids, teacher, s
     H, inner, V, K, A = 64, 96, 320, len(ids or range(320)), 3
     at = {"flat": "midlayer", "speculators": "layers.0"}[layout]
     expected = {
-        "embed_tokens.weight": [V, H], "fc.weight": [H, A * H], "norm.weight": [H], "lm_head.weight": [K, H], "d2t": [K],
-        "t2d": [V], f"{at}.hidden_norm.weight": [H], f"{at}.input_layernorm.weight": [H],
-        f"{at}.post_attention_layernorm.weight": [H], f"{at}.self_attn.q_proj.weight": [64, 2 * H],
-        f"{at}.self_attn.k_proj.weight": [32, 2 * H], f"{at}.self_attn.v_proj.weight": [32, 2 * H],
-        f"{at}.self_attn.o_proj.weight": [H, 64], f"{at}.mlp.gate_proj.weight": [inner, H],
-        f"{at}.mlp.up_proj.weight": [inner, H], f"{at}.mlp.down_proj.weight": [H, inner],
-    }  # fmt: skip
+        "embed_tokens.weight": [V, H],
+        "fc.weight": [H, A * H],
+        "norm.weight": [H],
+        "lm_head.weight": [K, H],
+        "d2t": [K],
+        "t2d": [V],
+        f"{at}.hidden_norm.weight": [H],
+        f"{at}.input_layernorm.weight": [H],
+        f"{at}.post_attention_layernorm.weight": [H],
+        f"{at}.self_attn.q_proj.weight": [64, 2 * H],
+        f"{at}.self_attn.k_proj.weight": [32, 2 * H],
+        f"{at}.self_attn.v_proj.weight": [32, 2 * H],
+        f"{at}.self_attn.o_proj.weight": [H, 64],
+        f"{at}.mlp.gate_proj.weight": [inner, H],
+        f"{at}.mlp.up_proj.weight": [inner, H],
+        f"{at}.mlp.down_proj.weight": [H, inner],
+    }
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert {name: file.get_slice(name).get_shape() for name in file.keys()} == expected  # noqa: SIM118
     shapes = draft.layout_shapes(layout)
@@ -237,9 +247,11 @@ def test_the_embedding_is_the_targets_whatever_folder_the_tokenizer_comes_from(t
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"norm_before_residual": True}, "norm_before_residual is not supported"), ({"num_hidden_layers": 2}, "2 draft layers"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"), ({"num_attention_heads": "4"}, "num_attention_heads must be a number"),
-    ],  # fmt: skip
+        ({"norm_before_residual": True}, "norm_before_residual is not supported"),
+        ({"num_hidden_layers": 2}, "2 draft layers"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"num_attention_heads": "4"}, "num_attention_heads must be a number"),
+    ],
 )
 def test_variants_that_it_does_not_compute_are_refused(change, said, teacher, seed, tmp_path):
     draft = scrambled(teacher)

@@ -92,9 +92,16 @@ def test_the_export_is_vllms_layout(ids, tiny_target, tmp_path):
     assert found == (expected if ids is None else expected | {"token_map": (4,)})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {
-        "model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": D, "vocab_size": 320, "num_heads": 2,
-        "num_hidden_layers": 2, "medusa_fc_bias": True, "original_lm_head": False, "truncated_vocab_size": rows,
-    }  # fmt: skip
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": D,
+        "vocab_size": 320,
+        "num_heads": 2,
+        "num_hidden_layers": 2,
+        "medusa_fc_bias": True,
+        "original_lm_head": False,
+        "truncated_vocab_size": rows,
+    }
     assert [name for name in config if "num" in name and "heads" in name] == ["num_heads"]
     if ids is not None:
         assert load_file(tmp_path / "model.safetensors")["token_map"].tolist() == ids
@@ -120,9 +127,13 @@ def test_a_trimmed_draft_proposes_what_the_whole_one_would_of_its_ids(kind, tiny
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({"num_heads": 0}, "num_heads"), ({"num_layers": 0}, "num_layers"), ({"head": "target", "draft_vocab": [1]}, "head: own"),
-     ({"draft_vocab": [3, 2]}, "ascending")],
-)  # fmt: skip
+    [
+        ({"num_heads": 0}, "num_heads"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"head": "target", "draft_vocab": [1]}, "head: own"),
+        ({"draft_vocab": [3, 2]}, "ascending"),
+    ],
+)
 def test_a_mistake_is_one_line(given, said, tiny_target):
     with pytest.raises(UserError, match=said):
         Medusa(target_shape(tiny_target), **given)

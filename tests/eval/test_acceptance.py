@@ -13,9 +13,7 @@ from trainkit.losses.measures import acceptance, coupled_acceptance
 def test_observed_acceptance_is_the_exact_one_within_four_standard_errors(verify, seed):
     """A chance failure in 16,000; and the standard error is small enough that a wrong rule would show."""
     runner = pair(noise=0.06, ends=(), max_batch=48)
-    found = served_acceptance(
-        runner, ragged_prompts(48), max_new_tokens=48, temperature=1.0, depth=3, verify=verify, seed=seed
-    )
+    found = served_acceptance(runner, ragged_prompts(48), max_new_tokens=48, temperature=1.0, depth=3, verify=verify, seed=seed)
     assert found.evaluated > 1000 and found.standard_error < 0.02
     assert abs(found.deviation) < 4, found
     assert found.expected == (found.alpha if verify == "residual" else found.alpha_coupled)

@@ -46,29 +46,58 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 def request(**values) -> Request:
     defaults = {
-        "target": None, "drafters": (), "prompts": None, "depths": (1, 3), "trees": (), "policies": (),
-        "max_new_tokens": 25, "temperature": 0.0, "verify": "coupled", "limit": 2, "repeats": 1, "batch": 1, "device": "cpu",
-        "dtype": "float32", "baselines": False, "seed": 0, "max_seconds": 100.0, "synthetic": "tiny", "synthetic_tau": 2.5,
-        "synthetic_kinds": ("lm",), "prompt_length": 16,
-    }  # fmt: skip
+        "target": None,
+        "drafters": (),
+        "prompts": None,
+        "depths": (1, 3),
+        "trees": (),
+        "policies": (),
+        "max_new_tokens": 25,
+        "temperature": 0.0,
+        "verify": "coupled",
+        "limit": 2,
+        "repeats": 1,
+        "batch": 1,
+        "device": "cpu",
+        "dtype": "float32",
+        "baselines": False,
+        "seed": 0,
+        "max_seconds": 100.0,
+        "synthetic": "tiny",
+        "synthetic_tau": 2.5,
+        "synthetic_kinds": ("lm",),
+        "prompt_length": 16,
+    }
     return Request(**(defaults | values))  # pyright: ignore[reportArgumentType]
 
 
 def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, tmp_path, capsys, seed):
     target, draft, prompts = map(str, folders)
     code = bench(
-        target=target, drafter=[draft], prompts=prompts, json=str(tmp_path / "new" / "bench.json"),
-        plot=str(tmp_path / "bench.png"), depths=(1, 3), max_new_tokens=16, limit=3, repeats=2, device="cpu",
-    )  # fmt: skip
+        target=target,
+        drafter=[draft],
+        prompts=prompts,
+        json=str(tmp_path / "new" / "bench.json"),
+        plot=str(tmp_path / "bench.png"),
+        depths=(1, 3),
+        max_new_tokens=16,
+        limit=3,
+        repeats=2,
+        device="cpu",
+    )
     printed = capsys.readouterr()
     assert code == 0 and "at most" in printed.err
     assert all(len(line) <= 100 for line in printed.out.splitlines())
     found = json.loads((tmp_path / "new" / "bench.json").read_text())
     names = [one["name"] for one in found["contenders"]]
     assert names == [
-        "transformers generate", "transformers assisted 1", "transformers assisted 3",
-        "trainkit plain", "trainkit depth 1", "trainkit depth 3",
-    ]  # fmt: skip
+        "transformers generate",
+        "transformers assisted 1",
+        "transformers assisted 3",
+        "trainkit plain",
+        "trainkit depth 1",
+        "trainkit depth 3",
+    ]
     assert "identical output: 15 of 15, ties: 0" in printed.out and found["mismatches"] == 0
     assert found["prompts"]["count"] == 3 and found["versions"]["torch"].startswith(torch.__version__[:4]) and found["date"]
     assert found["machine"]["processor"] and found["machine"]["copy_bandwidth"] > 0 and found["arguments"]["depths"] == [1, 3]
@@ -92,17 +121,39 @@ def test_two_drafters_share_one_target_and_give_the_same_texts(folders, tmp_path
     export_drafter(heads, tmp_path / "heads", tokenizer=target, runner={"tree": tree})
     out, given = tmp_path / "bench.json", "[[[0],[1],[1,0]],[[0],[0,0],[0,0,0],[0,1]]]"
     common = ["--depths", "[2,3]", "--max_new_tokens", "12", "--limit", "2", "--repeats", "1", "--device", "cpu"]
-    code = main([
-        "bench", "--target", target, "--drafter", draft, "--prompts", prompts, "--drafter", str(tmp_path / "heads"), *common,
-        "--trees", given, "--json", str(out), "--plot", str(tmp_path / "bench.png"),
-    ])  # fmt: skip
+    code = main(
+        [
+            "bench",
+            "--target",
+            target,
+            "--drafter",
+            draft,
+            "--prompts",
+            prompts,
+            "--drafter",
+            str(tmp_path / "heads"),
+            *common,
+            "--trees",
+            given,
+            "--json",
+            str(out),
+            "--plot",
+            str(tmp_path / "bench.png"),
+        ]
+    )
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
     ours = {one["name"]: one for one in found["contenders"] if one["family"] == "trainkit"}
     assert list(ours) == [
-        "trainkit plain", "draft depth 2", "draft depth 3", "draft tree 4, depth 2", "draft tree 5, depth 3",
-        "heads depth 2", "heads tree 4, depth 2", "heads tree 4, depth 2'",
-    ]  # fmt: skip
+        "trainkit plain",
+        "draft depth 2",
+        "draft depth 3",
+        "draft tree 4, depth 2",
+        "draft tree 5, depth 3",
+        "heads depth 2",
+        "heads tree 4, depth 2",
+        "heads tree 4, depth 2'",
+    ]
     assert code == 0 and found["mismatches"] == 0 and found["format"] == 2
     assert all(one["identical"]["equal"] == 2 for name, one in ours.items() if name != "trainkit plain")
     assert [one["name"] for one in found["drafters"]] == ["draft", "heads"]
@@ -166,9 +217,16 @@ def test_sampling_holds_only_our_outputs_against_plain_decoding(folders, tmp_pat
 def test_batches_are_padded_for_transformers_and_assistance_is_left_out_with_a_note(folders, capsys):
     target, draft, prompts = map(str, folders)
     code = bench(
-        target=target, drafter=[draft], prompts=prompts, depths=(2,), max_new_tokens=12, limit=5, repeats=1, batch=3,
+        target=target,
+        drafter=[draft],
+        prompts=prompts,
+        depths=(2,),
+        max_new_tokens=12,
+        limit=5,
+        repeats=1,
+        batch=3,
         device="cpu",
-    )  # fmt: skip
+    )
     printed = capsys.readouterr().out
     assert code == 0 and "identical output: 10 of 10" in printed
     assert "transformers assisted: not run, it takes one prompt at a time" in printed
@@ -217,9 +275,13 @@ def test_a_load_that_takes_too_long_is_cut_and_said_so():
 
 def test_mistakes_are_one_line():
     for values, message in (
-        ({"depths": (2, 2)}, "depths"), ({"depths": (0,)}, "depths"), ({"repeats": 0}, "repeats 0"),
-        ({"synthetic": None}, "--prompts"), ({"temperature": 1.0}, "temperature 0"), ({"dtype": "int8"}, "dtype 'int8'"),
-    ):  # fmt: skip
+        ({"depths": (2, 2)}, "depths"),
+        ({"depths": (0,)}, "depths"),
+        ({"repeats": 0}, "repeats 0"),
+        ({"synthetic": None}, "--prompts"),
+        ({"temperature": 1.0}, "temperature 0"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+    ):
         with pytest.raises(UserError, match=message) as error:
             request(**values)
         assert "\n" not in str(error.value)
@@ -238,9 +300,17 @@ def test_policies_are_held_against_plain_decoding_and_the_best_fixed_depth(folde
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
     target, draft, prompts = map(str, folders)
     code = bench(
-        target=target, drafter=[draft], prompts=prompts, depths=(1, 3), policy=["cost", "confidence:0.4", "ema"], limit=2,
-        max_new_tokens=20, repeats=2, baselines=False, json=str(tmp_path / "bench.json"),
-    )  # fmt: skip
+        target=target,
+        drafter=[draft],
+        prompts=prompts,
+        depths=(1, 3),
+        policy=["cost", "confidence:0.4", "ema"],
+        limit=2,
+        max_new_tokens=20,
+        repeats=2,
+        baselines=False,
+        json=str(tmp_path / "bench.json"),
+    )
     assert code == 0
     summary, shown = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
     paced = [one for one in summary["contenders"] if "paced" in one]
@@ -269,9 +339,19 @@ def test_a_policy_may_be_the_fastest_and_is_named_so(tmp_path, monkeypatch, caps
     """Deeper than any chain beside it, with a draft that is always right."""
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
     code = bench(
-        synthetic="tiny", synthetic_tau=9.0, synthetic_kinds=["lm"], depths=(1, 8), policy=["ema"], limit=1, max_new_tokens=60,
-        repeats=1, baselines=False, plot=str(tmp_path / "bench.png"), json=str(tmp_path / "bench.json"), device="cpu",
-    )  # fmt: skip
+        synthetic="tiny",
+        synthetic_tau=9.0,
+        synthetic_kinds=["lm"],
+        depths=(1, 8),
+        policy=["ema"],
+        limit=1,
+        max_new_tokens=60,
+        repeats=1,
+        baselines=False,
+        plot=str(tmp_path / "bench.png"),
+        json=str(tmp_path / "bench.json"),
+        device="cpu",
+    )
     summary = json.loads((tmp_path / "bench.json").read_text())
     assert code == 0 and (tmp_path / "bench.png").stat().st_size > 1000
     assert f"best: {summary['best']}, " in capsys.readouterr().out

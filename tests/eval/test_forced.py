@@ -73,9 +73,10 @@ def naive(target: Path, draft: LMDraft, made: Prepared, temperatures: list[float
 def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
     """float32 against float64; and each drafter's sums are its own."""
     drafts = [
-        draft_of(tiny_target, 4, 0.02), draft_of(tiny_target, 3, 0.02),
+        draft_of(tiny_target, 4, 0.02),
+        draft_of(tiny_target, 3, 0.02),
         draft_of(tiny_target, 4, 0.02, draft_vocab=list(range(0, 320, 2))),
-    ]  # fmt: skip
+    ]
     found = measure(TargetReader(FrozenTarget(tiny_target)), drafts, made.train, [0, 0.7, 1], 2, progress=False)
     for draft, (sums,) in zip(drafts, found, strict=True):
         expected = naive(tiny_target, draft, made, [0, 0.7, 1])
@@ -224,9 +225,15 @@ def test_one_drafter_has_no_difference_and_the_paired_gap_to_itself_is_nothing(t
 
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
-    [("temperatures", "[-1]", "temperatures"), ("temperatures", "[]", "temperatures"), ("drafter", "[]", "drafter"),
-     ("batch", "0", "batch"), ("length", "1024", "512 positions"), ("data", "none.jsonl", "none.jsonl")],
-)  # fmt: skip
+    [
+        ("temperatures", "[-1]", "temperatures"),
+        ("temperatures", "[]", "temperatures"),
+        ("drafter", "[]", "drafter"),
+        ("batch", "0", "batch"),
+        ("length", "1024", "512 positions"),
+        ("data", "none.jsonl", "none.jsonl"),
+    ],
+)
 def test_mistakes_are_one_line(flag, value, said, tiny_target, texts, bundles, capsys):
     given = {"target": str(tiny_target), "data": str(texts), "length": "128", "drafter": f"[{bundles[0]}]"} | {flag: value}
     assert main(["eval", *(f"--{name}={one}" for name, one in given.items())]) == 2

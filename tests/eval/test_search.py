@@ -261,11 +261,14 @@ def test_the_number_of_nodes_is_chosen_where_none_is_given(made):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--nodes", "1"], ("nodes 1", "at least 2")), (["--depth", "0"], ("depth 0", "at least 1")),
-        (["--nodes", "9", "--width", "1"], ("nodes 9", "hold 4", "no more")), (["--held_out", "5"], ("5 are held out",)),
-        (["--width", "321"], ("width 321", "320 ids")), (["--max_new_tokens", "600"], ("covers 512", "lower max_new_tokens")),
+        (["--nodes", "1"], ("nodes 1", "at least 2")),
+        (["--depth", "0"], ("depth 0", "at least 1")),
+        (["--nodes", "9", "--width", "1"], ("nodes 9", "hold 4", "no more")),
+        (["--held_out", "5"], ("5 are held out",)),
+        (["--width", "321"], ("width 321", "320 ids")),
+        (["--max_new_tokens", "600"], ("covers 512", "lower max_new_tokens")),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line_and_leave_the_bundle_alone(made, flags, words, capsys):
     target, folder, rows = made
     before = (folder / "trainkit.json").read_bytes()

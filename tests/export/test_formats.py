@@ -63,9 +63,12 @@ def test_the_table_of_a_draft_model_is_transformers_own(model_type, tied, tmp_pa
 def test_the_table_of_medusa_is_vllms(ids, tiny_target):
     """As vLLM 0.32 names them; the sizes are those of the target (64 wide, 320 ids), or of the ids kept."""
     table = {
-        "blocks.0.layers.0.weight": (64, 64), "blocks.0.layers.1.weight": (64, 64), "blocks.0.layers.0.bias": (64,),
-        "blocks.0.layers.1.bias": (64,), "lm_heads.0.weight": (320, 64),
-    }  # fmt: skip
+        "blocks.0.layers.0.weight": (64, 64),
+        "blocks.0.layers.1.weight": (64, 64),
+        "blocks.0.layers.0.bias": (64,),
+        "blocks.0.layers.1.bias": (64,),
+        "lm_heads.0.weight": (320, 64),
+    }
     drafter = Medusa(target_shape(tiny_target), num_heads=1, num_layers=2, draft_vocab=ids)
     trimmed = {"lm_heads.0.weight": (3, 64), "token_map": (3,)}
     assert drafter.layout_shapes("vllm") == (table if ids is None else table | trimmed)

@@ -118,20 +118,26 @@ FAULTS = {
     "bin": (lambda p: payload(p, "pytorch_model.bin"), ("pytorch_model.bin: a pickle", "safetensors")),
     "width": (lambda p: original(p, width=48), ("hidden_size 48", "64", "trained for")),
     "vocabulary": (lambda p: original(p, ids=300), ("vocab_size 300", "320", "trained for")),
-    "missing bias": (lambda p: edited(p, lambda t: {n: v for n, v in t.items() if n != "1.0.linear.bias"}),
-                     ("'blocks.1.layers.0.bias'", "is missing")),
-    "missing head": (lambda p: edited(p, lambda t: {n: v for n, v in t.items() if not n.startswith("1.")}),
-                     ("blocks.1.layers.0.weight", "is missing")),
+    "missing bias": (
+        lambda p: edited(p, lambda t: {n: v for n, v in t.items() if n != "1.0.linear.bias"}),
+        ("'blocks.1.layers.0.bias'", "is missing"),
+    ),
+    "missing head": (
+        lambda p: edited(p, lambda t: {n: v for n, v in t.items() if not n.startswith("1.")}),
+        ("blocks.1.layers.0.weight", "is missing"),
+    ),
     "far head": (lambda p: edited(p, lambda t: t | {"900000000.0.linear.bias": torch.ones(D)}), ("900000001 heads", "copy")),
-    "skipped block": (lambda p: edited(p, lambda t: {n.replace(".2.weight", ".3.weight"): v for n, v in t.items()}),
-                      ("not 3 heads of 2 blocks",)),
+    "skipped block": (
+        lambda p: edited(p, lambda t: {n.replace(".2.weight", ".3.weight"): v for n, v in t.items()}),
+        ("not 3 heads of 2 blocks",),
+    ),
     "foreign": (lambda p: edited(p, lambda t: t | {"model.norm.weight": torch.ones(D)}), ("'model.norm.weight' is no part",)),
     "twice": (lambda p: edited(p, lambda t: t | {"medusa_heads.0.0.linear.bias": torch.ones(D)}), ("is there twice",)),
     "not finite": (lambda p: edited(p, lambda t: t | {"0.2.weight": torch.full((V, D), torch.nan)}), ("not finite",)),
     "cut short": (lambda p: (original(p), (p / "medusa_lm_head.safetensors").write_bytes(b"\x10")), ("cut short",)),
     "nothing": (lambda p: p.mkdir(), ("neither a trainkit bundle", "that a drafter kind reads")),
     "no folder": (lambda p: None, ("no such folder",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -130,7 +130,7 @@ def trimmed_pair(ids: list[int] | None, noise: float = 0.03) -> Runner:
 @pytest.mark.parametrize(
     ("left", "said"),
     [({}, None), ({"tree": [[0], [1]]}, "the tree of"), ({"tree": [[0]], "predictor": {}}, "the tree and the predictor of")],
-)  # fmt: skip
+)
 def test_what_was_made_for_the_whole_vocabulary_is_left_behind_and_said(left, said, tiny_target, text, tmp_path, seed):
     whole = exported(tiny_target, tmp_path / "whole")
     bundle.amend(whole, runner=left)

@@ -10,17 +10,29 @@ from trainkit.losses.divergence import JSD, LK, TV, ChunkedDivergence, CrossEntr
 # N tokens  V vocabulary  K columns of the draft
 
 LOSSES: dict[str, ChunkedDivergence] = {
-    "ce": CrossEntropy(), "forward_kl": ForwardKL(), "reverse_kl": ReverseKL(), "jsd": JSD(beta=0.3), "tv": TV(),
-    "tvdpp_position": TVDpp(normalise="position"), "tvdpp_batch": TVDpp(normalise="batch"), "lk": LK(),
+    "ce": CrossEntropy(),
+    "forward_kl": ForwardKL(),
+    "reverse_kl": ReverseKL(),
+    "jsd": JSD(beta=0.3),
+    "tv": TV(),
+    "tvdpp_position": TVDpp(normalise="position"),
+    "tvdpp_batch": TVDpp(normalise="batch"),
+    "lk": LK(),
     "lk_hybrid": LK(hybrid=True),
-}  # fmt: skip
+}
 """Every divergence whose gradient is not random."""
 
 
 def eager(
-    name: str, draft_NK: Tensor, target_NV: Tensor, labels_N: Tensor, weight_N: Tensor,
-    ids_K: Tensor | None = None, temperature: float = 1.0, frozen_NK: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    name: str,
+    draft_NK: Tensor,
+    target_NV: Tensor,
+    labels_N: Tensor,
+    weight_N: Tensor,
+    ids_K: Tensor | None = None,
+    temperature: float = 1.0,
+    frozen_NK: Tensor | None = None,
+) -> Tensor:
     """Summed loss; its derivative by `draft_NK` is the gradient that training must use.
 
     Args:

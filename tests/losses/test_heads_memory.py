@@ -28,8 +28,19 @@ HEADS, VOCABULARY, WIDTH, TOKENS = 4, 131072, 1024, 2048
 def shape(vocabulary: int, width: int) -> TargetShape:
     rope = {"rope_type": "default", "rope_theta": 1e4}
     sizes = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": width, "num_layers": 1, "num_heads": 8}
-    return TargetShape(DecoderShape(**sizes, num_kv_heads=8, head_dim=width // 8, norm_eps=1e-5, rope=rope, max_positions=4096,
-                                    qkv_bias=False, qk_norm=False, tied=False))  # fmt: skip
+    return TargetShape(
+        DecoderShape(
+            **sizes,
+            num_kv_heads=8,
+            head_dim=width // 8,
+            norm_eps=1e-5,
+            rope=rope,
+            max_positions=4096,
+            qkv_bias=False,
+            qk_norm=False,
+            tied=False,
+        )
+    )
 
 
 def batch_of(tokens: int, vocabulary: int, width: int, head: torch.nn.Linear) -> DraftBatch:

@@ -28,9 +28,13 @@ def test_a_file_comes_back_as_it_was(tmp_path, seed):
 
 @pytest.mark.parametrize(
     ("weight", "value", "said"),
-    [("said.weight", None, "missing"), ("out.weight", torch.zeros(1, 5), "does not fit"),
-     ("state.bias", torch.full((5,), float("nan")), "no numbers"), ("scale", torch.tensor([1.0, float("inf")]), "no numbers")],
-)  # fmt: skip
+    [
+        ("said.weight", None, "missing"),
+        ("out.weight", torch.zeros(1, 5), "does not fit"),
+        ("state.bias", torch.full((5,), float("nan")), "no numbers"),
+        ("scale", torch.tensor([1.0, float("inf")]), "no numbers"),
+    ],
+)
 def test_a_broken_file_is_refused_in_one_line(weight, value, said, tmp_path):
     made = AcceptancePredictor(8, width=4, max_depth=3)
     weights = kept(tmp_path, made)

@@ -21,15 +21,24 @@ ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     "llama3": {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     },
     "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
     "yarn-scaled": {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 16,
-        "beta_slow": 2, "attention_factor": 1.3,
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "attention_factor": 1.3,
     },
-}  # fmt: skip
+}
 MODELS = {
     "llama": ("llama", {}),
     "llama untied": ("llama", {"tie_word_embeddings": False}),
@@ -40,7 +49,7 @@ MODELS = {
     "qwen2 untied": ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     "qwen3": ("qwen3", {"head_dim": 24}),
     "qwen3 untied": ("qwen3", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
-} | {f"llama {name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}  # fmt: skip
+} | {f"llama {name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -136,14 +145,18 @@ def edited(source, folder, **fields):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"model_type": "gemma2"}, "gemma2"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "gemma2"}, "gemma2"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
-        ({"num_hidden_layers": 5}, "tensors are missing.*layers.4"), ({"num_hidden_layers": 3}, "layers.3.* no place"),
-        ({"intermediate_size": 64}, r"down_proj.*\[64, 128\].*\[64, 64\]"), ({"tie_word_embeddings": False}, "lm_head.weight"),
+        ({"num_hidden_layers": 5}, "tensors are missing.*layers.4"),
+        ({"num_hidden_layers": 3}, "layers.3.* no place"),
+        ({"intermediate_size": 64}, r"down_proj.*\[64, 128\].*\[64, 64\]"),
+        ({"tie_word_embeddings": False}, "lm_head.weight"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_covered_is_refused_by_name(fields, named, tiny_target, tmp_path):
     with pytest.raises(UserError, match=named) as caught:
         load_decoder(edited(tiny_target, tmp_path / "model", **fields))

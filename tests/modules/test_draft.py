@@ -58,10 +58,18 @@ def text_data(chats: Path, cache: Path, **more) -> TextData:
 def fit(module, data, root: Path, *callbacks, steps: int = 6, ckpt_path: Path | None = None, **more) -> Trainer:
     seed_everything(3, verbose=False)
     options = {
-        "max_steps": steps, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "num_sanity_val_steps": 0,
-        "enable_model_summary": False, "use_distributed_sampler": False, "check_val_every_n_epoch": None,
-        "val_check_interval": 1000, "default_root_dir": root, "callbacks": [Checkpoints(), *callbacks],
-    }  # fmt: skip
+        "max_steps": steps,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 1000,
+        "default_root_dir": root,
+        "callbacks": [Checkpoints(), *callbacks],
+    }
     trainer = Trainer(**(options | more))
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer
@@ -179,9 +187,16 @@ def test_rounds_of_heads_by_hand():
 
 def test_a_language_model_learns_and_loads(chats, tiny_target, tmp_path):
     config = {
-        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True, "max_position_embeddings": 128,
-    }  # fmt: skip
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 128,
+    }
     losses = Losses()
     module = LanguageModule(config=config, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), warmup_steps=2)
     fit(module, text_data(chats, tmp_path, tokenizer=str(tiny_target)), tmp_path, losses, steps=12)

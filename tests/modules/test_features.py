@@ -27,8 +27,13 @@ STEPS = 6
 def made(target: Path, chats: Path, out: Path, **options: Any) -> str:
     """Features of what `text_data(chats, out.parent)` trains on, its batch size included."""
     given: dict[str, Any] = {
-        "length": 128, "batch": 2, "validation_share": 0.1, "seed": 3, "cache": str(out.parent), "dtype": "float32",
-    }  # fmt: skip
+        "length": 128,
+        "batch": 2,
+        "validation_share": 0.1,
+        "seed": 3,
+        "cache": str(out.parent),
+        "dtype": "float32",
+    }
     features(target=str(target), data=str(chats), out=str(out), **(given | options))
     return str(out)
 
@@ -89,11 +94,14 @@ def test_other_batches_of_rows_differ_by_rounding_alone(tiny_target, chats, tmp_
     [
         # a state is rounded by up to 2^-9 (float16: 2^-12) of itself, a log-probability of -5 by 0.01, either way alike, and
         # the loss is a mean over tokens: a tenth of one such rounding was measured
-        ({"dtype": "bfloat16"}, 1e-3), ({"dtype": "float16"}, 2e-4), ({"dtype": "bfloat16", "top_k": 320}, 1e-3),
+        ({"dtype": "bfloat16"}, 1e-3),
+        ({"dtype": "float16"}, 2e-4),
+        ({"dtype": "bfloat16", "top_k": 320}, 1e-3),
         # what lies outside the 64 likeliest of 320 of a target that is nearly flat is merged into one: a lower bound
-        ({"dtype": "float32", "top_k": 64}, 0.2), ({"dtype": "bfloat16", "top_k": 64}, 0.2),
+        ({"dtype": "float32", "top_k": 64}, 0.2),
+        ({"dtype": "bfloat16", "top_k": 64}, 0.2),
     ],
-)  # fmt: skip
+)
 def test_narrow_storage_and_few_tokens_are_close(options, within, tiny_target, chats, tmp_path):
     online = trained(tiny_target, chats, tmp_path / "a", drafter=Medusa)
     folder = made(tiny_target, chats, tmp_path / "features", kind="medusa", **options)

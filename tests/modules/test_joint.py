@@ -52,10 +52,15 @@ class Watch(Callback):
 
 def joint_module(target: Path, **more) -> JointModule:
     options = {
-        "drafter": lambda shape: Medusa(shape, num_heads=2, decay=0.8), "divergence": CrossEntropy(), "lora_rank": 4,
-        "lora_alpha": 8.0, "heads_steps": 3, "draft_warmup": 2, "warmup_steps": 2,
+        "drafter": lambda shape: Medusa(shape, num_heads=2, decay=0.8),
+        "divergence": CrossEntropy(),
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "heads_steps": 3,
+        "draft_warmup": 2,
+        "warmup_steps": 2,
         "optimizer": lambda p: torch.optim.AdamW(p, lr=3e-3),
-    }  # fmt: skip
+    }
     return JointModule(str(target), **(options | more))
 
 
@@ -63,10 +68,18 @@ def fit(module, chats: Path, cache: Path, root: Path, *callbacks, steps: int = 6
     seed_everything(3, verbose=False)
     data = TextData(str(chats), cache=str(cache), length=96, batch_size=more.pop("batch_size", 2), validation_share=0.1)
     options = {
-        "max_steps": steps, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "num_sanity_val_steps": 0,
-        "enable_model_summary": False, "use_distributed_sampler": False, "check_val_every_n_epoch": None,
-        "val_check_interval": 1000, "default_root_dir": root, "callbacks": [Checkpoints(), *callbacks],
-    }  # fmt: skip
+        "max_steps": steps,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 1000,
+        "default_root_dir": root,
+        "callbacks": [Checkpoints(), *callbacks],
+    }
     trainer = Trainer(**(options | more))
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer
@@ -372,11 +385,17 @@ def test_metrics_say_each_loss_by_its_own_tokens(tiny_target, chats, tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({"drafter": lambda shape: LMDraft(shape)}, "kind 'lm' reads none of its target's states"),
-     ({"teacher_cache": "x"}, "teacher_cache"), ({"teacher_top_k": 4}, "teacher_top_k"), ({"lora_rank": 0}, "lora_rank is 0"),
-     ({"lora_modules": ["qq_proj"]}, "lora_modules"), ({"lora_modules": ["embed_tokens"]}, "outside of the decoder layers"),
-     ({"target_shard": "fsdp"}, "target_shard"), ({"lora_lr": -1.0}, "lora_lr")],
-)  # fmt: skip
+    [
+        ({"drafter": lambda shape: LMDraft(shape)}, "kind 'lm' reads none of its target's states"),
+        ({"teacher_cache": "x"}, "teacher_cache"),
+        ({"teacher_top_k": 4}, "teacher_top_k"),
+        ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"lora_modules": ["qq_proj"]}, "lora_modules"),
+        ({"lora_modules": ["embed_tokens"]}, "outside of the decoder layers"),
+        ({"target_shard": "fsdp"}, "target_shard"),
+        ({"lora_lr": -1.0}, "lora_lr"),
+    ],
+)
 def test_a_mistake_is_one_line(given, said, tiny_target, chats, tmp_path):
     with pytest.raises(UserError, match=said) as caught:
         fit(joint_module(tiny_target, **given), chats, tmp_path, tmp_path)
@@ -423,13 +442,21 @@ trainer.enable_progress_bar: false
 def test_two_processes_train_as_one_across_both_stages(tiny_target, chats, tmp_path):
     """Equal losses and weights up to float32 rounding, though the adapter has no gradient at first."""
     more = {
-        "model": "JointModule", "model.drafter": "Medusa", "model.divergence": "ForwardKL", "model.heads_steps": 3,
-        "model.draft_warmup": 2, "model.lora_rank": 4, "model.lora_lr": 4.0, "model.optimizer": "torch.optim.SGD",
+        "model": "JointModule",
+        "model.drafter": "Medusa",
+        "model.divergence": "ForwardKL",
+        "model.heads_steps": 3,
+        "model.draft_warmup": 2,
+        "model.lora_rank": 4,
+        "model.lora_lr": 4.0,
+        "model.optimizer": "torch.optim.SGD",
         "model.optimizer.lr": 0.05,
-        "checkpoint.monitor": "val/loss", "trainer.max_steps": 8, "trainer.log_every_n_steps": 1,
+        "checkpoint.monitor": "val/loss",
+        "trainer.max_steps": 8,
+        "trainer.log_every_n_steps": 1,
         "trainer.val_check_interval": 16,
         **dict.fromkeys([f"model.divergence.{name}" for name in ("estimator", "samples", "normalise")]),
-    }  # fmt: skip
+    }
     given = arguments("draft", tiny_target, chats, tmp_path / "one", **more, **{"data.batch_size": 4})
     assert code_of(start(run, "fit", given)) == 0
     given = arguments("draft", tiny_target, chats, tmp_path / "two", **more, **{"data.batch_size": 2})

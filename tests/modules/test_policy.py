@@ -100,13 +100,27 @@ def test_two_processes_train_as_one_on_written_texts(tiny_target, chats, tmp_pat
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for name, batch, launch in (("one", 4, []), ("two", 2, torchrun)):
         flags = {
-            "model": "DraftModule", "model.target": tiny_target, "model.drafter": "LMDraft", "data": "PolicyData",
-            "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.5, "data.weights": '{"draft": 1, "target": 1}',
-            "data.target": chats, "data.prompts": chats, "data.validation": chats, "data.cache": tmp_path / "cache",
-            "data.length": 96, "data.max_new_tokens": 24, "data.refresh": 2, "data.batch_size": batch, "trainer.max_steps": 4,
-            "trainer.default_root_dir": tmp_path / name, "trainer.enable_progress_bar": "false", "trainer.accelerator": "cpu",
+            "model": "DraftModule",
+            "model.target": tiny_target,
+            "model.drafter": "LMDraft",
+            "data": "PolicyData",
+            "model.optimizer": "torch.optim.SGD",
+            "model.optimizer.lr": 0.5,
+            "data.weights": '{"draft": 1, "target": 1}',
+            "data.target": chats,
+            "data.prompts": chats,
+            "data.validation": chats,
+            "data.cache": tmp_path / "cache",
+            "data.length": 96,
+            "data.max_new_tokens": 24,
+            "data.refresh": 2,
+            "data.batch_size": batch,
+            "trainer.max_steps": 4,
+            "trainer.default_root_dir": tmp_path / name,
+            "trainer.enable_progress_bar": "false",
+            "trainer.accelerator": "cpu",
             "checkpoint.monitor": "val/alpha",
-        }  # fmt: skip
+        }
         arguments = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
         command = [sys.executable, *launch, str(script), *arguments]
         done = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)

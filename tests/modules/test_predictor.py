@@ -26,12 +26,23 @@ from trainkit.runner import Runner
 
 def arguments(records, root, **more) -> list[str]:
     flags = {
-        "model": "PredictorModule", "model.optimizer": "torch.optim.AdamW", "model.optimizer.lr": 0.01, "model.width": 16,
-        "model.warmup_steps": 10, "data": "AcceptanceData", "data.train": records, "data.batch_size": 64,
-        "data.validation_share": 0.2, "trainer.default_root_dir": root, "trainer.max_steps": 150,
-        "trainer.val_check_interval": 10, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false",
-        "trainer.log_every_n_steps": 10, "checkpoint.every_n_steps": 50,
-    }  # fmt: skip
+        "model": "PredictorModule",
+        "model.optimizer": "torch.optim.AdamW",
+        "model.optimizer.lr": 0.01,
+        "model.width": 16,
+        "model.warmup_steps": 10,
+        "data": "AcceptanceData",
+        "data.train": records,
+        "data.batch_size": 64,
+        "data.validation_share": 0.2,
+        "trainer.default_root_dir": root,
+        "trainer.max_steps": 150,
+        "trainer.val_check_interval": 10,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "trainer.log_every_n_steps": 10,
+        "checkpoint.every_n_steps": 50,
+    }
     return [str(part) for name, value in (flags | more).items() for part in (f"--{name}", value)]
 
 
@@ -77,8 +88,12 @@ def test_a_checkpoint_holds_the_recalibration_of_its_own_weights(trained):
 
 def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(trained, tmp_path):
     records, _, _ = trained
-    short = {"trainer.max_steps": 30, "checkpoint.every_n_steps": 12, "trainer.val_check_interval": 22,
-             "model.lr_scheduler": "torch.optim.lr_scheduler.ConstantLR"}  # fmt: skip
+    short = {
+        "trainer.max_steps": 30,
+        "checkpoint.every_n_steps": 12,
+        "trainer.val_check_interval": 22,
+        "model.lr_scheduler": "torch.optim.lr_scheduler.ConstantLR",
+    }
     assert run("fit", arguments(records, tmp_path / "whole", **short)) == 0
     assert run("fit", arguments(records, tmp_path / "parts", **{**short, "trainer.max_steps": 12})) == 0
     cut = arguments(records, tmp_path / "parts", **short)
@@ -117,9 +132,11 @@ def test_export_puts_it_into_the_drafters_bundle_which_decodes_the_same(trained,
     found = load_predictor(place, now.runner["predictor"])
     for name, value in predictor.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)
-    after = Runner.load(tiny_target, place, max_len=64).generate(
-        ["How many"], max_new_tokens=12, temperature=1.0, depth=2
-    )[0].tokens  # fmt: skip
+    after = (
+        Runner.load(tiny_target, place, max_len=64)
+        .generate(["How many"], max_new_tokens=12, temperature=1.0, depth=2)[0]
+        .tokens
+    )
     assert after == before
     assert main(["inspect", str(place), "--target", str(tiny_target)]) == 0
     said = capsys.readouterr().out
@@ -138,8 +155,10 @@ def test_a_wrong_drafter_is_refused_and_stays_as_it_was(trained, draft, tiny_tar
     export_drafter(other, tmp_path / "other", tokenizer=tiny_target)
     before = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
     checkpoint = str(trained[1] / "checkpoints" / "best.ckpt")
-    for out, part in ((tmp_path / "other", "not the drafter that the predictor was trained for, draft"),
-                      (tmp_path / "none", "not a bundle")):  # fmt: skip
+    for out, part in (
+        (tmp_path / "other", "not the drafter that the predictor was trained for, draft"),
+        (tmp_path / "none", "not a bundle"),
+    ):
         assert main(["export", checkpoint, str(out)]) == 2
         error = capsys.readouterr().err.strip()
         assert part in error and error.count("\n") == 0
@@ -200,11 +219,11 @@ def test_the_command_prints_the_table_of_held_out_questions(trained, draft, tmp_
 def test_mistakes_are_one_line(trained, tmp_path, capsys):
     records = trained[0]
     for flags, part in (
-        ({"data.train": tmp_path}, "no acceptance set"), ({"data.validation_share": 0.0}, "validation_share"),
-        ({"model.rejection_weight": 0}, "rejection_weight is 0"), ({"model.width": 0}, "predictor.width: 0 must be at least 1"),
-    ):  # fmt: skip
+        ({"data.train": tmp_path}, "no acceptance set"),
+        ({"data.validation_share": 0.0}, "validation_share"),
+        ({"model.rejection_weight": 0}, "rejection_weight is 0"),
+        ({"model.width": 0}, "predictor.width: 0 must be at least 1"),
+    ):
         assert main(["fit", *arguments(records, tmp_path / "run", **flags)]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("trainkit: error: ") and part in error
-
-

@@ -50,8 +50,11 @@ def straight(tiny_target, chats, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("number", "one"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)],
-                         ids=["sigterm", "ctrl-c", "sigterm to one worker"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "one"),
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)],
+    ids=["sigterm", "ctrl-c", "sigterm to one worker"],
+)
 def test_a_signal_ends_all_processes_and_resume_is_exact(number, one, straight, tiny_target, chats, tmp_path, seed):
     root, said = tmp_path / "run", tmp_path / "said"
     given = arguments("draft", tiny_target, chats, root)
@@ -101,11 +104,15 @@ SMOOTH = {"model.divergence": "ForwardKL", **dict.fromkeys(TVDPP)}
 SPANNING = {"model.divergence.estimator": "exact"}  # tvd++, statistics over the whole step
 
 
-@pytest.mark.parametrize(("loss", "steps", "names", "weight"), [
-    (SMOOTH, 50, ("train/loss", "optim/grad_norm", "val/loss"), 1e-5),
-    # its reward is 1 where p > q: where they are equal but for rounding, a gradient may differ by a token
-    (SPANNING, 20, ("train/loss", "val/loss"), 1e-4),
-], ids=["forward_kl", "tvd++"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "steps", "names", "weight"),
+    [
+        (SMOOTH, 50, ("train/loss", "optim/grad_norm", "val/loss"), 1e-5),
+        # its reward is 1 where p > q: where they are equal but for rounding, a gradient may differ by a token
+        (SPANNING, 20, ("train/loss", "val/loss"), 1e-4),
+    ],
+    ids=["forward_kl", "tvd++"],
+)
 def test_two_processes_train_as_one_with_the_same_global_batch(loss, steps, names, weight, tiny_target, tmp_path, seed):
     """Clipped steps on rows whose counted tokens vary tenfold: equal losses and weights, each document once an epoch.
 
@@ -115,10 +122,16 @@ def test_two_processes_train_as_one_with_the_same_global_batch(loss, steps, name
     answers = {n: "clips " * random.choice([1, 2, 20]) for n in rows}
     chats.write_text("".join(json.dumps({"prompt": f"How many of {n}?", "response": answers[n] + str(n)}) + "\n" for n in rows))
     more = {
-        "model": f"{__name__}.SeenModule", "model.optimizer": "torch.optim.SGD",
-        "model.optimizer.lr": 0.05, "data.validation": "null", "data.validation_share": 0.1, "trainer.max_steps": steps,
-        "trainer.log_every_n_steps": 1, "trainer.gradient_clip_val": 0.2, "trainer.accumulate_grad_batches": 2,
-    } | loss  # fmt: skip
+        "model": f"{__name__}.SeenModule",
+        "model.optimizer": "torch.optim.SGD",
+        "model.optimizer.lr": 0.05,
+        "data.validation": "null",
+        "data.validation_share": 0.1,
+        "trainer.max_steps": steps,
+        "trainer.log_every_n_steps": 1,
+        "trainer.gradient_clip_val": 0.2,
+        "trainer.accumulate_grad_batches": 2,
+    } | loss
     given = arguments("draft", tiny_target, chats, tmp_path / "one", **more, **{"data.batch_size": 4})
     assert code_of(start(run, "fit", given)) == 0
     given = arguments("draft", tiny_target, chats, tmp_path / "two", **more, **{"data.batch_size": 2})

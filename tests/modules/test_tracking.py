@@ -137,9 +137,7 @@ def test_metrics_configuration_revision_and_bundle_are_on_disk_and_nothing_elsew
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
-def test_a_signal_leaves_all_rows_and_no_process_and_resuming_goes_on_with_the_run(
-    number, tiny_target, chats, tmp_path, apart
-):
+def test_a_signal_leaves_all_rows_and_no_process_and_resuming_goes_on_with_the_run(number, tiny_target, chats, tmp_path, apart):
     before, root = services(), tmp_path / "run"
     given = tracked(arguments("draft", tiny_target, chats, root, **{"trainer.log_every_n_steps": 1, "trainer.max_steps": 20}))
     process = start(within, apart, fit_with_rests, given)

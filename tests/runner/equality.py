@@ -65,9 +65,14 @@ def tie_gap(logits_V: Tensor, sampling: Sampling, noise_V: Tensor | None, one: i
 
 
 def compare(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]],
-    sampling: Sampling, seed: int = 0, n: int = 1,
-) -> list[Tie]:  # fmt: skip
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    ours: Sequence[Sequence[int]],
+    theirs: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int = 0,
+    n: int = 1,
+) -> list[Tie]:
     """The ties among requests that differ; fails with the first difference that is none. `prompts[i // n]` is request i's."""
     assert len(ours) == len(theirs) == n * len(prompts)
     ties = []

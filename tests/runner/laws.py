@@ -54,9 +54,12 @@ def right(p: Array, q: Array, width: int) -> Step:
 
 
 def siblings(
-    p: Array, q: Array, width: int, judged_as: Array | None = None,
+    p: Array,
+    q: Array,
+    width: int,
+    judged_as: Array | None = None,
     after: Callable[[Array, Array, int], tuple[Array, Array]] | None = None,
-) -> Step:  # fmt: skip
+) -> Step:
     """The law when siblings are drawn from `q` without replacement and judged as if from `judged_as`; `after`: a rejection."""
     accepted, rejected = np.zeros((width, V)), np.zeros(V)
     after = after or residue

@@ -54,9 +54,14 @@ def lm_draft(shape: TargetShape, decoder: Decoder) -> LMDraft:
 
 
 def pair(
-    shape: DecoderShape = SHAPE, noise: float | None = 0.03, draft_layers: int | None = None, ends: Sequence[int] = (END,),
-    max_batch: int = 8, max_len: int = 96, std: float = 0.35,
-) -> Runner:  # fmt: skip
+    shape: DecoderShape = SHAPE,
+    noise: float | None = 0.03,
+    draft_layers: int | None = None,
+    ends: Sequence[int] = (END,),
+    max_batch: int = 8,
+    max_len: int = 96,
+    std: float = 0.35,
+) -> Runner:
     """A random target with a draft near it (`noise` None: no drafter)."""
     target = random_decoder(shape, std)
     told = TargetShape(shape, tuple(ends))
@@ -95,9 +100,15 @@ class TableTarget(nn.Module):
         return torch.zeros(batch_size, 1, 1, slots, 1, device=device, dtype=dtype)
 
     def forward(
-        self, tokens_BT: Tensor, positions_BT: Tensor, bias_BTS: Tensor, cache: Tensor, slots_BT: Tensor, taps: Any = (),
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        bias_BTS: Tensor,
+        cache: Tensor,
+        slots_BT: Tensor,
+        taps: Any = (),
         packing: None = None,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+    ) -> tuple[Tensor, None]:
         row_BS = cache[:, 0, 0, :, 0]
         row_BS.scatter_(1, slots_BT, tokens_BT.to(row_BS.dtype))
         highest_BT = torch.where(bias_BTS == 0, torch.arange(bias_BTS.shape[2]), -1).amax(-1)
@@ -119,9 +130,15 @@ class TableDraft(Drafter):
         return {}
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         pass
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:

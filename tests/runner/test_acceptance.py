@@ -41,8 +41,12 @@ def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed):
         records = recorder_make(range(5), temperature, told.append)
     finally:
         Recorder.__call__ = seen
-    texts = {i: out.tokens for i, out in runner.generate_each(
-        prompts, temperature=temperature, depth=DEPTH, verify=verify, max_new_tokens=24, seed=5, ignore_end=False)}  # fmt: skip
+    texts = {
+        i: out.tokens
+        for i, out in runner.generate_each(
+            prompts, temperature=temperature, depth=DEPTH, verify=verify, max_new_tokens=24, seed=5, ignore_end=False
+        )
+    }
     assert sorted(told) == sorted(map(len, texts.values()))
 
     by_prompt, beside = {i: [] for i in range(5)}, 0.0

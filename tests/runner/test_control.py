@@ -361,9 +361,19 @@ def test_costs_are_measured_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"rows": []}, {"first_R": ["x"]}, {"first_R": [float("nan")]}, {"verify_RN": [[1.0]]}, {"verify_RN": []}, {"first_R": 1.0},
-     {"verify_RN": [[0.0, 0.0]], "plain_rest_R": [0.0]}, {"nodes": [], "verify_RN": [[]]}, {"level": [1.0]}, None],
-)  # fmt: skip
+    [
+        {"rows": []},
+        {"first_R": ["x"]},
+        {"first_R": [float("nan")]},
+        {"verify_RN": [[1.0]]},
+        {"verify_RN": []},
+        {"first_R": 1.0},
+        {"verify_RN": [[0.0, 0.0]], "plain_rest_R": [0.0]},
+        {"nodes": [], "verify_RN": [[]]},
+        {"level": [1.0]},
+        None,
+    ],
+)
 def test_a_file_of_costs_that_makes_no_sense_is_measured_anew(change, tmp_path, monkeypatch):
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
     made = replace(flat(0.1), rows=(1,), nodes=(1, 2), verify_RN=((1.0, 1.1),))
@@ -429,11 +439,14 @@ def test_a_line_through_costs_by_hand():
 @pytest.mark.parametrize(
     "policy, options, said",
     [
-        ("often", {}, "must be fixed, confidence:P"), ("confidence:2", {}, "between 0 and 1"),
-        ("confidence:.", {}, "between 0 and 1"), ("predictor", {}, "has no predictor"),
-        ("cost", {"tree": [(0,)]}, "leave tree out"), ("cost", {"depth": 0}, "give depth"),
+        ("often", {}, "must be fixed, confidence:P"),
+        ("confidence:2", {}, "between 0 and 1"),
+        ("confidence:.", {}, "between 0 and 1"),
+        ("predictor", {}, "has no predictor"),
+        ("cost", {"tree": [(0,)]}, "leave tree out"),
+        ("cost", {"depth": 0}, "give depth"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_done_is_said_in_a_line(policy, options, said):
     with pytest.raises(UserError, match=said):
         pair().generate([[1]], policy=policy, **options)

@@ -42,9 +42,14 @@ class Command:
 
     def __init__(self, target: Path, prompts: Path) -> None:
         self.fixed = {
-            "target": target, "prompts": prompts, "temperatures": "[0,0.9]", "max_new_tokens": 20, "part_rows": 3, "batch": 2,
+            "target": target,
+            "prompts": prompts,
+            "temperatures": "[0,0.9]",
+            "max_new_tokens": 20,
+            "part_rows": 3,
+            "batch": 2,
             "seed": 1,
-        }  # fmt: skip
+        }
 
     def __call__(self, out: Path, **options: Any) -> int:
         return main(["distill", *(f"--{name}={value}" for name, value in (self.fixed | options | {"out": out}).items())])
@@ -176,9 +181,19 @@ def test_another_setting_is_one_line(key, command, straight, tiny_target, prompt
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("max_new_tokens", 0), ("top_p", 1.5), ("top_k", -1), ("n", 0), ("part_rows", 0), ("temperatures", "[-1]"),
-     ("temperatures", "[0,0]"), ("temperatures", "[]"), ("batch", 0), ("depth", 2)],
-)  # fmt: skip
+    [
+        ("max_new_tokens", 0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("n", 0),
+        ("part_rows", 0),
+        ("temperatures", "[-1]"),
+        ("temperatures", "[0,0]"),
+        ("temperatures", "[]"),
+        ("batch", 0),
+        ("depth", 2),
+    ],
+)
 def test_a_bad_setting_is_one_line_and_begins_no_set(option, value, command, tmp_path, capsys):
     """A folder begun with it could never be gone on with."""
     more = {"base_url": "http://127.0.0.1:1/v1"} if option == "depth" else {}

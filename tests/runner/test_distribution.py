@@ -95,10 +95,13 @@ def test_coupled_joint_of_four_tokens_is_the_targets(case, tree, seed):
 @pytest.mark.parametrize(
     ("case", "tree", "method"),
     [
-        ("generic", "chain4", "residual"), ("top-p", "siblings", "residual"), ("zeros", "siblings", "residual"),
-        ("disjoint", "chain1", "residual"), ("generic", "chain4", "coupled"),
+        ("generic", "chain4", "residual"),
+        ("top-p", "siblings", "residual"),
+        ("zeros", "siblings", "residual"),
+        ("disjoint", "chain1", "residual"),
+        ("generic", "chain4", "coupled"),
     ],
-)  # fmt: skip
+)
 def test_joint_of_four_tokens_coarsely(case, tree, method, seed):
     check(case, tree, method, 50_000, seed, 5)
 
@@ -152,9 +155,11 @@ def draw_residual_from_target(monkeypatch):
 
 
 FAULTS = [
-    (share_noise, "chain4"), (keep_the_rejected, "siblings"), (judge_at_another_temperature, "chain4"),
+    (share_noise, "chain4"),
+    (keep_the_rejected, "siblings"),
+    (judge_at_another_temperature, "chain4"),
     (draw_residual_from_target, "chain1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("plant", "tree"), FAULTS)

@@ -19,6 +19,7 @@ def fresh_logits(decoder, tokens):
     hidden, _ = decoder(torch.tensor([tokens]), positions, causal_bias(positions, len(tokens), torch.float32))
     return decoder.head(hidden)[0, -1]
 
+
 ROUNDING = 1e-3  # logits here reach dozens, in float32; a wrong cache entry moves them by whole units
 
 

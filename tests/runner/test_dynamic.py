@@ -221,10 +221,12 @@ def test_a_dynamic_tree_beats_a_static_one_of_its_size_where_certainty_varies(se
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"depth": 0}, "depth 0"), ({"top_k": 0}, "top_k 0"), ({"nodes": 1}, "nodes 1"),
+        ({"depth": 0}, "depth 0"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"nodes": 1}, "nodes 1"),
         ({"depth": 2, "top_k": 3, "nodes": 14}, r"nodes 14 must be at least 2 and at most 13"),
     ],
-)  # fmt: skip
+)
 def test_a_shape_that_cannot_be_is_refused(arguments, named):
     with pytest.raises(UserError, match=named) as caught:
         DynamicTree(**arguments)
@@ -252,10 +254,14 @@ def test_a_tree_that_does_not_fit_the_drafter_is_refused(seed):
 @pytest.mark.parametrize(
     ("text", "tree"),
     [
-        ("dynamic:5,4,16", DynamicTree(5, 4, 16)), ("dynamic", DynamicTree()), ("dynamic: 2, 3, 7", DynamicTree(2, 3, 7)),
-        ("[[0], [1], [0,0]]", [(0,), (1,), (0, 0)]), ("[]", []), ("[[10,2]]", [(10, 2)]),
+        ("dynamic:5,4,16", DynamicTree(5, 4, 16)),
+        ("dynamic", DynamicTree()),
+        ("dynamic: 2, 3, 7", DynamicTree(2, 3, 7)),
+        ("[[0], [1], [0,0]]", [(0,), (1,), (0, 0)]),
+        ("[]", []),
+        ("[[10,2]]", [(10, 2)]),
     ],
-)  # fmt: skip
+)
 def test_the_command_lines_spelling_of_a_tree(text, tree):
     assert read_tree(text) == tree
 

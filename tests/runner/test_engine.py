@@ -197,12 +197,19 @@ def test_no_prompts_give_no_outputs(runner):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"temperature": -0.1}, "temperature"), ({"temperature": float("nan")}, "temperature"), ({"top_p": 0}, "top_p"),
-        ({"top_k": -2}, "top_k"), ({"verify": "hopeful"}, "hopeful"), ({"depth": -1}, "depth -1"),
-        ({"depth": 2, "tree": [(0,)]}, "depth or tree"), ({"tree": [(1,)]}, "tree"), ({"n": 0}, "n 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0"), ({"stop": ["a", ""]}, "stop"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"verify": "hopeful"}, "hopeful"),
+        ({"depth": -1}, "depth -1"),
+        ({"depth": 2, "tree": [(0,)]}, "depth or tree"),
+        ({"tree": [(1,)]}, "tree"),
+        ({"n": 0}, "n 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"stop": ["a", ""]}, "stop"),
     ],
-)  # fmt: skip
+)
 def test_options_out_of_range_are_named(runner, options, named):
     with pytest.raises(UserError, match=named) as caught:
         runner.generate(["x"], **options)
@@ -233,9 +240,12 @@ def test_other_mistakes_are_named(runner, tiny_target, tmp_path):
     with pytest.raises(UserError, match="without a folder"):
         pair().generate(["x"])
     for options, named in (
-        ({"dtype": "int8"}, "int8"), ({"max_batch": 0}, "max_batch 0"), ({"max_len": 513}, "max_position_embeddings 512"),
-        ({"drafter": tmp_path / "none"}, "no such folder"), ({"drafter": tmp_path}, "neither a trainkit bundle"),
-    ):  # fmt: skip
+        ({"dtype": "int8"}, "int8"),
+        ({"max_batch": 0}, "max_batch 0"),
+        ({"max_len": 513}, "max_position_embeddings 512"),
+        ({"drafter": tmp_path / "none"}, "no such folder"),
+        ({"drafter": tmp_path}, "neither a trainkit bundle"),
+    ):
         with pytest.raises(UserError, match=named) as caught:
             Runner.load(tiny_target, **options)
         assert "\n" not in str(caught.value)

@@ -14,9 +14,14 @@ from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 GROWING = DynamicTree(4, 3, 8)
 TREES = {"depth1": 1, "depth2": 2, "depth4": 4, "depth8": 8, "siblings": SIBLINGS, "bushy": BUSHY, "growing": GROWING}
 SAMPLINGS = [
-    Sampling(0.0), Sampling(0.7), Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=5),
+    Sampling(0.0),
+    Sampling(0.7),
+    Sampling(1.0),
+    Sampling(0.7, top_p=0.8),
+    Sampling(1.0, top_p=0.9),
+    Sampling(1.0, top_k=5),
     Sampling(0.7, top_k=7, top_p=0.9),
-]  # fmt: skip
+]
 
 
 def shaped(tree):
@@ -189,9 +194,11 @@ def test_many_prompts_many_shapes_few_ties(seed):
     ties: list[Tie] = []
     decisions = 0
     shapes = [
-        SHAPE, replace(SHAPE, num_kv_heads=4, tied=False), replace(SHAPE, num_kv_heads=1, qkv_bias=True),
+        SHAPE,
+        replace(SHAPE, num_kv_heads=4, tied=False),
+        replace(SHAPE, num_kv_heads=1, qkv_bias=True),
         replace(SHAPE, qk_norm=True, head_dim=16),
-    ]  # fmt: skip
+    ]
     for shape in shapes:
         runner = pair(shape, draft_layers=1, noise=0.02)
         prompts = ragged_prompts(100)

@@ -41,9 +41,17 @@ class Command:
 
     def __init__(self, target: Path, rows: Path, cache: Path) -> None:
         self.fixed = {
-            "target": target, "data": rows, "taps": "[1,-1]", "top_k": 4, "length": 96, "batch": 2, "shard_rows": 3,
-            "validation_share": 0.2, "cache": cache, "dtype": "float32",
-        }  # fmt: skip
+            "target": target,
+            "data": rows,
+            "taps": "[1,-1]",
+            "top_k": 4,
+            "length": 96,
+            "batch": 2,
+            "shard_rows": 3,
+            "validation_share": 0.2,
+            "cache": cache,
+            "dtype": "float32",
+        }
 
     def __call__(self, out: Path, **options: Any) -> int:
         given = {name: value for name, value in (self.fixed | options | {"out": out}).items() if value is not None}
@@ -200,12 +208,16 @@ def test_provenance_says_what_made_it(straight):
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"top_k": 5}, "top_k 4, now it is 5"), ({"taps": "[1,2]"}, "states [1, 4], now it is [1, 2]"),
-        ({"dtype": "bfloat16"}, 'dtype "float32"'), ({"length": 80}, "length 96, now it is 80"),
-        ({"limit": 20}, "data limit null, now it is 20"), ({"seed": 1}, "data seed 0, now it is 1"),
-        ({"target_dtype": "bfloat16"}, "precision"), ({"shard_rows": 4}, "sets"),
+        ({"top_k": 5}, "top_k 4, now it is 5"),
+        ({"taps": "[1,2]"}, "states [1, 4], now it is [1, 2]"),
+        ({"dtype": "bfloat16"}, 'dtype "float32"'),
+        ({"length": 80}, "length 96, now it is 80"),
+        ({"limit": 20}, "data limit null, now it is 20"),
+        ({"seed": 1}, "data seed 0, now it is 1"),
+        ({"target_dtype": "bfloat16"}, "precision"),
+        ({"shard_rows": 4}, "sets"),
     ],
-)  # fmt: skip
+)
 def test_going_on_with_another_setting_is_one_line_and_changes_nothing(options, key, command, straight, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     for name, content in list(straight.items())[:3]:
@@ -219,13 +231,17 @@ def test_going_on_with_another_setting_is_one_line_and_changes_nothing(options, 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"top_k": 0}, ("--top_k: 0", "320")), ({"top_k": 321}, ("--top_k: 321", "320")),
+        ({"top_k": 0}, ("--top_k: 0", "320")),
+        ({"top_k": 321}, ("--top_k: 321", "320")),
         ({"taps": "[9]"}, ("tap 9", "0 to 4")),
-        ({"kind": "medusa"}, ("--taps", "--kind")), ({"kind": "nope", "taps": None}, ("'nope'", "medusa")),
-        ({"length": 1024}, ("--length: 1024", "512")), ({"batch": 0}, ("--batch",)), ({"dtype": "int8"}, ("dtype", "int8")),
+        ({"kind": "medusa"}, ("--taps", "--kind")),
+        ({"kind": "nope", "taps": None}, ("'nope'", "medusa")),
+        ({"length": 1024}, ("--length: 1024", "512")),
+        ({"batch": 0}, ("--batch",)),
+        ({"dtype": "int8"}, ("dtype", "int8")),
         ({"target": "nowhere"}, ("nowhere", "config.json")),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_option_is_one_line_and_begins_nothing(options, parts, command, tmp_path, capsys):
     assert command(tmp_path / "out", **options) == 2
     said(capsys, *parts)
@@ -278,17 +294,26 @@ def test_a_kinds_taps_are_found_without_building_it_at_size(tiny_target, rows, c
 
 def layout(**changes: Any) -> FeatureLayout:
     values: dict[str, Any] = {
-        "rows": {"train": 10, "validation": 1}, "length": 8, "states": (2, 4), "hidden_size": 6, "top_k": 3,
-        "dtype": torch.bfloat16, "shard_rows": 4,
-    }  # fmt: skip
+        "rows": {"train": 10, "validation": 1},
+        "length": 8,
+        "states": (2, 4),
+        "hidden_size": 6,
+        "top_k": 3,
+        "dtype": torch.bfloat16,
+        "shard_rows": 4,
+    }
     return FeatureLayout(**(values | changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "row"),
-    [({}, 8 * (2 * 6 * 2 + 3 * (4 + 2) + 2)), ({"top_k": None}, 8 * 2 * 6 * 2), ({"states": ()}, 8 * (3 * 6 + 2)),
-     ({"dtype": torch.float32}, 8 * (2 * 6 * 4 + 3 * 8 + 4))],
-)  # fmt: skip
+    [
+        ({}, 8 * (2 * 6 * 2 + 3 * (4 + 2) + 2)),
+        ({"top_k": None}, 8 * 2 * 6 * 2),
+        ({"states": ()}, 8 * (3 * 6 + 2)),
+        ({"dtype": torch.float32}, 8 * (2 * 6 * 4 + 3 * 8 + 4)),
+    ],
+)
 def test_bytes_by_hand(changes, row):
     assert layout(**changes).row_bytes == row and layout(**changes).bytes == 11 * row
 

@@ -44,9 +44,7 @@ POLICIES = {
 
 
 @pytest.fixture(scope="module", params=DRAFTERS, ids=lambda folder: Path(folder).name or "tiny")
-def folders(
-    request: pytest.FixtureRequest, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
+def folders(request: pytest.FixtureRequest, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     if TARGET and request.param:
         return Path(TARGET), Path(request.param)
     draft = LMDraft(target_shape(tiny_target), num_layers=2)
@@ -72,9 +70,7 @@ def prompts(runner: Runner) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_every_depth_gives_the_tokens_of_plain_decoding(
-    runner: Runner, prompts: list[list[int]], temperature: float
-) -> None:
+def test_every_depth_gives_the_tokens_of_plain_decoding(runner: Runner, prompts: list[list[int]], temperature: float) -> None:
     options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 3}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     decisions = sum(map(len, plain))
@@ -91,9 +87,14 @@ def test_every_depth_gives_the_tokens_of_plain_decoding(
 
 
 def check_ways(
-    ways: Mapping[str, Any], runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float,
-    batch: int, seed: int,
-) -> None:  # fmt: skip
+    ways: Mapping[str, Any],
+    runner: Runner,
+    folders: tuple[Path, Path],
+    prompts: list[list[int]],
+    temperature: float,
+    batch: int,
+    seed: int,
+) -> None:
     """Each of these options of `generate` gives the tokens of plain decoding, over so many rows."""
     options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
@@ -136,9 +137,13 @@ def test_greedy_tokens_are_those_of_transformers(runner: Runner, prompts: list[l
     for prompt in prompts:
         ids = torch.tensor([prompt])
         row = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
-            eos_token_id=list(runner.shape.end_ids) or None, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=list(runner.shape.end_ids) or None,
+            pad_token_id=0,
+        )
         theirs.append(row[0, len(prompt) :].tolist())
     ours = [out.tokens for out in runner.generate(prompts, max_new_tokens=NEW_TOKENS, depth=3)]
     ties = compare(runner.rounds.target, prompts, ours, theirs, Sampling())

@@ -186,9 +186,18 @@ def test_a_captured_budget_goes_to_the_likeliest_and_not_to_the_done(seed):
     for each, lengths in ((1, [4, 2, 1, 1]), (2, [4, 4, 3, 1])):
         # chances: .9 .81 .73, .6 .36 .22, .4 .16 .06, none of the last
         draft = grow(
-            RankedChain(tree, each), runner.drafter, {}, runner.rounds.handle, root_B, position_B, Sampling(), None, 8, False,
+            RankedChain(tree, each),
+            runner.drafter,
+            {},
+            runner.rounds.handle,
+            root_B,
+            position_B,
+            Sampling(),
+            None,
+            8,
+            False,
             done_B=done_B,
-        )  # fmt: skip
+        )
         assert draft.packing is not None and draft.chances_BD is not None
         assert draft.packing.lengths_B.tolist() == lengths
         torch.testing.assert_close(draft.chances_BD[:2], torch.tensor([[0.9, 0.81, 0.729], [0.6, 0.36, 0.216]]))

@@ -81,9 +81,12 @@ def test_noise_is_independent_along_each_axis(axis, seed):
 
     one = drawn(seed)
     other = {
-        "key": lambda: one.roll(1, 0), "position": lambda: one.roll(1, 1), "token": lambda: one.roll(1, 2),
-        "stream": lambda: drawn(seed, PROPOSAL), "seed": lambda: drawn(seed + 1),
-    }[axis]()  # fmt: skip
+        "key": lambda: one.roll(1, 0),
+        "position": lambda: one.roll(1, 1),
+        "token": lambda: one.roll(1, 2),
+        "stream": lambda: drawn(seed, PROPOSAL),
+        "seed": lambda: drawn(seed + 1),
+    }[axis]()
     a, b = (-(-one.double()).exp()).exp().flatten(), (-(-other.double()).exp()).exp().flatten()
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / math.sqrt(len(a))
     cells = (a * 16).long().clamp(max=15) * 16 + (b * 16).long().clamp(max=15)
@@ -109,9 +112,11 @@ def test_keys_of_seeds_prompts_and_samples_all_differ():
 
 
 @given(
-    st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12), st.floats(0.2, 3), st.integers(0, 12),
+    st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12),
+    st.floats(0.2, 3),
+    st.integers(0, 12),
     st.one_of(st.just(1.0), st.floats(0.05, 0.999)),
-)  # fmt: skip
+)
 def test_processing_is_its_definition(logits, temperature, top_k, top_p):
     import numpy as np
 
@@ -154,10 +159,14 @@ def test_processing_leaves_something_and_greedy_changes_nothing():
 @pytest.mark.parametrize(
     "values",
     [
-        {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
         {"top_p": 1.5},
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range_are_refused_by_name(values):
     with pytest.raises(UserError, match=next(iter(values))):
         Sampling(**values)

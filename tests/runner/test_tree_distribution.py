@@ -110,9 +110,10 @@ def test_a_rule_is_caught_if_it_is_wrong(rule, tree, seed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tree", "method"), [(TREES["deep"], "coupled"), (TREES["deep"], "residual"), (SIBLINGS, "coupled")],
+    ("tree", "method"),
+    [(TREES["deep"], "coupled"), (TREES["deep"], "residual"), (SIBLINGS, "coupled")],
     ids=["coupled", "residual", "coupled on a static tree"],
-)  # fmt: skip
+)
 def test_one_row_of_noise_for_every_depth_is_caught(tree, method, seed, monkeypatch):
     """Planted: tokens of one round share their noise. Each token by itself still has the right law."""
     right = sampling.gumbel

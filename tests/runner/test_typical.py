@@ -102,9 +102,13 @@ def test_it_is_lossy(seed):
 
 @pytest.mark.parametrize(
     ("thresholds", "named"),
-    [({"typical_epsilon": -0.1}, "typical_epsilon -0.1"), ({"typical_epsilon": 1.5}, "typical_epsilon 1.5"),
-     ({"typical_scale": -1.0}, "typical_scale -1.0"), ({"typical_scale": float("nan")}, "typical_scale nan")],
-)  # fmt: skip
+    [
+        ({"typical_epsilon": -0.1}, "typical_epsilon -0.1"),
+        ({"typical_epsilon": 1.5}, "typical_epsilon 1.5"),
+        ({"typical_scale": -1.0}, "typical_scale -1.0"),
+        ({"typical_scale": float("nan")}, "typical_scale nan"),
+    ],
+)
 def test_thresholds_out_of_range_are_named(thresholds, named):
     with pytest.raises(UserError, match=named):
         pair().generate([[1]], verify="typical", **thresholds)

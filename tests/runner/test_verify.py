@@ -76,9 +76,10 @@ def test_after_a_rejection_both_distributions_are_renormalised():
 
 
 @pytest.mark.parametrize(
-    "paths", [[(0, 0)], [(1,)], [(0,), (0,)], [()], [(0,), (-1,)], [(0,), (0, 1)]],
+    "paths",
+    [[(0, 0)], [(1,)], [(0,), (0,)], [()], [(0,), (-1,)], [(0,), (0, 1)]],
     ids=["no parent", "no elder", "twice", "root", "negative", "no elder below"],
-)  # fmt: skip
+)
 def test_a_tree_that_is_none_is_refused(paths):
     with pytest.raises(UserError, match="tree"):
         build(paths, CPU)

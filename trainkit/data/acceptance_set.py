@@ -110,9 +110,15 @@ def read_acceptance(folder: Path) -> dict[str, Any] | None:
 
 
 def write_acceptance(
-    out: Path, layout: AcceptanceLayout, make: Make, provenance: Mapping[str, Any],
-    *, rank: int = 0, world_size: int = 1, progress: bool = True,
-) -> Written:  # fmt: skip
+    out: Path,
+    layout: AcceptanceLayout,
+    make: Make,
+    provenance: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> Written:
     """Writes this rank's share of the parts into `out`, going on where an earlier call stopped.
 
     Args:
@@ -128,9 +134,13 @@ def write_acceptance(
         UserError: `out` holds another set or something else, or another process writes there.
     """
     values = {
-        "format": FORMAT, **provenance, "prompt_count": layout.prompts, "temperatures": list(layout.temperatures),
-        "part_prompts": layout.part_prompts, "parts": layout.parts,
-    }  # fmt: skip
+        "format": FORMAT,
+        **provenance,
+        "prompt_count": layout.prompts,
+        "temperatures": list(layout.temperatures),
+        "part_prompts": layout.part_prompts,
+        "parts": layout.parts,
+    }
     values["id"] = _digest(values)
     begun = begin(out, ACCEPTANCE, values, read_acceptance, _COMMAND)
     shared = range(rank, layout.parts, world_size)
@@ -172,8 +182,9 @@ def _digest(values: Mapping[str, Any]) -> str:
     """Of what determines the records: library versions, names and places do not."""
     kept = {
         key: {k: v for k, v in value.items() if k not in ("name", "path")} if isinstance(value, dict) else value
-        for key, value in values.items() if key != "versions"
-    }  # fmt: skip
+        for key, value in values.items()
+        if key != "versions"
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -293,9 +304,13 @@ class AcceptanceSet:
         document_B = torch.zeros(size, dtype=torch.long)
         document_B[len(chosen_R) :] = -1
         return {
-            "hidden_BD": padded("hidden"), "signals_BWC": padded("signals"), "depth_B": padded("depth").long(),
-            "label_BW": padded("label"), "max_q_B": padded("max_q"), "document_BT": document_B[:, None],
-        }  # fmt: skip
+            "hidden_BD": padded("hidden"),
+            "signals_BWC": padded("signals"),
+            "depth_B": padded("depth").long(),
+            "label_BW": padded("label"),
+            "max_q_B": padded("max_q"),
+            "document_BT": document_B[:, None],
+        }
 
 
 def _read_part(file: Path, mark: str) -> dict[str, Tensor]:

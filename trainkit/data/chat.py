@@ -26,8 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEMPLATE_FAULTS = (
-    TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, SyntaxError,
-)  # fmt: skip
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+    SyntaxError,
+)
 """A template is a small program: what it raises of its own accord, and what programs raise by mistake."""
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 

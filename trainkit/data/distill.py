@@ -83,9 +83,16 @@ class Made:
 
 
 def write_set(
-    out: Path, layout: Layout, prompts: Sequence[Asked], answer: Answerer, provenance: Mapping[str, Any],
-    *, rank: int = 0, world_size: int = 1, progress: bool = True,
-) -> Made:  # fmt: skip
+    out: Path,
+    layout: Layout,
+    prompts: Sequence[Asked],
+    answer: Answerer,
+    provenance: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> Made:
     """Writes this rank's share of a set into `out`, going on where an earlier call stopped.
 
     Args:
@@ -149,9 +156,14 @@ def _discard(out: Path) -> None:
 def _begin(out: Path, layout: Layout, provenance: Mapping[str, Any]) -> bool:
     """Writes `distill.json`, or holds it against the one that is there; returns whether it wrote it."""
     values = {  # what follows from the others comes last, so that a difference is told by its cause
-        "format": FORMAT, "temperatures": list(layout.temperatures), "samples": layout.samples, "part_rows": layout.part_rows,
-        **provenance, "rows": layout.rows, "parts": layout.parts,
-    }  # fmt: skip
+        "format": FORMAT,
+        "temperatures": list(layout.temperatures),
+        "samples": layout.samples,
+        "part_rows": layout.part_rows,
+        **provenance,
+        "rows": layout.rows,
+        "parts": layout.parts,
+    }
     return begin(out, PROVENANCE, values, read_provenance, "trainkit distill")
 
 

@@ -87,8 +87,9 @@ class FeatureLayout:
         step = self.shard_rows or max(1, SHARD_BYTES // self.row_bytes)
         return [
             Shard(f"{name}-{number:05d}.safetensors", name, first, min(first + step, rows))
-            for name, rows in self.rows.items() for number, first in enumerate(range(0, rows, step))
-        ]  # fmt: skip
+            for name, rows in self.rows.items()
+            for number, first in enumerate(range(0, rows, step))
+        ]
 
     def empty(self, rows: int, device: str = "cpu") -> dict[str, Tensor]:
         """Unwritten tensors of so many rows, by name."""
@@ -124,9 +125,17 @@ def read_features(folder: Path) -> dict[str, Any] | None:
 
 
 def write_features(
-    out: Path, layout: FeatureLayout, sets: Mapping[str, PackedSet], read: Read, provenance: Mapping[str, Any],
-    *, batch: int = 8, rank: int = 0, world_size: int = 1, progress: bool = True,
-) -> Written:  # fmt: skip
+    out: Path,
+    layout: FeatureLayout,
+    sets: Mapping[str, PackedSet],
+    read: Read,
+    provenance: Mapping[str, Any],
+    *,
+    batch: int = 8,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+) -> Written:
     """Writes this rank's share of the shards into `out`, going on where an earlier call stopped.
 
     Args:
@@ -174,9 +183,12 @@ def write_features(
 def _described(layout: FeatureLayout, sets: Mapping[str, PackedSet], provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What `features.json` says, causes before what follows from them; `id` is the digest of what determines the values."""
     kept = {
-        "states": list(layout.states), "hidden_size": layout.hidden_size, "top_k": layout.top_k,
-        "dtype": str(layout.dtype).removeprefix("torch."), "length": layout.length,
-    }  # fmt: skip
+        "states": list(layout.states),
+        "hidden_size": layout.hidden_size,
+        "top_k": layout.top_k,
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "length": layout.length,
+    }
     contents = {name: packed.content for name, packed in sets.items()}
     whose = {key: provenance[key] for key in ("target", "weights", "precision")}
     text = json.dumps([contents, kept, whose | {"target": whose["target"]["config"]}], sort_keys=True)
@@ -184,11 +196,16 @@ def _described(layout: FeatureLayout, sets: Mapping[str, PackedSet], provenance:
     for shard in layout.shards():
         table[shard.set].append([shard.file, shard.first, shard.last])
     return {
-        "format": FORMAT, **whose, **kept, **provenance, "bytes": layout.bytes, "id": hashlib.sha256(text.encode()).hexdigest(),
+        "format": FORMAT,
+        **whose,
+        **kept,
+        **provenance,
+        "bytes": layout.bytes,
+        "id": hashlib.sha256(text.encode()).hexdigest(),
         "sets": {
             name: {"rows": len(packed), "content": packed.content, "shards": table[name]} for name, packed in sets.items()
         },
-    }  # fmt: skip
+    }
 
 
 def _check_room(out: Path, layout: FeatureLayout, missing: list[Shard], announce: bool) -> None:
@@ -215,8 +232,7 @@ def _write(
 ) -> None:
     # one metadata key: of several the library writes any order
     write_part(
-        out / shard.file,
-        lambda: safetensors.torch.save(_filled(shard, layout, packed, read, batch, bar), {"features": mark}),
+        out / shard.file, lambda: safetensors.torch.save(_filled(shard, layout, packed, read, batch, bar), {"features": mark})
     )
 
 

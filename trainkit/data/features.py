@@ -151,9 +151,12 @@ class TargetReader:
             first = hidden if self.top_k is None else 2 * self.top_k + 1
             autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
             key = {
-                "set": name, "target": self._mark, "taps": beside, "top_k": self.top_k,
+                "set": name,
+                "target": self._mark,
+                "taps": beside,
+                "top_k": self.top_k,
                 "precision": [str(self.target.dtype), autocast],
-            }  # fmt: skip
+            }
             width, dtype = first + hidden * len(beside), self.target.dtype if self.top_k is None else torch.float32
             store = FeatureStore(self.folder, key, rows, length, width, dtype)
             print(f"target's states of {rows:,} packed rows: {store.size / 1e9:.2f} GB in {store.path}, {store.filled:,} there")

@@ -49,9 +49,17 @@ class PackedLoader:
     """
 
     def __init__(
-        self, packed: Rows, batch_size: int, *, rank: int = 0, world_size: int = 1, accumulate: int = 1,
-        shuffle: bool = True, seed: int = 0, attach_window: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        packed: Rows,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        attach_window: bool = False,
+    ) -> None:
         for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):
             if value < 1:
                 raise UserError(f"{name}: {value} must be at least 1")
@@ -104,9 +112,14 @@ class PackedLoader:
 
     def _setting(self) -> dict[str, Any]:
         return {
-            "data_fingerprint": self.packed.fingerprint, "packed_rows": len(self.packed), "batch_size": self.batch_size,
-            "world_size": self.world_size, "accumulate": self.accumulate, "shuffle": self.shuffle, "seed": self.seed,
-        }  # fmt: skip
+            "data_fingerprint": self.packed.fingerprint,
+            "packed_rows": len(self.packed),
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "accumulate": self.accumulate,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+        }
 
     def _order(self) -> np.ndarray:
         rows = np.arange(len(self.packed))

@@ -42,9 +42,19 @@ class MixedLoader:
     """
 
     def __init__(
-        self, stored: Mapping[str, PackedSet], writers: Mapping[str, Writer], weights: Mapping[str, float], batch_size: int, *,
-        refresh: int, rank: int = 0, world_size: int = 1, accumulate: int = 1, seed: int = 0, attach_window: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        stored: Mapping[str, PackedSet],
+        writers: Mapping[str, Writer],
+        weights: Mapping[str, float],
+        batch_size: int,
+        *,
+        refresh: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        seed: int = 0,
+        attach_window: bool = False,
+    ) -> None:
         self.stored, self.writers = stored, writers
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         assert self.weights and all(name in stored or name in writers for name in self.weights)
@@ -114,9 +124,14 @@ class MixedLoader:
     def _setting(self) -> dict[str, Any]:
         sets = {name: self.stored[name].fingerprint for name in self.weights if name in self.stored}
         return {
-            "weights": self.weights, "sets": sets, "batch_size": self._batch_size, "refresh": self._refresh,
-            "world_size": self._options["world_size"], "accumulate": self._options["accumulate"], "seed": self.seed,
-        }  # fmt: skip
+            "weights": self.weights,
+            "sets": sets,
+            "batch_size": self._batch_size,
+            "refresh": self._refresh,
+            "world_size": self._options["world_size"],
+            "accumulate": self._options["accumulate"],
+            "seed": self.seed,
+        }
 
     def _open(self, packed: PackedSet) -> PackedLoader:
         return PackedLoader(packed, self._batch_size, seed=self.seed * 1_000_003 + self._chapter, **self._options)

@@ -102,9 +102,12 @@ class PackedSet:
             document_BT[b, :used] = np.repeat(np.arange(len(sizes)), sizes)
         rows_B = np.array([*rows, *[-1] * (size - len(rows))], np.int64)
         named = {
-            "tokens_BT": tokens_BT, "positions_BT": positions_BT, "document_BT": document_BT, "mask_BT": mask_BT,
+            "tokens_BT": tokens_BT,
+            "positions_BT": positions_BT,
+            "document_BT": document_BT,
+            "mask_BT": mask_BT,
             "rows_B": rows_B,
-        }  # fmt: skip
+        }
         return {name: torch.from_numpy(array) for name, array in named.items()}
 
     def save(self, folder: Path) -> None:
@@ -119,8 +122,11 @@ class PackedSet:
     def load(folder: Path) -> PackedSet:
         """What `save` wrote, memory-mapped, so that ranks share the pages."""
         # an empty file cannot be mapped
-        arrays = {name: np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None, allow_pickle=False)
-                  for name in _ARRAYS for file in [folder / f"{name}.npy"]}  # fmt: skip
+        arrays = {
+            name: np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None, allow_pickle=False)
+            for name in _ARRAYS
+            for file in [folder / f"{name}.npy"]
+        }
         return PackedSet(**arrays, **json.loads((folder / "packed.json").read_text(encoding="utf-8")))
 
 
@@ -137,9 +143,13 @@ def join(parts: Sequence[tuple[PackedSet, Sequence[int]]]) -> PackedSet:
             sizes.extend(np.diff(bounds).tolist())
             rows.append(rows[-1] + len(bounds) - 1)
     return PackedSet(
-        tokens_N=np.concatenate(tokens), mask_N=np.concatenate(masks), documents_D=np.cumsum(sizes, dtype=np.int64),
-        rows_R=np.asarray(rows, np.int64), length=first.length, pad_id=first.pad_id,
-    )  # fmt: skip
+        tokens_N=np.concatenate(tokens),
+        mask_N=np.concatenate(masks),
+        documents_D=np.cumsum(sizes, dtype=np.int64),
+        rows_R=np.asarray(rows, np.int64),
+        length=first.length,
+        pad_id=first.pad_id,
+    )
 
 
 def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: str = "") -> PackedSet:

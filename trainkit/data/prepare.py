@@ -88,8 +88,9 @@ def prepare(
     if not 0 <= validation_share < 1:
         raise UserError(f"validation_share: {validation_share} must be at least 0 and below 1")
     for name, value, known in (
-        ("on_bad_row", on_bad_row, ("error", "skip")), ("on_long_row", on_long_row, ("truncate", "skip", "error")),
-    ):  # fmt: skip
+        ("on_bad_row", on_bad_row, ("error", "skip")),
+        ("on_long_row", on_long_row, ("truncate", "skip", "error")),
+    ):
         if value not in known:
             raise UserError(f"{name}: {value!r} is unknown; choose {', '.join(known)}")
     if not train:
@@ -99,11 +100,15 @@ def prepare(
         _check_made_with(file, loaded)
     policy = {"columns": columns, "on_bad_row": on_bad_row, "on_long_row": on_long_row, "length": length}
     settings = policy | {
-        "validation_share": None if validation else validation_share, "seed": None if validation else seed,
-        "limit": limit, "limit_validation": limit_validation if validation else None,
-        "train": [content_hash(file) for file in train], "validation": [content_hash(file) for file in validation or ()],
-        "tokenizer": tokenizer_hash(loaded), "code": CODE_VERSION,
-    }  # fmt: skip
+        "validation_share": None if validation else validation_share,
+        "seed": None if validation else seed,
+        "limit": limit,
+        "limit_validation": limit_validation if validation else None,
+        "train": [content_hash(file) for file in train],
+        "validation": [content_hash(file) for file in validation or ()],
+        "tokenizer": tokenizer_hash(loaded),
+        "code": CODE_VERSION,
+    }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def work() -> Prepared:

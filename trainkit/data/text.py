@@ -55,18 +55,37 @@ class Tokens:
 Row: TypeAlias = Chat | Pair | Text | Tokens
 
 FORMATS: tuple[tuple[str, ...], ...] = (
-    ("input_ids", "loss_mask"), ("messages",), ("conversations",), ("prompt", "response"), ("question", "answer"), ("text",),
-)  # fmt: skip
+    ("input_ids", "loss_mask"),
+    ("messages",),
+    ("conversations",),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("text",),
+)
 PROMPT_FORMATS: tuple[tuple[str, ...], ...] = (
-    ("input_ids", "loss_mask"), ("messages",), ("conversations",), ("turns",), ("prompt",), ("question",), ("text",),
-)  # fmt: skip
+    ("input_ids", "loss_mask"),
+    ("messages",),
+    ("conversations",),
+    ("turns",),
+    ("prompt",),
+    ("question",),
+    ("text",),
+)
 QUESTION_SEPARATOR = "\n"
 """Between question and answer without a template: a question that runs into its answer is like nothing a model has read."""
 
 _ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "bot": "assistant",
-    "chatgpt": "assistant", "system": "system", "tool": "tool", "function": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+}
 
 
 def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:

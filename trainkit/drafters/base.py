@@ -31,9 +31,22 @@ from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 
 __all__ = [
-    "Divergence", "DraftBatch", "Drafter", "Frontier", "LossOutput", "State", "StepOutput", "TargetHandle", "TargetShape",
-    "discover", "kind_of", "load_bundle", "load_kind", "load_outside", "rank_paths",
-]  # fmt: skip
+    "Divergence",
+    "DraftBatch",
+    "Drafter",
+    "Frontier",
+    "LossOutput",
+    "State",
+    "StepOutput",
+    "TargetHandle",
+    "TargetShape",
+    "discover",
+    "kind_of",
+    "load_bundle",
+    "load_kind",
+    "load_outside",
+    "rank_paths",
+]
 
 State: TypeAlias = dict[str, Tensor]
 """A drafter's static tensors, batch ALWAYS the first axis: the runner takes rows as views `tensor[a:b]`, and copies them."""
@@ -47,9 +60,15 @@ class Divergence(Protocol):
     """
 
     def __call__(
-        self, draft_hidden_ND: Tensor, draft_head: Any, target_hidden_ND: Tensor, target_head: Any,
-        ids_K: Tensor | None = None, mask_N: Tensor | None = None, labels_N: Tensor | None = None,
-    ) -> LossOutput: ...  # fmt: skip
+        self,
+        draft_hidden_ND: Tensor,
+        draft_head: Any,
+        target_hidden_ND: Tensor,
+        target_head: Any,
+        ids_K: Tensor | None = None,
+        mask_N: Tensor | None = None,
+        labels_N: Tensor | None = None,
+    ) -> LossOutput: ...
 
 
 @dataclass(frozen=True)
@@ -180,18 +199,30 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def prefill(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         """Reads T more tokens at consecutive positions, with the target's taps there: a prompt chunk by chunk.
 
         `next_BT` are the tokens that follow each; the last of a prompt's is the first root. `span` as in `step`.
         """
 
     def catch_up(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         """Reads what was decoded without drafting since the last round with a draft; arguments as in `prefill`."""
         self.prefill(state, tokens_BT, next_BT, positions_BT, taps_BTAD, handle, span)
 
@@ -201,9 +232,17 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        path_BP: Tensor | None,
+        tokens_BP: Tensor,
+        next_BP: Tensor,
+        counts_B: Tensor,
+        root_B: Tensor,
+        taps_BPAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         """Keeps the accepted path: its cache entries (lm) or new ones made from the target's taps (eagle, hydra++).
 
         Args:

@@ -110,9 +110,13 @@ def served_acceptance(runner: Runner, prompts: Sequence[Sequence[int]], **option
     exact = alpha if options.get("verify", "coupled") == "residual" else coupled
     n = max(1, len(exact))
     return ServedAcceptance(
-        evaluated=len(exact), accepted=nodes.accepted, alpha=float(alpha.sum() / n), alpha_coupled=float(coupled.sum() / n),
-        expected=float(exact.sum() / n), standard_error=float((exact * (1 - exact)).sum().sqrt() / n),
-    )  # fmt: skip
+        evaluated=len(exact),
+        accepted=nodes.accepted,
+        alpha=float(alpha.sum() / n),
+        alpha_coupled=float(coupled.sum() / n),
+        expected=float(exact.sum() / n),
+        standard_error=float((exact * (1 - exact)).sum().sqrt() / n),
+    )
 
 
 @torch.no_grad()

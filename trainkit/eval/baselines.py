@@ -43,9 +43,14 @@ class Settings:
         pad = self.shape.pad_id if self.shape.pad_id is not None else (ends[0] if ends else 0)
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
         return GenerationConfig(
-            max_new_tokens=max_new_tokens, num_beams=1, use_cache=True, eos_token_id=ends or None, pad_token_id=pad,
-            disable_compile=True, **({"do_sample": False} | sampling),
-        )  # fmt: skip
+            max_new_tokens=max_new_tokens,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=ends or None,
+            pad_token_id=pad,
+            disable_compile=True,
+            **({"do_sample": False} | sampling),
+        )
 
 
 def load_model(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -83,10 +83,28 @@ def bench(
         0, or 1 on a mismatch.
     """
     request = Request(
-        target, tuple(drafter or ()), prompts, tuple(depths), read_trees(trees), tuple(policy or ()), max_new_tokens,
-        temperature, verify, limit, repeats, batch, chosen_device(device), dtype, baselines, seed, max_seconds, synthetic,
-        synthetic_tau, tuple(synthetic_kinds or ()), prompt_length,
-    )  # fmt: skip
+        target,
+        tuple(drafter or ()),
+        prompts,
+        tuple(depths),
+        read_trees(trees),
+        tuple(policy or ()),
+        max_new_tokens,
+        temperature,
+        verify,
+        limit,
+        repeats,
+        batch,
+        chosen_device(device),
+        dtype,
+        baselines,
+        seed,
+        max_seconds,
+        synthetic,
+        synthetic_tau,
+        tuple(synthetic_kinds or ()),
+        prompt_length,
+    )
     for name, file in (("json", json), ("plot", plot)):
         if file is not None and Path(file).is_dir():
             raise UserError(f"--{name} {file}: is a folder; name a file in it")

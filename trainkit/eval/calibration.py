@@ -54,8 +54,9 @@ def reliability(probability_N: Tensor, label_N: Tensor, bins: int = BINS) -> lis
     p_M, label_M = torch.bincount(place_N, p_N, bins), torch.bincount(place_N, label_N, bins)
     return [
         Bin(p / count, label / count, count)
-        for p, label, count in zip(p_M.tolist(), label_M.tolist(), counts_M.tolist(), strict=True) if count
-    ]  # fmt: skip
+        for p, label, count in zip(p_M.tolist(), label_M.tolist(), counts_M.tolist(), strict=True)
+        if count
+    ]
 
 
 def expected_calibration_error(probability_N: Tensor, label_N: Tensor, bins: int = BINS) -> float:
@@ -137,9 +138,10 @@ class Baselines:
         """`constant`, `max_q` as the draft has it, and `max_q_fitted`, of each record."""
         max_q_N = records.column("max_q")
         return {
-            "constant": torch.full_like(max_q_N, self.constant), "max_q": max_q_N,
+            "constant": torch.full_like(max_q_N, self.constant),
+            "max_q": max_q_N,
             "max_q_fitted": scaled(_logit(max_q_N), records.heat, self.max_q),
-        }  # fmt: skip
+        }
 
 
 def _logit(probability_N: Tensor) -> Tensor:

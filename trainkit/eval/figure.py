@@ -81,8 +81,14 @@ def _sizes(axes: Any, drafts: Sequence[tuple[str, str, list[dict[str, Any]]]]) -
         trees = sorted((one for one in ones if not _is_chain(one)), key=lambda one: one["nodes"])
         axes.plot([one["nodes"] for one in chains], [one["tau"] for one in chains], "o-", color=colour, label=f"{name}, chains")
         if trees:
-            axes.plot([one["nodes"] for one in trees], [one["tau"] for one in trees], "*", color=colour, markersize=12,
-                      label=f"{name}, trees")  # fmt: skip
+            axes.plot(
+                [one["nodes"] for one in trees],
+                [one["tau"] for one in trees],
+                "*",
+                color=colour,
+                markersize=12,
+                label=f"{name}, trees",
+            )
     axes.set_xlabel("nodes verified, root included")
     axes.set_ylabel("tau: tokens per round")
     axes.legend(fontsize=7)

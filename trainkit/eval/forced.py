@@ -115,22 +115,31 @@ def evaluate(
         for number, sums in enumerate(heads, start=1)
     ]
     values = {
-        "target": target, "data": data, "temperatures": list(temperatures), "questions": len(made.train.documents_D) - 1,
-        "tokens": int(made.train.labels_R.sum()), "fingerprint": made.fingerprint,
+        "target": target,
+        "data": data,
+        "temperatures": list(temperatures),
+        "questions": len(made.train.documents_D) - 1,
+        "tokens": int(made.train.labels_R.sum()),
+        "fingerprint": made.fingerprint,
         "drafters": {
             name: {"means": _means(sums), "per_question": {key: value.round(5).tolist() for key, value in sums.items()}}
             for name, sums in rows
         },
-    }  # fmt: skip
+    }
     if json is not None:
         Path(json).write_text(json_module.dumps(values) + "\n", encoding="utf-8")
     return _table(rows, values)
 
 
 def served(
-    target: str, drafter: Drafter, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], depth: int,
-    max_new_tokens: int, device: str = "cpu",
-) -> Sums:  # fmt: skip
+    target: str,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    temperatures: Sequence[float],
+    depth: int,
+    max_new_tokens: int,
+    device: str = "cpu",
+) -> Sums:
     """Emitted tokens and rounds of each question, `tau_coupled@T` and `tau_residual@T` [2, Q]; tau is their sums' ratio.
 
     Counted as `Stats.tau` does: without prefill's token and without a last round that length or end cut.
@@ -150,9 +159,14 @@ def served(
 
 @torch.inference_mode()
 def measure(
-    reader: TargetReader, drafters: Sequence[Drafter], packed: PackedSet, temperatures: Sequence[float], batch: int = 8,
-    name: str = "", progress: bool = True,
-) -> list[list[Sums]]:  # fmt: skip
+    reader: TargetReader,
+    drafters: Sequence[Drafter],
+    packed: PackedSet,
+    temperatures: Sequence[float],
+    batch: int = 8,
+    name: str = "",
+    progress: bool = True,
+) -> list[list[Sums]]:
     """Sums by question of each drafter's heads: `alpha@T` and `alpha_coupled@T` for T above 0, `agreement@0`; and `tokens`.
 
     Of a drafter with one prediction a position, whatever the depth, that is one entry.
@@ -194,15 +208,18 @@ def measure(
     return found
 
 
-def _seen(
-    reader: TargetReader, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str
-) -> DraftBatch:
+def _seen(reader: TargetReader, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str) -> DraftBatch:
     store: FeatureStore | None = reader.store(f"{name} eval", packed, taps)
     hidden_BTD, taps_BTAD = reader.read(tensors, taps, store)
     return DraftBatch(
-        tensors["tokens_BT"], tensors["positions_BT"], tensors["document_BT"], tensors["mask_BT"], taps_BTAD, hidden_BTD,
+        tensors["tokens_BT"],
+        tensors["positions_BT"],
+        tensors["document_BT"],
+        tensors["mask_BT"],
+        taps_BTAD,
+        hidden_BTD,
         reader.handle(),
-    )  # fmt: skip
+    )
 
 
 def _values(drafter: Drafter, seen: DraftBatch, temperatures: Sequence[float]) -> list[tuple[Tensor, dict[str, Tensor]]]:

@@ -56,10 +56,16 @@ def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | 
         records = records.split(network.seen["validation_share"], network.seen["split_seed"])[1]
     tables = measure(network, records)
     values = {
-        "bundle": found.path.resolve().name, "kind": found.kind, "set": records.about["id"], "verify": records.about["verify"],
-        "prompts": records.prompts, "held_out": records.prompts < whole, "trained_for": network.config()["seen"],
-        "groups": tables, "ranks": measure_ranks(network, records),
-    }  # fmt: skip
+        "bundle": found.path.resolve().name,
+        "kind": found.kind,
+        "set": records.about["id"],
+        "verify": records.about["verify"],
+        "prompts": records.prompts,
+        "held_out": records.prompts < whole,
+        "trained_for": network.config()["seen"],
+        "groups": tables,
+        "ranks": measure_ranks(network, records),
+    }
     if json is not None:
         write_whole(json, lambda path: path.write_text(to_json.dumps(values, indent=2) + "\n", encoding="utf-8"))
     if plot is not None:
@@ -93,13 +99,15 @@ def measure_ranks(network: AcceptancePredictor, records: AcceptanceSet) -> list[
 def _table(group: str, sources: Mapping[str, Tensor], label_N: Tensor, chosen_N: Tensor) -> Table:
     label_N, chosen = label_N[chosen_N], {name: p_N[chosen_N] for name, p_N in sources.items()}
     return {
-        "group": group, "records": len(label_N), "accepted": label_N.double().mean().item(),
+        "group": group,
+        "records": len(label_N),
+        "accepted": label_N.double().mean().item(),
         "log_loss": {name: log_loss(p_N, label_N) for name, p_N in chosen.items()},
         "ece": {name: expected_calibration_error(p_N, label_N) for name, p_N in chosen.items()},
         "reliability": {
             name: [[bin.probability, bin.label, bin.count] for bin in reliability(p_N, label_N)] for name, p_N in chosen.items()
         },
-    }  # fmt: skip
+    }
 
 
 def report(values: Mapping[str, Any]) -> str:
@@ -108,8 +116,11 @@ def report(values: Mapping[str, Any]) -> str:
     which = "held-out prompts" if values["held_out"] else "prompts"
     lines = [
         f"predictor of {values['bundle']} ({values['kind']}), verification {values['verify']}: {tables[0]['records']:,} draft "
-        f"positions of {values['prompts']:,} {which}", "", "log-loss (nats) / expected calibration error", "",
-    ]  # fmt: skip
+        f"positions of {values['prompts']:,} {which}",
+        "",
+        "log-loss (nats) / expected calibration error",
+        "",
+    ]
     lines += _lines(tables)
     if len(values["ranks"]) > 1:
         lines += ["", "the proposals beside it, for trees, and the draft's probability of each", "", *_lines(values["ranks"])]

@@ -35,9 +35,15 @@ W where it is not among the first W, and `BEYOND` past the text's end.
 
 @torch.inference_mode()
 def walk(
-    runner: Runner, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], depth: int, width: int,
-    temperature: float = 0.0, seed: int = 0, batch: int = 16,
-) -> list[Ranks]:  # fmt: skip
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    depth: int,
+    width: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 16,
+) -> list[Ranks]:
     """The ranks of every text, as coupled verification judges them.
 
     Args:
@@ -65,9 +71,15 @@ class _Part:
     """Texts side by side, each with a drafter's row that has read its prompt."""
 
     def __init__(
-        self, runner: Runner, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], depth: int, width: int,
-        sampling: Sampling, keys_B2: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        runner: Runner,
+        prompts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
+        depth: int,
+        width: int,
+        sampling: Sampling,
+        keys_B2: Tensor,
+    ) -> None:
         assert runner.drafter is not None
         self.rounds, self.drafter, self.device = runner.rounds, runner.drafter, runner.device
         self.depth, self.width, self.sampling, self.keys_B2 = depth, width, sampling, keys_B2
@@ -94,9 +106,14 @@ class _Part:
         view: State = {name: tensor[row : row + 1] for name, tensor in self.state.items()}
         seen = None if taps is None else taps[:, :prompt]
         self.drafter.prefill(
-            view, tokens_1T[:, :prompt], self.tokens_BT[row : row + 1, 1 : prompt + 1], positions_1T[:, :prompt], seen,
-            self.rounds.handle, prompt,
-        )  # fmt: skip
+            view,
+            tokens_1T[:, :prompt],
+            self.tokens_BT[row : row + 1, 1 : prompt + 1],
+            positions_1T[:, :prompt],
+            seen,
+            self.rounds.handle,
+            prompt,
+        )
         if taps is None:
             return None
         padded = taps.new_zeros(self.tokens_BT.shape[1], *taps.shape[2:])
@@ -139,10 +156,15 @@ class _Part:
         found = []
         for depth in range(D):
             frontier = Frontier(
-                tokens_BF=tokens_BP[:, depth : depth + 1], positions_BF=root_B[:, None] + depth,
-                nodes_F=seen_M[depth : depth + 1], parents_BF=zero_B1 + depth - 1, parent_places_BF=zero_B1,
-                ancestors_BFM=(seen_M <= depth).expand(B, 1, -1), depth=depth, chain=True,
-            )  # fmt: skip
+                tokens_BF=tokens_BP[:, depth : depth + 1],
+                positions_BF=root_B[:, None] + depth,
+                nodes_F=seen_M[depth : depth + 1],
+                parents_BF=zero_B1 + depth - 1,
+                parent_places_BF=zero_B1,
+                ancestors_BFM=(seen_M <= depth).expand(B, 1, -1),
+                depth=depth,
+                chain=True,
+            )
             out = self.drafter.step(self.state, frontier, self.rounds.handle, self.span)
             scores_BK, ids_K = self.sampling.process(out.logits_BFK)[:, 0], out.ids_K
             if scores_BK.shape[1] < self.width:

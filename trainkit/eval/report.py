@@ -46,14 +46,17 @@ def write_json(summary: dict[str, Any], path: str | Path) -> None:
 def _head(summary: dict[str, Any]) -> str:
     arguments, machine, prompts = summary["arguments"], summary["machine"], summary["prompts"]
     cache, mean = machine["last_level_cache"], prompts["tokens"] / prompts["count"]
-    return _wrapped([
-        title(summary), *_reading(summary),
-        f"{machine['processor']}, {machine['threads']} threads, copies {machine['copy_bandwidth'] / 1e9:.1f} GB/s, "
-        f"last-level cache {'unknown' if cache is None else f'{cache / 2**20:.0f} MiB'}; {summary['date']}",
-        f"{prompts['count']} prompts of {mean:.0f} tokens, {arguments['max_new_tokens']} new "
-        f"at most; batch {arguments['batch']}, temperature {arguments['temperature']:g}, "
-        f"{arguments['repeats']} interleaved repeats",
-    ])  # fmt: skip
+    return _wrapped(
+        [
+            title(summary),
+            *_reading(summary),
+            f"{machine['processor']}, {machine['threads']} threads, copies {machine['copy_bandwidth'] / 1e9:.1f} GB/s, "
+            f"last-level cache {'unknown' if cache is None else f'{cache / 2**20:.0f} MiB'}; {summary['date']}",
+            f"{prompts['count']} prompts of {mean:.0f} tokens, {arguments['max_new_tokens']} new "
+            f"at most; batch {arguments['batch']}, temperature {arguments['temperature']:g}, "
+            f"{arguments['repeats']} interleaved repeats",
+        ]
+    )
 
 
 def title(summary: dict[str, Any]) -> str:
@@ -96,11 +99,19 @@ def _speeds(summary: dict[str, Any]) -> str:
         rows += [(f"{heading}:",)] if heading else []
         for one in ones:
             rate = one["tokens_per_second"]
-            rows.append((
-                f"  {label(one)}" if heading else one["name"], str(one["tokens"]), str(one["threads"]), _short(rate["median"]),
-                f"{_short(rate['min'])}..{_short(rate['max'])}", _ratio(one["x_plain"]), _ratio(one["x_transformers"]),
-                _bandwidth(one.get("bandwidth")), _identical(one, summary),
-            ))  # fmt: skip
+            rows.append(
+                (
+                    f"  {label(one)}" if heading else one["name"],
+                    str(one["tokens"]),
+                    str(one["threads"]),
+                    _short(rate["median"]),
+                    f"{_short(rate['min'])}..{_short(rate['max'])}",
+                    _ratio(one["x_plain"]),
+                    _ratio(one["x_transformers"]),
+                    _bandwidth(one.get("bandwidth")),
+                    _identical(one, summary),
+                )
+            )
     return aligned(rows)
 
 
@@ -109,11 +120,16 @@ def _drafting(summary: dict[str, Any]) -> str:
         ("draft", "MB read", "tau", "mbsu", "v(T)", "draft", "roof", "speedup", "of roof", "effic.", "cut rounds")
     ]
     for name, one in _drafts(summary, rows):
-        rows.append((
-            name, f"{one['bandwidth']['bytes'] / 1e6:.3g}",
-            *(_ratio(one[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
-            _percent(one["speedup_over_roof"]), _percent(one["efficiency"]), str(one["cut_rounds"]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                name,
+                f"{one['bandwidth']['bytes'] / 1e6:.3g}",
+                *(_ratio(one[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
+                _percent(one["speedup_over_roof"]),
+                _percent(one["efficiency"]),
+                str(one["cut_rounds"]),
+            )
+        )
     return aligned(rows)
 
 
@@ -133,8 +149,11 @@ def _policies(summary: dict[str, Any]) -> str:
             values, fixed = one["paced"], one["paced"]["over_best_fixed"]
             beside = ("-", "-", "-")
             if fixed is not None:
-                beside = (_ratio(fixed["median"]), f"{_ratio(fixed['min'])}..{_ratio(fixed['max'])}",
-                          f"{fixed['depth']}, {_ratio(fixed['wasted'])}")  # fmt: skip
+                beside = (
+                    _ratio(fixed["median"]),
+                    f"{_ratio(fixed['min'])}..{_ratio(fixed['max'])}",
+                    f"{fixed['depth']}, {_ratio(fixed['wasted'])}",
+                )
             tau, drafted, wasted, speedup = (_ratio(values[key]) for key in ("tau", "drafted_per_round", "wasted", "speedup"))
             paused = _percent(values["paused"] / max(1, values["rounds"]))
             name = f"  {label(one)}" if heading else label(one)

@@ -35,9 +35,13 @@ from trainkit.layers.shape import DecoderShape
 from trainkit.models.shape import TargetShape
 
 _LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 SHAPES: dict[str, DecoderShape] = {
     "tiny": DecoderShape(512, 64, 128, 2, 4, 2, 16, max_positions=4096),
     "llama3-1b": DecoderShape(
@@ -46,7 +50,7 @@ SHAPES: dict[str, DecoderShape] = {
     "llama3-8b": DecoderShape(
         128256, 4096, 14336, 32, 32, 8, 128, norm_eps=1e-5, rope=_LLAMA3_ROPE, max_positions=131072, tied=False
     ),
-}  # fmt: skip
+}
 """Published sizes of Llama 3.2 1B and Llama 3.1 8B, and one that a test can afford."""
 
 
@@ -141,9 +145,15 @@ class ScriptedDrafter(Drafter):
         return {**state, "round": torch.zeros(batch_size, dtype=torch.long, device=device)}
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         self.inner.prefill(state, tokens_BT, next_BT, positions_BT, taps_BTAD, handle, span)
         state["round"].zero_()
 
@@ -156,9 +166,17 @@ class ScriptedDrafter(Drafter):
         return StepOutput(logits_BFV, None, out.hidden_BFD)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        path_BP: Tensor | None,
+        tokens_BP: Tensor,
+        next_BP: Tensor,
+        counts_B: Tensor,
+        root_B: Tensor,
+        taps_BPAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         assert path_BP is None, "a script is a chain"
         self.inner.commit(state, path_BP, tokens_BP, next_BP, counts_B, root_B, taps_BPAD, handle, span)
         state["round"].add_(counts_B > 0)

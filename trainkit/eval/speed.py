@@ -103,9 +103,15 @@ class Contender:
 
 
 def ours(
-    runner: Runner, name: str, paths: tuple[RankPath, ...], prepare: Callable[[], None] | None = None, drafter: str = "",
-    policy: str = "", most: int = 0, **options: object,
-) -> Contender:  # fmt: skip
+    runner: Runner,
+    name: str,
+    paths: tuple[RankPath, ...],
+    prepare: Callable[[], None] | None = None,
+    drafter: str = "",
+    policy: str = "",
+    most: int = 0,
+    **options: object,
+) -> Contender:
     """A contender that decodes with our runner and this draft tree; no paths is plain decoding.
 
     Args:
@@ -140,9 +146,12 @@ def settle(runner: Runner) -> None:
 
 
 def warm_up(
-    contenders: Sequence[Contender], prompts: Sequence[Sequence[int]], max_new_tokens: int, threads: Sequence[int],
+    contenders: Sequence[Contender],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    threads: Sequence[int],
     whole: bool = False,
-) -> float:  # fmt: skip
+) -> float:
     """Sets each contender's faster number of threads, captures every graph, and returns the seconds one repeat will take.
 
     With several numbers of threads, a short text (at most 24 tokens of the first prompt) is timed with each, after a few
@@ -173,9 +182,14 @@ def warm_up(
 
 
 def measure(
-    contenders: Sequence[Contender], prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int,
-    progress: Callable[[str], None] = lambda name: None, max_seconds: float = float("inf"), piece: int | None = None,
-) -> int:  # fmt: skip
+    contenders: Sequence[Contender],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    repeats: int,
+    progress: Callable[[str], None] = lambda name: None,
+    max_seconds: float = float("inf"),
+    piece: int | None = None,
+) -> int:
     """Times every contender `repeats` times, interleaved; results go into `seconds` and `outputs` of each.
 
     Where prompts are decoded one after the other, contenders take turns prompt by prompt (`piece` 1): what else the machine

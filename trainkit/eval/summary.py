@@ -29,14 +29,20 @@ def summarise(result: Result) -> Summary:
     contenders = [_contender(result, one) for one in field.contenders]
     drafting = [one for one in contenders if one["family"] == "trainkit" and one["depth"]]
     return {
-        "format": 2, "date": result.date, "arguments": asdict(request), "versions": versions, "machine": machine,
+        "format": 2,
+        "date": result.date,
+        "arguments": asdict(request),
+        "versions": versions,
+        "machine": machine,
         "target": _model(field.runner.rounds.target, field.target, _target_bytes(result)),
         "drafters": [_model(draft.runner.drafter, draft.name, _draft_bytes(draft)) for draft in field.drafts],
         "prompts": {"count": len(field.prompts), "tokens": sum(map(len, field.prompts)), "mean_cached": field.mean_length},
-        "tie_tolerance": result.tolerance, "mismatches": result.mismatches, "notes": list(field.notes),
+        "tie_tolerance": result.tolerance,
+        "mismatches": result.mismatches,
+        "notes": list(field.notes),
         "best": max(drafting, key=lambda one: one["tokens_per_second"]["median"])["name"] if drafting else None,
         "contenders": contenders,
-    }  # fmt: skip
+    }
 
 
 def _model(module: Any, name: str, step_bytes: int) -> Summary:
@@ -48,12 +54,18 @@ def _contender(result: Result, one: Contender) -> Summary:
     transformers = [other for other in field.contenders if other.family == "transformers" and not other.depth]
     rates = one.rates
     values: Summary = {
-        "name": one.name, "family": one.family, "drafter": one.drafter or None, "depth": one.depth,
-        "threads": one.threads, "tokens": one.last.count,
-        "seconds": one.seconds, "tokens_per_second": {"median": one.rate, "min": min(rates), "max": max(rates)},
-        "x_plain": one.rate / field.plain.rate, "x_transformers": one.rate / transformers[0].rate if transformers else None,
+        "name": one.name,
+        "family": one.family,
+        "drafter": one.drafter or None,
+        "depth": one.depth,
+        "threads": one.threads,
+        "tokens": one.last.count,
+        "seconds": one.seconds,
+        "tokens_per_second": {"median": one.rate, "min": min(rates), "max": max(rates)},
+        "x_plain": one.rate / field.plain.rate,
+        "x_transformers": one.rate / transformers[0].rate if transformers else None,
         "identical": _identity(result, one),
-    }  # fmt: skip
+    }
     if one.last.stats is not None:
         values |= {"bandwidth": _bandwidth(result, one), "split": _split(one)}
     if one.paths:
@@ -68,9 +80,12 @@ def _identity(result: Result, one: Contender) -> Summary | None:
     if found is None:
         return None
     return {
-        "of": found.total, "equal": found.equal, "ties": found.ties, "mismatches": found.mismatches,
+        "of": found.total,
+        "equal": found.equal,
+        "ties": found.ties,
+        "mismatches": found.mismatches,
         "differences": [asdict(difference) for difference in found.differences],
-    }  # fmt: skip
+    }
 
 
 def _paced(result: Result, one: Contender) -> Summary:
@@ -81,11 +96,20 @@ def _paced(result: Result, one: Contender) -> Summary:
     chains = [other for other in drafting if len(other.paths) == other.depth]
     best = max(chains, key=lambda other: other.rate, default=None)
     values: Summary = {
-        "policy": one.policy, "most": one.depth, "tau": stats.tau, "accepted": list(stats.accepted), "rounds": stats.rounds,
-        "cut_rounds": stats.cut_rounds, "drafted_per_round": stats.drafted / max(1, stats.rounds), "wasted": stats.wasted,
-        "paused": stats.paused, "alpha_k": stats.alpha_k, "speedup": one.rate / plain.rate, "over_plain": _paired(one, plain),
+        "policy": one.policy,
+        "most": one.depth,
+        "tau": stats.tau,
+        "accepted": list(stats.accepted),
+        "rounds": stats.rounds,
+        "cut_rounds": stats.cut_rounds,
+        "drafted_per_round": stats.drafted / max(1, stats.rounds),
+        "wasted": stats.wasted,
+        "paused": stats.paused,
+        "alpha_k": stats.alpha_k,
+        "speedup": one.rate / plain.rate,
+        "over_plain": _paired(one, plain),
         "over_best_fixed": None,
-    }  # fmt: skip
+    }
     if best is not None:
         assert best.last.stats is not None
         values["over_best_fixed"] = _paired(one, best) | {"depth": best.depth, "wasted": best.last.stats.wasted}
@@ -108,11 +132,23 @@ def _drafting(result: Result, one: Contender) -> Summary:
     c, tau, speedup = _draft_bytes(_draft(result, one)) / _target_bytes(result), stats.tau, one.rate / plain.rate
     attainable = roof(tau, step, cost)
     return {
-        "nodes": len(one.paths) + 1, "accepted": list(stats.accepted), "rounds": stats.rounds, "cut_rounds": stats.cut_rounds,
-        "tau": tau, "wasted": stats.wasted, "alpha_k": stats.alpha_k, "c": c, "mbsu": mbsu(tau, c, one.depth),
-        "v": cost.verify / step, "draft": cost.draft / step, "plain_step_seconds": step, "roof": attainable, "speedup": speedup,
-        "speedup_over_roof": speedup / attainable, "efficiency": speedup / tau,
-    }  # fmt: skip
+        "nodes": len(one.paths) + 1,
+        "accepted": list(stats.accepted),
+        "rounds": stats.rounds,
+        "cut_rounds": stats.cut_rounds,
+        "tau": tau,
+        "wasted": stats.wasted,
+        "alpha_k": stats.alpha_k,
+        "c": c,
+        "mbsu": mbsu(tau, c, one.depth),
+        "v": cost.verify / step,
+        "draft": cost.draft / step,
+        "plain_step_seconds": step,
+        "roof": attainable,
+        "speedup": speedup,
+        "speedup_over_roof": speedup / attainable,
+        "efficiency": speedup / tau,
+    }
 
 
 def _bandwidth(result: Result, one: Contender) -> Summary:
@@ -127,9 +163,11 @@ def _bandwidth(result: Result, one: Contender) -> Summary:
     seconds = one.decode_seconds / max(1, one.last.rounds)
     cache = machine.last_level_cache
     return {
-        "bytes": needed, "step_seconds": seconds, "share": needed / seconds / machine.copy_bandwidth,
+        "bytes": needed,
+        "step_seconds": seconds,
+        "share": needed / seconds / machine.copy_bandwidth,
         "in_cache": cache is not None and 4 * needed <= cache,
-    }  # fmt: skip
+    }
 
 
 def _draft(result: Result, one: Contender) -> Draft:

@@ -67,9 +67,14 @@ def tree(
     if held_out < 0:
         raise UserError(f"held_out {held_out}: must be at least 0")
     for name, value, least in (
-        ("nodes", nodes, 2), ("max_nodes", max_nodes, 2), ("depth", depth, 1), ("width", width, 1), ("limit", limit, 1),
-        ("batch", batch, 1), ("max_new_tokens", max_new_tokens, 2),
-    ):  # fmt: skip
+        ("nodes", nodes, 2),
+        ("max_nodes", max_nodes, 2),
+        ("depth", depth, 1),
+        ("width", width, 1),
+        ("limit", limit, 1),
+        ("batch", batch, 1),
+        ("max_new_tokens", max_new_tokens, 2),
+    ):
         if value is not None and value < least:
             raise UserError(f"{name} {value}: must be at least {least}" + (", the root and a draft" if "nodes" in name else ""))
     from trainkit import bundle
@@ -107,13 +112,25 @@ def tree(
     rows = [_row(one, costs, ranks, depth, width, widest) for one in candidates]
     proof = _decoded(runner, unseen, chosen, costs, table, widest, options) if unseen else []
     record = {
-        "nodes": chosen.nodes, "depth": chosen.depth, "expected_tau": chosen.expected_tau, "tau": chosen.tau,
+        "nodes": chosen.nodes,
+        "depth": chosen.depth,
+        "expected_tau": chosen.expected_tau,
+        "tau": chosen.tau,
         "expected_speedup": chosen.speedup,
-        "prompts": len(seen), "places": sum(map(len, ranks)), "temperature": temperature, "batch": batch,
-        "cached_tokens": cached, "shares": shares(ranks, width).round(5).tolist(), "accuracies": table.round(5).tolist(),
-        "by_nodes": rows, "held_out": {"prompts": len(unseen), "trees": proof}, "costs": _costs(costs),
-        "device": str(runner.device), "dtype": dtype, "machine": asdict(examine(runner.device)),
-    }  # fmt: skip
+        "prompts": len(seen),
+        "places": sum(map(len, ranks)),
+        "temperature": temperature,
+        "batch": batch,
+        "cached_tokens": cached,
+        "shares": shares(ranks, width).round(5).tolist(),
+        "accuracies": table.round(5).tolist(),
+        "by_nodes": rows,
+        "held_out": {"prompts": len(unseen), "trees": proof},
+        "costs": _costs(costs),
+        "device": str(runner.device),
+        "dtype": dtype,
+        "machine": asdict(examine(runner.device)),
+    }
     record = finite(record)  # a tau without a round is none
     found = {"tree": [list(path) for path in chosen.paths], "tree_search": record}
     bundle.amend(drafter, runner={**bundle.read(drafter).runner, **found})
@@ -135,16 +152,26 @@ def _row(one: Candidate, costs: Costs, ranks: Sequence[Ranks], depth: int, width
     from trainkit.eval.search import full
 
     return {
-        "nodes": one.nodes, "depth": one.depth, "expected_tau": one.expected_tau, "tau": one.tau,
-        "tau_full": simulated(ranks, full(one.nodes, depth, width, widest)).tau, "v": costs.verify(one.nodes) / costs.plain,
-        "draft": costs.draft(one.paths) / costs.plain, "expected_speedup": one.speedup,
-    }  # fmt: skip
+        "nodes": one.nodes,
+        "depth": one.depth,
+        "expected_tau": one.expected_tau,
+        "tau": one.tau,
+        "tau_full": simulated(ranks, full(one.nodes, depth, width, widest)).tau,
+        "v": costs.verify(one.nodes) / costs.plain,
+        "draft": costs.draft(one.paths) / costs.plain,
+        "expected_speedup": one.speedup,
+    }
 
 
 def _decoded(
-    runner: Runner, prompts: list[list[int]], chosen: Candidate, costs: Costs, table: Any, widest: int | None,
+    runner: Runner,
+    prompts: list[list[int]],
+    chosen: Candidate,
+    costs: Costs,
+    table: Any,
+    widest: int | None,
     options: dict[str, Any],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Held-out prompts decoded with the searched tree, the full tree of as many nodes, and the chain expected to be best."""
     from trainkit.eval.search import expected_tau, full
     from trainkit.runner import Stats
@@ -157,19 +184,28 @@ def _decoded(
     found = []
     for name, paths in trees.items():
         stats = Stats.merge(output.stats for output in runner.generate(prompts, tree=paths, **options))
-        found.append({
-            "tree": name, "nodes": len(paths) + 1, "depth": max(map(len, paths)), "expected_tau": expected_tau(paths, table),
-            "tau": stats.tau, "rounds": stats.rounds, "roof": costs.speedup(stats.tau, paths),
-        })  # fmt: skip
+        found.append(
+            {
+                "tree": name,
+                "nodes": len(paths) + 1,
+                "depth": max(map(len, paths)),
+                "expected_tau": expected_tau(paths, table),
+                "tau": stats.tau,
+                "rounds": stats.rounds,
+                "roof": costs.speedup(stats.tau, paths),
+            }
+        )
     return found
 
 
 def _costs(costs: Costs) -> dict[str, Any]:
     return {
-        "plain_step_seconds": costs.plain, "verify_seconds": {str(size): value for size, value in costs.verify_T.items()},
-        "first_level_seconds": costs.first, "level_seconds": {str(size): value for size, value in costs.level_F.items()},
+        "plain_step_seconds": costs.plain,
+        "verify_seconds": {str(size): value for size, value in costs.verify_T.items()},
+        "first_level_seconds": costs.first,
+        "level_seconds": {str(size): value for size, value in costs.level_F.items()},
         "threads": costs.threads,
-    }  # fmt: skip
+    }
 
 
 def _report(drafter: str, chosen: Candidate, record: dict[str, Any]) -> str:

@@ -21,9 +21,15 @@ from trainkit.drafters.base import Drafter, Frontier, TargetHandle, TargetShape,
 from trainkit.errors import UserError
 
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors calls them
 
 
@@ -41,9 +47,15 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def export_drafter(
-    drafter: Drafter, out: str | Path, *, tokenizer: str | Path, target: str | Path | None = None,
-    dtype: torch.dtype = torch.float32, format: str = "native", **card: Any,
-) -> bundle.Bundle:  # fmt: skip
+    drafter: Drafter,
+    out: str | Path,
+    *,
+    tokenizer: str | Path,
+    target: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    format: str = "native",
+    **card: Any,
+) -> bundle.Bundle:
     """Writes a drafter as a bundle and returns it; nothing stands at `out` unless its files are those of the format, tensor by
     tensor, and the reloaded drafter gives equal logits.
 
@@ -84,9 +96,14 @@ def export_drafter(
             raise UserError(f"{out}: the reloaded export's logits differ by {difference:.3g}; nothing was written")
 
     return bundle.write(
-        out, fill, kind=kind, config=drafter.config(), target=drafter.target.to_dict(),
-        extra={"taps": list(drafter.taps), "format": format, "layout": layout if shapes is not None else "native"}, **card,
-    )  # fmt: skip
+        out,
+        fill,
+        kind=kind,
+        config=drafter.config(),
+        target=drafter.target.to_dict(),
+        extra={"taps": list(drafter.taps), "format": format, "layout": layout if shapes is not None else "native"},
+        **card,
+    )
 
 
 def checked_format(format: str, formats: Mapping[str, str], what: str) -> str:

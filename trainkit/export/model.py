@@ -18,9 +18,15 @@ FORMATS = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
 
 @torch.no_grad()
 def export_model(
-    model: Any, out: str | Path, *, tokenizer: str | Path, dtype: torch.dtype = torch.float32, format: str = "native",
-    own_ids: bool = False, **card: Any,
-) -> bundle.Bundle:  # fmt: skip
+    model: Any,
+    out: str | Path,
+    *,
+    tokenizer: str | Path,
+    dtype: torch.dtype = torch.float32,
+    format: str = "native",
+    own_ids: bool = False,
+    **card: Any,
+) -> bundle.Bundle:
     """Writes a transformers model with its tokenizer; nothing stands at `out` unless it reloads whole, with equal logits.
 
     Args:

@@ -64,10 +64,16 @@ def trim(
     ids, coverage, said = _kept_ids(target, shape, text, keep, limit, columns)
     network = load_bundle(found, shape, draft_vocab=ids)
     made = export_drafter(
-        network, out, tokenizer=target, dtype=next(network.parameters()).dtype, recipe=found.recipe, seed=found.seed,
-        data=found.data, format=found.extra.get("format", "native"),
+        network,
+        out,
+        tokenizer=target,
+        dtype=next(network.parameters()).dtype,
+        recipe=found.recipe,
+        seed=found.seed,
+        data=found.data,
+        format=found.extra.get("format", "native"),
         metrics={"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)},
-    )  # fmt: skip
+    )
     return "\n".join([describe(made), said, *_left_behind(found)])
 
 
@@ -81,13 +87,7 @@ def _left_behind(found: bundle.Bundle) -> list[str]:
 
 
 def vocab(
-    out: str,
-    *,
-    target: str,
-    text: str,
-    keep: float = 0.25,
-    limit: int | None = None,
-    columns: dict[str, str] | None = None,
+    out: str, *, target: str, text: str, keep: float = 0.25, limit: int | None = None, columns: dict[str, str] | None = None
 ) -> str:
     """Writes the ids most often counted in TEXT, for a drafter whose head is to be trained on these alone.
 

@@ -28,9 +28,12 @@ def rotary_table(shape: DecoderShape, length: int) -> Tensor:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = LlamaConfig(
-        hidden_size=shape.num_heads * shape.head_dim, num_attention_heads=shape.num_heads, head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_positions, rope_parameters=dict(shape.rope),
-    )  # fmt: skip
+        hidden_size=shape.num_heads * shape.head_dim,
+        num_attention_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_positions,
+        rope_parameters=dict(shape.rope),
+    )
     with torch.device("cpu"):
         rotary = LlamaRotaryEmbedding(config)
     # float32 angles, as transformers computes them: more precise ones would differ from its positions far out
@@ -135,9 +138,14 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, rope_BT2E: Tensor, bias_B1RS: Tensor, cache_BGSE: Tensor | None = None,
-        slots: Tensor | None = None, packing: Packing | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x_BTD: Tensor,
+        rope_BT2E: Tensor,
+        bias_B1RS: Tensor,
+        cache_BGSE: Tensor | None = None,
+        slots: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """Attends within the sequence, or over a cache after writing this call's keys and values into it.
 
         Args:

@@ -43,9 +43,14 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size)
 
     def forward(
-        self, x: Tensor, rope: Tensor, bias: Tensor, cache: Tensor | None = None, slots: Tensor | None = None,
+        self,
+        x: Tensor,
+        rope: Tensor,
+        bias: Tensor,
+        cache: Tensor | None = None,
+        slots: Tensor | None = None,
         packing: Packing | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, bias, cache, slots, packing)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -44,9 +44,14 @@ class Pair:
     """
 
     def __init__(
-        self, log_p_nV: Tensor | None, log_q_nK: Tensor, ids_K: Tensor | None,
-        labels_n: Tensor | None, uniforms_nS: Tensor | None, totals: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
+        self,
+        log_p_nV: Tensor | None,
+        log_q_nK: Tensor,
+        ids_K: Tensor | None,
+        labels_n: Tensor | None,
+        uniforms_nS: Tensor | None,
+        totals: Mapping[str, Tensor],
+    ) -> None:
         self.log_q_nK = log_q_nK
         self.log_mass_n1: Tensor | None = None
         if log_p_nV is not None:
@@ -121,9 +126,15 @@ class ChunkedDivergence(ABC):
         return other
 
     def __call__(
-        self, draft_hidden_ND: Tensor, draft_head: Any, target_hidden_ND: Tensor, target_head: Any,
-        ids_K: Tensor | None = None, mask_N: Tensor | None = None, labels_N: Tensor | None = None,
-    ) -> LossOutput:  # fmt: skip
+        self,
+        draft_hidden_ND: Tensor,
+        draft_head: Any,
+        target_hidden_ND: Tensor,
+        target_head: Any,
+        ids_K: Tensor | None = None,
+        mask_N: Tensor | None = None,
+        labels_N: Tensor | None = None,
+    ) -> LossOutput:
         """The loss summed over counted tokens; differentiable in the draft's hidden states and head, not in the target.
 
         Args:
@@ -158,9 +169,15 @@ class FirstPass:
         self.count: Tensor | float = 0.0
 
     def __call__(
-        self, draft_hidden_ND: Tensor, draft_head: Any, target_hidden_ND: Tensor, target_head: Any,
-        ids_K: Tensor | None = None, mask_N: Tensor | None = None, labels_N: Tensor | None = None,
-    ) -> LossOutput:  # fmt: skip
+        self,
+        draft_hidden_ND: Tensor,
+        draft_head: Any,
+        target_hidden_ND: Tensor,
+        target_head: Any,
+        ids_K: Tensor | None = None,
+        mask_N: Tensor | None = None,
+        labels_N: Tensor | None = None,
+    ) -> LossOutput:
         with torch.no_grad():
             run = _Run(self.loss, draft_head, target_head, ids_K)
             output = run.over(draft_hidden_ND, target_hidden_ND, mask_N, labels_N)
@@ -174,9 +191,12 @@ class _Run:
     """One call of a divergence."""
 
     def __init__(
-        self, loss: ChunkedDivergence, draft_head: Callable[[Tensor], Tensor],
-        target_head: Callable[[Tensor], Tensor | TopK] | None, ids_K: Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        loss: ChunkedDivergence,
+        draft_head: Callable[[Tensor], Tensor],
+        target_head: Callable[[Tensor], Tensor | TopK] | None,
+        ids_K: Tensor | None,
+    ) -> None:
         self.loss, self.draft_head, self.target_head, self.ids_K = loss, draft_head, target_head, ids_K
         self.totals: dict[str, Tensor] = {}
 
@@ -197,9 +217,11 @@ class _Run:
         for i, hidden_nD in enumerate(draft_ND.split(chunk)):  # split: one backward for all chunks; an empty input gives one
             span = slice(i * chunk, (i + 1) * chunk)
             piece = _Piece(
-                self, target_ND[span], None if columns_N is None else columns_N[span],
+                self,
+                target_ND[span],
+                None if columns_N is None else columns_N[span],
                 None if uniforms_NS is None else uniforms_NS[span],
-            )  # fmt: skip
+            )
             recompute = torch.is_grad_enabled()
             sums.append(checkpoint(piece, hidden_nD, use_reentrant=False) if recompute else piece(hidden_nD))
             pieces.append(piece)

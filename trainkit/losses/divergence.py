@@ -28,9 +28,27 @@ from trainkit.losses.measures import acceptance, agreement, coupled_acceptance
 from trainkit.losses.output import LossOutput
 
 __all__ = [
-    "JSD", "LK", "TV", "ChunkedDivergence", "CrossEntropy", "FirstPass", "ForwardKL", "LossOutput", "ReverseKL", "TVDpp",
-    "acceptance", "agreement", "ce", "coupled_acceptance", "forward_kl", "jsd", "lk", "reverse_kl", "tv", "tvdpp",
-]  # fmt: skip
+    "JSD",
+    "LK",
+    "TV",
+    "ChunkedDivergence",
+    "CrossEntropy",
+    "FirstPass",
+    "ForwardKL",
+    "LossOutput",
+    "ReverseKL",
+    "TVDpp",
+    "acceptance",
+    "agreement",
+    "ce",
+    "coupled_acceptance",
+    "forward_kl",
+    "jsd",
+    "lk",
+    "reverse_kl",
+    "tv",
+    "tvdpp",
+]
 
 
 class CrossEntropy(ChunkedDivergence):
@@ -44,9 +62,15 @@ class CrossEntropy(ChunkedDivergence):
     hard_labels = True
 
     def __call__(
-        self, draft_hidden_ND: Tensor, draft_head: Any, target_hidden_ND: Tensor, target_head: Any,
-        ids_K: Tensor | None = None, mask_N: Tensor | None = None, labels_N: Tensor | None = None,
-    ) -> LossOutput:  # fmt: skip
+        self,
+        draft_hidden_ND: Tensor,
+        draft_head: Any,
+        target_hidden_ND: Tensor,
+        target_head: Any,
+        ids_K: Tensor | None = None,
+        mask_N: Tensor | None = None,
+        labels_N: Tensor | None = None,
+    ) -> LossOutput:
         if labels_N is None:
             if target_head is None:
                 raise UserError("cross entropy needs labels or a target to choose them; it was given neither")
@@ -164,9 +188,13 @@ class TVDpp(ChunkedDivergence):
     """
 
     def __init__(
-        self, estimator: Literal["exact", "sampled"] = "exact", normalise: Literal["batch", "position"] = "position",
-        samples: int = 8, eps: float = 1e-6, **common: Any,
-    ) -> None:  # fmt: skip
+        self,
+        estimator: Literal["exact", "sampled"] = "exact",
+        normalise: Literal["batch", "position"] = "position",
+        samples: int = 8,
+        eps: float = 1e-6,
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
         if estimator not in ("exact", "sampled") or normalise not in ("batch", "position"):
             raise UserError(f"tvdpp has estimator exact|sampled and normalise batch|position, not {estimator!r}, {normalise!r}")

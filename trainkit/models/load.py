@@ -24,9 +24,17 @@ from trainkit.layers.shape import DecoderShape
 
 LAYOUTS = {"llama", "mistral", "qwen2", "qwen3"}
 MODEL_FAULTS = (
-    OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionError, AttributeError, ArithmeticError, ImportError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    AssertionError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
     StrictDataclassError,
-)  # fmt: skip
+)
 """What the classes of transformers raise for a config.json with odd values."""
 _OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
@@ -215,11 +223,16 @@ def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
     D, inner = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
-        "self_attn.q_proj.weight": (q, D), "self_attn.k_proj.weight": (kv, D), "self_attn.v_proj.weight": (kv, D),
+        "input_layernorm.weight": (D,),
+        "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (q, D),
+        "self_attn.k_proj.weight": (kv, D),
+        "self_attn.v_proj.weight": (kv, D),
         "self_attn.o_proj.weight": (D, q),
-        "mlp.gate_proj.weight": (inner, D), "mlp.up_proj.weight": (inner, D), "mlp.down_proj.weight": (D, inner),
-    }  # fmt: skip
+        "mlp.gate_proj.weight": (inner, D),
+        "mlp.up_proj.weight": (inner, D),
+        "mlp.down_proj.weight": (D, inner),
+    }
     if shape.qkv_bias:
         layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
     if shape.qk_norm:
@@ -306,9 +319,12 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
 
 
 def load_decoder(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, max_len: int | None = None,
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    max_len: int | None = None,
     layers: bool = True,
-) -> Decoder:  # fmt: skip
+) -> Decoder:
     """A decoder with the weights of a Hugging Face folder, in `dtype` (default: as stored), without gradient.
 
     Without `layers` it is embedding, final norm and head alone, and no other weight is read.
@@ -344,14 +360,27 @@ def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, d
     name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[model_type]
     ends = list(end_ids)
     return {
-        "architectures": [name], "model_type": model_type, "vocab_size": shape.vocab_size, "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size, "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim,
-        "hidden_act": "silu", "rms_norm_eps": shape.norm_eps, "rope_parameters": dict(shape.rope),
-        "max_position_embeddings": shape.max_positions, "tie_word_embeddings": shape.tied, "attention_bias": False,
-        "mlp_bias": False, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, "pad_token_id": pad_id,
-        "dtype": str(dtype).removeprefix("torch."), "use_cache": True,
-    }  # fmt: skip
+        "architectures": [name],
+        "model_type": model_type,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.norm_eps,
+        "rope_parameters": dict(shape.rope),
+        "max_position_embeddings": shape.max_positions,
+        "tie_word_embeddings": shape.tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": pad_id,
+        "dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
 
 
 def save_decoder(

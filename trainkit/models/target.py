@@ -82,9 +82,14 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
     logging.set_verbosity_error()  # its report of several lines says what the errors below say
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **given,
-        )  # fmt: skip
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **given,
+        )
     except SafetensorError as error:
         raise UserError(f"{folder}: not whole safetensors files ({first_lines(error, 1)}); copy it again") from error
     except MODEL_FAULTS as error:

@@ -51,9 +51,14 @@ class TextData(LightningDataModule):
         self.tokenizer = tokenizer
         self.length, self.batch_size = length, batch_size
         self._options: dict[str, Any] = {
-            "columns": columns, "on_bad_row": on_bad_row, "on_long_row": on_long_row, "validation_share": validation_share,
-            "limit": limit, "limit_validation": limit_validation, "cache_dir": cache or CACHE,
-        }  # fmt: skip
+            "columns": columns,
+            "on_bad_row": on_bad_row,
+            "on_long_row": on_long_row,
+            "validation_share": validation_share,
+            "limit": limit,
+            "limit_validation": limit_validation,
+            "cache_dir": cache or CACHE,
+        }
         self.prepared: Prepared | None = None
 
     @property
@@ -103,6 +108,12 @@ class TextData(LightningDataModule):
     def _loader(self, packed: Any, accumulate: int, shuffle: bool) -> PackedLoader:
         assert self.trainer is not None
         return PackedLoader(
-            packed, self.batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size, accumulate=accumulate,
-            shuffle=shuffle, seed=global_seed(), attach_window=shuffle and self._module.needs_window,
-        )  # fmt: skip
+            packed,
+            self.batch_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            accumulate=accumulate,
+            shuffle=shuffle,
+            seed=global_seed(),
+            attach_window=shuffle and self._module.needs_window,
+        )

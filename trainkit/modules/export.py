@@ -77,8 +77,12 @@ def export(
     kind = getattr(torch, dtype)
     run_folder = tracked_folder(checkpoint) if track else None
     if holds_predictor(checkpoint):
-        for name, value, default in (("format", format, "native"), ("tokenizer", tokenizer, None), ("target", target, None),
-                                     ("dtype", dtype, "float32")):  # fmt: skip
+        for name, value, default in (
+            ("format", format, "native"),
+            ("tokenizer", tokenizer, None),
+            ("target", target, None),
+            ("dtype", dtype, "float32"),
+        ):
             if value != default:
                 raise UserError(f"--{name}: a predictor goes into its drafter's bundle as it is; leave it out")
         predictor, mark, _ = load_predictor(checkpoint)
@@ -100,9 +104,7 @@ def export(
     if adapter is not None:
         checked_format(format, network.formats, f"drafter of kind {kind_of(network)!r}")  # before anything is written
         beside = Path(out).resolve()
-        tuned = export_target(
-            adapter, Path(target or adapter.target), beside.with_name(f"{beside.name}-target"), kind, card
-        )
+        tuned = export_target(adapter, Path(target or adapter.target), beside.with_name(f"{beside.name}-target"), kind, card)
         network.target = replace(network.target, fingerprint=bundle.fingerprint(tuned.path))
         write = partial(export_drafter, target=tuned.path)
         said = [f"target: {tuned.path}, with which alone this drafter decodes"]

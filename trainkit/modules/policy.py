@@ -103,10 +103,17 @@ class PolicyData(TextData):
         assert self.trainer is not None
         written = {name: lambda rows, used, name=name: self._write(name, rows, used) for name in ("draft", "mixed")}
         return MixedLoader(
-            {name: made.train for name, made in self.sets.items()}, written, self.weights, self.batch_size,
-            refresh=self.refresh, rank=self.trainer.global_rank, world_size=self.trainer.world_size,
-            accumulate=self.trainer.accumulate_grad_batches, seed=global_seed(), attach_window=self._module.needs_window,
-        )  # fmt: skip
+            {name: made.train for name, made in self.sets.items()},
+            written,
+            self.weights,
+            self.batch_size,
+            refresh=self.refresh,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            accumulate=self.trainer.accumulate_grad_batches,
+            seed=global_seed(),
+            attach_window=self._module.needs_window,
+        )
 
     @property
     def largest_id(self) -> int:
@@ -174,9 +181,14 @@ def _gathered(texts: list[tuple[int, int, list[int]]], world_size: int) -> list[
 
 
 def _check(
-    weights: dict[Policy, float], given: dict[str, Any], prompts: str | None, validation: Any, refresh: int, share: float,
+    weights: dict[Policy, float],
+    given: dict[str, Any],
+    prompts: str | None,
+    validation: Any,
+    refresh: int,
+    share: float,
     temperature: float,
-) -> None:  # fmt: skip
+) -> None:
     for name in weights:
         if name not in get_args(Policy):
             raise UserError(f"data.weights: {name!r} is no policy; there are {', '.join(get_args(Policy))}")

@@ -67,9 +67,14 @@ class AcceptanceData(LightningDataModule):
     def _loader(self, which: int, accumulate: int) -> PackedLoader:
         assert self.sets is not None and self.trainer is not None
         return PackedLoader(
-            self.sets[which], self.batch_size, rank=self.trainer.global_rank, world_size=self.trainer.world_size,
-            accumulate=accumulate, shuffle=which == 0, seed=global_seed(),
-        )  # fmt: skip
+            self.sets[which],
+            self.batch_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            accumulate=accumulate,
+            shuffle=which == 0,
+            seed=global_seed(),
+        )
 
 
 class PredictorModule(TrainingModule):
@@ -135,11 +140,17 @@ class PredictorModule(TrainingModule):
         self._mean_weight = float((label_NW + self.rejection_weight * (1 - label_NW)).mean())
         self._drafter = dict(about["drafter"])
         seen = {
-            "verify": about["verify"], "temperatures": about["temperatures"], "depth": about["depth"], "set": about["id"],
+            "verify": about["verify"],
+            "temperatures": about["temperatures"],
+            "depth": about["depth"],
+            "set": about["id"],
             "ranks": label_NW.shape[1],
-            "validation_share": data.validation_share, "split_seed": global_seed(), "records": len(train),
-            "rejection_weight": self.rejection_weight, "baselines": self._baselines.to_dict(),
-        }  # fmt: skip
+            "validation_share": data.validation_share,
+            "split_seed": global_seed(),
+            "records": len(train),
+            "rejection_weight": self.rejection_weight,
+            "baselines": self._baselines.to_dict(),
+        }
         self.predictor = AcceptancePredictor(train.hidden_size, **self._sizes, seen=seen)
 
     @property

@@ -147,14 +147,26 @@ class Session:
         os.environ.update({name: str(folder / "wandb" / place) for name, place in _PLACES.items()})
         try:
             settings = wandb.Settings(
-                console="off", silent=who["mode"] == "offline", finish_timeout=seconds, init_timeout=30,
+                console="off",
+                silent=who["mode"] == "offline",
+                finish_timeout=seconds,
+                init_timeout=30,
                 x_transaction_log_flush_interval=0.5,  # what a kill may lose; by default 15 seconds
-                disable_git=code is None, git_root=str(_ROOT), git_commit=code["commit"] if code else None,
-            )  # fmt: skip
+                disable_git=code is None,
+                git_root=str(_ROOT),
+                git_commit=code["commit"] if code else None,
+            )
             self.run = wandb.init(
-                id=who["id"], project=who["project"], entity=who["entity"], mode=who["mode"], dir=str(folder), resume="allow",
-                reinit="create_new", settings=settings, **init,
-            )  # fmt: skip
+                id=who["id"],
+                project=who["project"],
+                entity=who["entity"],
+                mode=who["mode"],
+                dir=str(folder),
+                resume="allow",
+                reinit="create_new",
+                settings=settings,
+                **init,
+            )
         except (Error, ValueError, OSError) as error:
             self._leave()
             raise UserError(f"W&B ({who['mode']}): {one_line(error)}; WANDB_MODE=offline goes on without a network") from error
@@ -223,10 +235,15 @@ def _log_bundle(run: Any, made: bundle.Bundle, checkpoint: str) -> str:
 
     card = describe(made)
     metadata = {
-        "kind": made.kind, "metrics": dict(made.metrics), "recipe": made.recipe, "seed": made.seed, "data": made.data,
-        "versions": dict(made.versions), "target": made.target.get("fingerprint"),
+        "kind": made.kind,
+        "metrics": dict(made.metrics),
+        "recipe": made.recipe,
+        "seed": made.seed,
+        "data": made.data,
+        "versions": dict(made.versions),
+        "target": made.target.get("fingerprint"),
         "checkpoint": str(Path(checkpoint).resolve()),
-    }  # fmt: skip
+    }
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", made.path.name)[:128]
     artifact = wandb.Artifact(name, type="model", description=card, metadata=metadata)
     for file in (*made.files, bundle.MANIFEST):

@@ -56,11 +56,18 @@ class TrainingCLI(LightningCLI):
         discover()
         self.command = command
         super().__init__(
-            TrainingModule, LightningDataModule, args=[command, *args], save_config_callback=None, parser_class=OneLineParser,
-            subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False,
-            load_from_checkpoint_support=False, seed_everything_default=0,
+            TrainingModule,
+            LightningDataModule,
+            args=[command, *args],
+            save_config_callback=None,
+            parser_class=OneLineParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
             parser_kwargs={name: {"default_config_files": [str(BASE)]} for name in COMMANDS},
-        )  # fmt: skip
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -65,9 +65,11 @@ class Recorder:
         found = {
             "hidden": torch.cat([said.hidden_BFD for said in draft.said], 1)[rows_N, depth_N].to(self.dtype),
             "signals": torch.cat([said.signals_BFWC for said in draft.said], 1)[rows_N, depth_N, : label_NW.shape[1]].float(),
-            "depth": depth_N.short(), "label": label_NW, "max_q": q_NV.amax(-1),
+            "depth": depth_N.short(),
+            "label": label_NW,
+            "max_q": q_NV.amax(-1),
             "prompt": torch.tensor(numbers_B, dtype=torch.int32, device=rows_N.device)[rows_N],
-        }  # fmt: skip
+        }
         self._kept.append({name: value.cpu() for name, value in found.items()})
 
     def take(self) -> dict[str, Tensor]:
@@ -90,9 +92,15 @@ class Recorder:
 
 
 def records_of(
-    runner: Runner, prompts: Sequence[Sequence[int]], *, depth: int, verify: str, max_new_tokens: int, seed: int,
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    *,
+    depth: int,
+    verify: str,
+    max_new_tokens: int,
+    seed: int,
     dtype: torch.dtype,
-) -> Make:  # fmt: skip
+) -> Make:
     """What `write_acceptance` gets records from: chains of `depth`, the draws of a prompt fixed by its number and `seed`."""
 
     def make(numbers: Sequence[int], temperature: float, told: Callable[[int], None]) -> dict[str, Tensor]:
@@ -116,10 +124,26 @@ def records_of(
 
 
 def write_set(
-    *, target: str, drafter: str, prompts: str, out: str, temperatures: Sequence[float], verify: str, depth: int,
-    max_new_tokens: int, part_prompts: int, dtype: str, target_dtype: str, seed: int, limit: int | None,
-    columns: dict[str, str] | None, batch: int, device: str, rank: int, world_size: int,
-) -> str:  # fmt: skip
+    *,
+    target: str,
+    drafter: str,
+    prompts: str,
+    out: str,
+    temperatures: Sequence[float],
+    verify: str,
+    depth: int,
+    max_new_tokens: int,
+    part_prompts: int,
+    dtype: str,
+    target_dtype: str,
+    seed: int,
+    limit: int | None,
+    columns: dict[str, str] | None,
+    batch: int,
+    device: str,
+    rank: int,
+    world_size: int,
+) -> str:
     """Makes an acceptance set and says what was done; arguments as in `trainkit.runner.features.features`.
 
     Raises:
@@ -138,11 +162,15 @@ def write_set(
     depth = min(depth, runner.drafter.max_depth or depth)
     settings = {"verify": verify, "depth": depth, "max_new_tokens": max_new_tokens, "seed": seed}
     provenance = {
-        "target": bundle.fingerprint(target), "weights": weights_mark(target), "precision": target_dtype,
-        "drafter": drafter_mark(made), **settings, "dtype": dtype,
+        "target": bundle.fingerprint(target),
+        "weights": weights_mark(target),
+        "precision": target_dtype,
+        "drafter": drafter_mark(made),
+        **settings,
+        "dtype": dtype,
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
         "versions": {"trainkit": __version__, "torch": torch.__version__},
-    }  # fmt: skip
+    }
     layout = AcceptanceLayout(len(tokens), tuple(temperatures), part_prompts)
     make = records_of(runner, tokens, **settings, dtype=getattr(torch, dtype))
     written = write_acceptance(Path(out), layout, make, provenance, rank=rank, world_size=world_size, progress=rank == 0)

@@ -120,9 +120,14 @@ class AdaptiveChain(Chain, Paced):
             packing = Packing.of(nodes_B, kept + 1, sum(lengths) + len(lengths))
         reached = self.tree(kept)
         return Draft(
-            torch.cat(tokens[: kept + 1], dim=1), tuple(steps.scores[:kept]), reached.topology,
-            said=tuple(steps.said[:kept]), shape=reached, levels=drafted, packing=packing,
-        )  # fmt: skip
+            torch.cat(tokens[: kept + 1], dim=1),
+            tuple(steps.scores[:kept]),
+            reached.topology,
+            said=tuple(steps.said[:kept]),
+            shape=reached,
+            levels=drafted,
+            packing=packing,
+        )
 
     def _said(self, made: Proposals, depth: int) -> tuple[Tensor | None, Tensor]:
         """[B] what the policy reads of a level, if it does; and the columns of the best proposals [B, 1]."""
@@ -173,19 +178,29 @@ class RankedChain(Chain):
             nodes_B = torch.ones_like(steps.root_B).scatter_add(0, best // D, torch.ones_like(best))
             packing = Packing.of(nodes_B, D + 1, B * (1 + self.each))
         return Draft(
-            torch.cat(tokens, dim=1), tuple(steps.scores), self.tree.topology, said=tuple(steps.said), shape=self.tree,
-            packing=packing, chances_BD=chances_BD,
-        )  # fmt: skip
+            torch.cat(tokens, dim=1),
+            tuple(steps.scores),
+            self.tree.topology,
+            said=tuple(steps.said),
+            shape=self.tree,
+            packing=packing,
+            chances_BD=chances_BD,
+        )
 
 
 def _step(steps: Steps, level: Level, token_B1: Tensor, depth: int) -> Proposals:
     """What a chain's level proposes after a token."""
     B = token_B1.shape[0]
     frontier = Frontier(
-        tokens_BF=token_B1, positions_BF=(steps.position_B + depth)[:, None], nodes_F=level.nodes_F,
-        parents_BF=level.parents_F.expand(B, -1), parent_places_BF=level.parent_places_F.expand(B, -1),
-        ancestors_BFM=level.ancestors_FN.expand(B, -1, -1), depth=depth, chain=True,
-    )  # fmt: skip
+        tokens_BF=token_B1,
+        positions_BF=(steps.position_B + depth)[:, None],
+        nodes_F=level.nodes_F,
+        parents_BF=level.parents_F.expand(B, -1),
+        parent_places_BF=level.parent_places_F.expand(B, -1),
+        ancestors_BFM=level.ancestors_FN.expand(B, -1, -1),
+        depth=depth,
+        chain=True,
+    )
     return steps.expand(frontier, 1)
 
 

@@ -88,10 +88,20 @@ def generate(
         tokens = runner.tokenizer.encode(prompt, add_special_tokens=False)
     began = perf_counter()
     stream = runner.stream(
-        tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, depth=depth,
-        tree=None if tree is None else read_tree(tree), policy=policy, verify=verify, typical_epsilon=typical_epsilon,
-        typical_scale=typical_scale, stop=stop or (),
-    )  # fmt: skip
+        tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        depth=depth,
+        tree=None if tree is None else read_tree(tree),
+        policy=policy,
+        verify=verify,
+        typical_epsilon=typical_epsilon,
+        typical_scale=typical_scale,
+        stop=stop or (),
+    )
     for piece in stream:
         print(piece, end="", flush=True)
     print()

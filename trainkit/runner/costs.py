@@ -143,9 +143,12 @@ def measure_chain_costs(
 
 
 def _fitted(
-    runs: Mapping[Any, Sequence[Sequence[float]]], depths: Sequence[int], nodes: Sequence[int], half_nodes: float,
+    runs: Mapping[Any, Sequence[Sequence[float]]],
+    depths: Sequence[int],
+    nodes: Sequence[int],
+    half_nodes: float,
     half_pads: int,
-) -> tuple[tuple[float, ...], float, float, float, float, float, float]:  # fmt: skip
+) -> tuple[tuple[float, ...], float, float, float, float, float, float]:
     """The costs of so many rows, from `timed`: of verifying by nodes, first level, level, packing, pad, rest, plain rest.
 
     What a repeat says counts by its own plain round, since what slows the machine for a while slows both; and the parts add up

@@ -234,9 +234,19 @@ class Rounds:
         else:
             proposing, keep = None if ranked else noise, drawn or plan.observe is not None
             draft = grow(
-                tree, self.drafter, draft_state, self.handle, token, position, sampling, proposing, span, keep,
-                keep_said=plan.observe is not None, done_B=state["done"],
-            )  # fmt: skip
+                tree,
+                self.drafter,
+                draft_state,
+                self.handle,
+                token,
+                position,
+                sampling,
+                proposing,
+                span,
+                keep,
+                keep_said=plan.observe is not None,
+                done_B=state["done"],
+            )
             if draft.shape is not None:
                 tree, noise = draft.shape, None if noise is None else noise[:, : draft.shape.depth + 1]
         assert not isinstance(noise, Noise)
@@ -294,9 +304,17 @@ class Rounds:
         return packing.pad(logits), None if taps is None else packing.pad(taps)
 
     def _commit(
-        self, plan: Plan, tree: Shape, state: State, draft_state: State, draft: Draft, verdict: Verdict, logits: Tensor,
-        taps: Tensor | None, span: int,
-    ) -> RoundOutput:  # fmt: skip
+        self,
+        plan: Plan,
+        tree: Shape,
+        state: State,
+        draft_state: State,
+        draft: Draft,
+        verdict: Verdict,
+        logits: Tensor,
+        taps: Tensor | None,
+        span: int,
+    ) -> RoundOutput:
         position, path = state["position"], verdict.path_BP
         levels = tree.depth if draft.levels is None else draft.levels
         counts = verdict.counts_B.masked_fill(state["done"], 0)

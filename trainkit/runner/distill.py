@@ -92,10 +92,13 @@ def distill(
     else:
         answer, source = _remote(base_url, model, tokenizer, asked, sampling, concurrency)
     provenance = {
-        "target": bundle.fingerprint(target), "vocabulary": vocabulary_hash(tokenizer), **sampling, **source,
+        "target": bundle.fingerprint(target),
+        "vocabulary": vocabulary_hash(tokenizer),
+        **sampling,
+        **source,
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
         "versions": {"trainkit": __version__},
-    }  # fmt: skip
+    }
     folder = Path(out)
     made = write_set(folder, layout, asked, answer, provenance, rank=rank, world_size=world_size, progress=rank == 0)
     return _summary(folder, layout, made, rank, world_size)
@@ -115,9 +118,15 @@ def _check(temperatures: Sequence[float], counts: Mapping[str, int], top_k: int,
 
 
 def _local(
-    target: str, drafter: str | None, asked: Sequence[Asked], sampling: dict[str, Any], depth: int | None, batch: int,
-    device: str, dtype: str,
-) -> Answerer:  # fmt: skip
+    target: str,
+    drafter: str | None,
+    asked: Sequence[Asked],
+    sampling: dict[str, Any],
+    depth: int | None,
+    batch: int,
+    device: str,
+    dtype: str,
+) -> Answerer:
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     longest = max(range(len(asked)), key=lambda place: len(asked[place].tokens))
@@ -146,9 +155,13 @@ def _remote(
     from trainkit.data.server import Server
 
     server = Server(
-        base_url, model, tokenizer=tokenizer, end_id=tokenizer.eos_token_id, concurrency=concurrency,
+        base_url,
+        model,
+        tokenizer=tokenizer,
+        end_id=tokenizer.eos_token_id,
+        concurrency=concurrency,
         api_key=os.environ.get("OPENAI_API_KEY"),
-    )  # fmt: skip
+    )
 
     def answer(items: Sequence[Item], temperature: float) -> Iterator[Answer]:
         numbered = ((number, asked[prompt].tokens) for number, prompt, _ in items)
@@ -157,8 +170,9 @@ def _remote(
         if server.encoded > before:
             print(
                 f"{server.encoded - before:,} answers came without token ids and were encoded from their text, which need not "
-                "give the tokens that the model drew", file=sys.stderr,
-            )  # fmt: skip
+                "give the tokens that the model drew",
+                file=sys.stderr,
+            )
 
     return answer, {"server": server.describe()}
 

@@ -48,9 +48,15 @@ class Runner:
     """
 
     def __init__(
-        self, rounds: Rounds, shape: TargetShape, folder: Path | None, max_batch: int, max_len: int, capture: bool,
+        self,
+        rounds: Rounds,
+        shape: TargetShape,
+        folder: Path | None,
+        max_batch: int,
+        max_len: int,
+        capture: bool,
         predictor: AcceptancePredictor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.rounds, self.shape, self.folder = rounds, shape, folder
         self.max_len = max_len
         self.device = rounds.target.embed.weight.device
@@ -100,9 +106,15 @@ class Runner:
 
     @staticmethod
     def of(
-        target: Any, drafter: Drafter | None, shape: TargetShape, folder: Path | None = None, max_batch: int = 8,
-        max_len: int = 2048, capture: bool | None = None, predictor: AcceptancePredictor | None = None,
-    ) -> Runner:  # fmt: skip
+        target: Any,
+        drafter: Drafter | None,
+        shape: TargetShape,
+        folder: Path | None = None,
+        max_batch: int = 8,
+        max_len: int = 2048,
+        capture: bool | None = None,
+        predictor: AcceptancePredictor | None = None,
+    ) -> Runner:
         """A runner over modules that are already in memory."""
         device = target.embed.weight.device
         if drafter is not None:
@@ -192,9 +204,21 @@ class Runner:
             UserError: an argument out of range, an empty prompt, or one longer than the cache.
         """
         options = Options(
-            max_new_tokens, temperature, top_p, top_k, seed, depth, verify, strings(stop), logprobs, tree, policy,
-            ignore_end, typical_epsilon, typical_scale,
-        )  # fmt: skip
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k,
+            seed,
+            depth,
+            verify,
+            strings(stop),
+            logprobs,
+            tree,
+            policy,
+            ignore_end,
+            typical_epsilon,
+            typical_scale,
+        )
         if n < 1:
             raise UserError(f"n {n} must be at least 1")
         each = [(prompt, (i, sample)) for i, prompt in enumerate(prompts) for sample in range(n)]

@@ -122,21 +122,51 @@ def features(
         if len(train) > 1:
             raise UserError("--data: with --acceptance give one file or folder of prompts")
         return write_set(
-            target=target, drafter=acceptance, prompts=train[0], out=out, temperatures=temperatures, verify=verify, depth=depth,
-            max_new_tokens=max_new_tokens, part_prompts=part_prompts, dtype=dtype, target_dtype=target_dtype, seed=seed,
-            limit=limit, columns=columns, batch=batch, device=device, rank=rank, world_size=world_size,
-        )  # fmt: skip
+            target=target,
+            drafter=acceptance,
+            prompts=train[0],
+            out=out,
+            temperatures=temperatures,
+            verify=verify,
+            depth=depth,
+            max_new_tokens=max_new_tokens,
+            part_prompts=part_prompts,
+            dtype=dtype,
+            target_dtype=target_dtype,
+            seed=seed,
+            limit=limit,
+            columns=columns,
+            batch=batch,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+        )
     validation = [validation] if isinstance(validation, str) else validation
     read_config(target, trust_remote_code)  # a missing folder would be looked for on the hub, as a tokenizer's name
     tokenizer = load_tokenizer(target)
     policy = {
-        "validation_share": None if validation else validation_share, "seed": None if validation else seed, "limit": limit,
-        "limit_validation": limit_validation, "columns": columns, "on_bad_row": on_bad_row, "on_long_row": on_long_row,
-    }  # fmt: skip
+        "validation_share": None if validation else validation_share,
+        "seed": None if validation else seed,
+        "limit": limit,
+        "limit_validation": limit_validation,
+        "columns": columns,
+        "on_bad_row": on_bad_row,
+        "on_long_row": on_long_row,
+    }
     made = prepare(
-        train, validation, tokenizer, length, columns=columns, on_bad_row=on_bad_row, on_long_row=on_long_row, seed=seed,
-        validation_share=validation_share, limit=limit, limit_validation=limit_validation, cache_dir=cache or CACHE,
-    )  # fmt: skip
+        train,
+        validation,
+        tokenizer,
+        length,
+        columns=columns,
+        on_bad_row=on_bad_row,
+        on_long_row=on_long_row,
+        seed=seed,
+        validation_share=validation_share,
+        limit=limit,
+        limit_validation=limit_validation,
+        cache_dir=cache or CACHE,
+    )
     teacher = FrozenTarget(target, getattr(torch, target_dtype), trust_remote_code)
     shape = teacher.shape()
     if length > (covered := shape.decoder.max_positions):
@@ -150,9 +180,14 @@ def features(
     states = sorted({teacher.layer(tap) for tap in [*named, *([-1] if top_k is None else [])]})
     sets = {name: packed for name, packed in (("train", made.train), ("validation", made.validation)) if len(packed)}
     layout = FeatureLayout(
-        {name: len(packed) for name, packed in sets.items()}, length, tuple(states), teacher.hidden_size, top_k,
-        getattr(torch, dtype), shard_rows,
-    )  # fmt: skip
+        {name: len(packed) for name, packed in sets.items()},
+        length,
+        tuple(states),
+        teacher.hidden_size,
+        top_k,
+        getattr(torch, dtype),
+        shard_rows,
+    )
 
     @torch.inference_mode()
     def read(rows: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -160,10 +195,12 @@ def features(
         return states_BTAD, None if top_k is None else first
 
     provenance = {
-        "target": bundle.fingerprint(target), "weights": weights_mark(target), "precision": target_dtype,
+        "target": bundle.fingerprint(target),
+        "weights": weights_mark(target),
+        "precision": target_dtype,
         "data": {"train": _hashes(train), "validation": _hashes(validation), **policy, "fingerprint": made.fingerprint},
         "versions": {"trainkit": __version__, "torch": torch.__version__},
-    }  # fmt: skip
+    }
     folder = Path(out)
     written = write_features(
         folder, layout, sets, read, provenance, batch=batch, rank=rank, world_size=world_size, progress=rank == 0
@@ -173,9 +210,19 @@ def features(
 
 _DECODING = ("temperatures", "verify", "depth", "max_new_tokens", "part_prompts")
 _READING = (
-    "validation", "taps", "kind", "top_k", "length", "validation_share", "limit_validation", "on_bad_row", "on_long_row",
-    "shard_rows", "cache", "trust_remote_code",
-)  # fmt: skip
+    "validation",
+    "taps",
+    "kind",
+    "top_k",
+    "length",
+    "validation_share",
+    "limit_validation",
+    "on_bad_row",
+    "on_long_row",
+    "shard_rows",
+    "cache",
+    "trust_remote_code",
+)
 
 
 def _check_together(given: Mapping[str, Any], decodes: bool) -> None:

@@ -97,9 +97,12 @@ class Pacer:
         return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
 
     def costs(
-        self, most: int, predictor: AcceptancePredictor | None, sampling: Sampling | None = None,
+        self,
+        most: int,
+        predictor: AcceptancePredictor | None,
+        sampling: Sampling | None = None,
         tree: PredictedTree | None = None,
-    ) -> ChainCosts:  # fmt: skip
+    ) -> ChainCosts:
         """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine.
 
         With `tree` what its levels and nodes take.
@@ -109,12 +112,22 @@ class Pacer:
         target, captured = self.rounds.target, self.schedule.graphs is not None
         length, batch = min(256, self.max_len // 2), self.schedule.max_batch
         setting = {
-            "processor": processor(self.device), "device": str(self.device), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "dtype": str(target.embed.weight.dtype), "target": sizes_of(target),
-            "drafter": sizes_of(self.rounds.drafter), "predictor": sizes_of(predictor), "graphs": captured, "most": most,
-            "batch": batch, "length": length, "sampling": _parts(sampling), "parts": "draft, verify, packing, rest 4",
+            "processor": processor(self.device),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "dtype": str(target.embed.weight.dtype),
+            "target": sizes_of(target),
+            "drafter": sizes_of(self.rounds.drafter),
+            "predictor": sizes_of(predictor),
+            "graphs": captured,
+            "most": most,
+            "batch": batch,
+            "length": length,
+            "sampling": _parts(sampling),
+            "parts": "draft, verify, packing, rest 4",
             "tree": None if tree is None else [tree.depth, tree.top_k, tree.nodes],
-        }  # fmt: skip
+        }
 
         word = None if predictor is None else FoldedPredictor(predictor, sampling.temperature)
 

@@ -76,9 +76,13 @@ def round_costs(
 
 @torch.inference_mode()
 def timed(
-    rounds: Rounds, parts: Mapping[Any, tuple[Shape, Tree, Sequence[int]]], length: int, batch: int, repeats: int,
+    rounds: Rounds,
+    parts: Mapping[Any, tuple[Shape, Tree, Sequence[int]]],
+    length: int,
+    batch: int,
+    repeats: int,
     sampling: Sampling | None = None,
-) -> dict[Any, list[list[float]]]:  # fmt: skip
+) -> dict[Any, list[list[float]]]:
     """Seconds of drafting the one and verifying the other, all nodes of it or so many in each row, by name; of each repeat.
 
     With a `sampling`, noise, processing and the target's choice too; each level makes a row of noise, and verifying another.

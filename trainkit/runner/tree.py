@@ -336,15 +336,28 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
         if path:
             children_NW[number[path[:-1]], path[-1]] = number[path]
     return Tree(
-        paths=tuple(ordered), levels=tuple(levels), depth=len(levels), children_NW=children_NW,
+        paths=tuple(ordered),
+        levels=tuple(levels),
+        depth=len(levels),
+        children_NW=children_NW,
         topology=Topology(tensor([[len(p) for p in nodes]]), tensor([[number[p[:-1]] for p in nodes]]), ancestors[None]),
-    )  # fmt: skip
+    )
 
 
 def grow(
-    tree: Shape, drafter: Drafter, state: State, handle: TargetHandle, root_B: Tensor, position_B: Tensor, sampling: Sampling,
-    noise_BDV: Tensor | Noise | None, span: int, keep_scores: bool, keep_said: bool = False, done_B: Tensor | None = None,
-) -> Draft:  # fmt: skip
+    tree: Shape,
+    drafter: Drafter,
+    state: State,
+    handle: TargetHandle,
+    root_B: Tensor,
+    position_B: Tensor,
+    sampling: Sampling,
+    noise_BDV: Tensor | Noise | None,
+    span: int,
+    keep_scores: bool,
+    keep_said: bool = False,
+    done_B: Tensor | None = None,
+) -> Draft:
     """Drafts a tree of this shape; the other arguments as in `Steps`."""
     steps = Steps(drafter, state, handle, root_B, position_B, sampling, noise_BDV, span, keep_scores, keep_said, done_B)
     return tree.grow(steps)

@@ -165,9 +165,7 @@ def residual(tree: Tree, draft: Draft, scores_BNV: Tensor, keys_B2: Tensor, posi
     return Verdict(path, counts, emitted)
 
 
-def mixed(
-    draft: Draft, scores_BDV: Tensor, keys_B2: Tensor, position_B: Tensor, share: float, greedy: bool
-) -> Verdict:
+def mixed(draft: Draft, scores_BDV: Tensor, keys_B2: Tensor, position_B: Tensor, share: float, greedy: bool) -> Verdict:
     """Text of both: each token is the draft's with probability `share`, otherwise the target's, whatever either thinks of it.
 
     So every token comes from share q + (1 - share) p given what stands before it, as on-policy distillation wants it (Agarwal

@@ -27,7 +27,7 @@ from trainkit.drafters.base import (
     StepOutput,
     TargetHandle,
     TargetShape,
-)  # fmt: skip
+)
 from trainkit.losses.output import heads_together
 
 WIDEST = 4
@@ -76,9 +76,15 @@ class Twig(Drafter):
         }
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         assert taps_BTAD is not None
         state["feature"].copy_(self.fuse(taps_BTAD[:, -1].flatten(1)))
 
@@ -93,9 +99,17 @@ class Twig(Drafter):
         return StepOutput(handle.head(hidden), None, hidden)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        path_BP: Tensor | None,
+        tokens_BP: Tensor,
+        next_BP: Tensor,
+        counts_B: Tensor,
+        root_B: Tensor,
+        taps_BPAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         assert taps_BPAD is not None
         last = (counts_B - 1).clamp(min=0)[:, None, None, None].expand(-1, 1, *taps_BPAD.shape[2:])
         feature = self.fuse(taps_BPAD.gather(1, last)[:, 0].flatten(1))

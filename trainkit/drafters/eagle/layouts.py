@@ -48,35 +48,45 @@ def shapes(layer: DecoderShape, taps: int, draft_vocab_size: int, layout: str) -
     H, inner, V = layer.hidden_size, layer.intermediate_size, layer.vocab_size
     q, kv, at = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim, PREFIX[layout]
     return {
-        "embed_tokens.weight": (V, H), "fc.weight": (H, taps * H), "norm.weight": (H,), "lm_head.weight": (draft_vocab_size, H),
-        "d2t": (draft_vocab_size,), "t2d": (V,),
+        "embed_tokens.weight": (V, H),
+        "fc.weight": (H, taps * H),
+        "norm.weight": (H,),
+        "lm_head.weight": (draft_vocab_size, H),
+        "d2t": (draft_vocab_size,),
+        "t2d": (V,),
         **{f"{at}.{name}.weight": (H,) for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")},
-        f"{at}.self_attn.q_proj.weight": (q, 2 * H), f"{at}.self_attn.k_proj.weight": (kv, 2 * H),
-        f"{at}.self_attn.v_proj.weight": (kv, 2 * H), f"{at}.self_attn.o_proj.weight": (H, q),
-        f"{at}.mlp.gate_proj.weight": (inner, H), f"{at}.mlp.up_proj.weight": (inner, H),
+        f"{at}.self_attn.q_proj.weight": (q, 2 * H),
+        f"{at}.self_attn.k_proj.weight": (kv, 2 * H),
+        f"{at}.self_attn.v_proj.weight": (kv, 2 * H),
+        f"{at}.self_attn.o_proj.weight": (H, q),
+        f"{at}.mlp.gate_proj.weight": (inner, H),
+        f"{at}.mlp.up_proj.weight": (inner, H),
         f"{at}.mlp.down_proj.weight": (H, inner),
-    }  # fmt: skip
+    }
 
 
 def to_file(state: Mapping[str, Tensor], layer: DecoderShape, ids_K: Tensor | None, layout: str) -> dict[str, Tensor]:
     """The file's tensors from the drafter's, but for the embedding: fused projections apart, ids as offsets and as a mask."""
     q, kv, at, V = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim, PREFIX[layout], layer.vocab_size
     tensors = {
-        "fc.weight": state["fc.weight"], "norm.weight": state["norm.weight"], "lm_head.weight": state["lm_head.weight"],
+        "fc.weight": state["fc.weight"],
+        "norm.weight": state["norm.weight"],
+        "lm_head.weight": state["lm_head.weight"],
         f"{at}.hidden_norm.weight": state["layer.hidden_norm.weight"],
         f"{at}.input_layernorm.weight": state["layer.embedding_norm.weight"],
         f"{at}.post_attention_layernorm.weight": state["layer.mlp_norm.weight"],
         f"{at}.self_attn.o_proj.weight": state["layer.attention.out.weight"],
         f"{at}.mlp.down_proj.weight": state["layer.mlp.down.weight"],
-    }  # fmt: skip
+    }
     for name, rows in zip("qkv", state["layer.attention.qkv.weight"].split([q, kv, kv]), strict=True):
         tensors[f"{at}.self_attn.{name}_proj.weight"] = rows
     for name, rows in zip(("gate", "up"), state["layer.mlp.gate_up.weight"].chunk(2), strict=True):
         tensors[f"{at}.mlp.{name}_proj.weight"] = rows
     held_K = torch.arange(V) if ids_K is None else ids_K.cpu()
     return tensors | {
-        "d2t": held_K - torch.arange(len(held_K)), "t2d": torch.zeros(V, dtype=torch.bool).index_fill_(0, held_K, True)
-    }  # fmt: skip
+        "d2t": held_K - torch.arange(len(held_K)),
+        "t2d": torch.zeros(V, dtype=torch.bool).index_fill_(0, held_K, True),
+    }
 
 
 def from_file(tensors: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Tensor], Tensor]:
@@ -96,7 +106,7 @@ def from_file(tensors: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Te
             "layer.attention.out.weight": tensors[f"{at}.self_attn.o_proj.weight"],
             "layer.mlp.gate_up.weight": torch.cat([tensors[f"{at}.mlp.{name}_proj.weight"] for name in ("gate", "up")]),
             "layer.mlp.down.weight": tensors[f"{at}.mlp.down_proj.weight"],
-        }  # fmt: skip
+        }
         offsets_K = tensors.get("d2t", torch.zeros(len(tensors["lm_head.weight"]), dtype=torch.long))
     except KeyError as error:
         raise UserError(f"{source}: tensor {error.args[0]!r} is missing; give a whole EAGLE-3 checkpoint") from None
@@ -104,9 +114,16 @@ def from_file(tensors: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Te
 
 
 def configuration(
-    layer: DecoderShape, taps: Sequence[int], verifiers: list[str], target: DecoderShape, draft_vocab_size: int, layout: str,
-    dtype: torch.dtype, end_ids: Sequence[int], verifier: str,
-) -> dict[str, Any]:  # fmt: skip
+    layer: DecoderShape,
+    taps: Sequence[int],
+    verifiers: list[str],
+    target: DecoderShape,
+    draft_vocab_size: int,
+    layout: str,
+    dtype: torch.dtype,
+    end_ids: Sequence[int],
+    verifier: str,
+) -> dict[str, Any]:
     """The layout's config.json.
 
     `norm_before_residual` is written although false, since readers differ in what they assume. Tap ids are left out of a flat
@@ -115,9 +132,12 @@ def configuration(
     plain = hf_config(layer, end_ids, None, dtype)
     if layout == "flat":
         found = plain | {
-            "architectures": [_ARCHITECTURES[layout]], "draft_vocab_size": draft_vocab_size, "tie_word_embeddings": False,
-            "norm_before_residual": False, "rope_theta": layer.rope["rope_theta"],
-        }  # fmt: skip
+            "architectures": [_ARCHITECTURES[layout]],
+            "draft_vocab_size": draft_vocab_size,
+            "tie_word_embeddings": False,
+            "norm_before_residual": False,
+            "rope_theta": layer.rope["rope_theta"],
+        }
         if layer.rope["rope_type"] != "default":  # readers of transformers 4 look here
             found["rope_scaling"] = {name: value for name, value in layer.rope.items() if name != "rope_theta"}
         if target.num_layers < 7 or tuple(taps) != default_taps(target.num_layers):
@@ -125,24 +145,45 @@ def configuration(
             found["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps]}
         return found
     layer_fields = (
-        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias",
-        "max_position_embeddings", "rope_parameters",
-    )  # fmt: skip
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "hidden_act",
+        "attention_bias",
+        "mlp_bias",
+        "max_position_embeddings",
+        "rope_parameters",
+    )
     return {
-        "architectures": [_ARCHITECTURES[layout]], "speculators_model_type": "eagle3", "speculators_version": "0.9.0",
-        "draft_vocab_size": draft_vocab_size, "eagle_aux_hidden_state_layer_ids": list(taps), "norm_before_residual": False,
-        "norm_before_fc": False, "fc_norm": False, "norm_output": False, "embed_requires_grad": False,
-        "target_hidden_size": None, "tie_word_embeddings": False, "dtype": plain["dtype"],
+        "architectures": [_ARCHITECTURES[layout]],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "draft_vocab_size": draft_vocab_size,
+        "eagle_aux_hidden_state_layer_ids": list(taps),
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "fc_norm": False,
+        "norm_output": False,
+        "embed_requires_grad": False,
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "dtype": plain["dtype"],
         "speculators_config": {
-            "algorithm": "eagle3", "default_proposal_method": "greedy",
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
             "proposal_methods": [
                 {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
             ],
             "verifier": {"name_or_path": verifier, "architectures": verifiers},
         },
         "transformer_layer_config": {name: plain[name] for name in layer_fields} | {"tie_word_embeddings": False},
-    }  # fmt: skip
+    }
 
 
 def arguments(folder: Path, target_layers: int) -> dict[str, Any]:
@@ -172,9 +213,13 @@ def arguments(folder: Path, target_layers: int) -> dict[str, Any]:
         rope |= {"rope_type" if name == "type" else name: value for name, value in (given or {}).items()}
     heads = layer["num_attention_heads"]
     return {
-        "taps": list(taps or default_taps(target_layers)), "intermediate_size": layer["intermediate_size"], "num_heads": heads,
-        "num_kv_heads": layer.get("num_key_value_heads", heads), "rope": rope, "norm_eps": layer.get("rms_norm_eps", 1e-6),
-    }  # fmt: skip
+        "taps": list(taps or default_taps(target_layers)),
+        "intermediate_size": layer["intermediate_size"],
+        "num_heads": heads,
+        "num_kv_heads": layer.get("num_key_value_heads", heads),
+        "rope": rope,
+        "norm_eps": layer.get("rms_norm_eps", 1e-6),
+    }
 
 
 def claimed(folder: Path) -> bool:
@@ -212,12 +257,23 @@ def verifier(folder: Path, target: DecoderShape) -> list[str]:
 
 
 def layer_shape(
-    target: DecoderShape, intermediate_size: int | None, num_heads: int | None, num_kv_heads: int | None,
-    rope: Mapping[str, Any] | None, norm_eps: float | None,
-) -> DecoderShape:  # fmt: skip
+    target: DecoderShape,
+    intermediate_size: int | None,
+    num_heads: int | None,
+    num_kv_heads: int | None,
+    rope: Mapping[str, Any] | None,
+    norm_eps: float | None,
+) -> DecoderShape:
     """Sizes of the draft's one layer: Llama's layout, whatever biases and norms the target's attention has."""
     return replace(
-        target, num_layers=1, intermediate_size=intermediate_size or target.intermediate_size,
-        num_heads=num_heads or target.num_heads, num_kv_heads=num_kv_heads or target.num_kv_heads, qkv_bias=False,
-        qk_norm=False, tied=False, rope=dict(rope or target.rope), norm_eps=norm_eps or target.norm_eps,
-    )  # fmt: skip
+        target,
+        num_layers=1,
+        intermediate_size=intermediate_size or target.intermediate_size,
+        num_heads=num_heads or target.num_heads,
+        num_kv_heads=num_kv_heads or target.num_kv_heads,
+        qkv_bias=False,
+        qk_norm=False,
+        tied=False,
+        rope=dict(rope or target.rope),
+        norm_eps=norm_eps or target.norm_eps,
+    )

@@ -206,9 +206,15 @@ class Eagle(Drafter):
         }
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         assert taps_BTAD is not None
         state["root"].copy_(self._read(state, next_BT, taps_BTAD, positions_BT, handle, span)[:, -1:])
 
@@ -231,9 +237,17 @@ class Eagle(Drafter):
         return self._layer(state, embedded_BFD, feature_BFD, places_BF, slots_BF, bias)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        path_BP: Tensor | None,
+        tokens_BP: Tensor,
+        next_BP: Tensor,
+        counts_B: Tensor,
+        root_B: Tensor,
+        taps_BPAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         assert taps_BPAD is not None
         # past the accepted path this writes what the next rounds write over, before anything looks there
         places_BP = root_B[:, None] + torch.arange(next_BP.shape[1], device=root_B.device)
@@ -263,11 +277,16 @@ class Eagle(Drafter):
 
     def config(self) -> dict[str, Any]:
         return {
-            "taps": list(self.taps), "steps": self.steps, "decay": self.decay,
-            "intermediate_size": self.shape.intermediate_size, "num_heads": self.shape.num_heads,
-            "num_kv_heads": self.shape.num_kv_heads, "rope": dict(self.shape.rope), "norm_eps": self.shape.norm_eps,
+            "taps": list(self.taps),
+            "steps": self.steps,
+            "decay": self.decay,
+            "intermediate_size": self.shape.intermediate_size,
+            "num_heads": self.shape.num_heads,
+            "num_kv_heads": self.shape.num_kv_heads,
+            "rope": dict(self.shape.rope),
+            "norm_eps": self.shape.norm_eps,
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
-        }  # fmt: skip
+        }
 
     # On disk: layouts.py
 
@@ -284,9 +303,16 @@ class Eagle(Drafter):
         tensors = layouts.to_file(self.state_dict(), self.shape, self.ids_K, layout)
         tensors["embed_tokens.weight"] = layouts.embedding(source)
         config = layouts.configuration(
-            self.shape, self.taps, layouts.verifier(source, target), target, self.lm_head.weight.shape[0], layout, dtype,
-            self.target.end_ids, (self.target.fingerprint or {}).get("path", ""),
-        )  # fmt: skip
+            self.shape,
+            self.taps,
+            layouts.verifier(source, target),
+            target,
+            self.lm_head.weight.shape[0],
+            layout,
+            dtype,
+            self.target.end_ids,
+            (self.target.fingerprint or {}).get("path", ""),
+        )
         layouts.write(folder, tensors, config, dtype)
 
     @classmethod

@@ -129,9 +129,15 @@ class Hydra(Drafter):
         return state
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         assert taps_BTAD is not None
         hidden_BTD = taps_BTAD[:, :, 0]
         if self.prefix is not None:
@@ -150,9 +156,17 @@ class Hydra(Drafter):
         return StepOutput(self.lm_heads.of(depth, handle.head)(hidden_BFD), self.ids_K, hidden_BFD)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        path_BP: Tensor | None,
+        tokens_BP: Tensor,
+        next_BP: Tensor,
+        counts_B: Tensor,
+        root_B: Tensor,
+        taps_BPAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         assert taps_BPAD is not None
         hidden_BPD = taps_BPAD[:, :, 0]
         if self.prefix is not None:
@@ -168,10 +182,14 @@ class Hydra(Drafter):
 
     def config(self) -> dict[str, Any]:
         return {
-            "num_heads": len(self.blocks), "num_layers": self.num_layers, "prefix": self.prefix is not None, "head": self.head,
-            "decay": self.decay, "dropout": self.dropout,
+            "num_heads": len(self.blocks),
+            "num_layers": self.num_layers,
+            "prefix": self.prefix is not None,
+            "head": self.head,
+            "decay": self.decay,
+            "dropout": self.dropout,
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
-        }  # fmt: skip
+        }
 
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
         tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}

@@ -43,7 +43,7 @@ from trainkit.models.load import (
     read_config,
     read_tensors,
     save_decoder,
-)  # fmt: skip
+)
 
 
 class LMDraft(Drafter):
@@ -149,17 +149,29 @@ class LMDraft(Drafter):
         }
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         bias = causal_bias(positions_BT, span, state["cache"].dtype)
         self.decoder(tokens_BT, positions_BT, bias, state["cache"], positions_BT)
         state["previous"].copy_(tokens_BT[:, -1])
 
     def catch_up(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         # and the token before, which was never fed if it ended a draft that was accepted whole
         tokens_BT = torch.cat([state["previous"][:, None], tokens_BT], dim=1)
         positions_BT = torch.cat([positions_BT[:, :1] - 1, positions_BT], dim=1)
@@ -185,9 +197,17 @@ class LMDraft(Drafter):
         return StepOutput(project(hidden, self.head_KD, None, self.decoder.streams), self.ids_K, hidden)
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        path_BP: Tensor | None,
+        tokens_BP: Tensor,
+        next_BP: Tensor,
+        counts_B: Tensor,
+        root_B: Tensor,
+        taps_BPAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         if path_BP is not None:
             move_slots(state["cache"], root_B[:, None] + path_BP, root_B)
         last = tokens_BP.gather(1, (counts_B - 1).clamp(min=0)[:, None])[:, 0]
@@ -206,10 +226,14 @@ class LMDraft(Drafter):
     def config(self) -> dict[str, Any]:
         shape = self.decoder.shape
         return {
-            "num_layers": shape.num_layers, "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
-            "num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "init": self.init,
+            "num_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_heads": shape.num_heads,
+            "num_kv_heads": shape.num_kv_heads,
+            "init": self.init,
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
-        }  # fmt: skip
+        }
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]]:
         return hf_shapes(self.decoder.shape)

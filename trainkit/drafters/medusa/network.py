@@ -92,9 +92,15 @@ class Medusa(Drafter):
         return {"hidden": torch.zeros(batch_size, 1, self.target.decoder.hidden_size, device=device, dtype=dtype)}
 
     def prefill(
-        self, state: State, tokens_BT: Tensor, next_BT: Tensor, positions_BT: Tensor, taps_BTAD: Tensor | None,
-        handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        tokens_BT: Tensor,
+        next_BT: Tensor,
+        positions_BT: Tensor,
+        taps_BTAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         assert taps_BTAD is not None
         state["hidden"].copy_(taps_BTAD[:, -1])
 
@@ -105,9 +111,17 @@ class Medusa(Drafter):
         return StepOutput(logits_B1K.expand(-1, nodes, -1), self.ids_K, hidden_B1D.expand(-1, nodes, -1))
 
     def commit(
-        self, state: State, path_BP: Tensor | None, tokens_BP: Tensor, next_BP: Tensor, counts_B: Tensor, root_B: Tensor,
-        taps_BPAD: Tensor | None, handle: TargetHandle, span: int,
-    ) -> None:  # fmt: skip
+        self,
+        state: State,
+        path_BP: Tensor | None,
+        tokens_BP: Tensor,
+        next_BP: Tensor,
+        counts_B: Tensor,
+        root_B: Tensor,
+        taps_BPAD: Tensor | None,
+        handle: TargetHandle,
+        span: int,
+    ) -> None:
         assert taps_BPAD is not None
         state["hidden"].copy_(last_kept(taps_BPAD[:, :, 0], counts_B, state["hidden"]))
 
@@ -117,9 +131,12 @@ class Medusa(Drafter):
 
     def config(self) -> dict[str, Any]:
         return {
-            "num_heads": len(self.blocks), "num_layers": self.num_layers, "head": self.head, "decay": self.decay,
+            "num_heads": len(self.blocks),
+            "num_layers": self.num_layers,
+            "head": self.head,
+            "decay": self.decay,
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
-        }  # fmt: skip
+        }
 
     # On disk: the layout that vLLM up to 0.32 loads
 
@@ -142,11 +159,16 @@ class Medusa(Drafter):
             return  # and no config.json by which vLLM would take it
         vocabulary = self.target.decoder.vocab_size
         config = {
-            "model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": self.target.decoder.hidden_size,
-            "vocab_size": vocabulary, "num_heads": len(self.blocks), "num_hidden_layers": self.num_layers,
-            "medusa_fc_bias": True, "original_lm_head": False,
+            "model_type": "medusa",
+            "architectures": ["MedusaModel"],
+            "hidden_size": self.target.decoder.hidden_size,
+            "vocab_size": vocabulary,
+            "num_heads": len(self.blocks),
+            "num_hidden_layers": self.num_layers,
+            "medusa_fc_bias": True,
+            "original_lm_head": False,
             "truncated_vocab_size": vocabulary if self.ids_K is None else len(self.ids_K),
-        }  # fmt: skip
+        }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
