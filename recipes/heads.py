@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from trainkit import bundle
-from trainkit.data.prompts import read_prompts
+from trainkit.data.text.prompts import read_prompts
 from trainkit.drafters.base import DraftBatch
-from trainkit.eval.search import full
+from trainkit.eval.tree_search.search import full
 from trainkit.losses.divergence import ForwardKL
 from trainkit.models.target import FrozenTarget
 from trainkit.modules.draft import agreement_by_position, rounds

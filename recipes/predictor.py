@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from trainkit.data.prompts import read_prompts
-from trainkit.eval.ranks import BEYOND, walk
+from trainkit.data.text.prompts import read_prompts
+from trainkit.eval.tree_search.ranks import BEYOND, walk
 from trainkit.runner import DynamicTree, Runner, Stats
-from trainkit.runner.costs import ChainCosts
+from trainkit.runner.policies.cost_model import ChainCosts
 from trainkit.runner.sampling import Sampling
 
 MOST = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import secrets
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.targets import make_target
+from tests.support.targets import make_target
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,3 +58,12 @@ def seed() -> int:
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama (4 layers, 64 wide, 4 heads, 2 KV heads, V 320, tied, float32) with its tokenizer; read only."""
     return make_target(tmp_path_factory.mktemp("targets") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 64 prompts and responses to train on."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    answers = [f"In May she sold {n} / 2 = {n / 2} clips. " * (1 + n % 3) for n in range(64)]
+    path.write_text("".join(json.dumps({"prompt": f"How many of {n}?", "response": a}) + "\n" for n, a in enumerate(answers)))
+    return path

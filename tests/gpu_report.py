@@ -26,9 +26,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.losses.eager import eager  # noqa: E402
-from trainkit.eval.machine import examine  # noqa: E402
-from trainkit.eval.scripted import SHAPES  # noqa: E402
+from tests.support.eager import eager  # noqa: E402
+from trainkit.eval.bench.hardware import examine  # noqa: E402
+from trainkit.eval.bench.synthetic import SHAPES  # noqa: E402
 from trainkit.losses.divergence import ForwardKL, TVDpp  # noqa: E402
 
 Lines = list[str]

@@ -25,7 +25,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.targets import make_target
+from tests.support.targets import make_target
 from trainkit import cli
 
 ROWS = [{"question": f"{n} + 1?", "answer": f"It is {n + 1}."} for n in range(12)]

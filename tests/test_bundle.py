@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from trainkit import bundle, placing
+from trainkit import bundle
+from trainkit import files as placing
 from trainkit.card import describe, weight_count
 from trainkit.errors import UserError
 
@@ -174,7 +175,8 @@ def test_notes_beside_a_bundle_do_no_harm(tmp_path):
 KILLED_AT_EVERY_STEP = """
 import os, sys
 from pathlib import Path
-from trainkit import bundle, placing
+from trainkit import bundle
+from trainkit import files as placing
 from tests.test_bundle import make
 
 base, old, exchange = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"

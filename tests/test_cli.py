@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.targets import make_target
+from tests.support.targets import make_target
 from trainkit import bundle, cli
 from trainkit.errors import UserError
 from trainkit.parser import one_line
@@ -146,9 +146,9 @@ def test_ctrl_c_is_130():
 @pytest.mark.parametrize("command", cli.TRAINING)
 def test_training_gets_its_arguments_and_its_code_is_returned(monkeypatch, command):
     called = []
-    training = types.ModuleType("trainkit.modules.training")
+    training = types.ModuleType("trainkit.commands.fit")
     training.run = lambda *given: called.append(given) or 143  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "trainkit.modules.training", training)
+    monkeypatch.setitem(sys.modules, "trainkit.commands.fit", training)
     assert cli.main([command, "--config", "x.yaml", "--help"]) == 143
     assert called == [(command, ["--config", "x.yaml", "--help"])]
 

@@ -15,12 +15,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.targets import make_target, make_tokenizer
+from tests.support.targets import make_target, make_tokenizer
 from tests.test_bad_input import recipe
 from trainkit import cli
-from trainkit.data.prepare import prepare
-from trainkit.data.prompts import read_prompts
-from trainkit.data.text import FORMATS, PROMPT_FORMATS
+from trainkit.data.text.formats import FORMATS, PROMPT_FORMATS
+from trainkit.data.text.prepare import prepare
+from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
 from trainkit.models.target import FrozenTarget
 from trainkit.runner import Runner

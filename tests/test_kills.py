@@ -21,14 +21,15 @@ import safetensors.torch
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from tests.faults import Faults, in_fork
-from tests.processes import code_of, start
+from tests.support.faults import Faults, in_fork
+from tests.support.processes import code_of, start
 from tests.test_recipes import tiny
-from trainkit import bundle, placing
+from trainkit import bundle
+from trainkit import files as placing
+from trainkit.commands.export import export
+from trainkit.commands.fit import run
 from trainkit.errors import UserError
 from trainkit.modules.callbacks import Checkpoints, put_back
-from trainkit.modules.export import export
-from trainkit.modules.training import run
 
 UNSEEN = ((placing, "_exchange"), (safetensors.torch, "serialize_file"))
 """What changes files without Python's audit noticing."""

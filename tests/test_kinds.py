@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runner.equality import assert_few, compare
-from tests.runner.pauses import check_pauses
+from tests.support.equality import assert_few, compare
+from tests.support.pauses import check_pauses
 from trainkit import bundle
 from trainkit.drafters.base import DraftBatch, Drafter, add_kinds_from, discover, load_kind
 from trainkit.errors import UserError
@@ -41,7 +41,7 @@ def follow(page: Path) -> str:
     return name
 
 
-add_kinds_from("tests.kinds")
+add_kinds_from("tests.support.kinds")
 TAUGHT = follow(PAGE)
 add_kinds_from("kinds_of_the_page")
 KINDS = sorted(discover())

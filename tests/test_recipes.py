@@ -13,9 +13,9 @@ import pytest
 import yaml
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 
-from tests.acceptance import make_set
+from tests.support.acceptance import make_set
+from trainkit.commands.fit import TrainingCLI, run
 from trainkit.layers.blocks import DecoderLayer
-from trainkit.modules.training import TrainingCLI, run
 
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
 STRATEGIES = sorted(Path("configs/strategy").glob("*.yaml"))

@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from trainkit.errors import UserError
-from trainkit.placing import put_in_place, sync, temporary_sibling, tidy
+from trainkit.files import put_in_place, sync, temporary_sibling, tidy
 
 FORMAT_VERSION = 1
 MANIFEST = "trainkit.json"

@@ -26,43 +26,43 @@ TRAINING = {
     "test": "test metrics of a checkpoint, likewise",
 }
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "export": ("trainkit.modules.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
+    "export": ("trainkit.commands.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
     "import": (
-        "trainkit.export.outside",
+        "trainkit.commands.import_drafter",
         "import_outside",
         "another program's drafter as a bundle: trainkit import FOLDER OUT --target DIR",
     ),
-    "trim": ("trainkit.export.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
-    "vocab": ("trainkit.export.trim", "vocab", "the ids to train such a one on: trainkit vocab OUT --target DIR --text SET"),
+    "trim": ("trainkit.commands.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
+    "vocab": ("trainkit.commands.trim", "vocab", "the ids to train such a one on: trainkit vocab OUT --target DIR --text SET"),
     "tree": (
-        "trainkit.eval.treesearch",
+        "trainkit.commands.tree",
         "tree",
         "the fastest draft tree on this machine: trainkit tree BUNDLE --target DIR --prompts FILE",
     ),
-    "inspect": ("trainkit.export.inspect", "inspect", "a bundle's card, and if it fits: trainkit inspect BUNDLE --target DIR"),
+    "inspect": ("trainkit.commands.inspect", "inspect", "a bundle's card, and whether it fits: trainkit inspect BUNDLE"),
     "distill": (
-        "trainkit.runner.distill",
+        "trainkit.commands.distill",
         "distill",
         "a training set of the target's own answers: trainkit distill --target DIR --prompts FILE --out DIR",
     ),
     "features": (
-        "trainkit.runner.features",
+        "trainkit.commands.features",
         "features",
         "what the target says of training data, kept on disk: trainkit features --target DIR --data SET --out DIR",
     ),
-    "generate": ("trainkit.runner.command", "generate", "text: trainkit generate --target DIR --drafter DIR --prompt TEXT"),
+    "generate": ("trainkit.commands.generate", "generate", "text: trainkit generate --target DIR --drafter DIR --prompt TEXT"),
     "eval": (
-        "trainkit.eval.forced",
+        "trainkit.commands.evaluate",
         "evaluate",
         "exact acceptance on given texts, with intervals: trainkit eval --target DIR --drafter [A,B] --data SET",
     ),
     "predictor": (
-        "trainkit.eval.predictor",
+        "trainkit.commands.predictor",
         "predictor",
         "is a bundle's acceptance predictor calibrated: trainkit predictor BUNDLE --data SET",
     ),
     "bench": (
-        "trainkit.eval.bench",
+        "trainkit.commands.bench",
         "bench",
         "speed against plain decoding: trainkit bench --target DIR --drafter A --drafter B --prompts FILE --json OUT",
     ),
@@ -112,7 +112,7 @@ def _run(arguments: list[str]) -> int:
         print(f"trainkit {__version__}")
         return 0
     if command in TRAINING:
-        training = importlib.import_module("trainkit.modules.training")
+        training = importlib.import_module("trainkit.commands.fit")
         return int(training.run(command, arguments[1:]) or 0)
     if command not in COMMANDS:
         import difflib

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.data.chat import Document
 from trainkit.data.loader import PackedLoader
-from trainkit.data.packing import PackedSet, pack
+from trainkit.data.text.chat_template import Document
+from trainkit.data.text.packing import PackedSet, pack
 from trainkit.errors import UserError
 
 few = st.integers(1, 4)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.test_loader import packed_set, same
-from trainkit.data.chat import Document
 from trainkit.data.mixture import MixedLoader, apportion, sequence
-from trainkit.data.packing import PackedSet, join, pack
+from trainkit.data.text.chat_template import Document
+from trainkit.data.text.packing import PackedSet, join, pack
 from trainkit.errors import UserError
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.targets import make_target
+from tests.support.targets import make_target
 from trainkit.drafters.base import DraftBatch
 from trainkit.drafters.eagle import Eagle, layouts
 from trainkit.drafters.eagle.unrolled import attend

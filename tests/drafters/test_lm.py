@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.runner.equality import exact_logits
-from tests.targets import make_target
+from tests.support.equality import exact_logits
+from tests.support.targets import make_target
 from trainkit.drafters.base import DraftBatch, LossOutput, TargetHandle, load_kind
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from tests.acceptance import make_set
-from trainkit.data.acceptance_set import AcceptanceSet
+from tests.support.acceptance import make_set
+from trainkit.data.sets.acceptance import AcceptanceSet
 from trainkit.eval.calibration import (
     Baselines,
     expected_calibration_error,

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from tests.runner.models import BUSHY, SHAPE
+from tests.support.models import BUSHY, SHAPE
 from trainkit.layers.attention import (
     Attention,
     causal_bias,
@@ -21,7 +21,7 @@ from trainkit.layers.attention import (
     slot_index,
     tree_bias,
 )
-from trainkit.runner.tree import build
+from trainkit.runner.trees.static import build
 
 
 def visible(bias):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.runner.models import SHAPE, random_decoder
+from tests.support.models import SHAPE, random_decoder
 from trainkit.layers.attention import causal_bias, document_bias
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape

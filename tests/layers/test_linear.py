@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.runner.equality import compare
-from tests.runner.models import SHAPE, pair, ragged_prompts, random_decoder
+from tests.support.equality import compare
+from tests.support.models import SHAPE, pair, ragged_prompts, random_decoder
 from trainkit.layers import linear
 from trainkit.layers.linear import FEW_ROWS, Linear, project, stream_weights
 from trainkit.runner.sampling import Sampling

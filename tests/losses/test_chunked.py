@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.losses.eager import LOSSES, eager
+from tests.support.eager import LOSSES, eager
 from trainkit.drafters.base import Divergence
 from trainkit.losses import divergence
 from trainkit.losses.divergence import TV, ChunkedDivergence, CrossEntropy, ForwardKL, LossOutput, TVDpp, coupled_acceptance

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.losses.eager import LOSSES, eager
+from tests.support.eager import LOSSES, eager
 from trainkit.losses import divergence as D
 from trainkit.losses.divergence import JSD, ForwardKL, LossOutput, ReverseKL, TVDpp
 

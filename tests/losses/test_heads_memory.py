@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.losses.resident import alone, measured
+from tests.support.resident import alone, measured
 from trainkit.drafters.base import DraftBatch
 from trainkit.drafters.medusa import Medusa
 from trainkit.layers.shape import DecoderShape

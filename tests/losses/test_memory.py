@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from tests.losses.resident import alone, measured
+from tests.support.resident import alone, measured
 
 TOKENS, VOCABULARY, WIDTH = 4096, 131072, 256
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.losses.eager import LOSSES, eager
+from tests.support.eager import LOSSES, eager
 from trainkit.losses.divergence import JSD, LK, TV, ChunkedDivergence, CrossEntropy, ForwardKL, LossOutput, ReverseKL, TVDpp
 from trainkit.losses.log_softmax import FLOOR
 from trainkit.losses.topk import TopKHead, compress

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.runner.equality import assert_few, compare, exact_logits
-from tests.runner.models import ragged_prompts
-from tests.targets import make_target
+from tests.support.equality import assert_few, compare, exact_logits
+from tests.support.models import ragged_prompts
+from tests.support.targets import make_target
 from trainkit.errors import UserError
 from trainkit.models.load import check_covered, decoder_shape, hf_tensors, load_decoder, read_config, read_tensors, save_decoder
 from trainkit.runner import Runner

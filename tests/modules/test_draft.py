@@ -8,16 +8,16 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import tensor
 
-from tests.targets import make_target
+from tests.support.targets import make_target
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ForwardKL, TVDpp
 from trainkit.models.target import FrozenTarget
 from trainkit.modules.callbacks import Checkpoints
 from trainkit.modules.checkpoint import load_drafter, load_language_model
-from trainkit.modules.data import TextData
 from trainkit.modules.draft import DraftModule, rounds
 from trainkit.modules.language import LanguageModule
+from trainkit.modules.text_data import TextData
 
 
 class StopAt(Callback):

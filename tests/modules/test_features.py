@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from tests.modules.test_draft import Losses, draft_module, fit, text_data, weights
-from tests.targets import make_target
+from tests.support.targets import make_target
+from trainkit.commands.features import features
 from trainkit.drafters.base import add_kinds_from, discover
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ForwardKL, TVDpp
 from trainkit.models.target import FrozenTarget
 from trainkit.modules.draft import DraftModule
-from trainkit.runner.features import features
 
-add_kinds_from("tests.kinds")
+add_kinds_from("tests.support.kinds")
 STEPS = 6
 
 

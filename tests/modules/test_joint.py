@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.modules.test_ranks import torchrun
-from tests.processes import code_of, start
-from tests.runs import arguments, log, weights
-from tests.targets import make_target
+from tests.support.processes import code_of, start
+from tests.support.runs import arguments, log, weights
+from tests.support.targets import make_target
 from tests.test_kinds import VARIANTS
 from trainkit import bundle
 from trainkit.cli import main
+from trainkit.commands.export import export
+from trainkit.commands.fit import run
 from trainkit.drafters.base import DraftBatch, load_kind
 from trainkit.drafters.hydra import Hydra
 from trainkit.drafters.lm import LMDraft
@@ -28,11 +30,9 @@ from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merg
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.modules.callbacks import Checkpoints
 from trainkit.modules.checkpoint import load_adapter
-from trainkit.modules.data import TextData
 from trainkit.modules.draft import DraftModule
-from trainkit.modules.export import export
 from trainkit.modules.joint import JointModule
-from trainkit.modules.training import run
+from trainkit.modules.text_data import TextData
 from trainkit.runner import Runner
 
 # B batch  T positions  D hidden  V vocabulary

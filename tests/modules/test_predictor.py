@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.acceptance import make_set
-from tests.runs import go_on, log
+from tests.support.acceptance import make_set
+from tests.support.runs import go_on, log
 from trainkit import bundle
 from trainkit.cli import main
-from trainkit.data.acceptance_set import AcceptanceSet, drafter_mark
+from trainkit.commands.fit import run
+from trainkit.data.sets.acceptance import AcceptanceSet, drafter_mark
 from trainkit.drafters.lm import LMDraft
 from trainkit.eval.calibration import fit_scales, predicted
 from trainkit.export.drafter import export_drafter
-from trainkit.models.acceptance import FILE, load_predictor
+from trainkit.models.predictor import FILE, load_predictor
 from trainkit.models.target import target_shape
 from trainkit.modules.checkpoint import load_predictor as from_checkpoint
-from trainkit.modules.training import run
 from trainkit.runner import Runner
 
 

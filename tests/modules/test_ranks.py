@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.processes import code_of, start
-from tests.runs import STEPS, arguments, go_on, lines, log, same, weights
+from tests.support.processes import code_of, start
+from tests.support.runs import STEPS, arguments, go_on, lines, log, same, weights
+from trainkit.commands.fit import run
 from trainkit.errors import UserError
 from trainkit.modules.draft import DraftModule
-from trainkit.modules.training import run
 
 
 def torchrun(given: list[str], stderr: Path) -> subprocess.Popen[bytes]:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.processes import code_of, start, wait_until
-from tests.runs import STEPS, arguments, go_on, lines, same
+from tests.support.processes import code_of, start, wait_until
+from tests.support.runs import STEPS, arguments, go_on, lines, same
+from trainkit.commands.fit import run
 from trainkit.errors import UserError
 from trainkit.modules.draft import DraftModule
-from trainkit.modules.training import run
 
 
 @pytest.mark.parametrize("kind", ["language", "draft"])

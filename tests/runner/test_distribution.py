@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runner import laws
-from tests.runner.models import SIBLINGS, table_runner
-from trainkit.runner import decoder, verify
+from tests.support import laws
+from tests.support.models import SIBLINGS, table_runner
+from trainkit.runner import round as decoder
+from trainkit.runner import verify
 from trainkit.runner.sampling import PROPOSAL
-from trainkit.runner.tree import chain
+from trainkit.runner.trees.static import chain
 
 OFF = -1e4  # a logit without mass
 ROWS = 2048

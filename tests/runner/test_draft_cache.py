@@ -5,12 +5,12 @@
 import pytest
 import torch
 
-from tests.runner.models import BUSHY, SIBLINGS, lm_draft, near, pair, ragged_prompts, random_decoder
+from tests.support.models import BUSHY, SIBLINGS, lm_draft, near, pair, ragged_prompts, random_decoder
 from trainkit.drafters.lm import LMDraft
 from trainkit.layers.attention import causal_bias
 from trainkit.models.shape import TargetShape
 from trainkit.runner import DynamicTree, Runner
-from trainkit.runner.tree import chain
+from trainkit.runner.trees.static import chain
 
 
 def fresh_logits(decoder, tokens):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.runner.equality import exact_logits
-from tests.runner.models import pair, ragged_prompts, random_decoder
-from tests.targets import make_target
+from tests.support.equality import exact_logits
+from tests.support.models import pair, ragged_prompts, random_decoder
+from tests.support.targets import make_target
 from trainkit.errors import UserError
 from trainkit.models.load import hf_tensors, load_decoder, save_decoder
 from trainkit.runner import Runner, Stats
@@ -126,7 +126,7 @@ def test_score_equals_transformers_log_softmax(runner, tiny_target, seed):
 
 @pytest.mark.parametrize("verify", ["coupled", "residual"])
 def test_logprobs_are_those_of_score_at_temperature_one(runner, verify, seed):
-    from tests.runner.models import SIBLINGS
+    from tests.support.models import SIBLINGS
 
     prompts = ragged_prompts(5, 320)
     for shaped in ({"depth": 0}, {"depth": 3}, {"tree": SIBLINGS}):

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.runner.equality import Tie, assert_few, compare, exact_logits
-from tests.runner.models import BUSHY, SHAPE, SIBLINGS, pair, ragged_prompts
+from tests.support.equality import Tie, assert_few, compare, exact_logits
+from tests.support.models import BUSHY, SHAPE, SIBLINGS, pair, ragged_prompts
 from trainkit.runner import DynamicTree, Stats
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runner.equality import assert_few, compare
-from trainkit.data.prompts import read_prompts
+from tests.support.equality import assert_few, compare
+from trainkit.data.text.prompts import read_prompts
 from trainkit.drafters.lm import LMDraft
 from trainkit.eval.acceptance import served_acceptance
 from trainkit.export.drafter import export_drafter

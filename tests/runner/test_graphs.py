@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.runner.models import SIBLINGS, lm_draft, pair, ragged_prompts
+from tests.support.models import SIBLINGS, lm_draft, pair, ragged_prompts
 from trainkit.runner import DynamicTree, Runner
 
 pytestmark = pytest.mark.gpu

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runner import laws
-from tests.runner.models import pair, ragged_prompts, table_runner
 from tests.runner.test_distribution import tables
+from tests.support import laws
+from tests.support.models import pair, ragged_prompts, table_runner
 from trainkit.errors import UserError
 
 ROWS = 2048
@@ -35,7 +35,8 @@ def test_joint_of_four_tokens_is_the_mixtures(share: float, depth: int, seed: in
 
 def test_the_test_sees_a_bonus_token_of_the_target(seed: int, monkeypatch) -> None:
     """Planted fault: a round that kept all its drafted tokens also emits one of the target's."""
-    from trainkit.runner import decoder, verify
+    from trainkit.runner import round as decoder
+    from trainkit.runner import verify
 
     right = verify.mixed
 

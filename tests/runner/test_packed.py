@@ -9,21 +9,23 @@ from itertools import product
 
 import pytest
 import torch
+from tests.runner.policies.test_policies import predicting
 
-from tests.runner.equality import assert_few, compare
-from tests.runner.models import SHAPE, pair, ragged_prompts, random_decoder, table_runner
-from tests.runner.pauses import Erratic
-from tests.runner.replaying import replayed
-from tests.runner.test_control import predicting
+from tests.support.equality import assert_few, compare
+from tests.support.models import SHAPE, pair, ragged_prompts, random_decoder, table_runner
+from tests.support.pauses import Erratic
+from tests.support.replaying import replayed
 from trainkit.layers.attention import Packing, causal_bias
-from trainkit.models.acceptance import FoldedPredictor
-from trainkit.runner import Runner, Stats, adaptive, decoder, verify
-from trainkit.runner.adaptive import AdaptiveChain, RankedChain
-from trainkit.runner.control import Came, Policy
-from trainkit.runner.costs import ChainCosts
+from trainkit.models.predictor import FoldedPredictor
+from trainkit.runner import Runner, Stats, verify
+from trainkit.runner import round as decoder
+from trainkit.runner.policies import chain as adaptive
+from trainkit.runner.policies.chain import AdaptiveChain, RankedChain
+from trainkit.runner.policies.cost import Cost
+from trainkit.runner.policies.cost_model import ChainCosts
+from trainkit.runner.policy import Came, Policy
 from trainkit.runner.sampling import Sampling
-from trainkit.runner.tree import Draft, build, chain, grow
-from trainkit.runner.worth import Cost
+from trainkit.runner.trees.static import Draft, build, chain, grow
 
 CPU = torch.device("cpu")
 

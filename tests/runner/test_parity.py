@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from tests.runner.models import pair, ragged_prompts
+from tests.support.models import pair, ragged_prompts
 from trainkit.losses.measures import acceptance, coupled_acceptance
 
 EXACT = {"residual": acceptance, "coupled": coupled_acceptance}
@@ -41,7 +41,7 @@ def test_exact_alpha_at_the_judged_nodes_is_the_share_accepted(method, settings,
 
 def test_alpha_k_is_the_exact_acceptance_at_each_depth(seed):
     """With p and q the same everywhere, each draft position is accepted with probability alpha, given the ones before."""
-    from tests.runner.models import table_runner
+    from tests.support.models import table_runner
     from trainkit.runner import Stats
 
     p, q = torch.randn(2, 6)

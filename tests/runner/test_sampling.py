@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.runner.laws import processed
+from tests.support.laws import processed
 from trainkit.errors import UserError
 from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, RESIDUAL, Noise, Sampling, gumbel, mix, request_keys, uniform
 

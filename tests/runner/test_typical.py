@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runner import laws
-from tests.runner.equality import assert_few, compare
-from tests.runner.models import BUSHY, SIBLINGS, pair, ragged_prompts
 from tests.runner.test_distribution import laws_of, sample, tables
+from tests.support import laws
+from tests.support.equality import assert_few, compare
+from tests.support.models import BUSHY, SIBLINGS, pair, ragged_prompts
 from trainkit import cli
 from trainkit.errors import UserError
 from trainkit.runner import DynamicTree, Stats
 from trainkit.runner.sampling import Sampling
-from trainkit.runner.tree import Draft, build, chain
+from trainkit.runner.trees.static import Draft, build, chain
 from trainkit.runner.verify import Typical, coupled, typical
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@
 import pytest
 import torch
 
-from tests.runner.models import SIBLINGS
+from tests.support.models import SIBLINGS
 from trainkit.errors import UserError
 from trainkit.runner.sampling import Sampling
-from trainkit.runner.tree import Draft, build, chain
+from trainkit.runner.trees.static import Draft, build, chain
 from trainkit.runner.verify import after_rejection, coupled
 
 CPU = torch.device("cpu")

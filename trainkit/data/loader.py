@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainkit.data.acceptance_set import AcceptanceSet
-from trainkit.data.packing import PackedSet
+from trainkit.data.sets.acceptance import AcceptanceSet
+from trainkit.data.text.packing import PackedSet
 from trainkit.errors import UserError
 
 Batch = dict[str, Any]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trainkit.data.loader import Batch, PackedLoader
-from trainkit.data.packing import PackedSet, join
+from trainkit.data.text.packing import PackedSet, join
 from trainkit.errors import UserError
 
 Writer = Callable[[int, int], tuple[PackedSet, int]]

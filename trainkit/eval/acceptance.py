@@ -21,7 +21,7 @@ from trainkit.layers.attention import document_bias
 from trainkit.losses.divergence import ForwardKL
 from trainkit.losses.measures import acceptance, agreement, coupled_acceptance
 from trainkit.runner import Runner
-from trainkit.runner.decoder import Trace
+from trainkit.runner.round import Trace
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainkit.data.acceptance_set import AcceptanceSet
+from trainkit.data.sets.acceptance import AcceptanceSet
 
 BINS = 15
 RIDGE = 1e-2

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainkit import bundle
-from trainkit.data.acceptance_set import drafter_mark
+from trainkit.data.sets.acceptance import drafter_mark
 from trainkit.errors import UserError
-from trainkit.models.acceptance import FILE, SIGNALS, AcceptancePredictor, load_predictor
+from trainkit.models.predictor import FILE, SIGNALS, AcceptancePredictor, load_predictor
 
 
 def export_predictor(predictor: AcceptancePredictor, drafter: Mapping[str, Any], out: str | Path) -> bundle.Bundle:

@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from trainkit.errors import UserError
-from trainkit.modules.logger import CSVLog
-from trainkit.modules.tracking import WandbLog
-from trainkit.placing import put_in_place, remove
+from trainkit.files import put_in_place, remove
+from trainkit.modules.csv_logger import CSVLog
+from trainkit.modules.wandb_logger import WandbLog
 
 
 def dry(trainer: Trainer) -> bool:

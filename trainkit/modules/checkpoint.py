@@ -12,8 +12,8 @@ import torch
 
 from trainkit.drafters.base import Drafter, load_kind
 from trainkit.errors import UserError
-from trainkit.models.acceptance import AcceptancePredictor
 from trainkit.models.adapter import AdapterShape
+from trainkit.models.predictor import AcceptancePredictor
 from trainkit.models.shape import TargetShape
 from trainkit.modules.base import CHECKPOINT_KEY
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from trainkit.data.feature_reader import FeatureReader
-from trainkit.data.features import TargetReader, Teacher
+from trainkit.data.teacher.live import TargetReader, Teacher
+from trainkit.data.teacher.stored import FeatureReader
 from trainkit.drafters.base import Divergence, DraftBatch, Drafter, LossOutput, TargetShape, kind_of
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ChunkedDivergence, ForwardKL, TVDpp

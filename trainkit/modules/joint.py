@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from trainkit.data.provenance import weights_mark
+from trainkit.data.manifest import weights_mark
 from trainkit.drafters.base import DraftBatch, Drafter, LossOutput, TargetShape, kind_of
 from trainkit.errors import UserError
 from trainkit.losses.divergence import CrossEntropy, ForwardKL

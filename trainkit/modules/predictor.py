@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from trainkit.data.acceptance_set import AcceptanceSet
 from trainkit.data.loader import PackedLoader
+from trainkit.data.sets.acceptance import AcceptanceSet
 from trainkit.errors import UserError
 from trainkit.eval.calibration import (
     UNSCALED,
@@ -27,7 +27,7 @@ from trainkit.eval.calibration import (
     scaled,
 )
 from trainkit.losses.output import LossOutput
-from trainkit.models.acceptance import AcceptancePredictor
+from trainkit.models.predictor import AcceptancePredictor
 from trainkit.modules.base import Batch, TrainingModule, global_seed
 from trainkit.modules.meter import means
 

@@ -20,18 +20,18 @@ from trainkit.drafters.base import Drafter, load_bundle, load_outside
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.layers.linear import stream_weights
-from trainkit.models.acceptance import AcceptancePredictor, load_predictor
 from trainkit.models.load import copy_weights, covered_positions, device_of, load_decoder, read_tokenizer
+from trainkit.models.predictor import AcceptancePredictor, load_predictor
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
-from trainkit.runner.adaptive import Paced
-from trainkit.runner.decoder import Plan, Rounds, Trace
-from trainkit.runner.pacing import Pacer
+from trainkit.runner.policies.build import Pacer
+from trainkit.runner.policies.chain import Paced
 from trainkit.runner.request import Options, Output, Request, Stopping, strings
+from trainkit.runner.round import Plan, Rounds, Trace
 from trainkit.runner.sampling import Sampling, request_keys
-from trainkit.runner.schedule import Schedule
+from trainkit.runner.scheduler import Schedule
 from trainkit.runner.stats import Stats
-from trainkit.runner.tree import RankPath, Shape, Tree, build, chain
+from trainkit.runner.trees.static import RankPath, Shape, Tree, build, chain
 from trainkit.runner.verify import Typical
 
 Prompt = str | Sequence[int]

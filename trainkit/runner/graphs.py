@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from trainkit.runner.decoder import RoundOutput
+    from trainkit.runner.round import RoundOutput
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trainkit.errors import UserError
-from trainkit.runner.decoder import RoundOutput
+from trainkit.runner.round import RoundOutput
 from trainkit.runner.stats import Stats
-from trainkit.runner.tree import RankPath, Shape
+from trainkit.runner.trees.static import RankPath, Shape
 from trainkit.runner.verify import Typical
 
 

@@ -21,9 +21,9 @@ import torch
 
 from trainkit.drafters.base import State
 from trainkit.layers.attention import Packing
-from trainkit.runner.decoder import Plan, Rounds
+from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
-from trainkit.runner.tree import Draft, RankPath, Shape, Tree, build, chain, grow
+from trainkit.runner.trees.static import Draft, RankPath, Shape, Tree, build, chain, grow
 from trainkit.runner.verify import coupled
 
 

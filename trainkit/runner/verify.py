@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trainkit.errors import UserError
 from trainkit.runner.sampling import ACCEPT, CHOICE, RESIDUAL, gumbel, uniform
-from trainkit.runner.tree import Draft, Shape, Tree
+from trainkit.runner.trees.static import Draft, Shape, Tree
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,364 @@
+"""`trainkit bench` end to end on a tiny target: what it writes, what it counts as identical, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.targets import make_target
+from trainkit.cli import _gathered, main
+from trainkit.commands.bench import bench, run
+from trainkit.drafters.lm import LMDraft
+from trainkit.drafters.medusa import Medusa
+from trainkit.errors import UserError
+from trainkit.eval.bench.methods import checkpoint_field, synthetic_field
+from trainkit.eval.bench.metrics import summarise
+from trainkit.eval.bench.table import table, write_json
+from trainkit.eval.bench.timing import Contender, Generated
+from trainkit.eval.bench.types import Request
+from trainkit.export.drafter import export_drafter
+from trainkit.models.target import target_shape
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A target whose generation_config.json would change its text if it were heeded, a draft of its first layers, prompts."""
+    root = tmp_path_factory.mktemp("bench")
+    target = make_target(root / "target", num_hidden_layers=2, hidden_size=32, head_dim=8, intermediate_size=48)
+    values = json.loads((target / "generation_config.json").read_text())
+    (target / "generation_config.json").write_text(json.dumps({**values, "repetition_penalty": 1.7, "do_sample": True}))
+    shape = target_shape(target)
+    draft = LMDraft(shape, num_layers=2)
+    draft.initialise(target)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    (root / "draft").mkdir()
+    draft.export(root / "draft", torch.float32)
+    prompts = root / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"How many clips are {n} clips?"}) + "\n" for n in range(5)))
+    return target, root / "draft", prompts
+
+
+def request(**values) -> Request:
+    defaults = {
+        "target": None,
+        "drafters": (),
+        "prompts": None,
+        "depths": (1, 3),
+        "trees": (),
+        "policies": (),
+        "max_new_tokens": 25,
+        "temperature": 0.0,
+        "verify": "coupled",
+        "limit": 2,
+        "repeats": 1,
+        "batch": 1,
+        "device": "cpu",
+        "dtype": "float32",
+        "baselines": False,
+        "seed": 0,
+        "max_seconds": 100.0,
+        "synthetic": "tiny",
+        "synthetic_tau": 2.5,
+        "synthetic_kinds": ("lm",),
+        "prompt_length": 16,
+    }
+    return Request(**(defaults | values))  # pyright: ignore[reportArgumentType]
+
+
+def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, tmp_path, capsys, seed):
+    target, draft, prompts = map(str, folders)
+    code = bench(
+        target=target,
+        drafter=[draft],
+        prompts=prompts,
+        json=str(tmp_path / "new" / "bench.json"),
+        plot=str(tmp_path / "bench.png"),
+        depths=(1, 3),
+        max_new_tokens=16,
+        limit=3,
+        repeats=2,
+        device="cpu",
+    )
+    printed = capsys.readouterr()
+    assert code == 0 and "at most" in printed.err
+    assert all(len(line) <= 100 for line in printed.out.splitlines())
+    found = json.loads((tmp_path / "new" / "bench.json").read_text())
+    names = [one["name"] for one in found["contenders"]]
+    assert names == [
+        "transformers generate",
+        "transformers assisted 1",
+        "transformers assisted 3",
+        "trainkit plain",
+        "trainkit depth 1",
+        "trainkit depth 3",
+    ]
+    assert "identical output: 15 of 15, ties: 0" in printed.out and found["mismatches"] == 0
+    assert found["prompts"]["count"] == 3 and found["versions"]["torch"].startswith(torch.__version__[:4]) and found["date"]
+    assert found["machine"]["processor"] and found["machine"]["copy_bandwidth"] > 0 and found["arguments"]["depths"] == [1, 3]
+    for one in found["contenders"]:
+        assert len(one["seconds"]) == 2 and one["tokens"] == found["contenders"][0]["tokens"] and one["threads"] >= 1
+    deep = found["contenders"][-1]
+    assert deep["tau"] >= 1 and deep["rounds"] == sum(deep["accepted"]) and len(deep["alpha_k"]) <= 3
+    assert deep["efficiency"] == pytest.approx(deep["speedup"] / deep["tau"])
+    assert deep["mbsu"] == pytest.approx(deep["tau"] / (3 * deep["c"] + 1))
+    assert deep["roof"] == pytest.approx(deep["tau"] / (deep["v"] + deep["draft"]))
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.png", "new"], "no temporary file stays"
+
+
+def test_two_drafters_share_one_target_and_give_the_same_texts(folders, tmp_path, capsys, seed):
+    """The flag given twice; heads that draft no deeper than they are many, with the tree that their bundle recommends."""
+    target, draft, prompts = map(str, folders)
+    heads = Medusa(target_shape(target), num_heads=2)
+    heads.initialise(Path(target))
+    tree = [[0], [1], [0, 0]]
+    export_drafter(heads, tmp_path / "heads", tokenizer=target, runner={"tree": tree})
+    out, given = tmp_path / "bench.json", "[[[0],[1],[1,0]],[[0],[0,0],[0,0,0],[0,1]]]"
+    common = ["--depths", "[2,3]", "--max_new_tokens", "12", "--limit", "2", "--repeats", "1", "--device", "cpu"]
+    code = main(
+        [
+            "bench",
+            "--target",
+            target,
+            "--drafter",
+            draft,
+            "--prompts",
+            prompts,
+            "--drafter",
+            str(tmp_path / "heads"),
+            *common,
+            "--trees",
+            given,
+            "--json",
+            str(out),
+            "--plot",
+            str(tmp_path / "bench.png"),
+        ]
+    )
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    ours = {one["name"]: one for one in found["contenders"] if one["family"] == "trainkit"}
+    assert list(ours) == [
+        "trainkit plain",
+        "draft depth 2",
+        "draft depth 3",
+        "draft tree 4, depth 2",
+        "draft tree 5, depth 3",
+        "heads depth 2",
+        "heads tree 4, depth 2",
+        "heads tree 4, depth 2'",
+    ]
+    assert code == 0 and found["mismatches"] == 0 and found["format"] == 2
+    assert all(one["identical"]["equal"] == 2 for name, one in ours.items() if name != "trainkit plain")
+    assert [one["name"] for one in found["drafters"]] == ["draft", "heads"]
+    assert found["drafters"][1]["step_bytes"] == sum(p.numel() * 4 for p in heads.parameters()) // 2
+    target_bytes = found["target"]["step_bytes"]
+    for name, one in ours.items():
+        if name != "trainkit plain":
+            drafter = next(drafter for drafter in found["drafters"] if drafter["name"] == one["drafter"])
+            assert one["c"] == drafter["step_bytes"] / target_bytes and one["roof"] > 0
+            assert one["mbsu"] == pytest.approx(one["tau"] / (one["c"] * one["depth"] + 1))
+    assert "depths 3, heads: not run, the drafter has heads for 2" in printed
+    assert "1 of the trees, heads: not run" in printed and "\nheads:\n" in printed
+    assert max(map(len, printed.splitlines())) <= 100, printed
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drafters_of_one_name_are_told_apart_and_the_target_is_there_once(folders, tmp_path):
+    target, draft, prompts = folders
+    for place in ("a", "b"):
+        shutil.copytree(draft, tmp_path / place / "draft")
+    twice = tuple(str(tmp_path / place / "draft") for place in ("a", "b"))
+    field = checkpoint_field(
+        request(target=str(target), drafters=twice, prompts=str(prompts), synthetic=None, depths=(1,), max_new_tokens=8)
+    )
+    assert [one.name for one in field.contenders] == ["trainkit plain", "a/draft depth 1", "b/draft depth 1"]
+    assert all(one.runner.rounds.target is field.runner.rounds.target for one in field.drafts)
+
+
+def test_flags_of_several_words_may_be_repeated():
+    gathered = _gathered(["--drafter", "a", "--x", "1", "--drafter=[b", "--drafter"], {"drafter"})
+    assert gathered == ["--x", "1", "--drafter", '--drafter=["a", "[b"]']
+    assert _gathered(["--drafter", "[a,b]", "c"], {"drafter"}) == ["c", "--drafter=[a,b]"]
+    assert _gathered(["--drafter", "a"], {"drafter"}) == ['--drafter=["a"]']
+
+
+def test_mistakes_in_a_list_of_drafters_or_trees_are_one_line(folders, capsys):
+    target, draft, prompts = map(str, folders)
+    common = ["bench", "--target", target, "--prompts", prompts, "--device", "cpu", "--baselines", "false", "--drafter", draft]
+    for flags, words in (
+        (["--drafter", "nowhere"], ("nowhere: no such folder", "give a drafter bundle")),
+        (["--drafter", draft], ("given twice",)),
+        (["--trees", "[[[0],[2]]]"], ("needs its parent and every lower rank",)),
+        (["--trees", "[[0]]"], ("trees given", "list of trees")),
+        (["--trees", "nowhere.json"], ("nowhere.json", "give a path that exists")),
+    ):
+        assert main([*common, *flags]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert all(word in line for word in words), line
+
+
+def test_sampling_holds_only_our_outputs_against_plain_decoding(folders, tmp_path, capsys):
+    target, draft, prompts = map(str, folders)
+    out = tmp_path / "bench.json"
+    common = {"target": target, "drafter": [draft], "prompts": prompts, "depths": (2,), "max_new_tokens": 12, "limit": 2}
+    assert bench(**common, repeats=1, temperature=0.8, json=str(out), device="cpu") == 0
+    found = {one["name"]: one["identical"] for one in json.loads(out.read_text())["contenders"]}
+    assert found["transformers generate"] is None and found["trainkit depth 2"]["equal"] == 2
+    assert "transformers draws with its own noise" in capsys.readouterr().out
+
+
+def test_batches_are_padded_for_transformers_and_assistance_is_left_out_with_a_note(folders, capsys):
+    target, draft, prompts = map(str, folders)
+    code = bench(
+        target=target,
+        drafter=[draft],
+        prompts=prompts,
+        depths=(2,),
+        max_new_tokens=12,
+        limit=5,
+        repeats=1,
+        batch=3,
+        device="cpu",
+    )
+    printed = capsys.readouterr().out
+    assert code == 0 and "identical output: 10 of 10" in printed
+    assert "transformers assisted: not run, it takes one prompt at a time" in printed
+
+
+def test_a_wrong_contender_is_a_mismatch_and_is_named():
+    asked = request()
+    field = synthetic_field(asked)
+
+    def wrong(prompts, most, first):
+        good = field.plain.run(prompts, most, first)
+        return Generated([[*text[:-1], (text[-1] + 1) % 512] for text in good.tokens], good.stats, good.rounds, good.split)
+
+    field.contenders.append(Contender("planted", "trainkit", 0, wrong, ((0,),), field.drafts[0].name))
+    result = run(asked, field)
+    assert result.mismatches == 2 and result.identity["trainkit depth 3"].equal == 2
+    printed = table(summarise(result))
+    assert "MISMATCH: planted, prompt 1, new token 24" in printed and "2 WRONG" in printed
+
+
+def test_synthetic_realises_its_tau_and_the_figures_follow_by_hand():
+    """Seconds are put in by hand: 2 prompts x 25 tokens; plain 4 s, depth 3 2 s, so speedup 2, and tau 2.5 gives 0.8."""
+    asked = request(max_new_tokens=1 + 50, synthetic_tau=2.5)  # 20 rounds of 2.5 after the prefill's token
+    result = run(asked, synthetic_field(asked))
+    plain, deep = result.field.plain, result.field.contenders[-1]
+    plain.seconds, deep.seconds = [4.0], [2.0]
+    found = summarise(result)["contenders"][-1]
+    assert found["tau"] == 2.5 and found["cut_rounds"] == 0 and found["accepted"] == [0, 20, 20]
+    assert found["alpha_k"] == [1.0, 0.5, 0.0]
+    assert found["speedup"] == 2.0 and found["efficiency"] == 0.8 and found["x_plain"] == 2.0
+    cached = 16 + 51 // 2
+    cache_bytes = 2 * 2 * 2 * 16 * 4 * cached  # keys and values, layers, heads, width, float32
+    target, draft = result.field.runner.rounds.target, result.field.drafts[0].runner.drafter
+    assert draft is not None
+    needed = target.step_bytes() + 3 * draft.step_bytes(0) + cache_bytes
+    step = (2.0 - deep.last.split["prefill"]) / 40
+    assert found["bandwidth"]["bytes"] == needed and found["bandwidth"]["step_seconds"] == pytest.approx(step)
+    assert found["bandwidth"]["share"] == pytest.approx(needed / step / result.machine.copy_bandwidth)
+
+
+def test_a_load_that_takes_too_long_is_cut_and_said_so():
+    asked = request(limit=8, max_seconds=1e-6)
+    result = run(asked, synthetic_field(asked))
+    assert len(result.field.prompts) == 1 and "1 of 8 prompts, to stay within max_seconds" in table(summarise(result))
+
+
+def test_mistakes_are_one_line():
+    for values, message in (
+        ({"depths": (2, 2)}, "depths"),
+        ({"depths": (0,)}, "depths"),
+        ({"repeats": 0}, "repeats 0"),
+        ({"synthetic": None}, "--prompts"),
+        ({"temperature": 1.0}, "temperature 0"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            request(**values)
+        assert "\n" not in str(error.value)
+
+
+def test_json_has_no_nan_and_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "bench.json"
+    write_json({"tau": float("nan"), "list": [1.0, float("inf")]}, path)
+    assert json.loads(path.read_text()) == {"tau": None, "list": [1.0, None]}
+    with pytest.raises(TypeError):
+        write_json({"bad": object()}, path)
+    assert json.loads(path.read_text())["tau"] is None and [p.name for p in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_policies_are_held_against_plain_decoding_and_the_best_fixed_depth(folders, tmp_path, monkeypatch, capsys, seed):
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
+    target, draft, prompts = map(str, folders)
+    code = bench(
+        target=target,
+        drafter=[draft],
+        prompts=prompts,
+        depths=(1, 3),
+        policy=["cost", "confidence:0.4", "ema"],
+        limit=2,
+        max_new_tokens=20,
+        repeats=2,
+        baselines=False,
+        json=str(tmp_path / "bench.json"),
+    )
+    assert code == 0
+    summary, shown = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
+    paced = [one for one in summary["contenders"] if "paced" in one]
+    assert [one["paced"]["policy"] for one in paced] == ["cost", "confidence:0.4", "ema"]
+    for one in paced:
+        values = one["paced"]
+        assert one["identical"]["mismatches"] == 0 and values["most"] == 3
+        assert 0 <= values["drafted_per_round"] <= 3 and values["tau"] >= 1
+        kept = sum(k * n for k, n in enumerate(values["accepted"]))
+        drafted = round(values["drafted_per_round"] * values["rounds"])
+        assert values["wasted"] == pytest.approx((drafted - kept) / (kept + values["rounds"]))
+        assert 0 <= values["paused"] <= values["rounds"]
+        fixed = values["over_best_fixed"]
+        assert fixed["depth"] in (1, 3) and fixed["min"] <= fixed["median"] <= fixed["max"]
+        assert one["name"].removeprefix("trainkit ") in shown
+    assert "thrown away" in shown and "paused" in shown
+
+
+def test_a_policy_needs_a_drafter(folders):
+    target, _, prompts = map(str, folders)
+    with pytest.raises(UserError, match="needs a --drafter"):
+        bench(target=target, prompts=prompts, policy=["cost"], baselines=False)
+
+
+def test_a_policy_may_be_the_fastest_and_is_named_so(tmp_path, monkeypatch, capsys):
+    """Deeper than any chain beside it, with a draft that is always right."""
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
+    code = bench(
+        synthetic="tiny",
+        synthetic_tau=9.0,
+        synthetic_kinds=["lm"],
+        depths=(1, 8),
+        policy=["ema"],
+        limit=1,
+        max_new_tokens=60,
+        repeats=1,
+        baselines=False,
+        plot=str(tmp_path / "bench.png"),
+        json=str(tmp_path / "bench.json"),
+        device="cpu",
+    )
+    summary = json.loads((tmp_path / "bench.json").read_text())
+    assert code == 0 and (tmp_path / "bench.png").stat().st_size > 1000
+    assert f"best: {summary['best']}, " in capsys.readouterr().out
+
+
+def test_a_position_that_no_round_came_to_has_no_acceptance():
+    """Tau 3 at depth 4: two tokens kept each round, the third refused, the fourth never looked at."""
+    asked = request(depths=(4,), max_new_tokens=1 + 30, synthetic_tau=3.0)
+    found = summarise(run(asked, synthetic_field(asked)))["contenders"][-1]
+    assert found["accepted"] == [0, 0, 20] and found["alpha_k"] == [1.0, 1.0, 0.0]

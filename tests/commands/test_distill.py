@@ -1,0 +1,273 @@
+"""`trainkit distill` with a real target: the same rows whatever was killed, shared out, drafted or batched."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import fake_server
+from tests.support.processes import ended, files_of, fork, rows_in, wait_until
+from trainkit.cli import main, parse
+from trainkit.commands.distill import distill
+from trainkit.data.openai_client import request_seed
+from trainkit.drafters.lm import LMDraft
+from trainkit.export.drafter import export_drafter
+from trainkit.models.target import target_shape
+
+TOKENIZER = Path(__file__).parents[2] / "data" / "tiny" / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"prompt": f"How many clips are {n} and {n}?"} if n % 3 else {"text": "In May " * (n + 1)} for n in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Command:
+    """`trainkit distill` on fixed files; `options` are written as flags.
+
+    The seed of the draws is fixed, and so how near to a tie any choice is: rows decoded in another batch are rounded otherwise.
+    """
+
+    def __init__(self, target: Path, prompts: Path) -> None:
+        self.fixed = {
+            "target": target,
+            "prompts": prompts,
+            "temperatures": "[0,0.9]",
+            "max_new_tokens": 20,
+            "part_rows": 3,
+            "batch": 2,
+            "seed": 1,
+        }
+
+    def __call__(self, out: Path, **options: Any) -> int:
+        return main(["distill", *(f"--{name}={value}" for name, value in (self.fixed | options | {"out": out}).items())])
+
+
+@pytest.fixture(scope="module")
+def command(tiny_target: Path, prompts: Path) -> Command:
+    return Command(tiny_target, prompts)
+
+
+@pytest.fixture(scope="module")
+def straight(command: Command, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a set made at one go: 16 rows in 6 parts."""
+    out = tmp_path_factory.mktemp("straight")
+    assert command(out) == 0
+    return files_of(out)
+
+
+def rows_of(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    return [json.loads(line) for name, text in sorted(files.items()) if name != "distill.json" for line in text.splitlines()]
+
+
+def test_killed_three_times_it_gives_the_same_bytes(command, straight, tmp_path, seed, capsys):
+    draw = random.Random(seed)
+    for _ in range(3):
+        pid = fork(lambda: command(tmp_path))
+        wanted = rows_in(tmp_path) + draw.randint(1, 4)
+        wait_until(lambda wanted=wanted: rows_in(tmp_path) >= wanted, pid)
+        time.sleep(draw.uniform(0, 0.01))
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL
+    there = rows_in(tmp_path)
+    capsys.readouterr()
+    assert command(tmp_path) == 0
+    assert f"{16 - there} of 16 rows made, {there} were there" in capsys.readouterr().out
+    assert files_of(tmp_path) == straight
+
+
+def test_ctrl_c_exits_130_and_loses_nothing(command, straight, tmp_path):
+    said = tmp_path / "stderr"
+    pid = fork(lambda: command(tmp_path / "set"), said)
+    wait_until(lambda: rows_in(tmp_path / "set") >= 3, pid)
+    os.kill(pid, signal.SIGINT)
+    assert ended(pid) == 130 and "Traceback" not in said.read_text()
+    assert rows_in(tmp_path / "set") >= 3
+    assert command(tmp_path / "set") == 0
+    assert files_of(tmp_path / "set") == straight
+
+
+def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(command, straight, tmp_path):
+    def rank(number: int, out: Path) -> int:
+        os.environ.update(RANK=str(number), WORLD_SIZE="2")
+        return command(out)
+
+    both = [fork(lambda number=number: rank(number, tmp_path / "both")) for number in (0, 1)]
+    assert [ended(pid) for pid in both] == [0, 0]
+    assert files_of(tmp_path / "both") == straight
+    assert ended(fork(lambda: rank(1, tmp_path / "one"))) == 0
+    assert rows_in(tmp_path / "one") == 7 and command(tmp_path / "one") == 0
+    assert files_of(tmp_path / "one") == straight
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_drafter_and_another_batch_change_no_token(draft, command, straight, tiny_target, tmp_path, capsys):
+    options: dict[str, Any] = {"batch": 7}
+    if draft:
+        network = LMDraft(target_shape(tiny_target), num_layers=3)
+        network.initialise(tiny_target)
+        noise = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=noise))
+        export_drafter(network, tmp_path / "draft", tokenizer=tiny_target)
+        options |= {"drafter": tmp_path / "draft", "depth": 3}
+    assert command(tmp_path / "set", **options) == 0
+    assert files_of(tmp_path / "set") == straight
+
+
+def test_rows_are_the_targets_own_and_differ_in_their_draws(command, straight, tiny_target, prompts):
+    """Greedy rows are those of transformers; of sampled ones no two of a prompt are the same."""
+    from transformers import AutoModelForCausalLM
+
+    model, rows = AutoModelForCausalLM.from_pretrained(tiny_target).eval(), rows_of(straight)
+    assert len(rows) == 16 and {len(row["messages"]) if "messages" in row else row["prompt"][:2] for row in rows} == {2, "In"}
+    for row in rows[::4]:
+        assert row["temperature"] == 0
+        given = row["loss_mask"].index(1)
+        ids = torch.tensor([row["input_ids"][:given]])
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+        assert said[0].tolist() == row["input_ids"]
+        assert row["finish"] == ("end" if row["input_ids"][-1] == model.config.eos_token_id else "length")
+
+
+def test_several_answers_at_a_temperature_differ(command, tmp_path):
+    assert command(tmp_path, n=2, limit=2, temperatures="[0.8,1.0]") == 0
+    rows = rows_of(files_of(tmp_path))
+    assert [row["temperature"] for row in rows] == [0.8, 0.8, 1.0, 1.0] * 2
+    assert len({tuple(row["input_ids"]) for row in rows}) == 8
+
+
+@pytest.mark.parametrize("key", ["seed", "temperatures", "target", "weights", "prompts", "top_k", "max_new_tokens"])
+def test_another_setting_is_one_line(key, command, straight, tiny_target, prompts, tmp_path, capsys):
+    for name, text in straight.items():
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(text)
+    value: Any = {"seed": 2, "temperatures": "[0.9,0]", "top_k": 5, "max_new_tokens": 21}.get(key)
+    option = key
+    if key in ("target", "weights"):
+        option, value = "target", shutil.copytree(tiny_target, tmp_path / "other")
+        if key == "target":
+            config = json.loads((value / "config.json").read_text())
+            (value / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+        else:
+            target = json.loads(straight["distill.json"])["target"] | {"path": "other"}
+            values = json.loads(straight["distill.json"]) | {"target": target}
+            (tmp_path / "set" / "distill.json").write_text(json.dumps(values))
+            raw = bytearray((value / "model.safetensors").read_bytes())
+            raw[-3] ^= 1
+            (value / "model.safetensors").write_bytes(raw)
+    elif key == "prompts":
+        value = tmp_path / "prompts.jsonl"
+        value.write_text(prompts.read_text() + json.dumps({"text": "one more"}) + "\n")
+    before = files_of(tmp_path / "set")
+    assert command(tmp_path / "set", **{option: value}) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "trainkit: error" in line]) == 1 and f"begun with {key} " in said[-1], said
+    assert files_of(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("n", 0),
+        ("part_rows", 0),
+        ("temperatures", "[-1]"),
+        ("temperatures", "[0,0]"),
+        ("temperatures", "[]"),
+        ("batch", 0),
+        ("depth", 2),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_begins_no_set(option, value, command, tmp_path, capsys):
+    """A folder begun with it could never be gone on with."""
+    more = {"base_url": "http://127.0.0.1:1/v1"} if option == "depth" else {}
+    assert command(tmp_path / "set", **{option: value}, **more) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and option.rstrip("s") in said.replace("max_batch", "batch")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_prompt_longer_than_the_target_covers_is_named(command, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "x" * 600}) + "\n")
+    assert command(tmp_path / "set", prompts=tmp_path / "long.jsonl") == 2
+    assert "prompt 1 has 600 tokens, the target covers 512" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+def test_both_spellings_of_an_option_are_understood():
+    needed = ["--target", "t", "--prompts", "p", "--out", "o"]
+    for dash in "-_":
+        given = [f"--max{dash}new{dash}tokens", "7", f"--base{dash}url=http://a-b/v1", f"--part{dash}rows=5"]
+        values = parse("distill", distill, needed + given)
+        assert (values["max_new_tokens"], values["base_url"], values["part_rows"]) == (7, "http://a-b/v1", 5)
+
+
+@pytest.fixture
+def served_target(tiny_target: Path, tmp_path: Path) -> Path:
+    """A folder with the config and the fake server's tokenizer, and no weights."""
+    folder = shutil.copytree(TOKENIZER, tmp_path / "served")
+    shutil.copy(tiny_target / "config.json", folder)
+    return folder
+
+
+def check_served(out: Path, limit: int) -> None:
+    rows = rows_of(files_of(out))
+    assert [row["id"] for row in rows] == list(range(2 * limit))
+    for row in rows:
+        given = row["loss_mask"].index(1)
+        prompt, answer = row["input_ids"][:given], row["input_ids"][given:]
+        _, ids, finish = fake_server.reply(
+            prompt, seed=request_seed(1, row["id"]), temperature=row["temperature"], max_tokens=20
+        )
+        assert answer == ids and row["finish"] == {"stop": "end", "length": "length"}[finish] and all(row["loss_mask"][given:])
+
+
+def test_a_server_with_faults_gives_every_row_also_after_a_kill(command, served_target, tmp_path, seed):
+    faults = {
+        "drop": 0.15,
+        "cut": 0.1,
+        "garbage": 0.1,
+        "statuses": {"503": 0.1, "429": 0.1},
+        "most": 2,
+        "delay": 0.03,
+        "seed": seed,
+    }
+    with fake_server.serve(**faults, headers={"Retry-After": "0"}) as server:
+        options = {"target": served_target, "base_url": server.base_url, "concurrency": 3}
+        pid = fork(lambda: command(tmp_path / "set", **options))
+        wait_until(lambda: rows_in(tmp_path / "set") >= 4, pid)
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL
+        there = rows_in(tmp_path / "set")
+        assert 4 <= there < 16
+        assert command(tmp_path / "set", **options) == 0
+        stats = server.stats
+    assert stats.met.total() > 0 and stats.peak <= 6  # of two processes
+    check_served(tmp_path / "set", 8)
+    provenance = json.loads((tmp_path / "set" / "distill.json").read_text())
+    assert provenance["server"] == {"model": "tiny", "base_url": server.base_url} and "weights" not in provenance
+
+
+def test_a_server_that_is_gone_is_one_line_and_loses_nothing(command, served_target, tmp_path, capsys):
+    """It answers 5 rows, and then nothing but 400."""
+    with fake_server.serve(always="400", after=5) as server:
+        options = {"target": served_target, "base_url": server.base_url, "concurrency": 1}
+        assert command(tmp_path / "set", **options) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "status 400" in said and rows_in(tmp_path / "set") >= 4

@@ -1,0 +1,135 @@
+"""`trainkit export`: both sorts of checkpoint become folders that load, and nothing stands where the check fails."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.test_recipes import tiny
+from trainkit import bundle
+from trainkit.cli import main
+from trainkit.commands.export import export
+from trainkit.commands.fit import run
+from trainkit.errors import UserError
+from trainkit.runner import Runner
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": f"It is {n + 1}."}) + "\n" for n in range(24)))
+    return path
+
+
+def fit(recipe: str, target: Path, rows: Path, folder: Path) -> Path:
+    flags = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.logger", "false"]
+    assert run("fit", [*tiny(Path(recipe), target, rows, folder), *flags]) == 0
+    return folder / "run" / "checkpoints" / "last.ckpt"
+
+
+def test_a_drafter_and_a_model_are_exported_inspected_and_decode(tiny_target, rows, tmp_path, capsys):
+    draft = fit("recipes/draft_tiny.yaml", tiny_target, rows, tmp_path / "a")
+    model = fit("recipes/target_tiny.yaml", tiny_target, rows, tmp_path / "b")
+    assert main(["export", str(draft), str(tmp_path / "draft"), "--format", "vllm"]) == 0
+    assert main(["export", str(model), str(tmp_path / "model"), "--format", "hf"]) == 0
+    assert main(["export", str(model), str(tmp_path / "none"), "--format", "gguf"]) == 2
+    assert main(["inspect", str(tmp_path / "draft"), "--target", str(tiny_target)]) == 0
+    assert bundle.read(tmp_path / "draft").extra["format"] == "vllm" and not (tmp_path / "none").exists()
+    said = capsys.readouterr().out
+    assert "draft: lm" in said and "model: model" in said and "It fits" in said and "val/alpha" in said
+    assert Runner.load(tiny_target, tmp_path / "draft", max_len=64).generate(["How many"], max_new_tokens=8)[0].tokens
+    assert Runner.load(tmp_path / "model", max_len=64).generate(["How many"], max_new_tokens=8)[0].tokens
+    assert main(["inspect", str(tmp_path / "model"), "--target", str(tiny_target)]) == 2
+
+
+def test_a_model_is_exported_in_half_precision(tiny_target, rows, tmp_path):
+    """Its rotary frequencies must not be cast along: reloaded they are float32, and the logits would differ."""
+    checkpoint = fit("recipes/target_tiny.yaml", tiny_target, rows, tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = tmp_path / str(dtype)
+        export(str(checkpoint), str(out), dtype=str(dtype).removeprefix("torch."))
+        assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {dtype}
+
+
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(tiny_target, rows, tmp_path):
+    checkpoint = fit("recipes/draft_tiny.yaml", tiny_target, rows, tmp_path)
+    values = torch.load(checkpoint, weights_only=True)
+    values["state_dict"]["drafter.decoder.norm.weight"][0] = float("nan")
+    torch.save(values, checkpoint)
+    with pytest.raises(UserError, match="decoder.norm.weight holds values that are not finite"):
+        export(str(checkpoint), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_reloads_otherwise_is_refused(tiny_target, rows, tmp_path, monkeypatch):
+    from trainkit.drafters.lm import LMDraft
+
+    checkpoint = fit("recipes/draft_tiny.yaml", tiny_target, rows, tmp_path)
+    load = LMDraft.load.__func__
+
+    def spoiled(cls, folder, target, config):
+        draft = load(cls, folder, target, config)
+        draft.decoder.norm.weight.mul_(1.001)
+        return draft
+
+    monkeypatch.setattr(LMDraft, "load", classmethod(spoiled))
+    with pytest.raises(UserError, match="reloaded export's logits differ"):
+        export(str(checkpoint), str(tmp_path / "out"))
+    assert not bundle.is_bundle(tmp_path / "out")
+
+
+class Payload:
+    """Pickled, it makes a file where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_a_payload_in_a_checkpoint_or_a_bundle_is_refused_and_not_run(tiny_target, rows, tmp_path, capsys):
+    mark = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists(), "else this would prove nothing"
+    mark.unlink()
+
+    given = [*tiny(Path("recipes/draft_tiny.yaml"), tiny_target, rows, tmp_path), "--trainer.logger", "false"]
+    assert run("fit", [*given, "--trainer.max_steps", "1"]) == 0
+    good = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert main(["export", str(good), str(tmp_path / "out")]) == 0
+    values = torch.load(good, weights_only=True)
+    values["trainkit"]["info"]["recipe"] = Payload(mark)  # beside everything that is expected
+    torch.save(values, tmp_path / "evil.ckpt")
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Payload(mark)))
+    capsys.readouterr()
+    for evil in (str(tmp_path / "evil.ckpt"), str(tmp_path / "plain.ckpt")):
+        training = [[name, *given, "--ckpt_path", evil] for name in ("fit", "validate")]
+        for command in (["export", evil, str(tmp_path / "x")], *training):
+            assert main(command) == 2, command
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert said.startswith(f"trainkit: error: {evil}: not a checkpoint that loads with weights_only")
+    assert not (tmp_path / "x").exists()
+
+    torch.save({"lm_head.weight": Payload(mark)}, tmp_path / "out" / "pytorch_model.bin")
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    (tmp_path / "out" / "model.safetensors").unlink()  # so that the payload is all there is
+    for listed in (False, True):
+        if listed:
+            manifest = json.loads((tmp_path / "out" / "trainkit.json").read_text())
+            files = {name: value for name, value in manifest["files"].items() if name != "model.safetensors"}
+            manifest["files"] = files | {"pytorch_model.bin": "0"}
+            (tmp_path / "out" / "trainkit.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError):
+            Runner.load(tiny_target, tmp_path / "out", max_len=64)
+    (tmp_path / "out" / "trainkit.json").unlink()  # a plain model folder now
+    with pytest.raises(UserError):
+        Runner.load(tiny_target, tmp_path / "out", max_len=64)
+    with pytest.raises(UserError):
+        Runner.load(tmp_path / "out", max_len=64)
+    assert not mark.exists()

@@ -1,0 +1,166 @@
+"""`trainkit import`: checkpoints of other programs become bundles that decode, or are refused in one line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.support.targets import make_target
+from trainkit import bundle
+from trainkit.cli import main
+from trainkit.commands.import_drafter import import_outside
+from trainkit.drafters.base import Frontier
+from trainkit.drafters.lm import LMDraft
+from trainkit.errors import UserError
+from trainkit.export.drafter import export_drafter
+from trainkit.models.target import target_shape
+from trainkit.runner import Runner
+
+# H heads  L blocks in a head  D hidden  V vocabulary
+D, V = 64, 320
+
+
+def original(folder, heads=3, layers=2, prefix="", dtype=torch.float32, width=D, ids=V) -> dict[str, Tensor]:
+    """A checkpoint as the original training code names it; its config.json says another number of heads, as theirs often do."""
+    tensors: dict[str, Tensor] = {}
+    for k in range(heads):
+        for layer in range(layers):
+            tensors[f"{prefix}{k}.{layer}.linear.weight"] = torch.randn(width, width, dtype=dtype) / 8
+            tensors[f"{prefix}{k}.{layer}.linear.bias"] = torch.randn(width, dtype=dtype)
+        tensors[f"{prefix}{k}.{layers}.weight"] = torch.randn(ids, width, dtype=dtype)
+    folder.mkdir()
+    save_file(tensors, folder / "medusa_lm_head.safetensors")
+    config = {"base_model_name_or_path": "x/y", "medusa_num_heads": 5, "medusa_num_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def logits_of(tensors: dict[str, Tensor], prefix: str, head: int, layers: int, hidden_ND: Tensor) -> Tensor:
+    """x <- x + silu(W x + b) for each block, then the projection: the method's definition, from the tensors as they lie."""
+    for layer in range(layers):
+        weight, bias = (tensors[f"{prefix}{head}.{layer}.linear.{part}"].float() for part in ("weight", "bias"))
+        inner = torch.einsum("oi,ni->no", weight, hidden_ND) + bias
+        hidden_ND = hidden_ND + inner * torch.sigmoid(inner)
+    return torch.einsum("vi,ni->nv", tensors[f"{prefix}{head}.{layers}.weight"].float(), hidden_ND)
+
+
+@pytest.mark.parametrize(("prefix", "layers"), [("", 1), ("medusa_heads.", 2)])
+def test_original_medusa_heads_give_the_logits_of_their_definition_and_decode(prefix, layers, tiny_target, tmp_path, seed):
+    tensors = original(tmp_path / "theirs", layers=layers, prefix=prefix)
+    assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--target", str(tiny_target)]) == 0
+    card = bundle.read(tmp_path / "ours")
+    assert (card.kind, card.config["num_heads"], card.config["num_layers"]) == ("medusa", 3, layers)
+    assert card.target["fingerprint"] == bundle.fingerprint(tiny_target) and card.extra["layout"] == "vllm"
+    runner = Runner.load(tiny_target, tmp_path / "ours", max_len=128)
+    draft = runner.drafter
+    assert draft is not None and draft.max_depth == 3
+    hidden, zero = torch.randn(2, 1, D), torch.zeros(2, 1, dtype=torch.long)
+    state = draft.init_state(2, 8, torch.device("cpu"), torch.float32)
+    state["hidden"].copy_(hidden)
+    for head in range(3):
+        node = Frontier(zero, zero, zero[0], zero, zero, torch.ones(2, 1, 4, dtype=torch.bool), head, True)
+        ours = draft.step(state, node, runner.rounds.handle, 8).logits_BFK[:, 0]
+        # float32 sums in another order; logits here reach dozens
+        torch.testing.assert_close(ours, logits_of(tensors, prefix, head, layers, hidden[:, 0]), atol=1e-4, rtol=1e-4)
+    prompts = ["Natalia sold clips", "How many"]
+    plain = Runner.load(tiny_target, max_len=128).generate(prompts, max_new_tokens=24, ignore_end=True)
+    for folder in ("ours", "theirs"):  # the runner takes the outside folder as it is, too
+        runner = Runner.load(tiny_target, tmp_path / folder, max_len=128)
+        drafted = runner.generate(prompts, max_new_tokens=24, ignore_end=True, depth=3)
+        assert [o.tokens for o in drafted] == [o.tokens for o in plain]
+
+
+@pytest.mark.parametrize(("dtype", "given"), [(torch.float16, None), (torch.float16, "float32"), (torch.bfloat16, None)])
+def test_weights_keep_their_dtype_unless_told_otherwise(dtype, given, tiny_target, tmp_path):
+    tensors = original(tmp_path / "theirs", heads=1, dtype=dtype)
+    import_outside(str(tmp_path / "theirs"), str(tmp_path / "ours"), target=str(tiny_target), dtype=given)
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    wanted = dtype if given is None else getattr(torch, given)
+    assert {value.dtype for value in written.values()} == {wanted}
+    assert torch.equal(written["lm_heads.0.weight"], tensors["0.2.weight"].to(wanted))
+
+
+@pytest.mark.parametrize("kind", ["lm", "medusa"])
+def test_what_we_export_for_others_is_imported_back(kind, tiny_target, tmp_path):
+    """An exported folder without trainkit.json is what others hand on; trimmed heads keep their map."""
+    from trainkit.drafters.base import load_kind
+
+    options = {"draft_vocab": list(range(0, V, 3)), "num_layers": 2, "num_heads": 2} if kind == "medusa" else {}
+    drafter = load_kind(kind)(target_shape(tiny_target), **options)
+    drafter.initialise(tiny_target)
+    before = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format="vllm")
+    (tmp_path / "out" / "trainkit.json").unlink()
+    import_outside(str(tmp_path / "out"), str(tmp_path / "again"), target=str(tiny_target))
+    after = bundle.read(tmp_path / "again")
+    assert after.kind == kind and after.files["model.safetensors"] == before.files["model.safetensors"]
+    if kind == "medusa":
+        assert after.config == before.config
+
+
+def payload(folder: Path, name: str) -> None:
+    folder.mkdir()
+    (folder / name).write_bytes(pickle.dumps({"0.0.linear.weight": 1}))
+
+
+def edited(folder: Path, edit) -> None:
+    tensors = original(folder)
+    save_file(edit(tensors), folder / "medusa_lm_head.safetensors")
+
+
+FAULTS = {
+    "pickle": (lambda p: payload(p, "medusa_lm_head.pt"), ("medusa_lm_head.pt: a pickle", "safetensors")),
+    "bin": (lambda p: payload(p, "pytorch_model.bin"), ("pytorch_model.bin: a pickle", "safetensors")),
+    "width": (lambda p: original(p, width=48), ("hidden_size 48", "64", "trained for")),
+    "vocabulary": (lambda p: original(p, ids=300), ("vocab_size 300", "320", "trained for")),
+    "missing bias": (
+        lambda p: edited(p, lambda t: {n: v for n, v in t.items() if n != "1.0.linear.bias"}),
+        ("'blocks.1.layers.0.bias'", "is missing"),
+    ),
+    "missing head": (
+        lambda p: edited(p, lambda t: {n: v for n, v in t.items() if not n.startswith("1.")}),
+        ("blocks.1.layers.0.weight", "is missing"),
+    ),
+    "far head": (lambda p: edited(p, lambda t: t | {"900000000.0.linear.bias": torch.ones(D)}), ("900000001 heads", "copy")),
+    "skipped block": (
+        lambda p: edited(p, lambda t: {n.replace(".2.weight", ".3.weight"): v for n, v in t.items()}),
+        ("not 3 heads of 2 blocks",),
+    ),
+    "foreign": (lambda p: edited(p, lambda t: t | {"model.norm.weight": torch.ones(D)}), ("'model.norm.weight' is no part",)),
+    "twice": (lambda p: edited(p, lambda t: t | {"medusa_heads.0.0.linear.bias": torch.ones(D)}), ("is there twice",)),
+    "not finite": (lambda p: edited(p, lambda t: t | {"0.2.weight": torch.full((V, D), torch.nan)}), ("not finite",)),
+    "cut short": (lambda p: (original(p), (p / "medusa_lm_head.safetensors").write_bytes(b"\x10")), ("cut short",)),
+    "nothing": (lambda p: p.mkdir(), ("neither a trainkit bundle", "that a drafter kind reads")),
+    "no folder": (lambda p: None, ("no such folder",)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_imported_is_one_line_and_writes_nothing(fault, tiny_target, tmp_path, capsys):
+    make, said = FAULTS[fault]
+    make(tmp_path / "theirs")
+    assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "out"), "--target", str(tiny_target)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(part in line for part in said), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_given_by_its_own_name_is_refused_too(tiny_target, tmp_path):
+    payload(tmp_path / "theirs", "medusa_lm_head.pt")
+    with pytest.raises(UserError, match="a pickle"):
+        import_outside(str(tmp_path / "theirs" / "medusa_lm_head.pt"), str(tmp_path / "out"), target=str(tiny_target))
+
+
+def test_a_draft_model_of_another_vocabulary_and_a_bundle_are_refused(tiny_target, tmp_path):
+    other = make_target(tmp_path / "other", vocab_size=300, num_hidden_layers=1)
+    with pytest.raises(UserError, match="vocabulary of 300, the target's has 320"):
+        import_outside(str(other), str(tmp_path / "out"), target=str(tiny_target))
+    drafter = LMDraft(target_shape(tiny_target), init="scratch")
+    export_drafter(drafter, tmp_path / "bundle", tokenizer=tiny_target)
+    with pytest.raises(UserError, match="a bundle of trainkit already"):
+        import_outside(str(tmp_path / "bundle"), str(tmp_path / "out"), target=str(tiny_target))

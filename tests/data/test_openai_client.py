@@ -1,0 +1,362 @@
+"""Asking a server over HTTP: every prompt is answered once whatever goes wrong, nothing is asked too often, and it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.fake_server import END, Served, reply, serve
+from trainkit.data.openai_client import Server, request_seed, retry_after
+from trainkit.errors import UserError
+
+SOON = 5.0  # seconds on a machine with other work, where milliseconds do; what is given up takes 600 s and more
+HOT = {"temperature": 0.7, "seed": 5, "max_new_tokens": 12}
+
+
+@pytest.fixture
+def end_id(tokenizer: Any) -> int:
+    return tokenizer.convert_tokens_to_ids(END)
+
+
+@pytest.fixture
+def ask(tokenizer: Any, end_id: int) -> Any:
+    def make(served: Served | str, **options: Any) -> Server:
+        base_url = served if isinstance(served, str) else served.base_url
+        return Server(base_url, tokenizer=tokenizer, end_id=end_id, **{"backoff": 0.01, "timeout": 60.0, **options})
+
+    return make
+
+
+def prompts(count: int, seed: int = 0) -> list[tuple[int, list[int]]]:
+    draw = random.Random(seed)
+    return [(n, [n, *draw.choices(range(4, 900), k=draw.randint(1, 20))]) for n in draw.sample(range(1, 1000), count)]
+
+
+def expected(asked: Sequence[tuple[int, list[int]]], seed: int, temperature: float, max_new_tokens: int) -> dict[int, Any]:
+    """What the model says to each: text, tokens, finish."""
+    answers = {}
+    for number, tokens in asked:
+        text, ids, finish = reply(tokens, seed=request_seed(seed, number), temperature=temperature, max_tokens=max_new_tokens)
+        answers[number] = (text, ids, {"stop": "end", "length": "length"}[finish])
+    return answers
+
+
+def test_every_prompt_is_answered_exactly_once_under_all_faults_together(ask: Any, seed: int) -> None:
+    asked = prompts(150, seed)
+    shares = {"429": 0.1, "500": 0.05, "503": 0.05, "408": 0.05, "409": 0.05, "425": 0.05}
+    with serve(
+        drop=0.1, cut=0.1, garbage=0.1, statuses=shares, headers={"Retry-After": "0.01"}, delay=0.01, refuse_ids=True, seed=seed
+    ) as served:
+        answers = list(ask(served, concurrency=16).complete(asked, **HOT))
+        stats = served.stats
+    assert Counter(answer.number for answer in answers) == Counter(number for number, _ in asked)
+    wanted = expected(asked, **HOT)
+    assert {answer.number: (answer.text, answer.finish) for answer in answers} == {n: (w[0], w[2]) for n, w in wanted.items()}
+    assert {answer.finish for answer in answers} == {"end", "length"}
+    assert set(stats.met) == {"drop", "cut", "garbage", "refused ids", *shares}
+    assert set(stats.answered.values()) == {1}, "a prompt that was answered is not asked again"
+    assert stats.peak <= 16
+    assert len(stats.asked) == len(asked) + stats.met.total(), "one more request for each fault, and no other"
+
+
+def test_tokens_are_the_servers_own_where_it_gives_them(ask: Any, end_id: int) -> None:
+    asked = prompts(12)
+    for end_in_ids in (True, False):
+        with serve(end_in_ids=end_in_ids) as served:
+            server = ask(served)
+            answers = {answer.number: answer.tokens for answer in server.complete(asked, **HOT)}
+        assert answers == {number: tokens for number, (_, tokens, _) in expected(asked, **HOT).items()}
+        assert server.encoded == 0
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_tokens_are_encoded_from_the_text_where_the_server_gives_none(
+    refuse: bool, ask: Any, tokenizer: Any, end_id: int
+) -> None:
+    asked = prompts(12)
+    with serve(give_ids=False, refuse_ids=refuse) as served:
+        server = ask(served, concurrency=1)
+        answers = {answer.number: answer.tokens for answer in server.complete(asked, **HOT)}
+        stats = served.stats
+    for number, (text, _, finish) in expected(asked, **HOT).items():
+        end = [end_id] if finish == "end" else []
+        assert answers[number] == tokenizer.encode(text, add_special_tokens=False) + end
+    assert server.encoded == 12
+    with_ids = sum("return_token_ids" in body for body in stats.asked)
+    assert with_ids == (1 if refuse else 12), "refused once, asked for no more"
+
+
+def test_other_end_tokens_are_not_ended_again(ask: Any, end_id: int) -> None:
+    for patch, tokens in (
+        ({"token_ids": [5, 9], "finish_reason": "stop", "stop_reason": 9}, [5, 9]),
+        ({"token_ids": [5, 9], "finish_reason": "stop", "stop_reason": None}, [5, 9, end_id]),
+        ({"token_ids": [5, 9], "finish_reason": "length"}, [5, 9]),
+        ({"token_ids": [], "text": "", "finish_reason": "stop"}, [end_id]),
+    ):
+        with serve(patch=patch) as served:
+            (answer,) = ask(served).complete([(0, [7])], temperature=0)
+        assert answer.tokens == tokens
+
+
+def test_a_character_cut_by_the_length_is_not_learnt(ask: Any, tokenizer: Any) -> None:
+    with serve(patch={"text": "ab\ufffd", "finish_reason": "length"}, give_ids=False) as served:
+        (answer,) = ask(served).complete([(0, [7])], temperature=0)
+    assert tokenizer.decode(answer.tokens) == "ab"
+
+
+def test_so_many_are_in_flight_and_no_more(ask: Any) -> None:
+    with serve(hold=7, delay=0.02) as served:
+        assert len(list(ask(served, concurrency=7).complete(prompts(40), **HOT))) == 40
+        assert served.stats.peak == 7
+
+
+def test_prompts_are_drawn_as_they_are_needed(ask: Any) -> None:
+    drawn = 0
+
+    def endless() -> Iterator[tuple[int, list[int]]]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield drawn, [7, drawn % 900]
+
+    with serve() as served:
+        answers = ask(served, concurrency=3).complete(endless(), **HOT)
+        for taken in range(1, 20):
+            next(answers)
+            assert drawn <= taken + 6
+        answers.close()
+
+
+def test_retry_after_is_waited_for(ask: Any) -> None:
+    asked = prompts(4)
+    with serve(first=["429"], headers={"Retry-After": "1"}) as served:
+        assert len(list(ask(served).complete(asked, **HOT))) == 4
+        bodies = served.stats.asked
+    for _, prompt in asked:
+        first, second = (body["at"] for body in bodies if body["prompt"] == prompt)
+        assert 0.95 < second - first < 1 + SOON
+
+
+def test_retry_after_is_read_as_seconds_or_as_a_date() -> None:
+    assert [retry_after(value) for value in ("3", "0", None, "soon", "-1", "inf", "nan", "")] == [3, 0] + [None] * 6
+    soon = retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True))
+    assert soon is not None and 85 < soon <= 90
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+def test_pauses_grow_and_are_capped(ask: Any) -> None:
+    server = ask("http://localhost:1/v1", backoff=0.5)
+    for attempt, longest in ((0, 0.5), (1, 1), (3, 4), (6, 32), (7, 60), (5000, 60)):
+        pauses = [server._pause(attempt, None) for _ in range(200)]
+        assert longest / 2 <= min(pauses) < max(pauses) <= longest, "half of it is jitter"
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        ("400", "status 400 to prompt"),
+        ("401", "OPENAI_API_KEY"),
+        ("404", "ends in /v1"),
+        ("307", "points to, https://b.example/v1"),
+    ],
+)
+def test_a_refusal_ends_it_at_once_with_one_line(status: str, says: str, ask: Any) -> None:
+    message = "the context has 2048 tokens,\n  key sk-secret " + "and so on " * 100
+    with serve(always=status, message=message, headers={"Location": "https://b.example/v1"}) as served:
+        with pytest.raises(UserError, match=says) as raised:
+            list(ask(served, concurrency=4, api_key="sk-secret").complete(prompts(100), **HOT))
+        stats = served.stats
+    line = str(raised.value)
+    assert "the context has 2048 tokens, key *** and" in line and served.base_url in line
+    assert "\n" not in line and len(line) < 600
+    assert len(stats.asked) <= 8, "what was queued is not asked"
+    assert {body["authorization"] for body in stats.asked} == {"Bearer sk-secret"}
+
+
+def test_an_address_without_v1_is_told_so(ask: Any) -> None:
+    with serve() as served, pytest.raises(UserError, match=r"status 404 to .*Not Found.*ends in /v1"):
+        list(ask(served.base_url.removesuffix("/v1")).complete(prompts(3), **HOT))
+
+
+def test_the_key_comes_from_the_environment_and_is_not_told(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+    with serve(key="sk-mine") as served:
+        server = ask(served.base_url + "/")
+        assert len(list(server.complete(prompts(2), **HOT))) == 2
+        assert server.describe() == {"model": "tiny", "base_url": served.base_url}
+    assert ask("http://me:pass@localhost:1/v1", model="tiny").describe()["base_url"] == "http://localhost:1/v1"
+
+
+def test_the_model_is_the_one_named_or_the_first_listed(ask: Any) -> None:
+    with serve(models=["first", "second"]) as served:
+        for name, wanted in ((None, "first"), ("mine", "mine")):
+            server = ask(served, model=name)
+            list(server.complete(prompts(2), **HOT))
+            assert {body["model"] for body in served.stats.asked[-2:]} == {wanted}
+            assert server.describe()["model"] == wanted
+    with serve(models=[]) as served, pytest.raises(UserError, match="lists no model; name one"):
+        ask(served).describe()
+
+
+@pytest.mark.parametrize("always", ["drop", "garbage", "503"])
+def test_what_stays_broken_ends_after_all_attempts(always: str, ask: Any) -> None:
+    with serve(always=always) as served:
+        with pytest.raises(UserError, match=r"/v1/completions: no answer in 3 attempts, at last .+; see that") as raised:
+            list(ask(served, attempts=3, concurrency=1).complete([(4, [7])], **HOT))
+        assert len(served.stats.asked) == 3
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("patch", [{"finish_reason": "abort"}, {"text": None}, {"token_ids": ["a"]}])
+def test_a_reply_that_is_none_is_not_taken(patch: dict[str, Any], ask: Any) -> None:
+    with serve(patch=patch) as served, pytest.raises(UserError, match="no answer in 2 attempts, at last a reply w"):
+        list(ask(served, attempts=2).complete([(4, [7])], **HOT))
+
+
+def test_a_dead_server_ends_it_in_one_line(ask: Any) -> None:
+    with socket.socket() as taken:  # bound but not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        for model in (None, "tiny"):
+            with pytest.raises(UserError, match="no answer in 3 attempts, at last ConnectError") as raised:
+                list(ask(url, model=model, attempts=3).complete(prompts(9), **HOT))
+            assert url in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_server_that_never_answers_is_left_in_the_end(ask: Any) -> None:
+    with serve(always="hang") as served:
+        with pytest.raises(UserError, match="no answer in 2 attempts, at last ReadTimeout"):
+            list(ask(served, attempts=2, timeout=0.2).complete([(0, [7])], **HOT))
+        assert len(served.stats.asked) == 2
+
+
+def wait_until(said: Any, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not said():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def one_then_more(served: Served) -> Iterator[tuple[int, list[int]]]:
+    """Prompts of which all but the first come once that is answered."""
+    yield 0, [7]
+    wait_until(lambda: served.stats.answered.total() == 1)
+    yield from prompts(50)
+
+
+@pytest.mark.parametrize("always", ["hang", "429"])
+def test_closing_ends_at_once_whatever_is_in_flight(always: str, ask: Any) -> None:
+    # The others hang on the server, or wait for the 1000 s that it asked for.
+    with serve(always=always, after=1, headers={"Retry-After": "1000"}) as served:
+        threads = threading.active_count()
+        answers = ask(served, concurrency=4, timeout=600).complete(one_then_more(served), **HOT)
+        next(answers)
+        wait_until(lambda: len(served.stats.asked) >= 5)
+        began = time.monotonic()
+        answers.close()
+        assert time.monotonic() - began < SOON
+        assert threading.active_count() == threads
+        if always == "hang":
+            wait_until(lambda: served.stats.hung_up == 4)  # so that a real server stops decoding, too
+        assert len(served.stats.asked) <= 9
+
+
+def test_an_error_among_the_prompts_stops_the_rest(ask: Any) -> None:
+    def broken() -> Iterator[tuple[int, list[int]]]:
+        yield from prompts(3)
+        raise OSError("the disk is gone")
+
+    with serve(always="hang") as served:
+        began = time.monotonic()
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(ask(served, timeout=600).complete(broken(), **HOT))
+        assert time.monotonic() - began < SOON
+
+
+def test_an_interrupt_ends_at_once(ask: Any) -> None:
+    with serve(always="hang") as served:
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            list(ask(served, timeout=600).complete(prompts(50), **HOT))
+        assert time.monotonic() - began < SOON
+
+
+def test_a_program_that_leaves_the_iterator_open_still_ends() -> None:
+    script = (
+        "import sys\nfrom types import SimpleNamespace\nfrom trainkit.data.openai_client import Server\n"
+        "from tests.support.fake_server import Served\nfrom tests.data.test_openai_client import one_then_more\n"
+        "server = Server(sys.argv[1], end_id=None, concurrency=2, tokenizer=SimpleNamespace(eos_token_id=None))\n"
+        "answers = server.complete(one_then_more(Served(sys.argv[1])), temperature=0)\n"
+        "print(next(answers).number)\n"
+    )
+    with serve(always="429", after=1, headers={"Retry-After": "1000"}) as served:
+        done = subprocess.run(
+            [sys.executable, "-c", script, served.base_url],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            cwd=Path(__file__).parents[2],
+            check=False,
+        )
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_the_seed_of_a_request_hangs_on_nothing_but_seed_and_number(ask: Any) -> None:
+    asked = prompts(30)
+    seeds, texts = [], []
+    with serve(delay=0.01) as served:
+        for order, concurrency in ((asked, 1), (asked[::-1], 8)):
+            before = len(served.stats.asked)
+            texts.append({answer.number: answer.text for answer in ask(served, concurrency=concurrency).complete(order, **HOT)})
+            seeds.append({json.dumps(body["prompt"]): body["seed"] for body in served.stats.asked[before:]})
+        list(ask(served).complete(asked[:1], **HOT | {"seed": 6}))
+        other = served.stats.asked[-1]["seed"]
+    assert seeds[0] == seeds[1] and texts[0] == texts[1]
+    assert len(set(seeds[0].values())) == 30 and all(0 <= value < 2**31 for value in seeds[0].values())
+    assert other != seeds[0][json.dumps(asked[0][1])]
+
+
+def test_what_is_asked(ask: Any) -> None:
+    with serve() as served:
+        list(ask(served).complete([(3, [7, 8])], temperature=0.5, top_p=0.9, max_new_tokens=6, seed=1))
+        list(ask(served).complete([(3, [7, 8])], temperature=0.5, top_k=20, max_new_tokens=6, seed=1))
+        without, with_k = ({k: v for k, v in body.items() if k not in ("at", "authorization")} for body in served.stats.asked)
+    own = {"model": "tiny", "prompt": [7, 8], "seed": request_seed(1, 3), "return_token_ids": True}
+    assert without == own | {"max_tokens": 6, "temperature": 0.5, "top_p": 0.9}
+    assert with_k == own | {"max_tokens": 6, "temperature": 0.5, "top_p": 1.0, "top_k": 20}
+
+
+def test_no_number_is_asked_twice(ask: Any) -> None:
+    with serve() as served, pytest.raises(AssertionError, match="request 3 is asked twice"):
+        list(ask(served).complete([(3, [7]), (3, [8])], temperature=0))
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "/v1", "", "ftp://host/v1", "http://", "http://host/v1?a=1", "http://h:p/v1"]
+)
+def test_what_is_no_address_is_refused(url: str, ask: Any) -> None:
+    with pytest.raises(UserError, match="give it as http://HOST:PORT/v1"):
+        ask(url)
+
+
+@pytest.mark.parametrize("option", [{"concurrency": 0}, {"attempts": 0}, {"timeout": 0}, {"backoff": -1}, {"api_key": "a\nb"}])
+def test_options_out_of_range_are_refused(option: dict[str, Any], ask: Any) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(option))}|API key"):
+        ask("http://localhost:1/v1", **option)

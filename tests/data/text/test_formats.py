@@ -1,0 +1,148 @@
+"""Row formats, column mapping, and the reason given for each kind of bad row."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainkit.data.text.formats import Chat, Pair, Text, Tokens, check_columns, parse
+from trainkit.data.text.prepare import prepare
+from trainkit.data.text.sources import BadRow, read_rows
+from trainkit.errors import UserError
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": TURNS}, Chat(TURNS)),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, Chat(TURNS)),
+        ({"prompt": "Hi", "response": "Hello"}, Pair("Hi", "Hello")),
+        ({"question": "Hi", "answer": "Hello"}, Pair("Hi", "Hello", "\n")),
+        ({"text": "Hi"}, Text("Hi")),
+        ({"input_ids": [5, 6], "loss_mask": [0, 1]}, Tokens([5, 6], [0, 1])),
+        ({"input_ids": [5, 6], "loss_mask": [False, True]}, Tokens([5, 6], [0, 1])),
+    ],
+)
+def test_each_format_is_recognised_by_its_columns(row: dict[str, Any], expected: object) -> None:
+    assert parse(row, {}) == (expected, [])
+
+
+def test_chat_columns_come_before_text_and_the_rest_is_named() -> None:
+    assert parse({"text": "x", "messages": TURNS, "id": 3}, {}) == (Chat(TURNS), ["text", "id"])
+
+
+def test_a_null_key_of_a_turn_is_as_if_absent() -> None:
+    row, _ = parse({"messages": [{**turn, "tool_calls": None} for turn in TURNS]}, {})
+    assert row == Chat(TURNS)
+
+
+def test_a_mapping_names_columns_and_thereby_the_format() -> None:
+    columns = check_columns({"prompt": "instruction", "response": "output"})
+    row, unused = parse({"instruction": "Hi", "output": "Hello", "messages": TURNS}, columns)
+    assert row == Pair("Hi", "Hello") and unused == ["messages"]
+    assert parse({"prompt": "Hi", "canonical_solution": "x"}, {"response": "canonical_solution"})[0] == Pair("Hi", "x")
+
+
+def test_a_mapping_to_a_missing_column_is_a_bad_row() -> None:
+    with pytest.raises(BadRow, match="expected body;"):
+        parse({"text": "Hi"}, {"text": "body"})
+
+
+def test_an_unknown_key_of_the_mapping_is_refused() -> None:
+    with pytest.raises(UserError, match="'instruction' is no column of ours.*prompt"):
+        check_columns({"instruction": "prompt"})
+
+
+BAD = [
+    ('{"messages": [', "not JSON: .* at column"),
+    ("[1, 2]", "a row must be an object, not list"),
+    ({"body": "x"}, "columns are 'body', expected .* or messages or conversations or .* or text"),
+    ({}, "columns are none"),
+    ({"prompt": "x"}, "columns are 'prompt'"),
+    ({"messages": []}, "messages must be a list of turns, not an empty list"),
+    ({"messages": "x"}, "messages must be a list of turns, not text"),
+    ({"messages": ["x"]}, r"messages\[0\] must be an object"),
+    ({"messages": [{"content": "x"}]}, r"messages\[0\]\.role must be a name, not null"),
+    ({"messages": [*TURNS[:1], {"role": "assistant", "content": None}]}, r"messages\[1\]\.content must be text, not null"),
+    ({"messages": [*TURNS[:1], {"role": "assistant", "content": ["x"]}]}, r"messages\[1\]\.content must be text, not a list"),
+    ({"messages": TURNS[:1]}, "no assistant turn"),
+    ({"messages": [*TURNS[:1], {"role": "assistant", "content": " "}]}, "turn 1 is an empty assistant turn"),
+    ({"messages": [{"role": "judge", "content": "x"}, *TURNS]}, "the chat template refuses the turns: roles are user and"),
+    ({"conversations": [{"from": "alien", "value": "x"}]}, r"conversations\[0\]\.from is 'alien'; known are human"),
+    ({"conversations": [{"from": "gpt", "value": 3}]}, r"conversations\[0\]\.value must be text, not int 3"),
+    ({"prompt": "x", "response": ""}, "response must be text, not empty"),
+    ({"question": None, "answer": "x"}, "question must be text, not null"),
+    ({"text": "\n"}, "text must be text, not empty"),
+    ({"input_ids": [1, 2], "loss_mask": [1]}, "input_ids has 2 entries, loss_mask 1"),
+    ({"input_ids": [1, 2.5], "loss_mask": [0, 1]}, "input_ids must be a list of whole numbers"),
+    ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "loss_mask must hold only 0 and 1"),
+    ({"input_ids": [1, 1024], "loss_mask": [0, 1]}, "token id 1024 is outside the vocabulary of 1024"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD)
+def test_a_bad_row_stops_with_file_line_and_reason_or_is_counted(
+    row: Any, reason: str, rows_file: Callable[..., str], tokenizer: Any
+) -> None:
+    path = rows_file({"messages": TURNS}, "", row, {"messages": TURNS})
+    with pytest.raises(UserError, match=f"^{re.escape(path)}:3: .*{reason}") as error:
+        prepare([path], None, tokenizer, 64)
+    assert "\n" not in str(error.value)
+    report = prepare([path], None, tokenizer, 64, on_bad_row="skip", validation_share=0).report.train
+    assert (report.rows, report.documents, sum(report.skipped.values())) == (3, 2, 1)
+    assert list(report.examples.values()) == [f"{path}:3"] and "1 skipped: " in str(report)
+
+
+def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xff"}\n')
+    first, second = read_rows(str(tmp_path / "x.jsonl"))
+    assert first[1] == {"text": "a"}
+    assert isinstance(second[1], BadRow) and str(second[1]) == "not UTF-8 at byte 11 of the line"
+
+
+def test_limit_takes_the_first_rows_over_all_files(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    files = [rows_file(*({"text": f"{name} {n}"} for n in range(5)), name=name) for name in ("a.jsonl", "b.jsonl")]
+    prepared = prepare(files, None, tokenizer, 16, limit=7, validation_share=0)
+    texts = sorted(tokenizer.decode(tokens[:-1]) for tokens, _ in prepared.train.documents())
+    assert texts == sorted([f"a.jsonl {n}" for n in range(5)] + [f"b.jsonl {n}" for n in range(2)])
+
+
+def test_json_parquet_and_csv_give_the_rows_of_jsonl(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(4)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    (tmp_path / "x.csv").write_text("question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in rows))
+    for name in ("x.jsonl", "x.json", "x.parquet", "x.csv"):
+        assert [row for _, row in read_rows(str(tmp_path / name))] == rows
+    assert next(read_rows(str(tmp_path / "x.parquet")))[0] == f"{tmp_path / 'x.parquet'}: row 1"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", '{"a": 1}', "holds one JSON dict; a .json file must be a list of rows"),
+        ("x.json", '{"a": 1}\n{"a": 2}', ":2: not JSON: Extra data .* name it .jsonl"),
+        ("x.doc", "text", "unknown kind of file '.doc'"),
+        ("x.parquet", "text", "neither a readable local file nor"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}.*{message}" if message[0] != ":" else f"{name}{message}"):
+        list(read_rows(str(tmp_path / name)))
+
+
+def test_a_missing_file_is_named(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="^nowhere.jsonl: there is no such file"):
+        prepare(["nowhere.jsonl"], None, tokenizer, 64)

@@ -1,0 +1,231 @@
+"""Preparation: long rows, the split, the report, and the cache with what must and must not miss it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import trainkit.data.text.prepare as module
+from tests.data.conftest import TINY
+from trainkit.data.text.prepare import Prepared, prepare
+from trainkit.errors import UserError
+
+TOKENIZER = str(TINY / "tokenizer")
+
+
+def texts(packed: Any, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(tokens) for tokens, _ in packed.documents()]
+
+
+def chat_rows(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(count)]
+
+
+def test_the_split_is_by_row_disjoint_complete_and_seeded(rows_file: Callable[..., str], tokenizer: Any, seed: int) -> None:
+    path = rows_file(*chat_rows(60))
+
+    def split(seed: int) -> tuple[set[str], set[str]]:
+        prepared = prepare([path], None, tokenizer, 64, validation_share=0.2, seed=seed)
+        return set(texts(prepared.train, tokenizer)), set(texts(prepared.validation, tokenizer))
+
+    train, validation = split(seed)
+    assert (len(train), len(validation)) == (48, 12) and not train & validation
+    assert split(seed) == (train, validation) and split(seed + 1)[1] != validation
+
+
+def test_turns_of_one_chat_are_held_out_together(rows_file: Callable[..., str], tokenizer: Any, seed: int) -> None:
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[k % 2], "content": f"chat {n};{k}"} for k in range(4)]} for n in range(20)
+    ]
+    prepared = prepare([rows_file(*rows)], None, tokenizer, 256, validation_share=0.3, seed=seed)
+    chats = [{text.split(";")[0] for text in texts(packed, tokenizer)} for packed in (prepared.train, prepared.validation)]
+    assert len(chats[0]) == 14 and len(chats[1]) == 6 and not chats[0] & chats[1]
+    assert prepared.report.validation.documents == 12
+
+
+def test_long_chats_are_truncated_left_out_or_refused_and_counted(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    path = rows_file({"prompt": "Hi", "response": "word " * 50}, {"prompt": "word " * 50, "response": "Hi"}, *chat_rows(3))
+    options: dict[str, Any] = {"validation_share": 0}
+    report = prepare([path], None, tokenizer, 24, **options).report.train
+    # one of the two had its whole answer cut off
+    assert (report.rows, report.documents, report.truncated, report.unlabelled) == (5, 4, 2, 1)
+    assert "2 truncated to 24 tokens" in str(report) and "1 left out, no token of theirs counts" in str(report)
+    report = prepare([path], None, tokenizer, 24, on_long_row="skip", **options).report.train
+    assert (report.documents, report.too_long) == (3, 2)
+    with pytest.raises(UserError, match=r"rows.jsonl:1: \d+ tokens, longer than length 24; raise length"):
+        prepare([path], None, tokenizer, 24, on_long_row="error", **options)
+
+
+def test_long_plain_text_is_cut_into_documents_without_loss(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    text = " ".join(str(n) for n in range(200))
+    prepared = prepare([rows_file({"text": text})], None, tokenizer, 32, validation_share=0)
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert np.concatenate([tokens for tokens, _ in prepared.train.documents()]).tolist() == ids
+    assert prepared.report.train.cut == 1 and prepared.report.train.counted == len(ids) - len(prepared.train)
+    assert all(not mask[0] and mask[1:].all() for _, mask in prepared.train.documents())
+
+
+def test_the_report_adds_up_on_the_bundled_corpus(tokenizer: Any) -> None:
+    train, validation = str(TINY / "train.jsonl"), str(TINY / "validation.jsonl")
+    prepared = prepare([train], [validation], tokenizer, 256, limit=200, limit_validation=50)
+    report = prepared.report.train
+    rows = [json.loads(line) for line in Path(train).read_text().splitlines()[:200]]
+    encoded = [
+        tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True) for row in rows
+    ]
+    assert report.rows == report.documents == 200 and prepared.report.validation.rows == 50
+    assert report.tokens == sum(len(one["input_ids"]) for one in encoded)
+    assert report.counted == sum(sum(one["assistant_masks"]) for one in encoded)
+    assert str(prepared.report).startswith("train: 200 rows read, 200 documents, ")
+
+
+def test_columns_not_read_are_named_in_the_report(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    path = rows_file(*({**row, "id": n} for n, row in enumerate(chat_rows(4))))
+    assert "columns not read: id (4)" in str(prepare([path], None, tokenizer, 64).report)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 1}, "length: 1"),
+        ({"train": []}, "train: no files"),
+        ({"on_bad_row": "x"}, "on_bad_row: 'x'"),
+        ({"on_long_row": "x"}, "on_long_row: 'x'"),
+        ({"validation_share": 1.0}, "validation_share: 1.0"),
+        ({"validation_share": 0.9}, "validation_share: 0.9 of 4 rows leaves none"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(
+    options: dict[str, Any], message: str, rows_file: Callable[..., str], tokenizer: Any
+) -> None:
+    settings = {"train": [rows_file(*chat_rows(4))], "validation": None, "tokenizer": tokenizer, "length": 64} | options
+    with pytest.raises(UserError, match=message):
+        prepare(**settings)
+
+
+def equal(a: Prepared, b: Prepared) -> bool:
+    fields = ("tokens_N", "mask_N", "documents_D", "rows_R", "length", "pad_id", "fingerprint")
+    pairs = [(a.train, b.train), (a.validation, b.validation)]
+    same_sets = all(np.array_equal(getattr(x, name), getattr(y, name)) for x, y in pairs for name in fields)
+    return a.fingerprint == b.fingerprint and a.report == b.report and same_sets
+
+
+def test_the_cache_gives_back_what_was_made_and_is_hit_only_by_equal_content(
+    tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, path = tmp_path / "cache", rows_file(*chat_rows(20))
+    made: list[str] = []
+    encode = module._encode
+    monkeypatch.setattr(module, "_encode", lambda *args: made.append(args[0]) or encode(*args))
+
+    def run(**options: Any) -> Prepared:
+        settings: dict[str, Any] = {"train": [path], "validation": None, "tokenizer": tokenizer, "length": 64}
+        settings |= {"cache_dir": cache} | options
+        return prepare(**settings)
+
+    first = run()
+    assert equal(first, run(cache_dir=None)) and equal(first, run())
+    assert len(made) == 2  # the cache and the run without it; the third loaded
+    moved = rows_file(*chat_rows(20), name="other.jsonl")
+    assert equal(first, run(train=[moved])) and equal(first, run(tokenizer=TOKENIZER)) and len(made) == 2
+    for number, options in enumerate(
+        [
+            {"length": 65},
+            {"seed": 1},
+            {"validation_share": 0.5},
+            {"limit": 19},
+            {"on_bad_row": "skip"},
+            {"on_long_row": "skip"},
+            {"train": [path, path]},
+            {"validation": [path]},
+            {"columns": {"prompt": "prompt"}},
+        ],
+        start=3,
+    ):
+        assert run(**options).fingerprint != first.fingerprint and len(made) >= number
+    done = len(made)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|bos|>", "")
+    tokenizer.chat_template += " "
+    run()
+    assert len(made) == done + 1
+    rows_file(*chat_rows(19), {"prompt": "What is 19?", "response": "It is 91."})
+    run()
+    assert len(made) == done + 2
+    monkeypatch.setattr(module, "CODE_VERSION", -1)
+    run()
+    assert len(made) == done + 3
+
+
+def test_an_empty_validation_set_survives_the_cache(tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any) -> None:
+    path = rows_file(*chat_rows(3))
+    for _ in range(2):
+        prepared = prepare([path], None, tokenizer, 64, validation_share=0, cache_dir=tmp_path / "cache")
+        assert len(prepared.validation) == 0 and len(prepared.train) == 1
+
+
+def _prepare_slowly(path: str, cache: str, log: str, seconds: float) -> None:
+    from transformers import AutoTokenizer
+
+    encode = module._encode
+
+    def slow(*args: Any) -> Any:
+        with open(log, "a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        time.sleep(seconds)
+        return encode(*args)
+
+    module._encode = slow
+    prepare([path], None, AutoTokenizer.from_pretrained(TOKENIZER), 64, cache_dir=cache)
+
+
+def test_two_processes_prepare_once_and_a_kill_leaves_nothing_half_done(
+    tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any
+) -> None:
+    path, cache, log = rows_file(*chat_rows(20)), tmp_path / "cache", tmp_path / "log"
+    context = multiprocessing.get_context("fork")
+
+    def start(seconds: float) -> Any:
+        process = context.Process(target=_prepare_slowly, args=(path, str(cache), str(log), seconds))
+        process.start()
+        return process
+
+    def wait_for(lines: int) -> None:
+        deadline = time.monotonic() + 30
+        while not log.exists() or len(log.read_text().splitlines()) < lines:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    killed = start(60)
+    wait_for(1)
+    leftover = cache / f"{next(cache.glob('*.lock')).stem[:16]}.x.tmp"
+    leftover.mkdir()
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    assert not [p for p in cache.iterdir() if p.is_dir() and p != leftover]
+    pair = [start(0.3), start(0.3)]
+    for process in pair:
+        process.join(30)
+        assert process.exitcode == 0
+    assert len(log.read_text().splitlines()) == 2  # the killed one and one of the pair
+    assert not list(cache.glob("*.tmp"))
+    assert equal(prepare([path], None, tokenizer, 64, cache_dir=cache), prepare([path], None, tokenizer, 64))
+
+
+def test_a_report_with_unread_columns_and_bad_rows_survives_the_cache() -> None:
+    from collections import Counter
+
+    from trainkit.data.text.report import Report, SetReport
+
+    train = SetReport("train", rows=3, skipped=Counter({"no text": 1}), unused=Counter({"id": 2, "score": 1}))
+    report = Report(train, SetReport("validation"))
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report

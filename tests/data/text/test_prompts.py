@@ -1,0 +1,87 @@
+"""Prompts: what the model is given before it answers, read back as text, for every kind of row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.data.conftest import TINY
+from trainkit.data.text.prompts import read_prompts
+from trainkit.errors import UserError
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+HI = "<|bos|><|user|>Hi<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "with_template", "raw"),
+    [
+        ({"messages": [USER]}, HI, None),
+        ({"messages": [USER, ANSWER]}, HI, None),
+        ({"messages": [USER, ANSWER, USER, ANSWER]}, f"{HI}Yes<|end|><|user|>Hi<|end|><|assistant|>", None),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}, HI, None),
+        ({"question": "Hi", "answer": "Yes"}, HI, "Hi\n"),
+        ({"prompt": "Hi", "response": "Yes"}, HI, "Hi"),
+        ({"task_id": "HumanEval/0", "prompt": "Hi", "canonical_solution": "x", "test": "y"}, HI, "Hi"),
+        ({"question_id": 81, "category": "writing", "turns": ["Hi", "And?"]}, HI, "Hi"),
+        ({"text": "Hi"}, "Hi", "Hi"),
+    ],
+)
+def test_each_kind_of_row_gives_its_prompt(
+    row: dict[str, Any], with_template: str, raw: str | None, rows_file: Callable[..., str], tokenizer: Any
+) -> None:
+    path = rows_file(row)
+    assert [tokenizer.decode(ids) for ids in read_prompts(path, tokenizer)] == [with_template]
+    tokenizer.chat_template = None
+    if raw is None:
+        with pytest.raises(UserError, match="has no chat template"):
+            read_prompts(path, tokenizer)
+    else:
+        assert [tokenizer.decode(ids) for ids in read_prompts(path, tokenizer)] == [raw]
+
+
+def test_given_tokens_stop_before_the_first_that_counts(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    assert read_prompts(rows_file({"input_ids": [7, 8, 9], "loss_mask": [0, 0, 1]}), tokenizer) == [[7, 8]]
+
+
+def test_the_prompt_is_the_beginning_of_the_training_document(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    from trainkit.data.text.prepare import prepare
+
+    path = rows_file({"question": "What is 6 * 7?", "answer": "It is 42."})
+    ((tokens, mask),) = prepare([path], None, tokenizer, 64, validation_share=0).train.documents()
+    assert read_prompts(path, tokenizer) == [tokens[~mask].tolist()]
+
+
+def test_the_bundled_prompts_are_64_and_limit_takes_the_first() -> None:
+    path, tokenizer = str(TINY / "prompts.jsonl"), str(TINY / "tokenizer")
+    prompts = read_prompts(path, tokenizer)
+    assert len(prompts) == 64 and read_prompts(path, tokenizer, limit=5) == prompts[:5]
+
+
+def test_columns_can_be_named(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    assert tokenizer.decode(read_prompts(rows_file({"body": "Hi"}), tokenizer, columns={"prompt": "body"})[0]) == HI
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"answer": "x"}, "columns are 'answer', expected input_ids\\+loss_mask or messages or .*turns or prompt"),
+        ({"messages": [ANSWER]}, "the chat has no user turn"),
+        ({"turns": []}, "turns must be a list of texts"),
+        ({"turns": [3]}, "turns must be text, not int 3"),
+        ({"prompt": ""}, "prompt must be text, not empty"),
+        ({"input_ids": [7], "loss_mask": [1]}, "there is no prompt"),
+        ("{", "not JSON"),
+    ],
+)
+def test_a_row_without_a_prompt_is_named(row: Any, reason: str, rows_file: Callable[..., str], tokenizer: Any) -> None:
+    path = rows_file({"text": "ok"}, row)
+    with pytest.raises(UserError, match=f"^{path}:2: .*{reason}"):
+        read_prompts(path, tokenizer)
+
+
+def test_an_empty_file_is_an_error(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_prompts(rows_file(), tokenizer)

@@ -1,0 +1,306 @@
+"""Tree search: the walk sees what decoding shows, the search finds the best tree, and the bundle carries it to the runner."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.models import BUSHY, SIBLINGS, lm_draft, near, pair, ragged_prompts
+from trainkit import bundle
+from trainkit.card import describe
+from trainkit.cli import main
+from trainkit.drafters.medusa import Medusa
+from trainkit.errors import UserError
+from trainkit.eval.acceptance import _batch
+from trainkit.eval.tree_search.ranks import BEYOND, PRIOR, accuracies, falling, rank_of, shares, simulated, walk
+from trainkit.eval.tree_search.search import Costs, chance, expected_tau, fastest, full, likeliest, measure_costs, search
+from trainkit.export.drafter import export_drafter
+from trainkit.models.target import target_shape
+from trainkit.runner import Runner, Stats
+from trainkit.runner.trees.static import build, chain
+
+
+def random_table(generator: np.random.Generator, depth: int, width: int) -> np.ndarray:
+    table = generator.random((depth, width, width))
+    return -np.sort(-table / table.sum(2, keepdims=True) * 0.9, axis=2)
+
+
+def random_ranks(table: np.ndarray, count: int, length: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Texts whose rounds accept at random: from every place a path drawn from the table, the shorter near the end."""
+    depth, width = table.shape[:2]
+    ranks = np.full((count, length, depth), width)
+    for text, place in itertools.product(range(count), range(length)):
+        rank = 0
+        for d in range(depth):
+            row = table[d, rank]
+            rank = int(generator.choice(width + 1, p=[*row, 1 - row.sum()]))
+            ranks[text, place, d] = rank if place + d < length else BEYOND
+            if rank == width:
+                break
+    return list(ranks)
+
+
+def medusa_runner(ends=()) -> Runner:
+    runner = pair(noise=None, ends=ends)
+    heads = Medusa(runner.shape, num_heads=3)
+    heads.lm_heads.copy_from(runner.rounds.target.head_weight, None)
+    with torch.no_grad():
+        for parameter in heads.blocks.parameters():
+            parameter.normal_(0.0, 0.05)
+    return Runner.of(runner.rounds.target, heads, runner.shape, max_batch=8, max_len=96)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the walk
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("kind", ["lm", "medusa"])
+def test_rounds_simulated_from_a_walk_are_the_rounds_decoded(kind, temperature, seed):
+    """Any tree, with end tokens inside texts: every full round accepts the same number, every cut round is one there."""
+    ends = tuple(range(7))
+    runner = pair(noise=0.05, ends=ends) if kind == "lm" else medusa_runner(ends)
+    prompts = ragged_prompts(6)
+    options = {"max_new_tokens": 40, "temperature": temperature, "seed": seed}
+    texts = [output.tokens for output in runner.generate(prompts, depth=0, **options)]
+    ranks = walk(runner, prompts, texts, 3, 4, temperature, seed, batch=4)
+    for paths in (chain(1), chain(3), SIBLINGS, tuple(path for path in BUSHY if len(path) < 4)):
+        stats = Stats.merge(output.stats for output in runner.generate(prompts, tree=paths, **options))
+        assert simulated(ranks, paths) == stats, paths
+
+
+def test_a_text_of_one_token_has_no_round_and_no_accuracies():
+    runner = pair(ends=())
+    ranks = walk(runner, [[1, 2]], [[3]], 2, 3)
+    assert ranks[0].shape == (0, 2) and simulated(ranks, chain(2)).rounds == 0
+    with pytest.raises(UserError, match="no text is longer than 1 token"):
+        accuracies(ranks, 3)
+
+
+def test_shares_of_heads_are_a_direct_count_of_their_predictions(seed):
+    """By hand: each head on the target's state at each place, and the place of the text's token among its logits."""
+    runner, width = medusa_runner(), 5
+    prompts = ragged_prompts(4)
+    texts = [output.tokens for output in runner.generate(prompts, 30, depth=0)]
+    found = shares(walk(runner, prompts, texts, 3, width), width)
+    counts, totals = np.zeros((3, width)), np.zeros(3)
+    for prompt, text in zip(prompts, texts, strict=True):
+        batch = _batch(runner, prompt, text)
+        whole = [*prompt, *text]
+        for d, block in enumerate(runner.drafter.blocks):
+            with torch.no_grad():
+                logits = runner.drafter.lm_heads.of(d, batch.handle.head)(block(batch.hidden_BTD))[0]
+            for place in range(len(prompt) - 1, len(whole) - d - 2):
+                rank = int((logits[place] > logits[place, whole[place + d + 2]]).sum())
+                totals[d] += 1
+                if rank < width:
+                    counts[d, rank] += 1
+    assert np.allclose(found, counts / totals[:, None])
+    assert totals.tolist() == [4 * (30 - 1 - d) for d in range(3)]
+
+
+def test_accuracies_by_hand():
+    """Parent rank 0 was seen 8 times, its child of rank 0 right 6 of them; after rank 1 never."""
+    text = np.array([[0, 0]] * 6 + [[0, 2], [0, 1], [1, 1], [2, BEYOND]])
+    table = accuracies([text], 2)
+    assert table[0, 0] == pytest.approx([0.8, 0.1])
+    after_any = np.array([6, 2]) / 9  # of nine places whose parent had rank 0 or 1 and whose child is known
+    assert table[1, 0] == pytest.approx((np.array([6, 1]) + PRIOR * after_any) / (8 + PRIOR))
+    assert table[1, 1] == pytest.approx((np.array([0, 1]) + PRIOR * after_any) / (1 + PRIOR))
+    assert shares([text], 2)[1] == pytest.approx([6 / 9, 2 / 9])
+
+
+def test_falling_averages_neighbours_that_rise():
+    assert falling(np.array([0.5, 0.1, 0.3, 0.2])) == pytest.approx([0.5, 0.2, 0.2, 0.2])
+    assert falling(np.array([0.1, 0.2, 0.6])) == pytest.approx([0.3, 0.3, 0.3])
+
+
+def test_ranks_count_equals_by_id_and_a_token_that_is_not_proposed_is_a_miss():
+    scores = torch.tensor([[1.0, 3.0, 1.0, float("-inf")]]).expand(4, -1)
+    assert rank_of(torch.tensor([0, 1, 2, 3]), scores, None, 9).tolist() == [1, 0, 2, 9]
+    assert rank_of(torch.tensor([4, 6, 8, 5]), scores, torch.tensor([4, 6, 8, 9]), 2).tolist() == [1, 0, 2, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------- the search
+
+
+def closed_trees(depth: int, width: int, nodes: int) -> set[frozenset]:
+    """Every tree of `nodes` nodes, root included, that has each node's parent and lower ranks."""
+    trees = {frozenset([(0,)])}
+    for _ in range(nodes - 2):
+        grown = set()
+        for tree in trees:
+            for path in ((*above, rank) for above in [(), *tree] if len(above) < depth for rank in range(width)):
+                if path not in tree and (path[-1] == 0 or (*path[:-1], path[-1] - 1) in tree):
+                    grown.add(tree | {path})
+        trees = grown
+    return trees
+
+
+@pytest.mark.parametrize(("nodes", "depth", "width"), [(5, 3, 3), (7, 3, 3), (6, 2, 4), (6, 5, 1)])
+def test_the_greedy_tree_is_the_best_of_all_trees(nodes, depth, width, seed):
+    for case in range(10):
+        table = random_table(np.random.default_rng([seed, case]), depth, width)
+        best = max(expected_tau(tree, table) for tree in closed_trees(depth, width, nodes))
+        found = likeliest(table, nodes, depth)
+        assert expected_tau(found, table) == pytest.approx(best) and len(found) == nodes - 1
+        build(found, torch.device("cpu"))  # refuses what is no tree
+
+
+def test_expected_tau_is_the_tau_of_rounds_that_accept_at_random(seed):
+    """20 texts of 500 places; tau's standard error from the rounds themselves, and a chance failure in 16,000."""
+    generator = np.random.default_rng(seed)
+    table = random_table(generator, 3, 3)
+    paths = likeliest(table, 9, 3)
+    stats = simulated(random_ranks(table, 20, 500, generator), paths)
+    squares = sum(n * (k + 1 - stats.tau) ** 2 for k, n in enumerate(stats.accepted))
+    error = (squares / stats.rounds / stats.rounds) ** 0.5
+    assert abs(stats.tau - expected_tau(paths, table)) < 4 * error and error < 0.02
+
+
+def test_a_search_never_expands_more_nodes_of_a_level_than_the_drafter_can(seed):
+    table = random_table(np.random.default_rng(seed), 4, 6)
+    for paths in (likeliest(table, 40, 4, widest=2), full(40, 4, 6, widest=2)):
+        for depth in range(4):
+            assert len({path[:-1] for path in paths if len(path) == depth + 1}) <= 2
+        build(paths, torch.device("cpu"))
+        assert len(paths) == 39
+
+
+def test_the_full_tree_has_the_fewest_children_that_fit():
+    assert full(7, 3, 4) == ((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1))
+    assert full(9, 2, 4) == ((0,), (1,), (2,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1))
+    assert full(3, 3, 1) == chain(2)
+    with pytest.raises(UserError, match="hold 7; ask for no more"):
+        full(8, 2, 2)
+
+
+def costs(row: float, level: float) -> Costs:
+    """Verifying takes 1 and `row` for each row more, a draft level `level`."""
+    return Costs(1.0, {1: 1.0, 100: 1.0 + 99 * row}, level, {1: level, 8: level})
+
+
+def test_cheaper_rows_give_a_larger_tree_and_dearer_levels_a_flatter_one(seed):
+    table = random_table(np.random.default_rng(seed), 4, 4)
+    ranks = random_ranks(table, 4, 200, np.random.default_rng(seed))
+    sizes = [fastest(search(table, ranks, costs(row, 0.02), 60)).nodes for row in (0.0, 0.02, 0.5)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[2], sizes
+    depths = [search(table, ranks, costs(0.0, level), 5)[-1].depth for level in (0.0, 5.0)]
+    assert depths[1] == 1 <= depths[0]
+
+
+def test_costs_by_hand():
+    one = Costs(2.0, {1: 2.0, 3: 4.0, 5: 8.0}, 0.5, {1: 0.25, 2: 0.75})
+    paths = ((0,), (1,), (0, 0), (1, 0), (0, 0, 0))  # levels of 1, 2 and 1 frontier nodes
+    assert one.draft(paths) == 0.5 + 0.75 + 0.25
+    assert (one.verify(2), one.verify(6)) == (3.0, 10.0)  # between two that were timed, and on from the last two
+    assert one.speedup(3.0, paths) == pytest.approx(3.0 * 2.0 / (10.0 + 1.5))
+
+
+def test_measured_costs_cover_all_sizes_and_do_not_fall(seed):
+    runner = pair(ends=())
+    runner.generate([[1, 2]], 40)
+    found = measure_costs(runner, 20, 1, nodes=12, depth=3, width=3)
+    assert sorted(found.verify_T) == [1, 2, 3, 4, 6, 8, 12] and sorted(found.level_F) == [1, 2, 3]
+    for seconds in (found.verify_T, found.level_F):
+        assert list(seconds.values()) == sorted(seconds.values())
+    assert found.plain > 0 and found.first > 0
+
+
+# --------------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def made(tiny_target, tmp_path, seed):
+    """A bundle of medusa heads for the tiny target, and prompts."""
+    heads = Medusa(target_shape(tiny_target), num_heads=3)
+    heads.initialise(tiny_target)
+    export_drafter(heads, tmp_path / "heads", tokenizer=tiny_target, metrics={"alpha": 0.5})
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"How many are {n}?"}) + "\n" for n in range(5)))
+    return tiny_target, tmp_path / "heads", rows
+
+
+def test_the_bundle_carries_the_tree_to_the_runner(made, capsys):
+    target, folder, rows = made
+    before = bundle.read(folder)
+    common = ["--target", str(target), "--prompts", str(rows), "--held_out", "2", "--max_new_tokens", "12", "--device", "cpu"]
+    assert main(["tree", str(folder), *common, "--nodes", "5"]) == 0
+    printed = capsys.readouterr().out
+    found = bundle.read(folder)
+    tree = tuple(tuple(path) for path in found.runner["tree"])
+    assert len(tree) == 4 and build(tree, torch.device("cpu")).size == 5
+    assert (found.files, found.config, found.metrics) == (before.files, before.config, before.metrics)
+    assert "recommended: 5 nodes" in printed and "2 held-out prompts, searched (5 nodes" in printed
+    record = found.runner["tree_search"]
+    assert [row["nodes"] for row in record["by_nodes"]] == [2, 3, 4, 5] and record["prompts"] == 3
+    assert record["costs"]["plain_step_seconds"] > 0 and record["machine"]["processor"] and len(record["shares"]) == 3
+    assert record["expected_tau"] == pytest.approx(expected_tau(tree, np.array(record["accuracies"])), abs=1e-3)
+    runner, seen = Runner.load(target, folder), []
+    runner.observe = seen.append
+    default = runner.generate([[1, 2, 3]], 16, ignore_end=True)[0].tokens
+    assert {trace.tree.paths for trace in seen} == {build(tree, torch.device("cpu")).paths}
+    seen.clear()
+    assert runner.generate([[1, 2, 3]], 16, depth=2, ignore_end=True)[0].tokens == default
+    assert {trace.tree.paths for trace in seen} == {chain(2)}, "depth goes before the recommended tree"
+    assert len(describe(found)) < 3000
+
+
+def test_the_number_of_nodes_is_chosen_where_none_is_given(made):
+    target, folder, rows = made
+    common = ["--target", str(target), "--prompts", str(rows), "--held_out", "0", "--max_new_tokens", "8", "--device", "cpu"]
+    assert main(["tree", str(folder), *common, "--max_nodes", "6", "--width", "2"]) == 0
+    record = bundle.read(folder).runner["tree_search"]
+    best = max(record["by_nodes"], key=lambda row: row["expected_speedup"])
+    assert record["nodes"] == best["nodes"] and record["held_out"]["trees"] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nodes", "1"], ("nodes 1", "at least 2")),
+        (["--depth", "0"], ("depth 0", "at least 1")),
+        (["--nodes", "9", "--width", "1"], ("nodes 9", "hold 4", "no more")),
+        (["--held_out", "5"], ("5 are held out",)),
+        (["--width", "321"], ("width 321", "320 ids")),
+        (["--max_new_tokens", "600"], ("covers 512", "lower max_new_tokens")),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_the_bundle_alone(made, flags, words, capsys):
+    target, folder, rows = made
+    before = (folder / "trainkit.json").read_bytes()
+    common = ["--target", str(target), "--prompts", str(rows), "--device", "cpu"]
+    assert main(["tree", str(folder), *common, "--max_new_tokens", "8", "--held_out", "1", *flags]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in line for word in words), line
+    assert (folder / "trainkit.json").read_bytes() == before
+
+
+def test_a_tree_in_the_manifest_that_is_none_is_refused(made, capsys):
+    target, folder, _ = made
+    for tree, word in (([[0], "x"], "no list of rank paths"), ([[1]], "needs its parent")):
+        bundle.amend(folder, runner={"tree": tree})
+        assert main(["generate", "--target", str(target), "--drafter", str(folder), "--prompt", "x", "--raw", "true"]) == 2
+        assert word in capsys.readouterr().err
+
+
+def test_chance_is_a_product_along_the_path():
+    table = np.zeros((2, 2, 2))
+    table[0, 0] = [0.5, 0.25]
+    table[1, 1] = [0.4, 0.1]
+    assert chance((1, 0), table) == pytest.approx(0.1) and chance((0, 1), table) == 0
+    assert expected_tau([(0,), (1,), (1, 0)], table) == pytest.approx(1.85)
+
+
+def test_near_is_a_draft_with_another_accuracy(seed):
+    """What the toys above rest on: the walk of a draft that is the target finds rank 0 everywhere, a noisy one does not."""
+    runner = pair(noise=None, ends=())
+    for noise, perfect in ((0.0, True), (0.3, False)):
+        draft = lm_draft(runner.shape, near(runner.rounds.target, noise))
+        walker = Runner.of(runner.rounds.target, draft, runner.shape, max_len=96)
+        texts = [output.tokens for output in walker.generate([[1, 2]], 20, depth=0)]
+        ranks = walk(walker, [[1, 2]], texts, 2, 4)[0]
+        assert bool((ranks[ranks != BEYOND] == 0).all()) == perfect

@@ -1,0 +1,77 @@
+"""The schedule of captured rounds, without a GPU: graphs are stood in for by their first closure, called again at every replay.
+
+What a real capture fixes is fixed here too: the views, the span, the plan and the output's tensors. Batches are padded to
+powers of two, warm-ups run over rows that are done, and the host reads a round behind.
+"""
+
+import pytest
+import torch
+
+from tests.support.equality import assert_few, compare
+from tests.support.models import SIBLINGS, pair, ragged_prompts
+from tests.support.replaying import replayed
+from trainkit.runner import DynamicTree
+from trainkit.runner.sampling import Sampling
+
+GROWING = DynamicTree(4, 3, 8)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize(
+    "shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["plain", "chain", "tree", "dynamic"]
+)
+def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
+    runner = pair(max_batch=6)
+    prompts = ragged_prompts(11)
+    for sampling in (Sampling(0.0), Sampling(0.8, top_p=0.9)):
+        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": 20, "seed": seed}
+        runner.schedule.graphs, runner.schedule.lag = None, 0
+        eager = runner.generate(prompts, **settings, logprobs=True, **shaped)
+        graphed = replayed(runner, lag).generate(prompts, **settings, logprobs=True, **shaped)
+        del runner.schedule._fetch
+        assert runner.schedule.graphs.replays > 2  # 8 rounds at least, unless rows end early
+        ties = compare(runner.rounds.target, prompts, [o.tokens for o in graphed], [o.tokens for o in eager], sampling, seed)
+        assert_few(ties, 220)
+        for one, other in zip(graphed, eager, strict=True):
+            if one.tokens == other.tokens:
+                assert (one.finish, one.stats) == (other.finish, other.stats)
+                assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("shaped", [{"depth": 4}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["chain", "tree", "dynamic"])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_padded_rows_left_far_beyond_the_span_do_no_harm(shaped, lag, seed):
+    """Long rows finish first; the graph of the short ones is padded with rows whose old position lies past its span."""
+    runner = replayed(pair(ends=(), max_len=600), lag)
+    prompts = ragged_prompts(3) + [torch.randint(0, 48, (n,)).tolist() for n in (590, 595, 585)]
+    outs = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, **shaped)
+    runner.schedule.graphs, runner.schedule.lag = None, 0
+    plain = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, depth=0)
+    ties = compare(runner.rounds.target, prompts, [o.tokens for o in outs], [o.tokens for o in plain], Sampling(1.0), seed)
+    assert_few(ties, 160)
+
+
+def test_end_ids_and_weights_may_change_between_replays(seed):
+    runner = replayed(pair(), 1)
+    prompts = ragged_prompts(5)
+    settings = {"max_new_tokens": 16, "temperature": 1.0, "seed": seed, "depth": 3}
+    for _ in range(2):
+        for ignore_end in (False, True, False):
+            outs = runner.generate(prompts, ignore_end=ignore_end, **settings)
+            for out in outs:
+                assert (7 in out.tokens[:-1]) <= ignore_end
+                assert len(out.tokens) == 16 or out.tokens[-1] == 7
+        before = [out.tokens for out in outs]
+        runner.update([("model.embed_tokens.weight", 0.35 * torch.randn(48, 32))])
+        assert [out.tokens for out in runner.generate(prompts, **settings)] != before
+
+
+def test_stop_strings_seen_a_round_late_still_cut_in_place(tiny_target, seed):
+    from trainkit.runner import Runner
+
+    runner = Runner.load(tiny_target, tiny_target, max_len=128, max_batch=3)
+    settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": seed, "stop": ("e", "0", "th"), "depth": 3}
+    prompts = ["Natalia sold", "How many", "In May", "She", "x"]
+    eager = runner.generate(prompts, **settings)
+    late = replayed(runner, 1).generate(prompts, **settings)
+    assert [(o.tokens, o.text, o.finish, o.stats) for o in late] == [(o.tokens, o.text, o.finish, o.stats) for o in eager]

@@ -1,0 +1,1 @@
+"""Helpers that tests share: tiny targets, planted faults, stand-in servers, processes."""

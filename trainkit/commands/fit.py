@@ -1,0 +1,226 @@
+"""fit, validate and test: constructor signatures are the configuration (LightningCLI), YAML is typed and strict.
+
+What differs from LightningCLI as it comes, each with a test in tests/commands/test_fit.py: configs/base.yaml stands under
+every run; an error is one line; `--ckpt_path` restores training but never overrides recipe or flags; processes that torchrun
+started train together or not at all; each run has its folder, which a resumed run continues.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# Imported so that recipes can name the classes without their paths.
+from trainkit.drafters.base import discover
+from trainkit.errors import UserError
+from trainkit.modules.base import TrainingModule
+from trainkit.modules.callbacks import Checkpoints, RunFolder, dry, put_back
+from trainkit.modules.checkpoint import check_resumable
+from trainkit.modules.signals import Interrupted, Signals
+from trainkit.parser import OneLine, one_line
+
+BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
+COMMANDS = ("fit", "validate", "test")
+
+
+class OneLineParser(OneLine, LightningArgumentParser):
+    """Lightning's parser, its errors in one line."""
+
+
+class TrainingCLI(LightningCLI):
+    """One command over `TrainingModule` and `LightningDataModule` classes named in the configuration."""
+
+    def __init__(self, command: str, args: Sequence[str]) -> None:
+        if not BASE.is_file():  # the parser would pass over a missing default file without a word
+            raise UserError(f"{BASE}: not found; run trainkit from a checkout that has configs/")
+        discover()
+        self.command = command
+        super().__init__(
+            TrainingModule,
+            LightningDataModule,
+            args=[command, *args],
+            save_config_callback=None,
+            parser_class=OneLineParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            parser_kwargs={name: {"default_config_files": [str(BASE)]} for name in COMMANDS},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items() if name in COMMANDS}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        for file in _named_files(args):
+            _check_yaml(file)
+        self.config = parser.parse_args(args)  # without the base class's complaint that sys.argv is there too
+
+    def _parse_ckpt_path(self) -> None:
+        pass  # Lightning would let hyper-parameters in a checkpoint override recipe and flags
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+
+    def before_instantiate_classes(self) -> None:
+        values = self.config[self.command]
+        for name, part in (("trainer", values.trainer), ("model", values.model), ("data", values.get("data"))):
+            _check_null(name, part, Trainer)
+        if self.command == "fit" and values.trainer.max_steps == 0:
+            raise UserError("trainer.max_steps is 0, which trains nothing; give at least 1, or -1 for no limit")
+        if values.get("ckpt_path"):
+            put_back(Path(values.ckpt_path))
+            check_resumable(values.ckpt_path)
+        trainer = values.trainer
+        trainer.default_root_dir = str(trainer.default_root_dir or self._run_folder(values))
+        before = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        put_back(before)
+        if self.command == "fit" and not values.get("ckpt_path") and not trainer.fast_dev_run and before.exists():
+            raise UserError(f"{before.parents[1]}: holds a run already; --resume goes on with it, or name another folder")
+        processes, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if processes > 1 and trainer.devices == "auto":
+            trainer.devices, trainer.num_nodes = local, processes // local
+
+    def _run_folder(self, values: Any) -> Path:
+        """The checkpoint's own run when fitting goes on from it, otherwise a new folder."""
+        if values.get("ckpt_path") and self.command == "fit":
+            folder = Path(values.ckpt_path).resolve().parents[1]
+            if (folder / "config.yaml").is_file():
+                return folder
+        recipe = self.recipe
+        name = Path(recipe).stem if recipe else "run"
+        kind = "" if self.command == "fit" else f"-{self.command}"
+        return Path("runs") / name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}{kind}"
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+
+    @property
+    def recipe(self) -> str | None:
+        """The last configuration file given, as it was given."""
+        files = self.config[self.command].get("config") or []
+        return str(files[-1]) if files else None
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse wraps what constructors raise
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or UserError(one_line(str(error), [])) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.model.recipe = self.recipe
+        text = self._parser(self.command).dump(self.config[self.command])
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"trainer: {said}; mend the flag or key trainer.* that it names") from error
+        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks.append(RunFolder(text))
+        if self.command == "fit" and not dry(trainer):
+            checkpoints = next(callback for callback in callbacks if isinstance(callback, Checkpoints))
+            callbacks.insert(0, Signals(checkpoints))  # first, so that no other callback's work goes unheard
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if trainer.world_size != processes and "LOCAL_RANK" in os.environ:
+            raise UserError(
+                f"trainer.strategy, devices: {processes} processes were started but the trainer uses {trainer.world_size}, "
+                "so they would train apart; set trainer.strategy: ddp and trainer.devices: auto"
+            )
+        return trainer
+
+
+def _named_files(args: Any) -> list[Path]:
+    """The configuration files that a command line names."""
+    words = [str(word) for word in args]
+    after = [word for flag, word in zip(words, words[1:], strict=False) if flag in ("--config", "-c")]
+    joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return [Path(name) for name in [*after, *joined]]
+
+
+def _check_null(name: str, values: Any, owner: type) -> None:
+    """Refuses null where a value must stand; the parser takes it anywhere, and it would surface in the midst of a run."""
+    if not isinstance(values, Namespace):
+        return
+    if "class_path" in values:
+        module, _, class_name = values.class_path.rpartition(".")
+        owner = getattr(importlib.import_module(module), class_name)
+        values = values.get("init_args", Namespace())
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in reversed(owner.__mro__ if isinstance(owner, type) else ()):
+        parameters |= inspect.signature(base.__init__).parameters
+    for key, value in vars(values).items():
+        known = parameters.get(key)
+        if value is None and known is not None and known.default is not None and not re.search("None|Optional|Any", str(known)):
+            raise UserError(f"{name}.{key} is null, but must have a value; leave the key out for its default")
+        _check_null(f"{name}.{key}", value, type(value))
+
+
+def _check_yaml(file: Path) -> None:
+    """Says where a configuration breaks off; the parser names neither file nor line."""
+    try:
+        if file.is_file():
+            yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f":{mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{file}{place}: not YAML ({problem or ' '.join(str(error).split())}); mend the file") from None
+
+
+def run(command: str, args: Sequence[str]) -> int:
+    """Runs fit, validate or test with command-line arguments (`--config RECIPE ...`) and returns the exit code.
+
+    Raises:
+        UserError: a mistake in configuration, data or files.
+    """
+    assert command in COMMANDS
+    try:
+        cli = TrainingCLI(command, args)
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except Interrupted as interrupted:
+        print(f"trainkit: stopped by {interrupted}; the state is saved, --resume goes on with it", file=sys.stderr)
+        return interrupted.exit_code
+    if cli.trainer.is_global_zero:
+        for line in summary(cli.trainer, command):
+            print(line)
+    return 0
+
+
+def summary(trainer: Trainer, command: str) -> list[str]:
+    """What a run ends with: where its checkpoints are, and the last validation's metrics."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    shown = " ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in sorted(metrics.items()))
+    lines = [f"validation: {shown}"] if shown else []
+    checkpoints = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)  # pyright: ignore[reportAttributeAccessIssue]
+    if command == "fit" and checkpoints is not None and not dry(trainer):
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        lines.append(f"checkpoint: {folder / 'last.ckpt'} (step {trainer.global_step})")
+        if checkpoints.best is not None:
+            best = f"{checkpoints.monitor} {checkpoints.best:.4g} at step {checkpoints.best_step}"
+            lines.append(f"best:       {folder / 'best.ckpt'} ({best})")
+    return lines
+
+
+__all__ = ["COMMANDS", "OneLineParser", "TrainingCLI", "run", "summary"]

@@ -1,0 +1,1 @@
+"""Generated data sets on disk: distilled answers, target features, acceptance records."""

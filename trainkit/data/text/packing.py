@@ -1,0 +1,198 @@
+"""Documents laid into rows of one length, kept as flat arrays that load memory-mapped.
+
+Positions and document numbers are not stored: they follow from where documents begin.
+"""
+
+# N tokens  D documents  R packed rows  B batch rows  T positions (the packed length)
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainkit.data.text.chat_template import Document
+
+_ARRAYS = ("tokens_N", "mask_N", "documents_D", "rows_R")
+
+
+@dataclass(frozen=True)
+class PackedSet:
+    """Packed rows of `length` tokens.
+
+    Attributes:
+        tokens_N: Token ids of all documents, row after row, without padding; int32.
+        mask_N: True where the token counts as a label; never at a document's first token, which nothing predicts.
+        documents_D: Where each document begins in `tokens_N`, and the end of the last: one entry more than documents.
+        rows_R: Where each row begins in `documents_D`, and the end of the last: one entry more than rows.
+        length: Tokens in a row once padded.
+        pad_id: Id that fills rows up.
+        fingerprint: Digest of the data and settings this came from.
+    """
+
+    tokens_N: np.ndarray
+    mask_N: np.ndarray
+    documents_D: np.ndarray
+    rows_R: np.ndarray
+    length: int
+    pad_id: int
+    fingerprint: str = ""
+
+    def __len__(self) -> int:
+        return len(self.rows_R) - 1
+
+    @cached_property
+    def labels_R(self) -> np.ndarray:
+        """Counted labels of each row, int64."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        return np.add.reduceat(self.mask_N, self.documents_D[self.rows_R[:-1]], dtype=np.int64)
+
+    @cached_property
+    def tokens_R(self) -> np.ndarray:
+        """Tokens of each row without padding, int64."""
+        return np.diff(self.documents_D[self.rows_R])
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of what a model reads: the tokens, and where rows and documents begin; not of what counts as a label."""
+        digest = hashlib.sha256(f"{self.length}".encode())
+        for array in (self.tokens_N, self.documents_D, self.rows_R):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the packed positions that holds a token."""
+        return len(self.tokens_N) / (len(self) * self.length) if len(self) else 0.0
+
+    def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, mask) of every document, in stored order."""
+        bounds = self.documents_D.tolist()
+        return [(self.tokens_N[a:b], self.mask_N[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    def batch(self, rows: Sequence[int], size: int) -> dict[str, Tensor]:
+        """Tensors of `size` rows: those given, then rows of padding alone.
+
+        Returns:
+            tokens_BT and positions_BT int64, document_BT int64 numbered from 0 in each row and -1 on padding, mask_BT bool.
+            Padding holds `pad_id` at positions that count up from 0, as if it were one more document. rows_B: the rows'
+            numbers, -1 for a row of padding.
+        """
+        tokens_BT = np.full((size, self.length), self.pad_id, np.int64)
+        positions_BT = np.tile(np.arange(self.length, dtype=np.int64), (size, 1))
+        document_BT = np.full((size, self.length), -1, np.int64)
+        mask_BT = np.zeros((size, self.length), np.bool_)
+        for b, row in enumerate(rows):
+            bounds = self.documents_D[self.rows_R[row] : self.rows_R[row + 1] + 1]
+            start, used = int(bounds[0]), int(bounds[-1] - bounds[0])
+            sizes, places = np.diff(bounds), bounds[:-1] - start
+            tokens_BT[b, :used] = self.tokens_N[start : start + used]
+            mask_BT[b, :used] = self.mask_N[start : start + used]
+            positions_BT[b, :used] -= np.repeat(places, sizes)
+            positions_BT[b, used:] -= used
+            document_BT[b, :used] = np.repeat(np.arange(len(sizes)), sizes)
+        rows_B = np.array([*rows, *[-1] * (size - len(rows))], np.int64)
+        named = {
+            "tokens_BT": tokens_BT,
+            "positions_BT": positions_BT,
+            "document_BT": document_BT,
+            "mask_BT": mask_BT,
+            "rows_B": rows_B,
+        }
+        return {name: torch.from_numpy(array) for name, array in named.items()}
+
+    def save(self, folder: Path) -> None:
+        """Writes the arrays as .npy files and what is left as packed.json into a new folder."""
+        folder.mkdir()
+        for name in _ARRAYS:
+            np.save(folder / f"{name}.npy", getattr(self, name))
+        rest = {"length": self.length, "pad_id": self.pad_id, "fingerprint": self.fingerprint}
+        (folder / "packed.json").write_text(json.dumps(rest), encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> PackedSet:
+        """What `save` wrote, memory-mapped, so that ranks share the pages."""
+        # an empty file cannot be mapped
+        arrays = {
+            name: np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None, allow_pickle=False)
+            for name in _ARRAYS
+            for file in [folder / f"{name}.npy"]
+        }
+        return PackedSet(**arrays, **json.loads((folder / "packed.json").read_text(encoding="utf-8")))
+
+
+def join(parts: Sequence[tuple[PackedSet, Sequence[int]]]) -> PackedSet:
+    """The named rows of several sets, one after the other, as one set; lengths and padding must be the same."""
+    first = parts[0][0]
+    assert all((packed.length, packed.pad_id) == (first.length, first.pad_id) for packed, _ in parts)
+    tokens, masks, sizes, rows = [first.tokens_N[:0]], [first.mask_N[:0]], [0], [0]
+    for packed, chosen in parts:
+        for row in chosen:
+            bounds = packed.documents_D[packed.rows_R[row] : packed.rows_R[row + 1] + 1]
+            tokens.append(packed.tokens_N[bounds[0] : bounds[-1]])
+            masks.append(packed.mask_N[bounds[0] : bounds[-1]])
+            sizes.extend(np.diff(bounds).tolist())
+            rows.append(rows[-1] + len(bounds) - 1)
+    return PackedSet(
+        tokens_N=np.concatenate(tokens),
+        mask_N=np.concatenate(masks),
+        documents_D=np.cumsum(sizes, dtype=np.int64),
+        rows_R=np.asarray(rows, np.int64),
+        length=first.length,
+        pad_id=first.pad_id,
+    )
+
+
+def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: str = "") -> PackedSet:
+    """Documents in rows by best fit, longest first: no document is split, left out or doubled, and the same input packs alike.
+
+    Args:
+        documents: Each of 1 to `length` tokens.
+        length: Tokens in a row.
+        pad_id: Id that fills rows up.
+        fingerprint: Digest of the data and settings.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []  # distinct free spaces, ascending
+    open_bins: dict[int, list[int]] = {}
+    order = sorted(range(len(documents)), key=lambda d: -len(documents[d].tokens))
+    for d in order:
+        size = len(documents[d].tokens)
+        assert 0 < size <= length
+        at = bisect_left(room, size)
+        if at < len(room):
+            space = room[at]
+            chosen = open_bins[space].pop()
+            if not open_bins[space]:
+                del open_bins[space], room[at]
+        else:
+            space, chosen = length, len(bins)
+            bins.append([])
+        bins[chosen].append(d)
+        if left := space - size:
+            if left not in open_bins:
+                insort(room, left)
+            open_bins.setdefault(left, []).append(chosen)
+
+    placed = [documents[d] for row in bins for d in row]
+    starts = np.cumsum([0, *(len(document.tokens) for document in placed)], dtype=np.int64)
+    mask_N = np.concatenate([document.mask for document in placed]) if placed else np.zeros(0, np.bool_)
+    mask_N[starts[:-1]] = False
+    return PackedSet(
+        tokens_N=np.concatenate([document.tokens for document in placed]) if placed else np.zeros(0, np.int32),
+        mask_N=mask_N,
+        documents_D=starts,
+        rows_R=np.cumsum([0, *map(len, bins)], dtype=np.int64),
+        length=length,
+        pad_id=pad_id,
+        fingerprint=fingerprint,
+    )

@@ -1,0 +1,1 @@
+"""`trainkit bench`: methods, timing, metrics and tables."""

@@ -1,0 +1,1 @@
+"""The search for the static draft tree that decodes fastest on a machine."""

@@ -1,0 +1,1 @@
+"""How much to draft in each round, decided while decoding."""

@@ -1,0 +1,1 @@
+"""What a round drafts: chains, static trees and dynamic trees."""
