@@ -25,6 +25,7 @@ HELP
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 here=$PWD
+command=${1:-}
 die() { echo "launch.sh: error: $*" >&2; exit 2; }
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
@@ -81,8 +82,8 @@ setup() {
         python=$root/.venv/bin/python
     fi
     export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-    # Threads that sleep between operations cost more than the operations of a small model.
-    if ! has_gpu; then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-active}; fi
+    # Threads that sleep between operations cost more than the operations of a small model; tests run one thread each.
+    if ! has_gpu && [ "$command" != test ]; then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-active}; fi
 }
 
 # Processes on this machine: NPROC, otherwise one for each GPU, or one.
@@ -154,7 +155,8 @@ case ${1:-} in
         shift; setup; cd "$root"
         if has_gpu; then exec "$python" -m pytest "$@"; fi
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
-        exec "$python" -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile --durations 30 "$@"
+        export PYTEST_ADDOPTS="-n $(getconf _NPROCESSORS_ONLN) --dist loadfile --durations 30 ${PYTEST_ADDOPTS:-}"
+        exec "$python" -m pytest "$@"
         ;;
     lint)
         setup; cd "$root"; failed=0

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainkit.files import kept_folder
+from trainkit.files import cache_folder
 
 
 def test_what_can_be_made_anew_is_kept_in_the_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert kept_folder("costs") == tmp_path / ".cache" / "trainkit" / "costs"
+    assert cache_folder("costs") == tmp_path / ".cache" / "trainkit" / "costs"
 
 
 def test_a_user_without_a_home_can_load_the_runner_too(tmp_path):

@@ -11,15 +11,19 @@ import ctypes
 import errno
 import fcntl
 import glob
+import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from trainkit.errors import UserError
 
 
-def kept_folder(name: str) -> Path:
+def cache_folder(name: str) -> Path:
     """Where what can be made anew is kept from run to run; among temporary files where the user has no home."""
     try:
         return Path.home() / ".cache" / "trainkit" / name
@@ -118,3 +122,44 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
+    """`write` fills a temporary sibling that then takes the name `path`: a kill leaves the old file or the new one.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    final = Path(path)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.")
+    except OSError as error:
+        raise UserError(f"{final}: cannot write there ({error.strerror}); name another file") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Writes JSON, indented, atomically; numbers that JSON does not have (nan, infinity) become null.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    text = json.dumps(finite(values), indent=2, allow_nan=False) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def finite(value: Any) -> Any:
+    """The same values with None for nan and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value

@@ -151,7 +151,7 @@ def test_the_command_makes_a_set_and_goes_on_with_it(given, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "6 of 6 parts made, 0 were there" in said and "tokens/s" in said
     records = AcceptanceSet.read(out)
-    assert records.tensors["hidden"].dtype == torch.bfloat16 and set(records.heat.tolist()) == {0.0, 1.0}
+    assert records.tensors["hidden"].dtype == torch.bfloat16 and set(records.temperature.tolist()) == {0.0, 1.0}
     about = records.about
     assert about["verify"] == "coupled" and about["depth"] == 3
     assert about["drafter"]["files"] == bundle.read(given["acceptance"]).files

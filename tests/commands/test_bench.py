@@ -11,16 +11,18 @@ import torch
 
 from tests.support.targets import make_target
 from trainkit.cli import _gathered, main
-from trainkit.commands.bench import bench, run
+from trainkit.commands.bench import bench
 from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.eval.bench.methods import checkpoint_field, synthetic_field
 from trainkit.eval.bench.metrics import summarise
-from trainkit.eval.bench.table import table, write_json
+from trainkit.eval.bench.run import run
+from trainkit.eval.bench.table import table
 from trainkit.eval.bench.timing import Contender, Generated
 from trainkit.eval.bench.types import Request
 from trainkit.export.drafter import export_drafter
+from trainkit.files import write_json
 from trainkit.models.target import target_shape
 
 
@@ -289,10 +291,10 @@ def test_mistakes_are_one_line():
 
 def test_json_has_no_nan_and_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "bench.json"
-    write_json({"tau": float("nan"), "list": [1.0, float("inf")]}, path)
+    write_json(path, {"tau": float("nan"), "list": [1.0, float("inf")]})
     assert json.loads(path.read_text()) == {"tau": None, "list": [1.0, None]}
     with pytest.raises(TypeError):
-        write_json({"bad": object()}, path)
+        write_json(path, {"bad": object()})
     assert json.loads(path.read_text())["tau"] is None and [p.name for p in tmp_path.iterdir()] == ["bench.json"]
 
 

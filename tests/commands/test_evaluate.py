@@ -14,12 +14,13 @@ import torch
 
 from tests.support.equality import exact_logits
 from trainkit.cli import main
-from trainkit.commands.evaluate import Sums, evaluate, measure, served
+from trainkit.commands.evaluate import evaluate
 from trainkit.data.teacher.live import TargetReader
 from trainkit.data.text.prepare import Prepared, prepare
 from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
+from trainkit.eval.acceptance import Sums, measure, served
 from trainkit.export.drafter import export_drafter
 from trainkit.losses.measures import acceptance, coupled_acceptance
 from trainkit.models.load import load_decoder
@@ -159,7 +160,7 @@ def test_tau_is_what_the_runner_counts(temperature, tiny_target, seed):
     prompts = [torch.randint(5, 320, (n,)).tolist() for n in (2, 5, 9, 3)]
     found = served(str(tiny_target), draft, prompts, [temperature], 3, 24)
     runner = Runner.load(tiny_target, max_len=64)
-    runner = Runner.of(runner.rounds.target, draft, target_shape(tiny_target), tiny_target, 16, 64)
+    runner = Runner.from_modules(runner.rounds.target, draft, target_shape(tiny_target), tiny_target, 16, 64)
     for verify in ("coupled", "residual") if temperature else ("coupled",):
         outputs = runner.generate(prompts, 24, temperature, depth=3, verify=verify)
         emitted, rounds = found.pop(f"tau_{verify}@{temperature:g}")

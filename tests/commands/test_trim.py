@@ -19,8 +19,9 @@ from tests.support.models import BUSHY, SHAPE, lm_draft, near, ragged_prompts, r
 from tests.support.targets import make_target
 from trainkit import bundle
 from trainkit.cli import main
-from trainkit.commands.trim import most_frequent, trim
+from trainkit.commands.trim import trim
 from trainkit.data.text.prepare import prepare
+from trainkit.data.text.vocabulary import most_frequent
 from trainkit.drafters import base
 from trainkit.drafters.base import DraftBatch
 from trainkit.drafters.lm import LMDraft
@@ -124,7 +125,7 @@ def trimmed_pair(ids: list[int] | None, noise: float = 0.03) -> Runner:
         trimmed = LMDraft(told, num_layers=SHAPE.num_layers, init="scratch", draft_vocab=ids)
         trimmed.decoder = draft.decoder
         draft = trimmed
-    return Runner.of(target, draft, told, max_batch=4, max_len=96)
+    return Runner.from_modules(target, draft, told, max_batch=4, max_len=96)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.support.runs import go_on, log
 from trainkit import bundle
 from trainkit.cli import main
 from trainkit.commands.fit import run
-from trainkit.data.sets.acceptance import AcceptanceSet, drafter_mark
+from trainkit.data.sets.acceptance import AcceptanceSet, drafter_fingerprint
 from trainkit.drafters.lm import LMDraft
 from trainkit.eval.calibration import fit_scales, predicted
 from trainkit.export.drafter import export_drafter
@@ -59,7 +59,7 @@ def draft(tmp_path_factory, tiny_target):
 def trained(tmp_path_factory, draft):
     """A set, the run folder of a predictor trained on it, and the last row of its log that has a validation."""
     folder = tmp_path_factory.mktemp("trained")
-    records = make_set(folder / "set", drafter=drafter_mark(bundle.read(draft)))
+    records = make_set(folder / "set", drafter=drafter_fingerprint(bundle.read(draft)))
     assert run("fit", arguments(records, folder / "run")) == 0
     rows = [row for row in log(folder / "run") if row.get("val/loss")]
     return records, folder / "run", {name: float(value) for name, value in rows[-1].items() if value}
@@ -80,7 +80,7 @@ def test_a_checkpoint_holds_the_recalibration_of_its_own_weights(trained):
         predictor, mark, info = from_checkpoint(root / "checkpoints" / name)
         seen = predictor.seen
         held = AcceptanceSet.read(records).split(seen["validation_share"], seen["split_seed"])[1]
-        scales = torch.tensor(fit_scales(predicted(predictor, held)[:, 0], held.accepted, held.heat))
+        scales = torch.tensor(fit_scales(predicted(predictor, held)[:, 0], held.accepted, held.temperature))
         assert torch.allclose(torch.stack([predictor.scale, predictor.shift], 1), scales, atol=1e-5)
         assert not torch.equal(predictor.scale, torch.ones(2))
         assert mark["kind"] == "lm" and info["metrics"]["val/loss"] < 0.6 and info["module"] == "PredictorModule"
@@ -111,7 +111,7 @@ def test_weights_of_rejections_bias_downwards_and_are_normalised(trained, tmp_pa
     held = AcceptanceSet.read(records).split(0.2, 0)[1]
     logits, label = predicted(predictor, held)[:, 0], held.accepted
     assert logits.sigmoid().mean() < label.mean() - 0.08
-    assert abs(predictor.calibrated(logits, held.heat).mean() - label.mean()) < 0.02
+    assert abs(predictor.calibrated(logits, held.temperature).mean() - label.mean()) < 0.02
     row = next(row for row in log(tmp_path / "run") if row.get("train/loss"))
     assert 0.3 < float(row["train/loss"]) < 1.0
 
@@ -146,7 +146,7 @@ def test_export_puts_it_into_the_drafters_bundle_which_decodes_the_same(trained,
     assert main(["export", str(trained[1] / "checkpoints" / "last.ckpt"), str(place)]) == 0
     again = bundle.read(place)
     assert again.files.keys() == now.files.keys() and load_file(place / FILE).keys() == predictor.state_dict().keys()
-    assert drafter_mark(again) == drafter_mark(now) == {**drafter_mark(was)}
+    assert drafter_fingerprint(again) == drafter_fingerprint(now) == {**drafter_fingerprint(was)}
     assert not [path for path in tmp_path.iterdir() if path != place]
 
 
@@ -207,7 +207,7 @@ def test_the_command_prints_the_table_of_held_out_questions(trained, draft, tmp_
     assert every["records"] == sum(g["records"] for g in values["groups"] if g["group"].startswith("position"))
     assert files[1].read_bytes()[:4] == b"\x89PNG"
 
-    fresh = make_set(tmp_path / "fresh", seed=9, drafter=drafter_mark(bundle.read(draft)), verify="residual")
+    fresh = make_set(tmp_path / "fresh", seed=9, drafter=drafter_fingerprint(bundle.read(draft)), verify="residual")
     assert main(["predictor", str(place), "--data", str(fresh)]) == 0
     said = capsys.readouterr().out
     assert "of 40 prompts" in said and "trained for coupled, this set was decoded with residual" in said

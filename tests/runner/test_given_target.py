@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from tests.support.equality import assert_few, compare
+from tests.support.served_acceptance import served_acceptance
 from trainkit.data.text.prompts import read_prompts
 from trainkit.drafters.lm import LMDraft
-from trainkit.eval.acceptance import served_acceptance
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
 from trainkit.runner import DynamicTree, Runner, Stats

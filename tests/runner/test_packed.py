@@ -9,8 +9,8 @@ from itertools import product
 
 import pytest
 import torch
-from tests.runner.policies.test_policies import predicting
 
+from tests.runner.policies.test_policies import predicting
 from tests.support.equality import assert_few, compare
 from tests.support.models import SHAPE, pair, ragged_prompts, random_decoder, table_runner
 from tests.support.pauses import Erratic
@@ -23,9 +23,10 @@ from trainkit.runner.policies import chain as adaptive
 from trainkit.runner.policies.chain import AdaptiveChain, RankedChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts
-from trainkit.runner.policy import Came, Policy
+from trainkit.runner.policy import Policy, RoundOutcome
 from trainkit.runner.sampling import Sampling
-from trainkit.runner.trees.static import Draft, build, chain, grow
+from trainkit.runner.trees.shape import Draft, grow
+from trainkit.runner.trees.static import build, chain
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,7 @@ def priced(verify: float = 0.1, level: float = 0.01, pack: float = 0.0, pad: flo
 
 
 def test_a_packing_by_hand():
-    packing = Packing.of(torch.tensor([2, 1, 3]), 3, 6)
+    packing = Packing.from_lengths(torch.tensor([2, 1, 3]), 3, 6)
     assert packing.packed_BT.tolist() == [[0, 1, 0], [2, 2, 2], [3, 4, 5]]
     assert packing.padded_Q.tolist() == [0, 1, 3, 6, 7, 8]
     padded = torch.arange(9).view(3, 3)
@@ -55,7 +56,7 @@ def test_packed_rows_compute_what_padded_ones_do(more, seed):
     roots = torch.randint(3, 20, (B,))
     tokens, positions = torch.randint(48, (B, N)), roots[:, None] + torch.arange(N)
     before = torch.randn(B, SHAPE.num_layers, 2 * SHAPE.num_kv_heads, span, SHAPE.head_dim, dtype=torch.float64)
-    bias, packing = causal_bias(positions, span, torch.float64), Packing.of(lengths, N, int(lengths.sum()))
+    bias, packing = causal_bias(positions, span, torch.float64), Packing.from_lengths(lengths, N, int(lengths.sum()))
     caches = before.clone(), before.clone()
     hidden, taps = network(tokens, positions, bias, caches[0], positions, (0, 1, 2))
     packed = network(packing.pack(tokens), positions, bias, caches[1], positions, (0, 1, 2), packing)
@@ -72,7 +73,9 @@ def test_packed_rows_compute_what_padded_ones_do(more, seed):
 
 def packed_draft(tokens: list[list[int]], lengths: list[int]) -> Draft:
     tree = build(chain(len(tokens[0]) - 1), CPU)
-    return Draft(torch.tensor(tokens), (), tree.topology, packing=Packing.of(torch.tensor(lengths), tree.size, sum(lengths)))
+    return Draft(
+        torch.tensor(tokens), (), tree.topology, packing=Packing.from_lengths(torch.tensor(lengths), tree.size, sum(lengths))
+    )
 
 
 def test_a_pad_is_not_accepted():
@@ -104,7 +107,7 @@ def test_a_pad_that_were_accepted_would_change_the_text(monkeypatch, seed):
 @pytest.fixture
 def packings(monkeypatch):
     """The lengths of all rows packed in this test."""
-    found, make = [], Packing.of
+    found, make = [], Packing.from_lengths
 
     def of(lengths_B, *sizes):
         found.append(lengths_B.tolist())
@@ -171,7 +174,7 @@ def test_the_text_of_captured_shared_rounds_is_plain_decodings(temperature, pred
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_shared_rounds_of_a_gpus_graphs_write_the_same_text(temperature, seed):
     runner = pair(max_batch=8)
-    runner = Runner.of(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 8, 96, capture=True)
+    runner = Runner.from_modules(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 8, 96, capture=True)
     prompts, options = ragged_prompts(11), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     shape = AdaptiveChain(Halved(4), runner.device)
@@ -277,7 +280,7 @@ def test_captured_rounds_learn_whether_sharing_pays(said, halves):
         best = sorted(((chance, row) for level in chances for row, chance in enumerate(level)), reverse=True)[: 4 * each]
         verified = [sum(row == mine for _, mine in best) for row in range(4)]
         accepted = [sum(p ** (level + 1) for level in range(n)) for p, n in zip(said, verified, strict=True)]
-        policy.learn(Came(4, levels, verified, accepted, chances))
+        policy.learn(RoundOutcome(4, levels, verified, accepted, chances))
     levels, each = policy.tier(4)
     assert (each < levels) == halves
 
@@ -288,7 +291,7 @@ def test_captured_rounds_trust_a_draft_as_far_as_it_was_right():
     for _ in range(8):
         levels, each = policy.tier(4)
         if levels:
-            policy.learn(Came(4, levels, [each] * 4, [0] * 4, [[0.99] * 4] * levels))
+            policy.learn(RoundOutcome(4, levels, [each] * 4, [0] * 4, [[0.99] * 4] * levels))
     assert policy.tier(4) == (0, 0)
 
 

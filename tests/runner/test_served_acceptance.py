@@ -3,8 +3,8 @@
 import pytest
 
 from tests.support.models import pair, ragged_prompts
+from tests.support.served_acceptance import served_acceptance, teacher_forced_acceptance
 from trainkit.errors import UserError
-from trainkit.eval.acceptance import served_acceptance, teacher_forced_acceptance
 from trainkit.eval.bench.identity import logits
 from trainkit.losses.measures import acceptance, coupled_acceptance
 

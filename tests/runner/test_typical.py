@@ -16,7 +16,8 @@ from trainkit import cli
 from trainkit.errors import UserError
 from trainkit.runner import DynamicTree, Stats
 from trainkit.runner.sampling import Sampling
-from trainkit.runner.trees.static import Draft, build, chain
+from trainkit.runner.trees.shape import Draft
+from trainkit.runner.trees.static import build, chain
 from trainkit.runner.verify import Typical, coupled, typical
 
 CPU = torch.device("cpu")

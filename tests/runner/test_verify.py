@@ -8,7 +8,8 @@ import torch
 from tests.support.models import SIBLINGS
 from trainkit.errors import UserError
 from trainkit.runner.sampling import Sampling
-from trainkit.runner.trees.static import Draft, build, chain
+from trainkit.runner.trees.shape import Draft
+from trainkit.runner.trees.static import build, chain
 from trainkit.runner.verify import after_rejection, coupled
 
 CPU = torch.device("cpu")

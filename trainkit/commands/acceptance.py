@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from trainkit import __version__, bundle
-from trainkit.data.manifest import weights_mark
-from trainkit.data.sets.acceptance import AcceptanceLayout, Make, Written, drafter_mark, write_acceptance
+from trainkit.data.manifest import weights_digest
+from trainkit.data.sets.acceptance import AcceptanceLayout, Make, Written, drafter_fingerprint, write_acceptance
 from trainkit.data.text.chat_template import load_tokenizer
 from trainkit.data.text.prompts import read_prompts
 from trainkit.data.text.sources import content_hash
@@ -163,9 +163,9 @@ def write_set(
     settings = {"verify": verify, "depth": depth, "max_new_tokens": max_new_tokens, "seed": seed}
     provenance = {
         "target": bundle.fingerprint(target),
-        "weights": weights_mark(target),
+        "weights": weights_digest(target),
         "precision": target_dtype,
-        "drafter": drafter_mark(made),
+        "drafter": drafter_fingerprint(made),
         **settings,
         "dtype": dtype,
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},

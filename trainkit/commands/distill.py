@@ -10,7 +10,7 @@ from typing import Any
 
 from trainkit import __version__, bundle
 from trainkit.data.answer import Answer
-from trainkit.data.manifest import weights_mark
+from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.distilled import Answerer, Item, Layout, Made, write_set
 from trainkit.data.text.chat_template import load_tokenizer, vocabulary_hash
 from trainkit.data.text.prompts import Asked, read_asked
@@ -88,7 +88,7 @@ def distill(
     sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k, "seed": seed}
     if base_url is None:
         answer = _local(target, drafter, asked, sampling, depth, batch, device, dtype)
-        source: dict[str, Any] = {"dtype": dtype, "weights": weights_mark(target)}
+        source: dict[str, Any] = {"dtype": dtype, "weights": weights_digest(target)}
     else:
         answer, source = _remote(base_url, model, tokenizer, asked, sampling, concurrency)
     provenance = {

@@ -11,8 +11,8 @@ import torch
 
 from trainkit import bundle
 from trainkit.card import describe
-from trainkit.data.manifest import weights_mark
-from trainkit.drafters.base import kind_of
+from trainkit.data.manifest import weights_digest
+from trainkit.drafters.base import kind_name
 from trainkit.errors import UserError
 from trainkit.export.drafter import checked_format, export_drafter
 from trainkit.export.model import export_model
@@ -102,7 +102,7 @@ def export(
     card = {"metrics": {**metrics, "step": info["step"]}, "recipe": info["recipe"], "seed": info["seed"], "data": info["data"]}
     said = []
     if adapter is not None:
-        checked_format(format, network.formats, f"drafter of kind {kind_of(network)!r}")  # before anything is written
+        checked_format(format, network.formats, f"drafter of kind {kind_name(network)!r}")  # before anything is written
         beside = Path(out).resolve()
         tuned = export_target(adapter, Path(target or adapter.target), beside.with_name(f"{beside.name}-target"), kind, card)
         network.target = replace(network.target, fingerprint=bundle.fingerprint(tuned.path))
@@ -121,7 +121,7 @@ def export_target(adapter: Adapter, folder: Path, out: Path, dtype: torch.dtype,
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: the target that was tuned is not there; say with --target where it is now")
-    if weights_mark(folder) != adapter.target_weights:
+    if weights_digest(folder) != adapter.target_weights:
         raise UserError(f"{folder}: its weights are not those that were tuned; say with --target where those are")
     model = merged(folder, adapter.shape, adapter.tensors, adapter.target_weights)
     return export_model(model, out, tokenizer=folder, dtype=dtype, own_ids=True, **card)

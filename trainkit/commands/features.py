@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainkit import __version__, bundle
 from trainkit.commands.acceptance import write_set
-from trainkit.data.manifest import weights_mark
+from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.features import FeatureLayout, Written, write_features
 from trainkit.data.teacher.live import TargetReader
 from trainkit.data.text.chat_template import load_tokenizer
@@ -21,7 +21,7 @@ from trainkit.data.text.prepare import CACHE, prepare
 from trainkit.data.text.sources import content_hash
 from trainkit.drafters.base import load_kind
 from trainkit.errors import UserError
-from trainkit.models.load import device_of, read_config
+from trainkit.models.load import find_device, read_config
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import FrozenTarget
 
@@ -117,7 +117,7 @@ def features(
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    where, train = device_of(device), [data] if isinstance(data, str) else data
+    where, train = find_device(device), [data] if isinstance(data, str) else data
     if acceptance is not None:
         if len(train) > 1:
             raise UserError("--data: with --acceptance give one file or folder of prompts")
@@ -196,7 +196,7 @@ def features(
 
     provenance = {
         "target": bundle.fingerprint(target),
-        "weights": weights_mark(target),
+        "weights": weights_digest(target),
         "precision": target_dtype,
         "data": {"train": _hashes(train), "validation": _hashes(validation), **policy, "fingerprint": made.fingerprint},
         "versions": {"trainkit": __version__, "torch": torch.__version__},

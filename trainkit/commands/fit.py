@@ -23,7 +23,6 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-# Imported so that recipes can name the classes without their paths.
 from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule
@@ -31,6 +30,11 @@ from trainkit.modules.callbacks import Checkpoints, RunFolder, dry, put_back
 from trainkit.modules.checkpoint import check_resumable
 from trainkit.modules.signals import Interrupted, Signals
 from trainkit.parser import OneLine, one_line
+
+# Recipes name these classes without their paths.
+for _module in ("text_data", "mixture_data", "acceptance_data", "draft", "joint", "language", "predictor"):
+    importlib.import_module(f"trainkit.modules.{_module}")
+importlib.import_module("trainkit.losses.divergence")
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 COMMANDS = ("fit", "validate", "test")

@@ -4,23 +4,16 @@
 
 from __future__ import annotations
 
-import json as to_json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trainkit import bundle as bundles
-from trainkit.data.sets.acceptance import AcceptanceSet, drafter_mark
+from trainkit.data.sets.acceptance import AcceptanceSet, drafter_fingerprint
 from trainkit.errors import UserError
-from trainkit.eval.bench.table import write_whole
-from trainkit.eval.calibration import Baselines, expected_calibration_error, log_loss, predicted, reliability
-from trainkit.models.predictor import AcceptancePredictor, load_predictor
-
-Table = dict[str, Any]
-"""One group of records: `group`, `records`, `accepted` (mean label), and by source `log_loss`, `ece` and `reliability`."""
+from trainkit.eval.calibration import Table, measure, measure_ranks
+from trainkit.files import write_file, write_json
+from trainkit.models.predictor import load_predictor
 
 
 def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | None = None) -> str:
@@ -44,7 +37,7 @@ def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | 
     found, records = bundles.read(bundle), AcceptanceSet.read(data)
     if "predictor" not in found.runner:
         raise UserError(f"{bundle}: has no acceptance predictor; train one and `trainkit export CHECKPOINT {bundle}`")
-    if records.about["drafter"]["files"] != drafter_mark(found)["files"]:
+    if records.about["drafter"]["files"] != drafter_fingerprint(found)["files"]:
         raise UserError(f"{data}: made with another drafter, {records.about['drafter']['name']}; make one with {bundle}")
     network = load_predictor(Path(bundle), found.runner["predictor"])
     if network.hidden_size != records.hidden_size:
@@ -67,47 +60,10 @@ def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | 
         "ranks": measure_ranks(network, records),
     }
     if json is not None:
-        write_whole(json, lambda path: path.write_text(to_json.dumps(values, indent=2) + "\n", encoding="utf-8"))
+        write_json(json, values)
     if plot is not None:
         reliability_figure(values, plot)
     return report(values)
-
-
-def measure(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]:
-    """All records, then those of each temperature, then those of each draft position, from 1."""
-    logits_N, label_N, heat_N = predicted(network, records)[:, 0], records.accepted, records.heat
-    sources = {"predictor": network.calibrated(logits_N, heat_N), "raw": logits_N.sigmoid()}
-    sources |= Baselines.from_dict(network.seen["baselines"]).probabilities(records)
-    position_N = records.column("depth").long() + 1
-    groups = {"all": torch.ones_like(heat_N, dtype=torch.bool)}
-    groups |= {f"temperature {heat:g}": heat_N == heat for heat in heat_N.unique().tolist()}
-    groups |= {f"position {place}": position_N == place for place in position_N.unique().tolist()}
-    return [_table(group, sources, label_N, chosen_N) for group, chosen_N in groups.items()]
-
-
-def measure_ranks(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]:
-    """Of every record the likeliest proposal, the second and so on; beside the predictor the draft's probability of each."""
-    p_NW = network.calibrated(predicted(network, records), records.heat[:, None])
-    own_NW, label_NW = records.column("signals")[..., 1], records.column("label")
-    every_N = torch.ones(len(records), dtype=torch.bool)
-    return [
-        _table(f"proposal {rank + 1}", {"predictor": p_NW[:, rank], "draft": own_NW[:, rank]}, label_NW[:, rank], every_N)
-        for rank in range(label_NW.shape[1])
-    ]
-
-
-def _table(group: str, sources: Mapping[str, Tensor], label_N: Tensor, chosen_N: Tensor) -> Table:
-    label_N, chosen = label_N[chosen_N], {name: p_N[chosen_N] for name, p_N in sources.items()}
-    return {
-        "group": group,
-        "records": len(label_N),
-        "accepted": label_N.double().mean().item(),
-        "log_loss": {name: log_loss(p_N, label_N) for name, p_N in chosen.items()},
-        "ece": {name: expected_calibration_error(p_N, label_N) for name, p_N in chosen.items()},
-        "reliability": {
-            name: [[bin.probability, bin.label, bin.count] for bin in reliability(p_N, label_N)] for name, p_N in chosen.items()
-        },
-    }
 
 
 def report(values: Mapping[str, Any]) -> str:
@@ -169,4 +125,4 @@ def reliability_figure(values: Mapping[str, Any], path: str | Path) -> None:
         axes.set_ylim(0, 1)
         axes.legend(fontsize=7, title="calibration error", title_fontsize=7)
     canvas.suptitle(f"{values['bundle']} ({values['kind']}), verification {values['verify']}", fontsize=10)
-    write_whole(path, lambda temporary: canvas.savefig(temporary, format="png", dpi=130))
+    write_file(path, lambda temporary: canvas.savefig(temporary, format="png", dpi=130))

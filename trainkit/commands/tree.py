@@ -78,12 +78,12 @@ def tree(
         if value is not None and value < least:
             raise UserError(f"{name} {value}: must be at least {least}" + (", the root and a draft" if "nodes" in name else ""))
     from trainkit import bundle
-    from trainkit.commands.bench import chosen_device
     from trainkit.data.text.prompts import read_prompts
     from trainkit.eval.bench.hardware import examine
-    from trainkit.eval.bench.table import finite
+    from trainkit.eval.bench.run import chosen_device
     from trainkit.eval.tree_search.ranks import accuracies, shares, walk
     from trainkit.eval.tree_search.search import fastest, full, measure_costs, search
+    from trainkit.files import finite
     from trainkit.models.load import covered_positions
     from trainkit.runner import Runner
 

@@ -8,21 +8,14 @@ that were left out.
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from trainkit import bundle
 from trainkit.card import describe
-from trainkit.data.text.chat_template import load_tokenizer
-from trainkit.data.text.prepare import prepare
+from trainkit.data.text.vocabulary import frequent_ids
 from trainkit.drafters.base import load_bundle, load_kind
 from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
-from trainkit.files import put_in_place
-from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
 
 
@@ -61,7 +54,7 @@ def trim(
     shape = target_shape(target)
     reads_hidden = bool(found.extra.get("taps"))
     bundle.check_fit(found.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)
-    ids, coverage, said = _kept_ids(target, shape, text, keep, limit, columns)
+    ids, coverage, said = frequent_ids(target, shape, text, keep, limit, columns)
     network = load_bundle(found, shape, draft_vocab=ids)
     made = export_drafter(
         network,
@@ -84,56 +77,3 @@ def _left_behind(found: bundle.Bundle) -> list[str]:
     if not left:
         return []
     return [f"not taken along: the {' and the '.join(left)} of {found.path}; {', '.join(advice[name] for name in left)}"]
-
-
-def vocab(
-    out: str, *, target: str, text: str, keep: float = 0.25, limit: int | None = None, columns: dict[str, str] | None = None
-) -> str:
-    """Writes the ids most often counted in TEXT, for a drafter whose head is to be trained on these alone.
-
-    Name the file in a recipe: `model.drafter.init_args.draft_vocab: ids.json`.
-
-    Examples:
-        trainkit vocab ids.json --target models/target --text data/distilled --keep 32000
-
-    Args:
-        out: JSON file to write.
-        target: Folder of the target.
-        text: What the target wrote, best a set of `trainkit distill`; assistant tokens are counted.
-        keep: Share of the vocabulary to keep, or a number of ids if above 1.
-        limit: First rows of the text to take.
-        columns: Our column names -> the file's.
-    """
-    ids, _, said = _kept_ids(target, target_shape(target), text, keep, limit, columns)
-    if Path(out).is_dir():
-        raise UserError(f"{out}: is a folder; name a file in it")
-    partial = Path(f"{out}.partial")
-    partial.write_text(json.dumps(ids) + "\n", encoding="utf-8")
-    put_in_place(partial, Path(out))
-    return f"{out}: {said}"
-
-
-def _kept_ids(
-    target: str, shape: TargetShape, text: str, keep: float, limit: int | None, columns: dict[str, str] | None
-) -> tuple[list[int], float, str]:
-    """The ids to keep, the share of the text's tokens that they are, and a line that says so.
-
-    Raises:
-        UserError: a `keep` that is neither a share nor a number of ids.
-    """
-    size = shape.decoder.vocab_size
-    number = round(keep * size) if keep <= 1 else int(keep) if float(keep).is_integer() else 0
-    if not len(shape.end_ids) < number <= size:
-        raise UserError(f"--keep {keep:g}: must be a share or a number of ids, above the end ids and at most all {size}")
-    packed = prepare([text], None, load_tokenizer(target), 2048, columns=columns, validation_share=0.0, limit=limit).train
-    counts_V = np.bincount(packed.tokens_N[packed.mask_N], minlength=size)
-    ids = most_frequent(counts_V, number, shape.end_ids)
-    coverage = float(counts_V[ids].sum() / counts_V.sum())
-    return ids, coverage, f"kept {number:,} of {size:,} ids, which are {coverage:.2%} of the {counts_V.sum():,} tokens counted"
-
-
-def most_frequent(counts_V: np.ndarray, number: int, always: Sequence[int] = ()) -> list[int]:
-    """The `number` ids with the largest counts, ascending; `always` among them, lower ids first among equals."""
-    order = np.argsort(-counts_V, kind="stable")
-    first = np.concatenate([np.asarray(always, np.int64), order[~np.isin(order, always)]])
-    return sorted(first[:number].tolist())

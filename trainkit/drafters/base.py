@@ -41,7 +41,7 @@ __all__ = [
     "TargetHandle",
     "TargetShape",
     "discover",
-    "kind_of",
+    "kind_name",
     "load_bundle",
     "load_kind",
     "load_outside",
@@ -398,7 +398,7 @@ def load_outside(folder: Path, target: TargetShape) -> Drafter:
     raise UserError(f"{folder}: neither a trainkit bundle (no {MANIFEST}) nor a model folder that a drafter kind reads")
 
 
-def kind_of(drafter: Drafter) -> str:
+def kind_name(drafter: Drafter) -> str:
     """The kind's name of a drafter.
 
     Raises:

@@ -1,165 +1,154 @@
-"""Acceptance in two places: as the runner shows it, beside its exact value there; and teacher-forced on given texts.
+"""Exact acceptance of drafters on given texts, and tau as served, question by question, with intervals.
 
-The runner never evaluates what follows a rejection, so the two are means over different positions. Training and serving agree
-where `served_acceptance` finds the exact value and the observed share equal within its standard error.
+The texts are read once by the target and once by each drafter (teacher-forced), so every token counts, also those that a
+runner would not reach after a rejection. Give the target's own answers (`trainkit distill` on held-out prompts) to measure
+what is served; reference answers measure how the draft follows a text that the target would not write.
 """
 
-# B rows  T positions  V vocabulary  A taps
+# B batch rows  T positions  N counted tokens  Q questions (documents)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trainkit.drafters.base import DraftBatch
+from trainkit.data.teacher.live import FeatureStore, TargetReader
+from trainkit.data.text.packing import PackedSet
+from trainkit.drafters.base import DraftBatch, Drafter
 from trainkit.errors import UserError
-from trainkit.layers.attention import document_bias
 from trainkit.losses.divergence import ForwardKL
-from trainkit.losses.measures import acceptance, agreement, coupled_acceptance
+from trainkit.losses.output import LossOutput
+from trainkit.models.load import load_decoder
 from trainkit.runner import Runner
-from trainkit.runner.round import Trace
+
+Sums = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class ServedAcceptance:
-    """Acceptance at the nodes that the runner judged.
+"""`tokens`, and by name the sum over each question's tokens [Q]; of one drafter, or of one of its heads."""
 
-    Attributes:
-        evaluated: Drafted tokens judged: those after a rejection are not.
-        accepted: How many of them were accepted.
-        alpha: Mean over them of 1 - TVD(p, q); argmax agreement at temperature 0.
-        alpha_coupled: Mean over them of coupled acceptance; argmax agreement at temperature 0.
-        expected: The one of the two that the verification in use should show.
-        standard_error: Of `observed - expected`; 0 at temperature 0, where they are equal.
+
+def served(
+    target: str,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    temperatures: Sequence[float],
+    depth: int,
+    max_new_tokens: int,
+    device: str = "cpu",
+) -> Sums:
+    """Emitted tokens and rounds of each question, `tau_coupled@T` and `tau_residual@T` [2, Q]; tau is their sums' ratio.
+
+    Counted as `Stats.tau` does: without prefill's token and without a last round that length or end cut.
     """
-
-    evaluated: int
-    accepted: int
-    alpha: float
-    alpha_coupled: float
-    expected: float
-    standard_error: float
-
-    @property
-    def observed(self) -> float:
-        """Share of the judged tokens that were accepted."""
-        return self.accepted / self.evaluated if self.evaluated else float("nan")
-
-    @property
-    def deviation(self) -> float:
-        """`observed - expected` in standard errors; parity is within three."""
-        difference = self.observed - self.expected
-        return difference / self.standard_error if self.standard_error else (0.0 if abs(difference) < 1e-9 else float("inf"))
+    shape = drafter.target
+    decoder = load_decoder(Path(target), torch.device(device), torch.float32)
+    room = max(map(len, prompts)) + max_new_tokens
+    runner, depth = Runner.from_modules(decoder, drafter, shape, Path(target), 16, room), min(depth, drafter.max_depth or depth)
+    sums: Sums = {}
+    for temperature in temperatures:
+        for verify in ("coupled", "residual") if temperature else ("coupled",):
+            outputs = runner.generate(prompts, max_new_tokens, temperature, depth=depth, verify=verify, progress=True)
+            emitted = [output.stats.rounds * output.stats.tau if output.stats.rounds else 0.0 for output in outputs]
+            sums[f"tau_{verify}@{temperature:g}"] = np.array([emitted, [float(o.stats.rounds) for o in outputs]])
+    return sums
 
 
-class _Nodes:
-    """Gathers the exact acceptance of every judged node from a runner's traces."""
+@torch.inference_mode()
+def measure(
+    reader: TargetReader,
+    drafters: Sequence[Drafter],
+    packed: PackedSet,
+    temperatures: Sequence[float],
+    batch: int = 8,
+    name: str = "",
+    progress: bool = True,
+) -> list[list[Sums]]:
+    """Sums by question of each drafter's heads: `alpha@T` and `alpha_coupled@T` for T above 0, `agreement@0`; and `tokens`.
 
-    def __init__(self, greedy: bool) -> None:
-        self.greedy = greedy
-        self.alpha: list[Tensor] = []
-        self.coupled: list[Tensor] = []
-        self.accepted = 0
-
-    def __call__(self, trace: Trace) -> None:
-        if not trace.tree.is_chain:
-            raise UserError("served acceptance is defined for chains; give depth instead of a tree")
-        counts_B = trace.verdict.counts_B
-        for depth, draft_BFV in enumerate(trace.draft.scores):
-            judged_B = counts_B > depth
-            p_BV, q_BV = trace.scores_BNV[judged_B, depth], draft_BFV[judged_B, 0]
-            if self.greedy:
-                same = agreement(p_BV, q_BV).double()
-                self.alpha.append(same)
-                self.coupled.append(same)
-            else:
-                p_BV, q_BV = p_BV.double().softmax(-1), q_BV.double().softmax(-1)
-                self.alpha.append(acceptance(p_BV, q_BV))
-                self.coupled.append(coupled_acceptance(p_BV, q_BV))
-            self.accepted += int((counts_B > depth + 1).sum())
-
-
-def served_acceptance(runner: Runner, prompts: Sequence[Sequence[int]], **options: Any) -> ServedAcceptance:
-    """Decodes `prompts` and returns the observed acceptance beside its exact value at the same nodes.
-
-    Whether a judged token is accepted is, given all that came before, a coin of known probability a (its noise is fresh), and
-    which nodes are judged depends on the past alone. So the differences (accepted - a) are uncorrelated whatever text and draft
-    have in common, and the variance of their mean is exactly sum a (1 - a) / n^2: no clustering by prompt or round is needed.
+    Of a drafter with one prediction a position, whatever the depth, that is one entry.
 
     Args:
-        runner: With a drafter.
-        prompts: Token ids.
-        **options: As in `Runner.generate`; `depth`, not `tree`.
+        reader: The target; what it says is kept under `name` where it has a folder.
+        drafters: All for this target; read in one pass.
+        packed: Questions are its documents, in stored order.
+        temperatures: Of both distributions.
+        batch: Packed rows at once.
+        name: Of the packed set.
+        progress: Show a bar.
 
     Raises:
-        UserError: the runner has no drafter, or drafts a tree.
+        UserError: a kind whose loss does not tell its tokens apart.
     """
-    if runner.drafter is None:
-        raise UserError("served acceptance needs a runner that was loaded with a drafter")
-    nodes = _Nodes(greedy=not options.get("temperature", 0.0))
-    before, runner.observe = runner.observe, nodes
-    try:
-        runner.generate(prompts, **options)
-    finally:
-        runner.observe = before
-    alpha, coupled = torch.cat(nodes.alpha or [torch.zeros(0)]), torch.cat(nodes.coupled or [torch.zeros(0)])
-    exact = alpha if options.get("verify", "coupled") == "residual" else coupled
-    n = max(1, len(exact))
-    return ServedAcceptance(
-        evaluated=len(exact),
-        accepted=nodes.accepted,
-        alpha=float(alpha.sum() / n),
-        alpha_coupled=float(coupled.sum() / n),
-        expected=float(exact.sum() / n),
-        standard_error=float((exact * (1 - exact)).sum().sqrt() / n),
+    from tqdm import tqdm
+
+    questions, device = len(packed.documents_D) - 1, reader.target.device
+    found: list[list[Sums]] = [[] for _ in drafters]
+    starts = range(0, len(packed), batch)
+    for start in tqdm(starts, desc="eval", unit=" batches", disable=not progress or None, delay=2):
+        rows = list(range(start, min(start + batch, len(packed))))
+        tensors = {key: value.to(device) for key, value in packed.batch(rows, len(rows)).items()}
+        firsts_B = torch.as_tensor(packed.rows_R[rows], device=device)
+        said: dict[tuple[int, ...], DraftBatch] = {}
+        for heads, drafter in zip(found, drafters, strict=True):
+            taps = tuple(drafter.taps)
+            if taps not in said:
+                said[taps] = _seen(reader, tensors, taps, packed, name)
+            numbers_BT = (said[taps].document_BT + firsts_B[:, None]).cpu()
+            for number, (counted_BT, values) in enumerate(_values(drafter, said[taps], temperatures)):
+                if number == len(heads):
+                    heads.append({})
+                question_N = numbers_BT[counted_BT].numpy()
+                for key, value_N in {"tokens": torch.ones(len(question_N)), **values}.items():
+                    total = np.bincount(question_N, value_N.double().numpy(), questions)
+                    heads[number][key] = heads[number][key] + total if key in heads[number] else total
+    return found
+
+
+def _seen(reader: TargetReader, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str) -> DraftBatch:
+    store: FeatureStore | None = reader.store(f"{name} eval", packed, taps)
+    hidden_BTD, taps_BTAD = reader.read(tensors, taps, store)
+    return DraftBatch(
+        tensors["tokens_BT"],
+        tensors["positions_BT"],
+        tensors["document_BT"],
+        tensors["mask_BT"],
+        taps_BTAD,
+        hidden_BTD,
+        reader.handle(),
     )
 
 
-@torch.no_grad()
-def teacher_forced_acceptance(
-    runner: Runner, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], temperature: float = 1.0
-) -> dict[str, float]:
-    """Means of `alpha`, `alpha_coupled` and `agreement` over given continuations, as training measures them; and their `count`.
-
-    The drafter's own training forward says what is a prediction, so any kind is measured; heads and unrolled steps that look
-    further ahead are averaged in as that forward counts them.
-
-    Args:
-        runner: With a drafter; its target is read once over each text.
-        prompts: Token ids, not counted.
-        continuations: Token ids, counted as labels; such as the target's own outputs.
-        temperature: Of both distributions; above 0.
-
-    Raises:
-        UserError: the runner has no drafter, or the lists differ in length.
-    """
-    if runner.drafter is None:
-        raise UserError("teacher-forced acceptance needs a runner that was loaded with a drafter")
-    if len(prompts) != len(continuations):
-        raise UserError(f"teacher-forced acceptance: {len(prompts)} prompts but {len(continuations)} continuations")
-    divergence = ForwardKL(temperature=temperature).measuring(coupled=True)
-    sums: dict[str, float] = {}
-    count = 0.0
-    for prompt, continuation in zip(prompts, continuations, strict=True):
-        output = runner.drafter(_batch(runner, prompt, continuation), divergence)
-        count += float(output.count)
-        for name, value in output.metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return {name: value / max(count, 1.0) for name, value in sums.items()} | {"count": count}
+def _values(drafter: Drafter, seen: DraftBatch, temperatures: Sequence[float]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Of each head where its tokens count [B, T], and their measures [N]; on the CPU."""
+    heads: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for temperature in sorted(set(temperatures), reverse=True):
+        if temperature == 0 and heads:
+            continue
+        divergence = ForwardKL(temperature=temperature or 1.0, chunk=256)
+        output = drafter(seen, divergence.measuring(coupled=True) if temperature else divergence)
+        told = _by_head(drafter, seen, output)
+        heads = heads or [(counted_BT, {}) for counted_BT, _ in told]
+        for (_, values), (_, given) in zip(heads, told, strict=True):
+            if temperature:
+                values |= {f"{key}@{temperature:g}": given[key] for key in ("alpha", "alpha_coupled")}
+            if 0 in temperatures:
+                values["agreement@0"] = given["agreement"]
+    return heads
 
 
-def _batch(runner: Runner, prompt: Sequence[int], continuation: Sequence[int]) -> DraftBatch:
-    """One text as a training batch, with what the runner's target says of it."""
-    rounds, device = runner.rounds, runner.device
-    tokens_BT = torch.tensor([[*prompt, *continuation]], device=device)
-    T = tokens_BT.shape[1]
-    rounds.target.reserve_positions(T)
-    positions_BT = torch.arange(T, device=device)[None]
-    document_BT = torch.zeros_like(tokens_BT)
-    bias = document_bias(document_BT, rounds.target.embed.weight.dtype)
-    hidden_BTD, taps_BTAD = rounds.target(tokens_BT, positions_BT, bias, taps=rounds.taps)
-    return DraftBatch(tokens_BT, positions_BT, document_BT, positions_BT >= len(prompt), taps_BTAD, hidden_BTD, rounds.handle)
+def _by_head(drafter: Drafter, seen: DraftBatch, output: LossOutput) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
+    given = {name.removesuffix("_HBT"): value.cpu() for name, value in output.per_token.items()}
+    if "counted" in given:
+        counted_HBT = given.pop("counted")
+        return [
+            (counted_BT, {name: value[head][counted_BT] for name, value in given.items()})
+            for head, counted_BT in enumerate(counted_HBT)
+        ]
+    counted_BT = seen.label_mask(1).cpu()
+    if len(given.get("agreement", ())) != int(counted_BT.sum()):
+        raise UserError(f"{type(drafter).__name__}: its loss does not tell its tokens apart; eval cannot sort them by question")
+    return [(counted_BT, given)]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainkit.data.sets.acceptance import AcceptanceSet
+from trainkit.models.predictor import AcceptancePredictor
 
 BINS = 15
 RIDGE = 1e-2
@@ -93,15 +94,15 @@ def fit_scale(logits_N: Tensor, labels_N: Tensor) -> Scale:
     return scale, shift
 
 
-def fit_scales(logits_N: Tensor, labels_N: Tensor, heat_N: Tensor) -> Scales:
+def fit_scales(logits_N: Tensor, labels_N: Tensor, temperature_N: Tensor) -> Scales:
     """`fit_scale` of the records at temperature 0, and of those above it."""
-    cold_N = heat_N == 0
+    cold_N = temperature_N == 0
     return fit_scale(logits_N[cold_N], labels_N[cold_N]), fit_scale(logits_N[~cold_N], labels_N[~cold_N])
 
 
-def scaled(logits_N: Tensor, heat_N: Tensor, scales: Scales) -> Tensor:
+def scaled(logits_N: Tensor, temperature_N: Tensor, scales: Scales) -> Tensor:
     """[N] probabilities of logits, recalibrated as at their temperature; float64."""
-    table = torch.tensor(scales, dtype=torch.float64)[(heat_N > 0).long()]
+    table = torch.tensor(scales, dtype=torch.float64)[(temperature_N > 0).long()]
     return (logits_N.double() * table[:, 0] + table[:, 1]).sigmoid()
 
 
@@ -121,7 +122,7 @@ class Baselines:
     def of(train: AcceptanceSet) -> Baselines:
         """Rounded, so that a resumed run on another machine finds them equal."""
         label_N = train.accepted
-        scales = fit_scales(_logit(train.column("max_q")), label_N, train.heat)
+        scales = fit_scales(_logit(train.column("max_q")), label_N, train.temperature)
         (a, b), (c, d) = (tuple(round(value, 5) for value in scale) for scale in scales)
         return Baselines(round(label_N.double().mean().item(), 5), ((a, b), (c, d)))
 
@@ -140,7 +141,7 @@ class Baselines:
         return {
             "constant": torch.full_like(max_q_N, self.constant),
             "max_q": max_q_N,
-            "max_q_fitted": scaled(_logit(max_q_N), records.heat, self.max_q),
+            "max_q_fitted": scaled(_logit(max_q_N), records.temperature, self.max_q),
         }
 
 
@@ -162,3 +163,46 @@ def predicted(predictor: Any, records: AcceptanceSet, device: torch.device | Non
 def logits_of(predictor: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """[B, W] uncalibrated logits of a batch of `AcceptanceSet.batch`."""
     return predictor(batch["hidden_BD"][:, None], batch["signals_BWC"][:, None], batch["depth_B"][:, None])[:, 0]
+
+
+Table = dict[str, Any]
+
+
+"""One group of records: `group`, `records`, `accepted` (mean label), and by source `log_loss`, `ece` and `reliability`."""
+
+
+def measure(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]:
+    """All records, then those of each temperature, then those of each draft position, from 1."""
+    logits_N, label_N, temperature_N = predicted(network, records)[:, 0], records.accepted, records.temperature
+    sources = {"predictor": network.calibrated(logits_N, temperature_N), "raw": logits_N.sigmoid()}
+    sources |= Baselines.from_dict(network.seen["baselines"]).probabilities(records)
+    position_N = records.column("depth").long() + 1
+    groups = {"all": torch.ones_like(temperature_N, dtype=torch.bool)}
+    groups |= {f"temperature {heat:g}": temperature_N == heat for heat in temperature_N.unique().tolist()}
+    groups |= {f"position {place}": position_N == place for place in position_N.unique().tolist()}
+    return [_table(group, sources, label_N, chosen_N) for group, chosen_N in groups.items()]
+
+
+def measure_ranks(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]:
+    """Of every record the likeliest proposal, the second and so on; beside the predictor the draft's probability of each."""
+    p_NW = network.calibrated(predicted(network, records), records.temperature[:, None])
+    own_NW, label_NW = records.column("signals")[..., 1], records.column("label")
+    every_N = torch.ones(len(records), dtype=torch.bool)
+    return [
+        _table(f"proposal {rank + 1}", {"predictor": p_NW[:, rank], "draft": own_NW[:, rank]}, label_NW[:, rank], every_N)
+        for rank in range(label_NW.shape[1])
+    ]
+
+
+def _table(group: str, sources: Mapping[str, Tensor], label_N: Tensor, chosen_N: Tensor) -> Table:
+    label_N, chosen = label_N[chosen_N], {name: p_N[chosen_N] for name, p_N in sources.items()}
+    return {
+        "group": group,
+        "records": len(label_N),
+        "accepted": label_N.double().mean().item(),
+        "log_loss": {name: log_loss(p_N, label_N) for name, p_N in chosen.items()},
+        "ece": {name: expected_calibration_error(p_N, label_N) for name, p_N in chosen.items()},
+        "reliability": {
+            name: [[bin.probability, bin.label, bin.count] for bin in reliability(p_N, label_N)] for name, p_N in chosen.items()
+        },
+    }

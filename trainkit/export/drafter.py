@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainkit import bundle
-from trainkit.drafters.base import Drafter, Frontier, TargetHandle, TargetShape, kind_of, load_kind
+from trainkit.drafters.base import Drafter, Frontier, TargetHandle, TargetShape, kind_name, load_kind
 from trainkit.errors import UserError
 
 _TOKENIZER_FILES = (
@@ -72,14 +72,14 @@ def export_drafter(
         UserError: weights that are not finite, a format that the drafter does not have, files that are not in it, `out` is
             something else than a bundle, or no tokenizer.
     """
-    layout = checked_format(format, drafter.formats, f"drafter of kind {kind_of(drafter)!r}")
+    layout = checked_format(format, drafter.formats, f"drafter of kind {kind_name(drafter)!r}")
     shapes = drafter.layout_shapes(layout)
     if format != "native" and shapes is None:  # such as heads that share the target's
         raise UserError(f"--format {format}: does not carry the parts that this drafter shares with its target; leave it out")
     for name, value in drafter.named_parameters():
         if not value.isfinite().all():
             raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
-    drafter, kind = drafter.to(dtype).eval(), kind_of(drafter)
+    drafter, kind = drafter.to(dtype).eval(), kind_name(drafter)
     source, mark = Path(target or tokenizer), drafter.target.fingerprint or {}
     if (source / "config.json").is_file() and bundle.fingerprint(source)["config"] == mark.get("config"):
         drafter.find_target(source)

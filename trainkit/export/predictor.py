@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainkit import bundle
-from trainkit.data.sets.acceptance import drafter_mark
+from trainkit.data.sets.acceptance import drafter_fingerprint
 from trainkit.errors import UserError
 from trainkit.models.predictor import FILE, SIGNALS, AcceptancePredictor, load_predictor
 
@@ -25,7 +25,7 @@ def export_predictor(predictor: AcceptancePredictor, drafter: Mapping[str, Any],
 
     Args:
         predictor: Trained, in float32 on the CPU.
-        drafter: `drafter_mark` of the bundle that it was trained for.
+        drafter: `drafter_fingerprint` of the bundle that it was trained for.
         out: That bundle.
 
     Raises:
@@ -35,7 +35,7 @@ def export_predictor(predictor: AcceptancePredictor, drafter: Mapping[str, Any],
         if not value.isfinite().all():
             raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
     found = bundle.read(out)
-    if (files := drafter_mark(found)["files"]) != drafter["files"]:
+    if (files := drafter_fingerprint(found)["files"]) != drafter["files"]:
         name = next(name for name in sorted({**files, **drafter["files"]}) if files.get(name) != drafter["files"].get(name))
         raise UserError(
             f"{out}: not the drafter that the predictor was trained for, {drafter['name']} (its {name} is another); give that "

@@ -101,7 +101,7 @@ class Packing:
     padded_Q: Tensor
 
     @staticmethod
-    def of(lengths_B: Tensor, longest: int, total: int) -> Packing:
+    def from_lengths(lengths_B: Tensor, longest: int, total: int) -> Packing:
         """The packing of rows of these lengths; `longest` and `total`, their sum, are told, so that the host reads nothing."""
         ends_B = lengths_B.cumsum(0)
         starts_B = ends_B - lengths_B

@@ -93,7 +93,7 @@ def first_lines(error: Exception, count: int = 2) -> str:
     return " ".join(" ".join(str(error).strip().splitlines()[:count]).split()) or type(error).__name__
 
 
-def device_of(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     """The torch device of this name.
 
     Raises:

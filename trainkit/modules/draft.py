@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainkit.data.teacher.live import TargetReader, Teacher
 from trainkit.data.teacher.stored import FeatureReader
-from trainkit.drafters.base import Divergence, DraftBatch, Drafter, LossOutput, TargetShape, kind_of
+from trainkit.drafters.base import Divergence, DraftBatch, Drafter, LossOutput, TargetShape, kind_name
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ChunkedDivergence, ForwardKL, TVDpp
 from trainkit.models.target import FrozenTarget
@@ -131,7 +131,7 @@ class DraftModule(TrainingModule):
 
     def describe(self) -> dict[str, Any]:
         assert self.drafter is not None and self.shape is not None
-        return {"kind": kind_of(self.drafter), "config": self.drafter.config(), "target": self.shape.to_dict()}
+        return {"kind": kind_name(self.drafter), "config": self.drafter.config(), "target": self.shape.to_dict()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

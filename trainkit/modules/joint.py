@@ -23,8 +23,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from trainkit.data.manifest import weights_mark
-from trainkit.drafters.base import DraftBatch, Drafter, LossOutput, TargetShape, kind_of
+from trainkit.data.manifest import weights_digest
+from trainkit.drafters.base import DraftBatch, Drafter, LossOutput, TargetShape, kind_name
 from trainkit.errors import UserError
 from trainkit.losses.divergence import CrossEntropy, ForwardKL
 from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget
@@ -99,10 +99,12 @@ class JointModule(DraftModule):
         super().setup(stage)
         assert self.drafter is not None
         if not self.drafter.taps:
-            raise UserError(f"model.drafter: kind {kind_of(self.drafter)!r} reads none of its target's states; use DraftModule")
+            raise UserError(
+                f"model.drafter: kind {kind_name(self.drafter)!r} reads none of its target's states; use DraftModule"
+            )
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"adapter": self.lora.to_dict(), "target_weights": weights_mark(self.target)}
+        return super().describe() | {"adapter": self.lora.to_dict(), "target_weights": weights_digest(self.target)}
 
     def trained(self) -> list[tuple[nn.Module, float]]:
         assert self.adapter is not None

@@ -154,9 +154,9 @@ class PolicyData(TextData):
         drafter, room = copy.deepcopy(module.drafter), max(map(len, self._prompts)) + self.max_new_tokens
         alone = drafter.alone() if name == "draft" else None
         if alone is not None:
-            return Runner.of(alone, None, module.shape, None, self.sample_batch, room, capture=False)
+            return Runner.from_modules(alone, None, module.shape, None, self.sample_batch, room, capture=False)
         decoder = load_decoder(module.target, module.device, torch.float32, room + self.depth)
-        return Runner.of(decoder, drafter, module.shape, None, self.sample_batch, room, capture=False)
+        return Runner.from_modules(decoder, drafter, module.shape, None, self.sample_batch, room, capture=False)
 
     def _answers(self, runner: Runner, name: str, asked: Sequence[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
         """(number, prompt's place, new tokens) of the prompts of this rank."""

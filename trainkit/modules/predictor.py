@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from trainkit.data.loader import PackedLoader
 from trainkit.data.sets.acceptance import AcceptanceSet
 from trainkit.errors import UserError
 from trainkit.eval.calibration import (
@@ -28,53 +26,9 @@ from trainkit.eval.calibration import (
 )
 from trainkit.losses.output import LossOutput
 from trainkit.models.predictor import AcceptancePredictor
+from trainkit.modules.acceptance_data import AcceptanceData
 from trainkit.modules.base import Batch, TrainingModule, global_seed
 from trainkit.modules.meter import means
-
-
-class AcceptanceData(LightningDataModule):
-    """Records of an acceptance set, in memory; validation on prompts that training has no record of.
-
-    Args:
-        train: Folder that `trainkit features --acceptance` wrote.
-        validation_share: Share of the prompts held out.
-        batch_size: Records per micro-batch and process.
-    """
-
-    def __init__(self, train: str, validation_share: float = 0.1, batch_size: int = 2048) -> None:
-        super().__init__()
-        self.train, self.validation_share, self.batch_size = train, validation_share, batch_size
-        self.sets: tuple[AcceptanceSet, AcceptanceSet] | None = None
-
-    @property
-    def fingerprint(self) -> str | None:
-        """Digest of what determines the records, and of how they are split."""
-        return None if self.sets is None else self.sets[0].fingerprint
-
-    def setup(self, stage: str) -> None:
-        if self.sets is None:
-            self.sets = AcceptanceSet.read(self.train).split(self.validation_share, global_seed())
-
-    def train_dataloader(self) -> PackedLoader:
-        assert self.trainer is not None
-        return self._loader(0, self.trainer.accumulate_grad_batches)
-
-    def val_dataloader(self) -> PackedLoader:
-        return self._loader(1, 1)
-
-    test_dataloader = val_dataloader
-
-    def _loader(self, which: int, accumulate: int) -> PackedLoader:
-        assert self.sets is not None and self.trainer is not None
-        return PackedLoader(
-            self.sets[which],
-            self.batch_size,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            accumulate=accumulate,
-            shuffle=which == 0,
-            seed=global_seed(),
-        )
 
 
 class PredictorModule(TrainingModule):
@@ -178,7 +132,7 @@ class PredictorModule(TrainingModule):
         assert self._baselines is not None
         _, held = self._sets
         logits_N, scales = self._recalibrated()
-        found = {"": scaled(logits_N, held.heat, UNSCALED), "fitted_": scaled(logits_N, held.heat, scales)}
+        found = {"": scaled(logits_N, held.temperature, UNSCALED), "fitted_": scaled(logits_N, held.temperature, scales)}
         found |= {f"{name}_": p_N for name, p_N in self._baselines.probabilities(held).items()}
         label_N = held.accepted
         values = {f"{name}loss": log_loss(p_N, label_N) for name, p_N in found.items() if name}
@@ -189,7 +143,7 @@ class PredictorModule(TrainingModule):
         assert self.predictor is not None
         _, held = self._sets
         logits_N = predicted(self.predictor, held, self.device)[:, 0]
-        return logits_N, fit_scales(logits_N, held.accepted, held.heat)
+        return logits_N, fit_scales(logits_N, held.accepted, held.temperature)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

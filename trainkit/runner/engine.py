@@ -20,7 +20,7 @@ from trainkit.drafters.base import Drafter, load_bundle, load_outside
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.layers.linear import stream_weights
-from trainkit.models.load import copy_weights, covered_positions, device_of, load_decoder, read_tokenizer
+from trainkit.models.load import copy_weights, covered_positions, find_device, load_decoder, read_tokenizer
 from trainkit.models.predictor import AcceptancePredictor, load_predictor
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
@@ -31,7 +31,8 @@ from trainkit.runner.round import Plan, Rounds, Trace
 from trainkit.runner.sampling import Sampling, request_keys
 from trainkit.runner.scheduler import Schedule
 from trainkit.runner.stats import Stats
-from trainkit.runner.trees.static import RankPath, Shape, Tree, build, chain
+from trainkit.runner.trees.shape import RankPath, Shape
+from trainkit.runner.trees.static import Tree, build, chain
 from trainkit.runner.verify import Typical
 
 Prompt = str | Sequence[int]
@@ -90,7 +91,7 @@ class Runner:
         Raises:
             UserError: a folder is missing or broken, the architecture is not covered, or drafter and target do not fit.
         """
-        where = device_of(device)
+        where = find_device(device)
         kind = getattr(torch, dtype, None)
         if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"dtype {dtype!r}: must be float32, bfloat16, float16 or float64")
@@ -101,11 +102,11 @@ class Runner:
         decoder = load_decoder(folder, where, kind, length)
         shape = target_shape(folder)
         draft = None if drafter is None else load_drafter(Path(drafter), folder, shape).to(device=where, dtype=kind)
-        predictor = None if drafter is None else predictor_of(Path(drafter), where)
-        return Runner.of(decoder, draft, shape, folder, max_batch, length, capture, predictor)
+        predictor = None if drafter is None else load_bundle_predictor(Path(drafter), where)
+        return Runner.from_modules(decoder, draft, shape, folder, max_batch, length, capture, predictor)
 
     @staticmethod
-    def of(
+    def from_modules(
         target: Any,
         drafter: Drafter | None,
         shape: TargetShape,
@@ -410,7 +411,7 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
     return load_outside(folder, shape)
 
 
-def predictor_of(folder: Path, device: torch.device) -> AcceptancePredictor | None:
+def load_bundle_predictor(folder: Path, device: torch.device) -> AcceptancePredictor | None:
     """The acceptance predictor in a drafter's bundle, if it has one; in float32 whatever the drafter is in.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 from trainkit.errors import UserError
 from trainkit.runner.round import RoundOutput
 from trainkit.runner.stats import Stats
-from trainkit.runner.trees.static import RankPath, Shape
+from trainkit.runner.trees.shape import RankPath, Shape
 from trainkit.runner.verify import Typical
 
 

@@ -19,7 +19,8 @@ from trainkit.drafters.base import Drafter, State, TargetHandle
 from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
 from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Noise, Sampling, gumbel, mix
-from trainkit.runner.trees.static import Draft, Shape, Tree, grow
+from trainkit.runner.trees.shape import Draft, Shape, grow
+from trainkit.runner.trees.static import Tree
 from trainkit.runner.verify import Typical, Verdict, coupled, mixed, residual, typical
 
 

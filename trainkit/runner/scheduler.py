@@ -18,7 +18,7 @@ from trainkit.drafters.base import State
 from trainkit.errors import UserError
 from trainkit.runner.graphs import Graphs
 from trainkit.runner.policies.chain import Paced
-from trainkit.runner.policy import Came
+from trainkit.runner.policy import RoundOutcome
 from trainkit.runner.request import Request, Stopping
 from trainkit.runner.round import MISSED, Plan, RoundOutput, Rounds
 from trainkit.runner.stats import Stats
@@ -217,13 +217,13 @@ class Schedule:
                 state["done"][last].fill_(True)
 
 
-def _came(output: RoundOutput, rows: int) -> Came:
+def _came(output: RoundOutput, rows: int) -> RoundOutcome:
     """What a policy learns of a round of so many texts."""
     counts = output.counts_B[:rows].tolist()
     live = [row for row, count in enumerate(counts) if count]
     verified, accepted = [output.verified(row) for row in live], [counts[row] - 1 for row in live]
     chances = () if output.chances_BD is None else output.chances_BD[live].T.tolist()
-    return Came(rows, output.levels, verified, accepted, chances, output.nodes)
+    return RoundOutcome(rows, output.levels, verified, accepted, chances, output.nodes)
 
 
 def _rows(state: State, start: int, stop: int) -> State:

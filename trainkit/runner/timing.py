@@ -23,7 +23,8 @@ from trainkit.drafters.base import State
 from trainkit.layers.attention import Packing
 from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
-from trainkit.runner.trees.static import Draft, RankPath, Shape, Tree, build, chain, grow
+from trainkit.runner.trees.shape import Draft, RankPath, Shape, grow
+from trainkit.runner.trees.static import Tree, build, chain
 from trainkit.runner.verify import coupled
 
 
@@ -144,7 +145,7 @@ def _parts(
     lengths_B = torch.tensor(lengths, device=device) if lengths else None
 
     def verify() -> object:
-        packing = None if lengths_B is None else Packing.of(lengths_B, tree.size, sum(lengths))
+        packing = None if lengths_B is None else Packing.from_lengths(lengths_B, tree.size, sum(lengths))
         judged = replace(drafted, packing=packing)
         logits, taps = rounds.judge(tree, judged, state, span)
         if sampling is None:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from trainkit.errors import UserError
 from trainkit.runner.sampling import ACCEPT, CHOICE, RESIDUAL, gumbel, uniform
-from trainkit.runner.trees.static import Draft, Shape, Tree
+from trainkit.runner.trees.shape import Draft, Shape
+from trainkit.runner.trees.static import Tree
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def test_what_is_read_is_what_was_made(straight):
     made = [synthetic(*LAYOUT.part(number), lambda tokens: None) for number in range(LAYOUT.parts)]
     for name, values in records.tensors.items():
         assert torch.equal(values, torch.cat([part[name] for part in made])), name
-    assert records.prompts == 40 and records.hidden_size == D and set(records.heat.tolist()) == {0.0, 1.0}
+    assert records.prompts == 40 and records.hidden_size == D and set(records.temperature.tolist()) == {0.0, 1.0}
 
 
 def test_no_question_is_in_training_and_validation_and_no_record_in_neither(straight):

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.support.models import BUSHY, SIBLINGS, lm_draft, near, pair, ragged_prompts
+from tests.support.served_acceptance import _batch
 from trainkit import bundle
 from trainkit.card import describe
 from trainkit.cli import main
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
-from trainkit.eval.acceptance import _batch
 from trainkit.eval.tree_search.ranks import BEYOND, PRIOR, accuracies, falling, rank_of, shares, simulated, walk
 from trainkit.eval.tree_search.search import Costs, chance, expected_tau, fastest, full, likeliest, measure_costs, search
 from trainkit.export.drafter import export_drafter
@@ -51,7 +51,7 @@ def medusa_runner(ends=()) -> Runner:
     with torch.no_grad():
         for parameter in heads.blocks.parameters():
             parameter.normal_(0.0, 0.05)
-    return Runner.of(runner.rounds.target, heads, runner.shape, max_batch=8, max_len=96)
+    return Runner.from_modules(runner.rounds.target, heads, runner.shape, max_batch=8, max_len=96)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the walk
@@ -300,7 +300,7 @@ def test_near_is_a_draft_with_another_accuracy(seed):
     runner = pair(noise=None, ends=())
     for noise, perfect in ((0.0, True), (0.3, False)):
         draft = lm_draft(runner.shape, near(runner.rounds.target, noise))
-        walker = Runner.of(runner.rounds.target, draft, runner.shape, max_len=96)
+        walker = Runner.from_modules(runner.rounds.target, draft, runner.shape, max_len=96)
         texts = [output.tokens for output in walker.generate([[1, 2]], 20, depth=0)]
         ranks = walk(walker, [[1, 2]], texts, 2, 4)[0]
         assert bool((ranks[ranks != BEYOND] == 0).all()) == perfect

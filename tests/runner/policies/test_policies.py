@@ -25,7 +25,8 @@ from trainkit.runner.policies import cost_model as costs
 from trainkit.runner.policies.chain import AdaptiveChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts
-from trainkit.runner.policy import Came, Policy, PolicyName, Recent, Threshold
+from trainkit.runner.policies.simple import Recent, Threshold
+from trainkit.runner.policy import Policy, PolicyName, RoundOutcome
 from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import Sampling
 
@@ -105,7 +106,7 @@ def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, tem
 @pytest.mark.parametrize("policy", ["cost-blind", "ema"])
 def test_policies_write_the_same_text_from_captured_rounds(policy, seed):
     runner = pair(max_batch=4)
-    runner = Runner.of(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 4, 96, capture=True)
+    runner = Runner.from_modules(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 4, 96, capture=True)
     prompts = ragged_prompts(9)
     plain = [out.tokens for out in runner.generate(prompts, max_new_tokens=30, depth=0, seed=seed)]
     for _ in range(2):
@@ -225,7 +226,7 @@ def run(policy: Policy, chance: float, rounds: int, rows: int, generator: np.ran
         levels, kept = (0, 0) if not policy.begin(rows) else drafted_again(policy, chance, rows)
         luck = generator.random((rows, kept)) < chance
         accepted = [int(row.cumprod().sum()) for row in luck]
-        policy.learn(Came(rows, levels, [kept] * rows, accepted))
+        policy.learn(RoundOutcome(rows, levels, [kept] * rows, accepted))
         seconds += policy.costs.round(rows, levels, kept)
         tokens += sum(accepted) + rows
     return seconds, tokens * policy.costs.verify(rows, 1) / rows
@@ -265,7 +266,7 @@ def told_rounds(policy: Cost, said: list[float], rounds: int, rows: int, tier: b
         luck = draw.random((rows, kept)) < truth[:kept]
         accepted = luck.cumprod(1).sum(1).tolist()
         chances = [[float(one)] * rows for one in truth.cumprod()[:levels]] if tier else ()
-        policy.learn(Came(rows, levels, [kept] * rows, accepted, chances))
+        policy.learn(RoundOutcome(rows, levels, [kept] * rows, accepted, chances))
         seconds += policy.costs.round(rows, levels, kept)
         tokens += sum(accepted) + rows
     return tokens / seconds / rows
@@ -298,10 +299,10 @@ def test_what_is_no_number_is_not_learnt(tier, seed):
     told_rounds(policy, good, 50, 2, tier, draw)
     if tier:
         levels, kept = policy.tier(2)
-        policy.learn(Came(2, levels, [kept] * 2, [0, 0], [[float("nan")] * 2] * levels))
+        policy.learn(RoundOutcome(2, levels, [kept] * 2, [0, 0], [[float("nan")] * 2] * levels))
     else:
         assert drafted(policy, [0.9, float("nan"), 0.9], 2) == (2, 1)
-        policy.learn(Came(2, 2, [1, 1], [1, 1]))
+        policy.learn(RoundOutcome(2, 2, [1, 1], [1, 1]))
     assert told_rounds(policy, good, 600, 2, tier, draw) > 0.9 * told_rounds(fresh, good, 600, 2, tier, draw)
 
 
@@ -323,7 +324,7 @@ def test_cost_beats_every_fixed_depth_where_acceptance_varies(seed):
         if not policy.begin(1):
             return 0, 0, lambda accepted: None
         levels, kept = drafted_again(policy, chance, 1)
-        return levels, kept, lambda accepted: policy.learn(Came(1, levels, [kept], [accepted]))
+        return levels, kept, lambda accepted: policy.learn(RoundOutcome(1, levels, [kept], [accepted]))
 
     policy = Cost(price, 10, reads="predictor")
     fixed = max(rate(lambda chance, depth=depth: (depth, depth, lambda accepted: None)) for depth in range(1, 11))
@@ -333,10 +334,10 @@ def test_cost_beats_every_fixed_depth_where_acceptance_varies(seed):
 def test_ema_follows_what_was_accepted():
     policy = Recent(10)
     for _ in range(60):
-        policy.learn(Came(2, 4, [4, 4], [0, 0]))
+        policy.learn(RoundOutcome(2, 4, [4, 4], [0, 0]))
     assert policy.begin(2) in (1, 2)
     for _ in range(60):
-        policy.learn(Came(2, 8, [8, 8], [8, 8]))
+        policy.learn(RoundOutcome(2, 8, [8, 8], [8, 8]))
     assert policy.begin(2) == 10
 
 
@@ -457,8 +458,10 @@ def test_what_cannot_be_done_is_said_in_a_line(policy, options, said):
 
 
 def test_names_are_read():
-    assert PolicyName.of("confidence") == PolicyName("confidence", 0.6) and PolicyName.of("predictor:0.25").threshold == 0.25
-    assert PolicyName.of("cost-blind").blind and not PolicyName.of("cost").blind
+    assert (
+        PolicyName.parse("confidence") == PolicyName("confidence", 0.6) and PolicyName.parse("predictor:0.25").threshold == 0.25
+    )
+    assert PolicyName.parse("cost-blind").blind and not PolicyName.parse("cost").blind
 
 
 def test_a_predictor_of_another_depth_or_batch_says_the_same(seed):
@@ -508,6 +511,6 @@ def test_a_policy_that_remembers_what_was_said_leaves_residual_text_the_targets(
 @pytest.mark.parametrize("way", [{"depth": 6}, {"tree": DynamicTree(5, 2, 8)}])
 def test_cost_refuses_more_levels_than_there_are_heads(way, seed):
     told = TargetShape(SHAPE, ())
-    runner = Runner.of(random_decoder(), load_kind("medusa")(told, num_heads=3), told, max_batch=1, max_len=64)
+    runner = Runner.from_modules(random_decoder(), load_kind("medusa")(told, num_heads=3), told, max_batch=1, max_len=64)
     with pytest.raises(UserError, match="heads for 3 tokens"):
         runner.generate([[1]], max_new_tokens=4, policy="cost", **way)

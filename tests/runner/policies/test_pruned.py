@@ -17,7 +17,7 @@ from trainkit.models.predictor import AcceptancePredictor, FoldedPredictor, sign
 from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.policies.cost_model import ChainCosts
 from trainkit.runner.policies.pruned import AdaptiveTree, PredictedTree, TreeCost
-from trainkit.runner.policy import Came
+from trainkit.runner.policy import RoundOutcome
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.trees.dynamic import likeliest
 
@@ -188,7 +188,7 @@ def test_a_level_that_failed_is_tried_again(seed):
                     break
             kept = policy.nodes(9) if level else 0
             accepted = int((draw.random(level) < np.array(said[:level])).cumprod().sum())
-            policy.learn(Came(1, level, [kept], [min(accepted, kept)], (), kept))
+            policy.learn(RoundOutcome(1, level, [kept], [min(accepted, kept)], (), kept))
             found.append(level)
         return found
 

@@ -14,7 +14,8 @@ from trainkit.runner import DynamicTree, Stats
 from trainkit.runner.sampling import RESIDUAL, Sampling
 from trainkit.runner.trees import dynamic
 from trainkit.runner.trees.dynamic import read_tree
-from trainkit.runner.trees.static import Steps, chain, grow
+from trainkit.runner.trees.shape import Steps, grow
+from trainkit.runner.trees.static import chain
 
 GROWING = DynamicTree(4, 3, 8)
 SHAPES = [(1, 3, 4), (2, 1, 3), (3, 2, 6), (4, 3, 8), (3, 5, 56), (5, 4, 16), (2, 6, 2)]
@@ -238,7 +239,7 @@ def test_a_shape_that_cannot_be_is_refused(arguments, named):
 def test_a_tree_that_does_not_fit_the_drafter_is_refused(seed):
     runner = pair()
     with pytest.raises(UserError, match="49 children of a node, but this drafter proposes among 48"):
-        runner.generate([[1]], tree=DynamicTree(1, 49, 5))
+        runner.generate([[1]], ignore_end=True, tree=DynamicTree(1, 49, 5))
     with pytest.raises(UserError, match="depth or tree, not both"):
         runner.generate([[1]], tree=DynamicTree(), depth=3)
     with pytest.raises(UserError, match="without a drafter"):

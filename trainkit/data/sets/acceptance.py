@@ -35,7 +35,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainkit.bundle import Bundle
-from trainkit.data.manifest import begin, read_about, write_part
+from trainkit.data.manifest import read_manifest
+from trainkit.data.sets.writer import begin, write_part
 from trainkit.errors import UserError
 from trainkit.models.predictor import FILE
 
@@ -89,7 +90,7 @@ class Written:
     seconds: float = 0.0
 
 
-def drafter_mark(made: Bundle) -> dict[str, Any]:
+def drafter_fingerprint(made: Bundle) -> dict[str, Any]:
     """Which drafter a bundle holds: its kind and the hashes of its files but a predictor's; and its name, to be told by."""
     files = {name: digest for name, digest in made.files.items() if name != FILE}
     return {"name": made.path.resolve().name, "kind": made.kind, "files": files}
@@ -106,7 +107,7 @@ def read_acceptance(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is not readable.
     """
-    return read_about(folder / ACCEPTANCE, FORMAT, "parts", int, "an acceptance set")
+    return read_manifest(folder / ACCEPTANCE, FORMAT, "parts", int, "an acceptance set")
 
 
 def write_acceptance(
@@ -257,7 +258,7 @@ class AcceptanceSet:
         return self.tensors[name][torch.from_numpy(self.rows_R)]
 
     @property
-    def heat(self) -> Tensor:
+    def temperature(self) -> Tensor:
         """[R] temperatures."""
         return self.tensors["signals"][:, 0, -1][torch.from_numpy(self.rows_R)]
 

@@ -22,7 +22,8 @@ from time import perf_counter
 from typing import IO, Any
 
 from trainkit.data.answer import Answer
-from trainkit.data.manifest import FORMAT, PROVENANCE, begin, part_name, read_provenance
+from trainkit.data.manifest import FORMAT, PROVENANCE, part_name, read_provenance
+from trainkit.data.sets.writer import begin
 from trainkit.data.text.prompts import Asked
 from trainkit.errors import UserError
 

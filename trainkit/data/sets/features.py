@@ -27,7 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trainkit.data.manifest import begin, read_about, write_part
+from trainkit.data.manifest import read_manifest
+from trainkit.data.sets.writer import begin, write_part
 from trainkit.data.text.packing import PackedSet
 from trainkit.errors import UserError
 
@@ -121,7 +122,7 @@ def read_features(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is not readable.
     """
-    return read_about(folder / FEATURES, FORMAT, "sets", dict, "a feature set")
+    return read_manifest(folder / FEATURES, FORMAT, "sets", dict, "a feature set")
 
 
 def write_features(

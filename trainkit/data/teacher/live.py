@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trainkit.bundle import fingerprint
-from trainkit.data.manifest import weights_mark
+from trainkit.data.manifest import weights_digest
 from trainkit.data.text.packing import PackedSet
 from trainkit.errors import UserError
 from trainkit.losses.topk import TopKHead, compress
@@ -127,7 +127,7 @@ class TargetReader:
         if top_k is not None and not 1 <= top_k <= target.handle().vocab_size:
             raise UserError(f"teacher_top_k is {top_k}; it must be between 1 and the vocabulary, {target.handle().vocab_size}")
         self.target, self.folder, self.top_k = target, folder, top_k
-        self._mark = [weights_mark(target.folder), fingerprint(target.folder)["config"]] if folder else []
+        self._mark = [weights_digest(target.folder), fingerprint(target.folder)["config"]] if folder else []
         self._stores: dict[tuple[str, tuple[int, ...]], FeatureStore] = {}
 
     def handle(self) -> TargetHandle:

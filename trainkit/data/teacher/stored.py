@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainkit.bundle import fingerprint
-from trainkit.data.manifest import weights_mark
+from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.features import FEATURES, read_features
 from trainkit.data.text.packing import PackedSet
 from trainkit.errors import UserError
@@ -85,7 +85,7 @@ class FeatureReader:
         if values is None:
             raise UserError(f"{self._me}: no {FEATURES} there; give a folder that trainkit features wrote")
         self.values = values
-        for name, now in (("weights", weights_mark(target.folder)), ("config", fingerprint(target.folder)["config"])):
+        for name, now in (("weights", weights_digest(target.folder)), ("config", fingerprint(target.folder)["config"])):
             if now != (values["target"] | values)[name]:
                 raise UserError(
                     f"{self._me}: made from another target, its {name} differ from those of {target.folder}; "

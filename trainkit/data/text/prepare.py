@@ -24,12 +24,12 @@ from trainkit.data.text.packing import PackedSet, pack
 from trainkit.data.text.report import Report, SetReport
 from trainkit.data.text.sources import BadRow, content_hash, read_rows
 from trainkit.errors import UserError
-from trainkit.files import kept_folder
+from trainkit.files import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CACHE = kept_folder("data")
+CACHE = cache_folder("data")
 """Where prepared sets are kept unless somebody says otherwise."""
 CODE_VERSION = 1
 """Part of every fingerprint: raise it with any change that alters what comes out of the same files."""

@@ -16,12 +16,13 @@ from trainkit.eval.bench.synthetic import ScriptedDrafter, accepted_lengths, ran
 from trainkit.eval.bench.timing import ours
 from trainkit.eval.bench.transformers import Settings, assisted_contender, can_assist, load_model, model_of, plain_contender
 from trainkit.eval.bench.types import Draft, Field, Request
-from trainkit.models.load import covered_positions, device_of
+from trainkit.models.load import covered_positions, find_device
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
-from trainkit.runner.engine import load_drafter, predictor_of
+from trainkit.runner.engine import load_bundle_predictor, load_drafter
 from trainkit.runner.policy import MOST
-from trainkit.runner.trees.static import RankPath, build, chain
+from trainkit.runner.trees.shape import RankPath
+from trainkit.runner.trees.static import build, chain
 
 
 def checkpoint_field(request: Request) -> Field:
@@ -45,8 +46,8 @@ def checkpoint_field(request: Request) -> Field:
     field = Field(runner, prompts, target.resolve().name)
     for name, folder in zip(_names(request.drafters), request.drafters, strict=True):
         drafter = load_drafter(Path(folder), target, shape).to(device=runner.device, dtype=dtype)
-        made = Runner.of(decoder, drafter, shape, target, batch, longest)
-        made.predictor = predictor_of(Path(folder), runner.device)
+        made = Runner.from_modules(decoder, drafter, shape, target, batch, longest)
+        made.predictor = load_bundle_predictor(Path(folder), runner.device)
         field.drafts.append(Draft(name, made))
     if request.baselines:
         load = partial(load_model, device=runner.device, dtype=dtype)
@@ -64,18 +65,20 @@ def synthetic_field(request: Request) -> Field:
         UserError: no shape or kind has that name, or tau is below 1.
     """
     assert request.synthetic is not None
-    device, dtype, tau = device_of(request.device), getattr(torch, request.dtype), request.synthetic_tau
+    device, dtype, tau = find_device(request.device), getattr(torch, request.dtype), request.synthetic_tau
     decoder = random_target(request.synthetic, device, dtype)
     shape = TargetShape(decoder.shape)
     prompts = random_prompts(decoder.shape.vocab_size, request.limit, request.prompt_length, request.seed)
     longest = request.prompt_length + request.max_new_tokens
-    plain = Runner.of(decoder, None, shape, max_batch=1, max_len=longest)
+    plain = Runner.from_modules(decoder, None, shape, max_batch=1, max_len=longest)
     text = prompts[0] + plain.generate(prompts[:1], request.max_new_tokens)[0].tokens
-    field = Field(Runner.of(decoder, None, shape, None, request.batch, longest), prompts, f"synthetic {request.synthetic}")
+    field = Field(
+        Runner.from_modules(decoder, None, shape, None, request.batch, longest), prompts, f"synthetic {request.synthetic}"
+    )
     for kind in request.synthetic_kinds or sorted(discover()):
         drafter = ScriptedDrafter.of_kind(kind, shape, device, dtype)
         drafter.read(text)
-        drafting = Runner.of(decoder, drafter, shape, None, request.batch, longest)
+        drafting = Runner.from_modules(decoder, drafter, shape, None, request.batch, longest)
         field.drafts.append(Draft(f"{kind}, scripted for tau {tau:g}", drafting))
     if request.baselines:
         field.notes.append("transformers assisted: not run, a scripted drafter is no model of its own")

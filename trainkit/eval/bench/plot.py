@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainkit.eval.bench.table import by_drafter, label, title, write_whole
+from trainkit.eval.bench.table import by_drafter, label, title
+from trainkit.files import write_file
 
 
 def figure(summary: dict[str, Any], path: str | Path) -> None:
@@ -32,7 +33,7 @@ def figure(summary: dict[str, Any], path: str | Path) -> None:
     else:
         _bars(canvas.subplots(1, 1), summary)
     canvas.suptitle(title(summary), fontsize=10, wrap=True)
-    write_whole(path, lambda temporary: canvas.savefig(temporary, format="png", dpi=130))
+    write_file(path, lambda temporary: canvas.savefig(temporary, format="png", dpi=130))
 
 
 def _drafts(summary: dict[str, Any]) -> list[tuple[str, str, list[dict[str, Any]]]]:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-from trainkit.errors import UserError
 
 WIDTH = 100
 
@@ -28,16 +22,6 @@ def table(summary: dict[str, Any]) -> str:
 
 def _wrapped(lines: Sequence[str]) -> str:
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
-
-
-def write_json(summary: dict[str, Any], path: str | Path) -> None:
-    """Writes the summary as JSON; numbers that do not exist (a tau without a round) become null.
-
-    Raises:
-        UserError: the folder is missing or cannot be written.
-    """
-    text = json.dumps(finite(summary), indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # text
@@ -256,33 +240,3 @@ def _short(value: float) -> str:
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
-
-
-# files
-
-
-def finite(value: Any) -> Any:
-    """The same without nan and infinities, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
-
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Writes to a sibling, then renames: a kill leaves the old file or the new one."""
-    final = Path(path)
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.")
-    except OSError as error:
-        raise UserError(f"{final}: cannot write there ({error.strerror}); name another file") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(final)
-    finally:
-        temporary.unlink(missing_ok=True)

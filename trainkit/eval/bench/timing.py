@@ -17,7 +17,7 @@ from trainkit.layers.linear import stream_weights
 from trainkit.runner import Runner
 from trainkit.runner.stats import Stats
 from trainkit.runner.timing import RoundCost
-from trainkit.runner.trees.static import RankPath
+from trainkit.runner.trees.shape import RankPath
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trainkit.eval.bench.timing import Contender
     from trainkit.runner import Runner
     from trainkit.runner.timing import RoundCost
-    from trainkit.runner.trees.static import RankPath
+    from trainkit.runner.trees.shape import RankPath
 
 
 @dataclass(frozen=True)

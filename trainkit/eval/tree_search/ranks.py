@@ -21,7 +21,7 @@ from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.runner import Runner, Stats
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
-from trainkit.runner.trees.static import RankPath
+from trainkit.runner.trees.shape import RankPath
 
 BEYOND = -1
 """In place of a rank: the text has ended."""

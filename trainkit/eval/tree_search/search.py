@@ -26,7 +26,8 @@ from trainkit.eval.bench.timing import set_threads, settle
 from trainkit.eval.tree_search.ranks import Accuracies, Ranks, falling, simulated
 from trainkit.runner import Runner
 from trainkit.runner.timing import round_costs
-from trainkit.runner.trees.static import RankPath, chain
+from trainkit.runner.trees.shape import RankPath
+from trainkit.runner.trees.static import chain
 
 Paths = tuple[RankPath, ...]
 

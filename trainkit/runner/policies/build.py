@@ -12,14 +12,16 @@ from trainkit.runner.policies.chain import AdaptiveChain, RankedChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts, kept_costs, measure_chain_costs, sizes_of
 from trainkit.runner.policies.pruned import AdaptiveTree, PredictedTree, TreeCost
-from trainkit.runner.policy import MOST, Policy, PolicyName, Recent, Threshold
+from trainkit.runner.policies.simple import Recent, Threshold
+from trainkit.runner.policy import MOST, Policy, PolicyName
 from trainkit.runner.request import Options
 from trainkit.runner.round import Rounds
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.scheduler import Schedule
 from trainkit.runner.timing import processor
 from trainkit.runner.trees.dynamic import DynamicTree
-from trainkit.runner.trees.static import Shape, build, chain
+from trainkit.runner.trees.shape import Shape
+from trainkit.runner.trees.static import build, chain
 
 
 class Pacer:
@@ -44,7 +46,7 @@ class Pacer:
             UserError: no such policy, or one that does not go with the drafter, the other options or captured rounds.
         """
         assert options.policy is not None
-        asked, drafter, policy = PolicyName.of(options.policy), self.rounds.drafter, f"policy {options.policy}"
+        asked, drafter, policy = PolicyName.parse(options.policy), self.rounds.drafter, f"policy {options.policy}"
         if drafter is None:
             raise UserError(f"{policy}: this runner was loaded without a drafter; give one (--drafter)")
         tree = options.tree

@@ -19,7 +19,8 @@ from trainkit.drafters.base import Frontier
 from trainkit.layers.attention import Packing
 from trainkit.models.predictor import FoldedPredictor
 from trainkit.runner.policy import Policy
-from trainkit.runner.trees.static import Draft, Level, Proposals, Shape, Steps, Tree, build, chain
+from trainkit.runner.trees.shape import Draft, Proposals, Shape, Steps
+from trainkit.runner.trees.static import Level, Tree, build, chain
 
 
 class Chain(Shape):
@@ -117,7 +118,7 @@ class AdaptiveChain(Chain, Paced):
         packing = None
         if lengths and min(lengths) < kept:
             nodes_B = 1 + torch.tensor(lengths, device=self.device)
-            packing = Packing.of(nodes_B, kept + 1, sum(lengths) + len(lengths))
+            packing = Packing.from_lengths(nodes_B, kept + 1, sum(lengths) + len(lengths))
         reached = self.tree(kept)
         return Draft(
             torch.cat(tokens[: kept + 1], dim=1),
@@ -176,7 +177,7 @@ class RankedChain(Chain):
             # stable, so that of equally likely tokens of a row the first come first
             best = chances_BD.flatten().sort(descending=True, stable=True).indices[: B * self.each]
             nodes_B = torch.ones_like(steps.root_B).scatter_add(0, best // D, torch.ones_like(best))
-            packing = Packing.of(nodes_B, D + 1, B * (1 + self.each))
+            packing = Packing.from_lengths(nodes_B, D + 1, B * (1 + self.each))
         return Draft(
             torch.cat(tokens, dim=1),
             tuple(steps.scores),

@@ -20,7 +20,8 @@ from operator import mul
 from typing import Any
 
 from trainkit.runner.policies.cost_model import ChainCosts
-from trainkit.runner.policy import Came, Policy, Recent, Signal
+from trainkit.runner.policies.simple import Recent
+from trainkit.runner.policy import Policy, RoundOutcome, Signal
 
 FADE = 0.98
 """Weight of past rounds against a new one: some fifty count."""
@@ -232,7 +233,7 @@ class Cost(Policy):
     def _seconds(self, rows: int, levels: int, total: int, longest: int) -> float:
         return self._drafted(rows, levels) + self._price(rows, total, longest) + self._rest(rows)
 
-    def learn(self, came: Came) -> None:
+    def learn(self, came: RoundOutcome) -> None:
         rows, live = came.rows, len(came.accepted)
         if not came.levels or not live:
             return
@@ -248,7 +249,7 @@ class Cost(Policy):
                 offered = [n for n, most in zip(came.accepted, came.verified, strict=True) if n >= level and most > level]
                 self.known.add(level, len(offered) / rows, sum(n > level for n in offered) / rows)
 
-    def _learn_tiers(self, came: Came) -> None:
+    def _learn_tiers(self, came: RoundOutcome) -> None:
         """What each tier would have been expected to keep of a round, deeper levels by their mean."""
         live = len(came.accepted)
         levels = [[chance if chance == chance else 0.0 for chance in level] for level in came.chances]

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainkit.files import kept_folder
+from trainkit.files import cache_folder
 from trainkit.runner.round import Rounds
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.timing import median, timed
-from trainkit.runner.trees.static import Shape, Tree, build, chain
+from trainkit.runner.trees.shape import Shape
+from trainkit.runner.trees.static import Tree, build, chain
 
-CACHE = kept_folder("costs")
+CACHE = cache_folder("costs")
 
 
 @dataclass(frozen=True)

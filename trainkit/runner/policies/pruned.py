@@ -21,9 +21,10 @@ from trainkit.models.predictor import FoldedPredictor
 from trainkit.runner.policies.chain import Paced
 from trainkit.runner.policies.cost import PRIOR, Cost, Fading
 from trainkit.runner.policies.cost_model import ChainCosts
-from trainkit.runner.policy import Came
+from trainkit.runner.policy import RoundOutcome
 from trainkit.runner.trees.dynamic import DynamicTree, Guide
-from trainkit.runner.trees.static import Draft, Proposals, Shape, Steps, Tree, build, chain
+from trainkit.runner.trees.shape import Draft, Proposals, Shape, Steps
+from trainkit.runner.trees.static import Tree, build, chain
 
 _LEAST = 1e-6
 """Chances are taken from here to 1 less this: their logarithm is finite, and a child never ranks with its parent."""
@@ -107,7 +108,7 @@ class TreeCost(Cost):
         values = [gain - rate * self.costs.verify(rows, count + 1) for count, gain in enumerate([0.0, *gained.tolist()])]
         return max(range(len(values)), key=lambda count: values[count])
 
-    def learn(self, came: Came) -> None:
+    def learn(self, came: RoundOutcome) -> None:
         rows, accepted = came.rows, came.accepted
         if came.levels and accepted:
             tokens = sum(accepted) + len(accepted)

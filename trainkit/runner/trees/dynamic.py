@@ -26,7 +26,7 @@ from torch import Tensor
 
 from trainkit.drafters.base import Frontier, rank_paths
 from trainkit.errors import UserError
-from trainkit.runner.trees.static import Draft, Proposals, RankPath, Shape, Steps, Topology
+from trainkit.runner.trees.shape import Draft, Proposals, RankPath, Shape, Steps, Topology
 
 
 class Guide:
