@@ -17,25 +17,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.support.bundles import TARGET, fill, make
 from trainkit import bundle
 from trainkit import files as placing
 from trainkit.card import describe, weight_count
 from trainkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGET = {"decoder": {"vocab_size": 320, "hidden_size": 64, "num_layers": 4}, "fingerprint": {"path": "tiny"}}
-
-
-def fill(folder: Path, value: float = 1.0) -> None:
-    save_file({"a.weight": np.full((3, 5), value, np.float32), "map": np.arange(4)}, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "sub").mkdir()
-    (folder / "sub" / "notes.md").write_text("notes")
-
-
-def make(folder: Path, value: float = 1.0, **changes: Any) -> bundle.Bundle:
-    keywords = {"kind": "fake", "config": {"depth": 4}, "target": TARGET, "seed": 7} | changes
-    return bundle.write(folder, lambda path: fill(path, value), **keywords)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -177,7 +165,7 @@ import os, sys
 from pathlib import Path
 from trainkit import bundle
 from trainkit import files as placing
-from tests.test_bundle import make
+from tests.support.bundles import make
 
 base, old, exchange = Path(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
 bundle._versions = dict
@@ -237,11 +225,6 @@ def test_killed_at_any_step_it_is_the_old_or_the_new(tmp_path, old, exchange):
     assert states[-1] == "new"
 
 
-def add(folder: Path) -> None:
-    (folder / "more").mkdir()
-    fill(folder / "more", 2.0)
-
-
 EXTENDED_AT_EVERY_STEP = (
     KILLED_AT_EVERY_STEP.replace('make(folder, kind="new")', 'bundle.extend(folder, add, runner={"more": 1})')
     .replace("import make", "import add, make")
@@ -278,7 +261,7 @@ def test_sigkill_at_random_moments(tmp_path, seed):
     folder = tmp_path / "b"
     make(folder, kind="0")
     script = (
-        "import sys\nfrom pathlib import Path\nfrom tests.test_bundle import make\nprint('ready', flush=True)\n"
+        "import sys\nfrom pathlib import Path\nfrom tests.support.bundles import make\nprint('ready', flush=True)\n"
         "for i in range(10**6): make(Path(sys.argv[1]), kind=str(i))"
     )
     for _ in range(4):

@@ -23,7 +23,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from tests.support.faults import Faults, in_fork
 from tests.support.processes import code_of, start
-from tests.test_recipes import tiny
+from tests.support.recipes import tiny_flags
 from trainkit import bundle
 from trainkit import files as placing
 from trainkit.commands.export import export
@@ -135,7 +135,7 @@ def checkpoint(tiny_target, tmp_path_factory) -> Callable[[str], Path]:
 
     @functools.cache
     def trained(recipe: str) -> Path:
-        given = tiny(Path(f"recipes/{recipe}.yaml"), tiny_target, rows, base / recipe)
+        given = tiny_flags(Path(f"recipes/{recipe}.yaml"), tiny_target, rows, base / recipe)
         assert code_of(start(run, "fit", [*given, "--trainer.max_steps", "1", "--trainer.logger", "false"])) == 0
         return base / recipe / "run" / "checkpoints" / "last.ckpt"
 

@@ -10,9 +10,8 @@ from itertools import product
 import pytest
 import torch
 
-from tests.runner.policies.test_policies import predicting
 from tests.support.equality import assert_few, compare
-from tests.support.models import SHAPE, pair, ragged_prompts, random_decoder, table_runner
+from tests.support.models import SHAPE, pair, predicting, ragged_prompts, random_decoder, table_runner
 from tests.support.pauses import Erratic
 from tests.support.replaying import replayed
 from trainkit.layers.attention import Packing, causal_bias
