@@ -108,11 +108,11 @@ def packings(monkeypatch):
     """The lengths of all rows packed in this test."""
     found, make = [], Packing.from_lengths
 
-    def of(lengths_B, *sizes):
+    def from_lengths(lengths_B, *sizes):
         found.append(lengths_B.tolist())
         return make(lengths_B, *sizes)
 
-    monkeypatch.setattr(adaptive.Packing, "of", staticmethod(of))
+    monkeypatch.setattr(adaptive.Packing, "from_lengths", staticmethod(from_lengths))
     return found
 
 
