@@ -421,7 +421,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "bundle of an unknown kind": (
         lambda it: it.generate(drafter=it.bundle(manifest(kind="oracle"))),
-        ("trainkit.json", "'oracle'", "there are: "),
+        ("trainkit.json", "'oracle'", "choose from "),
     ),
     "bundle with another argument": (
         lambda it: it.generate(drafter=it.bundle(manifest(config={"levels": 3}))),

@@ -130,14 +130,14 @@ def read_trees(given: str | None) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """
     if given is None:
         return ()
-    from trainkit.drafters.base import rank_paths
+    from trainkit.drafters.base import parse_rank_paths
 
     is_file = not given.lstrip().startswith("[")
     try:
         trees = parse_json(Path(given).read_text(encoding="utf-8") if is_file else given)
         if not all(trees):
             raise ValueError("an empty tree is plain decoding")
-        return tuple(rank_paths(tree) for tree in trees)
+        return tuple(parse_rank_paths(tree) for tree in trees)
     except (ValueError, TypeError) as error:
         name = given if is_file else "given"
         raise UserError(f"trees {name}: must be a list of trees, each a list of rank paths: [[[0],[1],[0,0]]]") from error
