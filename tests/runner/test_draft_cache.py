@@ -89,7 +89,7 @@ def test_cached_logits_of_draft_and_target_equal_fresh_forwards(tree, noise, see
         lengths.update(trace.verdict.counts_B.tolist())
         for b in range(trace.scores_BNV.shape[0]):
             prefix = draft.text[b, : draft.root[b]].tolist()
-            for node in range(trace.tree.size):
+            for node in range(trace.draft.shape.size):
                 ancestors_BNN = trace.draft.topology.ancestors_BNN.expand(len(draft.root), -1, -1)
                 path = trace.draft.tokens_BN[b][ancestors_BNN[b, node].nonzero()[:, 0]].tolist()
                 worst = max(worst, float((fresh_logits(target, prefix + path) - trace.scores_BNV[b, node]).abs().max()))

@@ -242,10 +242,10 @@ def test_the_bundle_carries_the_tree_to_the_runner(made, capsys):
     runner, seen = Runner.load(target, folder), []
     runner.observe = seen.append
     default = runner.generate([[1, 2, 3]], 16, ignore_end=True)[0].tokens
-    assert {trace.tree.paths for trace in seen} == {build(tree, torch.device("cpu")).paths}
+    assert {trace.draft.shape.paths for trace in seen} == {build(tree, torch.device("cpu")).paths}
     seen.clear()
     assert runner.generate([[1, 2, 3]], 16, depth=2, ignore_end=True)[0].tokens == default
-    assert {trace.tree.paths for trace in seen} == {chain(2)}, "depth goes before the recommended tree"
+    assert {trace.draft.shape.paths for trace in seen} == {chain(2)}, "depth goes before the recommended tree"
     assert len(describe(found)) < 3000
 
 
