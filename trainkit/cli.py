@@ -50,6 +50,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "features",
         "what the target says of training data, kept on disk: trainkit features --target DIR --data SET --out DIR",
     ),
+    "acceptance": (
+        "trainkit.commands.acceptance",
+        "acceptance",
+        "training data of an acceptance predictor: trainkit acceptance DRAFTER --target DIR --prompts FILE --out DIR",
+    ),
     "generate": ("trainkit.commands.generate", "generate", "text: trainkit generate --target DIR --drafter DIR --prompt TEXT"),
     "eval": (
         "trainkit.commands.evaluate",

@@ -84,7 +84,7 @@ def test_killed_three_times_it_gives_the_same_bytes(command, straight, tmp_path,
     there = rows_in(tmp_path)
     capsys.readouterr()
     assert command(tmp_path) == 0
-    assert f"{16 - there} of 16 rows made, {there} were there" in capsys.readouterr().out
+    assert f"{16 - there} of 16 rows written, {there} already existed" in capsys.readouterr().out
     assert files_of(tmp_path) == straight
 
 
@@ -175,7 +175,7 @@ def test_another_setting_is_one_line(key, command, straight, tiny_target, prompt
     before = files_of(tmp_path / "set")
     assert command(tmp_path / "set", **{option: value}) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len([line for line in said if "trainkit: error" in line]) == 1 and f"begun with {key} " in said[-1], said
+    assert len([line for line in said if "trainkit: error" in line]) == 1 and f"started with {key} " in said[-1], said
     assert files_of(tmp_path / "set") == before
 
 
@@ -206,7 +206,7 @@ def test_a_bad_setting_is_one_line_and_begins_no_set(option, value, command, tmp
 def test_a_prompt_longer_than_the_target_covers_is_named(command, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "x" * 600}) + "\n")
     assert command(tmp_path / "set", prompts=tmp_path / "long.jsonl") == 2
-    assert "prompt 1 has 600 tokens, the target covers 512" in capsys.readouterr().err
+    assert "prompt 1 has 600 tokens, but the target covers 512" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
 
 

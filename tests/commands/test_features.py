@@ -1,4 +1,4 @@
-"""`trainkit features`: the same bytes whatever was killed or shared out, as many as announced, and never another set's."""
+"""`trainkit features`: kills and ranks change no byte, the announced size is right, and no shard is taken from another set."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -98,7 +99,9 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(command, straight, tmp
     there = shards_in(out)
     capsys.readouterr()
     assert command(out) == 0
-    assert f"{len(straight) - 1 - there} of {len(straight) - 1} shards made, {there} were there" in capsys.readouterr().out
+    assert (
+        f"{len(straight) - 1 - there} of {len(straight) - 1} shards written, {there} already existed" in capsys.readouterr().out
+    )
     assert files_of(out) == straight
 
 
@@ -110,7 +113,7 @@ def test_killed_while_a_shard_gets_its_name(call, when, command, straight, tmp_p
 
     def die() -> None:
         # of a shard: a replace of the prepared set or of features.json does not count, nor does the sync of the folder
-        owner, name = (feature_set.safetensors.torch, "save") if call == "write" else (os, call)
+        owner, name = (safetensors.torch, "save") if call == "write" else (os, call)
         real, calls = getattr(owner, name), [0]
 
         def deadly(*given: Any, **options: Any) -> Any:
@@ -120,9 +123,8 @@ def test_killed_while_a_shard_gets_its_name(call, when, command, straight, tmp_p
             if when == "after":
                 result = real(*given, **options)
                 if call == "write":
-                    number = shards_in(out)
-                    files = [shard.file for shard in SHARDS(out)]
-                    (out / files[number]).with_suffix(".partial").write_bytes(result[: len(result) // 2])
+                    partial = (out / shard_files(out)[shards_in(out)]).with_suffix(".partial")
+                    partial.write_bytes(result[: len(result) // 2])
             os._exit(9)
 
         setattr(owner, name, deadly)
@@ -133,9 +135,9 @@ def test_killed_while_a_shard_gets_its_name(call, when, command, straight, tmp_p
     assert files_of(out) == straight
 
 
-def SHARDS(out: Path) -> list[Any]:
-    values = json.loads((out / "features.json").read_text())
-    return [SimpleNamespace(file=shard[0]) for described in values["sets"].values() for shard in described["shards"]]
+def shard_files(out: Path) -> list[str]:
+    manifest = json.loads((out / "features.json").read_text())
+    return [shard[0] for packed in manifest["sets"].values() for shard in packed["shards"]]
 
 
 def test_two_ranks_make_the_features_of_one_and_one_goes_on_for_two(command, straight, tmp_path):
@@ -208,12 +210,12 @@ def test_provenance_says_what_made_it(straight):
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"top_k": 5}, "top_k 4, now it is 5"),
-        ({"taps": "[1,2]"}, "states [1, 4], now it is [1, 2]"),
+        ({"top_k": 5}, "top_k 4, but now it is 5"),
+        ({"taps": "[1,2]"}, "states [1, 4], but now it is [1, 2]"),
         ({"dtype": "bfloat16"}, 'dtype "float32"'),
-        ({"length": 80}, "length 96, now it is 80"),
-        ({"limit": 20}, "data limit null, now it is 20"),
-        ({"seed": 1}, "data seed 0, now it is 1"),
+        ({"length": 80}, "length 96, but now it is 80"),
+        ({"limit": 20}, "data limit null, but now it is 20"),
+        ({"seed": 1}, "data seed 0, but now it is 1"),
         ({"target_dtype": "bfloat16"}, "precision"),
         ({"shard_rows": 4}, "sets"),
     ],
@@ -224,7 +226,7 @@ def test_going_on_with_another_setting_is_one_line_and_changes_nothing(options, 
         (tmp_path / "out" / name).write_bytes(content)
     before = files_of(tmp_path / "out")
     assert command(tmp_path / "out", **options) == 2
-    said(capsys, "begun with", key)
+    said(capsys, "started with", key)
     assert files_of(tmp_path / "out") == before
 
 
@@ -274,8 +276,8 @@ def test_two_processes_at_once_the_second_is_refused(command, straight, tmp_path
     out = tmp_path / "out"
 
     def slow() -> int:
-        real = feature_set._filled
-        feature_set._filled = lambda *given: time.sleep(1.5) or real(*given)
+        real = feature_set._shard_tensors
+        feature_set._shard_tensors = lambda *given: time.sleep(1.5) or real(*given)
         return command(out)
 
     pid = fork(slow)

@@ -1,4 +1,4 @@
-"""Asking a server over HTTP: every prompt is answered once whatever goes wrong, nothing is asked too often, and it stops."""
+"""The HTTP client: one completion for each prompt despite all faults, no request too many, and stopping at any moment."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tenacity import RetryCallState
 
 from tests.support.fake_server import END, Served, reply, serve
-from trainkit.data.openai_client import Server, request_seed, retry_after
+from trainkit.data.openai_client import CompletionClient, request_seed, retry_after
 from trainkit.errors import UserError
 
-SOON = 5.0  # seconds on a machine with other work, where milliseconds do; what is given up takes 600 s and more
+SOON = 100.0  # seconds, for what takes milliseconds on an idle machine; what is cancelled would take 600 s or more
 HOT = {"temperature": 0.7, "seed": 5, "max_new_tokens": 12}
 
 
@@ -35,9 +36,9 @@ def end_id(tokenizer: Any) -> int:
 
 @pytest.fixture
 def ask(tokenizer: Any, end_id: int) -> Any:
-    def make(served: Served | str, **options: Any) -> Server:
+    def make(served: Served | str, **options: Any) -> CompletionClient:
         base_url = served if isinstance(served, str) else served.base_url
-        return Server(base_url, tokenizer=tokenizer, end_id=end_id, **{"backoff": 0.01, "timeout": 60.0, **options})
+        return CompletionClient(base_url, tokenizer=tokenizer, end_id=end_id, **{"backoff": 0.01, "timeout": 60.0, **options})
 
     return make
 
@@ -48,7 +49,7 @@ def prompts(count: int, seed: int = 0) -> list[tuple[int, list[int]]]:
 
 
 def expected(asked: Sequence[tuple[int, list[int]]], seed: int, temperature: float, max_new_tokens: int) -> dict[int, Any]:
-    """What the model says to each: text, tokens, finish."""
+    """The model's completion of each prompt: text, tokens, finish."""
     answers = {}
     for number, tokens in asked:
         text, ids, finish = reply(tokens, seed=request_seed(seed, number), temperature=temperature, max_tokens=max_new_tokens)
@@ -64,9 +65,9 @@ def test_every_prompt_is_answered_exactly_once_under_all_faults_together(ask: An
     ) as served:
         answers = list(ask(served, concurrency=16).complete(asked, **HOT))
         stats = served.stats
-    assert Counter(answer.number for answer in answers) == Counter(number for number, _ in asked)
+    assert Counter(answer.id for answer in answers) == Counter(number for number, _ in asked)
     wanted = expected(asked, **HOT)
-    assert {answer.number: (answer.text, answer.finish) for answer in answers} == {n: (w[0], w[2]) for n, w in wanted.items()}
+    assert {answer.id: (answer.text, answer.finish) for answer in answers} == {n: (w[0], w[2]) for n, w in wanted.items()}
     assert {answer.finish for answer in answers} == {"end", "length"}
     assert set(stats.met) == {"drop", "cut", "garbage", "refused ids", *shares}
     assert set(stats.answered.values()) == {1}, "a prompt that was answered is not asked again"
@@ -79,7 +80,7 @@ def test_tokens_are_the_servers_own_where_it_gives_them(ask: Any, end_id: int) -
     for end_in_ids in (True, False):
         with serve(end_in_ids=end_in_ids) as served:
             server = ask(served)
-            answers = {answer.number: answer.tokens for answer in server.complete(asked, **HOT)}
+            answers = {answer.id: answer.tokens for answer in server.complete(asked, **HOT)}
         assert answers == {number: tokens for number, (_, tokens, _) in expected(asked, **HOT).items()}
         assert server.encoded == 0
 
@@ -91,7 +92,7 @@ def test_tokens_are_encoded_from_the_text_where_the_server_gives_none(
     asked = prompts(12)
     with serve(give_ids=False, refuse_ids=refuse) as served:
         server = ask(served, concurrency=1)
-        answers = {answer.number: answer.tokens for answer in server.complete(asked, **HOT)}
+        answers = {answer.id: answer.tokens for answer in server.complete(asked, **HOT)}
         stats = served.stats
     for number, (text, _, finish) in expected(asked, **HOT).items():
         end = [end_id] if finish == "end" else []
@@ -160,19 +161,20 @@ def test_retry_after_is_read_as_seconds_or_as_a_date() -> None:
 
 
 def test_pauses_grow_and_are_capped(ask: Any) -> None:
-    server = ask("http://localhost:1/v1", backoff=0.5)
-    for attempt, longest in ((0, 0.5), (1, 1), (3, 4), (6, 32), (7, 60), (5000, 60)):
-        pauses = [server._pause(attempt, None) for _ in range(200)]
+    client, state = ask("http://localhost:1/v1", backoff=0.5), RetryCallState(None, None, (), {})
+    for attempt, longest in ((1, 0.5), (2, 1), (4, 4), (7, 32), (8, 60), (5000, 60)):
+        state.attempt_number = attempt
+        pauses = [client._wait(state) for _ in range(200)]
         assert longest / 2 <= min(pauses) < max(pauses) <= longest, "half of it is jitter"
 
 
 @pytest.mark.parametrize(
     ("status", "says"),
     [
-        ("400", "status 400 to prompt"),
+        ("400", "status 400 for prompt"),
         ("401", "OPENAI_API_KEY"),
         ("404", "ends in /v1"),
-        ("307", "points to, https://b.example/v1"),
+        ("307", "redirects to, https://b.example/v1"),
     ],
 )
 def test_a_refusal_ends_it_at_once_with_one_line(status: str, says: str, ask: Any) -> None:
@@ -189,7 +191,7 @@ def test_a_refusal_ends_it_at_once_with_one_line(status: str, says: str, ask: An
 
 
 def test_an_address_without_v1_is_told_so(ask: Any) -> None:
-    with serve() as served, pytest.raises(UserError, match=r"status 404 to .*Not Found.*ends in /v1"):
+    with serve() as served, pytest.raises(UserError, match=r"status 404 for .*Not Found.*ends in /v1"):
         list(ask(served.base_url.removesuffix("/v1")).complete(prompts(3), **HOT))
 
 
@@ -216,7 +218,9 @@ def test_the_model_is_the_one_named_or_the_first_listed(ask: Any) -> None:
 @pytest.mark.parametrize("always", ["drop", "garbage", "503"])
 def test_what_stays_broken_ends_after_all_attempts(always: str, ask: Any) -> None:
     with serve(always=always) as served:
-        with pytest.raises(UserError, match=r"/v1/completions: no answer in 3 attempts, at last .+; see that") as raised:
+        with pytest.raises(
+            UserError, match=r"/v1/completions: no answer in 3 attempts, the last one failed with .+; check that"
+        ) as raised:
             list(ask(served, attempts=3, concurrency=1).complete([(4, [7])], **HOT))
         assert len(served.stats.asked) == 3
     assert "\n" not in str(raised.value)
@@ -224,7 +228,10 @@ def test_what_stays_broken_ends_after_all_attempts(always: str, ask: Any) -> Non
 
 @pytest.mark.parametrize("patch", [{"finish_reason": "abort"}, {"text": None}, {"token_ids": ["a"]}])
 def test_a_reply_that_is_none_is_not_taken(patch: dict[str, Any], ask: Any) -> None:
-    with serve(patch=patch) as served, pytest.raises(UserError, match="no answer in 2 attempts, at last a reply w"):
+    with (
+        serve(patch=patch) as served,
+        pytest.raises(UserError, match="no answer in 2 attempts, the last one failed with a reply w"),
+    ):
         list(ask(served, attempts=2).complete([(4, [7])], **HOT))
 
 
@@ -233,27 +240,27 @@ def test_a_dead_server_ends_it_in_one_line(ask: Any) -> None:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
         for model in (None, "tiny"):
-            with pytest.raises(UserError, match="no answer in 3 attempts, at last ConnectError") as raised:
+            with pytest.raises(UserError, match="no answer in 3 attempts, the last one failed with ConnectError") as raised:
                 list(ask(url, model=model, attempts=3).complete(prompts(9), **HOT))
             assert url in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_server_that_never_answers_is_left_in_the_end(ask: Any) -> None:
     with serve(always="hang") as served:
-        with pytest.raises(UserError, match="no answer in 2 attempts, at last ReadTimeout"):
+        with pytest.raises(UserError, match="no answer in 2 attempts, the last one failed with ReadTimeout"):
             list(ask(served, attempts=2, timeout=0.2).complete([(0, [7])], **HOT))
         assert len(served.stats.asked) == 2
 
 
-def wait_until(said: Any, seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not said():
+def wait_until(condition: Any) -> None:
+    until = time.monotonic() + SOON
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.02)
 
 
 def one_then_more(served: Served) -> Iterator[tuple[int, list[int]]]:
-    """Prompts of which all but the first come once that is answered."""
+    """One prompt, and 50 more after it is answered."""
     yield 0, [7]
     wait_until(lambda: served.stats.answered.total() == 1)
     yield from prompts(50)
@@ -261,7 +268,7 @@ def one_then_more(served: Served) -> Iterator[tuple[int, list[int]]]:
 
 @pytest.mark.parametrize("always", ["hang", "429"])
 def test_closing_ends_at_once_whatever_is_in_flight(always: str, ask: Any) -> None:
-    # The others hang on the server, or wait for the 1000 s that it asked for.
+    # The other requests hang on the server, or wait for the 1000 s that it asked for.
     with serve(always=always, after=1, headers={"Retry-After": "1000"}) as served:
         threads = threading.active_count()
         answers = ask(served, concurrency=4, timeout=600).complete(one_then_more(served), **HOT)
@@ -270,9 +277,9 @@ def test_closing_ends_at_once_whatever_is_in_flight(always: str, ask: Any) -> No
         began = time.monotonic()
         answers.close()
         assert time.monotonic() - began < SOON
-        assert threading.active_count() == threads
+        wait_until(lambda: threading.active_count() <= threads)
         if always == "hang":
-            wait_until(lambda: served.stats.hung_up == 4)  # so that a real server stops decoding, too
+            wait_until(lambda: served.stats.hung_up == 4)  # a real server then stops decoding
         assert len(served.stats.asked) <= 9
 
 
@@ -290,21 +297,25 @@ def test_an_error_among_the_prompts_stops_the_rest(ask: Any) -> None:
 
 def test_an_interrupt_ends_at_once(ask: Any) -> None:
     with serve(always="hang") as served:
-        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+
+        def interrupt() -> None:
+            wait_until(lambda: served.stats.asked)
+            os.kill(os.getpid(), signal.SIGINT)
+
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
+            threading.Thread(target=interrupt).start()
             list(ask(served, timeout=600).complete(prompts(50), **HOT))
-        assert time.monotonic() - began < SOON
+        assert time.monotonic() - began < 2 * SOON
 
 
 def test_a_program_that_leaves_the_iterator_open_still_ends() -> None:
     script = (
-        "import sys\nfrom types import SimpleNamespace\nfrom trainkit.data.openai_client import Server\n"
+        "import sys\nfrom types import SimpleNamespace\nfrom trainkit.data.openai_client import CompletionClient\n"
         "from tests.support.fake_server import Served\nfrom tests.data.test_openai_client import one_then_more\n"
-        "server = Server(sys.argv[1], end_id=None, concurrency=2, tokenizer=SimpleNamespace(eos_token_id=None))\n"
+        "server = CompletionClient(sys.argv[1], end_id=None, concurrency=2, tokenizer=SimpleNamespace(eos_token_id=None))\n"
         "answers = server.complete(one_then_more(Served(sys.argv[1])), temperature=0)\n"
-        "print(next(answers).number)\n"
+        "print(next(answers).id)\n"
     )
     with serve(always="429", after=1, headers={"Retry-After": "1000"}) as served:
         done = subprocess.run(
@@ -324,7 +335,7 @@ def test_the_seed_of_a_request_hangs_on_nothing_but_seed_and_number(ask: Any) ->
     with serve(delay=0.01) as served:
         for order, concurrency in ((asked, 1), (asked[::-1], 8)):
             before = len(served.stats.asked)
-            texts.append({answer.number: answer.text for answer in ask(served, concurrency=concurrency).complete(order, **HOT)})
+            texts.append({answer.id: answer.text for answer in ask(served, concurrency=concurrency).complete(order, **HOT)})
             seeds.append({json.dumps(body["prompt"]): body["seed"] for body in served.stats.asked[before:]})
         list(ask(served).complete(asked[:1], **HOT | {"seed": 6}))
         other = served.stats.asked[-1]["seed"]
@@ -344,7 +355,7 @@ def test_what_is_asked(ask: Any) -> None:
 
 
 def test_no_number_is_asked_twice(ask: Any) -> None:
-    with serve() as served, pytest.raises(AssertionError, match="request 3 is asked twice"):
+    with serve() as served, pytest.raises(AssertionError, match="request 3 is sent twice"):
         list(ask(served).complete([(3, [7]), (3, [8])], temperature=0))
 
 

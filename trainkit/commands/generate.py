@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 
 from trainkit.data.text.chat_template import Encoder
-from trainkit.data.text.sources import BadRow
+from trainkit.data.text.sources import RowError
 from trainkit.errors import UserError
 from trainkit.runner.engine import Runner
 from trainkit.runner.trees.dynamic import read_tree
@@ -81,8 +81,8 @@ def generate(
     runner = Runner.load(target, drafter, device=device, dtype=dtype, max_batch=1)
     if not raw and runner.tokenizer.chat_template:
         try:
-            tokens = Encoder(runner.tokenizer).prompt([{"role": "user", "content": prompt}])
-        except BadRow as reason:
+            tokens = Encoder(runner.tokenizer).prompt_ids([{"role": "user", "content": prompt}])
+        except RowError as reason:
             raise UserError(f"{target}: {reason}; mend its chat template, or give --raw true") from None
     else:
         tokens = runner.tokenizer.encode(prompt, add_special_tokens=False)
