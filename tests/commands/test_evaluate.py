@@ -187,7 +187,7 @@ def test_the_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path
         given = ["--drafter", f"[{','.join(bundles)}]", "--json", str(tmp_path / f"{name}.json")]
         assert main(["eval", *flags, *given]) == 0
         said.append(capsys.readouterr().out.splitlines())
-    assert said[0][-8:] == said[1][-8:] and "0.00 GB" in said[0][0] and said[0][0].endswith(" 0 there")
+    assert said[0][-8:] == said[1][-8:] and "0.00 GB" in said[0][0] and said[0][0].endswith(" 0 rows already cached")
     found, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert found == again and list(found["drafters"]) == bundles and found["questions"] == 7
     means = found["drafters"][bundles[0]]["means"]

@@ -1,4 +1,4 @@
-"""The loader: every rank its share, every epoch every row, every resume exact, every window's labels counted."""
+"""The loader: ranks share each epoch's rows, a resume is exact, and the labels of each window are counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ sizes = {"rows": st.integers(1, 23), "batch_size": few, "world_size": few, "accu
 
 
 def packed_set(rows: int, seed: int = 0) -> PackedSet:
-    """Rows that hold two documents, told apart by their tokens, with random masks."""
+    """Rows of two documents each, identified by their tokens, with random masks."""
     rng = np.random.default_rng(seed)
     documents = [Document(np.full(4, 10 + n, np.int32), rng.random(4) < 0.6) for n in range(2 * rows)]
     return pack(documents, 8, 0, "fingerprint")
@@ -40,7 +40,7 @@ def loaders(rows: int, batch_size: int, world_size: int, accumulate: int, **opti
 
 
 def counted(batch: dict[str, Any]) -> int:
-    """Labels by the definition: the token counts and its predecessor is in the same document."""
+    """Number of labels by definition: tokens with mask True whose predecessor is in the same document."""
     document, mask = batch["document_BT"], batch["mask_BT"]
     return int((mask[:, 1:] & (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)).sum())
 
@@ -88,7 +88,7 @@ def test_resume_at_every_point_equals_the_uninterrupted_run(seed: int) -> None:
     for stop in range(len(whole)):
         loader = PackedLoader(packed_set(11), 2, **options)
         before = []
-        while len(before) < stop:  # as Lightning reads: never past the last batch of an epoch
+        while len(before) < stop:  # as Lightning does: never past the last batch of an epoch
             iterator = iter(loader)
             before += [next(iterator) for _ in range(min(len(loader), stop - len(before)))]
         state = loader.state_dict()
@@ -124,7 +124,7 @@ def test_epochs_differ_in_order_and_a_seed_repeats_them(seed: int) -> None:
 def test_without_shuffle_each_pass_starts_over_unless_just_resumed() -> None:
     loader = PackedLoader(packed_set(6), 2, shuffle=False)
     whole = list(loader)
-    next(iter(loader))  # Lightning's sanity check leaves early
+    next(iter(loader))  # Lightning's sanity check stops early
     assert all(map(same, list(loader), whole)) and len(whole) == 3
     iterator = iter(loader)
     next(iterator)

@@ -69,10 +69,10 @@ def test_every_prompt_is_answered_exactly_once_under_all_faults_together(ask: An
     wanted = expected(asked, **HOT)
     assert {answer.id: (answer.text, answer.finish) for answer in answers} == {n: (w[0], w[2]) for n, w in wanted.items()}
     assert {answer.finish for answer in answers} == {"end", "length"}
-    assert set(stats.met) == {"drop", "cut", "garbage", "refused ids", *shares}
-    assert set(stats.answered.values()) == {1}, "a prompt that was answered is not asked again"
+    assert set(stats.faults) == {"drop", "cut", "garbage", "refused ids", *shares}
+    assert set(stats.answered.values()) == {1}, "a prompt that was answered is not sent again"
     assert stats.peak <= 16
-    assert len(stats.asked) == len(asked) + stats.met.total(), "one more request for each fault, and no other"
+    assert len(stats.requests) == len(asked) + stats.faults.total(), "one more request for each fault, and no others"
 
 
 def test_tokens_are_the_servers_own_where_it_gives_them(ask: Any, end_id: int) -> None:
@@ -98,8 +98,8 @@ def test_tokens_are_encoded_from_the_text_where_the_server_gives_none(
         end = [end_id] if finish == "end" else []
         assert answers[number] == tokenizer.encode(text, add_special_tokens=False) + end
     assert server.encoded == 12
-    with_ids = sum("return_token_ids" in body for body in stats.asked)
-    assert with_ids == (1 if refuse else 12), "refused once, asked for no more"
+    with_ids = sum("return_token_ids" in body for body in stats.requests)
+    assert with_ids == (1 if refuse else 12), "refused once, then no longer requested"
 
 
 def test_other_end_tokens_are_not_ended_again(ask: Any, end_id: int) -> None:
@@ -147,7 +147,7 @@ def test_retry_after_is_waited_for(ask: Any) -> None:
     asked = prompts(4)
     with serve(first=["429"], headers={"Retry-After": "1"}) as served:
         assert len(list(ask(served).complete(asked, **HOT))) == 4
-        bodies = served.stats.asked
+        bodies = served.stats.requests
     for _, prompt in asked:
         first, second = (body["at"] for body in bodies if body["prompt"] == prompt)
         assert 0.95 < second - first < 1 + SOON
@@ -165,7 +165,7 @@ def test_pauses_grow_and_are_capped(ask: Any) -> None:
     for attempt, longest in ((1, 0.5), (2, 1), (4, 4), (7, 32), (8, 60), (5000, 60)):
         state.attempt_number = attempt
         pauses = [client._wait(state) for _ in range(200)]
-        assert longest / 2 <= min(pauses) < max(pauses) <= longest, "half of it is jitter"
+        assert longest / 2 <= min(pauses) < max(pauses) <= longest, "half of a pause is jitter"
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_a_refusal_ends_it_at_once_with_one_line(status: str, says: str, ask: An
     line = str(raised.value)
     assert "the context has 2048 tokens, key *** and" in line and served.base_url in line
     assert "\n" not in line and len(line) < 600
-    assert len(stats.asked) <= 8, "what was queued is not asked"
-    assert {body["authorization"] for body in stats.asked} == {"Bearer sk-secret"}
+    assert len(stats.requests) <= 8, "queued prompts are not sent"
+    assert {body["authorization"] for body in stats.requests} == {"Bearer sk-secret"}
 
 
 def test_an_address_without_v1_is_told_so(ask: Any) -> None:
@@ -209,7 +209,7 @@ def test_the_model_is_the_one_named_or_the_first_listed(ask: Any) -> None:
         for name, wanted in ((None, "first"), ("mine", "mine")):
             server = ask(served, model=name)
             list(server.complete(prompts(2), **HOT))
-            assert {body["model"] for body in served.stats.asked[-2:]} == {wanted}
+            assert {body["model"] for body in served.stats.requests[-2:]} == {wanted}
             assert server.describe()["model"] == wanted
     with serve(models=[]) as served, pytest.raises(UserError, match="lists no model; name one"):
         ask(served).describe()
@@ -222,7 +222,7 @@ def test_what_stays_broken_ends_after_all_attempts(always: str, ask: Any) -> Non
             UserError, match=r"/v1/completions: no answer in 3 attempts, the last one failed with .+; check that"
         ) as raised:
             list(ask(served, attempts=3, concurrency=1).complete([(4, [7])], **HOT))
-        assert len(served.stats.asked) == 3
+        assert len(served.stats.requests) == 3
     assert "\n" not in str(raised.value)
 
 
@@ -236,7 +236,7 @@ def test_a_reply_that_is_none_is_not_taken(patch: dict[str, Any], ask: Any) -> N
 
 
 def test_a_dead_server_ends_it_in_one_line(ask: Any) -> None:
-    with socket.socket() as taken:  # bound but not listening: connections are refused
+    with socket.socket() as taken:  # bound but not listening, so connections are refused
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
         for model in (None, "tiny"):
@@ -249,7 +249,7 @@ def test_a_server_that_never_answers_is_left_in_the_end(ask: Any) -> None:
     with serve(always="hang") as served:
         with pytest.raises(UserError, match="no answer in 2 attempts, the last one failed with ReadTimeout"):
             list(ask(served, attempts=2, timeout=0.2).complete([(0, [7])], **HOT))
-        assert len(served.stats.asked) == 2
+        assert len(served.stats.requests) == 2
 
 
 def wait_until(condition: Any) -> None:
@@ -273,14 +273,14 @@ def test_closing_ends_at_once_whatever_is_in_flight(always: str, ask: Any) -> No
         threads = threading.active_count()
         answers = ask(served, concurrency=4, timeout=600).complete(one_then_more(served), **HOT)
         next(answers)
-        wait_until(lambda: len(served.stats.asked) >= 5)
+        wait_until(lambda: len(served.stats.requests) >= 5)
         began = time.monotonic()
         answers.close()
         assert time.monotonic() - began < SOON
         wait_until(lambda: threading.active_count() <= threads)
         if always == "hang":
             wait_until(lambda: served.stats.hung_up == 4)  # a real server then stops decoding
-        assert len(served.stats.asked) <= 9
+        assert len(served.stats.requests) <= 9
 
 
 def test_an_error_among_the_prompts_stops_the_rest(ask: Any) -> None:
@@ -299,7 +299,7 @@ def test_an_interrupt_ends_at_once(ask: Any) -> None:
     with serve(always="hang") as served:
 
         def interrupt() -> None:
-            wait_until(lambda: served.stats.asked)
+            wait_until(lambda: served.stats.requests)
             os.kill(os.getpid(), signal.SIGINT)
 
         began = time.monotonic()
@@ -334,11 +334,11 @@ def test_the_seed_of_a_request_hangs_on_nothing_but_seed_and_number(ask: Any) ->
     seeds, texts = [], []
     with serve(delay=0.01) as served:
         for order, concurrency in ((asked, 1), (asked[::-1], 8)):
-            before = len(served.stats.asked)
+            before = len(served.stats.requests)
             texts.append({answer.id: answer.text for answer in ask(served, concurrency=concurrency).complete(order, **HOT)})
-            seeds.append({json.dumps(body["prompt"]): body["seed"] for body in served.stats.asked[before:]})
+            seeds.append({json.dumps(body["prompt"]): body["seed"] for body in served.stats.requests[before:]})
         list(ask(served).complete(asked[:1], **HOT | {"seed": 6}))
-        other = served.stats.asked[-1]["seed"]
+        other = served.stats.requests[-1]["seed"]
     assert seeds[0] == seeds[1] and texts[0] == texts[1]
     assert len(set(seeds[0].values())) == 30 and all(0 <= value < 2**31 for value in seeds[0].values())
     assert other != seeds[0][json.dumps(asked[0][1])]
@@ -348,7 +348,9 @@ def test_what_is_asked(ask: Any) -> None:
     with serve() as served:
         list(ask(served).complete([(3, [7, 8])], temperature=0.5, top_p=0.9, max_new_tokens=6, seed=1))
         list(ask(served).complete([(3, [7, 8])], temperature=0.5, top_k=20, max_new_tokens=6, seed=1))
-        without, with_k = ({k: v for k, v in body.items() if k not in ("at", "authorization")} for body in served.stats.asked)
+        without, with_k = (
+            {k: v for k, v in body.items() if k not in ("at", "authorization")} for body in served.stats.requests
+        )
     own = {"model": "tiny", "prompt": [7, 8], "seed": request_seed(1, 3), "return_token_ids": True}
     assert without == own | {"max_tokens": 6, "temperature": 0.5, "top_p": 0.9}
     assert with_k == own | {"max_tokens": 6, "temperature": 0.5, "top_p": 1.0, "top_k": 20}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainkit import __version__, bundle
-from trainkit.commands.distill import check_sampling
+from trainkit.commands.distill import check_sampling, needed_positions
 from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.acceptance import AcceptanceLayout, Record, drafter_fingerprint, write_acceptance
 from trainkit.data.sets.writer import Worker, check_positive, local_device, quiet_libraries
@@ -20,7 +20,7 @@ from trainkit.data.text.chat_template import load_tokenizer
 from trainkit.data.text.prompts import read_prompts
 from trainkit.data.text.sources import content_hash
 from trainkit.errors import UserError
-from trainkit.models.load import covered_positions, read_config
+from trainkit.models.load import read_config
 from trainkit.models.predictor import SIGNALS
 from trainkit.runner.engine import Runner
 from trainkit.runner.round import Trace
@@ -84,10 +84,7 @@ def acceptance(
     # Read the prompts, and load target and drafter.
     drafter_bundle = bundle.read(drafter)
     tokens = read_prompts(prompts, load_tokenizer(target), limit, columns)
-    longest, covered = max(map(len, tokens)), covered_positions(target)
-    if longest >= covered:
-        raise UserError(f"--prompts: a prompt has {longest} tokens, the target covers {covered}; shorten or remove it")
-    max_len = min(longest + max_new_tokens, covered)
+    max_len = needed_positions(target, [len(prompt) for prompt in tokens], max_new_tokens)
     runner = Runner.load(target, drafter, local_device(device), target_dtype, batch, max_len)
     assert runner.drafter is not None
     # Write the set.

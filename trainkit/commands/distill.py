@@ -94,7 +94,7 @@ def distill(
     sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k, "seed": seed}
     # Load the target, or connect to the server.
     if base_url is None:
-        max_len = _max_len(target, rows, max_new_tokens)
+        max_len = needed_positions(target, [len(row.tokens) for row in rows], max_new_tokens)
         runner = Runner.load(target, drafter, local_device(device), dtype, batch, max_len)
         complete = _local(runner, rows, sampling, depth)
         source: dict[str, Any] = {"dtype": dtype, "weights": weights_digest(target)}
@@ -124,13 +124,18 @@ def check_sampling(temperatures: Sequence[float], top_k: int = 0, top_p: float =
         raise UserError(f"--temperatures: {list(temperatures)} has a value twice; for several completions at each, use --n")
 
 
-def _max_len(target: str, prompts: Sequence[Prompt], max_new_tokens: int) -> int:
-    """Number of positions needed for the longest prompt and its completion, at most those that the target covers."""
-    longest = max(range(len(prompts)), key=lambda index: len(prompts[index].tokens))
-    length, covered = len(prompts[longest].tokens), covered_positions(target)
-    if length >= covered:
-        raise UserError(f"--prompts: prompt {longest} has {length} tokens, but the target covers {covered}; shorten it")
-    return min(length + max_new_tokens, covered)
+def needed_positions(target: str, lengths: Sequence[int], max_new_tokens: int) -> int:
+    """Positions needed for the longest of the prompts and its completion, at most as many as the target covers.
+
+    Raises:
+        UserError: a prompt is longer than the target covers.
+    """
+    longest, covered = max(range(len(lengths)), key=lengths.__getitem__), covered_positions(target)
+    if lengths[longest] >= covered:
+        raise UserError(
+            f"--prompts: prompt {longest} has {lengths[longest]} tokens, but the target covers {covered}; shorten or remove it"
+        )
+    return min(lengths[longest] + max_new_tokens, covered)
 
 
 def _local(runner: Runner, prompts: Sequence[Prompt], sampling: dict[str, Any], depth: int | None) -> Complete:

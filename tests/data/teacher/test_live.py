@@ -1,4 +1,4 @@
-"""The kept target: what is read back is what was written, to the bit, and never another target's, set's or precision's."""
+"""Cached hidden states: read back bit-identical, and never those of another target, set or precision."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def packed(seed: int) -> PackedSet:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one whenever the target is run."""
+    """A list that grows by one whenever the target is run."""
     calls, forward = [], FrozenTarget.forward
 
     def counted(self: FrozenTarget, *args: Any) -> Any:
@@ -58,7 +58,7 @@ def test_rows_come_back_to_the_bit_in_any_order(dtype, tmp_path, seed):
     assert kept.get(torch.tensor([0])) is None and kept.filled == 0 and kept.size == 60 * dtype.itemsize
     kept.put(torch.tensor([4, 2]), values[[4, 2]])
     assert kept.get(torch.tensor([2, 3])) is None, "all rows or none"
-    for reader in (kept, store(tmp_path, dtype)):  # this process's, and as a later run finds it
+    for reader in (kept, store(tmp_path, dtype)):  # in this process, and in a later run
         found = reader.get(torch.tensor([2, 4, 2]))
         assert found is not None and found.dtype == dtype and reader.filled == 2
         assert torch.equal(found.view(torch.uint8), values[[2, 4, 2]].view(torch.uint8))
@@ -67,7 +67,7 @@ def test_rows_come_back_to_the_bit_in_any_order(dtype, tmp_path, seed):
 def test_rows_of_padding_are_neither_kept_nor_missed(tmp_path, seed):
     kept, values = store(tmp_path), torch.randn(3, 3, 4)
     kept.put(torch.tensor([-1, 1, -1]), values)
-    assert kept.filled == 1 and kept.get(torch.tensor([4])) is None, "-1 is no index from behind"
+    assert kept.filled == 1 and kept.get(torch.tensor([4])) is None, "-1 must not index from the end"
     found = kept.get(torch.tensor([-1, 1]))
     assert found is not None and torch.equal(found[1], values[1]) and not found[0].any()
     kept.put(torch.tensor([4]), values[:1])
@@ -133,7 +133,7 @@ def assert_same(one: list, other: list, packed: PackedSet, size: int = 2) -> Non
 @pytest.mark.parametrize("top_k", [None, 7])
 @pytest.mark.parametrize("taps", [(), (1, -1)])
 def test_a_target_read_back_says_what_it_said(dtype, top_k, taps, tiny_target, packed, tmp_path, runs):
-    """Values and dtypes: hidden states or top-k rows, and taps; by the same reader and by the next."""
+    """Values and dtypes of hidden states or top-k rows, and of taps; by the same teacher and by the next one."""
     target = FrozenTarget(tiny_target, dtype)
     plain = read_all(LiveTeacher(target, None, top_k), packed, taps)
     reader = LiveTeacher(target, str(tmp_path), top_k)

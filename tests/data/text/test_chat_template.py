@@ -1,4 +1,4 @@
-"""The loss mask: what it covers, read back as text, under templates with and without generation spans."""
+"""The loss mask, read back as text, for templates with and without generation spans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparation: long rows, the split, the report, and the cache with what must and must not miss it."""
+"""Preparation: long rows, the split, the report, and which changes make a new cache entry."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_long_chats_are_truncated_left_out_or_refused_and_counted(rows_file: Cal
     path = rows_file({"prompt": "Hi", "response": "word " * 50}, {"prompt": "word " * 50, "response": "Hi"}, *chat_rows(3))
     options: dict[str, Any] = {"validation_share": 0}
     report = prepare([path], None, tokenizer, 24, **options).report.train
-    # one of the two had its whole answer cut off
+    # one of the two lost its whole answer
     assert (report.rows, report.documents, report.truncated, report.unlabelled) == (5, 4, 2, 1)
     assert "2 truncated to 24 tokens" in str(report) and "1 left out, no token is a label" in str(report)
     report = prepare([path], None, tokenizer, 24, on_long_row="skip", **options).report.train
@@ -135,7 +135,7 @@ def test_the_cache_gives_back_what_was_made_and_is_hit_only_by_equal_content(
 
     first = run()
     assert equal(first, run(cache_dir=None)) and equal(first, run())
-    assert len(made) == 2  # the cache and the run without it; the third loaded
+    assert len(made) == 2  # two runs prepared, the third loaded from the cache
     moved = rows_file(*chat_rows(20), name="other.jsonl")
     assert equal(first, run(train=[moved])) and equal(first, run(tokenizer=TOKENIZER)) and len(made) == 2
     for number, options in enumerate(

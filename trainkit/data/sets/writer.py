@@ -193,6 +193,7 @@ class SetWriter:
             if foreign:
                 raise UserError(f"--out {out}: holds something else; use a new folder, or one that {self.kind.command} started")
             new = not out.exists()
+            out.mkdir(parents=True, exist_ok=True)
             try:
                 write_json(out / file, now)
             except BaseException:

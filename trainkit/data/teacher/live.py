@@ -15,9 +15,10 @@ import hashlib
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,26 +97,30 @@ class FeatureCache:
         self._stored_R[rows_B[is_row_B]] = 1
 
 
-class Teacher(Protocol):
+class Teacher(ABC):
     """Gives the target's hidden states (or top-k rows) for packed batches, from a running target or from disk."""
+
+    target: FrozenTarget
+    top_k: int | None
 
     def handle(self) -> TargetHandle:
         """The target's embedding, final norm and output head."""
-        ...
+        return self.target.handle()
 
     def stored_head(self) -> TopKHead | None:
         """The head that decodes the top-k rows which `read` returns in place of last hidden states; None for hidden states."""
-        ...
+        return None if self.top_k is None else TopKHead(self.top_k, self.target.handle().vocab_size)
 
+    @abstractmethod
     def open_store(self, name: str, packed: PackedSet, taps: Sequence[int]) -> Any:
         """What is stored on disk for a packed set, opened once; `name` identifies the set, e.g. its fingerprint and split."""
 
-    def read(self, batch: Mapping[str, Tensor], taps: Sequence[int], store: Any) -> tuple[Tensor, Tensor | None]:
+    @abstractmethod
+    def read(self, batch: Mapping[str, Tensor], taps: Sequence[int] = (), store: Any = None) -> tuple[Tensor, Tensor | None]:
         """Last hidden states [B, T, D] (or top-k rows) and taps [B, T, A, D] of a batch of `PackedSet.batch`."""
-        ...
 
 
-class LiveTeacher:
+class LiveTeacher(Teacher):
     """A frozen target over packed batches; with a cache folder, it runs only once for each row.
 
     Args:
@@ -137,19 +142,13 @@ class LiveTeacher:
         self._digests = [weights_digest(target.folder), fingerprint(target.folder)["config"]] if folder else []
         self._caches: dict[tuple[str, tuple[int, ...]], FeatureCache] = {}
 
-    def handle(self) -> TargetHandle:
-        return self.target.handle()
-
-    def stored_head(self) -> TopKHead | None:
-        return None if self.top_k is None else TopKHead(self.top_k, self.target.handle().vocab_size)
-
     def _other_taps(self, taps: Sequence[int]) -> list[int]:
         """The taps that are stored separately: all but the last hidden state, which is stored anyway unless `top_k` is set."""
         last = None if self.top_k is not None else self.target.num_layers
         return [tap for tap in taps if self.target.layer(tap) != last]
 
     def open_store(self, name: str, packed: PackedSet, taps: Sequence[int]) -> FeatureCache | None:
-        """The cache of a packed set, opened once; `name` identifies the set, e.g. its fingerprint and split."""
+        """The cache of a packed set; None without a cache folder."""
         if self.folder is None:
             return None
         if (name, tuple(taps)) not in self._caches:
@@ -175,7 +174,6 @@ class LiveTeacher:
     def read(
         self, batch: Mapping[str, Tensor], taps: Sequence[int] = (), store: FeatureCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states [B, T, D] (or top-k rows) and taps [B, T, A, D] of a batch of `PackedSet.batch`."""
         others = self._other_taps(taps)
         # From the cache, if it has all rows of the batch.
         cached = None if store is None else store.get(batch["rows_B"].cpu())

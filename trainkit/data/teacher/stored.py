@@ -14,10 +14,9 @@ from torch import Tensor
 
 from trainkit.bundle import fingerprint
 from trainkit.data.manifest import FEATURES, weights_digest
+from trainkit.data.teacher.live import Teacher
 from trainkit.data.text.packing import PackedSet
 from trainkit.errors import UserError
-from trainkit.losses.topk import TopKHead
-from trainkit.models.shape import TargetHandle
 from trainkit.models.target import FrozenTarget
 
 OPEN_SHARDS = 64
@@ -56,7 +55,7 @@ class StoredRows:
         return self._open[file]
 
 
-class StoredTeacher:
+class StoredTeacher(Teacher):
     """Stored hidden states of a target for packed rows; the target's layers are not needed.
 
     If the folder has top-k rows, those are the teacher, otherwise the last hidden states are.
@@ -83,18 +82,12 @@ class StoredTeacher:
                     f"{self._name}: made from another target, its {name} differ from those of {target.folder}; "
                     "use that target as model.target, or make features from this one"
                 )
-        self.top_k: int | None = manifest["top_k"]
+        self.top_k = manifest["top_k"]
         if top_k not in (None, self.top_k):
             stored = "hidden states" if self.top_k is None else f"top_k {self.top_k}"
             raise UserError(f"{self._name}: holds {stored}, but model.teacher_top_k is {top_k}; leave teacher_top_k out")
         FEATURES.part_files(self.folder, [shard[0] for packed in manifest["sets"].values() for shard in packed["shards"]])
         self._stores: dict[tuple[str, tuple[int, ...]], StoredRows] = {}
-
-    def handle(self) -> TargetHandle:
-        return self.target.handle()
-
-    def stored_head(self) -> TopKHead | None:
-        return None if self.top_k is None else TopKHead(self.top_k, self.target.handle().vocab_size)
 
     def open_store(self, name: str, packed: PackedSet, taps: Sequence[int]) -> StoredRows:
         """The stored rows of a packed set, found by its content; `name` is for messages.

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from trainkit.data.text.formats import Chat, PlainText, PromptResponse, Row, TokenRow
 from trainkit.data.text.sources import RowError
@@ -25,17 +24,6 @@ from trainkit.models.load import read_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEMPLATE_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RecursionError,
-    SyntaxError,
-)
-"""A template is a small program: exceptions that it raises on purpose, and those of programming mistakes in it."""
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 
 
@@ -153,7 +141,7 @@ class Encoder:
             )
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except _TEMPLATE_ERRORS as error:
+        except Exception as error:  # a template is a small program: its own exceptions, and any that its mistakes cause
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RowError(f"the chat template rejects the turns: {reason}") from None
 

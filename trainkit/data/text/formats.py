@@ -54,38 +54,19 @@ class TokenRow:
 
 Row: TypeAlias = Chat | PromptResponse | PlainText | TokenRow
 
-FORMATS: tuple[tuple[str, ...], ...] = (
-    ("input_ids", "loss_mask"),
-    ("messages",),
-    ("conversations",),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("text",),
-)
-PROMPT_FORMATS: tuple[tuple[str, ...], ...] = (
-    ("input_ids", "loss_mask"),
-    ("messages",),
-    ("conversations",),
-    ("turns",),
-    ("prompt",),
-    ("question",),
-    ("text",),
-)
+_COMMON = (("input_ids", "loss_mask"), ("messages",), ("conversations",))
+FORMATS: tuple[tuple[str, ...], ...] = (*_COMMON, ("prompt", "response"), ("question", "answer"), ("text",))
+PROMPT_FORMATS: tuple[tuple[str, ...], ...] = (*_COMMON, ("turns",), ("prompt",), ("question",), ("text",))
 QUESTION_SEPARATOR = "\n"
 """Goes between question and answer if there is no template: models have rarely seen the two without any separator."""
 
 _ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt"), "assistant"),
     "system": "system",
-    "tool": "tool",
-    "function": "tool",
+    **dict.fromkeys(("tool", "function"), "tool"),
 }
+"""ShareGPT roles -> roles that chat templates know."""
 
 
 def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
