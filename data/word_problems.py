@@ -428,7 +428,7 @@ def percent(rng: random.Random) -> Story:
 
 
 def wages(rng: random.Random) -> Story:
-    """Money earned by the hour minus expenses, or the time to save for something."""
+    """Money earned by the hour in a week, minus expenses, and the savings of several weeks."""
     who, wage, hours, days = _person(rng), rng.randint(6, 25), rng.randint(2, 9), rng.randint(2, 6)
     v = who | {"wage": wage, "hours": hours, "days": days, "place": rng.choice(_PLACES)}
     facts = [

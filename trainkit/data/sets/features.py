@@ -30,7 +30,7 @@ from trainkit.data.text.packing import PackedSet
 from trainkit.errors import UserError
 
 SHARD_BYTES = 2**28
-"""Default size of a shard: as much work is lost in a kill at most, and twice as much memory is used."""
+"""Default size of a shard. A kill loses at most this much work, and writing a shard takes twice this memory."""
 
 ReadTarget = Callable[[Mapping[str, Tensor]], tuple[Tensor | None, Tensor | None]]
 """For a batch of `PackedSet.batch`: hidden states [B, T, A, D] or None, and rows of `losses.topk.compress` or None."""
