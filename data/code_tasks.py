@@ -1,4 +1,4 @@
-"""Small Python tasks: a description, the function, and one call with its result, computed by running that very function."""
+"""Small Python tasks: a description, the function, and one call with its result, which is computed by running the function."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Task(NamedTuple):
     """A function to write.
 
     Attributes:
-        verb: What it does, third person, e.g. `returns the sum of the even numbers`.
-        name: Its name.
+        verb: Description in the third person, e.g. `returns the sum of the even numbers`.
+        name: Name of the function.
         args: Parameter names.
-        code: Its source.
+        code: Source of the function.
         call: Arguments of an example call.
     """
 
@@ -42,7 +42,7 @@ def _ints(rng: random.Random) -> list[int]:
 
 
 def _predicate(rng: random.Random) -> tuple[str, str, str]:
-    """An adjective clause over numbers, a name part, and its test with `{x}` for the number."""
+    """A relative clause about numbers, a part of a name, and its test with `{x}` for the number."""
     k = rng.randint(2, 10)
     return rng.choice(
         [
@@ -58,7 +58,7 @@ def _predicate(rng: random.Random) -> tuple[str, str, str]:
 
 
 def _transform(rng: random.Random) -> tuple[str, str, str]:
-    """What is done to a number: plural noun, name part, expression with `{x}`."""
+    """A transformation of a number: plural noun, part of a name, and expression with `{x}`."""
     k = rng.randint(2, 9)
     return rng.choice(
         [
@@ -73,7 +73,7 @@ def _transform(rng: random.Random) -> tuple[str, str, str]:
 
 
 def _fold(rng: random.Random) -> Task:
-    """Sum, count or product over the numbers that pass a test."""
+    """Sum, count or sum of squares of the numbers that pass a test."""
     a, x = rng.choice(_LISTS), rng.choice(["x", "n", "value"])
     clause, part, test = _predicate(rng)
     test = test.format(x=x)
@@ -119,7 +119,7 @@ def _select(rng: random.Random) -> Task:
 
 
 def _search(rng: random.Random) -> Task:
-    """Whether any or all pass, which is the first, where it stands."""
+    """Whether any or all numbers pass a test, the first that does, or its index."""
     a, x = rng.choice(_LISTS), rng.choice(["x", "n", "value"])
     clause, part, test = _predicate(rng)
     test = test.format(x=x)
@@ -247,7 +247,7 @@ def _numbers(rng: random.Random) -> Task:
     """Functions of one or two whole numbers: loops and recursion."""
     n, k = rng.choice(["n", "number", "limit"]), rng.randint(2, 9)
     clause, part, test = _predicate(rng)
-    while part in ("positive", "negative"):  # all or none of the numbers from 1 on
+    while part in ("positive", "negative"):  # true for all or none of the numbers from 1 on
         clause, part, test = _predicate(rng)
     test = test.format(x="i")
     kinds: list[tuple[str, str, str, int]] = [
@@ -449,7 +449,7 @@ def _two(rng: random.Random) -> Task:
 
 
 def _whole(rng: random.Random) -> Task:
-    """Functions of a whole list: extremes, order, neighbours, recursion."""
+    """Functions of a list: extremes, order, neighbours, recursion."""
     a = rng.choice(_LISTS)
     kinds = [
         (
@@ -509,14 +509,14 @@ FAMILIES: tuple[Family, ...] = (_fold, _fold, _select, _select, _search, _string
 
 
 def result(code: str, name: str, call: tuple[Any, ...]) -> Any:
-    """What `name(*call)` returns when `code` is run."""
+    """The result of `name(*call)` after running `code`."""
     scope: dict[str, Any] = {}
     exec(code, scope)
     return scope[name](*call)
 
 
 def task(rng: random.Random) -> tuple[str, str]:
-    """A request for a function and the code that answers it; the example in either is what the code returns."""
+    """A request for a function, and the answer with its code; an example in either has the result that the code returns."""
     t = rng.choice(FAMILIES)(rng)
     signature = f"{t.name}({', '.join(t.args)})"
     call, value = f"{t.name}({', '.join(map(repr, t.call))})", repr(result(t.code, t.name, t.call))

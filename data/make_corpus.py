@@ -1,4 +1,4 @@
-"""Makes data/tiny: a chat corpus of word problems and code tasks, its tokenizer, and prompts for benches. See README.md.
+"""Generates data/tiny: a chat corpus of word problems and code tasks, its tokenizer, and prompts for benchmarks. See README.md.
 
 Run `python data/make_corpus.py`; the same seed gives the same bytes.
 """
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 def rows(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (user, assistant) pairs, no user turn twice."""
+    """Endless (user, assistant) pairs without repeated user turns."""
     rng = random.Random(seed)
     seen: set[str] = set()
     while True:
@@ -39,13 +39,13 @@ def rows(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def write_jsonl(path: Path, chats: list[list[tuple[str, str]]]) -> None:
-    """One chat a line, each turn given as (role, content)."""
+    """Writes one chat per line; a turn is (role, content)."""
     lines = (json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}, ensure_ascii=False) for chat in chats)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE, digits one by one, the special tokens first."""
+    """Trains byte-level BPE with one token per digit and the special tokens first."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     split = pre_tokenizers.Split(words, behavior="isolated")
@@ -63,7 +63,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """A folder that `AutoTokenizer.from_pretrained` loads."""
+    """Writes a folder that `AutoTokenizer.from_pretrained` loads."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -80,20 +80,18 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def make(out: Path, train: int, validation: int, prompts: int, seed: int) -> None:
-    """Writes the whole corpus into `out`; validation, then prompts, then train are drawn from one stream without repeats."""
+    """Writes the corpus into `out`; validation, prompts and training chats are drawn, in this order, without repeats."""
     out.mkdir(parents=True, exist_ok=True)
     stream = rows(seed)
-    held = [next(stream) for _ in range(validation)]
-    asked = [next(stream) for _ in range(prompts)]
-    taught = [next(stream) for _ in range(train)]
-    write_jsonl(out / "train.jsonl", [[("user", u), ("assistant", a)] for u, a in taught])
-    write_jsonl(out / "validation.jsonl", [[("user", u), ("assistant", a)] for u, a in held])
-    write_jsonl(out / "prompts.jsonl", [[("user", u)] for u, _ in asked])
-    write_tokenizer(out / "tokenizer", train_tokenizer([text for chat in taught for text in chat]))
+    validation_rows, prompt_rows, train_rows = ([next(stream) for _ in range(n)] for n in (validation, prompts, train))
+    write_jsonl(out / "train.jsonl", [[("user", u), ("assistant", a)] for u, a in train_rows])
+    write_jsonl(out / "validation.jsonl", [[("user", u), ("assistant", a)] for u, a in validation_rows])
+    write_jsonl(out / "prompts.jsonl", [[("user", u)] for u, _ in prompt_rows])
+    write_tokenizer(out / "tokenizer", train_tokenizer([text for chat in train_rows for text in chat]))
 
 
 def main() -> None:
-    """Command line: sizes, seed and place."""
+    """Command line: sizes, seed and output folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
     parser.add_argument("--train", type=int, default=6000)

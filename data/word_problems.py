@@ -1,4 +1,4 @@
-"""Word problems with worked steps. Every family draws its own facts, question and equations; `problem` picks one and orders it."""
+"""Word problems with worked steps. Each family draws facts, question and equations; `problem` picks a family and writes the text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Person(NamedTuple):
 
 
 class Story(NamedTuple):
-    """Facts in order, the question, the lines of the solution, and the answer with its unit."""
+    """Facts in order, the question, the lines of the solution, and the answer."""
 
     facts: list[str]
     question: str
@@ -48,7 +48,7 @@ def _person(rng: random.Random) -> dict[str, str]:
 
 
 def _eq(a: int, op: str, b: int) -> tuple[str, int]:
-    """`a op b = c` and c; divisions must come out even."""
+    """The text `a op b = c`, and c; a division must have no remainder."""
     assert op != "/" or a % b == 0
     result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
     assert result >= 0
@@ -56,7 +56,7 @@ def _eq(a: int, op: str, b: int) -> tuple[str, int]:
 
 
 def stock(rng: random.Random) -> Story:
-    """A heap that grows and shrinks, one to four times."""
+    """A number of things that grows and shrinks, one to four times."""
     who, things, friend = _person(rng), rng.choice(_THINGS), rng.choice(_PEOPLE).name
     n = rng.choice([12, 18, 20, 24, 30, 36, 40, 48, 60, 72, rng.randint(10, 90)])
     v = who | {"things": things, "friend": friend, "place": rng.choice(_PLACES), "n": n}
@@ -163,7 +163,7 @@ def stock(rng: random.Random) -> Story:
 
 
 def shopping(rng: random.Random) -> Story:
-    """A bill of two or three goods; sometimes the change, sometimes what it costs each friend."""
+    """The price of two or three goods; sometimes the change, sometimes the share of each friend."""
     who = _person(rng)
     goods = rng.sample(_GOODS, rng.randint(2, 3))
     counts, prices = [rng.randint(2, 6) for _ in goods], [rng.randint(2, 15) for _ in goods]
@@ -221,7 +221,7 @@ def shopping(rng: random.Random) -> Story:
 
 
 def travel(rng: random.Random) -> Story:
-    """Legs of a journey at given speeds, or the time a distance takes."""
+    """Distances travelled at given speeds, or the time for a distance."""
     who = _person(rng)
     vehicle, low, high = rng.choice(
         [("bicycle", 10, 25), ("bus", 30, 60), ("car", 40, 90), ("train", 60, 140), ("boat", 8, 30)]
@@ -284,7 +284,7 @@ def travel(rng: random.Random) -> Story:
 
 
 def comparison(rng: random.Random) -> Story:
-    """Who has how much more, less, or how many times as much as another; totals or differences."""
+    """How much more, less, or how many times as much one has than another; totals or differences."""
     a, b, c = (p.name for p in rng.sample(_PEOPLE, 3))
     things, n = rng.choice(_THINGS), rng.randint(4, 30)
     facts = [say(rng, "[{a} has {n} {things}|{a} collected {n} {things}|{n} {things} belong to {a}].", a=a, n=n, things=things)]
@@ -351,7 +351,7 @@ def comparison(rng: random.Random) -> Story:
 
 
 def fraction(rng: random.Random) -> Story:
-    """A share of a group, and what the rest does."""
+    """A share of a group, and the remaining members."""
     d = rng.choice([2, 3, 4, 5, 6, 8])
     a, unit = rng.randint(1, d - 1), rng.randint(3, 15)
     n, group, place = (
@@ -388,7 +388,7 @@ def fraction(rng: random.Random) -> Story:
 
 
 def percent(rng: random.Random) -> Story:
-    """A price that falls or rises by a percentage, then perhaps several pieces of it."""
+    """A price that falls or rises by a percentage; sometimes then the price of several pieces."""
     who, good = _person(rng), rng.choice(_GOODS + ["coat", "chair", "table", "bicycle", "ticket"])
     rate = rng.choice([5, 10, 20, 25, 30, 40, 50, 75])
     price = rng.randint(1, 12) * (20 if rate % 10 or rate == 50 else 10) * rng.choice([1, 2])
@@ -428,7 +428,7 @@ def percent(rng: random.Random) -> Story:
 
 
 def wages(rng: random.Random) -> Story:
-    """Money earned by the hour, less what is spent, and how long a wish takes."""
+    """Money earned by the hour in a week, minus expenses, and the savings of several weeks."""
     who, wage, hours, days = _person(rng), rng.randint(6, 25), rng.randint(2, 9), rng.randint(2, 6)
     v = who | {"wage": wage, "hours": hours, "days": days, "place": rng.choice(_PLACES)}
     facts = [
@@ -520,7 +520,7 @@ def clock(rng: random.Random) -> Story:
 
 
 def garden(rng: random.Random) -> Story:
-    """Area or perimeter of a rectangle, and what covering or fencing it costs."""
+    """Area or perimeter of a rectangle, and the cost of covering or fencing it."""
     who, a, b, cost = _person(rng), rng.randint(3, 25), rng.randint(3, 25), rng.randint(2, 9)
     thing = rng.choice(["garden", "field", "yard", "room", "playground"])
     v = who | {"a": a, "b": b, "cost": cost, "thing": thing}
@@ -566,7 +566,7 @@ def garden(rng: random.Random) -> Story:
 
 
 def sharing(rng: random.Random) -> Story:
-    """Equal shares with a remainder, or boxes needed."""
+    """Equal shares with a remainder, or the number of boxes needed."""
     who, things, k, each, left = _person(rng), rng.choice(_THINGS), rng.randint(3, 9), rng.randint(3, 14), rng.randint(0, 2)
     n = k * each + left
     v = who | {"things": things, "k": k, "n": n}
@@ -608,7 +608,7 @@ def sharing(rng: random.Random) -> Story:
 
 
 def recipe(rng: random.Random) -> Story:
-    """Scaling by the number of people, through the amount for one."""
+    """Amounts scaled by the number of people, by way of the amount for one person."""
     who, one, p, q = _person(rng), rng.randint(2, 30), rng.randint(2, 8), rng.randint(3, 15)
     unit, food = rng.choice(
         [
@@ -639,7 +639,7 @@ def recipe(rng: random.Random) -> Story:
 
 
 def average(rng: random.Random) -> Story:
-    """A mean of three to five numbers, or their spread."""
+    """The mean of three to five numbers, or their range."""
     who, mean, n = _person(rng), rng.randint(8, 40), rng.randint(3, 5)
     values = [mean + rng.randint(-6, 6) for _ in range(n - 1)]
     values.append(n * mean - sum(values))
@@ -685,7 +685,7 @@ def average(rng: random.Random) -> Story:
 
 
 def ages(rng: random.Random) -> Story:
-    """Ages now, before and later."""
+    """Ages in the present, past and future."""
     a, b = (p.name for p in rng.sample(_PEOPLE, 2))
     age, gap, years = rng.randint(5, 30), rng.randint(2, 12), rng.randint(2, 15)
     v = {"a": a, "b": b, "age": age, "gap": gap, "years": years}
@@ -733,7 +733,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def problem(rng: random.Random) -> tuple[str, str]:
-    """One question and its worked answer, which ends in `answer is X.` or `Answer: X`."""
+    """A question and its worked answer, which ends in `answer is X.` or `Answer: X`."""
     story = rng.choice(FAMILIES)(rng)
     facts = " ".join(story.facts)
     order = rng.random()

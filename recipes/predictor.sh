@@ -21,7 +21,7 @@ say() { printf '== %s (%d s so far)\n' "$1" "$SECONDS"; }
 
 say "what serving shows of the drafter"
 records() {
-    ./launch.sh features --acceptance "$out/draft" --target "$target" --data "$out/$1.jsonl" --out "$out/records-$1" --depth "$depth" \
+    ./launch.sh acceptance "$out/draft" --target "$target" --prompts "$out/$1.jsonl" --out "$out/records-$1" --depth "$depth" \
         --temperatures "[0,1]" --max_new_tokens 128 --batch 16 --device "$device"
 }
 records seen

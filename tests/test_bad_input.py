@@ -243,11 +243,11 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         lambda it: it.fit(data__train=it.lines(*ROWS[:2], '{"question": "a', ROWS[3])),
         ("rows.jsonl:3", "on_bad_row"),
     ),
-    "broken JSON in prompts": (lambda it: it.bench(prompts=it.lines(*ROWS[:2], "{"), limit=9), ("rows.jsonl:3", "mend")),
+    "broken JSON in prompts": (lambda it: it.bench(prompts=it.lines(*ROWS[:2], "{"), limit=9), ("rows.jsonl:3", "fix")),
     "row of unknown shape": (lambda it: it.eval(data=it.lines(ROWS[0], {"q": 1})), ("rows.jsonl:2", "'q'", "column mapping")),
     "prompt of unknown shape": (lambda it: it.distill(prompts=it.lines({"q": 1})), ("rows.jsonl:1", "'q'", "column mapping")),
     "empty training file": (lambda it: it.fit(data__train=it.lines(name="empty.jsonl")), ("empty.jsonl", "give")),
-    "only blank prompts": (lambda it: it.distill(prompts=it.lines("", "  ", "")), ("rows.jsonl", "no prompts", "give")),
+    "only blank prompts": (lambda it: it.distill(prompts=it.lines("", "  ", "")), ("rows.jsonl", "no prompts", "use a file")),
     "only blank rows": (lambda it: it.trim(text=it.lines("", " \t", "")), ("rows.jsonl", "no usable row", "give")),
     "no assistant turn": (
         lambda it: it.eval(data=it.lines(CHAT, {"messages": CHAT["messages"][:1]})),
@@ -260,12 +260,12 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ("no chat template", "model", "add a chat_template.jinja"),
     ),
     "column that is not there": (lambda it: it.eval(columns="{prompt: query, response: answer}"), ("rows.jsonl:1", "query")),
-    "column name of no format": (lambda it: it.distill(columns="{promt: question}"), ("columns", "promt", "the keys are")),
+    "column name of no format": (lambda it: it.distill(columns="{promt: question}"), ("columns", "promt", "choose from")),
     "validation share out of range": (lambda it: it.fit(data__validation_share=1.5), ("validation_share", "1.5", "below 1")),
     "unknown kind of file": (lambda it: it.eval(data=it.write("rows.xml", "<a/>")), ("rows.xml", "use .jsonl")),
     "rows that are no UTF-8": (
         lambda it: it.bench(prompts=it.copy(it.rows, "latin.jsonl", lambda p: p.write_bytes(b'{"text": "\xe9"}'))),
-        ("latin.jsonl:1", "UTF-8", "mend"),
+        ("latin.jsonl:1", "UTF-8", "fix"),
     ),
     # recipes and flags
     "unknown key in a recipe": (
@@ -477,14 +477,14 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ("occupied: exists and is not a bundle", "choose another folder"),
     ),
     "distill into another set": (lambda it: it.distill(out=begun(it)), ("--out", "temperatures [1.0]", "another folder")),
-    "distill onto something else": (lambda it: it.distill(out=occupied(it)), ("occupied", "give a new folder")),
+    "distill onto something else": (lambda it: it.distill(out=occupied(it)), ("occupied", "use a new folder")),
     "no server": (
         lambda it: it.distill(base_url=f"http://127.0.0.1:{closed_port()}/v1"),
-        ("127.0.0.1", "no answer", "see that the server runs"),
+        ("127.0.0.1", "no answer", "check that the server runs"),
     ),
     "no server for a model that is named": (
         lambda it: it.distill(base_url=f"http://127.0.0.1:{closed_port()}/v1", model="x"),
-        ("127.0.0.1", "no answer", "see that the server runs"),
+        ("127.0.0.1", "no answer", "check that the server runs"),
     ),
     "no address": (lambda it: it.distill(base_url="localhost:8000"), ("localhost:8000", "http://HOST:PORT/v1")),
     "disk full while exporting": (lambda it: limited(it.export()), ("out: cannot be written", "File too large", "free space")),

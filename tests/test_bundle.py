@@ -152,12 +152,7 @@ KILLED_AT_EVERY_STEP = """
 import os, sys
 from pathlib import Path
 from trainkit import bundle
-<<<<<<< HEAD
-from trainkit import files as placing
 from tests.support.bundles import make
-=======
-from tests.test_bundle import make
->>>>>>> w-models
 
 base, old = Path(sys.argv[1]), sys.argv[2] == "True"
 bundle._versions = dict

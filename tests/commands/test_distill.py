@@ -1,4 +1,4 @@
-"""`trainkit distill` with a real target: the same rows whatever was killed, shared out, drafted or batched."""
+"""`trainkit distill` with a real target: kills, ranks, drafters and batch sizes do not change the rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Command:
     """`trainkit distill` on fixed files; `options` are written as flags.
 
-    The seed of the draws is fixed, and so how near to a tie any choice is: rows decoded in another batch are rounded otherwise.
+    The seed for sampling is fixed: rows decoded in another batch are rounded differently, and a choice near a tie could change.
     """
 
     def __init__(self, target: Path, prompts: Path) -> None:
@@ -62,7 +62,7 @@ def command(tiny_target: Path, prompts: Path) -> Command:
 
 @pytest.fixture(scope="module")
 def straight(command: Command, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a set made at one go: 16 rows in 6 parts."""
+    """The files of a set written without interruption: 16 rows in 6 parts."""
     out = tmp_path_factory.mktemp("straight")
     assert command(out) == 0
     return files_of(out)
@@ -84,16 +84,16 @@ def test_killed_three_times_it_gives_the_same_bytes(command, straight, tmp_path,
     there = rows_in(tmp_path)
     capsys.readouterr()
     assert command(tmp_path) == 0
-    assert f"{16 - there} of 16 rows made, {there} were there" in capsys.readouterr().out
+    assert f"{16 - there} of 16 rows written, {there} already existed" in capsys.readouterr().out
     assert files_of(tmp_path) == straight
 
 
 def test_ctrl_c_exits_130_and_loses_nothing(command, straight, tmp_path):
-    said = tmp_path / "stderr"
-    pid = fork(lambda: command(tmp_path / "set"), said)
+    stderr = tmp_path / "stderr"
+    pid = fork(lambda: command(tmp_path / "set"), stderr)
     wait_until(lambda: rows_in(tmp_path / "set") >= 3, pid)
     os.kill(pid, signal.SIGINT)
-    assert ended(pid) == 130 and "Traceback" not in said.read_text()
+    assert ended(pid) == 130 and "Traceback" not in stderr.read_text()
     assert rows_in(tmp_path / "set") >= 3
     assert command(tmp_path / "set") == 0
     assert files_of(tmp_path / "set") == straight
@@ -129,7 +129,7 @@ def test_a_drafter_and_another_batch_change_no_token(draft, command, straight, t
 
 
 def test_rows_are_the_targets_own_and_differ_in_their_draws(command, straight, tiny_target, prompts):
-    """Greedy rows are those of transformers; of sampled ones no two of a prompt are the same."""
+    """Greedy rows equal those of transformers."""
     from transformers import AutoModelForCausalLM
 
     model, rows = AutoModelForCausalLM.from_pretrained(tiny_target).eval(), rows_of(straight)
@@ -138,8 +138,8 @@ def test_rows_are_the_targets_own_and_differ_in_their_draws(command, straight, t
         assert row["temperature"] == 0
         given = row["loss_mask"].index(1)
         ids = torch.tensor([row["input_ids"][:given]])
-        said = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
-        assert said[0].tolist() == row["input_ids"]
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+        assert output[0].tolist() == row["input_ids"]
         assert row["finish"] == ("end" if row["input_ids"][-1] == model.config.eos_token_id else "length")
 
 
@@ -174,8 +174,8 @@ def test_another_setting_is_one_line(key, command, straight, tiny_target, prompt
         value.write_text(prompts.read_text() + json.dumps({"text": "one more"}) + "\n")
     before = files_of(tmp_path / "set")
     assert command(tmp_path / "set", **{option: value}) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len([line for line in said if "trainkit: error" in line]) == 1 and f"begun with {key} " in said[-1], said
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "trainkit: error" in line]) == 1 and f"started with {key} " in lines[-1], lines
     assert files_of(tmp_path / "set") == before
 
 
@@ -195,18 +195,18 @@ def test_another_setting_is_one_line(key, command, straight, tiny_target, prompt
     ],
 )
 def test_a_bad_setting_is_one_line_and_begins_no_set(option, value, command, tmp_path, capsys):
-    """A folder begun with it could never be gone on with."""
+    """A folder started with it could never be continued."""
     more = {"base_url": "http://127.0.0.1:1/v1"} if option == "depth" else {}
     assert command(tmp_path / "set", **{option: value}, **more) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said and option.rstrip("s") in said.replace("max_batch", "batch")
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message and option.rstrip("s") in message.replace("max_batch", "batch")
     assert not (tmp_path / "set").exists()
 
 
 def test_a_prompt_longer_than_the_target_covers_is_named(command, tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "x" * 600}) + "\n")
     assert command(tmp_path / "set", prompts=tmp_path / "long.jsonl") == 2
-    assert "prompt 1 has 600 tokens, the target covers 512" in capsys.readouterr().err
+    assert "prompt 1 has 600 tokens, but the target covers 512" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
 
 
@@ -244,7 +244,7 @@ def test_a_server_with_faults_gives_every_row_also_after_a_kill(command, served_
         "cut": 0.1,
         "garbage": 0.1,
         "statuses": {"503": 0.1, "429": 0.1},
-        "most": 2,
+        "max_faults": 2,
         "delay": 0.03,
         "seed": seed,
     }
@@ -258,16 +258,16 @@ def test_a_server_with_faults_gives_every_row_also_after_a_kill(command, served_
         assert 4 <= there < 16
         assert command(tmp_path / "set", **options) == 0
         stats = server.stats
-    assert stats.met.total() > 0 and stats.peak <= 6  # of two processes
+    assert stats.faults.total() > 0 and stats.peak <= 6  # of two processes together
     check_served(tmp_path / "set", 8)
     provenance = json.loads((tmp_path / "set" / "distill.json").read_text())
     assert provenance["server"] == {"model": "tiny", "base_url": server.base_url} and "weights" not in provenance
 
 
 def test_a_server_that_is_gone_is_one_line_and_loses_nothing(command, served_target, tmp_path, capsys):
-    """It answers 5 rows, and then nothing but 400."""
+    """The server answers 5 rows, and then always 400."""
     with fake_server.serve(always="400", after=5) as server:
         options = {"target": served_target, "base_url": server.base_url, "concurrency": 1}
         assert command(tmp_path / "set", **options) == 2
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "status 400" in said and rows_in(tmp_path / "set") >= 4
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "status 400" in line and rows_in(tmp_path / "set") >= 4

@@ -15,7 +15,7 @@ import torch
 from tests.support.equality import exact_logits
 from trainkit.cli import main
 from trainkit.commands.evaluate import evaluate
-from trainkit.data.teacher.live import TargetReader
+from trainkit.data.teacher.live import LiveTeacher
 from trainkit.data.text.prepare import Prepared, prepare
 from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
@@ -78,7 +78,7 @@ def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
         draft_of(tiny_target, 3, 0.02),
         draft_of(tiny_target, 4, 0.02, draft_vocab=list(range(0, 320, 2))),
     ]
-    found = measure(TargetReader(FrozenTarget(tiny_target)), drafts, made.train, [0, 0.7, 1], 2, progress=False)
+    found = measure(LiveTeacher(FrozenTarget(tiny_target)), drafts, made.train, [0, 0.7, 1], 2, progress=False)
     for draft, (sums,) in zip(drafts, found, strict=True):
         expected = naive(tiny_target, draft, made, [0, 0.7, 1])
         assert sums.keys() == expected.keys() and len(sums["tokens"]) == 7 == len(made.train.documents_D) - 1
@@ -92,7 +92,7 @@ def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
 
 def test_temperature_0_alone_gives_agreement_and_neither_batch_nor_order_matters(tiny_target, made, seed):
     draft = draft_of(tiny_target, 4, 0.02)
-    reader = TargetReader(FrozenTarget(tiny_target))
+    reader = LiveTeacher(FrozenTarget(tiny_target))
     ((alone,),) = measure(reader, [draft], made.train, [0], 3, progress=False)
     ((many,),) = measure(reader, [draft], made.train, [0.5, 0], 1, progress=False)
     assert list(alone) == ["tokens", "agreement@0"] and set(many) == {"tokens", "agreement@0", "alpha@0.5", "alpha_coupled@0.5"}
@@ -104,12 +104,12 @@ def test_the_target_is_run_once_for_all_drafters_and_not_again_where_it_is_kept(
     drafts = [draft_of(tiny_target, n, 0.02) for n in (1, 4)]
     calls, forward = [], FrozenTarget.forward
     monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
-    plain = measure(TargetReader(FrozenTarget(tiny_target)), drafts, made.train, [1], 2, "set", progress=False)
+    plain = measure(LiveTeacher(FrozenTarget(tiny_target)), drafts, made.train, [1], 2, "set", progress=False)
     batches = -(-len(made.train) // 2)
     assert len(calls) == batches
-    first = measure(TargetReader(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set", progress=False)
+    first = measure(LiveTeacher(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set", progress=False)
     assert len(calls) == 2 * batches
-    second = measure(TargetReader(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set", progress=False)
+    second = measure(LiveTeacher(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set", progress=False)
     assert len(calls) == 2 * batches
     for (one,), (two,), (three,) in zip(plain, first, second, strict=True):
         assert all(np.array_equal(one[name], two[name]) and np.array_equal(one[name], three[name]) for name in one)
@@ -121,7 +121,7 @@ def test_each_head_is_measured_where_it_says_a_token(tiny_target, made, tmp_path
     Beside a kind without taps, with which it shares no stored states.
     """
     drafts = [draft_of(tiny_target, 1, 0.0), Medusa(target_shape(tiny_target), num_heads=3, head="target").eval()]
-    reader = TargetReader(FrozenTarget(tiny_target), str(tmp_path))
+    reader = LiveTeacher(FrozenTarget(tiny_target), str(tmp_path))
     alone, heads = measure(reader, drafts, made.train, [0, 0.7], 2, progress=False)
     assert len(alone) == 1 and len(heads) == 3
     packed, teacher = made.train, load_decoder(tiny_target)
@@ -150,7 +150,7 @@ def test_a_kind_whose_loss_does_not_tell_tokens_apart_is_refused(tiny_target, ma
 
     draft = Silent(target_shape(tiny_target), num_layers=1)
     with pytest.raises(UserError, match="Silent: its loss does not tell its tokens apart") as caught:
-        measure(TargetReader(FrozenTarget(tiny_target)), [draft], made.train, [0.0], progress=False)
+        measure(LiveTeacher(FrozenTarget(tiny_target)), [draft], made.train, [0.0], progress=False)
     assert "\n" not in str(caught.value)
 
 
@@ -187,7 +187,7 @@ def test_the_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path
         given = ["--drafter", json.dumps(bundles), "--json", str(tmp_path / f"{name}.json")]
         assert main(["eval", *flags, *given]) == 0
         said.append(capsys.readouterr().out.splitlines())
-    assert said[0][-8:] == said[1][-8:] and "0.00 GB" in said[0][0] and said[0][0].endswith(" 0 there")
+    assert said[0][-8:] == said[1][-8:] and "0.00 GB" in said[0][0] and said[0][0].endswith(" 0 rows already cached")
     found, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert found == again and list(found["drafters"]) == bundles and found["questions"] == 7
     means = found["drafters"][bundles[0]]["means"]

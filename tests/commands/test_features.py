@@ -1,4 +1,4 @@
-"""`trainkit features`: the same bytes whatever was killed or shared out, as many as announced, and never another set's."""
+"""`trainkit features`: kills and ranks change no byte, the announced size is right, and no shard is taken from another set."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -65,7 +66,7 @@ def command(tiny_target: Path, rows: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def straight(command: Command, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of features made at one go: several shards of training rows and of validation rows."""
+    """The files of features written without interruption: several shards of training rows, and one of validation rows."""
     out = tmp_path_factory.mktemp("straight") / "out"
     assert command(out) == 0
     files = files_of(out)
@@ -77,14 +78,14 @@ def shards_in(folder: Path) -> int:
     return len(list(folder.glob("*.safetensors")))
 
 
-def said(capsys: pytest.CaptureFixture[str], *parts: str) -> str:
-    *others, line = capsys.readouterr().err.strip().splitlines()  # others: transformers' bars
+def check_error(capsys: pytest.CaptureFixture[str], *parts: str) -> str:
+    *others, line = capsys.readouterr().err.strip().splitlines()  # others: progress bars
     assert line.startswith("trainkit: error: ") and "Traceback" not in others and all(part in line for part in parts), line
     return line
 
 
 def test_killed_at_random_moments_it_gives_the_same_bytes(command, straight, tmp_path, seed, capsys):
-    """SIGKILL three times; what has its name is whole and is not made again."""
+    """SIGKILL three times; a shard with its final name is complete and is not written again."""
     draw, out = random.Random(seed), tmp_path / "out"
     for _ in range(3):
         pid = fork(lambda: command(out))
@@ -98,19 +99,21 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(command, straight, tmp
     there = shards_in(out)
     capsys.readouterr()
     assert command(out) == 0
-    assert f"{len(straight) - 1 - there} of {len(straight) - 1} shards made, {there} were there" in capsys.readouterr().out
+    assert (
+        f"{len(straight) - 1 - there} of {len(straight) - 1} shards written, {there} already existed" in capsys.readouterr().out
+    )
     assert files_of(out) == straight
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "write"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_while_a_shard_gets_its_name(call, when, command, straight, tmp_path, seed):
-    """Death on either side of write, sync and rename, at a shard drawn afresh."""
+    """Killed before or after write, sync and rename, at a random shard."""
     at, out = random.Random(seed).randint(1, len(straight) - 1), tmp_path / "out"
 
     def die() -> None:
-        # of a shard: a replace of the prepared set or of features.json does not count, nor does the sync of the folder
-        owner, name = (feature_set.safetensors.torch, "save") if call == "write" else (os, call)
+        # only a shard's `os.replace` counts, not that of the prepared set or of features.json
+        owner, name = (safetensors.torch, "save") if call == "write" else (os, call)
         real, calls = getattr(owner, name), [0]
 
         def deadly(*given: Any, **options: Any) -> Any:
@@ -120,9 +123,8 @@ def test_killed_while_a_shard_gets_its_name(call, when, command, straight, tmp_p
             if when == "after":
                 result = real(*given, **options)
                 if call == "write":
-                    number = shards_in(out)
-                    files = [shard.file for shard in SHARDS(out)]
-                    (out / files[number]).with_suffix(".partial").write_bytes(result[: len(result) // 2])
+                    partial = (out / shard_files(out)[shards_in(out)]).with_suffix(".partial")
+                    partial.write_bytes(result[: len(result) // 2])
             os._exit(9)
 
         setattr(owner, name, deadly)
@@ -133,9 +135,9 @@ def test_killed_while_a_shard_gets_its_name(call, when, command, straight, tmp_p
     assert files_of(out) == straight
 
 
-def SHARDS(out: Path) -> list[Any]:
-    values = json.loads((out / "features.json").read_text())
-    return [SimpleNamespace(file=shard[0]) for described in values["sets"].values() for shard in described["shards"]]
+def shard_files(out: Path) -> list[str]:
+    manifest = json.loads((out / "features.json").read_text())
+    return [shard[0] for packed in manifest["sets"].values() for shard in packed["shards"]]
 
 
 def test_two_ranks_make_the_features_of_one_and_one_goes_on_for_two(command, straight, tmp_path):
@@ -159,18 +161,18 @@ def test_the_size_announced_is_the_size_written(options, command, tmp_path, caps
     (shown,) = re.findall(r"tokens, ([\d.]+) MB in", capsys.readouterr().out)
     assert float(shown) == pytest.approx(announced / 1e6, abs=6e-4)
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    assert announced < written <= announced + 1000 * shards_in(out)  # a header each
+    assert announced < written <= announced + 1000 * shards_in(out)  # each shard has a header
 
 
 def test_too_little_room_is_said_before_anything_is_begun(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(feature_set.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert command(tmp_path / "out") == 2
-    said(capsys, str(tmp_path / "out"), "0.001 MB are free", "another disk")
+    check_error(capsys, str(tmp_path / "out"), "0.001 MB are free", "another disk")
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_stored_is_what_the_target_says(command, straight, tiny_target, rows, tmp_path):
-    """States of the named layers and top-k rows, each once, in the order of the packed rows; the last state for a tap only."""
+    """Hidden states of the taps and top-k rows, each once, in the order of the packed rows; the last state only as a tap."""
     target, made = FrozenTarget(tiny_target), prepare([str(rows)], None, str(tiny_target), 96, validation_share=0.2)
     out = tmp_path / "out"
     out.mkdir()
@@ -185,7 +187,7 @@ def test_what_is_stored_is_what_the_target_says(command, straight, tiny_target, 
             batch = packed.batch([row], 1)
             hidden, taps = target.forward(batch["tokens_BT"], batch["positions_BT"], batch["document_BT"], (1, 4))
             assert taps is not None
-            close = {"rtol": 1e-4, "atol": 1e-5}  # batches of two: other float32 sums
+            close = {"rtol": 1e-4, "atol": 1e-5}  # in batches of two, float32 sums are rounded differently
             torch.testing.assert_close(found["hidden.1"][row], taps[0, :, 0], **close)
             torch.testing.assert_close(found["hidden.4"][row], hidden[0], **close)
             kept = compress(target.handle().head(hidden[0]), 4)
@@ -208,12 +210,12 @@ def test_provenance_says_what_made_it(straight):
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"top_k": 5}, "top_k 4, now it is 5"),
-        ({"taps": "[1,2]"}, "states [1, 4], now it is [1, 2]"),
+        ({"top_k": 5}, "top_k 4, but now it is 5"),
+        ({"taps": "[1,2]"}, "states [1, 4], but now it is [1, 2]"),
         ({"dtype": "bfloat16"}, 'dtype "float32"'),
-        ({"length": 80}, "length 96, now it is 80"),
-        ({"limit": 20}, "data limit null, now it is 20"),
-        ({"seed": 1}, "data seed 0, now it is 1"),
+        ({"length": 80}, "length 96, but now it is 80"),
+        ({"limit": 20}, "data limit null, but now it is 20"),
+        ({"seed": 1}, "data seed 0, but now it is 1"),
         ({"target_dtype": "bfloat16"}, "precision"),
         ({"shard_rows": 4}, "sets"),
     ],
@@ -224,7 +226,7 @@ def test_going_on_with_another_setting_is_one_line_and_changes_nothing(options, 
         (tmp_path / "out" / name).write_bytes(content)
     before = files_of(tmp_path / "out")
     assert command(tmp_path / "out", **options) == 2
-    said(capsys, "begun with", key)
+    check_error(capsys, "started with", key)
     assert files_of(tmp_path / "out") == before
 
 
@@ -244,19 +246,19 @@ def test_going_on_with_another_setting_is_one_line_and_changes_nothing(options, 
 )
 def test_a_wrong_option_is_one_line_and_begins_nothing(options, parts, command, tmp_path, capsys):
     assert command(tmp_path / "out", **options) == 2
-    said(capsys, *parts)
+    check_error(capsys, *parts)
     assert not (tmp_path / "out").exists()
 
 
 def test_other_things_are_left_alone(command, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert command(tmp_path) == 2
-    said(capsys, "holds something else")
+    check_error(capsys, "holds something else")
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
 
 
 def test_values_that_the_dtype_does_not_hold_are_refused(command, tiny_target, tmp_path, capsys):
-    """A state past 65504 would be infinite in float16; in bfloat16 it fits."""
+    """A value above 65504 would be infinite in float16, but not in bfloat16."""
     large = shutil.copytree(tiny_target, tmp_path / "large")
     tensors = load_file(large / "model.safetensors")
     tensors["model.norm.weight"] *= 1e6
@@ -265,7 +267,7 @@ def test_values_that_the_dtype_does_not_hold_are_refused(command, tiny_target, t
     save_file(tensors, large / "model.safetensors", {"format": "pt"})
     options = {"target": large, "top_k": None, "taps": None}
     assert command(tmp_path / "out", dtype="float16", **options) == 2
-    said(capsys, "float16", "layer 4", "bfloat16")
+    check_error(capsys, "float16", "layer 4", "bfloat16")
     assert not (tmp_path / "out").exists()
     assert command(tmp_path / "out", dtype="bfloat16", **options) == 0
 
@@ -274,14 +276,14 @@ def test_two_processes_at_once_the_second_is_refused(command, straight, tmp_path
     out = tmp_path / "out"
 
     def slow() -> int:
-        real = feature_set._filled
-        feature_set._filled = lambda *given: time.sleep(1.5) or real(*given)
+        real = feature_set._shard_tensors
+        feature_set._shard_tensors = lambda *given: time.sleep(1.5) or real(*given)
         return command(out)
 
     pid = fork(slow)
     wait_until(lambda: any(out.glob("*.partial")) if out.exists() else False, pid)
     assert command(out) == 2
-    said(capsys, "train-00000.partial", "another process is writing")
+    check_error(capsys, "train-00000.partial", "another process is writing")
     os.kill(pid, signal.SIGKILL)
     ended(pid)
     assert command(out) == 0 and files_of(out) == straight
@@ -329,7 +331,7 @@ def test_every_row_is_in_one_shard():
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gpt2"])
 def test_a_target_without_layers_has_the_same_embedding_norm_and_head(model_type, tmp_path, seed):
-    """Of each family, also where the head is its own; and its layers are not in memory."""
+    """For each model family, with and without tied embeddings; the layers are not in memory."""
     more: Callable[..., Any] = lambda: {"tie_word_embeddings": False} if model_type != "gpt2" else {}
     folder = make_target(tmp_path, model_type, **more())
     whole, parts = FrozenTarget(folder), FrozenTarget(folder, layers=False)

@@ -1,4 +1,4 @@
-"""The bundled tokenizer, whole and with other chat templates, and files of rows."""
+"""Fixtures: the bundled tokenizer, other chat templates for it, and files of rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def rows_file(tmp_path: Path) -> Callable[..., str]:
-    """Writes rows as JSON lines (a string stands as it is) and gives the path."""
+    """Writes rows as JSON lines (a string is written unchanged) and returns the path."""
 
     def write(*rows: dict[str, Any] | str, name: str = "rows.jsonl") -> str:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""The bundled corpus: made again byte for byte, disjoint, and right in every equation and every line of code."""
+"""The bundled corpus: reproducible byte for byte, disjoint files, correct in every equation and every line of code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader: every rank its share, every epoch every row, every resume exact, every window's labels counted."""
+"""The loader: ranks share each epoch's rows, a resume is exact, and the labels of each window are counted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loaders(rows: int, batch_size: int, world_size: int, accumulate: int, **opti
 
 
 def counted(batch: dict[str, Any]) -> int:
-    """Labels by the definition: the token counts and its predecessor is in the same document."""
+    """Number of labels by definition: tokens with mask True whose predecessor is in the same document."""
     document, mask = batch["document_BT"], batch["mask_BT"]
     return int((mask[:, 1:] & (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)).sum())
 
@@ -75,7 +75,7 @@ def test_resume_at_every_point_equals_the_uninterrupted_run(seed: int) -> None:
     for stop in range(len(whole)):
         loader = PackedLoader(packed_set(11), 2, **options)
         before = []
-        while len(before) < stop:  # as Lightning reads: never past the last batch of an epoch
+        while len(before) < stop:  # as Lightning does: never past the last batch of an epoch
             iterator = iter(loader)
             before += [next(iterator) for _ in range(min(len(loader), stop - len(before)))]
         state = loader.state_dict()

@@ -1,4 +1,4 @@
-"""Data policies: shares as weighted, stored rows in full rounds, written rows kept by a checkpoint, ranks in step."""
+"""Mixtures: shares follow the weights, stored rows repeat evenly, a checkpoint has the generated rows, ranks agree."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trainkit.data.text.packing import PackedSet, join, pack
 from trainkit.errors import UserError
 
 
-class Scribe:
-    """Writes rows of a token that counts its calls, as a draft that changes would."""
+class TextGenerator:
+    """Generates rows of one token that counts the calls, like a draft that changes."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
@@ -30,10 +30,10 @@ class Scribe:
         return pack([Document(np.full(8, token, np.int32), np.ones(8, np.bool_))] * (rows + 1), 8, 0), rows + 1
 
 
-def mixed(scribe: Scribe, **options: Any) -> MixedLoader:
+def mixed(generator: TextGenerator, **options: Any) -> MixedLoader:
     stored = {"target": packed_set(7, seed=1), "corpus": packed_set(5, seed=2)}
     weights = {"target": 2.0, "corpus": 1.0, "draft": 1.0}
-    return MixedLoader(stored, {"draft": scribe}, weights, 2, **{"refresh": 4, "seed": 3, **options})
+    return MixedLoader(stored, {"draft": generator}, weights, 2, **{"refresh": 4, "seed": 3, **options})
 
 
 def test_apportion_by_hand() -> None:
@@ -71,14 +71,14 @@ def test_joined_rows_are_the_rows() -> None:
 
 
 def test_a_chapter_has_its_shares_and_each_has_new_texts() -> None:
-    scribe = Scribe()
-    loader = mixed(scribe)
+    generator = TextGenerator()
+    loader = mixed(generator)
     for chapter in (1, 2, 3):
         tokens = torch.cat([batch["tokens_BT"] for batch in loader])
         assert tokens.shape == (8, 8)
         assert int((tokens >= 1000).all(1).sum()) == 2
         assert set(tokens[tokens >= 1000].tolist()) == {1000 + chapter}
-    assert scribe.calls == [(2, 0), (2, 3), (2, 6)]  # prompts go on where they stopped
+    assert generator.calls == [(2, 0), (2, 3), (2, 6)]  # prompts continue where they stopped
 
 
 def test_stored_rows_come_equally_often() -> None:
@@ -88,22 +88,22 @@ def test_stored_rows_come_equally_often() -> None:
 
 
 def test_a_check_by_iter_writes_nothing_and_skips_nothing() -> None:
-    scribe = Scribe()
-    loader = mixed(scribe)
+    generator = TextGenerator()
+    loader = mixed(generator)
     iter(loader)
-    assert not scribe.calls and loader.state_dict()["chapter"] == -1
+    assert not generator.calls and loader.state_dict()["chapter"] == -1
 
 
 def test_batches_do_not_number_rows() -> None:
-    """Rows of a chapter are in no set, so a cache of the target's states by number would mix them up."""
-    loader = mixed(Scribe(), accumulate=2, attach_window=True)
+    """Rows of a chapter are in no set, so a cache of hidden states by row index would mix them up."""
+    loader = mixed(TextGenerator(), accumulate=2, attach_window=True)
     assert all("rows_B" not in part for batch in loader for part in (batch, *batch.get("window", ())))
 
 
 @pytest.mark.parametrize("writes", [True, False])
 @pytest.mark.parametrize("taken", [1, 3, 4, 6])
 def test_resume_goes_on_with_the_same_batches(taken: int, writes: bool) -> None:
-    """Also mid-chapter, when the draft that wrote the texts is gone: its texts are in the checkpoint."""
+    """Also inside a chapter, when the draft has changed: the texts that it generated are in the checkpoint."""
 
     def endless(loader: MixedLoader) -> Any:
         while True:
@@ -111,37 +111,37 @@ def test_resume_goes_on_with_the_same_batches(taken: int, writes: bool) -> None:
 
     options: dict[str, Any] = {} if writes else {"weights": {"target": 1.0, "corpus": 1.0}}
 
-    def make(scribe: Scribe) -> MixedLoader:
-        loader = mixed(scribe)
+    def make(generator: TextGenerator) -> MixedLoader:
+        loader = mixed(generator)
         return loader if writes else MixedLoader(loader.stored, {}, options["weights"], 2, refresh=4, seed=3)
 
-    scribe = Scribe()
-    whole = make(scribe)
+    generator = TextGenerator()
+    whole = make(generator)
     batches = endless(whole)
     for _ in range(taken):
         next(batches)
     state = whole.state_dict()
     buffer = torch.save(state, "/dev/null")
     assert buffer is None
-    later = Scribe()
-    later.calls = list(scribe.calls)  # so that it goes on counting
+    later = TextGenerator()
+    later.calls = list(generator.calls)  # so that it continues to count
     resumed = make(later)
     resumed.load_state_dict(state)
     for a, b in islice(zip(batches, endless(resumed), strict=True), 7):
         assert same_batch(a, b)
-    assert later.calls == scribe.calls  # nothing was written twice
+    assert later.calls == generator.calls  # nothing was generated twice
 
 
 def test_resume_with_other_weights_is_refused() -> None:
-    state = mixed(Scribe()).state_dict()
+    state = mixed(TextGenerator()).state_dict()
     with pytest.raises(UserError, match="refresh: the checkpoint has 4, this run 5"):
-        mixed(Scribe(), refresh=5).load_state_dict(state)
+        mixed(TextGenerator(), refresh=5).load_state_dict(state)
 
 
 def test_ranks_share_a_chapter() -> None:
     parts = []
     for rank in range(2):
-        loader = mixed(Scribe(), rank=rank, world_size=2, accumulate=2, refresh=3)
+        loader = mixed(TextGenerator(), rank=rank, world_size=2, accumulate=2, refresh=3)
         batches = list(loader)
         assert len(batches) == len(loader) == 6
         parts.append(batches)

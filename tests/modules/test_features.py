@@ -174,14 +174,14 @@ def test_spoiled_features_are_named(spoil, tiny_target, chats, tmp_path):
     parts = [str(folder)]
     if spoil == "missing":
         shard.unlink()
-        parts += ["1 of ", "shards are not done", "run the same trainkit features again"]
+        parts += ["1 of ", "parts are missing", "run the same trainkit features again"]
     elif spoil == "torn":
         shard.write_bytes(shard.read_bytes()[:-9])
-        parts += ["train-00001.safetensors", "not a whole"]
+        parts += ["train-00001.safetensors", "not a complete"]
     elif spoil == "foreign":
         other = Path(made(tiny_target, chats, tmp_path / "other", shard_rows=4, dtype="float16"))
         shutil.copyfile(other / shard.name, shard)
-        parts += ["train-00001.safetensors", "of other features"]
+        parts += ["train-00001.safetensors", "belongs to another set"]
     else:
         (folder / "features.json").write_text("{")
         parts += ["features.json", "not JSON"]

@@ -1,4 +1,4 @@
-"""Acceptance sets whose labels depend on the state that proposed in a way that the draft's own probability does not show."""
+"""Acceptance sets whose labels depend on the hidden state in a way that the draft's own probability does not show."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainkit.data.sets.acceptance import AcceptanceLayout, Written, write_acceptance
+from trainkit.data.sets.acceptance import AcceptanceLayout, write_acceptance
+from trainkit.data.sets.writer import SetStats, Worker
 
 LAYOUT = AcceptanceLayout(prompts=40, temperatures=(0.0, 1.0), part_prompts=8)
 D = 12
 
 
-def synthetic(numbers: Sequence[int], temperature: float, told: Callable[[int], None]) -> dict[str, Tensor]:
-    """As many records of each prompt as its number asks for; the same at each call. P(accept) = sigmoid(4 h_0 - 1).
+def synthetic(numbers: Sequence[int], temperature: float, on_text: Callable[[int], None]) -> dict[str, Tensor]:
+    """20 to 26 records of each prompt, depending on its number; equal at each call. P(accept) = sigmoid(4 h_0 - 1).
 
-    A second proposal is right in half of the cases where the first is not.
+    A second proposal is right in half of the cases where the first is wrong.
     """
-    kept = []
+    records = []
     for number in numbers:
         generator = torch.Generator().manual_seed(1000 * number + int(10 * temperature))
         n = 20 + number % 7
         hidden = torch.randn(n, D, generator=generator)
         signals = torch.rand(n, 2, 5, generator=generator)
         signals[..., -1] = temperature
-        signals[..., 2] = torch.tensor([0.0, 1.0])  # the best other's: by it a likeliest proposal is told from a second
+        signals[..., 2] = torch.tensor([0.0, 1.0])  # the best other proposal's: it distinguishes a first from a second proposal
         first = (torch.rand(n, generator=generator) < (4 * hidden[:, 0] - 1).sigmoid()).float()
         label = torch.stack([first, (1 - first) * (torch.rand(n, generator=generator) < 0.5)], 1)
-        kept.append(
+        records.append(
             {
                 "hidden": hidden,
                 "signals": signals,
@@ -40,8 +41,8 @@ def synthetic(numbers: Sequence[int], temperature: float, told: Callable[[int], 
                 "prompt": torch.full((n,), number, dtype=torch.int32),
             }
         )
-        told(n)
-    return {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
+        on_text(n)
+    return {name: torch.cat([one[name] for one in records]) for name in records[0]}
 
 
 def provenance(**changes: Any) -> dict[str, Any]:
@@ -49,9 +50,8 @@ def provenance(**changes: Any) -> dict[str, Any]:
     return {"drafter": drafter, "verify": "coupled", "depth": 4, "seed": 0, "versions": {"torch": "x"}} | changes
 
 
-def write(folder: Path, make: Any = synthetic, layout: AcceptanceLayout = LAYOUT, **options: Any) -> Written:
-    changes = {name: options.pop(name) for name in ("drafter", "verify", "seed") if name in options}
-    return write_acceptance(folder, layout, make, provenance(**changes), progress=False, **options)
+def write(folder: Path, record: Any = synthetic, rank: int = 0, world_size: int = 1, **changes: Any) -> SetStats:
+    return write_acceptance(folder, LAYOUT, record, provenance(**changes), Worker(rank, world_size, progress=False))
 
 
 def make_set(folder: Path, **changes: Any) -> Path:

@@ -1,6 +1,6 @@
-"""A server of the completions API with faults on demand, in a process of its own: `serve(**faults)`, or this file as a script.
+"""A server of the completions API that fails on demand, in a process of its own: `serve(**faults)`, or this file as a script.
 
-Its model is a function: `reply` says what it answers to a prompt under a seed.
+Its model is the function `reply`, which gives the completion of a prompt for a seed.
 """
 
 from __future__ import annotations
@@ -31,31 +31,35 @@ WORDS = "the sum of seven and two is nine so there are twelve apples left in eve
 
 @dataclass
 class Faults:
-    """What goes wrong. A share is the probability that one request meets the fault; `statuses` are shares by status.
+    """What goes wrong. A share is the probability that a request fails in this way.
 
     Attributes:
-        most: Faults by shares that one prompt meets at most; after them it is answered.
-        first: The faults that each prompt meets before all others, by name or status.
-        headers: Sent beside every status that is a fault.
-        delay: Most seconds before a reply, drawn for each.
-        hold: No reply before so many requests are in flight at once, or 20 s have passed.
-        always: Answer every request so: `drop`, `cut`, `garbage`, `hang` or a status.
-        after: Requests answered before `always` begins.
-        message: What the error of a status says.
-        refuse_ids: 400 to whoever asks for return_token_ids.
-        give_ids: Token ids stand in the replies to who asks for them.
-        end_in_ids: The end token is among them.
-        patch: Replaces fields of the choice in every reply.
-        key: The only key let in.
-        models: The names that are listed.
-        seed: Fixes which requests meet which fault.
+        drop: Share of requests whose connection is closed without a reply.
+        cut: Share of requests whose reply ends in the middle.
+        garbage: Share of requests whose reply is not JSON.
+        statuses: Share of requests that get an error status, by status.
+        max_faults: Maximum number of such random faults for one prompt; then it is answered.
+        first: Faults of each prompt's first requests, by name or status.
+        headers: Headers of every error status.
+        delay: Maximum delay of a reply in seconds, drawn for each reply.
+        hold: Number of requests that must be in flight before any reply is sent, unless 20 s have passed.
+        always: Fault of every request: `drop`, `cut`, `garbage`, `hang` or a status.
+        after: Number of requests answered before `always` begins.
+        message: Error message of an error status.
+        refuse_ids: Whether to answer 400 to requests with return_token_ids.
+        give_ids: Whether replies have token ids when they are requested.
+        end_in_ids: Whether these contain the end token.
+        patch: Values that replace fields of the choice in every reply.
+        key: The only API key that is accepted; None accepts all.
+        models: Names of the models listed.
+        seed: Seed for drawing the faults.
     """
 
     drop: float = 0
     cut: float = 0
     garbage: float = 0
     statuses: dict[str, float] = field(default_factory=dict)
-    most: int = 3
+    max_faults: int = 3
     first: list[str] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0
@@ -74,20 +78,20 @@ class Faults:
 
 @dataclass
 class Stats:
-    """What the server saw.
+    """What the server received and sent.
 
     Attributes:
-        peak: Most requests in flight at once.
-        asked: Bodies of all requests, with `at`, the second of arrival, and `authorization`, in order of arrival.
-        answered: Whole replies sent, by JSON of the prompt.
-        met: Faults dealt out, by name.
-        hung_up: Clients that left while their request hung.
+        peak: Maximum number of requests in flight at the same time.
+        requests: Bodies of all requests in order of arrival, with `at`, the time of arrival in seconds, and `authorization`.
+        answered: Number of complete replies, by JSON of the prompt.
+        faults: Number of faults, by name.
+        hung_up: Number of clients that closed the connection while their request hung.
     """
 
     peak: int = 0
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
     answered: Counter[str] = field(default_factory=Counter)
-    met: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
     hung_up: int = 0
 
 
@@ -99,7 +103,7 @@ def _tokenizer() -> Any:
 
 
 def reply(prompt: Sequence[int], *, seed: int = 0, temperature: float = 0, max_tokens: int = 128) -> tuple[str, list[int], str]:
-    """The model: text, token ids with the end token, and finish_reason."""
+    """The model: text, token ids with the end token, and finish_reason of the completion of `prompt`."""
     draw = random.Random(json.dumps([list(prompt), seed if temperature else None]))
     ids = _tokenizer().encode(" ".join(draw.choices(WORDS, k=draw.randint(1, 12)))).ids + [_tokenizer().token_to_id(END)]
     finish = "stop" if len(ids) <= max_tokens else "length"
@@ -113,30 +117,30 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, faults: Faults) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.faults, self.stats, self.in_flight = faults, Stats(), 0
-        self.tries, self.tripped = Counter[str](), Counter[str]()
+        self.tries, self.failures = Counter[str](), Counter[str]()
         self.change = threading.Condition()
 
     def fault(self, prompt: str) -> str | None:
-        """The fault that this request meets."""
+        """The fault of this request, or None."""
         faults = self.faults
         if faults.always:
             return faults.always if self.stats.answered.total() >= faults.after else None
         self.tries[prompt] += 1
         if self.tries[prompt] <= len(faults.first):
             return faults.first[self.tries[prompt] - 1]
-        if self.tripped[prompt] == faults.most:
+        if self.failures[prompt] == faults.max_faults:
             return None
         draw = random.Random(f"{faults.seed} {prompt} {self.tries[prompt]}").random()
         shares = {"drop": faults.drop, "cut": faults.cut, "garbage": faults.garbage} | faults.statuses
         for name, share in shares.items():
             draw -= share
             if draw < 0:
-                self.tripped[prompt] += 1
+                self.failures[prompt] += 1
                 return name
         return None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients that hang up are what the tests are about
+        pass  # tests close connections on purpose
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -163,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         with server.change:
             server.in_flight += 1
             stats.peak = max(stats.peak, server.in_flight)
-            stats.asked.append(body | {"at": time.monotonic(), "authorization": self.headers["Authorization"]})
+            stats.requests.append(body | {"at": time.monotonic(), "authorization": self.headers["Authorization"]})
             server.change.notify_all()
             server.change.wait_for(lambda: stats.peak >= faults.hold, timeout=20)
         try:
@@ -171,12 +175,12 @@ class _Handler(BaseHTTPRequestHandler):
             with server.change:
                 fault = self.refusal(body) or server.fault(prompt)
                 if fault:
-                    stats.met[fault] += 1
+                    stats.faults[fault] += 1
             if fault == "hang":
                 self.hang()
         finally:
             with server.change:
-                server.in_flight -= 1  # before the client can know of the reply
+                server.in_flight -= 1  # before the client can receive the reply
         if self.close_connection:
             return
         self.respond(body, prompt, fault)
@@ -239,16 +243,16 @@ class Served:
 
     @property
     def stats(self) -> Stats:
-        """What it saw until now."""
+        """Its statistics so far."""
         with urllib.request.urlopen(self.base_url.removesuffix("/v1") + "/stats") as answer:
             values = json.load(answer)
-        return Stats(**values | {"answered": Counter(values["answered"]), "met": Counter(values["met"])})
+        return Stats(**values | {"answered": Counter(values["answered"]), "faults": Counter(values["faults"])})
 
 
 @contextmanager
 def serve(**faults: Any) -> Iterator[Served]:
-    """A fresh server with these `Faults` in a process of its own, which ends with the block."""
-    asdict(Faults(**faults))  # a misspelt fault fails here
+    """A new server with these `Faults`, in a process that ends with the block."""
+    asdict(Faults(**faults))  # raises for a misspelt fault
     process = subprocess.Popen([sys.executable, __file__, json.dumps(faults)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

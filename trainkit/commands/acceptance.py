@@ -1,58 +1,142 @@
-"""`trainkit features --acceptance`: decodes prompts with a drafter and keeps what each verification said of its proposals."""
+"""`trainkit acceptance`: decodes prompts with a drafter and records which of its proposals the target accepts."""
 
-# B rows  D draft positions  H hidden  C signals  V vocabulary  N records
+# B rows  D draft positions  V vocabulary  N records  W proposals of a position
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trainkit import __version__, bundle
+from trainkit.commands.distill import check_sampling, needed_positions
 from trainkit.data.manifest import weights_digest
-from trainkit.data.sets.acceptance import AcceptanceLayout, Make, Written, drafter_fingerprint, write_acceptance
+from trainkit.data.sets.acceptance import AcceptanceLayout, Record, drafter_fingerprint, write_acceptance
+from trainkit.data.sets.writer import Worker, check_positive, local_device, quiet_libraries
 from trainkit.data.text.chat_template import load_tokenizer
 from trainkit.data.text.prompts import read_prompts
 from trainkit.data.text.sources import content_hash
 from trainkit.errors import UserError
-from trainkit.models.load import covered_positions, read_config
+from trainkit.models.load import read_config
 from trainkit.models.predictor import SIGNALS
 from trainkit.runner.engine import Runner
 from trainkit.runner.round import Trace
-from trainkit.runner.sampling import Sampling, request_keys
+from trainkit.runner.sampling import request_keys
 
-VERIFICATIONS = ("coupled", "residual")
+
+def acceptance(
+    drafter: str,
+    *,
+    target: str,
+    prompts: str,
+    out: str,
+    temperatures: tuple[float, ...] = (0.0, 1.0),
+    verify: Literal["coupled", "residual"] = "coupled",
+    depth: int = 8,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    limit: int | None = None,
+    columns: dict[str, str] | None = None,
+    batch: int = 8,
+    device: str = "cpu",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    target_dtype: Literal["float32", "bfloat16"] = "float32",
+    part_prompts: int = 64,
+) -> str:
+    """Decodes prompts with a drafter and writes, for each verified draft position, what an acceptance predictor is trained on.
+
+    Train the predictor on the set with recipes/predictor.yaml (PredictorModule). After a kill or an interrupt, the same command
+    continues where it stopped. Under torchrun, each process writes its share of the parts on its own device.
+
+    Examples:
+        trainkit acceptance models/draft --target models/target --prompts prompts.jsonl --out data/acceptance
+        trainkit acceptance models/draft --target DIR --prompts FILE --out DIR --temperatures [0,0.7,1] --verify residual
+        torchrun --nproc-per-node 8 -m trainkit.cli acceptance DRAFTER --target DIR --prompts FILE --out DIR --device cuda
+
+    Args:
+        drafter: Bundle of the drafter whose proposals are recorded.
+        target: Hugging Face folder of the target.
+        prompts: File, folder or hub name of rows with prompts: chats (up to their last user turn), `prompt`, `question`,
+            `turns` or `text`.
+        out: Folder of the set; pass it to training as `data.train`.
+        temperatures: Sampling temperatures, all of which are used for each prompt.
+        verify: Verification that the predictor will be used with.
+        depth: Tokens drafted in each round, as a chain; reduced to the drafter's maximum depth.
+        max_new_tokens: Maximum length of a text in tokens.
+        seed: Seed for sampling; with a prompt's index, it determines the prompt's text.
+        limit: Number of prompts to use, from the beginning; all by default.
+        columns: Maps our column names to the file's.
+        batch: Texts decoded at the same time.
+        device: Torch device; under torchrun, `cuda` is each process's own GPU.
+        dtype: Dtype of the stored hidden states; float16 is not offered, because hidden states may exceed its range.
+        target_dtype: Precision of the weights of target and drafter.
+        part_prompts: Prompts in a file, at one temperature: the unit that processes share out, and the work that a kill loses.
+    """
+    # Check every option before the folder is created, since a set is continued only with the options that started it.
+    check_sampling(temperatures)
+    check_positive(depth=depth, max_new_tokens=max_new_tokens, part_prompts=part_prompts)
+    quiet_libraries()
+    worker = Worker.from_environment()
+    read_config(target)  # first, since a missing folder would be taken for a tokenizer's name on the hub
+    # Read the prompts, and load target and drafter.
+    drafter_bundle = bundle.read(drafter)
+    tokens = read_prompts(prompts, load_tokenizer(target), limit, columns)
+    max_len = needed_positions(target, [len(prompt) for prompt in tokens], max_new_tokens)
+    runner = Runner.load(target, drafter, local_device(device), target_dtype, batch, max_len)
+    assert runner.drafter is not None
+    # Write the set.
+    depth = min(depth, runner.drafter.max_depth or depth)
+    settings = {"verify": verify, "depth": depth, "max_new_tokens": max_new_tokens, "seed": seed}
+    provenance = {
+        "target": bundle.fingerprint(target),
+        "weights": weights_digest(target),
+        "precision": target_dtype,
+        "drafter": drafter_fingerprint(drafter_bundle),
+        **settings,
+        "dtype": dtype,
+        "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
+        "versions": {"trainkit": __version__, "torch": torch.__version__},
+    }
+    layout = AcceptanceLayout(len(tokens), tuple(temperatures), part_prompts)
+    stats = write_acceptance(
+        Path(out), layout, recording(runner, tokens, getattr(torch, dtype), **settings), provenance, worker
+    )
+    share = f"{stats.records:,} records, {stats.accepted / stats.records:.3f} of them accepted; " if stats.records else ""
+    return stats.summary(out, layout.parts, "parts", worker, share)
 
 
 class Recorder:
-    """Takes a record for each draft position that a round came to: those accepted, and the one that was not.
+    """Observer of a runner that records every verified draft position: those accepted, and the first that is not.
 
-    The label is whether the target accepted the proposal. Under `coupled`, and at temperature 0, that is settled by the noise
-    that draft and target share, which the signals have seen: a probability averaged over the noise would be the wrong answer.
-    There the proposals that a tree would have hung beside it have labels too, whether they are what the target chose.
-    Under `residual` above temperature 0 the coin is independent of all that the predictor sees, and its probability
-    min(1, p/q) at the drafted token has the same expectation and less variance, so that stands in its place.
+    The label is whether the target accepted the proposal. Under `coupled`, and at temperature 0, this is determined by the
+    noise that draft and target share, which the signals contain; a probability averaged over the noise would be wrong. There,
+    the other proposals, which a tree would have drafted too, also have labels: whether the target chose them. Under `residual`
+    above temperature 0, acceptance is a random draw that is independent of everything the predictor sees. Its probability
+    min(1, p/q) at the drafted token has the same expectation and less variance, so that is the label.
 
     Args:
-        soft: Labels are min(1, p/q).
-        dtype: Of the hidden states.
-        number_of: Prompt numbers by noise keys.
+        soft: Whether labels are min(1, p/q).
+        dtype: Dtype of the hidden states.
+        prompt_of_key: Prompt index by noise keys.
     """
 
-    def __init__(self, soft: bool, dtype: torch.dtype, number_of: Mapping[tuple[int, int], int]) -> None:
-        self.soft, self.dtype, self.number_of = soft, dtype, number_of
-        self._kept: list[dict[str, Tensor]] = []
+    def __init__(self, soft: bool, dtype: torch.dtype, prompt_of_key: Mapping[tuple[int, int], int]) -> None:
+        self.soft, self.dtype, self.prompt_of_key = soft, dtype, prompt_of_key
+        self._rounds: list[dict[str, Tensor]] = []
 
     def __call__(self, trace: Trace) -> None:
-        """Adds the records of a round; a row that is done has none."""
+        """Adds the records of a round; a row that has finished has none."""
         draft, counts_B = trace.draft, trace.verdict.counts_B
         assert trace.draft.shape.is_chain and len(draft.signals) == trace.draft.shape.depth == len(draft.logits)
-        places_D = torch.arange(trace.draft.shape.depth, device=counts_B.device)
-        rows_N, depth_N = (places_D < counts_B[:, None]).nonzero(as_tuple=True)
+        # Find the verified positions.
+        positions_D = torch.arange(trace.draft.shape.depth, device=counts_B.device)
+        rows_N, depth_N = (positions_D < counts_B[:, None]).nonzero(as_tuple=True)
         if not len(rows_N):
             return
+        # Compute their labels.
         q_NV = torch.cat(draft.logits, 1)[rows_N, depth_N].softmax(-1)
         if self.soft:
             token_N1 = draft.tokens_BN[rows_N, depth_N + 1][:, None]
@@ -60,147 +144,64 @@ class Recorder:
             label_NW = (p_N1 / q_N1).clamp(max=1.0)
         else:
             chosen_N1 = trace.verdict.emitted_BP[rows_N, depth_N][:, None]
-            label_NW = (torch.cat([said.tokens_BFW for said in draft.signals], 1)[rows_N, depth_N] == chosen_N1).float()
-        numbers_B = [self.number_of.get((first, second), -1) for first, second in trace.keys_B2.tolist()]
-        found = {
-            "hidden": torch.cat([said.hidden_BFD for said in draft.signals], 1)[rows_N, depth_N].to(self.dtype),
-            "signals": torch.cat([said.signals_BFWC for said in draft.signals], 1)[
-                rows_N, depth_N, : label_NW.shape[1]
-            ].float(),
+            proposed_NW = torch.cat([step.tokens_BFW for step in draft.signals], 1)[rows_N, depth_N]
+            label_NW = (proposed_NW == chosen_N1).float()
+        # Take what the predictor reads.
+        prompt_B = [self.prompt_of_key.get((first, second), -1) for first, second in trace.keys_B2.tolist()]
+        signals_NWC = torch.cat([step.signals_BFWC for step in draft.signals], 1)[rows_N, depth_N, : label_NW.shape[1]]
+        records = {
+            "hidden": torch.cat([step.hidden_BFD for step in draft.signals], 1)[rows_N, depth_N].to(self.dtype),
+            "signals": signals_NWC.float(),
             "depth": depth_N.short(),
             "label": label_NW,
             "max_q": q_NV.amax(-1),
-            "prompt": torch.tensor(numbers_B, dtype=torch.int32, device=rows_N.device)[rows_N],
+            "prompt": torch.tensor(prompt_B, dtype=torch.int32, device=rows_N.device)[rows_N],
         }
-        self._kept.append({name: value.cpu() for name, value in found.items()})
+        self._rounds.append({name: value.cpu() for name, value in records.items()})
 
     def take(self) -> dict[str, Tensor]:
-        """The records so far, by prompt, of each in the order they came; begins again.
+        """Removes and returns the records so far, sorted by prompt and then by time.
 
         Raises:
-            UserError: a state that is not finite.
+            UserError: a value is not finite.
         """
-        kept, self._kept = self._kept, []
-        if not kept:
+        rounds, self._rounds = self._rounds, []
+        if not rounds:
             shapes = {"hidden": ((0, 0), self.dtype), "signals": ((0, 1, SIGNALS), torch.float32), "depth": ((0,), torch.int16)}
             shapes |= {"label": ((0, 1), torch.float32), "max_q": ((0,), torch.float32), "prompt": ((0,), torch.int32)}
             return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-        together = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
-        assert int(together["prompt"].min()) >= 0
-        if not all(bool(together[name].isfinite().all()) for name in ("hidden", "signals", "label")):
-            raise UserError("--acceptance: the drafter or the target gives NaN or infinity; a predictor cannot learn from that")
-        order_N = together["prompt"].argsort(stable=True)
-        return {name: value[order_N] for name, value in together.items()}
+        records = {name: torch.cat([one[name] for one in rounds]) for name in rounds[0]}
+        assert int(records["prompt"].min()) >= 0
+        if not all(bool(records[name].isfinite().all()) for name in ("hidden", "signals", "label")):
+            raise UserError("acceptance: hidden states or logits of drafter or target are NaN or infinite; use other weights")
+        order_N = records["prompt"].argsort(stable=True)
+        return {name: value[order_N] for name, value in records.items()}
 
 
-def records_of(
-    runner: Runner,
-    prompts: Sequence[Sequence[int]],
-    *,
-    depth: int,
-    verify: str,
-    max_new_tokens: int,
-    seed: int,
-    dtype: torch.dtype,
-) -> Make:
-    """What `write_acceptance` gets records from: chains of `depth`, the draws of a prompt fixed by its number and `seed`."""
+def recording(runner: Runner, prompts: Sequence[Sequence[int]], dtype: torch.dtype, **settings: Any) -> Record:
+    """A function for `write_acceptance` that decodes prompts and records the draft positions.
 
-    def make(numbers: Sequence[int], temperature: float, told: Callable[[int], None]) -> dict[str, Tensor]:
-        number_of = {request_keys(seed, number, 0): number for number in numbers}
-        assert len(number_of) == len(numbers)
-        recorder = Recorder(verify == "residual" and temperature > 0, dtype, number_of)
+    Args:
+        runner: Runner with a drafter.
+        prompts: Token ids of each prompt.
+        dtype: Dtype of the hidden states.
+        **settings: `verify`, `depth`, `max_new_tokens` and `seed` of `Runner.generate_each`. The random draws of a prompt
+            depend only on its index and `seed`.
+    """
+
+    def record(numbers: Sequence[int], temperature: float, on_text: Callable[[int], None]) -> dict[str, Tensor]:
+        prompt_of_key = {request_keys(settings["seed"], number, 0): number for number in numbers}
+        assert len(prompt_of_key) == len(numbers)
+        recorder = Recorder(settings["verify"] == "residual" and temperature > 0, dtype, prompt_of_key)
         # sorted, so that rows decoded side by side have prompts of similar length
         order = sorted(numbers, key=lambda number: -len(prompts[number]))
         before, runner.observe = runner.observe, recorder
         try:
             texts, draws = [prompts[number] for number in order], [(number, 0) for number in order]
-            for _, output in runner.generate_each(
-                texts, draws, temperature=temperature, depth=depth, verify=verify, max_new_tokens=max_new_tokens, seed=seed
-            ):
-                told(len(output.tokens))
+            for _, output in runner.generate_each(texts, draws, temperature=temperature, **settings):
+                on_text(len(output.tokens))
         finally:
             runner.observe = before
         return recorder.take()
 
-    return make
-
-
-def write_set(
-    *,
-    target: str,
-    drafter: str,
-    prompts: str,
-    out: str,
-    temperatures: Sequence[float],
-    verify: str,
-    depth: int,
-    max_new_tokens: int,
-    part_prompts: int,
-    dtype: str,
-    target_dtype: str,
-    seed: int,
-    limit: int | None,
-    columns: dict[str, str] | None,
-    batch: int,
-    device: str,
-    rank: int,
-    world_size: int,
-) -> str:
-    """Makes an acceptance set and says what was done; arguments as in `trainkit.commands.features.features`.
-
-    Raises:
-        UserError: arguments out of range, a drafter that is no bundle or was made for another target, or prompts that do not
-            fit.
-    """
-    _check(temperatures, verify, {"depth": depth, "max_new_tokens": max_new_tokens, "part_prompts": part_prompts}, dtype)
-    read_config(target)  # a missing folder would be looked for on the hub, as a tokenizer's name
-    made = bundle.read(drafter)
-    tokens = read_prompts(prompts, load_tokenizer(target), limit, columns)
-    longest, covered = max(map(len, tokens)), covered_positions(target)
-    if longest >= covered:
-        raise UserError(f"--data: a prompt has {longest} tokens, the target covers {covered}; shorten it or take it out")
-    runner = Runner.load(target, drafter, device, target_dtype, batch, min(longest + max_new_tokens, covered))
-    assert runner.drafter is not None
-    depth = min(depth, runner.drafter.max_depth or depth)
-    settings = {"verify": verify, "depth": depth, "max_new_tokens": max_new_tokens, "seed": seed}
-    provenance = {
-        "target": bundle.fingerprint(target),
-        "weights": weights_digest(target),
-        "precision": target_dtype,
-        "drafter": drafter_fingerprint(made),
-        **settings,
-        "dtype": dtype,
-        "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
-        "versions": {"trainkit": __version__, "torch": torch.__version__},
-    }
-    layout = AcceptanceLayout(len(tokens), tuple(temperatures), part_prompts)
-    make = records_of(runner, tokens, **settings, dtype=getattr(torch, dtype))
-    written = write_acceptance(Path(out), layout, make, provenance, rank=rank, world_size=world_size, progress=rank == 0)
-    return _summary(out, layout, written, rank, world_size)
-
-
-def _check(temperatures: Sequence[float], verify: str, counts: Mapping[str, int], dtype: str) -> None:
-    """Before the folder is begun, since a set is gone on with only under the settings it was begun with."""
-    if not temperatures:
-        raise UserError("--temperatures: give at least one, such as [0,1]")
-    for temperature in temperatures:
-        Sampling(temperature)
-    if len(set(temperatures)) < len(temperatures):
-        raise UserError(f"--temperatures: {list(temperatures)} names one twice")
-    if verify not in VERIFICATIONS:
-        raise UserError(f"--verify {verify}: a predictor is trained for {' or '.join(VERIFICATIONS)}")
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"--{name}: {value} must be at least 1")
-    if dtype == "float16":
-        raise UserError("--dtype float16: states may exceed it; give bfloat16 or float32 with --acceptance")
-
-
-def _summary(out: str, layout: AcceptanceLayout, written: Written, rank: int, world_size: int) -> str:
-    speed = written.tokens / written.seconds if written.seconds else 0.0
-    share = f", {written.accepted / written.records:.3f} of them accepted" if written.records else ""
-    whose = f" (process {rank} of {world_size})" if world_size > 1 else ""
-    return (
-        f"{out}: {written.parts:,} of {layout.parts:,} parts made{whose}, {written.found:,} were there; {written.records:,} "
-        f"records{share}; {written.tokens:,} tokens in {written.seconds:.0f} s, {speed:,.0f} tokens/s"
-    )
+    return record

@@ -1,19 +1,18 @@
-"""`trainkit distill`: what the target itself answers to prompts, as a set that drafts and heads are trained on."""
+"""`trainkit distill`: a training set of text that the target itself generates from prompts, for training drafters."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainkit import __version__, bundle
-from trainkit.data.answer import Answer
 from trainkit.data.manifest import weights_digest
-from trainkit.data.sets.distilled import Answerer, Item, Layout, Made, write_set
+from trainkit.data.sets.distilled import Complete, DistilledLayout, PlannedRow, write_distilled
+from trainkit.data.sets.writer import Worker, check_positive, local_device, quiet_libraries
 from trainkit.data.text.chat_template import load_tokenizer, vocabulary_hash
-from trainkit.data.text.prompts import Asked, read_asked
+from trainkit.data.text.prompts import Completion, Prompt, read_prompt_rows
 from trainkit.data.text.sources import content_hash
 from trainkit.errors import UserError
 from trainkit.models.load import covered_positions, read_config
@@ -44,10 +43,11 @@ def distill(
     concurrency: int = 32,
     part_rows: int = 1024,
 ) -> str:
-    """Answers every prompt at every temperature and writes the set: token ids with their loss mask, and readable chats.
+    """Generates a completion for every prompt at every temperature, and writes token ids with a loss mask, and readable chats.
 
-    Killed or interrupted, the same command goes on where it stopped: no row is lost or made twice. Started under torchrun, each
-    process makes its share of the parts on its own device. A drafter makes it faster and changes nothing.
+    After a kill or an interrupt, the same command continues where it stopped; no row is lost or generated twice. Under
+    torchrun, each process generates its share of the parts on its own device. A drafter makes generation faster and does not
+    change the text.
 
     Examples:
         trainkit distill --target models/target --prompts prompts.jsonl --out data/distilled --temperatures [0,0.7]
@@ -55,42 +55,52 @@ def distill(
         trainkit distill --target DIR --prompts FILE --out DIR --base-url http://localhost:8000/v1 --concurrency 128
 
     Args:
-        target: Hugging Face folder of the target; with --base-url only its tokenizer and config are read.
-        prompts: Rows to answer: chats up to their last user turn, `prompt`, `question`, `turns` or `text`.
-        out: Folder of the set; `data.train` takes it as it is.
-        temperatures: Every prompt is answered at each; 0 takes the likeliest tokens.
-        n: Answers to a prompt at each temperature.
-        max_new_tokens: Most tokens in an answer.
-        top_p: Nucleus mass.
-        top_k: Likeliest tokens kept; 0 keeps all.
-        seed: With a row's place in the set it fixes its draws.
-        limit: First prompts to take.
-        columns: Our column names -> the file's.
-        drafter: Drafter bundle to decode with.
-        depth: Tokens drafted a round.
-        batch: Answers decoded together.
-        device: Torch device; `cuda` is each process's own under torchrun.
-        dtype: float32, bfloat16 or float16.
-        base_url: An OpenAI-compatible server to ask instead, its URL up to /v1; its key comes from OPENAI_API_KEY. Start vLLM
-            with `--generation-config vllm`, or it applies the model's own top-k and top-p where these flags are at rest.
-        model: The server's name for the model; the first it offers by default.
-        concurrency: Requests that the server works on at once.
-        part_rows: Rows in a file of the set, the unit that processes share out.
+        target: Hugging Face folder of the target; with --base-url, only its tokenizer and config are read.
+        prompts: File, folder or hub name of rows with prompts: chats (up to their last user turn), `prompt`, `question`,
+            `turns` or `text`.
+        out: Folder of the set; pass it to training as `data.train`.
+        temperatures: Sampling temperatures, all of which are used for each prompt; 0 takes the most probable tokens.
+        n: Completions for each prompt and temperature.
+        max_new_tokens: Maximum length of a completion in tokens.
+        top_p: Nucleus sampling: probability mass to sample from.
+        top_k: Number of most probable tokens to sample from; 0 uses all.
+        seed: Seed for sampling; with a row's number in the set, it determines the row's text.
+        limit: Number of prompts to use, from the beginning; all by default.
+        columns: Maps our column names to the file's.
+        drafter: Drafter bundle for speculative decoding.
+        depth: Tokens drafted in each round.
+        batch: Completions generated at the same time.
+        device: Torch device; under torchrun, `cuda` is each process's own GPU.
+        dtype: Precision: float32, bfloat16 or float16.
+        base_url: URL, up to /v1, of an OpenAI-compatible server that generates the text; the API key is read from
+            OPENAI_API_KEY. Start vLLM with `--generation-config vllm`; otherwise it applies the model's own top-k and top-p
+            where these flags have their defaults.
+        model: Name of the model on the server; by default the first that it lists.
+        concurrency: Number of requests that the server works on at the same time.
+        part_rows: Rows in a file of the set, which is the unit that processes share out.
     """
-    _check(temperatures, {"n": n, "part_rows": part_rows, "max_new_tokens": max_new_tokens}, top_k, top_p)
+    # Check every option before the folder is created, since a set is continued only with the options that started it.
+    check_sampling(temperatures, top_k, top_p)
+    check_positive(n=n, part_rows=part_rows, max_new_tokens=max_new_tokens)
     if base_url is not None and (drafter is not None or depth is not None):
-        raise UserError("--drafter and --depth are for decoding here; a server has its own, so leave them out with --base-url")
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    read_config(target)  # a missing folder would be looked for on the hub, as a tokenizer's name
+        raise UserError("--drafter and --depth: only for decoding on this machine; leave them out with --base-url")
+    quiet_libraries()
+    worker = Worker.from_environment()
+    read_config(target)  # first, since a missing folder would be taken for a tokenizer's name on the hub
+    # Read the prompts.
     tokenizer = load_tokenizer(target)
-    asked = read_asked(prompts, tokenizer, limit, columns)
-    layout = Layout(len(asked), tuple(temperatures), n, part_rows)
+    rows = read_prompt_rows(prompts, tokenizer, limit, columns)
+    layout = DistilledLayout(len(rows), tuple(temperatures), n, part_rows)
     sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k, "seed": seed}
+    # Load the target, or connect to the server.
     if base_url is None:
-        answer = _local(target, drafter, asked, sampling, depth, batch, device, dtype)
+        max_len = needed_positions(target, [len(row.tokens) for row in rows], max_new_tokens)
+        runner = Runner.load(target, drafter, local_device(device), dtype, batch, max_len)
+        complete = _local(runner, rows, sampling, depth)
         source: dict[str, Any] = {"dtype": dtype, "weights": weights_digest(target)}
     else:
-        answer, source = _remote(base_url, model, tokenizer, asked, sampling, concurrency)
+        complete, source = _remote(base_url, model, tokenizer, rows, sampling, concurrency)
+    # Write the set.
     provenance = {
         "target": bundle.fingerprint(target),
         "vocabulary": vocabulary_hash(tokenizer),
@@ -99,89 +109,63 @@ def distill(
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
         "versions": {"trainkit": __version__},
     }
-    folder = Path(out)
-    made = write_set(folder, layout, asked, answer, provenance, rank=rank, world_size=world_size, progress=rank == 0)
-    return _summary(folder, layout, made, rank, world_size)
+    stats = write_distilled(Path(out), layout, rows, complete, provenance, worker)
+    ended = f"{stats.ended / stats.written:.0%} ended with an end token; " if stats.written else ""
+    return stats.summary(out, layout.rows, "rows", worker, ended)
 
 
-def _check(temperatures: Sequence[float], counts: Mapping[str, int], top_k: int, top_p: float) -> None:
-    """Before the folder is begun, since a set is gone on with only under the settings it was begun with."""
+def check_sampling(temperatures: Sequence[float], top_k: int = 0, top_p: float = 1.0) -> None:
+    """Raises UserError for temperatures that are missing, repeated or out of range, and for top-k or top-p out of range."""
     if not temperatures:
         raise UserError("--temperatures: give at least one, such as [0,0.7]")
     for temperature in temperatures:
         Sampling(temperature, top_k, top_p)
     if len(set(temperatures)) < len(temperatures):
-        raise UserError(f"--temperatures: {list(temperatures)} names one twice; --n gives several answers at each")
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"--{name}: {value} must be at least 1")
+        raise UserError(f"--temperatures: {list(temperatures)} has a value twice; for several completions at each, use --n")
 
 
-def _local(
-    target: str,
-    drafter: str | None,
-    asked: Sequence[Asked],
-    sampling: dict[str, Any],
-    depth: int | None,
-    batch: int,
-    device: str,
-    dtype: str,
-) -> Answerer:
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    longest = max(range(len(asked)), key=lambda place: len(asked[place].tokens))
-    covered = covered_positions(target)
-    if len(asked[longest].tokens) >= covered:
+def needed_positions(target: str, lengths: Sequence[int], max_new_tokens: int) -> int:
+    """Positions needed for the longest of the prompts and its completion, at most as many as the target covers.
+
+    Raises:
+        UserError: a prompt is longer than the target covers.
+    """
+    longest, covered = max(range(len(lengths)), key=lengths.__getitem__), covered_positions(target)
+    if lengths[longest] >= covered:
         raise UserError(
-            f"--prompts: prompt {longest} has {len(asked[longest].tokens)} tokens, the target covers {covered}; shorten it"
+            f"--prompts: prompt {longest} has {lengths[longest]} tokens, but the target covers {covered}; shorten or remove it"
         )
-    max_len = min(len(asked[longest].tokens) + sampling["max_new_tokens"], covered)
-    runner = Runner.load(target, drafter, device, dtype, batch, max_len)
+    return min(lengths[longest] + max_new_tokens, covered)
 
-    def answer(items: Sequence[Item], temperature: float) -> Iterator[Answer]:
-        # long answers begin early when prompts are long; sorted, the batch's rows have prompts of similar length
-        items = sorted(items, key=lambda item: -len(asked[item[1]].tokens))
-        draws = [(prompt, which) for _, prompt, which in items]
-        texts = [asked[prompt].tokens for _, prompt, _ in items]
-        for place, output in runner.generate_each(texts, draws, temperature=temperature, depth=depth, **sampling):
-            yield Answer(items[place][0], output.tokens, output.text, output.finish)
 
-    return answer
+def _local(runner: Runner, prompts: Sequence[Prompt], sampling: dict[str, Any], depth: int | None) -> Complete:
+    def complete(rows: Sequence[PlannedRow], temperature: float) -> Iterator[Completion]:
+        # sorted by length, so that the rows of a batch have prompts of similar length
+        rows = sorted(rows, key=lambda row: -len(prompts[row.prompt].tokens))
+        draws = [(row.prompt, row.sample) for row in rows]
+        texts = [prompts[row.prompt].tokens for row in rows]
+        for index, output in runner.generate_each(texts, draws, temperature=temperature, depth=depth, **sampling):
+            yield Completion(rows[index].id, output.tokens, output.text, output.finish)
+
+    return complete
 
 
 def _remote(
-    base_url: str, model: str | None, tokenizer: Any, asked: Sequence[Asked], sampling: dict[str, Any], concurrency: int
-) -> tuple[Answerer, dict[str, Any]]:
-    from trainkit.data.openai_client import Server
+    base_url: str, model: str | None, tokenizer: Any, prompts: Sequence[Prompt], sampling: dict[str, Any], concurrency: int
+) -> tuple[Complete, dict[str, Any]]:
+    from trainkit.data.openai_client import CompletionClient
 
-    server = Server(
-        base_url,
-        model,
-        tokenizer=tokenizer,
-        end_id=tokenizer.eos_token_id,
-        concurrency=concurrency,
-        api_key=os.environ.get("OPENAI_API_KEY"),
-    )
+    client = CompletionClient(base_url, model, tokenizer=tokenizer, end_id=tokenizer.eos_token_id, concurrency=concurrency)
 
-    def answer(items: Sequence[Item], temperature: float) -> Iterator[Answer]:
-        numbered = ((number, asked[prompt].tokens) for number, prompt, _ in items)
-        before = server.encoded
-        yield from server.complete(numbered, temperature=temperature, **sampling)
-        if server.encoded > before:
+    def complete(rows: Sequence[PlannedRow], temperature: float) -> Iterator[Completion]:
+        before = client.encoded
+        requests = ((row.id, prompts[row.prompt].tokens) for row in rows)
+        yield from client.complete(requests, temperature=temperature, **sampling)
+        if encoded := client.encoded - before:
             print(
-                f"{server.encoded - before:,} answers came without token ids and were encoded from their text, which need not "
-                "give the tokens that the model drew",
+                f"{encoded:,} completions came without token ids; their text was encoded, which may give other tokens than the "
+                "model sampled",
                 file=sys.stderr,
             )
 
-    return answer, {"server": server.describe()}
-
-
-def _summary(folder: Path, layout: Layout, made: Made, rank: int, world_size: int) -> str:
-    speed = made.tokens / made.seconds if made.seconds else 0.0
-    ended = f", {made.ended / made.rows:.0%} ended by themselves" if made.rows else ""
-    whose = f" (process {rank} of {world_size})" if world_size > 1 else ""
-    return (
-        f"{folder}: {made.rows:,} of {layout.rows:,} rows made{whose}, {made.found:,} were there; {made.tokens:,} tokens in "
-        f"{made.seconds:.0f} s, {speed:,.0f} tokens/s{ended}"
-    )
+    return complete, {"server": client.describe()}

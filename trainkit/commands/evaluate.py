@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainkit.data.teacher.live import TargetReader
+from trainkit.data.teacher.live import LiveTeacher
 from trainkit.data.text.chat_template import load_tokenizer
 from trainkit.data.text.prepare import prepare
 from trainkit.data.text.prompts import read_prompts
@@ -88,7 +88,7 @@ def evaluate(
     teacher = FrozenTarget(target).to(where)
     if length > (covered := teacher.shape().decoder.max_positions):
         raise UserError(f"--length: {length}, but the target covers {covered} positions")
-    reader = TargetReader(teacher, teacher_cache)
+    reader = LiveTeacher(teacher, teacher_cache)
     networks = [load_drafter(Path(folder), Path(target), teacher.shape()).to(device).eval() for folder in drafter]
     found = measure(reader, networks, made.train, temperatures, batch, made.fingerprint)
     if prompts is not None:

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from trainkit.data.text.chat_template import Encoder
-from trainkit.data.text.sources import BadRow
+from trainkit.data.text.sources import RowError
 from trainkit.errors import UserError
 from trainkit.runner.engine import Runner
 from trainkit.runner.options import GenerateOptions
@@ -56,8 +56,8 @@ def generate(
     text = _read_prompt(prompt)
     if not raw and runner.tokenizer.chat_template:
         try:
-            tokens = Encoder(runner.tokenizer).prompt([{"role": "user", "content": text}])
-        except BadRow as reason:
+            tokens = Encoder(runner.tokenizer).prompt_ids([{"role": "user", "content": text}])
+        except RowError as reason:
             raise UserError(f"{target}: {reason}; fix its chat template, or give --raw true") from None
     else:
         tokens = runner.tokenizer.encode(text, add_special_tokens=False)

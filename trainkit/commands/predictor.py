@@ -24,7 +24,7 @@ def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | 
 
     Args:
         bundle: Drafter bundle with a predictor, from `trainkit export`.
-        data: Folder that `trainkit features --acceptance` wrote with this drafter.
+        data: Folder that `trainkit acceptance` wrote with this drafter.
         json: File for the figures, reliability included.
         plot: PNG of the reliability.
 
@@ -37,22 +37,22 @@ def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | 
     found, records = bundles.read(bundle), AcceptanceSet.read(data)
     if "predictor" not in found.runner:
         raise UserError(f"{bundle}: has no acceptance predictor; train one and `trainkit export CHECKPOINT {bundle}`")
-    if records.about["drafter"]["files"] != drafter_fingerprint(found)["files"]:
-        raise UserError(f"{data}: made with another drafter, {records.about['drafter']['name']}; make one with {bundle}")
+    if records.manifest["drafter"]["files"] != drafter_fingerprint(found)["files"]:
+        raise UserError(f"{data}: made with another drafter, {records.manifest['drafter']['name']}; make one with {bundle}")
     network = load_predictor(Path(bundle), found.runner["predictor"])
     if network.hidden_size != records.hidden_size:
         raise UserError(f"{data}: states of {records.hidden_size}, the predictor reads {network.hidden_size}; train it again")
     whole = records.prompts
     if "baselines" not in network.seen:
         raise UserError(f"{bundle}: its predictor says not what it was trained on; train and export it again")
-    if network.seen.get("set") == records.about["id"]:
+    if network.seen.get("set") == records.manifest["id"]:
         records = records.split(network.seen["validation_share"], network.seen["split_seed"])[1]
     tables = measure(network, records)
     values = {
         "bundle": found.path.resolve().name,
         "kind": found.kind,
-        "set": records.about["id"],
-        "verify": records.about["verify"],
+        "set": records.manifest["id"],
+        "verify": records.manifest["verify"],
         "prompts": records.prompts,
         "held_out": records.prompts < whole,
         "trained_for": network.config()["seen"],

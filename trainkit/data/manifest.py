@@ -1,58 +1,104 @@
-"""What a made set says of itself in a JSON beside its files, how it and its parts are written, and whose weights made it."""
+"""Manifests of generated data sets (the JSON file beside a set's parts), and digests of the weights that made a set."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from trainkit.errors import UserError
 
-PROVENANCE = "distill.json"
-FORMAT = 1
+
+@dataclass(frozen=True)
+class SetKind:
+    """One kind of generated data set: how its folder is recognised, and the command that writes it.
+
+    Attributes:
+        title: Name of the kind, with its article.
+        manifest: File name of the manifest; its stem is also the metadata key under which a safetensors part has the set's id.
+        command: Command that writes such sets.
+        format: Version of the file format.
+        required: A key that the manifest must have, and the type of its value.
+    """
+
+    title: str
+    manifest: str
+    command: str
+    format: int
+    required: tuple[str, type]
+
+    def read(self, folder: Path) -> dict[str, Any] | None:
+        """The manifest in a folder, or None if there is none.
+
+        Raises:
+            UserError: the manifest is not readable, or has another format.
+        """
+        path, (key, kind) = folder / self.manifest, self.required
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not JSON ({error}); remove the folder and run {self.command} again") from None
+        if not isinstance(values, dict) or values.get("format") != self.format or not isinstance(values.get(key), kind):
+            raise UserError(f"{path}: not {self.title} of format {self.format}; use the trainkit version that wrote it")
+        return values
+
+    def part_files(self, folder: Path, names: Iterable[str]) -> list[Path]:
+        """Paths of the parts, all of which exist.
+
+        Raises:
+            UserError: parts are missing.
+        """
+        files = [folder / name for name in names]
+        if missing := sum(not file.is_file() for file in files):
+            raise UserError(f"{folder}: {missing} of {len(files)} parts are missing; run the same {self.command} again")
+        return files
+
+    def open_part(self, path: Path, set_id: str) -> Any:
+        """A safetensors part, opened for reading (`safe_open`).
+
+        Raises:
+            UserError: the file is damaged, or belongs to another set.
+        """
+        try:
+            opened = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            reason = f"not a complete safetensors file ({error})"
+        else:
+            if (opened.metadata() or {}).get(Path(self.manifest).stem) == set_id:
+                return opened
+            reason = f"belongs to another set than {self.manifest} beside it"
+        raise UserError(f"{path}: {reason}; remove the file and run the same {self.command} again")
 
 
-def part_name(part: int) -> str:
-    """The file name of a whole part."""
-    return f"part-{part:05d}.jsonl"
+DISTILLED = SetKind("a distillation set", "distill.json", "trainkit distill", 1, ("parts", int))
+FEATURES = SetKind("a feature set", "features.json", "trainkit features", 1, ("sets", dict))
+ACCEPTANCE = SetKind("an acceptance set", "acceptance.json", "trainkit acceptance", 2, ("parts", int))
 
 
-def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """What `distill.json` says, or None where there is none.
+def distilled_part(number: int) -> str:
+    """File name of a complete part of a distillation set."""
+    return f"part-{number:05d}.jsonl"
+
+
+def distilled_files(folder: Path) -> list[Path]:
+    """The parts of a complete distillation set, in order; empty for a folder that is not a distillation set.
 
     Raises:
-        UserError: it is not readable.
+        UserError: parts are missing.
     """
-    return read_manifest(folder / PROVENANCE, FORMAT, "parts", int, "a distillation set")
-
-
-def read_manifest(path: Path, format: int, key: str, kind: type, what: str) -> dict[str, Any] | None:
-    """What the JSON beside a made set's files says, or None where there is none.
-
-    Args:
-        path: The JSON.
-        format: The one known here.
-        key: Something that it must say,
-        kind: and of which type.
-        what: The set, with its article, for the message.
-
-    Raises:
-        UserError: it is not readable, or of another format.
-    """
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error}); it cannot be told from another set, make it again") from None
-    if not isinstance(values, dict) or values.get("format") != format or not isinstance(values.get(key), kind):
-        raise UserError(f"{path}: not {what} of format {format}; use the trainkit that made it")
-    return values
+    values = DISTILLED.read(folder)
+    return [] if values is None else DISTILLED.part_files(folder, map(distilled_part, range(values["parts"])))
 
 
 def weights_digest(folder: str | Path) -> str:
-    """Digest that tells a model's weights from another's: of each weight file its name, size and 16 blocks spread over it."""
+    """SHA-256 that distinguishes a model's weights: of each weight file, its name, size and 16 blocks spread over the file."""
     digest = hashlib.sha256()
     for file in sorted(path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".bin")):
         size = file.stat().st_size
@@ -62,19 +108,3 @@ def weights_digest(folder: str | Path) -> str:
                 stream.seek(block * max(0, size - 65536) // 15)
                 digest.update(stream.read(65536))
     return digest.hexdigest()
-
-
-def set_files(folder: Path) -> list[Path]:
-    """The parts of a complete set, in order; of a folder without `distill.json`, nothing.
-
-    Raises:
-        UserError: parts are missing.
-    """
-    values = read_provenance(folder)
-    if values is None:
-        return []
-    files = [folder / part_name(part) for part in range(values["parts"])]
-    missing = sum(not file.is_file() for file in files)
-    if missing:
-        raise UserError(f"{folder}: {missing} of {len(files)} parts are not done; run the same trainkit distill again")
-    return files

@@ -1,9 +1,9 @@
-"""Responses from any server that speaks the OpenAI completions API (vLLM, SGLang, llama.cpp, ...) to prompts as token ids.
+"""Completions from any server with the OpenAI completions API (vLLM, SGLang, llama.cpp, ...), for prompts as token ids.
 
-The requests run in an event loop of their own thread, so that stopping cancels what is in flight and the server sees us hang
-up; prompts are drawn and texts encoded in the caller's thread, since a tokenizer need not bear two. What a request does not
-say the server fills in from defaults of its own: vLLM's are those of the model's generation_config.json, unless it was
-started with `--generation-config vllm`.
+The requests run in an event loop in a thread of its own, so that stopping cancels the requests in flight and the server sees
+closed connections. Prompts are read and texts are encoded in the caller's thread, because a tokenizer need not be thread-safe.
+The server fills in what a request leaves out: vLLM uses the model's generation_config.json for that, unless it was started with
+`--generation-config vllm`.
 """
 
 from __future__ import annotations
@@ -21,47 +21,50 @@ from hashlib import sha256
 from itertools import islice
 from math import isfinite
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import httpx
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type, wait_exponential
 
-from trainkit.data.answer import Answer
+from trainkit.data.text.prompts import Completion
 from trainkit.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-Slots = asyncio.LifoQueue[httpx.AsyncClient]
-"""A client for each request that may be in flight; each keeps one connection."""
+_Choice = dict[str, Any]
+"""Checked `choices[0]` of a reply: `text`, `finish_reason` (stop or length), and perhaps `token_ids` and `stop_reason`."""
+ClientPool = asyncio.LifoQueue[httpx.AsyncClient]
+"""One client, which keeps one connection, for each request that may be in flight."""
 
-LONGEST_PAUSE = 60.0  # seconds, where the server does not say how long
+MAX_PAUSE = 60.0  # seconds between attempts, unless the server asks for more
 CONNECT_SECONDS = 10.0
-FIRST_ATTEMPTS = 3  # where no connection comes about and the server has never answered
-TRANSIENT = {408, 409, 425, 429}  # and every 5xx
+CONNECT_ATTEMPTS = 3  # while connections are refused and the server has never replied
+TRANSIENT_STATUSES = {408, 409, 425, 429}  # and every 5xx
 
 
-class Server:
-    """One server and how to ask it.
+class CompletionClient:
+    """A client of one server.
 
     Args:
-        base_url: Address that ends in /v1, as `http://localhost:8000/v1`; a slash behind it changes nothing.
-        model: Name to ask for; None takes the first that the server lists.
-        tokenizer: Encodes the text where the server does not give token ids.
-        end_id: Token that ends a text; None adds none.
-        concurrency: Most requests in flight.
-        api_key: Bearer token; None reads OPENAI_API_KEY. It appears in no message and no description.
-        attempts: Times that a request is sent before the run ends.
-        timeout: Seconds without a byte before a request counts as lost.
-        backoff: Seconds before the second attempt; every further one waits up to twice as long, with jitter.
+        base_url: URL that ends in /v1, such as `http://localhost:8000/v1`; a trailing slash is allowed.
+        model: Name of the model to request; None uses the first model that the server lists.
+        tokenizer: Tokenizer that encodes the text if the server returns no token ids.
+        end_id: Token that ends a text; None appends none.
+        concurrency: Maximum number of requests in flight.
+        api_key: Bearer token; None reads OPENAI_API_KEY. It appears in no message and in no provenance.
+        attempts: How often a request is sent before the run stops.
+        timeout: Seconds without a byte after which a request counts as lost.
+        backoff: Seconds before the second attempt, doubled for each further attempt; half of each pause is random jitter.
 
     Attributes:
-        encoded: Answers whose tokens were encoded from the text, which need not be the tokens that the model drew.
+        encoded: Completions whose tokens were encoded from the text, which need not be the tokens that the model sampled.
 
     Raises:
-        UserError: an argument is out of range or no address.
+        UserError: an argument is out of range, or the URL is invalid.
     """
 
     def __init__(
@@ -77,33 +80,34 @@ class Server:
         timeout: float = 600.0,
         backoff: float = 0.5,
     ) -> None:
-        for name, value, least in (("concurrency", concurrency, 1), ("attempts", attempts, 1), ("backoff", backoff, 0)):
-            if value < least:
-                raise UserError(f"{name} {value}: give at least {least}")
+        for name, value, minimum in (("concurrency", concurrency, 1), ("attempts", attempts, 1), ("backoff", backoff, 0)):
+            if value < minimum:
+                raise UserError(f"{name} {value}: must be at least {minimum}")
         if not timeout > 0:
-            raise UserError(f"timeout {timeout}: give more than 0 seconds")
+            raise UserError(f"timeout {timeout}: must be more than 0 seconds")
         key = (api_key if api_key is not None else os.environ.get("OPENAI_API_KEY", "")).strip()
         if not (key.isascii() and key.isprintable()):
-            raise UserError("the API key (OPENAI_API_KEY) has characters that no key has: set it again")
-        self._url = _address(base_url)
-        self.base_url = str(httpx.URL(self._url).copy_with(userinfo=b""))  # what is recorded holds no password
+            raise UserError("the API key (OPENAI_API_KEY) has characters that are not allowed in a key; set it again")
+        self._url = _check_url(base_url)
+        self.base_url = str(httpx.URL(self._url).copy_with(userinfo=b""))  # messages and provenance show no password
         self.tokenizer, self.end_id = tokenizer, end_id
         self.attempts, self.backoff, self.concurrency = attempts, backoff, concurrency
         self.encoded = 0
-        self._model, self._key, self._seconds = model, key, timeout
-        self._asks_ids = True
-        self._answered = False
-        self._random = random.Random()  # jitter must not move the caller's generator
+        self._model, self._key, self._timeout = model, key, timeout
+        self._request_ids = True  # whether to request token ids
+        self._has_replied = False
+        self._random = random.Random()  # jitter must not change the caller's random state
+        self._exponential = wait_exponential(multiplier=backoff, max=MAX_PAUSE)
 
     def describe(self) -> dict[str, str]:
-        """Model and address, for provenance; asks the server for its model where none was named.
+        """Model and URL, for provenance; asks the server for its model if none was named.
 
         Raises:
-            UserError: as `complete`.
+            UserError: as in `complete`.
         """
         if self._model is None:
-            with self._open() as (portal, slots):
-                portal.call(self._find_model, slots)
+            with self._open() as (portal, pool):
+                portal.call(self._find_model, pool)
         assert self._model is not None
         return {"model": self._model, "base_url": self.base_url}
 
@@ -116,178 +120,184 @@ class Server:
         top_k: int = 0,
         max_new_tokens: int = 128,
         seed: int = 0,
-    ) -> Iterator[Answer]:
-        """Answers in order of completion, one to each prompt; closing the iterator cancels what is in flight.
+    ) -> Iterator[Completion]:
+        """Yields one completion for each prompt, in order of arrival; closing the iterator cancels the requests in flight.
 
-        At most twice `concurrency` prompts are drawn ahead of the answers taken, so that the server has work while the
-        caller has some too. Each request has a seed of its own, a function of `seed` and its number alone.
+        At most twice `concurrency` prompts are read ahead of the completions taken, so that the server has work while the
+        caller is busy. Each request has its own seed, which depends only on `seed` and its id.
 
         Args:
-            prompts: Number and token ids of each; no number twice.
-            temperature: 0 takes the likeliest token.
-            top_p: Nucleus mass.
-            top_k: Likeliest tokens kept; 0 is not sent.
-            max_new_tokens: Most tokens of an answer, the end token included.
-            seed: Fixes every draw, as far as the server keeps to it.
+            prompts: Id and token ids of each prompt; ids must be unique.
+            temperature: Sampling temperature; 0 takes the most probable token.
+            top_p: Nucleus sampling: probability mass to sample from.
+            top_k: Number of most probable tokens to sample from; 0 is not sent.
+            max_new_tokens: Maximum length of a completion in tokens, with the end token.
+            seed: Seed for all sampling, as far as the server respects it.
 
         Raises:
-            UserError: the server refused a request, or did not answer it in all attempts.
+            UserError: the server refused a request, or did not reply in any attempt.
         """
         sampling = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         if top_k:
             sampling["top_k"] = top_k
         waiting, seen = iter(prompts), set()
-        done: SimpleQueue[Future[_Reply]] = SimpleQueue()
-        pending: dict[Future[_Reply], int] = {}
-        with self._open(pending) as (portal, slots):
+        done: SimpleQueue[Future[_Choice]] = SimpleQueue()
+        pending: dict[Future[_Choice], int] = {}
+        with self._open(pending) as (portal, pool):
             while True:
-                for number, tokens in islice(waiting, 2 * self.concurrency - len(pending)):
-                    assert number not in seen, f"request {number} is asked twice"
-                    seen.add(number)
-                    if self._model is None:  # not before there is something to ask
-                        portal.call(self._find_model, slots)
-                    own = {"model": self._model, "prompt": [int(t) for t in tokens], "seed": request_seed(seed, number)}
-                    future = portal.start_task_soon(self._ask, slots, number, own | sampling)
-                    pending[future] = number
+                for id, tokens in islice(waiting, 2 * self.concurrency - len(pending)):
+                    assert id not in seen, f"request {id} is sent twice"
+                    seen.add(id)
+                    if self._model is None:  # only when there is a prompt
+                        portal.call(self._find_model, pool)
+                    body = {"model": self._model, "prompt": [int(t) for t in tokens], "seed": request_seed(seed, id)}
+                    future = portal.start_task_soon(self._request, pool, id, body | sampling)
+                    pending[future] = id
                     future.add_done_callback(done.put)
                 if not pending:
                     return
                 future = done.get()
-                yield self._answer(pending.pop(future), future.result())
+                yield self._completion(pending.pop(future), future.result())
 
     @contextmanager
-    def _open(self, pending: dict[Future[_Reply], int] | None = None) -> Iterator[tuple[BlockingPortal, Slots]]:
+    def _open(self, pending: dict[Future[_Choice], int] | None = None) -> Iterator[tuple[BlockingPortal, ClientPool]]:
+        """The event loop's thread and the clients; leaving cancels the `pending` requests."""
         with ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal())
-            slots = stack.enter_context(portal.wrap_async_context_manager(self._slots()))
+            pool = stack.enter_context(portal.wrap_async_context_manager(self._clients()))
             stack.callback(lambda: [future.cancel() for future in list(pending or ())])
-            # An iterator left open would be closed once the loop's thread is frozen, and wait for it without end.
+            # At exit, Python would close an unfinished iterator only after it has stopped the loop's thread, and wait forever.
             atexit.register(stack.close)
             stack.callback(atexit.unregister, stack.close)
-            yield portal, slots
+            yield portal, pool
 
     @asynccontextmanager
-    async def _slots(self) -> AsyncIterator[Slots]:
+    async def _clients(self) -> AsyncIterator[ClientPool]:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else None
-        timeout = httpx.Timeout(self._seconds, connect=min(CONNECT_SECONDS, self._seconds))
-        trusted = httpx.create_ssl_context()  # too slow to make for each
-        slots = Slots()
+        timeout = httpx.Timeout(self._timeout, connect=min(CONNECT_SECONDS, self._timeout))
+        certificates = httpx.create_ssl_context()  # slow to make, so all clients share it
+        pool = ClientPool()
         async with AsyncExitStack() as stack:
-            for _ in range(self.concurrency):  # one client for all would look through all its connections at each request
-                client = httpx.AsyncClient(headers=headers, timeout=timeout, verify=trusted)
-                slots.put_nowait(await stack.enter_async_context(client))
-            yield slots
+            for _ in range(self.concurrency):  # measured: a single client searches all its connections, 3 times the CPU time
+                client = httpx.AsyncClient(headers=headers, timeout=timeout, verify=certificates)
+                pool.put_nowait(await stack.enter_async_context(client))
+            yield pool
 
-    async def _find_model(self, slots: Slots) -> None:
-        async def once(client: httpx.AsyncClient) -> str:
-            data = _json(self._checked(await client.get(f"{self._url}/models"), "the list of models")).get("data")
-            if not isinstance(data, list) or not data:
+    async def _find_model(self, pool: ClientPool) -> None:
+        async def attempt(client: httpx.AsyncClient) -> str:
+            models = _json(self._check(await client.get(f"{self._url}/models"), "the list of models")).get("data")
+            if not isinstance(models, list) or not models:
                 raise UserError(f"{self.base_url}/models: lists no model; name one with --model")
-            name = data[0].get("id") if isinstance(data[0], dict) else None
+            name = models[0].get("id") if isinstance(models[0], dict) else None
             if not isinstance(name, str):
-                raise _Fault("the list of models has no id")
+                raise _TransientError("a list of models without an id")
             return name
 
-        self._model = await self._until_answered(f"{self.base_url}/models", slots, once)
+        self._model = await self._retry(f"{self.base_url}/models", pool, attempt)
 
-    async def _ask(self, slots: Slots, number: int, body: dict[str, Any]) -> _Reply:
+    async def _request(self, pool: ClientPool, id: int, body: dict[str, Any]) -> _Choice:
         url = f"{self._url}/completions"
 
-        async def once(client: httpx.AsyncClient) -> _Reply:
-            asks_ids = self._asks_ids
-            response = await client.post(url, json=body | {"return_token_ids": True} if asks_ids else body)
-            if asks_ids and response.status_code in (400, 422) and "return_token_ids" in response.text:
-                self._asks_ids = False  # an extension of vLLM that a strict server refuses by name
+        async def attempt(client: httpx.AsyncClient) -> _Choice:
+            request_ids = self._request_ids
+            response = await client.post(url, json=body | {"return_token_ids": True} if request_ids else body)
+            if request_ids and response.status_code in (400, 422) and "return_token_ids" in response.text:
+                self._request_ids = False  # an extension of vLLM that a strict server rejects by name
                 response = await client.post(url, json=body)
-            return _reply(_json(self._checked(response, f"prompt {number}")))
+            return _check_choice(_json(self._check(response, f"prompt {id}")))
 
-        return await self._until_answered(f"{self.base_url}/completions", slots, once)
+        return await self._retry(f"{self.base_url}/completions", pool, attempt)
 
-    async def _until_answered(self, url: str, slots: Slots, once: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
-        reason = tried = ""
-        for attempt in range(self.attempts):
-            refused = False
-            told, client = None, await slots.get()
+    async def _retry(self, url: str, pool: ClientPool, attempt: Callable[[httpx.AsyncClient], Awaitable[T]]) -> T:
+        """The result of `attempt`, which is repeated after connection errors and transient faults."""
+
+        async def use_client() -> T:
+            client = await pool.get()
             try:
-                answer = await once(client)
-                self._answered = True
-                return answer
-            except httpx.RequestError as error:
-                refused = isinstance(error, httpx.ConnectError)
-                reason = f"{type(error).__name__} {self._one_line(str(error))}".strip()
-            except _Fault as fault:
-                reason, told = self._one_line(fault.reason), fault.pause
+                result = await attempt(client)
             finally:
-                slots.put_nowait(client)
-            tried = f"{attempt + 1} attempts" if attempt else "1 attempt"
-            if refused and not self._answered and attempt + 1 >= FIRST_ATTEMPTS:
-                break  # nobody listens there; a server that answered before may be starting anew
-            if attempt + 1 < self.attempts:
-                await anyio.sleep(self._pause(attempt, told))
-        raise UserError(f"{url}: no answer in {tried}, at last {reason}; see that the server runs and has this address")
+                pool.put_nowait(client)
+            self._has_replied = True
+            return result
 
-    def _pause(self, attempt: int, told: float | None) -> float:
-        if told is not None:
-            return told + self._random.uniform(0, self.backoff)  # not all of them at the same instant
-        return min(LONGEST_PAUSE, self.backoff * 2 ** min(attempt, 30)) * self._random.uniform(0.5, 1)
+        retry = retry_if_exception_type((httpx.RequestError, _TransientError))
+        try:
+            return await AsyncRetrying(sleep=anyio.sleep, stop=self._stop, wait=self._wait, retry=retry)(use_client)
+        except RetryError as failure:
+            error, count = failure.last_attempt.exception(), failure.last_attempt.attempt_number
+            name = "" if isinstance(error, _TransientError) else type(error).__name__
+            raise UserError(
+                f"{url}: no answer in {count} attempt{'s' if count > 1 else ''}, the last one failed with "
+                f"{f'{name} {self._one_line(str(error))}'.strip()}; check that the server runs at this address"
+            ) from None
 
-    def _checked(self, response: httpx.Response, asked: str) -> httpx.Response:
-        """The response if it is a success; a fault to be tried again or a user's mistake otherwise."""
+    def _stop(self, state: RetryCallState) -> bool:
+        # nobody listens at that address, unless the server has replied before and is just restarting
+        refused = isinstance(state.outcome and state.outcome.exception(), httpx.ConnectError) and not self._has_replied
+        return state.attempt_number >= (min(CONNECT_ATTEMPTS, self.attempts) if refused else self.attempts)
+
+    def _wait(self, state: RetryCallState) -> float:
+        """Seconds before the next attempt: what the server asked for, or exponential; with jitter, to spread the requests."""
+        seconds = getattr(state.outcome and state.outcome.exception(), "retry_after", None)
+        if seconds is not None:
+            return seconds + self._random.uniform(0, self.backoff)
+        return self._exponential(state) * self._random.uniform(0.5, 1)
+
+    def _check(self, response: httpx.Response, subject: str) -> httpx.Response:
+        """The response if it is a success; raises _TransientError if another attempt may help, otherwise UserError."""
         status = response.status_code
         if response.is_success:
             return response
-        said = self._one_line(_message(response)) or response.reason_phrase
-        if status >= 500 or status in TRANSIENT:
-            raise _Fault(f"status {status} ({said})", retry_after(response.headers.get("Retry-After")))
-        mend = "mend the request or the server's settings"
+        reason = self._one_line(_error_message(response)) or response.reason_phrase
+        if status >= 500 or status in TRANSIENT_STATUSES:
+            raise _TransientError(f"status {status} ({reason})", retry_after(response.headers.get("Retry-After")))
+        fix = "change the request or the server's settings"
         if response.has_redirect_location:
-            mend = f"give the address it points to, {self._one_line(response.headers['Location'])}"
+            fix = f"use the address that it redirects to, {self._one_line(response.headers['Location'])}"
         elif status in (401, 403):
-            mend = "the key is read from OPENAI_API_KEY in the environment"
+            fix = "set the key in the environment variable OPENAI_API_KEY"
         elif status == 404:
-            mend = "the address ends in /v1, and the model is one that the server lists"
-        raise UserError(f"{self.base_url}: status {status} to {asked} ({said}); {mend}")
+            fix = "give an address that ends in /v1, and a model that the server lists"
+        raise UserError(f"{self.base_url}: status {status} for {subject} ({reason}); {fix}")
 
     def _one_line(self, text: str) -> str:
         text = " ".join((text.replace(self._key, "***") if self._key else text).split())
         return text if len(text) <= 300 else f"{text[:300]}..."
 
-    def _answer(self, number: int, reply: _Reply) -> Answer:
-        tokens = reply.tokens
+    def _completion(self, id: int, choice: _Choice) -> Completion:
+        tokens, text, ended = choice.get("token_ids"), choice["text"], choice["finish_reason"] == "stop"
         if not tokens:
-            # A text cut within a character ends in U+FFFD, which the model did not write.
-            text = reply.text if reply.ended else reply.text.rstrip("\ufffd")
-            tokens = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+            # A text that is cut inside a character ends in U+FFFD, which the model did not write.
+            written = text if ended else text.rstrip("\ufffd")
+            tokens = self.tokenizer.encode(written, add_special_tokens=False) if written else []
             self.encoded += 1
-        # vLLM names by `stop_reason` an end token other than the tokenizer's.
-        ends = (self.end_id, self.tokenizer.eos_token_id, reply.stop_reason)
-        if reply.ended and self.end_id is not None and not (tokens and tokens[-1] in ends):
+        # vLLM gives an end token other than the tokenizer's as `stop_reason`.
+        ends = (self.end_id, self.tokenizer.eos_token_id, choice.get("stop_reason"))
+        if ended and self.end_id is not None and not (tokens and tokens[-1] in ends):
             tokens = [*tokens, self.end_id]
-        return Answer(number, tokens, reply.text, "end" if reply.ended else "length")
+        return Completion(id, tokens, text, "end" if ended else "length")
 
 
-class _Reply(NamedTuple):
-    text: str
-    tokens: list[int] | None
-    ended: bool
-    stop_reason: Any
+class _TransientError(Exception):
+    """A fault that may be gone at the next attempt.
 
+    Args:
+        reason: Description of the fault.
+        retry_after: Seconds that the server asked to wait, or None.
+    """
 
-class _Fault(Exception):
-    """What another attempt may mend, and the seconds that the server asked to wait before it."""
-
-    def __init__(self, reason: str, pause: float | None = None) -> None:
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
-        self.reason, self.pause = reason, pause
+        self.retry_after = retry_after
 
 
-def request_seed(seed: int, number: int) -> int:
-    """31-bit seed of one request, the same whatever was asked before it."""
-    return int.from_bytes(sha256(f"{seed}/{number}".encode()).digest()[:4], "big") & 0x7FFFFFFF
+def request_seed(seed: int, id: int) -> int:
+    """31-bit seed of one request, which depends on nothing else."""
+    return int.from_bytes(sha256(f"{seed}/{id}".encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header, in seconds or as an HTTP date (RFC 9110, 10.2.3); None where it says nothing."""
+    """Seconds to wait by a Retry-After header, which has seconds or an HTTP date (RFC 9110, 10.2.3); None if it is invalid."""
     if value is None:
         return None
     try:
@@ -302,13 +312,13 @@ def retry_after(value: str | None) -> float | None:
     return seconds if isfinite(seconds) and seconds >= 0 else None
 
 
-def _address(base_url: str) -> str:
+def _check_url(base_url: str) -> str:
     try:
         url = httpx.URL(base_url.strip())
     except httpx.InvalidURL:
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-        raise UserError(f"base URL {base_url}: is no address; give it as http://HOST:PORT/v1")
+        raise UserError(f"base URL {base_url}: not a valid address; give it as http://HOST:PORT/v1")
     return str(url).rstrip("/")
 
 
@@ -318,32 +328,28 @@ def _json(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise _Fault(f"a body that is no JSON object ({response.text[:80]!r})")
+        raise _TransientError(f"a body that is not a JSON object ({response.text[:80]!r})")
     return values
 
 
-def _reply(values: dict[str, Any]) -> _Reply:
+def _check_choice(values: dict[str, Any]) -> _Choice:
     choices = values.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict) or not isinstance(text := choice.get("text"), str):
-        raise _Fault("a reply without text")
+    if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
+        raise _TransientError("a reply without text")
     tokens, finish = choice.get("token_ids"), choice.get("finish_reason")
     if tokens is not None and not (isinstance(tokens, list) and all(type(t) is int for t in tokens)):
-        raise _Fault("a reply whose token_ids are no token ids")
+        raise _TransientError("a reply with invalid token_ids")
     if finish not in ("stop", "length"):
-        raise _Fault(f"a reply with finish_reason {finish!r}")
-    return _Reply(text, tokens, finish == "stop", choice.get("stop_reason"))
+        raise _TransientError(f"a reply with finish_reason {finish!r}")
+    return choice
 
 
-def _message(response: httpx.Response) -> str:
-    """What the server said: OpenAI's `error.message`, older servers' `message`, FastAPI's `detail`, or the body as it is."""
+def _error_message(response: httpx.Response) -> str:
+    """The server's message: OpenAI's `error.message`, older servers' `message`, FastAPI's `detail`, or the whole body."""
     try:
         values = response.json()
     except ValueError:
         return response.text
-    if isinstance(values, dict):
-        error = values.get("error", values)
-        if isinstance(error, dict):
-            error = error.get("message", error.get("detail", error))
-        return str(error)
-    return str(values)
+    error = values.get("error", values) if isinstance(values, dict) else values
+    return str(error.get("message", error.get("detail", error)) if isinstance(error, dict) else error)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainkit.data.teacher.live import FeatureStore, TargetReader
+from trainkit.data.teacher.live import FeatureCache, LiveTeacher
 from trainkit.data.text.packing import PackedSet
 from trainkit.drafters.base import DraftBatch, Drafter
 from trainkit.errors import UserError
@@ -59,7 +59,7 @@ def served(
 
 @torch.inference_mode()
 def measure(
-    reader: TargetReader,
+    reader: LiveTeacher,
     drafters: Sequence[Drafter],
     packed: PackedSet,
     temperatures: Sequence[float],
@@ -108,8 +108,8 @@ def measure(
     return found
 
 
-def _seen(reader: TargetReader, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str) -> DraftBatch:
-    store: FeatureStore | None = reader.store(f"{name} eval", packed, taps)
+def _seen(reader: LiveTeacher, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str) -> DraftBatch:
+    store: FeatureCache | None = reader.open_store(f"{name} eval", packed, taps)
     return DraftBatch.read(reader, tensors, taps, store)
 
 

@@ -15,7 +15,7 @@ class AcceptanceData(LightningDataModule):
     """Records of an acceptance set, in memory; validation on prompts that training has no record of.
 
     Args:
-        train: Folder that `trainkit features --acceptance` wrote.
+        train: Folder that `trainkit acceptance` wrote.
         validation_share: Share of the prompts held out.
         batch_size: Records per micro-batch and process.
     """

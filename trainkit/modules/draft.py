@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from trainkit.data.teacher.live import TargetReader, Teacher
-from trainkit.data.teacher.stored import FeatureReader
+from trainkit.data.teacher.live import LiveTeacher, Teacher
+from trainkit.data.teacher.stored import StoredTeacher
 from trainkit.drafters.base import Divergence, DraftBatch, Drafter, LossOutput, TargetShape, kind_name
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ChunkedDivergence, ForwardKL, TVDpp
@@ -111,9 +111,9 @@ class DraftModule(TrainingModule):
                 self.teacher.shard(self.device)
             self.shape = self.teacher.shape()
             if self.features is None:
-                self._reader = TargetReader(self.teacher, self.teacher_cache, self.teacher_top_k)
+                self._reader = LiveTeacher(self.teacher, self.teacher_cache, self.teacher_top_k)
             else:
-                self._reader = FeatureReader(self.features, self.teacher, self.teacher_top_k)
+                self._reader = StoredTeacher(self.features, self.teacher, self.teacher_top_k)
             self.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
         if self.drafter is None:
             assert self.shape is not None
@@ -163,7 +163,7 @@ class DraftModule(TrainingModule):
         prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", None)
         if prepared is None:
             return None
-        return self._reader.store(f"{prepared.fingerprint} {split}", getattr(prepared, split), self.drafter.taps)
+        return self._reader.open_store(f"{prepared.fingerprint} {split}", getattr(prepared, split), self.drafter.taps)
 
     def _step_divergence(self, batch: Batch, micro: int) -> Divergence:
         """The divergence, given the statistics of the whole optimiser step, on all ranks, where it needs them."""

@@ -1,4 +1,4 @@
-"""Acceptance sets: the same bytes whatever was killed or shared out, no question in training and validation, no other set's."""
+"""Acceptance sets: kills and ranks change no byte, training and validation share no prompt, parts of other sets are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from tests.support.acceptance import LAYOUT, D, make_set, synthetic, write
 from tests.support.processes import ended, files_of, fork, wait_until
 from trainkit.data.loader import PackedLoader
-from trainkit.data.sets.acceptance import AcceptanceSet, part_file
+from trainkit.data.sets.acceptance import AcceptanceSet, part_name
 from trainkit.errors import UserError
 
 
@@ -29,12 +29,12 @@ def parts_in(folder) -> int:
 
 
 def test_killed_at_random_moments_it_gives_the_same_bytes(straight, tmp_path, seed):
-    """SIGKILL three times; a part that bears its name is whole, and no record is lost or doubled."""
+    """SIGKILL three times; a part with its final name is complete, and no record is lost or doubled."""
     draw, out = random.Random(seed), tmp_path / "set"
 
-    def slowly(*given):
+    def slowly(*arguments):
         time.sleep(0.01)
-        return synthetic(*given)
+        return synthetic(*arguments)
 
     for _ in range(3):
         pid = fork(lambda: write(out, slowly))
@@ -45,15 +45,15 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(straight, tmp_path, se
         assert ended(pid) in (-signal.SIGKILL, 0)
         there = {name: content for name, content in files_of(out).items() if not name.endswith(".partial")}
         assert there.items() <= files_of(straight).items()
-    made, there = write(out), parts_in(out)
-    assert made.parts + made.found == there == LAYOUT.parts and made.found >= 3
+    stats, there = write(out), parts_in(out)
+    assert stats.written + stats.found == there == LAYOUT.parts and stats.found >= 3
     assert files_of(out) == files_of(straight)
 
 
 def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(straight, tmp_path):
     first = write(tmp_path / "set", rank=1, world_size=2)
-    assert first.parts == LAYOUT.parts // 2 and first.found == 0
-    with pytest.raises(UserError, match=r"5 of 10 parts are not done; run the same trainkit features --acceptance again"):
+    assert first.written == LAYOUT.parts // 2 and first.found == 0
+    with pytest.raises(UserError, match=r"5 of 10 parts are missing; run the same trainkit acceptance again"):
         AcceptanceSet.read(tmp_path / "set")
     second = write(tmp_path / "set", rank=0, world_size=2)
     assert files_of(tmp_path / "set") == files_of(straight)
@@ -62,17 +62,17 @@ def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(straight, tmp_pat
 
 def test_what_is_read_is_what_was_made(straight):
     records = AcceptanceSet.read(straight)
-    made = [synthetic(*LAYOUT.part(number), lambda tokens: None) for number in range(LAYOUT.parts)]
+    written = [synthetic(*LAYOUT.part(number), lambda tokens: None) for number in range(LAYOUT.parts)]
     for name, values in records.tensors.items():
-        assert torch.equal(values, torch.cat([part[name] for part in made])), name
+        assert torch.equal(values, torch.cat([part[name] for part in written])), name
     assert records.prompts == 40 and records.hidden_size == D and set(records.temperature.tolist()) == {0.0, 1.0}
 
 
 def test_no_question_is_in_training_and_validation_and_no_record_in_neither(straight):
     records = AcceptanceSet.read(straight)
     train, held = records.split(0.2, seed=3)
-    asked, kept = set(train.column("prompt").tolist()), set(held.column("prompt").tolist())
-    assert not asked & kept and len(kept) == 8 and len(asked) == 32
+    seen, unseen = set(train.column("prompt").tolist()), set(held.column("prompt").tolist())
+    assert not seen & unseen and len(unseen) == 8 and len(seen) == 32
     assert sorted([*train.rows_R, *held.rows_R]) == list(range(len(records)))
     assert np.array_equal(held.rows_R, records.split(0.2, seed=3)[1].rows_R)
     assert not np.array_equal(held.rows_R, records.split(0.2, seed=4)[1].rows_R)
@@ -85,33 +85,35 @@ def test_no_question_is_in_training_and_validation_and_no_record_in_neither(stra
 def test_an_epoch_hands_out_every_record_once_over_two_ranks_padded_at_the_end(straight):
     train, _ = AcceptanceSet.read(straight).split(0.2, seed=0)
     loaders = [PackedLoader(train, 100, rank=rank, world_size=2, seed=1) for rank in (0, 1)]
-    states, counted = [], 0
+    states, records = [], 0
     for batches in zip(*loaders, strict=True):
         window = {int(batch["window_count"]) for batch in batches}
         real = [batch["document_BT"][:, 0] >= 0 for batch in batches]
-        assert window == {sum(int(one.sum()) for one in real)}, "what the loss is divided by is what is there"
+        assert window == {sum(int(one.sum()) for one in real)}, (
+            "the loss is divided by the number of records that are no padding"
+        )
         assert all(batch["label_BW"].shape == (100, 2) for batch in batches)
         states += [batch["hidden_BD"][one] for batch, one in zip(batches, real, strict=True)]
-        counted += window.pop()
-    assert counted == len(train)
+        records += window.pop()
+    assert records == len(train)
     assert torch.equal(torch.cat(states).sort(0).values, train.column("hidden").sort(0).values)
 
 
 def test_parts_and_sets_are_not_taken_for_anothers(straight, tmp_path):
     other = make_set(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="was begun with seed 1, now it is 0"):
+    with pytest.raises(UserError, match="was started with seed 1, but now it is 0"):
         write(other)
-    os.replace(other / part_file(0), straight.parent / "kept")
-    (other / part_file(0)).write_bytes((straight / part_file(0)).read_bytes())
-    with pytest.raises(UserError, match=f"{part_file(0)}: a part of another set; remove it"):
+    os.replace(other / part_name(0), straight.parent / "aside")
+    (other / part_name(0)).write_bytes((straight / part_name(0)).read_bytes())
+    with pytest.raises(UserError, match=f"{part_name(0)}: belongs to another set .*; remove the file"):
         AcceptanceSet.read(other)
-    (other / part_file(0)).write_bytes((straight / part_file(0)).read_bytes()[:-5])
-    with pytest.raises(UserError, match=f"{part_file(0)}: not a whole safetensors file"):
+    (other / part_name(0)).write_bytes((straight / part_name(0)).read_bytes()[:-5])
+    with pytest.raises(UserError, match=f"{part_name(0)}: not a complete safetensors file"):
         AcceptanceSet.read(other)
     with pytest.raises(UserError, match="no acceptance set"):
         AcceptanceSet.read(tmp_path)
-    about = json.loads((other / "acceptance.json").read_text())
-    (other / "acceptance.json").write_text(json.dumps(about | {"format": 9}))
+    manifest = json.loads((other / "acceptance.json").read_text())
+    (other / "acceptance.json").write_text(json.dumps(manifest | {"format": 9}))
     with pytest.raises(UserError, match="not an acceptance set of format 2"):
         AcceptanceSet.read(other)
 

@@ -1,4 +1,4 @@
-"""Distillation sets: no kill, tear, rank or order of answers changes what is in them, and none is mistaken for another."""
+"""Distillation sets: no kill, torn line, rank or order of completions changes their bytes, and no set is taken for another."""
 
 from __future__ import annotations
 
@@ -19,105 +19,113 @@ from hypothesis import strategies as st
 
 from tests.support.processes import ended, files_of, fork, rows_in, wait_until
 from tests.support.targets import make_tokenizer
-from trainkit.data.answer import Answer
-from trainkit.data.manifest import part_name, read_provenance, set_files
-from trainkit.data.sets import distilled as distill
-from trainkit.data.sets.distilled import Answerer, Item, Layout, Made, write_set
+from trainkit.data.manifest import DISTILLED, SetKind, distilled_files, distilled_part
+from trainkit.data.sets.distilled import Complete, DistilledLayout, PlannedRow, write_distilled
+from trainkit.data.sets.writer import SetStats, Worker
 from trainkit.data.text.chat_template import vocabulary_hash
 from trainkit.data.text.prepare import prepare
-from trainkit.data.text.prompts import Asked, read_asked
+from trainkit.data.text.prompts import Completion, Prompt, read_prompt_rows
 from trainkit.data.text.sources import read_rows
 from trainkit.errors import UserError
 
-LAYOUT = Layout(prompts=7, temperatures=(0.0, 0.7), samples=2, part_rows=3)
+LAYOUT = DistilledLayout(prompts=7, temperatures=(0.0, 0.7), samples=2, part_rows=3)
 SETTINGS: dict[str, Any] = {"seed": 4, "max_new_tokens": 9, "prompts": {"sha256": "ab"}, "target": {"config": "cd"}}
 
 
-def asked(count: int = 7) -> list[Asked]:
-    """Chats, raw texts and given tokens in turn."""
+def make_prompts(count: int = 7) -> list[Prompt]:
+    """Chats, raw texts and token rows in turn."""
     kinds = (
-        lambda n: Asked([3, n], [{"role": "user", "content": f"frage {n} \u2028 ü"}]),
-        lambda n: Asked([4, n, n], None, f"text {n}"),
-        lambda n: Asked([n + 1]),
+        lambda n: Prompt([3, n], [{"role": "user", "content": f"frage {n} \u2028 ü"}]),
+        lambda n: Prompt([4, n, n], None, f"text {n}"),
+        lambda n: Prompt([n + 1]),
     )
     return [kinds[n % 3](n) for n in range(count)]
 
 
-def answer_of(item: Item, temperature: float) -> Answer:
-    draw = random.Random(repr((item, temperature)))
+def completion_of(row: PlannedRow) -> Completion:
+    draw = random.Random(repr(row))
     tokens = [draw.randrange(300) for _ in range(draw.randint(1, 9))]
-    return Answer(item[0], tokens, " ".join(map(str, tokens)) + " \n", draw.choice(("end", "length")))
+    return Completion(row.id, tokens, " ".join(map(str, tokens)) + " \n", draw.choice(("end", "length")))
 
 
-def answering(seconds: float = 0.0, most: float = float("inf"), log: list[int] | None = None) -> Answerer:
-    """Answers in an order drawn afresh, `seconds` each; breaks off after `most`."""
-    given = [0]
+def completing(seconds: float = 0.0, limit: float = float("inf"), log: list[int] | None = None) -> Complete:
+    """Completes rows in random order, `seconds` for each; fails after `limit` rows."""
+    count = [0]
 
-    def answer(items: Sequence[Item], temperature: float) -> Iterator[Answer]:
-        for item in random.sample(list(items), len(items)):
-            if given[0] >= most:
+    def complete(rows: Sequence[PlannedRow], temperature: float) -> Iterator[Completion]:
+        for row in random.sample(list(rows), len(rows)):
+            assert row.temperature == temperature
+            if count[0] >= limit:
                 raise ConnectionError("enough")
-            given[0] += 1
+            count[0] += 1
             time.sleep(seconds)
             if log is not None:
-                log.append(item[0])
-            yield answer_of(item, temperature)
+                log.append(row.id)
+            yield completion_of(row)
 
-    return answer
-
-
-def write(out: Path, answer: Answerer | None = None, layout: Layout = LAYOUT, **more: Any) -> Made:
-    options = {"progress": False} | {key: more.pop(key) for key in ("rank", "world_size") if key in more}
-    return write_set(out, layout, asked(layout.prompts), answer or answering(), SETTINGS | more, **options)
+    return complete
 
 
-def begin(out: Path, most: int, layout: Layout = LAYOUT, **more: Any) -> None:
+def write(
+    out: Path,
+    complete: Complete | None = None,
+    layout: DistilledLayout = LAYOUT,
+    rank: int = 0,
+    world_size: int = 1,
+    **more: Any,
+) -> SetStats:
+    worker = Worker(rank, world_size, progress=False)
+    return write_distilled(out, layout, make_prompts(layout.prompts), complete or completing(), SETTINGS | more, worker)
+
+
+def begin(out: Path, limit: int, layout: DistilledLayout = LAYOUT, **more: Any) -> None:
     with pytest.raises(ConnectionError):
-        write(out, answering(most=most), layout, **more)
+        write(out, completing(limit=limit), layout, **more)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a set that was made at one go."""
+    """The files of a set that was written without interruption."""
     out = tmp_path_factory.mktemp("straight")
-    made = write(out)
-    assert (made.rows, made.found) == (LAYOUT.rows, 0) and made.tokens > 0
+    stats = write(out)
+    assert (stats.written, stats.found) == (LAYOUT.rows, 0) and stats.tokens > 0
     return files_of(out)
 
 
 @given(st.integers(1, 9), st.lists(st.floats(0, 2), min_size=1, max_size=4, unique=True), st.integers(1, 3), st.integers(1, 20))
 def test_parts_hold_every_prompt_temperature_and_sample_once(prompts, temperatures, samples, part_rows):
-    layout = Layout(prompts, tuple(temperatures), samples, part_rows)
-    numbers = [number for part in range(layout.parts) for number in layout.numbers(part)]
-    assert numbers == list(range(layout.rows)) and all(len(layout.numbers(part)) for part in range(layout.parts))
-    seen = [(*layout.item(number)[0][1:], layout.item(number)[1]) for number in numbers]
-    assert len(set(seen)) == prompts * len(temperatures) * samples
+    layout = DistilledLayout(prompts, tuple(temperatures), samples, part_rows)
+    numbers = [number for part in range(layout.parts) for number in layout.row_ids(part)]
+    assert numbers == list(range(layout.rows)) and all(len(layout.row_ids(part)) for part in range(layout.parts))
+    rows = [layout.row(number) for number in numbers]
+    assert [row.id for row in rows] == numbers
+    assert len({row[1:] for row in rows}) == prompts * len(temperatures) * samples
     for temperature in temperatures:
-        assert sum(t == temperature for _, _, t in seen) == prompts * samples
-    draws = {(prompt, which) for prompt, which, _ in seen}
+        assert sum(row.temperature == temperature for row in rows) == prompts * samples
+    draws = {(row.prompt, row.sample) for row in rows}
     assert len(draws) == layout.rows, "no two rows share their draws"
 
 
 def test_killed_three_times_it_gives_the_same_bytes(tmp_path, straight, seed):
-    """SIGKILL at moments drawn afresh; what was on disk is found again, and asked for no second time."""
+    """SIGKILL at random moments; rows on disk are found again and not generated a second time."""
     draw = random.Random(seed)
     for _ in range(3):
-        pid = fork(lambda: write(tmp_path, answering(0.003)))
+        pid = fork(lambda: write(tmp_path, completing(0.003)))
         wanted = min(LAYOUT.rows - 1, rows_in(tmp_path) + draw.randint(1, 9))
         wait_until(lambda wanted=wanted: rows_in(tmp_path) >= wanted, pid)
         time.sleep(draw.uniform(0, 0.004))
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
     there, log = rows_in(tmp_path), []
-    made = write(tmp_path, answering(log=log))
-    assert made.found == there and made.rows == len(log) == len(set(log)) == LAYOUT.rows - there
+    stats = write(tmp_path, completing(log=log))
+    assert stats.found == there and stats.written == len(log) == len(set(log)) == LAYOUT.rows - there
     assert files_of(tmp_path) == straight
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "unlink"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_while_a_part_gets_its_name(call, when, tmp_path, straight, seed):
-    """Death on either side of sync, rename and removal of the partial, at a part drawn afresh."""
+    """Killed before or after sync, rename and removal of the partial file, at a random part."""
     at = random.Random(seed).randint(1, LAYOUT.parts)
     module, name = (Path, "unlink") if call == "unlink" else (os, call)
 
@@ -136,37 +144,37 @@ def test_killed_while_a_part_gets_its_name(call, when, tmp_path, straight, seed)
         write(tmp_path)
 
     assert ended(fork(die)) == 9
-    assert not all((tmp_path / part_name(part)).exists() for part in range(LAYOUT.parts)) or at == LAYOUT.parts
+    assert not all((tmp_path / distilled_part(part)).exists() for part in range(LAYOUT.parts)) or at == LAYOUT.parts
     write(tmp_path)
     assert files_of(tmp_path) == straight
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    most=st.integers(1, 11),
+    limit=st.integers(1, 11),
     share=st.floats(0, 1, exclude_max=True),
     torn=st.sampled_from([b"", b'{"id": 1', b"\x00\xff", b"["]),
 )
-def test_a_torn_last_line_is_made_again(most, share, torn):
-    """Cut anywhere, with or without half a row behind: only what was torn is asked for again."""
-    layout = Layout(prompts=3, temperatures=(0.0, 1.0), samples=2, part_rows=12)
+def test_a_torn_last_line_is_made_again(limit, share, torn):
+    """Cut anywhere, with or without half a row after the cut: only the torn rows are generated again."""
+    layout = DistilledLayout(prompts=3, temperatures=(0.0, 1.0), samples=2, part_rows=12)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         write(Path(one), layout=layout)
-        begin(Path(other), most, layout)
+        begin(Path(other), limit, layout)
         partial = Path(other) / "part-00000.partial"
         rows = partial.read_bytes()
-        assert rows.count(b"\n") == most
+        assert rows.count(b"\n") == limit
         kept = rows[: int(share * len(rows))]
         kept = kept if not torn or kept.endswith(b"\n") or not kept else kept + b" "  # torn bytes of its own or of another row
         partial.write_bytes(kept + torn)
-        made = write(Path(other), layout=layout)
-        assert made.found == kept.count(b"\n") and made.rows == layout.rows - made.found
+        stats = write(Path(other), layout=layout)
+        assert stats.found == kept.count(b"\n") and stats.written == layout.rows - stats.found
         assert files_of(Path(other)) == files_of(Path(one))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 11])
 def test_ranks_together_make_the_set_of_one(world_size, tmp_path, straight):
-    """At once, each in its process; more ranks than parts does no harm."""
+    """At the same time, each in its own process; more ranks than parts are allowed."""
     ranks = [fork(lambda rank=rank: write(tmp_path, rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert [ended(pid) for pid in ranks] == [0] * world_size
     assert files_of(tmp_path) == straight
@@ -174,34 +182,34 @@ def test_ranks_together_make_the_set_of_one(world_size, tmp_path, straight):
 
 def test_any_number_of_ranks_goes_on(tmp_path, straight):
     begin(tmp_path, 8, rank=0, world_size=2)
-    assert not set_files_there(tmp_path)
+    assert not is_complete(tmp_path)
     begin(tmp_path, 2, rank=2, world_size=3)
     before = rows_in(tmp_path)
-    made = [write(tmp_path, rank=rank, world_size=2) for rank in (1, 0)]
-    assert sum(one.found for one in made) == before and sum(one.rows for one in made) == LAYOUT.rows - before
+    stats = [write(tmp_path, rank=rank, world_size=2) for rank in (1, 0)]
+    assert sum(one.found for one in stats) == before and sum(one.written for one in stats) == LAYOUT.rows - before
     assert files_of(tmp_path) == straight
     assert write(tmp_path).found == LAYOUT.rows
 
 
-def set_files_there(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     try:
-        return bool(set_files(folder))
+        return bool(distilled_files(folder))
     except UserError as error:
         assert "run the same trainkit distill again" in str(error) and "\n" not in str(error)
         return False
 
 
 def test_a_rank_that_begins_between_our_two_looks_is_no_stranger(tmp_path, straight, monkeypatch):
-    """The other rank writes distill.json and a partial just when we have found no distill.json."""
-    real, once = distill.read_provenance, [True]
+    """The other rank writes distill.json and a partial file just after this rank has found no distill.json."""
+    real, once = SetKind.read, [True]
 
-    def read(folder: Path) -> Any:
-        found = real(folder)
+    def read(self: SetKind, folder: Path) -> Any:
+        found = real(self, folder)
         if once and once.pop():
             begin(folder, 1, rank=1, world_size=2)
         return found
 
-    monkeypatch.setattr(distill, "read_provenance", read)
+    monkeypatch.setattr(SetKind, "read", read)
     write(tmp_path, rank=0, world_size=2)
     write(tmp_path, rank=1, world_size=2)
     assert files_of(tmp_path) == straight
@@ -214,17 +222,17 @@ def test_a_rank_that_begins_between_our_two_looks_is_no_stranger(tmp_path, strai
         ("target", LAYOUT, {"target": {"config": "dc"}}),
         ("prompts", LAYOUT, {"prompts": {"sha256": "ba" * 60}}),
         ("max_new_tokens", LAYOUT, {"max_new_tokens": 8}),
-        ("temperatures", Layout(7, (0.0, 0.7, 1.0), 2, 3), {}),
-        ("samples", Layout(7, (0.0, 0.7), 3, 3), {}),
-        ("part_rows", Layout(7, (0.0, 0.7), 2, 4), {}),
-        ("rows", Layout(6, (0.0, 0.7), 2, 3), {}),
+        ("temperatures", DistilledLayout(7, (0.0, 0.7, 1.0), 2, 3), {}),
+        ("samples", DistilledLayout(7, (0.0, 0.7), 3, 3), {}),
+        ("part_rows", DistilledLayout(7, (0.0, 0.7), 2, 4), {}),
+        ("rows", DistilledLayout(6, (0.0, 0.7), 2, 3), {}),
         ("weights", LAYOUT, {"weights": "of another"}),
     ],
 )
 def test_another_setting_is_named_and_nothing_changes(key, layout, more, tmp_path):
     begin(tmp_path, 5)
     before = files_of(tmp_path)
-    with pytest.raises(UserError, match=rf"begun with {key} \S") as caught:
+    with pytest.raises(UserError, match=rf"started with {key} \S") as caught:
         write(tmp_path, layout=layout, **more)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(tmp_path))
     assert files_of(tmp_path) == before
@@ -233,8 +241,8 @@ def test_another_setting_is_named_and_nothing_changes(key, layout, more, tmp_pat
 def test_a_key_left_out_is_another_setting_but_versions_are_not(tmp_path, straight):
     begin(tmp_path, 5, versions={"trainkit": "0"})
     without = {key: value for key, value in SETTINGS.items() if key != "seed"}
-    with pytest.raises(UserError, match="seed 4, now it is null"):
-        write_set(tmp_path, LAYOUT, asked(), answering(), without, progress=False)
+    with pytest.raises(UserError, match="seed 4, but now it is null"):
+        write_distilled(tmp_path, LAYOUT, make_prompts(), completing(), without, Worker(progress=False))
     write(tmp_path, versions={"trainkit": "1"})
     assert {k: v for k, v in files_of(tmp_path).items() if "part" in k} == {k: v for k, v in straight.items() if "part" in k}
 
@@ -254,7 +262,7 @@ def test_other_things_are_left_alone(tmp_path):
 
 
 def test_two_processes_at_once_the_second_is_refused(tmp_path, straight):
-    pid = fork(lambda: write(tmp_path, answering(0.02)))
+    pid = fork(lambda: write(tmp_path, completing(0.02)))
     wait_until(lambda: rows_in(tmp_path) > 1, pid)
     with pytest.raises(UserError, match="another process is writing") as caught:
         write(tmp_path)
@@ -263,28 +271,28 @@ def test_two_processes_at_once_the_second_is_refused(tmp_path, straight):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        (b"nonsense\n", "broken at byte"),
-        (b'{"no": 1}\n', "broken"),
-        (b'{"id": null}\n', "broken"),
-        (b"7\n", "broken"),
+        (b"nonsense\n", "damaged at byte"),
+        (b'{"no": 1}\n', "damaged"),
+        (b'{"id": null}\n', "damaged"),
+        (b"7\n", "damaged"),
         (b'{"id": 3}\n', "row 3"),
         (b'{"id": -1}\n', "row -1"),
-        (None, "twice"),
+        (None, "there twice"),
     ],
 )
-def test_a_broken_partial_is_named_and_its_lock_given_back(line, said, tmp_path, straight):
-    begin(tmp_path, 2, Layout(7, (0.0, 0.7), 2, 3))
+def test_a_broken_partial_is_named_and_its_lock_given_back(line, message, tmp_path, straight):
+    begin(tmp_path, 2, DistilledLayout(7, (0.0, 0.7), 2, 3))
     partial = tmp_path / "part-00000.partial"
     rows = next(path for path in sorted(tmp_path.glob("*.partial")) if path.stat().st_size).read_bytes().splitlines(True)
     partial.write_bytes(rows[0] if line is None else b"")
     with partial.open("ab") as stream:
         stream.write(rows[0] if line is None else line)
     if line is None and json.loads(rows[0])["id"] > 2:
-        said = "of another part"
+        message = "of another part"
     before = partial.read_bytes()
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         write(tmp_path)
     assert str(partial) in str(caught.value) and "\n" not in str(caught.value) and partial.read_bytes() == before
     with partial.open("rb") as stream:
@@ -295,31 +303,31 @@ def test_a_broken_partial_is_named_and_its_lock_given_back(line, said, tmp_path,
 
 
 def test_a_prompt_without_an_answer_is_said_and_asked_again(tmp_path, straight):
-    def forgetful(items: Sequence[Item], temperature: float) -> Iterator[Answer]:
-        return (answer_of(item, temperature) for item in items if item[0] != 4)
+    def forgetful(rows: Sequence[PlannedRow], temperature: float) -> Iterator[Completion]:
+        return (completion_of(row) for row in rows if row.id != 4)
 
-    with pytest.raises(UserError, match=r"part-00001.partial: some prompts got no answer"):
+    with pytest.raises(UserError, match=r"part-00001.partial: some prompts got no completion"):
         write(tmp_path, forgetful)
-    assert not (tmp_path / part_name(1)).exists()
+    assert not (tmp_path / distilled_part(1)).exists()
     write(tmp_path)
     assert files_of(tmp_path) == straight
 
 
 def test_rows_by_kind_of_prompt(tmp_path):
-    """The mask counts exactly the answer; readable columns only where the prompt was readable."""
+    """The mask covers exactly the completion; readable columns exist only if the prompt was readable."""
     write(tmp_path)
-    prompts, columns = asked(), []
+    prompts, columns = make_prompts(), []
     for number, (_, row) in enumerate(read_rows(str(tmp_path))):
         assert isinstance(row, dict)
-        item, temperature = LAYOUT.item(number)
-        given, prompt = answer_of(item, temperature), prompts[item[1]]
-        assert row["id"] == number and row["temperature"] == temperature and row["finish"] == given.finish
-        assert row["input_ids"] == prompt.tokens + given.tokens
-        assert row["loss_mask"] == [0] * len(prompt.tokens) + [1] * len(given.tokens)
+        planned = LAYOUT.row(number)
+        completion, prompt = completion_of(planned), prompts[planned.prompt]
+        assert row["id"] == number and row["temperature"] == planned.temperature and row["finish"] == completion.finish
+        assert row["input_ids"] == prompt.tokens + completion.tokens
+        assert row["loss_mask"] == [0] * len(prompt.tokens) + [1] * len(completion.tokens)
         if prompt.messages is not None:
-            assert row["messages"] == [*prompt.messages, {"role": "assistant", "content": given.text}]
+            assert row["messages"] == [*prompt.messages, {"role": "assistant", "content": completion.text}]
         elif prompt.text:
-            assert (row["prompt"], row["response"]) == (prompt.text, given.text)
+            assert (row["prompt"], row["response"]) == (prompt.text, completion.text)
         columns.append(tuple(row))
     always = ("input_ids", "loss_mask")
     first = ("id", "temperature", "finish")
@@ -327,44 +335,44 @@ def test_rows_by_kind_of_prompt(tmp_path):
     assert number + 1 == LAYOUT.rows  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def made_with(tokenizer: Any, rows_file: Callable[..., str], out: Path, most: float = float("inf")) -> list[Asked]:
-    """A set whose prompts are a chat, a raw text and given tokens, as the command makes it."""
+def made_with(tokenizer: Any, rows_file: Callable[..., str], out: Path, limit: float = float("inf")) -> list[Prompt]:
+    """Writes a set as the command does; its prompts are a chat, a raw text and a token row."""
     given = {"input_ids": [5, 6, 7], "loss_mask": [0, 0, 1]}
-    prompts = read_asked(rows_file({"prompt": "Wie viele?"}, {"text": "Once"}, given), tokenizer)
+    prompts = read_prompt_rows(rows_file({"prompt": "Wie viele?"}, {"text": "Once"}, given), tokenizer)
     provenance = {"vocabulary": vocabulary_hash(tokenizer)}
-    write_set(out, Layout(3, (0.0, 1.0), 2, 5), prompts, answering(most=most), provenance, progress=False)
+    layout, worker = DistilledLayout(3, (0.0, 1.0), 2, 5), Worker(progress=False)
+    write_distilled(out, layout, prompts, completing(limit=limit), provenance, worker)
     return prompts
 
 
 def test_what_training_packs_is_what_was_sampled(tokenizer, rows_file, tmp_path):
-    """Ids and mask come back exactly, though the chat template would write another mask for `messages`."""
+    """Ids and mask are exactly those sampled, although the chat template would give another mask for `messages`."""
     prompts = made_with(tokenizer, rows_file, tmp_path / "set")
     packed = prepare([str(tmp_path / "set")], None, tokenizer, 64, validation_share=0.0).train
-    layout, expected = Layout(3, (0.0, 1.0), 2, 5), []
+    layout, expected = DistilledLayout(3, (0.0, 1.0), 2, 5), []
     for number in range(layout.rows):
-        item, temperature = layout.item(number)
-        tokens = answer_of(item, temperature).tokens
-        before = prompts[item[1]].tokens
+        row = layout.row(number)
+        tokens, before = completion_of(row).tokens, prompts[row.prompt].tokens
         expected.append(([*before, *tokens], [False] * len(before) + [True] * len(tokens)))
     bounds = packed.documents_D.tolist()
     spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
     found = [(packed.tokens_N[span].tolist(), packed.mask_N[span].tolist()) for span in spans]
     assert sorted(found) == sorted(expected)
-    assert [asked.tokens for asked in read_asked(str(tmp_path / "set"), tokenizer)][::4] == [asked.tokens for asked in prompts]
+    assert [prompt.tokens for prompt in read_prompt_rows(str(tmp_path / "set"), tokenizer)][::4] == [p.tokens for p in prompts]
 
 
 def test_an_unfinished_set_or_another_tokenizers_is_refused(tokenizer, rows_file, tmp_path):
     with pytest.raises(ConnectionError):
-        made_with(tokenizer, rows_file, tmp_path / "set", most=7)
-    with pytest.raises(UserError, match="of 3 parts are not done") as caught:
+        made_with(tokenizer, rows_file, tmp_path / "set", limit=7)
+    with pytest.raises(UserError, match="of 3 parts are missing") as caught:
         prepare([str(tmp_path / "set")], None, tokenizer, 64)
     assert "\n" not in str(caught.value)
     made_with(tokenizer, rows_file, tmp_path / "set")
     with pytest.raises(UserError, match="another tokenizer") as caught:
         prepare([str(tmp_path / "set")], None, make_tokenizer(300), 64)
     assert "\n" not in str(caught.value) and str(tmp_path / "set") in str(caught.value)
-    said = read_provenance(tmp_path / "set")
-    assert said is not None and said["parts"] == 3 and read_provenance(tmp_path) is None
-    (tmp_path / "set" / part_name(2)).unlink()
+    manifest = DISTILLED.read(tmp_path / "set")
+    assert manifest is not None and manifest["parts"] == 3 and DISTILLED.read(tmp_path) is None
+    (tmp_path / "set" / distilled_part(2)).unlink()
     with pytest.raises(UserError, match="1 of 3 parts"):
         list(read_rows(str(tmp_path / "set"), limit=1))

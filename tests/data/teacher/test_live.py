@@ -1,4 +1,4 @@
-"""The kept target: what is read back is what was written, to the bit, and never another target's, set's or precision's."""
+"""Cached hidden states: read back bit-identical, and never those of another target, set or precision."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tests.support.processes import ended, fork
-from trainkit.data.teacher import live as features
-from trainkit.data.teacher.live import FeatureStore, TargetReader
+from trainkit.data.teacher import live
+from trainkit.data.teacher.live import FeatureCache, LiveTeacher
 from trainkit.data.text.chat_template import Document
 from trainkit.data.text.packing import PackedSet, pack
 from trainkit.errors import UserError
@@ -25,8 +25,8 @@ from trainkit.losses.topk import TopKHead, compress
 from trainkit.models.target import FrozenTarget
 
 
-def store(folder: Path, dtype: torch.dtype = torch.float32, **key: Any) -> FeatureStore:
-    return FeatureStore(folder, {"set": "a"} | key, 5, 3, 4, dtype)
+def store(folder: Path, dtype: torch.dtype = torch.float32, **key: Any) -> FeatureCache:
+    return FeatureCache(folder, {"set": "a"} | key, 5, 3, 4, dtype)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def packed(seed: int) -> PackedSet:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one whenever the target is run."""
+    """A list that grows by one whenever the target is run."""
     calls, forward = [], FrozenTarget.forward
 
     def counted(self: FrozenTarget, *args: Any) -> Any:
@@ -58,7 +58,7 @@ def test_rows_come_back_to_the_bit_in_any_order(dtype, tmp_path, seed):
     assert kept.get(torch.tensor([0])) is None and kept.filled == 0 and kept.size == 60 * dtype.itemsize
     kept.put(torch.tensor([4, 2]), values[[4, 2]])
     assert kept.get(torch.tensor([2, 3])) is None, "all rows or none"
-    for reader in (kept, store(tmp_path, dtype)):  # this process's, and as a later run finds it
+    for reader in (kept, store(tmp_path, dtype)):  # in this process, and in a later run
         found = reader.get(torch.tensor([2, 4, 2]))
         assert found is not None and found.dtype == dtype and reader.filled == 2
         assert torch.equal(found.view(torch.uint8), values[[2, 4, 2]].view(torch.uint8))
@@ -67,7 +67,7 @@ def test_rows_come_back_to_the_bit_in_any_order(dtype, tmp_path, seed):
 def test_rows_of_padding_are_neither_kept_nor_missed(tmp_path, seed):
     kept, values = store(tmp_path), torch.randn(3, 3, 4)
     kept.put(torch.tensor([-1, 1, -1]), values)
-    assert kept.filled == 1 and kept.get(torch.tensor([4])) is None, "-1 is no index from behind"
+    assert kept.filled == 1 and kept.get(torch.tensor([4])) is None, "-1 must not index from the end"
     found = kept.get(torch.tensor([-1, 1]))
     assert found is not None and torch.equal(found[1], values[1]) and not found[0].any()
     kept.put(torch.tensor([4]), values[:1])
@@ -81,8 +81,8 @@ def test_any_other_key_is_another_store(tmp_path):
         store(tmp_path, torch.bfloat16),
         store(tmp_path, set="b"),
         store(tmp_path, top_k=3),
-        FeatureStore(tmp_path, {"set": "a"}, 6, 3, 4, torch.float32),
-        FeatureStore(tmp_path, {"set": "a"}, 5, 4, 3, torch.float32),
+        FeatureCache(tmp_path, {"set": "a"}, 6, 3, 4, torch.float32),
+        FeatureCache(tmp_path, {"set": "a"}, 5, 4, 3, torch.float32),
     ]
     first.put(torch.arange(5), torch.ones(5, 3, 4))
     assert len({one.path for one in (first, *others)}) == 6 and not any(one.filled for one in others)
@@ -102,18 +102,18 @@ def test_a_killed_process_leaves_what_it_had_written(tmp_path, seed):
 
 
 def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=239))
-    with pytest.raises(UserError, match="take 0.0 GB, 0.0 are left") as caught:
+    monkeypatch.setattr(live.shutil, "disk_usage", lambda path: SimpleNamespace(free=239))
+    with pytest.raises(UserError, match="take 0.0 GB, 0.0 GB are free") as caught:
         store(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=240))
+    monkeypatch.setattr(live.shutil, "disk_usage", lambda path: SimpleNamespace(free=240))
     assert store(tmp_path).filled == 0
 
 
 def read_all(
-    reader: TargetReader, packed: PackedSet, taps: tuple[int, ...] = (), size: int = 2
+    reader: LiveTeacher, packed: PackedSet, taps: tuple[int, ...] = (), size: int = 2
 ) -> list[tuple[Tensor, Tensor | None]]:
-    kept, found = reader.store("set", packed, taps), []
+    kept, found = reader.open_store("set", packed, taps), []
     for start in range(0, len(packed), size):
         rows = list(range(start, min(start + size, len(packed))))
         found.append(reader.read(packed.batch(rows, size), taps, kept))
@@ -133,12 +133,12 @@ def assert_same(one: list, other: list, packed: PackedSet, size: int = 2) -> Non
 @pytest.mark.parametrize("top_k", [None, 7])
 @pytest.mark.parametrize("taps", [(), (1, -1)])
 def test_a_target_read_back_says_what_it_said(dtype, top_k, taps, tiny_target, packed, tmp_path, runs):
-    """Values and dtypes: hidden states or top-k rows, and taps; by the same reader and by the next."""
+    """Values and dtypes of hidden states or top-k rows, and of taps; by the same teacher and by the next one."""
     target = FrozenTarget(tiny_target, dtype)
-    plain = read_all(TargetReader(target, None, top_k), packed, taps)
-    reader = TargetReader(target, str(tmp_path), top_k)
+    plain = read_all(LiveTeacher(target, None, top_k), packed, taps)
+    reader = LiveTeacher(target, str(tmp_path), top_k)
     first, count = read_all(reader, packed, taps), len(runs)
-    again, later = read_all(reader, packed, taps), read_all(TargetReader(target, str(tmp_path), top_k), packed, taps)
+    again, later = read_all(reader, packed, taps), read_all(LiveTeacher(target, str(tmp_path), top_k), packed, taps)
     assert count == 2 * -(-len(packed) // 2) == len(runs)
     for one in (first, again, later):
         assert_same(plain, one, packed)
@@ -149,15 +149,15 @@ def test_a_target_read_back_says_what_it_said(dtype, top_k, taps, tiny_target, p
 
 def test_top_k_rows_are_those_of_the_targets_logits(tiny_target, packed, tmp_path):
     target = FrozenTarget(tiny_target)
-    (hidden, _), *_ = read_all(TargetReader(target), packed)
-    reader = TargetReader(target, str(tmp_path), 5)
+    (hidden, _), *_ = read_all(LiveTeacher(target), packed)
+    reader = LiveTeacher(target, str(tmp_path), 5)
     (rows, _), *_ = read_all(reader, packed)
     assert torch.equal(rows.flatten(0, 1), compress(target.handle().head(hidden.flatten(0, 1)), 5))
     head = reader.stored_head()
     assert isinstance(head, TopKHead) and (head.k, head.vocab_size) == (5, 320)
     for k in (0, 321):
         with pytest.raises(UserError, match="teacher_top_k"):
-            TargetReader(target, None, k)
+            LiveTeacher(target, None, k)
 
 
 def test_each_target_precision_and_choice_of_taps_has_a_store_of_its_own(tiny_target, packed, tmp_path, runs):
@@ -180,22 +180,22 @@ def test_each_target_precision_and_choice_of_taps_has_a_store_of_its_own(tiny_ta
         ):
             before = len(runs)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                plain = read_all(TargetReader(FrozenTarget(folder, dtype), None, top_k), packed, taps)
-                kept = read_all(TargetReader(FrozenTarget(folder, dtype), str(tmp_path / "kept"), top_k), packed, taps)
+                plain = read_all(LiveTeacher(FrozenTarget(folder, dtype), None, top_k), packed, taps)
+                kept = read_all(LiveTeacher(FrozenTarget(folder, dtype), str(tmp_path / "kept"), top_k), packed, taps)
             assert len(runs) == before + 2 * batches
             assert_same(plain, kept, packed)
             seen.append(kept[0][0])
     assert len(list((tmp_path / "kept").iterdir())) == 12
     copy = shutil.copytree(tiny_target, tmp_path / "elsewhere")
     before = len(runs)
-    read_all(TargetReader(FrozenTarget(copy), str(tmp_path / "kept")), packed)
+    read_all(LiveTeacher(FrozenTarget(copy), str(tmp_path / "kept")), packed)
     assert len(runs) == before, "a copy of the same target is the same target"
     assert all(not torch.equal(seen[0], other) for other in seen[1:5])
 
 
 def test_one_reader_tells_sets_and_taps_apart(tiny_target, packed, tmp_path):
-    reader = TargetReader(FrozenTarget(tiny_target), str(tmp_path))
-    stores = [reader.store(name, packed, taps) for name in ("a", "b") for taps in ((), (1,), (1, 2))]
+    reader = LiveTeacher(FrozenTarget(tiny_target), str(tmp_path))
+    stores = [reader.open_store(name, packed, taps) for name in ("a", "b") for taps in ((), (1,), (1, 2))]
     assert len({one.path for one in stores if one is not None}) == 6
-    assert reader.store("a", packed, (1,)) is stores[1]
-    assert TargetReader(FrozenTarget(tiny_target)).store("a", packed, ()) is None
+    assert reader.open_store("a", packed, (1,)) is stores[1]
+    assert LiveTeacher(FrozenTarget(tiny_target)).open_store("a", packed, ()) is None

@@ -1,4 +1,4 @@
-"""The loss mask: what it covers, read back as text, under templates with and without generation spans."""
+"""The loss mask, read back as text, for templates with and without generation spans."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from tests.support.tiny_data import NO_SPANS, STRIPS_THINKING
 from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer
-from trainkit.data.text.formats import Chat, Pair, Text, Tokens
+from trainkit.data.text.formats import Chat, PlainText, PromptResponse, TokenRow
 from trainkit.data.text.prepare import prepare
-from trainkit.data.text.sources import BadRow
+from trainkit.data.text.sources import RowError
 from trainkit.errors import UserError
 
 
@@ -21,7 +21,7 @@ def chat(*contents: str) -> Chat:
 
 
 def spans(tokenizer: Any, document: Document) -> list[tuple[bool, str]]:
-    """(counts, text) of each stretch of equal mask."""
+    """(is label, text) of each run of tokens with equal mask."""
     edges = np.flatnonzero(np.diff(document.mask)) + 1
     return [
         (bool(mask[0]), tokenizer.decode(tokens))
@@ -69,28 +69,28 @@ def test_both_ways_count_the_same_tokens_of_a_two_turn_chat(tokenizer: Any) -> N
 
 def test_a_prompt_that_tokenises_differently_with_its_answer_is_a_bad_row(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # letters join across the turn
-    with pytest.raises(BadRow, match="tokenise differently together than apart"):
+    with pytest.raises(RowError, match="tokenise differently together than apart"):
         Encoder(tokenizer).documents(chat("the answ", "er is"))
 
 
 def test_a_prompt_that_changes_with_its_answer_is_a_bad_row(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
-    with pytest.raises(BadRow, match="writes a prompt differently once its answer follows"):
+    with pytest.raises(RowError, match="renders a prompt differently when its answer follows"):
         Encoder(tokenizer).documents(chat("a", "b"))
 
 
 def test_pairs_are_chats_with_a_template_and_texts_end_to_end_without(tokenizer: Any) -> None:
-    (document,) = Encoder(tokenizer).documents(Pair("Hi", "Hello"))
+    (document,) = Encoder(tokenizer).documents(PromptResponse("Hi", "Hello"))
     assert spans(tokenizer, document) == [(False, "<|bos|><|user|>Hi<|end|><|assistant|>"), (True, "Hello<|end|>")]
     tokenizer.chat_template = None
-    (document,) = Encoder(tokenizer).documents(Pair("Hi", "Hello", "\n"))
+    (document,) = Encoder(tokenizer).documents(PromptResponse("Hi", "Hello", "\n"))
     assert spans(tokenizer, document) == [(False, "Hi\n"), (True, "Hello<|end|>")]
 
 
 def test_text_counts_whole_with_an_end_token_and_given_tokens_stand_as_they_are(tokenizer: Any) -> None:
-    (document,) = Encoder(tokenizer).documents(Text("Once upon"))
+    (document,) = Encoder(tokenizer).documents(PlainText("Once upon"))
     assert spans(tokenizer, document) == [(True, "Once upon<|end|>")] and document.divisible
-    (document,) = Encoder(tokenizer).documents(Tokens([9, 8, 7], [0, 1, 0]))
+    (document,) = Encoder(tokenizer).documents(TokenRow([9, 8, 7], [0, 1, 0]))
     assert document.tokens.tolist() == [9, 8, 7] and document.mask.tolist() == [False, True, False]
 
 
@@ -110,7 +110,7 @@ def test_chats_without_a_template_name_the_mend(tokenizer: Any) -> None:
 def test_a_mask_over_everything_is_an_error(template: str, share: str, tokenizer: Any, rows_file: Callable[..., str]) -> None:
     tokenizer.chat_template = template
     path = rows_file(*({"prompt": f"q{n}", "response": f"a{n}"} for n in range(3)))
-    with pytest.raises(UserError, match=f"train: {share} of the chats counts"):
+    with pytest.raises(UserError, match=f"train: {share} of the chats is a label"):
         prepare([path], None, tokenizer, 64)
 
 
@@ -121,7 +121,7 @@ def test_spans_that_hold_nothing_are_an_error_and_skipping_them_all_leaves_no_ro
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if no %}{% generation %}{% endgeneration %}{% endif %}"
     )
     path = rows_file({"prompt": "q", "response": "a"})
-    with pytest.raises(UserError, match="generation spans hold no token"):
+    with pytest.raises(UserError, match="generation spans contain no token"):
         prepare([path], None, tokenizer, 64)
     with pytest.raises(UserError, match="no usable row"):
         prepare([path], None, tokenizer, 64, on_bad_row="skip")

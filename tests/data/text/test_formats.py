@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from trainkit.data.text.formats import Chat, Pair, Text, Tokens, check_columns, parse
+from trainkit.data.text.formats import Chat, PlainText, PromptResponse, TokenRow, check_columns, parse_row
 from trainkit.data.text.prepare import prepare
-from trainkit.data.text.sources import BadRow, read_rows
+from trainkit.data.text.sources import RowError, read_rows
 from trainkit.errors import UserError
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -23,40 +23,42 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
     [
         ({"messages": TURNS}, Chat(TURNS)),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, Chat(TURNS)),
-        ({"prompt": "Hi", "response": "Hello"}, Pair("Hi", "Hello")),
-        ({"question": "Hi", "answer": "Hello"}, Pair("Hi", "Hello", "\n")),
-        ({"text": "Hi"}, Text("Hi")),
-        ({"input_ids": [5, 6], "loss_mask": [0, 1]}, Tokens([5, 6], [0, 1])),
-        ({"input_ids": [5, 6], "loss_mask": [False, True]}, Tokens([5, 6], [0, 1])),
+        ({"prompt": "Hi", "response": "Hello"}, PromptResponse("Hi", "Hello")),
+        ({"question": "Hi", "answer": "Hello"}, PromptResponse("Hi", "Hello", "\n")),
+        ({"text": "Hi"}, PlainText("Hi")),
+        ({"input_ids": [5, 6], "loss_mask": [0, 1]}, TokenRow([5, 6], [0, 1])),
+        ({"input_ids": [5, 6], "loss_mask": [False, True]}, TokenRow([5, 6], [0, 1])),
     ],
 )
 def test_each_format_is_recognised_by_its_columns(row: dict[str, Any], expected: object) -> None:
-    assert parse(row, {}) == (expected, [])
+    assert parse_row(row, {}) == (expected, [])
 
 
 def test_chat_columns_come_before_text_and_the_rest_is_named() -> None:
-    assert parse({"text": "x", "messages": TURNS, "id": 3}, {}) == (Chat(TURNS), ["text", "id"])
+    assert parse_row({"text": "x", "messages": TURNS, "id": 3}, {}) == (Chat(TURNS), ["text", "id"])
 
 
 def test_a_null_key_of_a_turn_is_as_if_absent() -> None:
-    row, _ = parse({"messages": [{**turn, "tool_calls": None} for turn in TURNS]}, {})
+    row, _ = parse_row({"messages": [{**turn, "tool_calls": None} for turn in TURNS]}, {})
     assert row == Chat(TURNS)
 
 
 def test_a_mapping_names_columns_and_thereby_the_format() -> None:
     columns = check_columns({"prompt": "instruction", "response": "output"})
-    row, unused = parse({"instruction": "Hi", "output": "Hello", "messages": TURNS}, columns)
-    assert row == Pair("Hi", "Hello") and unused == ["messages"]
-    assert parse({"prompt": "Hi", "canonical_solution": "x"}, {"response": "canonical_solution"})[0] == Pair("Hi", "x")
+    row, unused = parse_row({"instruction": "Hi", "output": "Hello", "messages": TURNS}, columns)
+    assert row == PromptResponse("Hi", "Hello") and unused == ["messages"]
+    assert parse_row({"prompt": "Hi", "canonical_solution": "x"}, {"response": "canonical_solution"})[0] == PromptResponse(
+        "Hi", "x"
+    )
 
 
 def test_a_mapping_to_a_missing_column_is_a_bad_row() -> None:
-    with pytest.raises(BadRow, match="expected body;"):
-        parse({"text": "Hi"}, {"text": "body"})
+    with pytest.raises(RowError, match="expected body;"):
+        parse_row({"text": "Hi"}, {"text": "body"})
 
 
 def test_an_unknown_key_of_the_mapping_is_refused() -> None:
-    with pytest.raises(UserError, match="'instruction' is no column of ours.*prompt"):
+    with pytest.raises(UserError, match="unknown key 'instruction'; choose from .*prompt"):
         check_columns({"instruction": "prompt"})
 
 
@@ -74,8 +76,8 @@ BAD = [
     ({"messages": [*TURNS[:1], {"role": "assistant", "content": ["x"]}]}, r"messages\[1\]\.content must be text, not a list"),
     ({"messages": TURNS[:1]}, "no assistant turn"),
     ({"messages": [*TURNS[:1], {"role": "assistant", "content": " "}]}, "turn 1 is an empty assistant turn"),
-    ({"messages": [{"role": "judge", "content": "x"}, *TURNS]}, "the chat template refuses the turns: roles are user and"),
-    ({"conversations": [{"from": "alien", "value": "x"}]}, r"conversations\[0\]\.from is 'alien'; known are human"),
+    ({"messages": [{"role": "judge", "content": "x"}, *TURNS]}, "the chat template rejects the turns: roles are user and"),
+    ({"conversations": [{"from": "alien", "value": "x"}]}, r"conversations\[0\]\.from is 'alien'; it must be one of human"),
     ({"conversations": [{"from": "gpt", "value": 3}]}, r"conversations\[0\]\.value must be text, not int 3"),
     ({"prompt": "x", "response": ""}, "response must be text, not empty"),
     ({"question": None, "answer": "x"}, "question must be text, not null"),
@@ -104,7 +106,7 @@ def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xff"}\n')
     first, second = read_rows(str(tmp_path / "x.jsonl"))
     assert first[1] == {"text": "a"}
-    assert isinstance(second[1], BadRow) and str(second[1]) == "not UTF-8 at byte 11 of the line"
+    assert isinstance(second[1], RowError) and str(second[1]) == "not UTF-8 at byte 11 of the line"
 
 
 def test_limit_takes_the_first_rows_over_all_files(rows_file: Callable[..., str], tokenizer: Any) -> None:
@@ -133,7 +135,7 @@ def test_json_parquet_and_csv_give_the_rows_of_jsonl(tmp_path: Path) -> None:
     [
         ("x.json", '{"a": 1}', "holds one JSON dict; a .json file must be a list of rows"),
         ("x.json", '{"a": 1}\n{"a": 2}', ":2: not JSON: Extra data .* name it .jsonl"),
-        ("x.doc", "text", "unknown kind of file '.doc'"),
+        ("x.doc", "text", "unknown file type '.doc'"),
         ("x.parquet", "text", "neither a readable local file nor"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Packing and batches: nothing lost, doubled or split, and tensors that say where documents begin."""
+"""Packing and batches: no document is lost, doubled or split, and the tensors give the documents' boundaries."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ LENGTH = 16
 documents = st.lists(st.lists(st.tuples(st.integers(1, 90), st.booleans()), min_size=1, max_size=LENGTH), max_size=40)
 
 
-def made(pairs: list[list[tuple[int, bool]]]) -> list[Document]:
+def make_documents(pairs: list[list[tuple[int, bool]]]) -> list[Document]:
     return [Document(np.array([t for t, _ in d], np.int32), np.array([m for _, m in d], np.bool_)) for d in pairs]
 
 
 def read_back(packed: PackedSet) -> list[tuple[list[int], list[bool]]]:
-    """Documents as (tokens, mask), found from the tensors alone."""
+    """Documents as (tokens, mask), read from the tensors only."""
     batch = packed.batch(range(len(packed)), len(packed))
-    found = []
+    result = []
     for b in range(len(packed)):
         for number in range(int(batch["document_BT"][b].max()) + 1):
             at = batch["document_BT"][b] == number
             assert batch["positions_BT"][b, at].tolist() == list(range(int(at.sum())))
-            found.append((batch["tokens_BT"][b, at].tolist(), batch["mask_BT"][b, at].tolist()))
-    return found
+            result.append((batch["tokens_BT"][b, at].tolist(), batch["mask_BT"][b, at].tolist()))
+    return result
 
 
 @settings(deadline=None)
 @given(documents)
 def test_every_document_is_packed_once_and_whole(pairs: list[list[tuple[int, bool]]]) -> None:
     expected = [([t for t, _ in d], [False] + [m for _, m in d][1:]) for d in pairs]
-    assert sorted(read_back(pack(made(pairs), LENGTH, 0))) == sorted(expected)
+    assert sorted(read_back(pack(make_documents(pairs), LENGTH, 0))) == sorted(expected)
 
 
 @settings(deadline=None)
 @given(documents)
 def test_documents_are_contiguous_padding_comes_last_and_no_two_rows_could_be_one(pairs: list[list[tuple[int, bool]]]) -> None:
-    packed = pack(made(pairs), LENGTH, 99)
+    packed = pack(make_documents(pairs), LENGTH, 99)
     batch = packed.batch(range(len(packed)), len(packed))
     used = []
     for b in range(len(packed)):
@@ -55,7 +55,7 @@ def test_documents_are_contiguous_padding_comes_last_and_no_two_rows_could_be_on
 @settings(deadline=None)
 @given(documents)
 def test_labels_are_counted_as_the_drafters_count_them(pairs: list[list[tuple[int, bool]]]) -> None:
-    packed = pack(made(pairs), LENGTH, 0)
+    packed = pack(make_documents(pairs), LENGTH, 0)
     expected = []
     for row in range(len(packed)):
         batch = packed.batch([row], 1)
@@ -66,7 +66,7 @@ def test_labels_are_counted_as_the_drafters_count_them(pairs: list[list[tuple[in
 
 
 def test_a_batch_by_hand() -> None:
-    packed = pack(made([[(5, False), (6, True), (7, True)], [(8, True), (9, True)]]), 6, 0)
+    packed = pack(make_documents([[(5, False), (6, True), (7, True)], [(8, True), (9, True)]]), 6, 0)
     batch = packed.batch([0], 2)
     assert batch["tokens_BT"].tolist() == [[5, 6, 7, 8, 9, 0], [0] * 6]
     assert batch["positions_BT"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]

@@ -1,4 +1,4 @@
-"""Preparation: long rows, the split, the report, and the cache with what must and must not miss it."""
+"""Preparation: long rows, the split, the report, and which changes make a new cache entry."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_long_chats_are_truncated_left_out_or_refused_and_counted(rows_file: Cal
     path = rows_file({"prompt": "Hi", "response": "word " * 50}, {"prompt": "word " * 50, "response": "Hi"}, *chat_rows(3))
     options: dict[str, Any] = {"validation_share": 0}
     report = prepare([path], None, tokenizer, 24, **options).report.train
-    # one of the two had its whole answer cut off
+    # one of the two lost its whole answer
     assert (report.rows, report.documents, report.truncated, report.unlabelled) == (5, 4, 2, 1)
-    assert "2 truncated to 24 tokens" in str(report) and "1 left out, no token of theirs counts" in str(report)
+    assert "2 truncated to 24 tokens" in str(report) and "1 left out, no token is a label" in str(report)
     report = prepare([path], None, tokenizer, 24, on_long_row="skip", **options).report.train
     assert (report.documents, report.too_long) == (3, 2)
     with pytest.raises(UserError, match=r"rows.jsonl:1: \d+ tokens, longer than length 24; raise length"):
@@ -135,7 +135,7 @@ def test_the_cache_gives_back_what_was_made_and_is_hit_only_by_equal_content(
 
     first = run()
     assert equal(first, run(cache_dir=None)) and equal(first, run())
-    assert len(made) == 2  # the cache and the run without it; the third loaded
+    assert len(made) == 2  # two runs prepared, the third loaded from the cache
     moved = rows_file(*chat_rows(20), name="other.jsonl")
     assert equal(first, run(train=[moved])) and equal(first, run(tokenizer=TOKENIZER)) and len(made) == 2
     for number, options in enumerate(
@@ -207,7 +207,7 @@ def test_two_processes_prepare_once_and_a_kill_leaves_nothing_half_done(
 
     killed = start(60)
     wait_for(1)
-    leftover = cache / f"{next(cache.glob('*.lock')).stem[:16]}.x.tmp"
+    leftover = cache / f".{next(cache.glob('*.lock')).stem}.x.partial"
     leftover.mkdir()
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
@@ -217,15 +217,13 @@ def test_two_processes_prepare_once_and_a_kill_leaves_nothing_half_done(
         process.join(30)
         assert process.exitcode == 0
     assert len(log.read_text().splitlines()) == 2  # the killed one and one of the pair
-    assert not list(cache.glob("*.tmp"))
+    assert not list(cache.glob(".*.partial"))
     assert equal(prepare([path], None, tokenizer, 64, cache_dir=cache), prepare([path], None, tokenizer, 64))
 
 
 def test_a_report_with_unread_columns_and_bad_rows_survives_the_cache() -> None:
-    from collections import Counter
-
     from trainkit.data.text.report import Report, SetReport
 
-    train = SetReport("train", rows=3, skipped=Counter({"no text": 1}), unused=Counter({"id": 2, "score": 1}))
+    train = SetReport("train", rows=3, skipped={"no text": 1}, unused={"id": 2, "score": 1})
     report = Report(train, SetReport("validation"))
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report

@@ -1,4 +1,4 @@
-"""Prompts: what the model is given before it answers, read back as text, for every kind of row."""
+"""Prompts of every kind of row, read back as text."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Generated data sets on disk: distilled answers, target features, acceptance records."""
+"""Generated data sets on disk: distilled text, target features, acceptance records, and the writer they share."""

@@ -1,65 +1,58 @@
-"""Acceptance sets: what an acceptance predictor is trained on, one record for each draft position that serving came to.
+"""Acceptance sets: training data of an acceptance predictor, one record for each draft position that was verified.
 
-A folder with `acceptance.json`, which says what made it, and parts, each with a block of prompts at one temperature. A part is
-written under another name, synced and renamed: under its own it is whole. So resuming makes the parts that are not there, and
-any number of ranks share them out. Each bears the digest of what determines it, so that none is taken for another set's.
+A set is a folder with the manifest `acceptance.json` and safetensors parts (`trainkit.data.sets.writer`), each with a block of
+prompts at one temperature. Each part carries the set's id, a digest of everything that determines the records, so that a part
+of another set is recognised.
 
-The records are those of decoding itself, so they have the distribution that is served: the predictor is asked where the round
-came to, and nowhere else. What SpecDec++ (arXiv 2405.19715) does instead, one pass over the text with the draft's own token put
-in for 85 of 100 of the target's, is an approximation of that which needs no decoding; nothing is left of it here.
-Left out on purpose: the tokens. A predictor does not read them, and the prompts' file has them.
+The records are those of real decoding, so they have the distribution that the predictor meets when it serves: positions that
+verification reached, and no others. SpecDec++ (arXiv 2405.19715) approximates this without decoding, by one pass over the text
+with the draft's own token in place of 85 of 100 of the target's tokens; that is not implemented here.
+Left out on purpose: the tokens. A predictor does not read them, and they can be generated again from the prompts.
 
-Tensors of a part, prompt by prompt, round by round, position by position: `hidden` [N, D], the state that proposed; `signals`
-[N, W, C] float32 of its W likeliest proposals, likeliest first, the last of them the temperature; `depth` [N] int16, 0 for the
-round's first; `label` [N, W] float32, whether each was what the target chose, or how likely that was; `max_q` [N] float32, the
-draft's highest probability there; `prompt` [N] int32, its number. A chain drafts the first proposal; W is 1 under `residual`.
+Tensors of a part, ordered by prompt, round and position: `hidden` [N, D], the hidden state that proposed; `signals` [N, W, C]
+float32 of its W most probable proposals, most probable first, the last signal being the temperature; `depth` [N] int16, 0 for
+the first position of a round; `label` [N, W] float32, whether the target chose each proposal, or the probability of that;
+`max_q` [N] float32, the draft's highest probability; `prompt` [N] int32, the prompt's index. A chain drafts the first
+proposal. W is 1 under `residual`.
 """
 
-# N records of a part  R records of a set  W proposals of a position  D hidden  C signals
+# N records of a part  R records of a set  B batch  W proposals of a position  D hidden  C signals
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainkit.bundle import Bundle
-from trainkit.data.manifest import read_manifest
-from trainkit.data.sets.writer import begin, write_part
+from trainkit.data.manifest import ACCEPTANCE
+from trainkit.data.sets.writer import SetStats, SetWriter, Worker, comparable
 from trainkit.errors import UserError
 from trainkit.models.predictor import FILE
 
-ACCEPTANCE = "acceptance.json"
-FORMAT = 2
 COLUMNS = ("hidden", "signals", "depth", "label", "max_q", "prompt")
-_COMMAND = "trainkit features --acceptance"
 
 Records = Mapping[str, Tensor]
-"""`COLUMNS` by name."""
-Make = Callable[[Sequence[int], float, Callable[[int], None]], Records]
-"""Decodes the prompts of these numbers at a temperature, tells the function it is given the tokens of each text that ended, and
-returns the records."""
+"""Tensors by the names in `COLUMNS`."""
+Record = Callable[[Sequence[int], float, Callable[[int], None]], Records]
+"""Decodes the prompts with these indices at a temperature; calls the function with the token count of each finished text."""
 
 
 @dataclass(frozen=True)
 class AcceptanceLayout:
-    """Which part holds which records: block of prompts by block, temperature by temperature.
+    """Which part has which records: ordered by block of prompts, then by temperature.
 
     Attributes:
-        prompts: Prompts of the set.
-        temperatures: Each is decoded at each.
-        part_prompts: Prompts of a part.
+        prompts: Number of prompts.
+        temperatures: Sampling temperatures, all of which are used for each prompt.
+        part_prompts: Prompts in a part.
     """
 
     prompts: int
@@ -68,150 +61,81 @@ class AcceptanceLayout:
 
     @property
     def parts(self) -> int:
-        """Files of the whole set."""
+        """Number of parts in the set."""
         return -(-self.prompts // self.part_prompts) * len(self.temperatures)
 
     def part(self, number: int) -> tuple[range, float]:
-        """A part's prompts and its temperature."""
-        block, place = divmod(number, len(self.temperatures))
+        """Indices of a part's prompts, and its temperature."""
+        block, index = divmod(number, len(self.temperatures))
         first = block * self.part_prompts
-        return range(first, min(first + self.part_prompts, self.prompts)), self.temperatures[place]
+        return range(first, min(first + self.part_prompts, self.prompts)), self.temperatures[index]
 
 
-@dataclass
-class Written:
-    """What a call of `write_acceptance` did: parts made by it and found there, records, accepted ones, tokens, seconds."""
-
-    parts: int = 0
-    found: int = 0
-    records: int = 0
-    accepted: float = 0.0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-def drafter_fingerprint(made: Bundle) -> dict[str, Any]:
-    """Which drafter a bundle holds: its kind and the hashes of its files but a predictor's; and its name, to be told by."""
-    files = {name: digest for name, digest in made.files.items() if name != FILE}
-    return {"name": made.path.resolve().name, "kind": made.kind, "files": files}
-
-
-def part_file(number: int) -> str:
-    """The file name of a whole part."""
+def part_name(number: int) -> str:
+    """File name of a complete part."""
     return f"part-{number:05d}.safetensors"
 
 
-def read_acceptance(folder: Path) -> dict[str, Any] | None:
-    """What `acceptance.json` says, or None where there is none.
-
-    Raises:
-        UserError: it is not readable.
-    """
-    return read_manifest(folder / ACCEPTANCE, FORMAT, "parts", int, "an acceptance set")
+def drafter_fingerprint(drafter: Bundle) -> dict[str, Any]:
+    """Kind of a drafter, hashes of its files without those of a predictor, and its name for messages."""
+    files = {name: digest for name, digest in drafter.files.items() if name != FILE}
+    return {"name": drafter.path.resolve().name, "kind": drafter.kind, "files": files}
 
 
 def write_acceptance(
-    out: Path,
-    layout: AcceptanceLayout,
-    make: Make,
-    provenance: Mapping[str, Any],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = True,
-) -> Written:
-    """Writes this rank's share of the parts into `out`, going on where an earlier call stopped.
+    out: Path, layout: AcceptanceLayout, record: Record, provenance: Mapping[str, Any], worker: Worker
+) -> SetStats:
+    """Writes this process's share of the parts into `out`; continues where an earlier call stopped.
 
     Args:
         out: Folder of the set.
-        layout: Its parts.
-        make: Where records come from; the same arguments give the same records.
-        provenance: What else determines them, JSON-able, `versions` apart; names and places are in it under `name` and `path`.
-        rank: This process's number; it makes every `world_size`-th part.
-        world_size: Processes that share the work.
-        progress: Show a bar over texts, with tokens per second.
+        layout: Parts of the set.
+        record: Makes the records of a part; equal arguments must give equal records.
+        provenance: Everything else that determines the records, JSON-able. `versions`, and inside other entries `name` and
+            `path`, may differ when the set is continued.
+        worker: This process.
 
     Raises:
         UserError: `out` holds another set or something else, or another process writes there.
     """
-    values = {
-        "format": FORMAT,
+    manifest = {
+        "format": ACCEPTANCE.format,
         **provenance,
         "prompt_count": layout.prompts,
         "temperatures": list(layout.temperatures),
         "part_prompts": layout.part_prompts,
         "parts": layout.parts,
     }
-    values["id"] = _digest(values)
-    begun = begin(out, ACCEPTANCE, values, read_acceptance, _COMMAND)
-    shared = range(rank, layout.parts, world_size)
-    mine = [number for number in shared if not (out / part_file(number)).exists()]
-    written, began = Written(found=len(shared) - len(mine)), perf_counter()
-    texts = {number: len(layout.part(number)[0]) for number in shared}
-    bar = _bar(sum(texts.values()), sum(texts.values()) - sum(texts[number] for number in mine)) if progress else None
+    manifest["id"] = hashlib.sha256(json.dumps(comparable(manifest), sort_keys=True).encode()).hexdigest()
+    parts = {part_name(number): layout.part(number) for number in range(layout.parts)}
+    sizes = {name: len(prompts) for name, (prompts, _) in parts.items()}
+    with SetWriter(out, ACCEPTANCE, manifest, sizes, "texts", worker) as writer:
 
-    def told(tokens: int) -> None:
-        written.tokens += tokens
-        if bar is not None:
-            bar.set_postfix_str(f"{written.tokens / (perf_counter() - began):,.0f} tokens/s", refresh=False)
-            bar.update()
+        def tensors(name: str) -> Records:
+            records = record(*parts[name], lambda tokens: writer.advance(1, tokens))
+            writer.stats.records += len(records["label"])
+            writer.stats.accepted += float(records["label"][:, 0].sum())
+            return {column: records[column].contiguous() for column in COLUMNS}
 
-    def content(number: int) -> bytes:
-        records = make(*layout.part(number), told)
-        written.records += len(records["label"])
-        written.accepted += float(records["label"][:, 0].sum())
-        return safetensors.torch.save({name: records[name].contiguous() for name in COLUMNS}, {"acceptance": values["id"]})
-
-    try:
-        for number in mine:
-            write_part(out / part_file(number), lambda number=number: content(number))
-            written.parts += 1
-    except BaseException:
-        if begun and not written.parts and world_size == 1:  # nothing in it to go on with
-            (out / ACCEPTANCE).unlink(missing_ok=True)
-            with suppress(OSError):  # something else lies there
-                out.rmdir()
-        raise
-    finally:
-        written.seconds = perf_counter() - began
-        if bar is not None:
-            bar.close()
-    return written
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    """Of what determines the records: library versions, names and places do not."""
-    kept = {
-        key: {k: v for k, v in value.items() if k not in ("name", "path")} if isinstance(value, dict) else value
-        for key, value in values.items()
-        if key != "versions"
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _bar(total: int, done: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, desc="acceptance", unit=" texts", smoothing=0.05, disable=None)
-
-
-# ------------------------------------------------------------------------------------------------------------------- reading
+        for name in writer.missing:
+            writer.write_tensors(name, lambda name=name: tensors(name))
+    return writer.stats
 
 
 @dataclass(frozen=True)
 class AcceptanceSet:
-    """Records in memory, or some of them: what `PackedLoader` makes batches of.
+    """All records of a set, or a selection of them, in memory; `PackedLoader` makes batches of it.
 
     Attributes:
-        tensors: `COLUMNS` of the whole set, shared with every part of it.
-        rows_R: Which of them these are.
-        about: What `acceptance.json` says.
-        fingerprint: Digest of what determines the records, and of how they were chosen.
+        tensors: All records of the set by `COLUMNS`, shared by every selection.
+        rows_R: Indices of the selected records.
+        manifest: Contents of `acceptance.json`.
+        fingerprint: Digest of everything that determines the records, and of how they were selected.
     """
 
     tensors: Records
     rows_R: np.ndarray
-    about: Mapping[str, Any]
+    manifest: Mapping[str, Any]
     fingerprint: str
 
     @staticmethod
@@ -219,47 +143,47 @@ class AcceptanceSet:
         """All records of a complete set.
 
         Raises:
-            UserError: no such set, parts that are missing, broken or another set's, or no record in any.
+            UserError: there is no such set, parts are missing, damaged or of another set, or no part has a record.
         """
         folder = Path(folder)
-        about = read_acceptance(folder)
-        if about is None:
-            raise UserError(f"{folder}: no acceptance set (no {ACCEPTANCE}); make one with `{_COMMAND} BUNDLE`")
-        files = [folder / part_file(number) for number in range(about["parts"])]
-        missing = sum(not file.is_file() for file in files)
-        if missing:
-            raise UserError(f"{folder}: {missing} of {len(files)} parts are not done; run the same {_COMMAND} again")
-        parts = [part for file in files if len((part := _read_part(file, about["id"]))["label"])]
+        manifest = ACCEPTANCE.read(folder)
+        if manifest is None:
+            raise UserError(f"{folder}: no acceptance set (no {ACCEPTANCE.manifest}); make one with `{ACCEPTANCE.command}`")
+        parts = []
+        for file in ACCEPTANCE.part_files(folder, map(part_name, range(manifest["parts"]))):
+            with ACCEPTANCE.open_part(file, manifest["id"]) as opened:
+                if len(opened.get_tensor("label")):
+                    parts.append({name: opened.get_tensor(name) for name in COLUMNS})
         if not parts:
-            raise UserError(f"{folder}: holds no record, as no text was longer than one token; give other prompts")
+            raise UserError(f"{folder}: has no record, because no text was longer than one token; use other prompts")
         tensors = {name: torch.cat([part[name] for part in parts]) for name in COLUMNS}
-        return AcceptanceSet(tensors, np.arange(len(tensors["label"])), about, about["id"])
+        return AcceptanceSet(tensors, np.arange(len(tensors["label"])), manifest, manifest["id"])
 
     def __len__(self) -> int:
         return len(self.rows_R)
 
     @property
     def labels_R(self) -> np.ndarray:
-        """Of each record how many labels count: one."""
+        """Counted labels of each record, which is one; int64."""
         return np.ones(len(self), np.int64)
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """Width of the hidden states (D)."""
         return self.tensors["hidden"].shape[1]
 
     @property
     def prompts(self) -> int:
-        """Prompts that have a record here."""
+        """Number of prompts that have a selected record."""
         return len(self.column("prompt").unique())
 
     def column(self, name: str) -> Tensor:
-        """One of `COLUMNS`, of these records."""
+        """One of `COLUMNS` for the selected records."""
         return self.tensors[name][torch.from_numpy(self.rows_R)]
 
     @property
     def temperature(self) -> Tensor:
-        """[R] temperatures."""
+        """[R] sampling temperatures."""
         return self.tensors["signals"][:, 0, -1][torch.from_numpy(self.rows_R)]
 
     @property
@@ -268,39 +192,41 @@ class AcceptanceSet:
         return self.tensors["label"][:, 0][torch.from_numpy(self.rows_R)]
 
     def split(self, share: float, seed: int) -> tuple[AcceptanceSet, AcceptanceSet]:
-        """The records of most prompts, and those of a share drawn under `seed`: no prompt has records in both.
+        """Training and validation records; no prompt has records in both.
+
+        Args:
+            share: Share of the prompts that are for validation.
+            seed: Seed for drawing them.
 
         Raises:
-            UserError: a share that leaves one of them empty.
+            UserError: the share leaves training or validation without a prompt.
         """
-        numbers = np.unique(self.column("prompt").numpy())
+        prompt_R = self.column("prompt").numpy()
+        numbers = np.unique(prompt_R)
         count = round(share * len(numbers))
         if not 0 < count < len(numbers):
             raise UserError(
                 f"validation_share: {share} of {len(numbers)} prompts leaves {'training' if count else 'validation'} without "
-                "any; give another share, or a set of more prompts"
+                "any; use another share, or a set with more prompts"
             )
-        held = np.random.default_rng(seed).permutation(numbers)[:count]
-        is_held_R = np.isin(self.column("prompt").numpy(), held)
-        parts = (("train", ~is_held_R), ("validation", is_held_R))
+        is_validation_R = np.isin(prompt_R, np.random.default_rng(seed).permutation(numbers)[:count])
         train, validation = (
             replace(self, rows_R=self.rows_R[chosen_R], fingerprint=f"{self.fingerprint} {share} {seed} {name}")
-            for name, chosen_R in parts
+            for name, chosen_R in (("train", ~is_validation_R), ("validation", is_validation_R))
         )
         return train, validation
 
     def batch(self, rows: Sequence[int], size: int) -> dict[str, Tensor]:
-        """Tensors of `size` records: those given, then padding of zeros.
+        """Tensors of `size` records: the given ones, then zeros as padding.
 
         Returns:
-            hidden_BD, signals_BWC, depth_B int64, label_BW, max_q_B; document_BT [B, 1], 0 and on padding -1.
+            hidden_BD, signals_BWC, depth_B int64, label_BW, max_q_B; document_BT [B, 1], which is 0, and -1 on padding.
         """
         chosen_R = torch.from_numpy(self.rows_R[np.asarray(rows, np.int64)])
-        lacking = size - len(chosen_R)
 
         def padded(name: str) -> Tensor:
             values = self.tensors[name][chosen_R]
-            return torch.cat([values, values.new_zeros(lacking, *values.shape[1:])]) if lacking else values
+            return torch.cat([values, values.new_zeros(size - len(values), *values.shape[1:])])
 
         document_B = torch.zeros(size, dtype=torch.long)
         document_B[len(chosen_R) :] = -1
@@ -312,14 +238,3 @@ class AcceptanceSet:
             "max_q_B": padded("max_q"),
             "document_BT": document_B[:, None],
         }
-
-
-def _read_part(file: Path, mark: str) -> dict[str, Tensor]:
-    mend = f"remove it and run the same {_COMMAND} again"
-    try:
-        with safe_open(file, framework="pt") as opened:
-            if (opened.metadata() or {}).get("acceptance") != mark:
-                raise UserError(f"{file}: a part of another set; {mend}")
-            return {name: opened.get_tensor(name) for name in COLUMNS}
-    except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); {mend}") from None

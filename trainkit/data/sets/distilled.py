@@ -1,49 +1,61 @@
-"""Distillation sets: a target's answers to prompts, as rows that training reads, in a folder that a kill cannot spoil.
+"""Distillation sets: completions that the target generated, as rows for training, in a folder that survives a kill.
 
-A set is a folder. `distill.json` says what made it: target, prompts, sampling, how many rows in how many parts. Each part is a
-JSONL file, whole once it bears its name; before that its rows lie in `part-*.partial`, each flushed when its answer ends. So
-resuming reads what is there, drops a torn last line, and asks for the rest; ranks own parts, so any number of them can go on.
-Provenance stands beside the rows, not in a first row, so that every line of every part has the same columns.
+A set is a folder with the manifest `distill.json` and JSONL parts (`trainkit.data.sets.writer`). Until a part is complete, its
+rows are in `part-*.partial`, and each row is flushed as soon as its text ends. To continue, the rows there are read, a torn
+last line is dropped, and only the remaining rows are requested. The provenance is in the manifest and not in a first row, so
+that every line of every part has the same columns.
 
-Rows: `input_ids` and `loss_mask`, exactly what was sampled, which trainkit trains on; `messages` (chats) or `prompt` and
-`response` (raw text) for other programs and human eyes; `id`, `temperature`, `finish`.
+Columns: `input_ids` and `loss_mask` hold exactly the sampled tokens, and trainkit trains on these; `messages` (chats) or
+`prompt` and `response` (raw text) are for other programs and for people; `id`, `temperature`, `finish`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from trainkit.data.answer import Answer
-from trainkit.data.manifest import FORMAT, PROVENANCE, part_name, read_provenance
-from trainkit.data.sets.writer import begin
-from trainkit.data.text.prompts import Asked
+from trainkit.data.manifest import DISTILLED, distilled_part
+from trainkit.data.sets.writer import SetStats, SetWriter, Worker, lock_partial
+from trainkit.data.text.prompts import Completion, Prompt
 from trainkit.errors import UserError
+from trainkit.files import put_in_place
 
-WINDOW = 8
-"""Parts worked on together, so that a batch seldom runs dry."""
+OPEN_PARTS = 8
+"""Parts in progress at the same time, so that batches are seldom short of rows."""
 
-Item = tuple[int, int, int]
-"""A row to be made: its number in the set, its prompt's place, and which of the prompt's answers it is."""
-Answerer = Callable[[Sequence[Item], float], Iterator[Answer]]
-"""Answers the items at one temperature, in any order; `Answer.number` is the item's number."""
+
+class PlannedRow(NamedTuple):
+    """A row that is to be generated.
+
+    Attributes:
+        id: Number of the row in the set.
+        prompt: Index of its prompt.
+        sample: Which of the prompt's completions it is, counted over all temperatures; selects the random draws.
+        temperature: Sampling temperature.
+    """
+
+    id: int
+    prompt: int
+    sample: int
+    temperature: float
+
+
+Complete = Callable[[Sequence[PlannedRow], float], Iterator[Completion]]
+"""Generates the completions of rows that all have one temperature, in any order; `Completion.id` is the row's id."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which rows a set has, and which part holds each: prompt by prompt, temperature by temperature, sample by sample.
+class DistilledLayout:
+    """Rows of a set and the part of each: ordered by prompt, then by temperature, then by sample.
 
     Attributes:
-        prompts: Prompts asked.
-        temperatures: Each prompt is answered at each.
-        samples: Answers to a prompt at a temperature.
+        prompts: Number of prompts.
+        temperatures: Sampling temperatures, all of which are used for each prompt.
+        samples: Completions for each prompt and temperature.
         part_rows: Rows in a part.
     """
 
@@ -54,110 +66,48 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Rows of the whole set."""
+        """Number of rows in the set."""
         return self.prompts * len(self.temperatures) * self.samples
 
     @property
     def parts(self) -> int:
-        """Files of the whole set."""
+        """Number of parts in the set."""
         return -(-self.rows // self.part_rows)
 
-    def numbers(self, part: int) -> range:
-        """The rows that a part holds."""
+    def row_ids(self, part: int) -> range:
+        """Ids of the rows in a part."""
         return range(part * self.part_rows, min((part + 1) * self.part_rows, self.rows))
 
-    def item(self, number: int) -> tuple[Item, float]:
-        """The row's item and its temperature."""
-        prompt, answer = divmod(number, len(self.temperatures) * self.samples)
-        return (number, prompt, answer), self.temperatures[answer // self.samples]
+    def row(self, id: int) -> PlannedRow:
+        """The row with this id."""
+        prompt, sample = divmod(id, len(self.temperatures) * self.samples)
+        return PlannedRow(id, prompt, sample, self.temperatures[sample // self.samples])
 
 
-@dataclass
-class Made:
-    """What a call of `write_set` did: rows written by it and found there, new tokens, seconds, and how many texts ended."""
-
-    rows: int = 0
-    found: int = 0
-    tokens: int = 0
-    ended: int = 0
-    seconds: float = 0.0
-
-
-def write_set(
+def write_distilled(
     out: Path,
-    layout: Layout,
-    prompts: Sequence[Asked],
-    answer: Answerer,
+    layout: DistilledLayout,
+    prompts: Sequence[Prompt],
+    complete: Complete,
     provenance: Mapping[str, Any],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = True,
-) -> Made:
-    """Writes this rank's share of a set into `out`, going on where an earlier call stopped.
+    worker: Worker,
+) -> SetStats:
+    """Writes this process's share of a set into `out`; continues where an earlier call stopped.
 
     Args:
         out: Folder of the set.
-        layout: Its rows.
-        prompts: What is asked, by place.
-        answer: Where answers come from.
-        provenance: What else determines the rows, JSON-able; a set begun with another one is not gone on with.
-        rank: This process's number; it makes every `world_size`-th part.
-        world_size: Processes that share the work.
-        progress: Show a bar with tokens per second and the time left.
+        layout: Rows and parts of the set.
+        prompts: Prompts by index.
+        complete: Generates completions.
+        provenance: Everything else that determines the rows, JSON-able; a set with another provenance is not continued.
+        worker: This process.
 
     Raises:
-        UserError: `out` holds another set or something else, a partial row is broken, or another process writes there.
+        UserError: `out` holds another set or something else, a partial file is damaged, another process writes it, or a prompt
+            got no completion.
     """
-    begun = _begin(out, layout, provenance)
-    shared = range(rank, layout.parts, world_size)
-    mine = [part for part in shared if not (out / part_name(part)).exists()]
-    for part in set(shared) - set(mine):  # of a process killed between giving the part its name and this
-        (out / part_name(part)).with_suffix(".partial").unlink(missing_ok=True)
-    share = sum(len(layout.numbers(part)) for part in shared)
-    made, began = Made(found=share - sum(len(layout.numbers(part)) for part in mine)), perf_counter()
-    bar = _bar(share, made.found) if progress else None
-    try:
-        for start in range(0, len(mine), WINDOW):
-            with ExitStack() as files:
-                parts = {n: files.enter_context(_Part(out, n, layout)) for n in mine[start : start + WINDOW]}
-                found = sum(len(part.done) for part in parts.values())
-                made.found += found
-                if bar is not None:
-                    bar.update(found)
-                for temperature, items in _pending(parts.values(), layout).items():
-                    for given in answer(items, temperature):
-                        parts[given.number // layout.part_rows].add(given, prompts)
-                        made.rows, made.tokens = made.rows + 1, made.tokens + len(given.tokens)
-                        made.ended += given.finish == "end"
-                        if bar is not None:
-                            bar.set_postfix_str(f"{made.tokens / (perf_counter() - began):,.0f} tokens/s", refresh=False)
-                            bar.update()
-                for part in parts.values():
-                    part.finish()
-    except BaseException:
-        if begun and not made.rows and world_size == 1:  # nothing in it to go on with
-            _discard(out)
-        raise
-    finally:
-        made.seconds = perf_counter() - began
-        if bar is not None:
-            bar.close()
-    return made
-
-
-def _discard(out: Path) -> None:
-    """Takes away a set that was begun without a row."""
-    for path in (*out.glob("part-*.partial"), out / PROVENANCE):
-        path.unlink(missing_ok=True)
-    with suppress(OSError):  # something else lies there
-        out.rmdir()
-
-
-def _begin(out: Path, layout: Layout, provenance: Mapping[str, Any]) -> bool:
-    """Writes `distill.json`, or holds it against the one that is there; returns whether it wrote it."""
-    values = {  # what follows from the others comes last, so that a difference is told by its cause
-        "format": FORMAT,
+    manifest = {  # causes before consequences, see SetWriter
+        "format": DISTILLED.format,
         "temperatures": list(layout.temperatures),
         "samples": layout.samples,
         "part_rows": layout.part_rows,
@@ -165,98 +115,94 @@ def _begin(out: Path, layout: Layout, provenance: Mapping[str, Any]) -> bool:
         "rows": layout.rows,
         "parts": layout.parts,
     }
-    return begin(out, PROVENANCE, values, read_provenance, "trainkit distill")
+    ids = {distilled_part(part): layout.row_ids(part) for part in range(layout.parts)}
+    sizes = {name: len(rows) for name, rows in ids.items()}
+    with SetWriter(out, DISTILLED, manifest, sizes, "rows", worker) as writer:
+        stats = writer.stats
+        stats.found = sum(sizes[name] for name in writer.existing)
+        for name in writer.existing:  # left by a process that was killed after it renamed the part
+            (out / name).with_suffix(".partial").unlink(missing_ok=True)
+        for start in range(0, len(writer.missing), OPEN_PARTS):
+            with ExitStack() as stack:
+                # Open a few parts, and count the rows that are already in them.
+                parts = {}
+                for name in writer.missing[start : start + OPEN_PARTS]:
+                    part = _PartialPart(out / name, ids[name], stack.enter_context(lock_partial(out / name)))
+                    parts |= dict.fromkeys(ids[name], part)
+                    stats.found += len(part.done)
+                    writer.advance(len(part.done))
+                # Generate the other rows, one temperature at a time.
+                for temperature in layout.temperatures:
+                    rows = [layout.row(id) for id, part in parts.items() if id not in part.done]
+                    rows = [row for row in rows if row.temperature == temperature]
+                    for completion in complete(rows, temperature) if rows else ():
+                        row = layout.row(completion.id)
+                        parts[row.id].add(row.id, _columns(row, prompts[row.prompt], completion))
+                        stats.written += 1
+                        stats.ended += completion.finish == "end"
+                        writer.advance(1, len(completion.tokens))
+                for part in dict.fromkeys(parts.values()):
+                    part.finish()
+    return stats
 
 
-def _pending(parts: Any, layout: Layout) -> dict[float, list[Item]]:
-    """Items not yet answered, by temperature."""
-    pending: dict[float, list[Item]] = {}
-    for part in parts:
-        for number in layout.numbers(part.number):
-            if number not in part.done:
-                item, temperature = layout.item(number)
-                pending.setdefault(temperature, []).append(item)
-    return pending
+class _PartialPart:
+    """A part in progress: rows are appended in any order; when all exist, they are sorted and the part gets its name.
 
+    Args:
+        path: Path of the complete part.
+        ids: Ids of its rows.
+        stream: The locked partial file.
 
-class _Part:
-    """A part being made: append-only until its last row, then sorted and renamed."""
+    Attributes:
+        done: Ids of the rows in the partial file.
 
-    def __init__(self, out: Path, number: int, layout: Layout) -> None:
-        self.path = out / part_name(number)
-        self.partial = self.path.with_suffix(".partial")
-        self.number, self.layout = number, layout
+    Raises:
+        UserError: the partial file is damaged, or has rows of another part.
+    """
+
+    def __init__(self, path: Path, ids: range, stream: IO[bytes]) -> None:
+        self.path, self.ids, self.stream = path, ids, stream
         self.done: set[int] = set()
-        self.stream: IO[bytes] | None = None
-
-    def __enter__(self) -> _Part:
-        self.stream = self.partial.open("a+b")
-        try:
-            self._read(self.stream)
-        except BaseException:
-            self.stream.close()  # and so gives up the lock
-            raise
-        return self
-
-    def _read(self, stream: IO[bytes]) -> None:
-        """Takes the file for this process alone and finds which rows are there."""
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.partial}: another process is writing it; let it finish, or stop it first") from None
+        end = 0  # bytes of complete lines
         stream.seek(0)
-        whole = 0
         for line in stream:
             if not line.endswith(b"\n"):
                 break  # torn by a kill
             try:
-                number = int(json.loads(line)["id"])
+                id = int(json.loads(line)["id"])
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.partial}: broken at byte {whole}; remove the file, its rows are made again") from None
-            if number in self.done or number not in self.layout.numbers(self.number):
-                raise UserError(f"{self.partial}: holds row {number}, of another part or twice; remove the file")
-            self.done.add(number)
-            whole += len(line)
-        stream.truncate(whole)
+                raise UserError(f"{stream.name}: damaged at byte {end}; remove the file to generate its rows again") from None
+            if id in self.done or id not in ids:
+                raise UserError(f"{stream.name}: row {id} is of another part or there twice; remove the file to continue")
+            self.done.add(id)
+            end += len(line)
+        stream.truncate(end)
 
-    def __exit__(self, *_: Any) -> None:
-        assert self.stream is not None
-        self.stream.close()
-
-    def add(self, answer: Answer, prompts: Sequence[Asked]) -> None:
-        assert self.stream is not None and answer.number not in self.done
-        (_, place, _), temperature = self.layout.item(answer.number)
-        self.stream.write(json.dumps(_row(answer, prompts[place], temperature), ensure_ascii=False).encode() + b"\n")
+    def add(self, id: int, columns: Mapping[str, Any]) -> None:
+        """Appends a row and flushes it."""
+        assert id not in self.done
+        self.stream.write(json.dumps(columns, ensure_ascii=False).encode() + b"\n")
         self.stream.flush()
-        self.done.add(answer.number)
+        self.done.add(id)
 
     def finish(self) -> None:
-        """Gives the part its name once all its rows are there."""
-        assert self.stream is not None
-        if len(self.done) < len(self.layout.numbers(self.number)):
-            raise UserError(f"{self.partial}: some prompts got no answer; run the same command again")
+        """Writes the sorted rows under the part's name."""
+        if len(self.done) < len(self.ids):
+            raise UserError(f"{self.stream.name}: some prompts got no completion; run the same command again")
         self.stream.seek(0)
-        lines = sorted(self.stream, key=lambda line: json.loads(line)["id"])
+        lines = sorted(self.stream.readlines(), key=lambda line: json.loads(bytes(line))["id"])
         temporary = self.path.with_suffix(".sorted")
-        with temporary.open("wb") as stream:
-            stream.writelines(lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, self.path)
-        self.partial.unlink(missing_ok=True)
+        temporary.write_bytes(b"".join(lines))
+        put_in_place(temporary, self.path)
+        Path(self.stream.name).unlink(missing_ok=True)
 
 
-def _row(answer: Answer, asked: Asked, temperature: float) -> dict[str, Any]:
-    ids = [*asked.tokens, *answer.tokens]
-    row: dict[str, Any] = {"id": answer.number, "temperature": temperature, "finish": answer.finish}
-    if asked.messages is not None:
-        row["messages"] = [*asked.messages, {"role": "assistant", "content": answer.text}]
-    elif asked.text:
-        row |= {"prompt": asked.text, "response": answer.text}
-    return row | {"input_ids": ids, "loss_mask": [0] * len(asked.tokens) + [1] * len(answer.tokens)}
-
-
-def _bar(total: int, done: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, desc="distill", unit=" rows", smoothing=0.05, disable=None)
+def _columns(row: PlannedRow, prompt: Prompt, completion: Completion) -> dict[str, Any]:
+    columns: dict[str, Any] = {"id": row.id, "temperature": row.temperature, "finish": completion.finish}
+    if prompt.messages is not None:
+        columns["messages"] = [*prompt.messages, {"role": "assistant", "content": completion.text}]
+    elif prompt.text:
+        columns |= {"prompt": prompt.text, "response": completion.text}
+    mask = [0] * len(prompt.tokens) + [1] * len(completion.tokens)
+    return columns | {"input_ids": [*prompt.tokens, *completion.tokens], "loss_mask": mask}

@@ -1,12 +1,12 @@
-"""Features: what a target says of packed rows, written once as sharded safetensors, so that training need not run the target.
+"""Feature sets: hidden states or top-k probabilities of a target over packed rows, so that training need not run the target.
 
-A folder with `features.json`, which says what made it and which shard holds which rows, and the shards. A shard is written
-under another name, synced and renamed: under its own it is whole. So resuming makes the shards that are not there, and any
-number of ranks share them out. Each shard bears the digest of what determines the values, so that none is taken for another's.
+A set is a folder with the manifest `features.json`, which also lists the rows of each shard, and safetensors shards, which are
+the parts that `trainkit.data.sets.writer` writes. Each shard carries the set's id, a digest of everything that determines the
+values, so that a shard of another set is recognised.
 
-Tensors of a shard, rows first: `hidden.7` [R, T, D] after 7 layers (the highest is after the final norm); with top-k
-`top_ids` [R, T, k] int32 likeliest first, `top_log_p` [R, T, k], `log_rest` [R, T] of all others (`losses.topk`).
-Left out on purpose: compression beyond the dtype, and what a kind computes from the states, which changes while it trains.
+Tensors of a shard: `hidden.7` [R, T, D] after 7 layers (the highest layer: after the final norm); with top-k also `top_ids`
+[R, T, k] int32, most probable first, `top_log_p` [R, T, k], and `log_rest` [R, T] of all other tokens together (`losses.topk`).
+Left out on purpose: compression beyond the dtype, and what a drafter computes from the states, since it changes in training.
 """
 
 # R rows of a shard  B batch rows  T positions  D hidden  A states  k stored tokens
@@ -16,34 +16,29 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from trainkit.data.manifest import read_manifest
-from trainkit.data.sets.writer import begin, write_part
+from trainkit.data.manifest import FEATURES
+from trainkit.data.sets.writer import SetStats, SetWriter, Worker
 from trainkit.data.text.packing import PackedSet
 from trainkit.errors import UserError
 
-FEATURES = "features.json"
-FORMAT = 1
 SHARD_BYTES = 2**28
-"""Size of a shard unless rows of it are given: what a kill costs at most, and what is held in memory twice."""
+"""Default size of a shard. A kill loses at most this much work, and writing a shard takes twice this memory."""
 
-Read = Callable[[Mapping[str, Tensor]], tuple[Tensor | None, Tensor | None]]
-"""Says of a batch of `PackedSet.batch` the states [B, T, A, D] if any, and with top-k rows of `losses.topk.compress`."""
+ReadTarget = Callable[[Mapping[str, Tensor]], tuple[Tensor | None, Tensor | None]]
+"""For a batch of `PackedSet.batch`: hidden states [B, T, A, D] or None, and rows of `losses.topk.compress` or None."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `first` to `last` of a packed set, in a file."""
+    """Rows `first` to `last` (exclusive) of the packed set `set`, in `file`."""
 
     file: str
     set: str
@@ -53,16 +48,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class FeatureLayout:
-    """What is kept of each position, and which shard holds which rows.
+    """What is stored for each position, and which shard has which rows.
 
     Attributes:
-        rows: Packed rows of each set.
-        length: T.
-        states: Layers whose hidden states are kept, ascending.
-        hidden_size: D.
-        top_k: k, or None.
-        dtype: Of states and log-probabilities.
-        shard_rows: Rows of a shard; None for `SHARD_BYTES`.
+        rows: Number of packed rows of each set.
+        length: Tokens in a packed row (T).
+        states: Layers after which hidden states are stored, ascending.
+        hidden_size: Width of a hidden state (D).
+        top_k: Number of tokens stored with their probabilities (k), or None.
+        dtype: Dtype of states and log-probabilities.
+        shard_rows: Rows of a shard; None makes shards of about `SHARD_BYTES`.
     """
 
     rows: Mapping[str, int]
@@ -75,16 +70,16 @@ class FeatureLayout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a packed row."""
+        """Bytes of one packed row."""
         return sum(tensor.nbytes for tensor in self.empty(1, "meta").values())
 
     @property
     def bytes(self) -> int:
-        """Bytes of all tensors; the files have a header each on top."""
+        """Bytes of all tensors, without the files' headers."""
         return sum(self.rows.values()) * self.row_bytes
 
     def shards(self) -> list[Shard]:
-        """All shards, set after set."""
+        """All shards, set by set."""
         step = self.shard_rows or max(1, SHARD_BYTES // self.row_bytes)
         return [
             Shard(f"{name}-{number:05d}.safetensors", name, first, min(first + step, rows))
@@ -93,7 +88,7 @@ class FeatureLayout:
         ]
 
     def empty(self, rows: int, device: str = "cpu") -> dict[str, Tensor]:
-        """Unwritten tensors of so many rows, by name."""
+        """Uninitialised tensors for `rows` rows, by name."""
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             f"hidden.{layer}": ((self.hidden_size,), self.dtype) for layer in self.states
         }
@@ -105,85 +100,43 @@ class FeatureLayout:
         }
 
 
-@dataclass
-class Written:
-    """What a call of `write_features` did: shards made by it and found there, tokens read, bytes written, seconds."""
-
-    shards: int = 0
-    found: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-
-
-def read_features(folder: Path) -> dict[str, Any] | None:
-    """What `features.json` says, or None where there is none.
-
-    Raises:
-        UserError: it is not readable.
-    """
-    return read_manifest(folder / FEATURES, FORMAT, "sets", dict, "a feature set")
-
-
 def write_features(
     out: Path,
     layout: FeatureLayout,
     sets: Mapping[str, PackedSet],
-    read: Read,
+    read: ReadTarget,
     provenance: Mapping[str, Any],
-    *,
-    batch: int = 8,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = True,
-) -> Written:
-    """Writes this rank's share of the shards into `out`, going on where an earlier call stopped.
+    batch: int,
+    worker: Worker,
+) -> SetStats:
+    """Writes this process's share of the shards into `out`; continues where an earlier call stopped.
 
     Args:
-        out: Folder of the features.
-        layout: What is kept.
-        sets: Packed rows by name, as many as the layout says.
-        read: Where it comes from.
-        provenance: What else determines the values, JSON-able; `target`, `weights` and `precision` name the target.
-        batch: Rows read at once, always so many: the last ones of a shard are filled up with padding.
-        rank: This process's number; it makes every `world_size`-th shard.
-        world_size: Processes that share the work.
-        progress: Announce the size, and show a bar with tokens per second and the time left.
+        out: Folder of the set.
+        layout: What is stored.
+        sets: Packed rows by name, as many as the layout has.
+        read: Runs the target.
+        provenance: Everything else that determines the values, JSON-able; `target`, `weights` and `precision` identify the
+            target.
+        batch: Rows in each forward pass; the last batch of a shard is filled up with padding to this size.
+        worker: This process; with `progress` it also announces the size.
 
     Raises:
-        UserError: the disk lacks room, a value is too large for the dtype, `out` holds other features or something else, or
-            another process writes there.
+        UserError: too little disk space, a value too large for the dtype, `out` holds another set or something else, or another
+            process writes there.
     """
-    values = _described(layout, sets, provenance)
-    shards = layout.shards()
-    missing = [shard for shard in shards if not (out / shard.file).exists()]
-    _check_room(out, layout, missing, progress)
-    begun = begin(out, FEATURES, values, read_features, "trainkit features")
-    mine = [shard for shard in shards[rank::world_size] if shard in missing]
-    written, began = Written(found=len(shards[rank::world_size]) - len(mine)), perf_counter()
-    tokens = {shard: int(sets[shard.set].tokens_R[shard.first : shard.last].sum()) for shard in shards[rank::world_size]}
-    bar = _bar(sum(tokens.values()), sum(tokens.values()) - sum(tokens[shard] for shard in mine)) if progress else None
-    try:
-        for shard in mine:
-            _write(out, shard, layout, sets[shard.set], read, values["id"], batch, bar)
-            written.shards, written.tokens = written.shards + 1, written.tokens + tokens[shard]
-            written.bytes += (out / shard.file).stat().st_size
-    except BaseException:
-        if begun and not written.shards and world_size == 1:  # nothing in it to go on with
-            (out / FEATURES).unlink(missing_ok=True)
-            with suppress(OSError):  # something else lies there
-                out.rmdir()
-        raise
-    finally:
-        written.seconds = perf_counter() - began
-        if bar is not None:
-            bar.close()
-    return written
+    shards = {shard.file: shard for shard in layout.shards()}
+    _check_space(out, layout, (shard for name, shard in shards.items() if not (out / name).exists()), worker.progress)
+    sizes = {name: shard.last - shard.first for name, shard in shards.items()}
+    with SetWriter(out, FEATURES, _manifest(layout, sets, provenance), sizes, "rows", worker) as writer:
+        for name in writer.missing:
+            writer.write_tensors(name, lambda name=name: _shard_tensors(shards[name], layout, sets, read, batch, writer))
+    return writer.stats
 
 
-def _described(layout: FeatureLayout, sets: Mapping[str, PackedSet], provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What `features.json` says, causes before what follows from them; `id` is the digest of what determines the values."""
-    kept = {
+def _manifest(layout: FeatureLayout, sets: Mapping[str, PackedSet], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Contents of `features.json`, causes before consequences; `id` is the digest of everything that determines the values."""
+    stored = {
         "states": list(layout.states),
         "hidden_size": layout.hidden_size,
         "top_k": layout.top_k,
@@ -191,35 +144,37 @@ def _described(layout: FeatureLayout, sets: Mapping[str, PackedSet], provenance:
         "length": layout.length,
     }
     contents = {name: packed.content for name, packed in sets.items()}
-    whose = {key: provenance[key] for key in ("target", "weights", "precision")}
-    text = json.dumps([contents, kept, whose | {"target": whose["target"]["config"]}], sort_keys=True)
+    target = {key: provenance[key] for key in ("target", "weights", "precision")}
+    text = json.dumps([contents, stored, target | {"target": target["target"]["config"]}], sort_keys=True)
     table: dict[str, list[list[Any]]] = {name: [] for name in sets}
     for shard in layout.shards():
         table[shard.set].append([shard.file, shard.first, shard.last])
     return {
-        "format": FORMAT,
-        **whose,
-        **kept,
+        "format": FEATURES.format,
+        **target,
+        **stored,
         **provenance,
         "bytes": layout.bytes,
         "id": hashlib.sha256(text.encode()).hexdigest(),
         "sets": {
-            name: {"rows": len(packed), "content": packed.content, "shards": table[name]} for name, packed in sets.items()
+            name: {"rows": len(packed), "content": contents[name], "shards": table[name]} for name, packed in sets.items()
         },
     }
 
 
-def _check_room(out: Path, layout: FeatureLayout, missing: list[Shard], announce: bool) -> None:
-    place = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
-    free, left = shutil.disk_usage(place).free, sum(shard.last - shard.first for shard in missing) * layout.row_bytes
-    rows = sum(layout.rows.values())
+def _check_space(out: Path, layout: FeatureLayout, missing: Iterable[Shard], announce: bool) -> None:
+    parent = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    free, needed = shutil.disk_usage(parent).free, sum(shard.last - shard.first for shard in missing) * layout.row_bytes
     if announce:
-        whole = f"{_size(layout.bytes)} in {len(layout.shards()):,} shards"
-        room = f"{_size(left)} to write, {_size(free)} free"
-        print(f"{out}: {rows:,} packed rows of {layout.length:,} tokens, {whole}; {room}", flush=True)
-    if left > free:
+        rows, shards = sum(layout.rows.values()), len(layout.shards())
+        print(
+            f"{out}: {rows:,} packed rows of {layout.length:,} tokens, {_size(layout.bytes)} in {shards:,} shards; "
+            f"{_size(needed)} to write, {_size(free)} free",
+            flush=True,
+        )
+    if needed > free:
         raise UserError(
-            f"--out {out}: {_size(left)} are to be written, {_size(free)} are free there; give another disk, fewer --taps, a "
+            f"--out {out}: {_size(needed)} are needed, {_size(free)} are free there; use another disk, fewer --taps, a "
             "smaller --top_k or a narrower --dtype"
         )
 
@@ -228,40 +183,26 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.3f} MB"
 
 
-def _write(
-    out: Path, shard: Shard, layout: FeatureLayout, packed: PackedSet, read: Read, mark: str, batch: int, bar: Any
-) -> None:
-    # one metadata key: of several the library writes any order
-    write_part(
-        out / shard.file, lambda: safetensors.torch.save(_filled(shard, layout, packed, read, batch, bar), {"features": mark})
-    )
-
-
-def _filled(shard: Shard, layout: FeatureLayout, packed: PackedSet, read: Read, batch: int, bar: Any) -> dict[str, Tensor]:
-    tensors = layout.empty(shard.last - shard.first)
+def _shard_tensors(
+    shard: Shard, layout: FeatureLayout, sets: Mapping[str, PackedSet], read: ReadTarget, batch: int, writer: SetWriter
+) -> dict[str, Tensor]:
+    tensors, packed = layout.empty(shard.last - shard.first), sets[shard.set]
     for start in range(shard.first, shard.last, batch):
         rows = list(range(start, min(start + batch, shard.last)))
         states_BTAD, top_BTR = read(packed.batch(rows, batch))
-        place = slice(start - shard.first, start - shard.first + len(rows))
+        span = slice(start - shard.first, start - shard.first + len(rows))
         for index, layer in enumerate(layout.states):
             assert states_BTAD is not None
-            tensors[f"hidden.{layer}"][place] = states_BTAD[: len(rows), :, index].to("cpu", layout.dtype)
-            if not bool(tensors[f"hidden.{layer}"][place].isfinite().all()):
+            stored = tensors[f"hidden.{layer}"][span] = states_BTAD[: len(rows), :, index].to("cpu", layout.dtype)
+            if not bool(stored.isfinite().all()):
                 name = str(layout.dtype).removeprefix("torch.")
-                mend = "give --dtype bfloat16" if name == "float16" else "the target gives NaN or infinity there"
-                raise UserError(f"--dtype {name}: the state after layer {layer} has values that it does not hold; {mend}")
+                fix = "use --dtype bfloat16" if name == "float16" else "the target's hidden states are NaN or infinite there"
+                raise UserError(f"--dtype {name}: the hidden state after layer {layer} has values out of its range; {fix}")
         if layout.top_k is not None:
             assert top_BTR is not None
             ids, log_p, log_rest = top_BTR[: len(rows)].cpu().split([layout.top_k, layout.top_k, 1], -1)
-            tensors["top_ids"][place] = ids.to(torch.int32)
-            tensors["top_log_p"][place] = log_p.to(layout.dtype)
-            tensors["log_rest"][place] = log_rest.squeeze(-1).to(layout.dtype)
-        if bar is not None:
-            bar.update(int(packed.tokens_R[rows].sum()))
+            tensors["top_ids"][span] = ids.to(torch.int32)
+            tensors["top_log_p"][span] = log_p.to(layout.dtype)
+            tensors["log_rest"][span] = log_rest.squeeze(-1).to(layout.dtype)
+        writer.advance(len(rows), int(packed.tokens_R[rows].sum()))
     return tensors
-
-
-def _bar(total: int, done: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, desc="features", unit=" tokens", unit_scale=True, smoothing=0.05, disable=None)

@@ -1,99 +1,255 @@
-"""How sets are begun, resumed and written part by part."""
+"""The resumable writer that all three kinds of generated data sets share.
+
+A set is a folder with a manifest, which records everything that determines the contents, and with parts. A part gets its final
+name only when it is complete, so an interrupted command continues with the parts that do not exist. Several processes share the
+work: process `rank` writes parts rank, rank + world_size, ... A part in progress is a `.partial` file, locked by its process.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import IO, Any
 
+import safetensors.torch
+from torch import Tensor
+
+from trainkit.data.manifest import SetKind
 from trainkit.errors import UserError
+from trainkit.files import put_in_place, write_json
 
 
-def begin(out: Path, file: str, values: Mapping[str, Any], read: Callable[[Path], dict[str, Any] | None], command: str) -> bool:
-    """Writes `file` into the folder of a set, or holds it against the one that is there; returns whether it wrote it.
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that write a set together.
+
+    Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+        progress: Whether this process shows a progress bar.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    progress: bool = True
+
+    @staticmethod
+    def from_environment() -> Worker:
+        """This process as torchrun started it, or the only process; rank 0 shows the progress bar."""
+        rank = int(os.environ.get("RANK", "0"))
+        return Worker(rank, int(os.environ.get("WORLD_SIZE", "1")), progress=rank == 0)
+
+
+@dataclass
+class SetStats:
+    """What one call of a set writer did.
+
+    Attributes:
+        written: Rows (distillation sets) or parts (other sets) written by this call.
+        found: Rows or parts of this process's share that already existed.
+        tokens: Tokens generated, or read by the target.
+        seconds: Duration of the call.
+        bytes: Size of the parts written.
+        ended: Rows whose text ended with an end token.
+        records: Acceptance records written.
+        accepted: Sum of their labels: how many proposals were accepted.
+    """
+
+    written: int = 0
+    found: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    ended: int = 0
+    records: int = 0
+    accepted: float = 0.0
+
+    @property
+    def speed(self) -> str:
+        """Tokens per second, with the unit."""
+        return f"{self.tokens / self.seconds if self.seconds else 0.0:,.0f} tokens/s"
+
+    def summary(self, folder: str | Path, total: int, unit: str, worker: Worker, details: str = "") -> str:
+        """One line for the user; `total` counts the `unit`s of the whole set, `details` is inserted before the speed."""
+        process = f" by process {worker.rank} of {worker.world_size}" if worker.world_size > 1 else ""
+        return (
+            f"{folder}: {self.written:,} of {total:,} {unit} written{process}, {self.found:,} already existed; "
+            f"{details}{self.tokens:,} tokens in {self.seconds:.0f} s, {self.speed}"
+        )
+
+
+def comparable(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest without library versions and without names, paths and addresses, which do not change a set's contents."""
+    ignored = ("name", "path", "base_url")
+    return {
+        key: {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
+        for key, value in manifest.items()
+        if key != "versions"
+    }
+
+
+class SetWriter:
+    """Writes this process's share of a set; starts the set, or continues one that an earlier call left incomplete.
+
+    A context manager. If it is left by an error before anything is written, a set that this call started is removed again.
 
     Args:
         out: Folder of the set.
-        file: What says how the set is made.
-        values: What it says, JSON-able; `versions` may change while a set is made.
-        read: Reads it from a folder, None where there is none.
-        command: That makes such sets.
+        kind: Kind of the set.
+        manifest: Contents of the manifest, JSON-able, causes before their consequences: the first key that differs from an
+            existing set is reported. `versions` may differ.
+        sizes: File name of each part of the whole set, with its number of units for the progress bar.
+        unit: Name of these units, in the plural.
+        worker: This process.
+
+    Attributes:
+        missing: File names of this process's parts that must be written.
+        existing: File names of its parts that exist.
+        stats: What this call has done so far.
 
     Raises:
-        UserError: `out` holds something else, or a set begun with other values.
+        UserError: `out` holds another set or something else.
     """
-    values = json.loads(json.dumps(values))
-    # looked at before the file, since another rank may be beginning the set right now, and writes that first
-    foreign = out.exists() and (not out.is_dir() or any(p.name != file and not p.name.startswith(".") for p in out.iterdir()))
-    then = read(out)
-    if then is None:
-        if foreign:
-            raise UserError(f"--out {out}: holds something else; give a new folder, or one that {command} began")
-        new = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / f".{file}.{os.getpid()}"
-        try:
-            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, out / file)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            if new:
-                with suppress(OSError):  # another process has begun there
-                    out.rmdir()
-            raise
-        return new
-    for name in {**values, **then}:
-        old, new = _without_place(then.get(name)), _without_place(values.get(name))
-        if name != "versions" and old != new:
-            if isinstance(old, dict) and isinstance(new, dict):
-                key = next(key for key in {**new, **old} if old.get(key) != new.get(key))
-                name, old, new = f"{name} {key}", old.get(key), new.get(key)
-            raise UserError(
-                f"--out {out}: that set was begun with {name} {_short(old)}, now it is {_short(new)}; "
-                "give the same settings to go on, or another folder"
-            )
-    return False
+
+    def __init__(
+        self, out: Path, kind: SetKind, manifest: Mapping[str, Any], sizes: Mapping[str, int], unit: str, worker: Worker
+    ) -> None:
+        self.out, self.kind, self.manifest = out, kind, manifest
+        self._removable = self._begin() and worker.world_size == 1
+        share = list(sizes)[worker.rank :: worker.world_size]
+        self.missing = [name for name in share if not (out / name).exists()]
+        self.existing = [name for name in share if name not in set(self.missing)]
+        self.stats, self._start = SetStats(found=len(self.existing)), perf_counter()
+        self._bar: Any = None
+        if worker.progress:
+            from tqdm import tqdm
+
+            label, done = kind.command.split()[-1], sum(sizes[name] for name in self.existing)
+            total = sum(sizes[name] for name in share)
+            self._bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", smoothing=0.05, disable=None)
+
+    def __enter__(self) -> SetWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self.stats.seconds = perf_counter() - self._start
+        if self._bar is not None:
+            self._bar.close()
+        if error is not None and self._removable and not self.stats.written:
+            for path in (*self.out.glob("*.partial"), self.out / self.kind.manifest):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder holds something else
+                self.out.rmdir()
+
+    def advance(self, units: int, tokens: int = 0) -> None:
+        """Moves the progress bar by `units`, and counts tokens."""
+        self.stats.tokens += tokens
+        if self._bar is not None:
+            self.stats.seconds = perf_counter() - self._start
+            self._bar.set_postfix_str(self.stats.speed, refresh=False)
+            self._bar.update(units)
+
+    def write_tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Writes the part called `name` with the tensors that `make` returns, unless another process has completed it.
+
+        Raises:
+            UserError: another process is writing it.
+        """
+        path = self.out / name
+        with lock_partial(path) as stream:
+            partial = Path(stream.name)
+            try:
+                if path.exists():  # completed by the previous holder of the lock
+                    partial.unlink(missing_ok=True)
+                    self.stats.found += 1
+                    return
+                # one metadata key only: safetensors writes several in random order
+                metadata = {Path(self.kind.manifest).stem: self.manifest["id"]}
+                content = safetensors.torch.save(dict(make()), metadata)
+                stream.truncate(0)  # what a killed process left
+                stream.write(content)
+                stream.flush()
+                put_in_place(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        self.stats.written, self.stats.bytes = self.stats.written + 1, self.stats.bytes + len(content)
+
+    def _begin(self) -> bool:
+        """Writes the manifest, or compares it with the existing one; returns whether the folder is new."""
+        out, file, now = self.out, self.kind.manifest, json.loads(json.dumps(self.manifest))
+        # listed before the manifest is read: another process that is just starting the set writes its manifest first
+        foreign = out.exists() and (
+            not out.is_dir() or any(path.name != file and not path.name.startswith(".") for path in out.iterdir())
+        )
+        before = self.kind.read(out)
+        if before is None:
+            if foreign:
+                raise UserError(f"--out {out}: holds something else; use a new folder, or one that {self.kind.command} started")
+            new = not out.exists()
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                write_json(out / file, now)
+            except BaseException:
+                if new:
+                    with suppress(OSError):  # another process has started the set
+                        out.rmdir()
+                raise
+            return new
+        before, now = comparable(before), comparable(now)
+        for key in {**now, **before}:
+            old, new = before.get(key), now.get(key)
+            if old != new:
+                if isinstance(old, dict) and isinstance(new, dict):
+                    inner = next(name for name in {**new, **old} if old.get(name) != new.get(name))
+                    key, old, new = f"{key} {inner}", old.get(inner), new.get(inner)
+                raise UserError(
+                    f"--out {out}: the set there was started with {key} {_short(old)}, but now it is {_short(new)}; "
+                    "use the same settings to continue it, or another folder"
+                )
+        return False
 
 
-def write_part(path: Path, make: Callable[[], bytes]) -> None:
-    """Writes what `make` gives into a file that is whole once it bears its name; what is there already stays.
+@contextmanager
+def lock_partial(path: Path) -> Iterator[IO[bytes]]:
+    """The `.partial` file of part `path`, open for reading and appending, and locked by this process.
 
     Raises:
-        UserError: another process is writing it.
+        UserError: another process holds the lock.
     """
-    partial = path.with_suffix(".partial")
-    with partial.open("ab") as stream:
+    with path.with_suffix(".partial").open("a+b") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{partial}: another process is writing it; let it finish, or stop it first") from None
-        try:
-            if path.exists():  # by a process that had the lock before
-                partial.unlink(missing_ok=True)
-                return
-            content = make()
-            stream.truncate(0)  # what a killed process left
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+            raise UserError(f"{stream.name}: another process is writing this file; wait for it, or stop it first") from None
+        yield stream
 
 
-def _without_place(value: Any) -> Any:
-    """Where prompts lay and a server listened changes no row."""
-    return {k: v for k, v in value.items() if k not in ("name", "path", "base_url")} if isinstance(value, dict) else value
+def check_positive(**counts: int | None) -> None:
+    """Raises UserError for a command's option below 1; None is an option that was not given."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: {value} must be at least 1")
+
+
+def local_device(device: str) -> str:
+    """The torch device of this process: under torchrun, `cuda` is the GPU of its local rank."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def quiet_libraries() -> None:
+    """Turns off progress bars and notices of transformers and datasets, for commands that print their own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read by datasets when it is imported, which takes seconds
 
 
 def _short(value: Any) -> str:

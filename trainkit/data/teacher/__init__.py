@@ -1,1 +1,1 @@
-"""Where teacher hidden states come from: the running target, or features stored on disk."""
+"""Where training gets the teacher's hidden states: from a running target, or from a feature set on disk."""

@@ -1,1 +1,1 @@
-"""From files to packed token rows: sources, formats, chat templates, packing."""
+"""From files to packed rows of tokens: sources, row formats, chat templates, packing."""

@@ -1,8 +1,8 @@
-"""Rows to token ids with the mask of what counts as a label: assistant tokens only, from the chat template.
+"""Rows to token ids with a loss mask that covers assistant tokens only, found by means of the chat template.
 
-Templates with `{% generation %}` spans say themselves what the assistant wrote. Without them every assistant turn becomes a
-document of its own: the template renders what the model was given (`add_generation_prompt`) and what it was given plus the
-turn, and the difference counts. So a template that strips the thinking of earlier turns is followed exactly, turn by turn.
+A template with `{% generation %}` spans marks what the assistant wrote. Without these spans, each assistant turn becomes a
+document of its own: the template renders the turns before it (with `add_generation_prompt`), and then also the turn itself; the
+difference between the two is what counts. So a template that removes the thinking of earlier turns is followed exactly.
 """
 
 from __future__ import annotations
@@ -15,39 +15,27 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from trainkit.data.text.formats import Chat, Pair, Row, Text, Tokens
-from trainkit.data.text.sources import BadRow
+from trainkit.data.text.formats import Chat, PlainText, PromptResponse, Row, TokenRow
+from trainkit.data.text.sources import RowError
 from trainkit.errors import UserError
 from trainkit.models.load import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEMPLATE_FAULTS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RecursionError,
-    SyntaxError,
-)
-"""A template is a small program: what it raises of its own accord, and what programs raise by mistake."""
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids and what counts of them.
+    """Token ids and which of them count as labels.
 
     Attributes:
         tokens: Token ids, int32.
         mask: True where the token counts as a label.
-        chat: The mask came from a template or a prompt, so that over a set it can be neither everything nor nothing.
-        divisible: Plain text, which may be cut anywhere.
+        chat: Whether the mask comes from a template or a prompt, so that over a set it must be neither all True nor all False.
+        divisible: Whether it is plain text, which may be cut anywhere.
     """
 
     tokens: np.ndarray
@@ -57,23 +45,21 @@ class Document:
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name; one that is loaded already comes back as it is.
+    """The tokenizer of a folder or hub name; a loaded tokenizer is returned unchanged.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    if not isinstance(tokenizer, str):
-        return tokenizer
-    return read_tokenizer(tokenizer)
+    return read_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of what turns text into ids."""
+    """SHA-256 of everything in a tokenizer that turns text into ids."""
     return hashlib.sha256(json.dumps(_core(tokenizer), sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of all of a tokenizer that shapes training rows: its vocabulary, chat template, end and padding."""
+    """SHA-256 of everything in a tokenizer that affects training rows: vocabulary, chat template, end and padding token."""
     parts = [_core(tokenizer), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -81,13 +67,18 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _core(tokenizer: PreTrainedTokenizerBase) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     core: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
-    if isinstance(core, dict):  # left over from whoever called the tokenizer last
+    if isinstance(core, dict):  # truncation and padding are settings of the last call, not of the tokenizer
         core = {key: value for key, value in core.items() if key not in ("truncation", "padding")}
     return core
 
 
 class Encoder:
-    """Turns rows into documents with one tokenizer."""
+    """Turns rows into documents with one tokenizer.
+
+    Attributes:
+        template: Chat template, or None.
+        has_spans: Whether the template marks the assistant's tokens with generation spans.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -99,7 +90,7 @@ class Encoder:
 
     @cached_property
     def end_id(self) -> int:
-        """The id that ends a text.
+        """Id of the token that ends a text.
 
         Raises:
             UserError: the tokenizer has none.
@@ -110,76 +101,76 @@ class Encoder:
         return end
 
     def documents(self, row: Row) -> list[Document]:
-        """The row's documents: one, or one for each assistant turn where the template has no generation spans.
+        """The row's documents: one, or one for each assistant turn if the template has no generation spans.
 
         Raises:
-            BadRow: the template refuses the row, its tokens do not divide at the assistant's turn, or an id is out of range.
-            UserError: chat turns without a chat template.
+            RowError: the template rejects the row, the tokens of prompt and response cannot be separated, or an id is outside
+                the vocabulary.
+            UserError: the row is a chat and there is no chat template.
         """
-        if isinstance(row, Tokens):
-            return [self._given(row)]
-        if isinstance(row, Text):
-            ids = [*self.ids(row.text), self.end_id]
+        if isinstance(row, TokenRow):
+            return [self._from_tokens(row)]
+        if isinstance(row, PlainText):
+            ids = [*self.encode(row.text), self.end_id]
             return [_document(ids, [1] * len(ids), chat=False, divisible=True)]
-        if self.template is None and isinstance(row, Pair):
-            prompt, response = self.ids(row.prompt + row.separator), [*self.ids(row.response), self.end_id]
+        if self.template is None and isinstance(row, PromptResponse):
+            prompt, response = self.encode(row.prompt + row.separator), [*self.encode(row.response), self.end_id]
             return [_document(prompt + response, [0] * len(prompt) + [1] * len(response))]
-        assert isinstance(row, (Chat, Pair))
+        assert isinstance(row, (Chat, PromptResponse))
         if self.has_spans:
-            return [self._by_spans(row.messages)]
+            return [self._from_spans(row.messages)]
         turns = [n for n, message in enumerate(row.messages) if message["role"] == "assistant"]
-        return [self._by_prefix(row.messages[: n + 1]) for n in turns]
+        return [self._from_prefix(row.messages[: n + 1]) for n in turns]
 
-    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of a chat up to where the assistant begins to write."""
-        return self.ids(self.render(messages, prompt=True))
+    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of a chat up to the point where the assistant starts to write."""
+        return self.encode(self._render(messages, prompt=True))
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a text as it stands: nothing is added, as the runner adds nothing."""
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; no special token is added, as in the runner."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
-    def render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
-        """The chat as the template writes it; `prompt` appends the assistant's header."""
+    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         return self._apply(messages, tokenize=False, add_generation_prompt=prompt)
 
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         if self.template is None:
             raise UserError(
-                f"tokenizer {self.tokenizer.name_or_path}: has no chat template, but the data holds chats; "
-                "add a chat_template.jinja, or give prompt and response columns"
+                f"tokenizer {self.tokenizer.name_or_path}: has no chat template, but the data has chats; "
+                "add a chat_template.jinja, or use prompt and response columns"
             )
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
-        except _TEMPLATE_FAULTS as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise BadRow(f"the chat template refuses the turns: {said}") from None
+        except Exception as error:  # a template is a small program: its own exceptions, and any that its mistakes cause
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RowError(f"the chat template rejects the turns: {reason}") from None
 
-    def _given(self, row: Tokens) -> Document:
+    def _from_tokens(self, row: TokenRow) -> Document:
         vocabulary = len(self.tokenizer)
         for token in (min(row.input_ids), max(row.input_ids)):
             if not 0 <= token < vocabulary:
-                raise BadRow(f"token id {token} is outside the vocabulary of {vocabulary}")
+                raise RowError(f"token id {token} is outside the vocabulary of {vocabulary}")
         return _document(row.input_ids, row.loss_mask, chat=False)
 
-    def _by_spans(self, messages: list[dict[str, Any]]) -> Document:
+    def _from_spans(self, messages: list[dict[str, Any]]) -> Document:
         out = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         if not any(out["assistant_masks"]):
-            raise BadRow("the template's generation spans hold no token of this chat")
+            raise RowError("the template's generation spans contain no token of this chat")
         return _document(out["input_ids"], out["assistant_masks"])
 
-    def _by_prefix(self, messages: list[dict[str, Any]]) -> Document:
-        before, after = self.render(messages[:-1], prompt=True), self.render(messages, prompt=False)
+    def _from_prefix(self, messages: list[dict[str, Any]]) -> Document:
+        before, after = self._render(messages[:-1], prompt=True), self._render(messages, prompt=False)
         if not after.startswith(before):
-            raise BadRow("the chat template writes a prompt differently once its answer follows; add generation spans to it")
-        prompt, ids = self.ids(before), self.ids(after)
+            raise RowError("the chat template renders a prompt differently when its answer follows; add generation spans to it")
+        prompt, ids = self.encode(before), self.encode(after)
         if ids[: len(prompt)] != prompt:
-            raise BadRow("prompt and answer tokenise differently together than apart; add generation spans to the template")
-        # what the template writes after the end token (often a line break) is not the model's to write
+            raise RowError("prompt and answer tokenise differently together than apart; add generation spans to the template")
+        # what the template renders after the end token (often a line break) is not written by the model
         end = len(ids)
         if self.end_id in ids[len(prompt) :]:
             end -= ids[::-1].index(self.end_id)
         if end == len(prompt):
-            raise BadRow("the template writes nothing for the assistant's turn")
+            raise RowError("the template renders nothing for the assistant's turn")
         return _document(ids, [0] * len(prompt) + [1] * (end - len(prompt)) + [0] * (len(ids) - end))
 
 

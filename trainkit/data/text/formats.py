@@ -1,7 +1,7 @@
-"""The row formats: what a dictionary read from a file says, in one of four forms.
+"""Row formats: a dictionary read from a file becomes a chat, a prompt with its response, plain text or token ids.
 
-A row's columns decide its format, in the order of `FORMATS`; columns that no format uses are counted by the caller, not
-silently dropped. A column mapping gives our names for theirs: `{"prompt": "instruction", "response": "output"}`.
+The first format in `FORMATS` whose columns a row has is used. Columns that it does not use are returned to the caller, which
+counts them. A column mapping gives our name for each of the file's: `{"prompt": "instruction", "response": "output"}`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from trainkit.data.text.sources import BadRow
+from trainkit.data.text.sources import RowError
 from trainkit.errors import UserError
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Turns for the chat template, as it takes them: `role`, `content` and whatever else a turn carries."""
+    """Turns as the chat template takes them: `role`, `content` and any other keys."""
 
     messages: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A prompt and its response: a chat of two turns where there is a template, otherwise the two texts end to end.
+class PromptResponse:
+    """A prompt and its response: a chat of two turns if the tokenizer has a template, otherwise the texts are concatenated.
 
-    `separator` stands between them only in the second case.
+    `separator` is put between them only when they are concatenated.
     """
 
     prompt: str
@@ -38,159 +38,146 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Text:
-    """Plain text; every token counts."""
+class PlainText:
+    """Text all of whose tokens count as labels."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Token ids with a mask that is 1 where the token counts as a label."""
+class TokenRow:
+    """Token ids, and a mask that is 1 where the token counts as a label."""
 
     input_ids: list[int]
     loss_mask: list[int]
 
 
-Row: TypeAlias = Chat | Pair | Text | Tokens
+Row: TypeAlias = Chat | PromptResponse | PlainText | TokenRow
 
-FORMATS: tuple[tuple[str, ...], ...] = (
-    ("input_ids", "loss_mask"),
-    ("messages",),
-    ("conversations",),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("text",),
-)
-PROMPT_FORMATS: tuple[tuple[str, ...], ...] = (
-    ("input_ids", "loss_mask"),
-    ("messages",),
-    ("conversations",),
-    ("turns",),
-    ("prompt",),
-    ("question",),
-    ("text",),
-)
+_COMMON = (("input_ids", "loss_mask"), ("messages",), ("conversations",))
+FORMATS: tuple[tuple[str, ...], ...] = (*_COMMON, ("prompt", "response"), ("question", "answer"), ("text",))
+PROMPT_FORMATS: tuple[tuple[str, ...], ...] = (*_COMMON, ("turns",), ("prompt",), ("question",), ("text",))
 QUESTION_SEPARATOR = "\n"
-"""Between question and answer without a template: a question that runs into its answer is like nothing a model has read."""
+"""Goes between question and answer if there is no template: models have rarely seen the two without any separator."""
 
 _ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bot", "chatgpt"), "assistant"),
     "system": "system",
-    "tool": "tool",
-    "function": "tool",
+    **dict.fromkeys(("tool", "function"), "tool"),
 }
+"""ShareGPT roles -> roles that chat templates know."""
 
 
 def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
-    """The column mapping, once its keys are known to be names of ours.
+    """The column mapping as a dictionary.
 
     Raises:
-        UserError: a key that no format has.
+        UserError: a key is not a column name of any format.
     """
     names = sorted({name for fmt in (*FORMATS, *PROMPT_FORMATS) for name in fmt})
     for ours in columns or {}:
         if ours not in names:
-            raise UserError(f"columns: {ours!r} is no column of ours; the keys are {', '.join(names)}")
+            raise UserError(f"columns: unknown key {ours!r}; choose from {', '.join(names)}")
     return dict(columns or {})
 
 
 def pick_format(
     values: Mapping[str, Any], columns: Mapping[str, str], formats: tuple[tuple[str, ...], ...] = FORMATS
 ) -> tuple[str, ...]:
-    """The first format whose columns the row has; with a mapping, one that uses a mapped name.
+    """The first format whose columns the row has; with a mapping, the first of those that use a mapped name.
 
     Raises:
-        BadRow: none fits; the reason lists the row's columns.
+        RowError: the row has the columns of no format.
     """
+    formats = tuple(fmt for fmt in formats if not columns or set(fmt) & set(columns))
     for fmt in formats:
-        if all(columns.get(name, name) in values for name in fmt) and (not columns or any(name in columns for name in fmt)):
+        if all(columns.get(name, name) in values for name in fmt):
             return fmt
-    open_formats = [fmt for fmt in formats if not columns or set(fmt) & set(columns)]
-    wanted = " or ".join("+".join(columns.get(name, name) for name in fmt) for fmt in open_formats)
-    raise BadRow(f"columns are {', '.join(map(repr, values)) or 'none'}, expected {wanted}; a column mapping can name others")
+    wanted = " or ".join("+".join(columns.get(name, name) for name in fmt) for fmt in formats)
+    found = ", ".join(map(repr, values)) or "none"
+    raise RowError(f"columns are {found}, expected {wanted}; set a column mapping if they have other names")
 
 
-def parse(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Row, list[str]]:
-    """The row in its form, and the columns it did not use.
+def parse_row(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Row, list[str]]:
+    """The parsed row, and the columns that it does not use.
 
     Raises:
-        BadRow: no format fits, or a value is not what the format wants.
+        RowError: the row has the columns of no format, or a value has the wrong type or content.
     """
     fmt = pick_format(values, columns)
-    fields = {name: values[columns.get(name, name)] for name in fmt}
-    unused = [key for key in values if key not in {columns.get(name, name) for name in fmt}]
-    return _FORMS[fmt](**fields), unused
+    names = [columns.get(name, name) for name in fmt]
+    return _PARSERS[fmt](*(values[name] for name in names)), [key for key in values if key not in names]
 
 
-def chat_messages(messages: Any) -> list[dict[str, Any]]:
-    """Turns checked: a list of objects with a role and a text."""
-    if not isinstance(messages, list) or not messages:
-        raise BadRow(f"messages must be a list of turns, not {_describe(messages)}")
+def parse_messages(messages: Any) -> list[dict[str, Any]]:
+    """Turns with `role` and `content`, checked."""
     turns = []
-    for n, message in enumerate(messages):
+    for n, message in enumerate(_check_turns("messages", messages)):
         if not isinstance(message, Mapping):
-            raise BadRow(f"messages[{n}] must be an object with role and content, not {_describe(message)}")
+            raise RowError(f"messages[{n}] must be an object with role and content, not {_describe(message)}")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
-            raise BadRow(f"messages[{n}].role must be a name, not {_describe(role)}")
+            raise RowError(f"messages[{n}].role must be a name, not {_describe(role)}")
         if not isinstance(content, str):
-            raise BadRow(f"messages[{n}].content must be text, not {_describe(content)}")
-        # Parquet gives every turn the union of all keys, null where a turn has none
+            raise RowError(f"messages[{n}].content must be text, not {_describe(content)}")
+        # Parquet gives every turn the union of all keys, with null where a turn has no value
         turns.append({key: value for key, value in message.items() if value is not None})
     return turns
 
 
-def sharegpt_messages(conversations: Any) -> list[dict[str, Any]]:
-    """ShareGPT turns under the roles that templates know."""
-    if not isinstance(conversations, list) or not conversations:
-        raise BadRow(f"conversations must be a list of turns, not {_describe(conversations)}")
+def parse_sharegpt(conversations: Any) -> list[dict[str, Any]]:
+    """ShareGPT turns (`from`, `value`) as turns with `role` and `content`."""
     turns = []
-    for n, turn in enumerate(conversations):
+    for n, turn in enumerate(_check_turns("conversations", conversations)):
         if not isinstance(turn, Mapping):
-            raise BadRow(f"conversations[{n}] must be an object with from and value, not {_describe(turn)}")
+            raise RowError(f"conversations[{n}] must be an object with from and value, not {_describe(turn)}")
         speaker, value = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or speaker not in _ROLES:
-            raise BadRow(f"conversations[{n}].from is {speaker!r}; known are {', '.join(_ROLES)}")
+            raise RowError(f"conversations[{n}].from is {speaker!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(value, str):
-            raise BadRow(f"conversations[{n}].value must be text, not {_describe(value)}")
+            raise RowError(f"conversations[{n}].value must be text, not {_describe(value)}")
         turns.append({"role": _ROLES[speaker], "content": value})
     return turns
 
 
-def text_of(name: str, value: Any) -> str:
-    """A column's text; empty or no text is a bad row."""
+def check_text(name: str, value: Any) -> str:
+    """The text of column `name`, which must not be empty."""
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"{name} must be text, not {_describe(value)}")
+        raise RowError(f"{name} must be text, not {_describe(value)}")
     return value
 
 
-def token_row(input_ids: Any, loss_mask: Any) -> Tokens:
-    """Checks the two lists against one another; ids are held against the vocabulary when encoding."""
+def parse_token_row(input_ids: Any, loss_mask: Any) -> TokenRow:
+    """Token ids and their mask. Whether the ids are in the vocabulary is checked by `Encoder`."""
     for name, value in (("input_ids", input_ids), ("loss_mask", loss_mask)):
         if not isinstance(value, list) or not value or not all(isinstance(x, int) for x in value):
-            raise BadRow(f"{name} must be a list of whole numbers, not {_describe(value)}")
+            raise RowError(f"{name} must be a list of whole numbers, not {_describe(value)}")
     if len(input_ids) != len(loss_mask):
-        raise BadRow(f"input_ids has {len(input_ids)} entries, loss_mask {len(loss_mask)}")
+        raise RowError(f"input_ids has {len(input_ids)} entries, loss_mask {len(loss_mask)}")
     if not set(loss_mask) <= {0, 1}:
-        raise BadRow("loss_mask must hold only 0 and 1")
-    return Tokens(input_ids, [int(x) for x in loss_mask])
+        raise RowError("loss_mask must hold only 0 and 1")
+    return TokenRow(input_ids, [int(x) for x in loss_mask])
+
+
+def _check_turns(name: str, turns: Any) -> list[Any]:
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"{name} must be a list of turns, not {_describe(turns)}")
+    return turns
 
 
 def _chat(messages: list[dict[str, Any]]) -> Chat:
-    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise BadRow("the chat has no assistant turn")
-    for n in answers:
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise RowError("the chat has no assistant turn")
+    for n in turns:
         if not messages[n]["content"].strip() and not messages[n].get("tool_calls"):
-            raise BadRow(f"turn {n} is an empty assistant turn")
+            raise RowError(f"turn {n} is an empty assistant turn")
     return Chat(messages)
+
+
+def _pair(first: str, second: str, separator: str) -> Any:
+    return lambda prompt, response: PromptResponse(check_text(first, prompt), check_text(second, response), separator)
 
 
 def _describe(value: Any) -> str:
@@ -203,14 +190,12 @@ def _describe(value: Any) -> str:
     return {list: "a list", dict: "an object", bool: "a truth value"}.get(type(value), f"{type(value).__name__} {value!r}"[:60])
 
 
-_FORMS: dict[tuple[str, ...], Any] = {
-    ("input_ids", "loss_mask"): token_row,
-    ("messages",): lambda messages: _chat(chat_messages(messages)),
-    ("conversations",): lambda conversations: _chat(sharegpt_messages(conversations)),
-    ("prompt", "response"): lambda prompt, response: Pair(text_of("prompt", prompt), text_of("response", response)),
-    ("question", "answer"): lambda question, answer: Pair(
-        text_of("question", question), text_of("answer", answer), QUESTION_SEPARATOR
-    ),
-    ("text",): lambda text: Text(text_of("text", text)),
+_PARSERS: dict[tuple[str, ...], Any] = {
+    ("input_ids", "loss_mask"): parse_token_row,
+    ("messages",): lambda messages: _chat(parse_messages(messages)),
+    ("conversations",): lambda conversations: _chat(parse_sharegpt(conversations)),
+    ("prompt", "response"): _pair("prompt", "response", ""),
+    ("question", "answer"): _pair("question", "answer", QUESTION_SEPARATOR),
+    ("text",): lambda text: PlainText(check_text("text", text)),
 }
-assert tuple(_FORMS) == FORMATS
+assert tuple(_PARSERS) == FORMATS

@@ -1,6 +1,6 @@
-"""Documents laid into rows of one length, kept as flat arrays that load memory-mapped.
+"""Documents packed into rows of one length, stored as flat arrays that are loaded memory-mapped.
 
-Positions and document numbers are not stored: they follow from where documents begin.
+Positions and document numbers are not stored; they are computed from the documents' boundaries.
 """
 
 # N tokens  D documents  R packed rows  B batch rows  T positions (the packed length)
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from trainkit.data.text.chat_template import Document
+from trainkit.files import write_json
 
-_ARRAYS = ("tokens_N", "mask_N", "documents_D", "rows_R")
+ARRAYS = ("tokens_N", "mask_N", "documents_D", "rows_R")
+"""Arrays of a `PackedSet`."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,11 @@ class PackedSet:
     Attributes:
         tokens_N: Token ids of all documents, row after row, without padding; int32.
         mask_N: True where the token counts as a label; never at a document's first token, which nothing predicts.
-        documents_D: Where each document begins in `tokens_N`, and the end of the last: one entry more than documents.
-        rows_R: Where each row begins in `documents_D`, and the end of the last: one entry more than rows.
-        length: Tokens in a row once padded.
-        pad_id: Id that fills rows up.
-        fingerprint: Digest of the data and settings this came from.
+        documents_D: Start of each document in `tokens_N`, and the end of the last one: D + 1 entries, int64.
+        rows_R: Start of each row in `documents_D`, and the end of the last one: R + 1 entries, int64.
+        length: Tokens in a padded row.
+        pad_id: Id of padding.
+        fingerprint: Digest of the data and settings that it was made from.
     """
 
     tokens_N: np.ndarray
@@ -51,19 +53,19 @@ class PackedSet:
 
     @cached_property
     def labels_R(self) -> np.ndarray:
-        """Counted labels of each row, int64."""
+        """Number of labels in each row, int64."""
         if not len(self):
             return np.zeros(0, np.int64)
         return np.add.reduceat(self.mask_N, self.documents_D[self.rows_R[:-1]], dtype=np.int64)
 
     @cached_property
     def tokens_R(self) -> np.ndarray:
-        """Tokens of each row without padding, int64."""
+        """Number of tokens in each row, without padding, int64."""
         return np.diff(self.documents_D[self.rows_R])
 
     @cached_property
     def content(self) -> str:
-        """Digest of what a model reads: the tokens, and where rows and documents begin; not of what counts as a label."""
+        """SHA-256 of everything a model reads: the tokens and the boundaries of rows and documents, but not the loss mask."""
         digest = hashlib.sha256(f"{self.length}".encode())
         for array in (self.tokens_N, self.documents_D, self.rows_R):
             digest.update(np.ascontiguousarray(array).data)
@@ -71,21 +73,21 @@ class PackedSet:
 
     @property
     def efficiency(self) -> float:
-        """Share of the packed positions that holds a token."""
+        """Share of the packed positions that are not padding."""
         return len(self.tokens_N) / (len(self) * self.length) if len(self) else 0.0
 
     def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, mask) of every document, in stored order."""
+        """(tokens, mask) of each document, in stored order."""
         bounds = self.documents_D.tolist()
         return [(self.tokens_N[a:b], self.mask_N[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
     def batch(self, rows: Sequence[int], size: int) -> dict[str, Tensor]:
-        """Tensors of `size` rows: those given, then rows of padding alone.
+        """Tensors of `size` rows: the given ones, then rows that are only padding.
 
         Returns:
-            tokens_BT and positions_BT int64, document_BT int64 numbered from 0 in each row and -1 on padding, mask_BT bool.
-            Padding holds `pad_id` at positions that count up from 0, as if it were one more document. rows_B: the rows'
-            numbers, -1 for a row of padding.
+            tokens_BT and positions_BT, int64; document_BT, int64, numbered from 0 in each row and -1 on padding; mask_BT, bool;
+            rows_B, int64, the rows' indices and -1 for a row of padding. Padding has the id `pad_id` and positions that count
+            up from 0, as if it were one more document.
         """
         tokens_BT = np.full((size, self.length), self.pad_id, np.int64)
         positions_BT = np.tile(np.arange(self.length, dtype=np.int64), (size, 1))
@@ -94,44 +96,42 @@ class PackedSet:
         for b, row in enumerate(rows):
             bounds = self.documents_D[self.rows_R[row] : self.rows_R[row + 1] + 1]
             start, used = int(bounds[0]), int(bounds[-1] - bounds[0])
-            sizes, places = np.diff(bounds), bounds[:-1] - start
+            sizes, starts = np.diff(bounds), bounds[:-1] - start
             tokens_BT[b, :used] = self.tokens_N[start : start + used]
             mask_BT[b, :used] = self.mask_N[start : start + used]
-            positions_BT[b, :used] -= np.repeat(places, sizes)
+            positions_BT[b, :used] -= np.repeat(starts, sizes)
             positions_BT[b, used:] -= used
             document_BT[b, :used] = np.repeat(np.arange(len(sizes)), sizes)
-        rows_B = np.array([*rows, *[-1] * (size - len(rows))], np.int64)
-        named = {
-            "tokens_BT": tokens_BT,
-            "positions_BT": positions_BT,
-            "document_BT": document_BT,
-            "mask_BT": mask_BT,
-            "rows_B": rows_B,
+        return {
+            "tokens_BT": torch.from_numpy(tokens_BT),
+            "positions_BT": torch.from_numpy(positions_BT),
+            "document_BT": torch.from_numpy(document_BT),
+            "mask_BT": torch.from_numpy(mask_BT),
+            "rows_B": torch.from_numpy(np.array([*rows, *[-1] * (size - len(rows))], np.int64)),
         }
-        return {name: torch.from_numpy(array) for name, array in named.items()}
 
     def save(self, folder: Path) -> None:
-        """Writes the arrays as .npy files and what is left as packed.json into a new folder."""
+        """Writes the arrays as .npy files, and the other attributes as packed.json, into a new folder."""
         folder.mkdir()
-        for name in _ARRAYS:
+        for name in ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name))
-        rest = {"length": self.length, "pad_id": self.pad_id, "fingerprint": self.fingerprint}
-        (folder / "packed.json").write_text(json.dumps(rest), encoding="utf-8")
+        others = {"length": self.length, "pad_id": self.pad_id, "fingerprint": self.fingerprint}
+        write_json(folder / "packed.json", others)
 
     @staticmethod
     def load(folder: Path) -> PackedSet:
-        """What `save` wrote, memory-mapped, so that ranks share the pages."""
-        # an empty file cannot be mapped
+        """The set that `save` wrote, memory-mapped, so that processes share the memory."""
+        # an empty array cannot be mapped
         arrays = {
             name: np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None, allow_pickle=False)
-            for name in _ARRAYS
+            for name in ARRAYS
             for file in [folder / f"{name}.npy"]
         }
         return PackedSet(**arrays, **json.loads((folder / "packed.json").read_text(encoding="utf-8")))
 
 
 def join(parts: Sequence[tuple[PackedSet, Sequence[int]]]) -> PackedSet:
-    """The named rows of several sets, one after the other, as one set; lengths and padding must be the same."""
+    """One set of the selected rows of several sets, in order; all must have the same length and padding id."""
     first = parts[0][0]
     assert all((packed.length, packed.pad_id) == (first.length, first.pad_id) for packed, _ in parts)
     tokens, masks, sizes, rows = [first.tokens_N[:0]], [first.mask_N[:0]], [0], [0]
@@ -153,17 +153,18 @@ def join(parts: Sequence[tuple[PackedSet, Sequence[int]]]) -> PackedSet:
 
 
 def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: str = "") -> PackedSet:
-    """Documents in rows by best fit, longest first: no document is split, left out or doubled, and the same input packs alike.
+    """Documents packed into rows by best fit, longest first; deterministic, and each document is whole in exactly one row.
 
     Args:
-        documents: Each of 1 to `length` tokens.
+        documents: Documents of 1 to `length` tokens.
         length: Tokens in a row.
-        pad_id: Id that fills rows up.
+        pad_id: Id of padding.
         fingerprint: Digest of the data and settings.
     """
+    # Each document goes into the fullest row that still has room for it, otherwise into a new row.
     bins: list[list[int]] = []
     room: list[int] = []  # distinct free spaces, ascending
-    open_bins: dict[int, list[int]] = {}
+    open_bins: dict[int, list[int]] = {}  # free space -> rows that have it
     order = sorted(range(len(documents)), key=lambda d: -len(documents[d].tokens))
     for d in order:
         size = len(documents[d].tokens)
@@ -183,6 +184,7 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: s
                 insort(room, left)
             open_bins.setdefault(left, []).append(chosen)
 
+    # Lay the documents out row by row.
     placed = [documents[d] for row in bins for d in row]
     starts = np.cumsum([0, *(len(document.tokens) for document in placed)], dtype=np.int64)
     mask_N = np.concatenate([document.mask for document in placed]) if placed else np.zeros(0, np.bool_)

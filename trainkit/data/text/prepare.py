@@ -1,15 +1,11 @@
-"""From files to packed sets: read, encode, split, pack, report, and keep the result under a digest of all that shaped it."""
+"""From files to packed sets: read, encode, split, pack and report; the result is cached under a digest of all its inputs."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,27 +13,27 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trainkit.data.manifest import read_provenance
+from trainkit.data.manifest import DISTILLED
 from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer, tokenizer_hash, vocabulary_hash
-from trainkit.data.text.formats import check_columns, parse
+from trainkit.data.text.formats import check_columns, parse_row
 from trainkit.data.text.packing import PackedSet, pack
 from trainkit.data.text.report import Report, SetReport
-from trainkit.data.text.sources import BadRow, content_hash, read_rows
+from trainkit.data.text.sources import RowError, content_hash, read_rows
 from trainkit.errors import UserError
-from trainkit.files import cache_folder
+from trainkit.files import cache_folder, write_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHE = cache_folder("data")
-"""Where prepared sets are kept unless somebody says otherwise."""
+"""Default folder for prepared sets."""
 CODE_VERSION = 1
-"""Part of every fingerprint: raise it with any change that alters what comes out of the same files."""
+"""Part of every fingerprint. Increase it with any change that gives another result for the same files."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both packed sets, what happened on the way, and the digest of files, tokenizer, settings and code version."""
+    """Both packed sets, the report, and the digest of files, tokenizer, settings and code version."""
 
     train: PackedSet
     validation: PackedSet
@@ -60,29 +56,29 @@ def prepare(
     seed: int = 0,
     cache_dir: str | Path | None = None,
 ) -> Prepared:
-    """Packed training and validation sets of the files given.
+    """Packed training and validation sets of files.
 
-    Any number of processes may call this with the same `cache_dir` at once: one does the work, the others wait and load it.
-    A kill leaves a whole entry or none.
+    Any number of processes may call this with the same `cache_dir` at the same time: one does the work, the others wait and
+    load the result. A kill leaves a complete cache entry or none.
 
     Args:
         train: Files, folders or hub names.
-        validation: The same; without it a share of the training rows is held out, whole rows, drawn by `seed`.
+        validation: Files, folders or hub names; None holds out a share of the training rows, whole rows drawn with `seed`.
         tokenizer: A loaded tokenizer, or its folder or hub name.
-        length: Tokens in a packed row; no document is longer. Plain text is cut into documents of this length.
-        columns: Our column names -> the files', e.g. `{"prompt": "instruction", "response": "output"}`.
-        on_bad_row: Stop at a bad row, or count it and go on.
-        on_long_row: What to do with a row longer than `length` that is not plain text: keep its beginning, leave it out (both
-            are counted), or stop.
-        validation_share: Share of rows held out where no validation files are given; 0 holds out none.
-        limit: First rows of the training files to take, over all of them.
-        limit_validation: The same of the validation files.
-        seed: Seed of the held-out rows.
-        cache_dir: Folder for prepared sets; None prepares anew, in memory.
+        length: Tokens in a packed row, and the maximum length of a document. Longer plain text is cut into several documents.
+        columns: Maps our column names to the files', e.g. `{"prompt": "instruction", "response": "output"}`.
+        on_bad_row: Stop at a bad row, or skip and count it.
+        on_long_row: A row longer than `length` that is not plain text: truncate it (counted), skip it (counted), or stop.
+        validation_share: Share of the rows to hold out if there are no validation files; 0 holds out none.
+        limit: Number of training rows to read, from the beginning and over all files; None reads all.
+        limit_validation: Number of validation rows to read; None reads all.
+        seed: Seed for drawing the held-out rows.
+        cache_dir: Folder for prepared sets; None prepares in memory, without a cache.
 
     Raises:
-        UserError: a file or row cannot be used, or the loss mask of the chats is empty or covers everything.
+        UserError: a file or row cannot be used, or no token or every token of the chats counts as a label.
     """
+    # Check the settings.
     if length < 2:
         raise UserError(f"length: {length} must be at least 2")
     if not 0 <= validation_share < 1:
@@ -92,12 +88,13 @@ def prepare(
         ("on_long_row", on_long_row, ("truncate", "skip", "error")),
     ):
         if value not in known:
-            raise UserError(f"{name}: {value!r} is unknown; choose {', '.join(known)}")
+            raise UserError(f"{name}: {value!r} is unknown; choose from {', '.join(known)}")
     if not train:
-        raise UserError("train: no files given")
+        raise UserError("train: no files given; name at least one")
     columns, loaded = check_columns(columns), load_tokenizer(tokenizer)
     for file in (*train, *(validation or ())):
-        _check_made_with(file, loaded)
+        _check_tokenizer(file, loaded)
+    # Compute the digest of everything that determines the result.
     policy = {"columns": columns, "on_bad_row": on_bad_row, "on_long_row": on_long_row, "length": length}
     settings = policy | {
         "validation_share": None if validation else validation_share,
@@ -115,24 +112,27 @@ def prepare(
         encoder = Encoder(loaded)
         rows, train_report = _encode("train", train, encoder, limit, policy)
         if validation:
-            held, held_report = _encode("validation", validation, encoder, limit_validation, policy)
+            held_out, validation_report = _encode("validation", validation, encoder, limit_validation, policy)
         else:
-            rows, held, held_report = _hold_out(rows, validation_share, seed)
+            rows, held_out, validation_report = _hold_out(rows, validation_share, seed)
         pad_id = loaded.pad_token_id if isinstance(loaded.pad_token_id, int) else encoder.end_id
-        train_set = pack(list(chain.from_iterable(rows)), length, pad_id, fingerprint)
-        validation_set = pack(list(chain.from_iterable(held)), length, pad_id, fingerprint)
+        train_set, validation_set = (
+            pack(list(chain.from_iterable(part)), length, pad_id, fingerprint) for part in (rows, held_out)
+        )
         train_report.measure(train_set)
-        held_report.measure(validation_set)
-        return Prepared(train_set, validation_set, Report(train_report, held_report), fingerprint)
+        validation_report.measure(validation_set)
+        return Prepared(train_set, validation_set, Report(train_report, validation_report), fingerprint)
 
     return work() if cache_dir is None else _cached(Path(cache_dir), fingerprint, work)
 
 
-def _check_made_with(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError for a distillation set whose token ids are another tokenizer's."""
-    made = read_provenance(Path(source)) if Path(source).is_dir() else None
-    if made is not None and made.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
-        raise UserError(f"{source}: its token ids are of another tokenizer than {tokenizer.name_or_path}; distil it anew")
+def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a distillation set whose token ids are from another tokenizer."""
+    manifest = DISTILLED.read(Path(source)) if Path(source).is_dir() else None
+    if manifest is not None and manifest.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
+        raise UserError(
+            f"{source}: its token ids are from another tokenizer than {tokenizer.name_or_path}; run trainkit distill again"
+        )
 
 
 def _encode(
@@ -142,41 +142,42 @@ def _encode(
     from tqdm import tqdm
 
     report, rows = SetReport(name), []
-    chat_tokens = chat_counted = 0
+    chat_tokens = chat_labels = 0
     for file in files:
-        left = None if limit is None else limit - report.rows
-        bar = {"desc": f"{name}: {Path(file).name}", "unit": " rows", "delay": 2, "disable": None}  # small sets are done before
-        for place, values in tqdm(read_rows(file, left), **bar):
+        remaining = None if limit is None else limit - report.rows
+        bar = {"desc": f"{name}: {Path(file).name}", "unit": " rows", "delay": 2, "disable": None}  # no bar for small files
+        for location, values in tqdm(read_rows(file, remaining), **bar):
             report.rows += 1
+            # Parse and encode the row, or count it as bad.
             try:
-                if isinstance(values, BadRow):
+                if isinstance(values, RowError):
                     raise values
-                row, unused = parse(values, policy["columns"])
+                row, unused = parse_row(values, policy["columns"])
                 documents = encoder.documents(row)
-            except BadRow as reason:
+            except RowError as reason:
                 if policy["on_bad_row"] == "error":
-                    raise UserError(f"{place}: {reason}; mend this row (on_bad_row: skip goes on without it)") from None
-                report.skip(place, str(reason))
+                    raise UserError(f"{location}: {reason}; fix this row, or skip bad rows with on_bad_row: skip") from None
+                report.skip(location, str(reason))
                 continue
-            report.unused.update(unused)
-            for document in documents:
-                if document.chat:
-                    chat_tokens += len(document.mask)
-                    chat_counted += int(document.mask.sum())
-            if kept := [fit for document in documents for fit in _fit(document, place, policy, report)]:
-                rows.append(kept)
-    if chat_tokens and chat_counted in (0, chat_tokens):
-        share = "every token" if chat_counted else "no token"
-        raise UserError(f"{name}: {share} of the chats counts in the loss; the chat template must mark the assistant's alone")
+            report.count_unused(unused)
+            # Fit its documents into the packed length.
+            chats = [document for document in documents if document.chat]
+            chat_tokens += sum(len(document.mask) for document in chats)
+            chat_labels += sum(int(document.mask.sum()) for document in chats)
+            if fitted := [piece for document in documents for piece in _fit(document, location, policy, report)]:
+                rows.append(fitted)
+    # Refuse a mask that cannot be right, and a set without rows.
+    if chat_tokens and chat_labels in (0, chat_tokens):
+        share = "every token" if chat_labels else "no token"
+        raise UserError(f"{name}: {share} of the chats is a label; the chat template must mark the assistant's tokens only")
     if not rows:
-        bad = sum(report.skipped.values())
-        counts = f"{report.rows} read, {bad} bad, others without label"
-        raise UserError(f"{name}: no usable row in {', '.join(files)} ({counts}); give rows with assistant or plain text")
+        counts = f"{report.rows} read, {sum(report.skipped.values())} bad, the others without labels"
+        raise UserError(f"{name}: no usable row in {', '.join(files)} ({counts}); give rows with assistant turns or plain text")
     return rows, report
 
 
-def _fit(document: Document, place: str, policy: Mapping[str, Any], report: SetReport) -> list[Document]:
-    """The document within `length`: whole, cut into pieces (plain text), or shortened by the policy; none without a label."""
+def _fit(document: Document, location: str, policy: Mapping[str, Any], report: SetReport) -> list[Document]:
+    """The document as pieces of at most `length` tokens, cut or truncated by the policy; pieces without labels are left out."""
     length, size = policy["length"], len(document.tokens)
     pieces = [document]
     if size > length and document.divisible:
@@ -185,54 +186,46 @@ def _fit(document: Document, place: str, policy: Mapping[str, Any], report: SetR
         report.cut += 1
     elif size > length:
         if policy["on_long_row"] == "error":
-            raise UserError(f"{place}: {size} tokens, longer than length {length}; raise length or set on_long_row: truncate")
+            raise UserError(
+                f"{location}: {size} tokens, longer than length {length}; raise length or set on_long_row: truncate"
+            )
         if policy["on_long_row"] == "skip":
             report.too_long += 1
             return []
         pieces = [replace(document, tokens=document.tokens[:length], mask=document.mask[:length])]
         report.truncated += 1
-    kept = [piece for piece in pieces if piece.mask[1:].any()]
-    report.unlabelled += len(pieces) - len(kept)
-    return kept
+    labelled = [piece for piece in pieces if piece.mask[1:].any()]
+    report.unlabelled += len(pieces) - len(labelled)
+    return labelled
 
 
 def _hold_out(
     rows: list[list[Document]], share: float, seed: int
 ) -> tuple[list[list[Document]], list[list[Document]], SetReport]:
-    """Training rows, held-out rows (at least one where `share` is not 0), and the report of the latter."""
+    """Training rows, held-out rows (at least one unless `share` is 0), and the report of the latter."""
     count = max(1, round(len(rows) * share)) if share else 0
     if count >= len(rows):
         raise UserError(f"validation_share: {share} of {len(rows)} rows leaves none to train on; give validation files")
     chosen = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    held = [row for n, row in enumerate(rows) if n in chosen]
-    return [row for n, row in enumerate(rows) if n not in chosen], held, SetReport("validation", rows=count, held_out=True)
+    held_out = [row for n, row in enumerate(rows) if n in chosen]
+    train = [row for n, row in enumerate(rows) if n not in chosen]
+    return train, held_out, SetReport("validation", rows=count, held_out=True)
 
 
 def _cached(cache_dir: Path, fingerprint: str, work: Callable[[], Prepared]) -> Prepared:
-    """The entry of this fingerprint, made by `work` where there is none."""
+    """The cache entry of this fingerprint, made by `work` if it does not exist."""
     entry = cache_dir / fingerprint
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(cache_dir / f"{fingerprint}.lock"):
+    with (cache_dir / f"{fingerprint}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process works; the system releases the lock if that process dies
         if not entry.is_dir():
-            for left_over in cache_dir.glob(f"{fingerprint[:16]}.*.tmp"):  # of a killed process: we hold its lock
-                shutil.rmtree(left_over)
             prepared = work()
-            temporary = Path(tempfile.mkdtemp(prefix=f"{fingerprint[:16]}.", suffix=".tmp", dir=cache_dir))
-            try:
-                prepared.train.save(temporary / "train")
-                prepared.validation.save(temporary / "validation")
-                (temporary / "report.json").write_text(json.dumps(prepared.report.to_dict()), encoding="utf-8")
-                os.replace(temporary, entry)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+
+            def fill(folder: Path) -> None:
+                prepared.train.save(folder / "train")
+                prepared.validation.save(folder / "validation")
+                write_json(folder / "report.json", prepared.report.to_dict())
+
+            write_folder(entry, fill)
     report = Report.from_dict(json.loads((entry / "report.json").read_text(encoding="utf-8")))
     return Prepared(PackedSet.load(entry / "train"), PackedSet.load(entry / "validation"), report, fingerprint)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system releases it when that process dies."""
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

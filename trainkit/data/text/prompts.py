@@ -1,4 +1,4 @@
-"""Prompts for generation, distillation and benches: what a model is given before it begins to answer."""
+"""Prompts for generation, distillation and benchmarks, as token ids, and the completions that a model gives to them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from trainkit.data.text.chat_template import Encoder, load_tokenizer
 from trainkit.data.text.formats import (
     PROMPT_FORMATS,
     QUESTION_SEPARATOR,
-    chat_messages,
     check_columns,
+    check_text,
+    parse_messages,
+    parse_sharegpt,
+    parse_token_row,
     pick_format,
-    sharegpt_messages,
-    text_of,
-    token_row,
 )
-from trainkit.data.text.sources import BadRow, read_rows
+from trainkit.data.text.sources import RowError, read_rows
 from trainkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Prompt:
     """A prompt.
 
     Attributes:
-        tokens: Its ids.
-        messages: The chat it came from, last the user's turn; None for raw text and given tokens.
-        text: Raw text as it stood; empty for chats and given tokens.
+        tokens: Token ids.
+        messages: The chat that it came from, which ends with a user turn; None for raw text and for token rows.
+        text: The raw text; empty for chats and token rows.
     """
 
     tokens: list[int]
@@ -39,69 +39,84 @@ class Asked:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Completion:
+    """The continuation of a prompt.
+
+    Attributes:
+        id: Id that the request was given.
+        tokens: New token ids, with the end token if the text ended with one.
+        text: The text of these tokens without special tokens.
+        finish: `end` (the text ended with an end token) or `length`.
+    """
+
+    id: int
+    tokens: list[int]
+    text: str
+    finish: str
+
+
 def read_prompts(
     path: str, tokenizer: str | PreTrainedTokenizerBase, limit: int | None = None, columns: Mapping[str, str] | None = None
 ) -> list[list[int]]:
-    """Token ids of each prompt in a file; `read_asked` says how."""
-    return [asked.tokens for asked in read_asked(path, tokenizer, limit, columns)]
+    """Token ids of each prompt in a file; arguments as in `read_prompt_rows`."""
+    return [prompt.tokens for prompt in read_prompt_rows(path, tokenizer, limit, columns)]
 
 
-def read_asked(
+def read_prompt_rows(
     path: str, tokenizer: str | PreTrainedTokenizerBase, limit: int | None = None, columns: Mapping[str, str] | None = None
-) -> list[Asked]:
-    """The prompt of each row, through the chat template where the tokenizer has one.
+) -> list[Prompt]:
+    """The prompt of each row, rendered by the chat template if the tokenizer has one.
 
-    Chats are taken up to and including their last user turn; `prompt`, `question` and the first of `turns` become a user turn,
-    or stand raw without a template; `text` is always raw; `input_ids` are taken up to the first token that counts.
+    A chat is cut after its last user turn. `prompt`, `question` and the first of `turns` become a user turn, or remain raw text
+    if there is no template. `text` always remains raw. `input_ids` are cut before the first token that counts as a label.
 
     Args:
-        path: File, folder or hub name, as `read_rows` takes it.
+        path: File, folder or hub name, as in `read_rows`.
         tokenizer: A loaded tokenizer, or its folder or hub name.
-        limit: First rows to take.
-        columns: Our column names -> the file's.
+        limit: Number of rows to read, from the beginning; None reads all.
+        columns: Maps our column names to the file's.
 
     Raises:
-        UserError: nothing to read, or a row without a prompt; named by place and reason.
+        UserError: the file has no row, or a row has no prompt; the message names the row and the reason.
     """
     columns, encoder = check_columns(columns), Encoder(load_tokenizer(tokenizer))
     prompts = []
-    for place, row in read_rows(path, limit):
+    for location, row in read_rows(path, limit):
         try:
-            if isinstance(row, BadRow):
+            if isinstance(row, RowError):
                 raise row
             prompts.append(_prompt(row, columns, encoder))
-        except BadRow as reason:
-            raise UserError(f"{place}: {reason}; mend this row or take it out") from None
+        except RowError as reason:
+            raise UserError(f"{location}: {reason}; fix or remove this row") from None
     if not prompts:
-        raise UserError(f"{path}: holds no prompts; give a file with at least one row")
+        raise UserError(f"{path}: holds no prompts; use a file with at least one row")
     return prompts
 
 
-def _prompt(values: Mapping[str, Any], columns: Mapping[str, str], encoder: Encoder) -> Asked:
+def _prompt(values: Mapping[str, Any], columns: Mapping[str, str], encoder: Encoder) -> Prompt:
     fmt = pick_format(values, columns, PROMPT_FORMATS)
     value = values[columns.get(fmt[0], fmt[0])]
     if fmt[0] in ("messages", "conversations"):
-        turns = chat_messages(value) if fmt[0] == "messages" else sharegpt_messages(value)
-        asked = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
-        if not asked:
-            raise BadRow("the chat has no user turn")
-        turns = turns[: asked[-1] + 1]
-        return Asked(encoder.prompt(turns), turns)
+        turns = parse_messages(value) if fmt[0] == "messages" else parse_sharegpt(value)
+        users = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
+        if not users:
+            raise RowError("the chat has no user turn")
+        turns = turns[: users[-1] + 1]
+        return Prompt(encoder.prompt_ids(turns), turns)
     if fmt[0] == "input_ids":
-        row = token_row(value, values[columns.get("loss_mask", "loss_mask")])
-        given = row.loss_mask.index(1) if 1 in row.loss_mask else len(row.input_ids)
-        if not given:
-            raise BadRow("loss_mask counts from the first token on, so there is no prompt")
-        return Asked(row.input_ids[:given])
+        row = parse_token_row(value, values[columns.get("loss_mask", "loss_mask")])
+        end = row.loss_mask.index(1) if 1 in row.loss_mask else len(row.input_ids)
+        if not end:
+            raise RowError("loss_mask is 1 from the first token on, so there is no prompt")
+        return Prompt(row.input_ids[:end])
     if fmt[0] == "turns":
         if not isinstance(value, list) or not value:
-            raise BadRow("turns must be a list of texts")
+            raise RowError("turns must be a list of texts")
         value = value[0]
-    text = text_of(fmt[0], value)
-    if fmt[0] == "text":
-        return Asked(encoder.ids(text), None, text)
-    if encoder.template is None:
+    text = check_text(fmt[0], value)
+    if fmt[0] == "text" or encoder.template is None:
         text += QUESTION_SEPARATOR if fmt[0] == "question" else ""
-        return Asked(encoder.ids(text), None, text)
+        return Prompt(encoder.encode(text), None, text)
     turns = [{"role": "user", "content": text}]
-    return Asked(encoder.prompt(turns), turns)
+    return Prompt(encoder.prompt_ids(turns), turns)

@@ -1,10 +1,9 @@
-"""What preparing did to the rows: everything read is packed, or counted here under the reason why not."""
+"""What preparation did to the rows: every row read is either packed, or counted here with the reason why not."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainkit.data.text.packing import PackedSet
@@ -16,33 +15,33 @@ class SetReport:
 
     Attributes:
         name: `train` or `validation`.
-        rows: Rows read; for a held-out set the rows that went into it.
-        held_out: The rows were taken from the training rows, whose own `rows` include them.
-        skipped: Bad rows by reason.
-        examples: Where the first row of each reason stands.
+        rows: Rows read; for a held-out set, the rows that it got.
+        held_out: Whether the rows were taken from the training rows, whose own `rows` include them.
+        skipped: Number of bad rows, by reason.
+        examples: Location of the first bad row, by reason.
         truncated: Documents that lost their end.
-        too_long: Documents left out as longer than the packed length.
+        too_long: Documents left out because they are longer than a packed row.
         cut: Plain texts cut into several documents.
-        unlabelled: Documents left out because none of their tokens counts, often after truncation.
-        unused: Columns that were not read, with the rows that had them.
+        unlabelled: Documents left out because none of their tokens counts as a label, often after truncation.
+        unused: Number of rows that have a column that was not read, by column.
         documents: Documents packed.
         tokens: Tokens packed.
         counted: Tokens that count as labels.
         packed_rows: Rows after packing.
         length: Tokens in a packed row.
-        efficiency: Share of packed positions that holds a token.
+        efficiency: Share of the packed positions that are not padding.
     """
 
     name: str
     rows: int = 0
     held_out: bool = False
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     truncated: int = 0
     too_long: int = 0
     cut: int = 0
     unlabelled: int = 0
-    unused: Counter[str] = field(default_factory=Counter)
+    unused: dict[str, int] = field(default_factory=dict)
     documents: int = 0
     tokens: int = 0
     counted: int = 0
@@ -50,15 +49,19 @@ class SetReport:
     length: int = 0
     efficiency: float = 0.0
 
-    def skip(self, place: str, reason: str) -> None:
+    def skip(self, location: str, reason: str) -> None:
         """Counts a bad row."""
-        self.skipped[reason] += 1
-        self.examples.setdefault(reason, place)
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self.examples.setdefault(reason, location)
+
+    def count_unused(self, columns: Iterable[str]) -> None:
+        """Counts the columns of a row that were not read."""
+        for column in columns:
+            self.unused[column] = self.unused.get(column, 0) + 1
 
     def measure(self, packed: PackedSet) -> None:
-        """Takes the sizes of the packed set."""
-        self.documents = len(packed.documents_D) - 1
-        self.tokens = len(packed.tokens_N)
+        """Stores the sizes of the packed set."""
+        self.documents, self.tokens = len(packed.documents_D) - 1, len(packed.tokens_N)
         self.counted = int(packed.labels_R.sum())
         self.packed_rows, self.length, self.efficiency = len(packed), packed.length, packed.efficiency
 
@@ -66,17 +69,17 @@ class SetReport:
         origin = "held out of train" if self.held_out else "read"
         lines = [
             f"{self.name}: {self.rows:,} rows {origin}, {self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{self.counted:,} counted; {self.packed_rows:,} packed rows of {self.length}, {self.efficiency:.1%} full"
+            f"{self.counted:,} labels; {self.packed_rows:,} packed rows of {self.length}, {self.efficiency:.1%} full"
         ]
-        for count, what in (
+        for count, effect in (
             (self.truncated, f"truncated to {self.length} tokens"),
             (self.too_long, f"left out, longer than {self.length} tokens"),
             (self.cut, f"plain texts cut into pieces of {self.length}"),
-            (self.unlabelled, "left out, no token of theirs counts"),
+            (self.unlabelled, "left out, no token is a label"),
         ):
             if count:
-                lines.append(f"  {count:,} {what}")
-        for reason, count in self.skipped.most_common():
+                lines.append(f"  {count:,} {effect}")
+        for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1]):
             lines.append(f"  {count:,} skipped: {reason} (first: {self.examples[reason]})")
         if self.unused:
             lines.append("  columns not read: " + ", ".join(f"{key} ({count:,})" for key, count in sorted(self.unused.items())))
@@ -85,7 +88,7 @@ class SetReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The reports of both sets; `print` it."""
+    """The reports of both sets; its text is for the user."""
 
     train: SetReport
     validation: SetReport
@@ -94,21 +97,10 @@ class Report:
         return f"{self.train}\n{self.validation}"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able copy; `from_dict` reads it back."""
-        return {"train": _plain(self.train), "validation": _plain(self.validation)}
+        """A JSON-able copy."""
+        return asdict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Report:
-        """The report that `to_dict` wrote."""
-
-        def read(part: Mapping[str, Any]) -> SetReport:
-            counters: dict[str, Any] = {key: Counter(part[key]) for key in ("skipped", "unused")}
-            return SetReport(**{**part, **counters})
-
-        return Report(read(values["train"]), read(values["validation"]))
-
-
-def _plain(report: SetReport) -> dict[str, Any]:
-    # not dataclasses.asdict, which before Python 3.12 turns a Counter into one of pairs
-    values = {item.name: getattr(report, item.name) for item in fields(report)}
-    return {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+        """The report of which `values` is the `to_dict`."""
+        return Report(SetReport(**values["train"]), SetReport(**values["validation"]))

@@ -1,6 +1,7 @@
-"""Rows of files, folders and hub names as dictionaries, each with the place it stands at.
+"""Rows of files, folders and hub data sets as dictionaries, each with its location for error messages.
 
-JSON Lines and JSON are read here, since their errors need the line; all else goes through `datasets`, imported only then.
+JSON Lines and JSON are parsed here, because their errors must name the line. Everything else is read by `datasets`, which is
+imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -12,27 +13,28 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from trainkit.data.manifest import set_files
+from trainkit.data.manifest import distilled_files
 from trainkit.errors import UserError
 
 _LINES = {".jsonl", ".ndjson"}
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
 
-class BadRow(Exception):
-    """A row that cannot be used, with the reason. Whether it stops the run is the caller's policy."""
+class RowError(Exception):
+    """The reason why a row cannot be used. The caller decides whether it stops the run."""
 
 
-Located = tuple[str, dict[str, Any] | BadRow]
+LocatedRow = tuple[str, dict[str, Any] | RowError]
+"""Location of a row, such as `file.jsonl:3`, with its values, or with the error if the line cannot be parsed."""
 
 
-def read_rows(source: str, limit: int | None = None) -> Iterator[Located]:
-    """(place, row) of each row, or (place, BadRow) where the line itself is broken; `limit` takes the first rows only.
+def read_rows(source: str, limit: int | None = None) -> Iterator[LocatedRow]:
+    """The rows of a source, in order.
 
     Args:
-        source: A local file (.jsonl, .json, .parquet, .csv, .arrow) or folder (such as a distillation set), otherwise a name on
-            the Hugging Face hub as `owner/name[:configuration][@split]`; the split is `train` when none is given.
-        limit: Rows to read at most.
+        source: A local file (.jsonl, .ndjson, .json, .parquet, .csv, .arrow) or folder (such as a distillation set), otherwise
+            a name on the Hugging Face hub as `owner/name[:configuration][@split]`; the default split is `train`.
+        limit: Number of rows to read, from the beginning; None reads all.
 
     Raises:
         UserError: there is no such file or name, or it cannot be read at all.
@@ -42,19 +44,19 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[Located]:
         rows = _json_lines(path)
     elif path.is_file() and path.suffix == ".json":
         rows = _json_list(path)
-    elif path.is_dir() and (parts := set_files(path)):
+    elif path.is_dir() and (parts := distilled_files(path)):
         rows = chain.from_iterable(map(_json_lines, parts))
     else:
-        rows = ((f"{source}: row {n}", row) for n, row in enumerate(_datasets(source), start=1))
+        rows = ((f"{source}: row {n}", row) for n, row in enumerate(_load_dataset(source), start=1))
     return islice(rows, limit)
 
 
 def content_hash(source: str) -> str:
-    """Hex digest of what a source holds: a file's bytes, a folder's files, or the fingerprint of a hub data set."""
+    """Hex SHA-256 of a file's bytes or of all files in a folder; for a hub data set, its fingerprint."""
     path = Path(source)
-    digest = hashlib.sha256()
     if not path.exists():
-        return str(_datasets(source)._fingerprint)
+        return str(_load_dataset(source)._fingerprint)
+    digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         if path.is_dir():
             digest.update(file.relative_to(path).as_posix().encode() + b"\0")
@@ -63,44 +65,45 @@ def content_hash(source: str) -> str:
     return digest.hexdigest()
 
 
-def _json_lines(path: Path) -> Iterator[Located]:
+def _json_lines(path: Path) -> Iterator[LocatedRow]:
     with path.open("rb") as stream:
         for n, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
             try:
-                yield f"{path}:{n}", _as_row(json.loads(line.decode("utf-8-sig" if n == 1 else "utf-8")))
+                row = _check_row(json.loads(line.decode("utf-8-sig" if n == 1 else "utf-8")))
             except UnicodeDecodeError as error:
-                yield f"{path}:{n}", BadRow(f"not UTF-8 at byte {error.start + 1} of the line")
+                row = RowError(f"not UTF-8 at byte {error.start + 1} of the line")
             except json.JSONDecodeError as error:
-                yield f"{path}:{n}", BadRow(f"not JSON: {error.msg} at column {error.colno}")
+                row = RowError(f"not JSON: {error.msg} at column {error.colno}")
+            yield f"{path}:{n}", row
 
 
-def _json_list(path: Path) -> Iterator[Located]:
+def _json_list(path: Path) -> Iterator[LocatedRow]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        mend = "name it .jsonl if each line is a row" if error.msg == "Extra data" else "mend it or save it again"
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}; {mend}") from None
+        fix = "name it .jsonl if each line is a row" if error.msg == "Extra data" else "correct the file"
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}; {fix}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds one JSON {type(rows).__name__}; a .json file must be a list of rows")
     for n, row in enumerate(rows, start=1):
-        yield f"{path}: row {n}", _as_row(row)
+        yield f"{path}: row {n}", _check_row(row)
 
 
-def _as_row(row: Any) -> dict[str, Any] | BadRow:
-    return row if isinstance(row, dict) else BadRow(f"a row must be an object, not {type(row).__name__}")
+def _check_row(row: Any) -> dict[str, Any] | RowError:
+    return row if isinstance(row, dict) else RowError(f"a row must be an object, not {type(row).__name__}")
 
 
-def _datasets(source: str) -> Any:
+def _load_dataset(source: str) -> Any:
     path = Path(source)
     if path.is_file() and path.suffix not in _BUILDERS:
-        raise UserError(f"{source}: unknown kind of file {path.suffix!r}; use .jsonl, .json, {', '.join(_BUILDERS)}")
+        raise UserError(f"{source}: unknown file type {path.suffix!r}; use .jsonl, .json, {', '.join(_BUILDERS)}")
     if not path.exists() and (path.is_absolute() or path.suffix in {*_LINES, ".json", *_BUILDERS} or source.startswith(".")):
         raise UserError(f"{source}: there is no such file; give an existing file or a hub name like owner/name@split")
-    from datasets import load_dataset  # seconds to import
+    from datasets import load_dataset  # takes seconds to import
 
     try:
         if path.is_file():
@@ -108,6 +111,8 @@ def _datasets(source: str) -> Any:
         name, _, split = source.partition("@")
         name, _, configuration = name.partition(":")
         return load_dataset(name, configuration or None, split=split or "train")
-    except Exception as error:  # datasets raises a class of its own for every builder, reader and network fault
+    except Exception as error:  # datasets has an exception class of its own for each builder, reader and network failure
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{source}: neither a readable local file nor a data set on the hub ({reason[0]})") from error
+        raise UserError(
+            f"{source}: neither a readable local file nor a data set on the hub ({reason[0]}); check the path or the name"
+        ) from error

@@ -1,4 +1,4 @@
-"""The token ids that a text uses most often, for drafters with a trimmed vocabulary."""
+"""The most frequent token ids of a text, for drafters with a trimmed vocabulary."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trainkit.models.shape import TargetShape
 def frequent_ids(
     target: str, shape: TargetShape, text: str, keep: float, limit: int | None, columns: dict[str, str] | None
 ) -> tuple[list[int], float, str]:
-    """The ids to keep, the share of the text's tokens that they are, and a line that says so.
+    """Ids to keep, ascending; the share of the text's labels that they cover; and a line for the user about both.
 
     Raises:
-        UserError: a `keep` that is neither a share nor a number of ids.
+        UserError: `keep` is neither a share nor a number of ids.
     """
     size = shape.decoder.vocab_size
     number = round(keep * size) if keep <= 1 else int(keep) if float(keep).is_integer() else 0
@@ -28,11 +28,11 @@ def frequent_ids(
     counts_V = np.bincount(packed.tokens_N[packed.mask_N], minlength=size)
     ids = most_frequent(counts_V, number, shape.end_ids)
     coverage = float(counts_V[ids].sum() / counts_V.sum())
-    return ids, coverage, f"kept {number:,} of {size:,} ids, which are {coverage:.2%} of the {counts_V.sum():,} tokens counted"
+    return ids, coverage, f"kept {number:,} of {size:,} ids, which cover {coverage:.2%} of the {counts_V.sum():,} labels"
 
 
 def most_frequent(counts_V: np.ndarray, number: int, always: Sequence[int] = ()) -> list[int]:
-    """The `number` ids with the largest counts, ascending; `always` among them, lower ids first among equals."""
+    """`number` ids, ascending: those in `always` and then those with the largest counts, lower ids first among equals."""
     order = np.argsort(-counts_V, kind="stable")
     first = np.concatenate([np.asarray(always, np.int64), order[~np.isin(order, always)]])
     return sorted(first[:number].tolist())
