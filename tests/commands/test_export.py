@@ -78,7 +78,7 @@ def test_an_export_that_reloads_otherwise_is_refused(tiny_target, rows, tmp_path
         return draft
 
     monkeypatch.setattr(LMDraft, "load", classmethod(spoiled))
-    with pytest.raises(UserError, match="reloaded export's logits differ"):
+    with pytest.raises(UserError, match="logits of the reloaded export differ"):
         export(str(checkpoint), str(tmp_path / "out"))
     assert not bundle.is_bundle(tmp_path / "out")
 

@@ -137,7 +137,7 @@ def test_what_was_made_for_the_whole_vocabulary_is_left_behind_and_said(left, sa
     bundle.amend(whole, runner=left)
     lines = trim(str(whole), str(tmp_path / "out"), target=str(tiny_target), text=str(text)).splitlines()
     assert bundle.read(tmp_path / "out").runner == {}
-    assert [f"not taken along: {said} {whole}; " in line for line in lines if "taken along" in line] == ([True] if said else [])
+    assert [f"not copied: {said} {whole}; " in line for line in lines if "not copied" in line] == ([True] if said else [])
 
 
 @pytest.mark.parametrize("tree", [None, BUSHY], ids=["chain", "tree"])

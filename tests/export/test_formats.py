@@ -86,8 +86,8 @@ def first(tensors: Tensors) -> str:
 FAULTS = {
     "missing": (lambda t: {n: v for n, v in t.items() if n != first(t)}, "is missing"),
     "renamed": (lambda t: {("x." + n if n == first(t) else n): v for n, v in t.items()}, "is missing"),
-    "misshapen": (misshapen, "the format asks for"),
-    "transposed": (lambda t: {n: v.T.contiguous() if v.dim() == 2 else v for n, v in t.items()}, "the format asks for"),
+    "misshapen": (misshapen, "the format requires"),
+    "transposed": (lambda t: {n: v.T.contiguous() if v.dim() == 2 else v for n, v in t.items()}, "the format requires"),
     "extra": (lambda t: t | {"rotary.inv_freq": torch.ones(3)}, "'rotary.inv_freq' is not part of the format"),
     "dtype": (lambda t: t | {first(t): t[first(t)].half()}, "is F16, not F32"),
     "an index for weights": (lambda t: t | {"lm_heads.0.weight": t["lm_heads.0.weight"].long()}, "is I64, not F32"),
@@ -158,7 +158,7 @@ def test_a_format_that_a_kind_does_not_have_is_one_line_that_lists_its_own(kind,
 def test_heads_that_share_the_targets_are_not_offered_to_vllm(tiny_target, tmp_path):
     """vLLM would look for the shared head in this file and, finding none, propose noise."""
     drafter = made("medusa", tiny_target, head="target")
-    with pytest.raises(UserError, match="--format vllm: does not carry"):
+    with pytest.raises(UserError, match="--format vllm: lacks the head"):
         export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format="vllm")
     out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target)
     assert out.extra["layout"] == "native" and not (out.path / "config.json").exists()

@@ -353,7 +353,7 @@ def test_while_drafting_rests_the_drafter_reads_no_prompt(captured, seed):
     if captured:
         replayed(runner, 1)
     read, prefill = [], runner.drafter.prefill
-    runner.drafter.prefill = lambda state, tokens, *rest: (read.append(tokens.tolist()), prefill(state, tokens, *rest))
+    runner.drafter.prefill = lambda state, chunk, *rest: (read.append(chunk.tokens_BT.tolist()), prefill(state, chunk, *rest))
     prompts = [[*range(n)] for n in range(8, 15)] + [[9] * 600]
     outs = runner.generate(prompts, policy="cost", max_new_tokens=30)
     at_once = [tokens[0] for tokens in read if tokens[0] in prompts]
