@@ -161,7 +161,7 @@ def test_a_pickle_given_by_its_own_name_is_refused_too(tiny_target, tmp_path):
 
 def test_a_draft_model_of_another_vocabulary_and_a_bundle_are_refused(tiny_target, tmp_path):
     other = make_target(tmp_path / "other", vocab_size=300, num_hidden_layers=1)
-    with pytest.raises(UserError, match="vocabulary has 300 ids, the target's has 320"):
+    with pytest.raises(UserError, match="vocabulary of 300 ids, the target's has 320"):
         import_outside(str(other), str(tmp_path / "out"), target=str(tiny_target))
     drafter = LMDraft(target_shape(tiny_target), init="scratch")
     export_drafter(drafter, tmp_path / "bundle", tokenizer=tiny_target)

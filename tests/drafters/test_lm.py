@@ -68,7 +68,7 @@ def test_mistakes_are_named(tiny_target, tmp_path):
         LMDraft(shape, hidden_size=32, init="target").initialise(tiny_target)
     with pytest.raises(UserError, match="no config.json"):
         LMDraft(shape, init=str(tmp_path))
-    with pytest.raises(UserError, match="vocabulary has 300 ids"):
+    with pytest.raises(UserError, match="vocabulary of 300"):
         LMDraft(shape, init=str(make_target(tmp_path / "other", vocab_size=300, num_hidden_layers=1)))
     gelu = make_target(tmp_path / "gelu", num_hidden_layers=1, hidden_act="gelu")
     with pytest.raises(UserError, match="hidden_act"):

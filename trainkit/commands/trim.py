@@ -61,17 +61,10 @@ def trim(
     # The same weights with another `draft_vocab`
     ids, coverage, summary = frequent_ids(target, shape, text, keep, limit, columns)
     network = load_bundle(source, shape, draft_vocab=ids)
-    made = export_drafter(
-        network,
-        out,
-        tokenizer=target,
-        dtype=next(network.parameters()).dtype,
-        recipe=source.recipe,
-        seed=source.seed,
-        data=source.data,
-        format=source.extra.get("format", "native"),
-        metrics={"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)},
-    )
+    origin = {name: getattr(source, name) for name in ("recipe", "seed", "data")}
+    format, dtype = source.extra.get("format", "native"), next(network.parameters()).dtype
+    metrics = {"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)}
+    made = export_drafter(network, out, tokenizer=target, dtype=dtype, format=format, metrics=metrics, **origin)
     lines = [describe(made), summary]
     if names := [name for name in _REMEDIES if name in source.runner]:
         remedies = ", ".join(_REMEDIES[name] for name in names)

@@ -29,26 +29,6 @@ from trainkit.layers.blocks import Decoder
 from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 
-__all__ = [
-    "Accepted",
-    "Chunk",
-    "Divergence",
-    "DraftBatch",
-    "Drafter",
-    "Frontier",
-    "LossOutput",
-    "State",
-    "StepOutput",
-    "TargetHandle",
-    "TargetShape",
-    "discover",
-    "kind_name",
-    "load_bundle",
-    "load_kind",
-    "load_outside",
-    "parse_rank_paths",
-]
-
 State: TypeAlias = dict[str, Tensor]
 """A drafter's static tensors. The first axis is ALWAYS the batch: the runner takes views `tensor[a:b]` and copies rows."""
 

@@ -13,15 +13,9 @@ from trainkit import bundle
 from trainkit.errors import UserError
 
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+    "tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt special_tokens_map.json added_tokens.json "
+    "chat_template.jinja"
+).split()
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 
 
