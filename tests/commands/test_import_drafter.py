@@ -27,7 +27,7 @@ D, V = 64, 320
 
 
 def original(folder, heads=3, layers=2, prefix="", dtype=torch.float32, width=D, ids=V) -> dict[str, Tensor]:
-    """A checkpoint as the original training code names it; its config.json says another number of heads, as theirs often do."""
+    """A checkpoint with the original code's tensor names; its config.json has a wrong number of heads, as often there."""
     tensors: dict[str, Tensor] = {}
     for k in range(heads):
         for layer in range(layers):
@@ -42,7 +42,7 @@ def original(folder, heads=3, layers=2, prefix="", dtype=torch.float32, width=D,
 
 
 def logits_of(tensors: dict[str, Tensor], prefix: str, head: int, layers: int, hidden_ND: Tensor) -> Tensor:
-    """x <- x + silu(W x + b) for each block, then the projection: the method's definition, from the tensors as they lie."""
+    """The method's definition on the file's tensors: x <- x + silu(W x + b) for each block, then the projection."""
     for layer in range(layers):
         weight, bias = (tensors[f"{prefix}{head}.{layer}.linear.{part}"].float() for part in ("weight", "bias"))
         inner = torch.einsum("oi,ni->no", weight, hidden_ND) + bias
@@ -66,11 +66,11 @@ def test_original_medusa_heads_give_the_logits_of_their_definition_and_decode(pr
     for head in range(3):
         node = Frontier.chain(zero, zero, head, 4)
         ours = draft.step(state, node, runner.rounds.handle, 8).logits_BFK[:, 0]
-        # float32 sums in another order; logits here reach dozens
+        # float32 sums in another order; logits reach several tens
         torch.testing.assert_close(ours, logits_of(tensors, prefix, head, layers, hidden[:, 0]), atol=1e-4, rtol=1e-4)
     prompts = ["Natalia sold clips", "How many"]
     plain = Runner.load(tiny_target, max_len=128).generate(prompts, max_new_tokens=24, ignore_end=True)
-    for folder in ("ours", "theirs"):  # the runner takes the outside folder as it is, too
+    for folder in ("ours", "theirs"):  # the runner also loads the original folder directly
         runner = Runner.load(tiny_target, tmp_path / folder, max_len=128)
         drafted = runner.generate(prompts, max_new_tokens=24, ignore_end=True, depth=3)
         assert [o.tokens for o in drafted] == [o.tokens for o in plain]
@@ -88,7 +88,7 @@ def test_weights_keep_their_dtype_unless_told_otherwise(dtype, given, tiny_targe
 
 @pytest.mark.parametrize("kind", ["lm", "medusa"])
 def test_what_we_export_for_others_is_imported_back(kind, tiny_target, tmp_path):
-    """An exported folder without trainkit.json is what others hand on; trimmed heads keep their map."""
+    """Other programs leave trainkit.json out when they pass a folder on; trimmed heads keep their token map."""
     from trainkit.drafters.base import load_kind
 
     options = {"draft_vocab": list(range(0, V, 3)), "num_layers": 2, "num_heads": 2} if kind == "medusa" else {}
