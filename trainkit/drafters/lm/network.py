@@ -138,8 +138,8 @@ class LMDraft(Drafter):
             return self.decoder.head(hidden_ND)
         return F.linear(hidden_ND, self.decoder.head_weight[self.ids_K])
 
-    # Serving: the token at position t is cached in slot t. The last token of an accepted draft was proposed but never fed, so
-    # the next reader, `step` at depth 0 or `prefill`, also reads the token before its own first one.
+    # Serving: the token at position t is cached in slot t. The deepest draft token was proposed but never fed. If it is
+    # accepted, the cache lacks it; so `step` at depth 0, and `prefill` past position 0, also read the token before theirs.
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         self.decoder.reserve_positions(slots)
