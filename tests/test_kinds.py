@@ -1,4 +1,4 @@
-"""Every drafter kind there is, found by discovery, trains, exports, loads and decodes without loss; one line a claim."""
+"""Every discovered drafter kind trains, exports, loads and decodes losslessly."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def batch_for(teacher: FrozenTarget, drafter: Drafter) -> DraftBatch:
 
 
 def own_text(teacher: FrozenTarget, drafter: Drafter, prompt: list[int], count: int) -> tuple[DraftBatch, list[int]]:
-    """The target's own greedy continuation as a batch whose labels are its tokens, and these tokens."""
+    """A batch whose labels are the target's own greedy continuation, and the tokens of that continuation."""
     plain = runner_for(teacher.folder, None).generate([prompt], max_new_tokens=count, ignore_end=True)[0].tokens
     tokens = torch.tensor([prompt + plain])
     positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
@@ -64,7 +64,7 @@ def own_text(teacher: FrozenTarget, drafter: Drafter, prompt: list[int], count: 
 
 
 def train(drafter: Drafter, batch: DraftBatch, steps: int, lr: float) -> list[float]:
-    """Repeats one batch; the losses."""
+    """Trains on one repeated batch; returns the losses."""
     optimizer, losses = torch.optim.AdamW(drafter.parameters(), lr=lr, weight_decay=0.0), []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -140,7 +140,7 @@ def test_speculative_output_equals_plain_output(
 def test_every_shape_of_draft_at_every_batch_gives_plain_output(
     drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path
 ) -> None:
-    """Chain, static and dynamic tree; drafters trained a little on this text, so that paths of every length are accepted."""
+    """Chain, static and dynamic tree; a little training on this text makes paths of every length accepted."""
     prompt = list(range(60, 70))
     batch, _ = own_text(teacher, drafter, prompt, 40)
     train(drafter, batch, steps=60, lr=3e-3)
@@ -177,14 +177,14 @@ def test_a_drafter_that_pauses_drafts_on_as_if_it_had_not(
 def test_a_trained_drafter_is_accepted_where_it_was_trained(
     drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path
 ) -> None:
-    """Trained on the target's own greedy text, it drafts nearly all of that text: shift, taps and positions agree."""
+    """Trained on the target's own greedy text, it drafts nearly all of it: shift, taps and positions agree."""
     prompt = list(range(20, 28))
     batch, plain = own_text(teacher, drafter, prompt, 40)
     train(drafter, batch, steps=600, lr=5e-3)
     runner = runner_for(tiny_target, exported(drafter, tiny_target, tmp_path / "out"))
     drafted = runner.generate([prompt], max_new_tokens=40, ignore_end=True, depth=2)[0]
     assert drafted.tokens == plain
-    # what fits the least here has 0.9 of these tokens right; one that is off by a position has next to none
+    # the worst kind predicts 0.9 of these tokens; a kind that is off by one position predicts almost none
     assert drafted.stats.tau > 0.8 * 3, drafted.stats
 
 
@@ -192,15 +192,15 @@ def test_a_trained_drafter_is_accepted_where_it_was_trained(
 def test_rounds_simulated_in_training_are_the_rounds_served(
     drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path, steps: int
 ) -> None:
-    """On the target's own greedy text a validation's tau is not close to the runner's, it is the runner's, round for round."""
+    """On the target's own greedy text the tau of validation equals the runner's exactly, round for round."""
     prompt, depth = list(range(40, 52)), 2
     batch, _ = own_text(teacher, drafter, prompt, 60)
-    label = batch.positions_BT > len(prompt)  # prefill gives the first
+    label = batch.positions_BT > len(prompt)  # prefill emits the first token
     batch = replace(batch, mask_BT=label)
     train(drafter, batch, steps=steps, lr=3e-3)
     with torch.no_grad():
         agreement = agreement_by_position(drafter(batch, ForwardKL().measuring()), batch, depth)
-    assert agreement is not None, "output.per_token must say which proposals agree (losses/output.py)"
+    assert agreement is not None, "output.per_token must contain the agreement of each proposal (losses/output.py)"
     simulated = rounds(agreement, label, batch.document_BT)
     runner = runner_for(tiny_target, exported(drafter, tiny_target, tmp_path / "out"))
     stats = runner.generate([prompt], max_new_tokens=60, ignore_end=True, depth=depth)[0].stats

@@ -1,7 +1,7 @@
-"""Each kind, trained on eight short dialogues that the target itself wrote greedily, drafts nearly all of them when it serves.
+"""Each kind, trained on eight short dialogues that the target wrote greedily, then drafts nearly all of them in the runner.
 
-The strongest single check that training and serving mean the same: a mask shifted by a place, a tap or a position that differs
-leaves a drafter that is right in training and wrong in the runner.
+This is the strongest single check that training and serving agree: with a mask shifted by one position, another tap or another
+position, a drafter is right in training and wrong in the runner.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`trainkit export`: both sorts of checkpoint become folders that load, and nothing stands where the check fails."""
+"""`trainkit export`: drafter and model checkpoints become folders that load; nothing is written if a check fails."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_drafter_and_a_model_are_exported_inspected_and_decode(tiny_target, ro
 
 
 def test_a_model_is_exported_in_half_precision(tiny_target, rows, tmp_path):
-    """Its rotary frequencies must not be cast along: reloaded they are float32, and the logits would differ."""
+    """Its rotary frequencies must stay float32, as after a reload; otherwise the logits would differ."""
     checkpoint = fit("recipes/target_tiny.yaml", tiny_target, rows, tmp_path)
     for dtype in (torch.bfloat16, torch.float16):
         out = tmp_path / str(dtype)
@@ -78,13 +78,13 @@ def test_an_export_that_reloads_otherwise_is_refused(tiny_target, rows, tmp_path
         return draft
 
     monkeypatch.setattr(LMDraft, "load", classmethod(spoiled))
-    with pytest.raises(UserError, match="reloaded export's logits differ"):
+    with pytest.raises(UserError, match="logits of the reloaded export differ"):
         export(str(checkpoint), str(tmp_path / "out"))
     assert not bundle.is_bundle(tmp_path / "out")
 
 
 class Payload:
-    """Pickled, it makes a file where it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -96,7 +96,7 @@ class Payload:
 def test_a_payload_in_a_checkpoint_or_a_bundle_is_refused_and_not_run(tiny_target, rows, tmp_path, capsys):
     mark = tmp_path / "executed"
     pickle.loads(pickle.dumps(Payload(mark)))
-    assert mark.exists(), "else this would prove nothing"
+    assert mark.exists(), "the payload works"
     mark.unlink()
 
     given = [*tiny_flags(Path("recipes/draft_tiny.yaml"), tiny_target, rows, tmp_path), "--trainer.logger", "false"]
@@ -104,7 +104,7 @@ def test_a_payload_in_a_checkpoint_or_a_bundle_is_refused_and_not_run(tiny_targe
     good = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert main(["export", str(good), str(tmp_path / "out")]) == 0
     values = torch.load(good, weights_only=True)
-    values["trainkit"]["info"]["recipe"] = Payload(mark)  # beside everything that is expected
+    values["trainkit"]["info"]["recipe"] = Payload(mark)  # in an otherwise valid checkpoint
     torch.save(values, tmp_path / "evil.ckpt")
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Payload(mark)))
     capsys.readouterr()
@@ -118,7 +118,7 @@ def test_a_payload_in_a_checkpoint_or_a_bundle_is_refused_and_not_run(tiny_targe
 
     torch.save({"lm_head.weight": Payload(mark)}, tmp_path / "out" / "pytorch_model.bin")
     assert main(["inspect", str(tmp_path / "out")]) == 2
-    (tmp_path / "out" / "model.safetensors").unlink()  # so that the payload is all there is
+    (tmp_path / "out" / "model.safetensors").unlink()  # only the payload is left
     for listed in (False, True):
         if listed:
             manifest = json.loads((tmp_path / "out" / "trainkit.json").read_text())

@@ -27,7 +27,7 @@ D, V = 64, 320
 
 
 def original(folder, heads=3, layers=2, prefix="", dtype=torch.float32, width=D, ids=V) -> dict[str, Tensor]:
-    """A checkpoint as the original training code names it; its config.json says another number of heads, as theirs often do."""
+    """A checkpoint with the original code's tensor names; its config.json has a wrong number of heads, as often there."""
     tensors: dict[str, Tensor] = {}
     for k in range(heads):
         for layer in range(layers):
@@ -42,7 +42,7 @@ def original(folder, heads=3, layers=2, prefix="", dtype=torch.float32, width=D,
 
 
 def logits_of(tensors: dict[str, Tensor], prefix: str, head: int, layers: int, hidden_ND: Tensor) -> Tensor:
-    """x <- x + silu(W x + b) for each block, then the projection: the method's definition, from the tensors as they lie."""
+    """The method's definition on the file's tensors: x <- x + silu(W x + b) for each block, then the projection."""
     for layer in range(layers):
         weight, bias = (tensors[f"{prefix}{head}.{layer}.linear.{part}"].float() for part in ("weight", "bias"))
         inner = torch.einsum("oi,ni->no", weight, hidden_ND) + bias
@@ -64,13 +64,13 @@ def test_original_medusa_heads_give_the_logits_of_their_definition_and_decode(pr
     state = draft.init_state(2, 8, torch.device("cpu"), torch.float32)
     state["hidden"].copy_(hidden)
     for head in range(3):
-        node = Frontier(zero, zero, zero[0], zero, zero, torch.ones(2, 1, 4, dtype=torch.bool), head, True)
+        node = Frontier.chain(zero, zero, head, 4)
         ours = draft.step(state, node, runner.rounds.handle, 8).logits_BFK[:, 0]
-        # float32 sums in another order; logits here reach dozens
+        # float32 sums in another order; logits reach several tens
         torch.testing.assert_close(ours, logits_of(tensors, prefix, head, layers, hidden[:, 0]), atol=1e-4, rtol=1e-4)
     prompts = ["Natalia sold clips", "How many"]
     plain = Runner.load(tiny_target, max_len=128).generate(prompts, max_new_tokens=24, ignore_end=True)
-    for folder in ("ours", "theirs"):  # the runner takes the outside folder as it is, too
+    for folder in ("ours", "theirs"):  # the runner also loads the original folder directly
         runner = Runner.load(tiny_target, tmp_path / folder, max_len=128)
         drafted = runner.generate(prompts, max_new_tokens=24, ignore_end=True, depth=3)
         assert [o.tokens for o in drafted] == [o.tokens for o in plain]
@@ -88,7 +88,7 @@ def test_weights_keep_their_dtype_unless_told_otherwise(dtype, given, tiny_targe
 
 @pytest.mark.parametrize("kind", ["lm", "medusa"])
 def test_what_we_export_for_others_is_imported_back(kind, tiny_target, tmp_path):
-    """An exported folder without trainkit.json is what others hand on; trimmed heads keep their map."""
+    """Other programs leave trainkit.json out when they pass a folder on; trimmed heads keep their token map."""
     from trainkit.drafters.base import load_kind
 
     options = {"draft_vocab": list(range(0, V, 3)), "num_layers": 2, "num_heads": 2} if kind == "medusa" else {}
@@ -131,8 +131,11 @@ FAULTS = {
         lambda p: edited(p, lambda t: {n.replace(".2.weight", ".3.weight"): v for n, v in t.items()}),
         ("not 3 heads of 2 blocks",),
     ),
-    "foreign": (lambda p: edited(p, lambda t: t | {"model.norm.weight": torch.ones(D)}), ("'model.norm.weight' is no part",)),
-    "twice": (lambda p: edited(p, lambda t: t | {"medusa_heads.0.0.linear.bias": torch.ones(D)}), ("is there twice",)),
+    "foreign": (
+        lambda p: edited(p, lambda t: t | {"model.norm.weight": torch.ones(D)}),
+        ("'model.norm.weight' does not belong",),
+    ),
+    "twice": (lambda p: edited(p, lambda t: t | {"medusa_heads.0.0.linear.bias": torch.ones(D)}), ("duplicate tensor",)),
     "not finite": (lambda p: edited(p, lambda t: t | {"0.2.weight": torch.full((V, D), torch.nan)}), ("not finite",)),
     "cut short": (lambda p: (original(p), (p / "medusa_lm_head.safetensors").write_bytes(b"\x10")), ("cut short",)),
     "nothing": (lambda p: p.mkdir(), ("neither a trainkit bundle", "that a drafter kind reads")),
@@ -158,9 +161,9 @@ def test_a_pickle_given_by_its_own_name_is_refused_too(tiny_target, tmp_path):
 
 def test_a_draft_model_of_another_vocabulary_and_a_bundle_are_refused(tiny_target, tmp_path):
     other = make_target(tmp_path / "other", vocab_size=300, num_hidden_layers=1)
-    with pytest.raises(UserError, match="vocabulary of 300, the target's has 320"):
+    with pytest.raises(UserError, match="vocabulary of 300 ids, the target's has 320"):
         import_outside(str(other), str(tmp_path / "out"), target=str(tiny_target))
     drafter = LMDraft(target_shape(tiny_target), init="scratch")
     export_drafter(drafter, tmp_path / "bundle", tokenizer=tiny_target)
-    with pytest.raises(UserError, match="a bundle of trainkit already"):
+    with pytest.raises(UserError, match="already a trainkit bundle"):
         import_outside(str(tmp_path / "bundle"), str(tmp_path / "out"), target=str(tiny_target))

@@ -69,10 +69,10 @@ def ids_in(folder: Path) -> list[int]:
 
 def test_most_frequent_by_hand():
     counts = np.array([5, 9, 0, 9, 1, 5])
-    assert most_frequent(counts, 3) == [0, 1, 3], "of the two with 5 the lower id"
+    assert most_frequent(counts, 3) == [0, 1, 3], "the lower of the two ids with count 5"
     assert most_frequent(counts, 4) == [0, 1, 3, 5]
-    assert most_frequent(counts, 3, [2]) == [1, 2, 3], "an end id takes a place though never counted"
-    assert most_frequent(counts, 3, [1, 4]) == [1, 3, 4], "and none twice"
+    assert most_frequent(counts, 3, [2]) == [1, 2, 3], "an end id is included though it was never counted"
+    assert most_frequent(counts, 3, [1, 4]) == [1, 3, 4], "no id is included twice"
     assert most_frequent(counts, 6, [2, 4]) == [0, 1, 2, 3, 4, 5]
 
 
@@ -86,7 +86,7 @@ def test_what_is_left_out_is_never_more_frequent(counts, number, always):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_trimmed_bundle_keeps_the_whole_head_and_serves_less(tied, tiny_target, untied, text, tmp_path, capsys, seed):
-    """On disk nothing differs but trainkit.json: transformers loads equal logits; a step reads the rows left out less."""
+    """Only trainkit.json differs on disk: transformers gets equal logits; a step does not read the rows that were left out."""
     from transformers import AutoModelForCausalLM
 
     target = tiny_target if tied else untied
@@ -100,7 +100,7 @@ def test_a_trimmed_bundle_keeps_the_whole_head_and_serves_less(tied, tiny_target
     assert ids == most_frequent(np.bincount(counted, minlength=320), 80, target_shape(target).end_ids)
     share = np.isin(counted, ids).mean()
     assert f"kept 80 of 320 ids, which are {share:.2%} of the {len(counted):,} tokens counted" in said
-    assert "[80 entries]" in said and max(map(len, said.splitlines())) < 400, "80 numbers are not for reading"
+    assert "[80 entries]" in said and max(map(len, said.splitlines())) < 400, "long lists are abbreviated"
     found = bundle.read(tmp_path / "trimmed")
     assert (found.recipe, found.seed, found.data, found.extra["format"]) == ("some.yaml", 5, "digest", "vllm")
     assert found.metrics == {"vocabulary_kept": 0.25, "coverage": round(float(share), 5)}
@@ -114,7 +114,7 @@ def test_a_trimmed_bundle_keeps_the_whole_head_and_serves_less(tied, tiny_target
     assert torch.equal(before.decoder.head_weight, after.decoder.head_weight)
     assert after.config() == before.config() | {"draft_vocab": ids}
     assert trim(str(tmp_path / "trimmed"), str(tmp_path / "again"), target=str(target), text=str(text), keep=100)
-    assert len(ids_in(tmp_path / "again")) == 100, "a trimmed one can be trimmed anew, from its whole head"
+    assert len(ids_in(tmp_path / "again")) == 100, "a trimmed bundle still has the whole head, so it can be trimmed again"
 
 
 def trimmed_pair(ids: list[int] | None, noise: float = 0.03) -> Runner:
@@ -137,13 +137,13 @@ def test_what_was_made_for_the_whole_vocabulary_is_left_behind_and_said(left, sa
     bundle.amend(whole, runner=left)
     lines = trim(str(whole), str(tmp_path / "out"), target=str(tiny_target), text=str(text)).splitlines()
     assert bundle.read(tmp_path / "out").runner == {}
-    assert [f"not taken along: {said} {whole}; " in line for line in lines if "taken along" in line] == ([True] if said else [])
+    assert [f"not copied: {said} {whole}; " in line for line in lines if "not copied" in line] == ([True] if said else [])
 
 
 @pytest.mark.parametrize("tree", [None, BUSHY], ids=["chain", "tree"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_output_is_that_of_plain_decoding_and_only_its_ids_are_proposed(temperature, tree, seed):
-    """`coupled`, token for token; twice, the second call with a longer cache, so that the trimmed head is filled anew."""
+    """`coupled` gives equal tokens, in two calls; the second has a longer cache and fills the trimmed head again."""
     ids, seen = sorted(torch.randperm(48)[:20].tolist()), []
     runner = trimmed_pair(ids)
     shape: dict[str, Any] = {"tree": tree} if tree else {"depth": 3}
@@ -174,7 +174,7 @@ def assert_proposes(traces: list[Trace], ids: list[int]) -> None:
 
 @pytest.mark.parametrize("tree", [None, BUSHY], ids=["chain", "tree"])
 def test_residual_sampling_keeps_the_targets_distribution(tree, seed):
-    """`residual`: the second token's counts over 1,000 draws against the target's exact law, by chi-squared."""
+    """`residual`: chi-squared test of the second token's counts over 1,000 draws against the target's exact distribution."""
     from scipy import stats
 
     ids, seen = sorted(torch.randperm(48)[:20].tolist()), []
@@ -203,7 +203,7 @@ def test_temperature_0_residual_is_plain_too(seed):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_to_keep_everything_is_to_propose_the_same(temperature, tiny_target, text, tmp_path, seed):
-    """keep 1.0: all ids, and round for round the drafts of the untrimmed bundle."""
+    """With keep 1.0 it has all ids, and every round drafts what the untrimmed bundle drafts."""
     exported(tiny_target, tmp_path / "whole")
     trim(str(tmp_path / "whole"), str(tmp_path / "all"), target=str(tiny_target), text=str(text), keep=1.0)
     assert ids_in(tmp_path / "all") == list(range(320))
@@ -222,7 +222,7 @@ def test_to_keep_everything_is_to_propose_the_same(temperature, tiny_target, tex
 
 @pytest.mark.parametrize("divergence", [ForwardKL().measuring(), TVDpp(normalise="position")], ids=["kl", "tvdpp"])
 def test_training_is_the_divergence_over_the_trimmed_ids(divergence, tiny_target, seed):
-    """Loss, metrics and gradient of the forward equal those of a whole head whose rows outside are cut away by hand."""
+    """Loss, metrics and gradient equal those of a whole head whose other rows are removed by hand."""
     ids = sorted(torch.randperm(320)[:50].tolist())
     draft, teacher = draft_of(tiny_target, draft_vocab=ids), FrozenTarget(tiny_target)
     tokens, positions = torch.randint(0, 320, (2, 14)), torch.arange(14).repeat(2, 1)
@@ -250,7 +250,7 @@ def test_training_is_the_divergence_over_the_trimmed_ids(divergence, tiny_target
         assert float(found.metrics[name]) == pytest.approx(float(value), rel=1e-4), name
     for name, parameter in whole.named_parameters():
         assert parameter.grad is not None and (gradients[name] - parameter.grad).abs().max() < 1e-4, name
-    # the head is tied: only ids that were read or may be proposed get a gradient
+    # the head is tied to the embedding: only ids that were read or may be proposed get a gradient
     touched = gradients["decoder.embed.weight"].abs().sum(1) > 0
     assert set(touched.nonzero()[:, 0].tolist()) <= set(ids) | set(tokens.flatten().tolist()) and touched[ids].all()
 

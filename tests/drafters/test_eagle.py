@@ -1,4 +1,4 @@
-"""EAGLE-3: what training unrolls is what serving has in its cache, at linear memory; and its files are those others load."""
+"""EAGLE-3: unrolled training sees what serving has in its cache, in linear memory; other programs load its files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def teacher(tiny_target: Path) -> FrozenTarget:
 
 
 def scrambled(teacher: FrozenTarget, **options: object) -> Eagle:
-    """An Eagle whose every weight is drawn, none left at a start of zeros or ones."""
+    """An Eagle with random weights everywhere, none left at its initial zeros or ones."""
     made = Eagle(teacher.shape(), **options)  # type: ignore[arg-type]
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
@@ -38,7 +38,7 @@ def scrambled(teacher: FrozenTarget, **options: object) -> Eagle:
 
 
 def dense(q_BTHE, entries, document_BT):
-    """The same attention as the published code does it: all steps' keys side by side under one mask, step after step."""
+    """The same attention as in the published code: the keys of all steps side by side under one mask."""
     B, T, H, E = q_BTHE.shape
     group = H // entries[0][0].shape[2]
     keys = torch.cat([k for k, _ in entries], 1).repeat_interleave(group, 2)
@@ -68,7 +68,7 @@ def test_structured_attention_is_the_dense_one_in_value_and_gradient(steps, bloc
 
 
 def kept_bytes(steps: int, places: int) -> int:
-    """Bytes of all tensors that the unrolled attention alone keeps for its backward pass."""
+    """Bytes of all tensors that the unrolled attention stores for its backward pass."""
     q = [torch.randn(1, places, 4, 16, requires_grad=True) for _ in range(steps)]
     entries = [tuple(torch.randn(1, places, 2, 16, requires_grad=True) for _ in "kv") for _ in range(steps)]
     storages: dict[int, int] = {}
@@ -84,7 +84,7 @@ def kept_bytes(steps: int, places: int) -> int:
 
 
 def test_its_memory_is_linear_in_steps_and_places(seed):
-    """Queries, keys and values of each step, and nothing of size T x T."""
+    """Only queries, keys and values of each step are stored, nothing of size T x T."""
     one, two, four = (kept_bytes(steps, 512) for steps in (1, 2, 4))
     assert four - two == 2 * (two - one), (one, two, four)
     long = kept_bytes(4, 1024)
@@ -93,7 +93,7 @@ def test_its_memory_is_linear_in_steps_and_places(seed):
 
 
 def test_a_step_reads_what_serving_would_have_in_its_cache(teacher, seed):
-    """For each place and step: the layer run token by token over a cache, as the runner does, gives the unrolled features."""
+    """At each position and step the layer, run token by token over a cache like the runner's, gives the unrolled features."""
     draft = scrambled(teacher, steps=3)
     shape, T, D = teacher.shape().decoder, 9, 64
     tokens, taps = torch.randint(shape.vocab_size, (1, T + 4)), torch.randn(1, T + 4, len(draft.taps), D)
@@ -128,7 +128,7 @@ def test_in_training_only_what_it_can_propose_counts(teacher, seed):
     positions, document = torch.arange(16).expand(2, -1), torch.zeros(2, 16, dtype=torch.long)
     hidden, taps = teacher.forward(tokens, positions, document, draft.taps)
     batch = DraftBatch(tokens, positions, document, positions > 3, taps, hidden, teacher.handle())
-    even = int((teacher.handle().head(hidden[:, 3:15]).argmax(-1) % 2 == 0).sum())  # labels 4..15 are said at 3..14
+    even = int((teacher.handle().head(hidden[:, 3:15]).argmax(-1) % 2 == 0).sum())  # labels 4..15 are predicted at 3..14
     output = draft.train()(batch, ForwardKL())
     assert 0 < even < 24 and [int(output.metrics[f"count_head{s}"]) for s in (1, 2)] == [even, even]
     assert int(draft.eval()(batch, ForwardKL()).count) == 2 * 2 * 12
@@ -178,7 +178,7 @@ def test_files_have_the_published_names_shapes_and_types(layout, ids, teacher, s
     assert config["norm_before_residual"] is False and config["draft_vocab_size"] == K
     if layout == "flat":
         assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["model_type"] == "llama"
-        assert config["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]  # 4 layers: no default of theirs
+        assert config["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]  # 4 layers: other programs have no default
         assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [-1, 1, 2]
     else:
         assert config["transformer_layer_config"]["num_hidden_layers"] == 1 and config["speculators_model_type"] == "eagle3"
@@ -195,7 +195,7 @@ def test_default_taps_are_those_readers_take_untold(teacher):
 
 @pytest.mark.parametrize("layout", ["flat", "speculators"])
 def test_a_folder_without_our_card_decodes_as_the_bundle_does(layout, teacher, seed, tmp_path):
-    """As another program would have written it: recognised, its taps and vocabulary read from its own files."""
+    """A folder as another program writes it is recognised; taps and vocabulary are read from its files."""
     draft = scrambled(teacher, taps=[0, 1, 3], draft_vocab=list(range(5, 300)))
     bundle = exported(draft, teacher, tmp_path / "bundle")
     outside = tmp_path / "outside"
@@ -208,7 +208,7 @@ def test_a_folder_without_our_card_decodes_as_the_bundle_does(layout, teacher, s
 
 
 def test_an_outside_drafts_own_rotary_and_norms_are_kept(teacher, seed, tmp_path):
-    """Fields of its config.json, or what transformers takes absent ones for; not the target's. They survive our own bundle."""
+    """They come from its config.json, or are transformers' defaults if absent, never the target's. Our bundle keeps them."""
     draft = scrambled(teacher, rope={"rope_type": "default", "rope_theta": 123.0}, norm_eps=1e-3)
     assert not torch.equal(first_logits(draft), first_logits(copy_of(draft, teacher)))
     outside = tmp_path / "outside"

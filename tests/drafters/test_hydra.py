@@ -16,7 +16,7 @@ def teacher(tiny_target) -> FrozenTarget:
 
 
 def scrambled(teacher: FrozenTarget, **options) -> Hydra:
-    """With random weights everywhere: a fresh one ignores all but the first state."""
+    """A Hydra with random weights everywhere; a fresh one ignores all inputs but the first state."""
     draft = Hydra(teacher.shape(), **options)
     for parameter in draft.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -47,7 +47,7 @@ def test_head_i_reads_the_state_and_the_tokens_up_to_the_one_before_its_label(te
 
 @torch.no_grad()
 def test_on_a_tree_each_node_reads_its_own_path(teacher, seed):
-    """Root r; children a, b; then c and d under b, e under a, in this order. What f under d gets is read off r, b, d, f."""
+    """Root r with children a, b; then c and d under b and e under a, in this order; then f under d, which reads r, b, d, f."""
     draft, handle = scrambled(teacher, num_heads=4, num_layers=2), teacher.handle()
     state = draft.init_state(1, 16, torch.device("cpu"), torch.float32)
     state["hidden"].copy_(torch.randn(1, 1, teacher.hidden_size))
@@ -66,7 +66,7 @@ def test_on_a_tree_each_node_reads_its_own_path(teacher, seed):
 @torch.no_grad()
 @pytest.mark.parametrize("accepted", [1, 2, 4])
 def test_the_prefix_layers_cache_gives_what_the_whole_text_gives(accepted, teacher, seed):
-    """A prompt in two chunks, a round of which `accepted` of 4 nodes stay, and another: as one causal pass over what stayed."""
+    """A prompt in two chunks and two rounds with `accepted` of 4 nodes each equal one causal pass over the accepted text."""
     draft, D = scrambled(teacher, num_heads=3, prefix=True), teacher.hidden_size
     taps = torch.randn(2, 15, 1, D)
     state = draft.init_state(2, 32, torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""Kind lm: its initialisations, its export, and that outside programs decode with it."""
+"""Kind lm: its initialisations and its export, with which other programs decode."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_mistakes_are_named(tiny_target, tmp_path):
         LMDraft(shape, hidden_size=32, init="target").initialise(tiny_target)
     with pytest.raises(UserError, match="no config.json"):
         LMDraft(shape, init=str(tmp_path))
-    with pytest.raises(UserError, match="vocabulary has 300 ids"):
+    with pytest.raises(UserError, match="vocabulary of 300"):
         LMDraft(shape, init=str(make_target(tmp_path / "other", vocab_size=300, num_hidden_layers=1)))
     gelu = make_target(tmp_path / "gelu", num_hidden_layers=1, hidden_act="gelu")
     with pytest.raises(UserError, match="hidden_act"):
@@ -97,8 +97,8 @@ def test_export_loads_here_and_in_transformers_with_equal_logits(model_type, tmp
 
 
 def test_transformers_assisted_generation_and_our_runner_agree(tiny_target, tmp_path, seed):
-    """The exported folder serves as `assistant_model`; its text, plain greedy text and our runner's are the same."""
-    draft = LMDraft(target_shape(tiny_target), num_layers=4)  # the target itself, so that much is accepted
+    """The exported folder works as `assistant_model`; the text equals plain greedy text and our runner's."""
+    draft = LMDraft(target_shape(tiny_target), num_layers=4)  # a copy of the target, so that many tokens are accepted
     draft.initialise(tiny_target)
     draft.export(tmp_path, torch.float32)
     target = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
@@ -116,7 +116,7 @@ def test_transformers_assisted_generation_and_our_runner_agree(tiny_target, tmp_
 
 
 def test_training_loss_counts_labels_inside_documents_only(tiny_target, seed):
-    """Packed text: the draft's logits are those of each document alone, paired with the target's states and the next tokens."""
+    """In packed text the draft's logits are those of each document alone, compared with the right states and labels."""
     draft = LMDraft(target_shape(tiny_target), num_layers=2, init="scratch")
     target = load_decoder(tiny_target)
     tokens = torch.randint(0, 320, (1, 12))

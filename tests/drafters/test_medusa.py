@@ -66,7 +66,7 @@ def test_metrics_of_each_head_are_over_its_own_tokens(tiny_target, seed):
     meter.add_output(output)
     values = means({name: float(value) for name, value in meter.sums.items()})
     alone = []
-    for ahead in (2, 3):  # every position of each row with a label so far ahead; both heads are the target's still
+    for ahead in (2, 3):  # every position of a row with a label that far ahead; both heads still equal the target's
         log_q = teacher.handle().head(hidden[:, : 9 - ahead]).log_softmax(-1)
         agree = log_q.argmax(-1) == teacher.handle().head(hidden[:, ahead - 1 : 8]).argmax(-1)
         alone.append((-log_q.gather(-1, tokens[:, ahead:, None]).sum(), agree.double()))

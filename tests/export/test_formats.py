@@ -1,4 +1,4 @@
-"""Export formats: a kind's files are those that the outside program expects, tensor by tensor, or nothing is written."""
+"""Export formats: the files of a kind match those that other programs expect, tensor by tensor, or nothing is written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_format_of_a_kind_is_what_it_promises_and_loads(variant, format, t
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_the_table_of_a_draft_model_is_transformers_own(model_type, tied, tmp_path):
-    """A draft model is written under the class that has its biases and norms; the table names that class's parameters."""
+    """A draft model is written as the class with its biases and norms; the table has that class's parameters."""
     target = make_target(tmp_path / "target", model_type, num_hidden_layers=2, tie_word_embeddings=tied)
     drafter = LMDraft(target_shape(target), num_layers=2)
     export_drafter(drafter, tmp_path / "out", tokenizer=target, format="vllm")
@@ -61,7 +61,7 @@ def test_the_table_of_a_draft_model_is_transformers_own(model_type, tied, tmp_pa
 
 @pytest.mark.parametrize("ids", [None, [0, 2, 5]])
 def test_the_table_of_medusa_is_vllms(ids, tiny_target):
-    """As vLLM 0.32 names them; the sizes are those of the target (64 wide, 320 ids), or of the ids kept."""
+    """As vLLM 0.32 names them; the sizes are those of the target (64 wide, 320 ids), or of the draft vocabulary."""
     table = {
         "blocks.0.layers.0.weight": (64, 64),
         "blocks.0.layers.1.weight": (64, 64),
@@ -86,8 +86,8 @@ def first(tensors: Tensors) -> str:
 FAULTS = {
     "missing": (lambda t: {n: v for n, v in t.items() if n != first(t)}, "is missing"),
     "renamed": (lambda t: {("x." + n if n == first(t) else n): v for n, v in t.items()}, "is missing"),
-    "misshapen": (misshapen, "the format asks for"),
-    "transposed": (lambda t: {n: v.T.contiguous() if v.dim() == 2 else v for n, v in t.items()}, "the format asks for"),
+    "misshapen": (misshapen, "the format requires"),
+    "transposed": (lambda t: {n: v.T.contiguous() if v.dim() == 2 else v for n, v in t.items()}, "the format requires"),
     "extra": (lambda t: t | {"rotary.inv_freq": torch.ones(3)}, "'rotary.inv_freq' is not part of the format"),
     "dtype": (lambda t: t | {first(t): t[first(t)].half()}, "is F16, not F32"),
     "an index for weights": (lambda t: t | {"lm_heads.0.weight": t["lm_heads.0.weight"].long()}, "is I64, not F32"),
@@ -111,14 +111,14 @@ def test_a_fault_in_what_a_kind_writes_is_refused_at_export(fault, kind, tiny_ta
     with pytest.raises(UserError, match=said) as caught:
         export_drafter(drafter, out, tokenizer=tiny_target)
     assert "\n" not in str(caught.value) and "nothing was written" in str(caught.value)
-    assert list(tmp_path.iterdir()) == [tmp_path / "old"], "nothing at out, and nothing left beside it"
+    assert list(tmp_path.iterdir()) == [tmp_path / "old"], "nothing exists at out or beside it"
     with pytest.raises(UserError, match=said):
         export_drafter(drafter, tmp_path / "old", tokenizer=tiny_target)
-    assert bundle.read(tmp_path / "old").files == before.files, "what stood there is as it was"
+    assert bundle.read(tmp_path / "old").files == before.files, "the old bundle is unchanged"
 
 
 def test_weights_in_a_second_file_are_refused(tiny_target, tmp_path, monkeypatch):
-    """Outside programs read every safetensors file of a folder."""
+    """Other programs read every safetensors file of a folder."""
     drafter, export = made("medusa", tiny_target), Medusa.export
 
     def doubled(self, folder, dtype, layout):
@@ -132,7 +132,7 @@ def test_weights_in_a_second_file_are_refused(tiny_target, tmp_path, monkeypatch
 
 
 def test_a_model_that_is_not_written_whole_is_refused(tiny_target, tmp_path, monkeypatch):
-    """transformers reads a folder without one tensor, or with one too many, and only logs it."""
+    """transformers loads a folder with a missing or an additional tensor and only logs it."""
     model = load_model(tiny_target, torch.float32)
     save = type(model).save_pretrained
     for spoil in (lambda t: {n: v for n, v in t.items() if n != first(t)}, lambda t: t | {"x": torch.ones(1)}):
@@ -156,9 +156,9 @@ def test_a_format_that_a_kind_does_not_have_is_one_line_that_lists_its_own(kind,
 
 
 def test_heads_that_share_the_targets_are_not_offered_to_vllm(tiny_target, tmp_path):
-    """vLLM would look for the shared head in this file and, finding none, propose noise."""
+    """vLLM would look for the shared head in this file and leave it uninitialised."""
     drafter = made("medusa", tiny_target, head="target")
-    with pytest.raises(UserError, match="--format vllm: does not carry"):
+    with pytest.raises(UserError, match="--format vllm: lacks the head"):
         export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format="vllm")
     out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target)
     assert out.extra["layout"] == "native" and not (out.path / "config.json").exists()

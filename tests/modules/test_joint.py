@@ -326,7 +326,7 @@ def test_another_target_is_not_merged_into(trained, tiny_target, tmp_path):
     other = make_target(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="its weights are not those that were tuned"):
         export(str(trained), str(tmp_path / "out"), target=str(other))
-    with pytest.raises(UserError, match="--target where it is now"):
+    with pytest.raises(UserError, match="the tuned target is not there; give its folder with --target"):
         export(str(trained), str(tmp_path / "out"), target=str(tmp_path / "none"))
     with pytest.raises(UserError, match="a drafter of kind 'medusa' has no such format"):
         export(str(trained), str(tmp_path / "out"), format="sglang")

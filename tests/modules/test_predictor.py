@@ -163,7 +163,7 @@ def test_a_wrong_drafter_is_refused_and_stays_as_it_was(trained, draft, tiny_tar
         error = capsys.readouterr().err.strip()
         assert part in error and error.count("\n") == 0
     assert main(["export", checkpoint, str(draft), "--format", "vllm"]) == 2
-    assert "--format: a predictor goes into its drafter's bundle" in capsys.readouterr().err
+    assert "--format: a predictor is added to its drafter's bundle" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
     assert not (tmp_path / "none").exists()
 
@@ -179,7 +179,7 @@ def test_a_predictor_that_reloads_otherwise_is_refused_and_the_bundle_stays(trai
 
     monkeypatch.setattr("trainkit.export.predictor.load_predictor", spoiled)
     assert main(["export", str(trained[1] / "checkpoints" / "best.ckpt"), str(place)]) == 2
-    assert "the reloaded predictor's word differs" in capsys.readouterr().err
+    assert "the logits of the reloaded predictor differ" in capsys.readouterr().err
     assert bundle.read(place).files == bundle.read(draft).files and not (place / FILE).exists()
 
 

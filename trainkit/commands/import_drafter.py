@@ -23,27 +23,24 @@ def import_outside(
     format: str = "native",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> str:
-    """Makes a bundle of a drafter that another program trained: what `generate`, `bench`, `trim` and `inspect` then know whole.
+    """Writes a drafter that another program trained as a bundle, for `generate`, `bench`, `trim` and `inspect`.
 
-    Which kind it is, and its sizes, are read off its files; vocabulary and width must be the target's. Known are heads of the
-    original Medusa code, folders in the formats of `trainkit export`, plain Hugging Face draft models, and whatever else a kind
-    claims. Only safetensors are read: a pickle may run code.
+    Its kind and sizes are read from its files; vocabulary and hidden size must be the target's. Supported are heads of the
+    original Medusa code, folders in the formats of `trainkit export`, plain Hugging Face draft models, and whatever else a
+    drafter kind loads. Only safetensors are read: a pickle may run code.
 
     Examples:
         trainkit import medusa-vicuna-7b-v1.3 models/heads --target models/vicuna-7b-v1.3
 
     Args:
-        folder: Folder with the drafter's safetensors and, where its layout has one, its config.json.
+        folder: Folder with the drafter's safetensors and, if its layout has one, its config.json.
         out: Folder to write.
-        target: Folder of the target that it was trained for; the bundle carries its tokenizer and fingerprint.
-        format: As in `trainkit export`.
-        dtype: Of the weights written; as they are stored by default.
+        target: Folder of the target that it was trained for; the bundle gets its tokenizer and fingerprint.
+        format: Format of the bundle, as in `trainkit export`.
+        dtype: Dtype of the written weights; that of the files by default.
     """
     if bundle.is_bundle(folder):
-        raise UserError(f"{folder}: a bundle of trainkit already; use it as it is")
-    drafter = load_outside(Path(folder), target_shape(target))
-    kept = next(drafter.parameters()).dtype if dtype is None else getattr(torch, dtype)
-    made = export_drafter(
-        drafter.float(), out, tokenizer=target, dtype=kept, format=format, recipe=f"imported from {Path(folder).resolve().name}"
-    )
-    return describe(made)
+        raise UserError(f"{folder}: already a trainkit bundle; use it as it is")
+    drafter, recipe = load_outside(Path(folder), target_shape(target)), f"imported from {Path(folder).resolve().name}"
+    torch_dtype = next(drafter.parameters()).dtype if dtype is None else getattr(torch, dtype)
+    return describe(export_drafter(drafter.float(), out, tokenizer=target, dtype=torch_dtype, format=format, recipe=recipe))

@@ -1,4 +1,4 @@
-"""What a bundle is, whether it is whole, and whether it fits a target: the `inspect` command."""
+"""`trainkit inspect`: what a bundle holds, whether its files are intact, and whether it fits a target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainkit.errors import UserError
 
 
 def inspect(bundle: Path, *, target: Path | None = None) -> str:
-    """Shows a bundle's card after checking every file's checksum; with --target, also whether the two belong together.
+    """Shows a bundle's card after checking every file's checksum; with --target also whether it fits that target.
 
     Args:
         bundle: Folder with a trainkit.json.
@@ -23,18 +23,15 @@ def inspect(bundle: Path, *, target: Path | None = None) -> str:
     Raises:
         UserError: the bundle is broken, or does not fit the target.
     """
-    found = bundles.read(bundle)
-    lines = [describe(found), f"{len(found.files)} files, all checksums agree."]
+    read = bundles.read(bundle)
+    lines = [describe(read), f"{len(read.files)} files, all checksums agree."]
     if target is not None:
-        lines += [f"note: {note}" for note in _fit(found, target)] + [f"It fits {target}."]
+        from trainkit.models.target import target_shape  # takes seconds to import, which a card alone does not need
+
+        if not read.target:
+            raise UserError(f"{bundle}: kind {read.kind!r} is not made for a target; leave --target out")
+        shape = target_shape(target)
+        reads_hidden = bool(read.extra.get("taps"))
+        notes = bundles.check_fit(read.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)
+        lines += [*(f"note: {note}" for note in notes), f"It fits {target}."]
     return "\n".join(lines)
-
-
-def _fit(found: bundles.Bundle, target: Path) -> list[str]:
-    from trainkit.models.target import target_shape  # seconds of imports that a card alone does not need
-
-    if not found.target:
-        raise UserError(f"{found.path}: a model of its own (kind {found.kind}), not made for any target; leave --target out")
-    shape = target_shape(target)
-    reads_hidden = bool(found.extra.get("taps"))
-    return bundles.check_fit(found.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)

@@ -1,7 +1,7 @@
-"""`trainkit trim`, `trainkit vocab`: a drafter whose head proposes only the ids that the target often writes.
+"""`trainkit trim`: restricts a drafter's proposals to the token ids that the target often writes.
 
-VocabTrim, arXiv 2506.22694. Trimming trains nothing: rows of the head are left out at serving, so a draft step reads less.
-Verification still runs over the whole vocabulary, so the output stays what it was; tau falls as far as the target writes ids
+VocabTrim, arXiv 2506.22694. Nothing is trained: serving leaves rows of the head out, so a draft step reads fewer bytes.
+Verification still covers the whole vocabulary, so the output does not change; tau falls the more often the target writes ids
 that were left out.
 """
 
@@ -18,6 +18,9 @@ from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
 
+_REMEDIES = {"tree": "search a tree for it (trainkit tree)", "predictor": "train an acceptance predictor on it"}
+"""Runner settings that were made for the whole vocabulary -> how to make them for the trimmed one."""
+
 
 def trim(
     drafter: str,
@@ -31,8 +34,8 @@ def trim(
 ) -> str:
     """Trims a drafter's output vocabulary to the ids most often counted in TEXT, and writes it as a new bundle.
 
-    The bundle keeps the whole head, so that other programs load it as before; the ids stand in its trainkit.json. A searched
-    tree and an acceptance predictor were made for the whole vocabulary and are not taken along.
+    The files contain the whole head, so other programs load them as before; the ids are in trainkit.json. A searched tree and
+    an acceptance predictor were made for the whole vocabulary and are not copied.
 
     Examples:
         trainkit trim models/draft models/draft-trimmed --target models/target --text data/distilled --keep 0.25
@@ -41,39 +44,29 @@ def trim(
         drafter: Bundle to trim.
         out: Bundle to write.
         target: Folder of its target.
-        text: What the target wrote, best a set of `trainkit distill`; assistant tokens are counted.
+        text: Text that the target wrote, best a set of `trainkit distill`; assistant tokens are counted.
         keep: Share of the vocabulary to keep, or a number of ids if above 1.
-        limit: First rows of the text to take.
+        limit: Number of rows of the text to read, from the first; all by default.
         columns: Our column names -> the file's.
     """
-    found = bundle.read(Path(drafter))
-    if not found.target:
-        raise UserError(f"{drafter}: a model of its own (kind {found.kind}), no drafter; give the bundle of a drafter")
-    if "draft_vocab" not in inspect.signature(load_kind(found.kind)).parameters:
-        raise UserError(f"{drafter}: kind {found.kind!r} has no output head of its own to trim")
+    # Refuse what cannot be trimmed
+    source = bundle.read(Path(drafter))
+    if not source.target:
+        raise UserError(f"{drafter}: kind {source.kind!r} is not a drafter; give the bundle of a drafter")
+    if "draft_vocab" not in inspect.signature(load_kind(source.kind)).parameters:
+        raise UserError(f"{drafter}: kind {source.kind!r} has no output head of its own to trim")
     shape = target_shape(target)
-    reads_hidden = bool(found.extra.get("taps"))
-    bundle.check_fit(found.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)
-    ids, coverage, said = frequent_ids(target, shape, text, keep, limit, columns)
-    network = load_bundle(found, shape, draft_vocab=ids)
-    made = export_drafter(
-        network,
-        out,
-        tokenizer=target,
-        dtype=next(network.parameters()).dtype,
-        recipe=found.recipe,
-        seed=found.seed,
-        data=found.data,
-        format=found.extra.get("format", "native"),
-        metrics={"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)},
-    )
-    return "\n".join([describe(made), said, *_left_behind(found)])
-
-
-def _left_behind(found: bundle.Bundle) -> list[str]:
-    """What was made for the whole vocabulary's chances and speed."""
-    advice = {"tree": "search a tree for it (trainkit tree)", "predictor": "train an acceptance predictor on it"}
-    left = [name for name in advice if name in found.runner]
-    if not left:
-        return []
-    return [f"not taken along: the {' and the '.join(left)} of {found.path}; {', '.join(advice[name] for name in left)}"]
+    reads_hidden = bool(source.extra.get("taps"))
+    bundle.check_fit(source.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)
+    # The same weights with another `draft_vocab`
+    ids, coverage, summary = frequent_ids(target, shape, text, keep, limit, columns)
+    network = load_bundle(source, shape, draft_vocab=ids)
+    origin = {name: getattr(source, name) for name in ("recipe", "seed", "data")}
+    format, dtype = source.extra.get("format", "native"), next(network.parameters()).dtype
+    metrics = {"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)}
+    made = export_drafter(network, out, tokenizer=target, dtype=dtype, format=format, metrics=metrics, **origin)
+    lines = [describe(made), summary]
+    if names := [name for name in _REMEDIES if name in source.runner]:
+        remedies = ", ".join(_REMEDIES[name] for name in names)
+        lines.append(f"not copied: the {' and the '.join(names)} of {source.path}; {remedies}")
+    return "\n".join(lines)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from trainkit.data.text.vocabulary import frequent_ids
 from trainkit.errors import UserError
-from trainkit.files import put_in_place
+from trainkit.files import write_file
 from trainkit.models.target import target_shape
 
 
 def vocab(
     out: str, *, target: str, text: str, keep: float = 0.25, limit: int | None = None, columns: dict[str, str] | None = None
 ) -> str:
-    """Writes the ids most often counted in TEXT, for a drafter whose head is to be trained on these alone.
+    """Writes the ids most often counted in TEXT, for training a drafter whose head has only these.
 
     Name the file in a recipe: `model.drafter.init_args.draft_vocab: ids.json`.
 
@@ -24,15 +24,13 @@ def vocab(
     Args:
         out: JSON file to write.
         target: Folder of the target.
-        text: What the target wrote, best a set of `trainkit distill`; assistant tokens are counted.
+        text: Text that the target wrote, best a set of `trainkit distill`; assistant tokens are counted.
         keep: Share of the vocabulary to keep, or a number of ids if above 1.
-        limit: First rows of the text to take.
+        limit: Number of rows of the text to read, from the first; all by default.
         columns: Our column names -> the file's.
     """
-    ids, _, said = frequent_ids(target, target_shape(target), text, keep, limit, columns)
     if Path(out).is_dir():
         raise UserError(f"{out}: is a folder; name a file in it")
-    partial = Path(f"{out}.partial")
-    partial.write_text(json.dumps(ids) + "\n", encoding="utf-8")
-    put_in_place(partial, Path(out))
-    return f"{out}: {said}"
+    ids, _, summary = frequent_ids(target, target_shape(target), text, keep, limit, columns)
+    write_file(out, lambda file: file.write_text(json.dumps(ids) + "\n", encoding="utf-8"))
+    return f"{out}: {summary}"

@@ -29,26 +29,6 @@ from trainkit.layers.blocks import Decoder
 from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 
-__all__ = [
-    "Accepted",
-    "Chunk",
-    "Divergence",
-    "DraftBatch",
-    "Drafter",
-    "Frontier",
-    "LossOutput",
-    "State",
-    "StepOutput",
-    "TargetHandle",
-    "TargetShape",
-    "discover",
-    "kind_name",
-    "load_bundle",
-    "load_kind",
-    "load_outside",
-    "parse_rank_paths",
-]
-
 State: TypeAlias = dict[str, Tensor]
 """A drafter's static tensors. The first axis is ALWAYS the batch: the runner takes views `tensor[a:b]` and copies rows."""
 
@@ -143,7 +123,8 @@ class Chunk:
     Attributes:
         tokens_BT: Token ids.
         next_BT: The token that follows each; after the last token of a prompt that is the first root.
-        positions_BT: Absolute positions, consecutive; reading continues where it stopped, at the start of the text it is 0.
+        positions_BT: Absolute positions, consecutive. The first is 0 at the start of a text; otherwise the chunk continues
+            where the last one, or the last `commit`, ended. Either all rows start at 0 or none.
         taps_BTAD: The target's hidden states there, as named by `Drafter.taps`; None if it names none.
     """
 
@@ -207,7 +188,7 @@ class Frontier:
         return self.positions_BF if self.is_chain else self.root_B[:, None] + self.nodes_F
 
     def gather_parents(self, level: Tensor) -> Tensor:
-        """[B, F, ...]: each node's parent's entry of `level` [B, F', ...], which has one for each node of the level above."""
+        """[B, F, ...]: for each node the entry of its parent in `level` [B, F', ...], the values of the level above."""
         index = self.parent_index_BF.view(*self.parent_index_BF.shape, *[1] * (level.dim() - 2))
         return level.gather(1, index.expand(-1, -1, *level.shape[2:]))
 

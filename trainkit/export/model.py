@@ -1,4 +1,4 @@
-"""A language model (target or draft) as a plain Hugging Face folder with our card beside it."""
+"""Writes a language model (target or draft) as a plain Hugging Face folder with a trainkit.json."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 
 from trainkit import bundle
 from trainkit.errors import UserError
-from trainkit.export.drafter import checked_format, copy_tokenizer
+from trainkit.export.checks import check_finite, check_reload, copy_tokenizer, layout_for
 
-KIND = "model"
 FORMATS = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
-"""Format asked for -> the layout that serves it: transformers, vLLM and SGLang load the same folder."""
+"""Requested format -> layout of the files; transformers, vLLM and SGLang load the same folder."""
 
 
 @torch.no_grad()
@@ -27,47 +26,47 @@ def export_model(
     own_ids: bool = False,
     **card: Any,
 ) -> bundle.Bundle:
-    """Writes a transformers model with its tokenizer; nothing stands at `out` unless it reloads whole, with equal logits.
+    """Writes a transformers model with its tokenizer as a bundle and returns it.
+
+    Nothing exists at `out` before the model was reloaded whole, with equal logits.
 
     Args:
         model: A transformers causal LM on the CPU.
         out: Folder to write; a bundle there is replaced.
-        tokenizer: Folder whose tokenizer files go along.
-        dtype: Of the weights written.
+        tokenizer: Folder whose tokenizer files are copied.
+        dtype: Dtype of the written weights.
         format: One of `FORMATS`.
-        own_ids: Keep the end, start and padding ids that the model came with; otherwise the tokenizer's are written.
+        own_ids: Whether to write the model's own end, start and padding ids; otherwise the tokenizer's are written.
         card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:
-        UserError: weights that are not finite, a format that models do not have, `out` is something else than a bundle, or no
-            tokenizer.
+        UserError: weights that are not finite, a format that models do not have, no tokenizer, or `out` is something other than
+            a bundle.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    layout = checked_format(format, FORMATS, "language model")
-    for name, value in model.named_parameters():
-        if not value.isfinite().all():
-            raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
-    for value in model.parameters():  # not buffers: a reload keeps rotary frequencies in float32
+    # Refuse what cannot be exported, and cast
+    layout = layout_for(format, FORMATS, "language model")
+    check_finite(model.named_parameters())
+    for value in model.parameters():  # not the buffers: rotary frequencies are float32 after a reload
         value.data = value.data.to(dtype)
     model.eval()
 
-    def fill(folder: Path) -> None:
+    # Write to a temporary folder, check it, and only then put it at `out`
+    def write_files(folder: Path) -> None:
         copy_tokenizer(Path(tokenizer), folder)
         loaded = AutoTokenizer.from_pretrained(folder)
         if not own_ids:
-            model.config.eos_token_id = model.generation_config.eos_token_id = loaded.eos_token_id
-            model.config.bos_token_id = model.generation_config.bos_token_id = loaded.bos_token_id
-            model.config.pad_token_id = model.generation_config.pad_token_id = loaded.pad_token_id
+            for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+                for config in (model.config, model.generation_config):
+                    setattr(config, name, getattr(loaded, name))
         model.save_pretrained(folder)
-        loaded_model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        again, report = loaded_model[0].eval(), loaded_model[1]
-        if strays := sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]})):
-            raise UserError(f"{out}: {strays[0]} would not be written as it is read; nothing was written, report this as a bug")
+        result: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        reloaded, report = result[0].eval(), result[1]
+        if faults := sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]})):
+            raise UserError(f"{out}: tensor {faults[0]} would not reload; nothing was written, report this as a bug")
         tokens = torch.randint(model.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
-        difference = (model(tokens).logits - again(tokens).logits).abs().max().item()
-        if not difference == 0:
-            raise UserError(f"{out}: the reloaded export's logits differ by {difference:.3g}; nothing was written")
+        check_reload(model(tokens).logits, reloaded(tokens).logits, out)
 
     extra = {"format": format, "layout": layout}
-    return bundle.write(out, fill, kind=KIND, config={}, target={}, extra=extra, **card)
+    return bundle.write(out, write_files, kind="model", config={}, target={}, extra=extra, **card)

@@ -1,6 +1,6 @@
-"""An acceptance predictor into the bundle of the drafter that it was trained for."""
+"""Writes an acceptance predictor into the bundle of the drafter that it was trained for."""
 
-# B batch  D hidden  C signals
+# B batch  F frontier nodes  D hidden  W children  C signals
 
 from __future__ import annotations
 
@@ -15,51 +15,49 @@ from torch import Tensor
 from trainkit import bundle
 from trainkit.data.sets.acceptance import drafter_fingerprint
 from trainkit.errors import UserError
+from trainkit.export.checks import check_finite, check_reload
 from trainkit.models.predictor import FILE, SIGNALS, AcceptancePredictor, load_predictor
 
 
 def export_predictor(predictor: AcceptancePredictor, drafter: Mapping[str, Any], out: str | Path) -> bundle.Bundle:
-    """Writes a predictor into the bundle at `out`, in place of an older one, and returns the bundle.
+    """Writes a predictor into the bundle at `out`, replacing an older predictor, and returns the bundle.
 
-    The bundle is as it was unless the predictor, reloaded, gives equal logits.
+    The bundle changes only after the reloaded predictor gave equal logits.
 
     Args:
-        predictor: Trained, in float32 on the CPU.
+        predictor: Trained predictor, float32, on the CPU.
         drafter: `drafter_fingerprint` of the bundle that it was trained for.
-        out: That bundle.
+        out: Folder of that bundle.
 
     Raises:
-        UserError: another drafter's bundle, or none, or weights that are not finite.
+        UserError: `out` is not the bundle of that drafter, or the weights are not finite.
     """
-    for name, value in predictor.state_dict().items():
-        if not value.isfinite().all():
-            raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
-    found = bundle.read(out)
-    if (files := drafter_fingerprint(found)["files"]) != drafter["files"]:
+    # Refuse weights that are not finite, and other drafters
+    check_finite(predictor.state_dict().items())
+    existing = bundle.read(out)
+    if (files := drafter_fingerprint(existing)["files"]) != drafter["files"]:
         name = next(name for name in sorted({**files, **drafter["files"]}) if files.get(name) != drafter["files"].get(name))
         raise UserError(
-            f"{out}: not the drafter that the predictor was trained for, {drafter['name']} (its {name} is another); give that "
-            "one's bundle, or train a predictor for this one"
+            f"{out}: not the drafter that the predictor was trained for, {drafter['name']} ({name} differs); give that "
+            "drafter's bundle, or train a predictor for this one"
         )
 
-    def fill(folder: Path) -> None:
+    # Write to a temporary folder, check it, and only then replace the bundle
+    def write_files(folder: Path) -> None:
         (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in predictor.state_dict().items()}, folder / FILE)
-        again = load_predictor(folder, predictor.config())
-        difference = (first_probabilities(predictor) - first_probabilities(again)).abs().max().item()
-        if not difference == 0:  # the same code on the same numbers
-            raise UserError(f"{out}: the reloaded predictor's word differs by {difference:.3g}; nothing was written")
+        reloaded = load_predictor(folder, predictor.config())
+        check_reload(_first_outputs(predictor), _first_outputs(reloaded), out, "predictor")
 
-    return bundle.extend(out, fill, runner={**found.runner, "predictor": predictor.config()})
+    return bundle.extend(out, write_files, runner={**existing.runner, "predictor": predictor.config()})
 
 
 @torch.inference_mode()
-def first_probabilities(predictor: AcceptancePredictor) -> Tensor:
-    """Its word, as logits and recalibrated, on fixed random states at temperatures 0 and 1."""
+def _first_outputs(predictor: AcceptancePredictor) -> Tensor:
+    """Its logits and recalibrated probabilities for fixed random states at temperatures 0 and 1."""
     generator = torch.Generator().manual_seed(0)
     hidden_BFD = torch.randn(2, 8, predictor.hidden_size, generator=generator)
     signals_BFWC = torch.randn(2, 8, 3, SIGNALS, generator=generator)
     signals_BFWC[0, ..., -1], signals_BFWC[1, ..., -1] = 0.0, 1.0
-    depth_BF = torch.arange(8).expand(2, 8)
-    given = hidden_BFD, signals_BFWC, depth_BF
-    return torch.stack([predictor(*given), predictor.probability(*given)])
+    inputs = hidden_BFD, signals_BFWC, torch.arange(8).expand(2, 8)
+    return torch.stack([predictor(*inputs), predictor.probability(*inputs)])

@@ -67,36 +67,30 @@ def shapes(layer: DecoderShape, taps: int, draft_vocab_size: int, layout: str) -
     }
 
 
-def _names(at: str) -> dict[str, str]:
-    """Our name -> the file's name, of the tensors that both have; `at` is the layout's name of the decoder layer."""
+def _names(at: str) -> dict[str, list[str]]:
+    """Our name of each tensor -> the file's names of its parts, which are stacked by rows; `at` is from `PREFIX`."""
     return {
-        **{name: name for name in ("fc.weight", "norm.weight", "lm_head.weight")},
-        "layer.hidden_norm.weight": f"{at}.hidden_norm.weight",
-        "layer.embedding_norm.weight": f"{at}.input_layernorm.weight",
-        "layer.mlp_norm.weight": f"{at}.post_attention_layernorm.weight",
-        "layer.attention.out.weight": f"{at}.self_attn.o_proj.weight",
-        "layer.mlp.down.weight": f"{at}.mlp.down_proj.weight",
-    }
-
-
-def _fused_names(at: str) -> dict[str, list[str]]:
-    """Our name of a fused projection -> the file's names of its parts."""
-    return {
+        **{name: [name] for name in ("fc.weight", "norm.weight", "lm_head.weight")},
+        "layer.hidden_norm.weight": [f"{at}.hidden_norm.weight"],
+        "layer.embedding_norm.weight": [f"{at}.input_layernorm.weight"],
+        "layer.mlp_norm.weight": [f"{at}.post_attention_layernorm.weight"],
         "layer.attention.qkv.weight": [f"{at}.self_attn.{name}_proj.weight" for name in "qkv"],
+        "layer.attention.out.weight": [f"{at}.self_attn.o_proj.weight"],
         "layer.mlp.gate_up.weight": [f"{at}.mlp.{name}_proj.weight" for name in ("gate", "up")],
+        "layer.mlp.down.weight": [f"{at}.mlp.down_proj.weight"],
     }
 
 
 def to_file(state: Mapping[str, Tensor], layer: DecoderShape, ids_K: Tensor | None, layout: str) -> dict[str, Tensor]:
     """The file's tensors, except the embedding, from the drafter's `state_dict`.
 
-    Fused projections are split. The draft vocabulary becomes `d2t`, the offset id - row of each row, and `t2d`, a mask over V.
+    The draft vocabulary becomes `d2t`, the offset id - row of each row of the head, and `t2d`, a mask over V.
     """
-    q, kv, at, V = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim, PREFIX[layout], layer.vocab_size
-    tensors = {theirs: state[ours] for ours, theirs in _names(at).items()}
-    sizes = ([q, kv, kv], [layer.intermediate_size] * 2)
-    for (ours, theirs), rows in zip(_fused_names(at).items(), sizes, strict=True):
-        tensors |= zip(theirs, state[ours].split(rows), strict=True)
+    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    inner, V = layer.intermediate_size, layer.vocab_size
+    rows, tensors = {"layer.attention.qkv.weight": [q, kv, kv], "layer.mlp.gate_up.weight": [inner, inner]}, {}
+    for ours, theirs in _names(PREFIX[layout]).items():
+        tensors |= zip(theirs, state[ours].split(rows.get(ours, [len(state[ours])])), strict=True)
     ids_K = torch.arange(V) if ids_K is None else ids_K.cpu()
     return tensors | {
         "d2t": ids_K - torch.arange(len(ids_K)),
@@ -112,8 +106,7 @@ def from_file(tensors: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Te
     """
     at = PREFIX["speculators" if any(name.startswith(PREFIX["speculators"]) for name in tensors) else "flat"]
     try:
-        state = {ours: tensors[theirs] for ours, theirs in _names(at).items()}
-        state |= {ours: torch.cat([tensors[part] for part in parts]) for ours, parts in _fused_names(at).items()}
+        state = {ours: torch.cat([tensors[name] for name in theirs]) for ours, theirs in _names(at).items()}
     except KeyError as error:
         raise UserError(f"{source}: tensor {error.args[0]!r} is missing; give a whole EAGLE-3 checkpoint") from None
     offsets_K = tensors.get("d2t", torch.zeros(len(state["lm_head.weight"]), dtype=torch.long))
@@ -159,21 +152,9 @@ def configuration(
             config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps]}
         return config
     layer_fields = (
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "hidden_act",
-        "attention_bias",
-        "mlp_bias",
-        "max_position_embeddings",
-        "rope_parameters",
-    )
+        "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim rms_norm_eps hidden_act attention_bias mlp_bias max_position_embeddings rope_parameters"
+    ).split()
     proposal = {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     if is_eagle(target_folder):  # a folder with the target's embedding but not its config: the architecture of these sizes
         architectures = hf_config(target.decoder, (), None, torch.float32)["architectures"]

@@ -94,10 +94,8 @@ class LMDraft(Drafter):
             check_covered(config, init, 0)
             shape = decoder_shape(config)
             if shape.vocab_size != target.decoder.vocab_size:
-                raise UserError(
-                    f"{init}: its vocabulary has {shape.vocab_size} ids, the target's {target.decoder.vocab_size}; "
-                    "choose a model with the target's vocabulary"
-                )
+                sizes = f"vocabulary of {shape.vocab_size} ids, the target's has {target.decoder.vocab_size}"
+                raise UserError(f"{init}: {sizes}; choose a model with the target's vocabulary")
         self.init = init
         self.decoder = Decoder(shape)
         self.decoder.initialise()
@@ -140,8 +138,8 @@ class LMDraft(Drafter):
             return self.decoder.head(hidden_ND)
         return F.linear(hidden_ND, self.decoder.head_weight[self.ids_K])
 
-    # Serving: the token at position t is cached in slot t. The last token of an accepted draft was proposed but never fed, so
-    # the next reader, `step` at depth 0 or `prefill`, also reads the token before its own first one.
+    # Serving: the token at position t is cached in slot t. The deepest draft token was proposed but never fed. If it is
+    # accepted, the cache lacks it; so `step` at depth 0, and `prefill` past position 0, also read the token before theirs.
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         self.decoder.reserve_positions(slots)
@@ -198,7 +196,7 @@ class LMDraft(Drafter):
     # Files: a plain Hugging Face checkpoint
 
     def config(self) -> dict[str, Any]:
-        sizes = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+        sizes = "num_layers hidden_size intermediate_size num_heads num_kv_heads".split()
         return {name: getattr(self.decoder.shape, name) for name in sizes} | {
             "init": self.init,
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),

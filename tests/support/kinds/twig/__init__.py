@@ -1,7 +1,7 @@
-"""A throw-away kind: two recurrent steps over the target's taps, drafting a small tree.
+"""A kind for tests: two recurrent steps over the target's taps, drafting a small tree.
 
-It exists to prove that trainer, exporter and runner know no kind: it needs taps, keeps no cache of its own, reads its
-parent's state from the frontier, drafts siblings, and exports in a layout of its own.
+It proves that trainer, exporter and runner know no kind by name: it needs taps, keeps no cache, reads its parent's state
+through the frontier, drafts siblings, and exports in its own layout.
 """
 
 # B batch  T positions  A taps  D hidden  F frontier nodes  P path  N counted tokens
@@ -32,7 +32,7 @@ from trainkit.drafters.base import (
 )
 from trainkit.losses.output import heads_together
 
-WIDEST = 4
+MAX_WIDTH = 4
 
 
 class Twig(Drafter):
@@ -40,11 +40,11 @@ class Twig(Drafter):
 
     Args:
         target: Sizes of the target.
-        first_tap: A hidden state to read beside the last one.
+        first_tap: Index of a hidden state that it reads beside the last one.
     """
 
     default_tree = ((0,), (1,), (0, 0), (0, 1), (1, 0))
-    max_width = WIDEST
+    max_width = MAX_WIDTH
 
     def __init__(self, target: TargetShape, *, first_tap: int = 1) -> None:
         super().__init__(target)
@@ -74,7 +74,7 @@ class Twig(Drafter):
         D = self.target.decoder.hidden_size
         return {
             "feature": torch.zeros(batch_size, 1, D, device=device, dtype=dtype),
-            "level": torch.zeros(batch_size, WIDEST, D, device=device, dtype=dtype),
+            "level": torch.zeros(batch_size, MAX_WIDTH, D, device=device, dtype=dtype),
         }
 
     def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:

@@ -1,0 +1,88 @@
+"""Checks before an export exists at its destination, and the tokenizer files that every export contains."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainkit import bundle
+from trainkit.errors import UserError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt special_tokens_map.json added_tokens.json "
+    "chat_template.jinja"
+).split()
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
+
+
+def layout_for(format: str, formats: Mapping[str, str], network: str) -> str:
+    """The layout of files for a format, from a table of format -> layout; `network` names the exported network in the error.
+
+    Raises:
+        UserError: the table does not have the format; the message lists those that it has.
+    """
+    if format not in formats:
+        raise UserError(f"--format {format}: a {network} has no such format; it has {', '.join(formats)}")
+    return formats[format]
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuses weights with NaN or infinite values.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    for name, value in tensors:
+        if not value.isfinite().all():
+            raise UserError(f"checkpoint: {name} holds values that are not finite; export an earlier checkpoint")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the tokenizer files of a model folder.
+
+    Raises:
+        UserError: it has none.
+    """
+    names = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if not names:
+        raise UserError(f"{source}: no tokenizer files there; name the target's folder with --target")
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+
+
+def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, out: str) -> None:
+    """Compares the header of model.safetensors with the tensors of a layout: names, shapes and dtype.
+
+    Other programs read every safetensors file of a folder and leave missing tensors uninitialised without a warning. Weights
+    must have `dtype`; a vector may be an index map instead (int64 or bool).
+
+    Raises:
+        UserError: a tensor or file is missing, unexpected, or of another shape or dtype; names the first.
+    """
+    files = {path.name: bundle.tensor_entries(path) for path in folder.glob("*.safetensors")}
+    tensors = files.pop("model.safetensors", {})
+    faults = [f"{name!r} is missing" for name in sorted(shapes.keys() - tensors.keys())]
+    faults += [f"{name!r} is not part of the format" for name in sorted([*files, *(tensors.keys() - shapes.keys())])]
+    for name, entry in tensors.items():
+        if tuple(entry["shape"]) != tuple(shapes.get(name, entry["shape"])):
+            faults.append(f"{name!r} has shape {entry['shape']}, the format requires {list(shapes[name])}")
+        is_index_map = entry["dtype"] in ("I64", "BOOL") and len(entry["shape"]) == 1
+        if entry["dtype"] != _DTYPES[dtype] and not is_index_map:
+            faults.append(f"{name!r} is {entry['dtype']}, not {_DTYPES[dtype]}")
+    if faults:
+        raise UserError(f"{out}: tensor {faults[0]}; nothing was written, report this as a bug")
+
+
+def check_reload(before: Tensor, after: Tensor, out: str | Path, network: str = "export") -> None:
+    """Compares outputs before the export with those of the reloaded files; the same code on equal weights gives equal numbers.
+
+    Raises:
+        UserError: they are not exactly equal.
+    """
+    difference = (before - after).abs().max().item()
+    if not difference == 0:  # also refuses NaN
+        raise UserError(f"{out}: the logits of the reloaded {network} differ by {difference:.3g}; nothing was written")
