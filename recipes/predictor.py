@@ -200,14 +200,14 @@ def table(out: Path) -> None:
         name, heat = file.stem.removeprefix("bench-").split("-t")
         ideal = out / f"oracle-{name}-t{heat}.json"
         known_ = json.loads(ideal.read_text(encoding="utf-8")) if ideal.is_file() else None
-        for one in json.loads(file.read_text(encoding="utf-8"))["contenders"]:
-            if "paced" in one:
-                paced, fixed = one["paced"], one["paced"]["over_best_fixed"]
+        for one in json.loads(file.read_text(encoding="utf-8"))["methods"]:
+            if "policy" in one:
+                policy, fixed = one["policy"], one["policy"]["over_best_fixed"]
                 best = "-" if known_ is None else f"{known_['best_fixed']:.2f}, {known_['oracle']:.2f}"
                 spread = f"({fixed['min']:.3f}..{fixed['max']:.3f})"
                 print(
-                    f"| {SETS[name]}, {heat} | {paced['policy']} | {paced['speedup']:.2f} | {fixed['median']:.3f} {spread} | "
-                    f"{paced['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
+                    f"| {SETS[name]}, {heat} | {policy['name']} | {policy['speedup']:.2f} | {fixed['median']:.3f} {spread} | "
+                    f"{policy['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
                 )
     print("\n| prompts, T | way | tau | tokens drafted a round | speedup |\n" + "|---" * 5 + "|")
     for file in sorted(out.glob("trees-*.json")):

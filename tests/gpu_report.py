@@ -137,9 +137,9 @@ def _decoding(arguments: argparse.Namespace, shape: str, seconds: float) -> tupl
             return [f"bench ended with {done.returncode}: {done.stderr[-800:]}"], False
         summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     lines = ["| decoding | tokens/s | x plain | bandwidth | tau | efficiency | of byte ceiling | identical |", "|---" * 8 + "|"]
-    for one in summary["contenders"]:
+    for one in summary["methods"]:
         identical = one["identical"]
-        same = "reference" if identical is None else f"{identical['equal'] + identical['ties']}/{identical['of']}"
+        same = "reference" if identical is None else f"{identical['equal'] + identical['ties']}/{identical['total']}"
         drafted = "- | - | -"
         if "tau" in one:
             ceiling = 1 / (1 + one["c"] * one["depth"])

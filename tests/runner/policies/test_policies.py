@@ -435,7 +435,7 @@ def test_only_chains_that_rounds_come_to_are_built(seed):
 def test_a_line_through_costs_by_hand():
     found = replace(flat(), nodes=(1, 3), verify_RN=((1.0, 2.0), (1.0, 4.0)))
     assert found.verify(1, 2) == 1.5 and found.verify(8, 3) == 4 and found.verify(1, 5) == 3 and found.verify(1, 0) == 1
-    assert costs._rising([1.0, 3.0, 2.0, 4.0]) == (1.0, 2.5, 2.5, 4.0)
+    assert costs.isotonic([1.0, 3.0, 2.0, 4.0]) == (1.0, 2.5, 2.5, 4.0)
 
 
 @pytest.mark.parametrize(

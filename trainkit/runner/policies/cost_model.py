@@ -69,43 +69,51 @@ class ChainCosts:
 
     def verify(self, rows: int, nodes: float) -> float:
         """Seconds to verify `nodes` rows of each of so many texts."""
-        return _between(rows, self.rows, [_between(nodes, self.nodes, line) for line in self.verify_RN])
+        return interpolate(rows, self.rows, [interpolate(nodes, self.nodes, line) for line in self.verify_RN])
 
     def packed(self, rows: int, total: int, longest: int) -> float:
         """Seconds to verify `total` nodes of so many texts, at most `longest` of each."""
         pads = rows * longest - total
-        more = _between(rows, self.rows, self.pack_R) + pads * _between(rows, self.rows, self.pad_R) if pads else 0.0
+        more = interpolate(rows, self.rows, self.pack_R) + pads * interpolate(rows, self.rows, self.pad_R) if pads else 0.0
         return self.verify(rows, total / rows) + more
 
     def level(self, rows: int) -> float:
         """Seconds of a draft level after the first."""
-        return _between(rows, self.rows, self.level_R)
+        return interpolate(rows, self.rows, self.level_R)
 
     def drafted(self, rows: int, levels: int) -> float:
         """Seconds of drafting so many levels."""
-        return _between(rows, self.rows, self.first_R) + (levels - 1) * self.level(rows) if levels else 0.0
+        return interpolate(rows, self.rows, self.first_R) + (levels - 1) * self.level(rows) if levels else 0.0
 
     def round(self, rows: int, levels: int, verified: int) -> float:
         """Seconds of a round that drafts so many levels and verifies so many tokens beside the root."""
-        rest = self.rest(rows) if levels else _between(rows, self.rows, self.plain_rest_R)
+        rest = self.rest(rows) if levels else interpolate(rows, self.rows, self.plain_rest_R)
         return self.drafted(rows, levels) + self.verify(rows, verified + 1) + rest
 
     def rest(self, rows: int) -> float:
         """Seconds of a round with a draft beside drafting and verifying."""
-        return _between(rows, self.rows, self.rest_R)
+        return interpolate(rows, self.rows, self.rest_R)
 
     def plain(self, rows: int) -> float:
         """Seconds of a round without a draft."""
         return self.round(rows, 0, 0)
 
 
-def _between(x: float, at: Sequence[int], values: Sequence[float]) -> float:
-    """The line through the values at places ascending; level before the first, on from the last two after the last."""
-    place = min(bisect_left(at, x), len(values) - 1)
-    if place == 0:
+def interpolate(x: float, points: Sequence[int], values: Sequence[float]) -> float:
+    """Piecewise-linear value at `x`: constant below the first point, extrapolated from the last two above the last.
+
+    Policies call it many times a round, so it does without `numpy.interp`, which takes five times as long for so few points.
+
+    Args:
+        x: Where to interpolate.
+        points: Ascending positions of the values.
+        values: Value at each point.
+    """
+    index = min(bisect_left(points, x), len(values) - 1)
+    if index == 0:
         return values[0]
-    low, high = at[place - 1], at[place]
-    return values[place - 1] + (x - low) * (values[place] - values[place - 1]) / (high - low)
+    low, high = points[index - 1], points[index]
+    return values[index - 1] + (x - low) * (values[index] - values[index - 1]) / (high - low)
 
 
 def measure_chain_costs(
@@ -160,14 +168,14 @@ def _fitted(
     def took(name: Any, part: int) -> float:
         return plain * statistics.median(run[part] / beside[2] for run, beside in zip(runs[name], runs[0], strict=True))
 
-    verify = _rising([took(depth, 1) for depth in (0, *depths)])
+    verify = isotonic([took(depth, 1) for depth in (0, *depths)])
     first = took(1, 0)
     steps = [(took(depth, 0) - first) / (depth - 1) for depth in depths if depth > 1]
     level = max(0.0, statistics.median(steps)) if steps else first
     pack = pad = 0.0
     if "full" in runs:
         pack = max(0.0, took("full", 1) - took(depths[-1], 1))
-        pad = max(0.0, took("half", 1) - _between(half_nodes, nodes, verify) - pack) / half_pads
+        pad = max(0.0, took("half", 1) - interpolate(half_nodes, nodes, verify) - pack) / half_pads
     parts = [first + (depth - 1) * level + judged for depth, judged in zip(depths, verify[1:], strict=True)]
     rest = statistics.median(took(depth, 2) - part for depth, part in zip(depths, parts, strict=True))
     return verify, first, level, pack, pad, rest, plain - verify[0]
@@ -178,13 +186,16 @@ def _judged(shape: Shape, device: torch.device) -> Tree:
     return build(chain(shape.depth) if shape.is_chain else [(rank,) for rank in range(shape.size - 1)], device)
 
 
-def _rising(values: Sequence[float]) -> tuple[float, ...]:
-    """The values with none below one before it: the mean from above and from below."""
-    up, down = list(values), list(values)
-    for place in range(1, len(values)):
-        up[place] = max(up[place], up[place - 1])
-        down[-1 - place] = min(down[-1 - place], down[-place])
-    return tuple((a + b) / 2 for a, b in zip(up, down, strict=True))
+def isotonic(values: Sequence[float]) -> tuple[float, ...]:
+    """The closest non-decreasing values in least squares, by pooling neighbours that decrease (pool adjacent violators)."""
+    blocks: list[tuple[float, int]] = []  # sum and number of the values in each block
+    for value in values:
+        total, size = float(value), 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / size:
+            previous_total, previous_size = blocks.pop()
+            total, size = total + previous_total, size + previous_size
+        blocks.append((total, size))
+    return tuple(total / size for total, size in blocks for _ in range(size))
 
 
 def kept_costs(setting: Mapping[str, Any], measure: Callable[[], ChainCosts]) -> ChainCosts:
