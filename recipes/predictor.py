@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from trainkit.data.text.prompts import read_prompts
-from trainkit.eval.tree_search.ranks import BEYOND, walk
+from trainkit.eval.tree_search.ranks import PAST_END, replay_ranks
 from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.policies.cost_model import ChainCosts
 from trainkit.runner.sampling import Sampling
@@ -63,10 +63,10 @@ def oracle(target: Path, drafter: Path, file: Path, temperature: float, limit: i
     given = read_prompts(str(file), str(target), limit)
     runner = Runner.load(target, drafter, max_batch=8, max_len=max(map(len, given)) + 128 + MOST + 1)
     texts = [one.tokens for one in runner.generate(given, max_new_tokens=128, temperature=temperature, progress=True)]
-    ranks = walk(runner, given, texts, MOST, 1, temperature)
+    ranks = replay_ranks(runner, given, texts, MOST, 1, temperature)
     alone = Runner.load(target, drafter, max_batch=1, max_len=512)
     costs = alone.pacer.costs(MOST, None, Sampling(temperature))
-    runs = [[kept(place) for place in text if place[0] != BEYOND] for text in ranks]
+    runs = [[kept(place) for place in text if place[0] != PAST_END] for text in ranks]
     plain = costs.plain(1)
     fixed = {str(depth): played(runs, costs, depth) * plain for depth in range(1, MOST + 1)}
     rate = 1 / plain

@@ -109,8 +109,8 @@ def _speed_cells(method: Values) -> Sequence[str]:
         str(method["threads"]),
         _rate(rate["median"]),
         f"{_rate(rate['min'])}..{_rate(rate['max'])}",
-        _ratio(method["x_plain"]),
-        _ratio(method["x_transformers"]),
+        ratio(method["x_plain"]),
+        ratio(method["x_transformers"]),
         "-" if bandwidth is None else "in cache" if bandwidth["in_cache"] else _percent(bandwidth["share"]),
         identical,
     )
@@ -119,7 +119,7 @@ def _speed_cells(method: Values) -> Sequence[str]:
 def _draft_cells(method: Values) -> Sequence[str]:
     return (
         f"{method['bandwidth']['bytes'] / 1e6:.3g}",
-        *(_ratio(method[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
+        *(ratio(method[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
         _percent(method["speedup_over_roof"]),
         _percent(method["efficiency"]),
         str(method["cut_rounds"]),
@@ -135,10 +135,10 @@ def _policy_cells(method: Values) -> Sequence[str]:
     values, fixed = method["policy"], method["policy"]["over_best_fixed"]
     over_fixed = ("-", "-", "-")
     if fixed is not None:
-        spread = f"{_ratio(fixed['min'])}..{_ratio(fixed['max'])}"
-        over_fixed = (_ratio(fixed["median"]), spread, f"{fixed['depth']}, {_ratio(fixed['wasted'])}")
+        spread = f"{ratio(fixed['min'])}..{ratio(fixed['max'])}"
+        over_fixed = (ratio(fixed["median"]), spread, f"{fixed['depth']}, {ratio(fixed['wasted'])}")
     paused = _percent(values["paused"] / max(1, values["rounds"]))
-    tau, drafted, wasted, speedup = (_ratio(values[key]) for key in ("tau", "drafted_per_round", "wasted", "speedup"))
+    tau, drafted, wasted, speedup = (ratio(values[key]) for key in ("tau", "drafted_per_round", "wasted", "speedup"))
     return (tau, drafted, wasted, paused, speedup, *over_fixed)
 
 
@@ -147,13 +147,13 @@ def _closing(summary: Values) -> str:
     lines, methods = [], {method["name"]: method for method in summary["methods"]}
     rates = {name: method["tokens_per_second"]["median"] for name, method in methods.items()}
     if (best := summary["best"]) is not None:
-        plain, ratio = _rate(rates["trainkit plain"]), methods[best]["x_plain"]
-        lines.append(f"best: {best}, {_rate(rates[best])} tokens/s, {ratio:.2f}x plain decoding ({plain})")
+        plain, over_plain = _rate(rates["trainkit plain"]), methods[best]["x_plain"]
+        lines.append(f"best: {best}, {_rate(rates[best])} tokens/s, {over_plain:.2f}x plain decoding ({plain})")
         baselines = [name for name, method in methods.items() if method["family"] == "transformers"]
         if baselines:
             rival = max(baselines, key=lambda name: rates[name])
-            ratio = rates[best] / rates[rival]
-            lines.append(f"and {ratio:.2f}x the fastest method of transformers ({rival}, {_rate(rates[rival])})")
+            over_rival = rates[best] / rates[rival]
+            lines.append(f"and {over_rival:.2f}x the fastest method of transformers ({rival}, {_rate(rates[rival])})")
     lines += _verdict(summary)
     if summary["arguments"]["temperature"] > 0:
         lines.append("transformers samples with its own noise: its texts differ and only its speed is compared")
@@ -180,7 +180,8 @@ def _wrap(lines: Sequence[str]) -> str:
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
+    """Two decimals, or - for None."""
     return "-" if value is None else f"{value:.2f}"
 
 
