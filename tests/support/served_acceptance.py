@@ -87,8 +87,8 @@ def served_acceptance(runner: Runner, prompts: Sequence[Sequence[int]], **option
     """Decodes `prompts` and returns the observed acceptance beside its exact value at the same nodes.
 
     Given everything before it, an evaluated token is accepted with a known probability a (its noise is fresh), and which nodes
-    are evaluated depends on the past alone. So the differences (accepted - a) are uncorrelated, however text and draft depend on
-    each other, and the variance of their mean is exactly sum a (1 - a) / n^2: no clustering by prompt or round is needed.
+    are evaluated depends on the past alone. So the differences (accepted - a) are uncorrelated, however text and draft depend
+    on each other, and the variance of their mean is exactly sum a (1 - a) / n^2: no clustering by prompt or round is needed.
 
     Args:
         runner: Runner with a drafter.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from trainkit.data.teacher.live import TargetReader
 from trainkit.data.text.chat_template import load_tokenizer
@@ -16,6 +15,7 @@ from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
 from trainkit.eval import bootstrap
 from trainkit.eval.acceptance import Sums, decode_tau, measure
+from trainkit.eval.bench.table import grid
 from trainkit.files import write_json
 from trainkit.models.load import find_device, read_config
 from trainkit.models.target import FrozenTarget
@@ -140,12 +140,7 @@ def _report(by_head: Sequence[tuple[str, Sums]], values: dict[str, Any]) -> str:
     for name, sums in others:
         cells = [str(bootstrap.gap(_ratio(sums, m), _ratio(first, m))) if m in sums else "" for m in measures]
         differences.append([name, *cells])
-    lines = [f"{values['questions']:,} texts, {values['tokens']:,} tokens; mean [95 % interval over texts]", _table(means)]
+    lines = [f"{values['questions']:,} texts, {values['tokens']:,} tokens; mean [95 % interval over texts]", grid(means)]
     if others:
-        lines += [f"difference from {first_name}, on the same texts:", _table(differences)]
+        lines += [f"difference from {first_name}, on the same texts:", grid(differences)]
     return "\n\n".join(lines)
-
-
-def _table(rows: list[list[str]]) -> str:
-    align = ["left", *["right"] * (len(rows[0]) - 1)]
-    return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=align)

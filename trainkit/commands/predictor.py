@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from trainkit import bundle as bundles
 from trainkit.data.sets.acceptance import AcceptanceSet, drafter_fingerprint
 from trainkit.errors import UserError
+from trainkit.eval.bench.table import grid
 from trainkit.eval.calibration import Table, measure, measure_ranks
 from trainkit.files import write_file, write_json
 from trainkit.models.predictor import load_predictor
@@ -97,18 +96,15 @@ def _rows(tables: Sequence[Table]) -> str:
         for table in tables
     ]
     header = ["", "records", "accepted", *(name.replace("_", " ") for name in sources)]
-    align = ["left", *["right"] * (len(sources) + 2)]
-    return tabulate([header, *cells], tablefmt="plain", disable_numparse=True, colalign=align)
+    return grid([header, *cells])
 
 
 def _reliability_figure(values: Mapping[str, Any], path: str | Path) -> None:
     """Writes a PNG: mean label by mean probability at each temperature; a point's area grows with its number of records."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     tables: list[Table] = [table for table in values["groups"] if table["group"].startswith("temperature")]
     canvas = Figure(figsize=(4.6 * len(tables), 4.8), layout="constrained")
-    FigureCanvasAgg(canvas)
     for axes, table in zip(canvas.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
         axes.plot([0, 1], [0, 1], color="black", linewidth=0.7)
         for index, name in enumerate(("predictor", "raw", "max_q", "max_q_fitted")):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from trainkit.errors import UserError
 
 if TYPE_CHECKING:
-    from trainkit.eval.tree_search.ranks import Ranks
     from trainkit.eval.tree_search.search import Candidate, Costs, Paths
     from trainkit.runner import Runner
 
@@ -65,24 +64,16 @@ def tree(
         dtype: Precision: float32, bfloat16 or float16.
         seed: Seed of all sampling.
     """
-    if held_out < 0:
-        raise UserError(f"held_out {held_out}: must be at least 0")
-    for name, value, minimum in (
-        ("nodes", nodes, 2),
-        ("max_nodes", max_nodes, 2),
-        ("depth", depth, 1),
-        ("width", width, 1),
-        ("limit", limit, 1),
-        ("batch", batch, 1),
-        ("max_new_tokens", max_new_tokens, 2),
-    ):
-        if value is not None and value < minimum:
+    flags = dict(locals())
+    minima = {"nodes": 2, "max_nodes": 2, "max_new_tokens": 2, "depth": 1, "width": 1, "limit": 1, "batch": 1, "held_out": 0}
+    for name, minimum in minima.items():
+        if flags[name] is not None and flags[name] < minimum:
             note = ": the root and one drafted token" if "nodes" in name else ""
-            raise UserError(f"{name} {value}: must be at least {minimum}{note}")
+            raise UserError(f"{name} {flags[name]}: must be at least {minimum}{note}")
     from trainkit import bundle
     from trainkit.data.text.prompts import read_prompts
     from trainkit.eval.bench.hardware import examine
-    from trainkit.eval.tree_search.ranks import accuracies, replay_ranks, shares
+    from trainkit.eval.tree_search.ranks import accuracies, replay_ranks, shares, simulate_decoding
     from trainkit.eval.tree_search.search import fastest, full_tree, measure_costs, search
     from trainkit.files import finite
     from trainkit.models.load import covered_positions
@@ -90,10 +81,10 @@ def tree(
 
     # check everything before the long part
     bundle.read(drafter)
-    rows = read_prompts(prompts, target, limit)
-    if len(rows) <= held_out:
-        raise UserError(f"{prompts}: {len(rows)} prompts, of which {held_out} are held out; give more, or lower held_out")
-    longest, covered = max(map(len, rows)) + max_new_tokens, covered_positions(target)
+    prompt_ids = read_prompts(prompts, target, limit)
+    if len(prompt_ids) <= held_out:
+        raise UserError(f"{prompts}: {len(prompt_ids)} prompts, of which {held_out} are held out; give more, or lower held_out")
+    longest, covered = max(map(len, prompt_ids)) + max_new_tokens, covered_positions(target)
     if longest > covered:
         raise UserError(f"{prompts}: {longest} positions are needed, {target} covers {covered}; lower max_new_tokens")
     runner = Runner.load(target, drafter, device, dtype, max(batch, 8), longest)
@@ -103,7 +94,8 @@ def tree(
     full_tree(size, depth, width, frontier)  # raises if so many nodes do not fit
 
     # replay the drafter along the target's answers, measure costs, search
-    seen, unseen = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+    count = len(prompt_ids) - held_out
+    seen, unseen = prompt_ids[:count], prompt_ids[count:]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "progress": True}
     texts = [output.tokens for output in runner.generate(seen, **options)]
     ranks = replay_ranks(runner, seen, texts, depth, width, temperature, seed)
@@ -127,7 +119,19 @@ def tree(
         "cached_tokens": cached,
         "shares": shares(ranks, width).round(5).tolist(),
         "accuracies": table.round(5).tolist(),
-        "by_nodes": [_figures(one, costs, ranks, full_tree(one.nodes, depth, width, frontier)) for one in candidates],
+        "by_nodes": [
+            {
+                "nodes": candidate.nodes,
+                "depth": candidate.depth,
+                "expected_tau": candidate.expected_tau,
+                "tau": candidate.tau,
+                "tau_full": simulate_decoding(ranks, full_tree(candidate.nodes, depth, width, frontier)).tau,
+                "v": costs.verify(candidate.nodes) / costs.plain,
+                "draft": costs.draft(candidate.paths) / costs.plain,
+                "expected_speedup": candidate.speedup,
+            }
+            for candidate in candidates
+        ],
         "held_out": {"prompts": len(unseen), "trees": _decode(runner, unseen, chosen, costs, table, options) if unseen else []},
         "costs": {
             "plain_step_seconds": costs.plain,
@@ -153,22 +157,6 @@ def _capacity(depth: int, width: int, max_frontier: int | None) -> int:
         level = min(level, max_frontier or level) * width
         total += level
     return total
-
-
-def _figures(candidate: Candidate, costs: Costs, ranks: Sequence[Ranks], full: Paths) -> dict[str, float]:
-    """A candidate's figures, with `tau_full`, the tau of the full tree of the same size on the same texts."""
-    from trainkit.eval.tree_search.ranks import simulate_decoding
-
-    return {
-        "nodes": candidate.nodes,
-        "depth": candidate.depth,
-        "expected_tau": candidate.expected_tau,
-        "tau": candidate.tau,
-        "tau_full": simulate_decoding(ranks, full).tau,
-        "v": costs.verify(candidate.nodes) / costs.plain,
-        "draft": costs.draft(candidate.paths) / costs.plain,
-        "expected_speedup": candidate.speedup,
-    }
 
 
 def _decode(

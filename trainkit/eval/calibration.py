@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,7 @@ Scales = tuple[Scale, Scale]
 UNSCALED: Scales = ((1.0, 0.0), (1.0, 0.0))
 
 
-@dataclass(frozen=True)
-class Bin:
+class Bin(NamedTuple):
     """Records with similar probabilities: mean probability, mean label, number of records."""
 
     probability: float
@@ -201,8 +200,5 @@ def _table(group: str, sources: Mapping[str, Tensor], label_N: Tensor) -> Table:
         "accepted": label_N.double().mean().item(),
         "log_loss": {name: log_loss(p_N, label_N) for name, p_N in sources.items()},
         "ece": {name: expected_calibration_error(p_N, label_N) for name, p_N in sources.items()},
-        "reliability": {
-            name: [[bin.probability, bin.label, bin.count] for bin in reliability(p_N, label_N)]
-            for name, p_N in sources.items()
-        },
+        "reliability": {name: [list(bin) for bin in reliability(p_N, label_N)] for name, p_N in sources.items()},
     }

@@ -16,10 +16,9 @@ from trainkit.eval.bench.synthetic import ScriptedDrafter, accepted_lengths, ran
 from trainkit.eval.bench.timing import trainkit_method
 from trainkit.eval.bench.transformers import (
     TransformersSettings,
-    assisted_method,
     build_model,
-    generate_method,
     load_model,
+    transformers_method,
     why_not_assistant,
 )
 from trainkit.eval.bench.types import BenchArguments, BenchDrafter, BenchSetup
@@ -108,12 +107,12 @@ def synthetic_setup(arguments: BenchArguments) -> BenchSetup:
 def _add_baselines(setup: BenchSetup, arguments: BenchArguments, model: Any, assistants: Sequence[Any | None]) -> None:
     """Adds transformers' `generate`, and assisted generation at every depth with each drafter that has an assistant model."""
     settings = TransformersSettings(setup.runner.shape, arguments.temperature, arguments.seed, arguments.batch)
-    setup.methods.append(generate_method(model, settings))
+    setup.methods.append(transformers_method("transformers generate", settings, model))
     for drafter, assistant in zip(setup.drafters, assistants, strict=True):
         if assistant is not None:
             prefix = f"transformers assisted {drafter.name} " if len(setup.drafters) > 1 else "transformers assisted "
             setup.methods += [
-                assisted_method(f"{prefix}{depth}", model, assistant, depth, settings, drafter.name)
+                transformers_method(f"{prefix}{depth}", settings, model, assistant, depth, drafter.name)
                 for depth in arguments.depths
             ]
 

@@ -22,7 +22,6 @@ def figure(summary: Values, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drafts = []
@@ -31,7 +30,6 @@ def figure(summary: Values, path: str | Path) -> None:
         drafts += [(drafter["name"], f"C{index}", methods)] if methods else []
     height = max(4.8, 0.26 * len(summary["methods"]) + 1)
     canvas = Figure(figsize=(14, height + 4.4) if drafts else (7, height), layout="constrained")
-    FigureCanvasAgg(canvas)
     if drafts:
         cells = canvas.add_gridspec(2, 3, height_ratios=(height, 4.4))
         _plot_speeds(canvas.add_subplot(cells[0, :]), summary)

@@ -55,7 +55,10 @@ def label(method: Values) -> str:
 
 
 def grid(rows: Sequence[Sequence[str] | str]) -> str:
-    """Rows of cells as aligned columns, the first and the last to the left, all others to the right; a string is a heading."""
+    """Rows of cells as aligned columns: numbers to the right, the first and the last column to the left.
+
+    A row that is a string is a heading, which does not widen a column.
+    """
     cells = [row for row in rows if not isinstance(row, str)]
     align = ["left", *["right"] * (len(cells[0]) - 2), "left"]
     text = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=align, preserve_whitespace=True)

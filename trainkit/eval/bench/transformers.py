@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trainkit.bundle import read_json
-from trainkit.eval.bench.timing import Generated, Method, Run
+from trainkit.eval.bench.timing import Generated, Method
 from trainkit.models.load import hf_config, hf_tensors
 from trainkit.models.shape import TargetShape
 from trainkit.runner.timing import synchronize
@@ -95,25 +95,28 @@ def why_not_assistant(folder: str | Path, vocab_size: int) -> str:
     return ""
 
 
-def generate_method(model: Any, settings: TransformersSettings) -> Method:
-    """Plain `generate` of transformers."""
-    return Method("transformers generate", "transformers", 0, _run(model, None, 0, settings))
+def transformers_method(
+    name: str, settings: TransformersSettings, model: Any, assistant: Any = None, depth: int = 0, drafter: str = ""
+) -> Method:
+    """A method that decodes with transformers' `generate`, or with its assisted generation if there is an assistant.
 
+    Args:
+        name: Name in tables.
+        settings: Sampling and batching settings.
+        model: Target, a transformers model.
+        assistant: Draft model; it drafts `depth` tokens a round on a constant schedule, without a confidence threshold.
+        depth: Tokens drafted a round; 0 without an assistant.
+        drafter: Name of the draft model; empty without an assistant.
+    """
 
-def assisted_method(name: str, model: Any, assistant: Any, depth: int, settings: TransformersSettings, drafter: str) -> Method:
-    """Assisted generation: `depth` drafted tokens a round on a constant schedule, without a confidence threshold."""
-    return Method(name, "transformers", depth, _run(model, assistant, depth, settings), drafter=drafter)
-
-
-def _run(model: Any, assistant: Any, depth: int, settings: TransformersSettings) -> Run:
     def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int) -> Generated:
         model.generation_config = settings.generation_config(max_new_tokens)
         extra = {}
         if assistant is not None:
             assistant.generation_config = settings.generation_config(max_new_tokens)
-            assistant.generation_config.num_assistant_tokens = depth
-            assistant.generation_config.num_assistant_tokens_schedule = "constant"
-            assistant.generation_config.assistant_confidence_threshold = 0.0
+            assistant.generation_config.update(
+                num_assistant_tokens=depth, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+            )
             extra["assistant_model"] = assistant
         tokens: list[list[int]] = []
         with _quiet():
@@ -123,7 +126,7 @@ def _run(model: Any, assistant: Any, depth: int, settings: TransformersSettings)
             synchronize(model.device)
         return Generated(tokens)
 
-    return run
+    return Method(name, "transformers", depth, run, drafter=drafter)
 
 
 @torch.inference_mode()
