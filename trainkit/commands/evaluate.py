@@ -66,7 +66,7 @@ def evaluate(
         depth: Tokens drafted per round, at most the drafter's number of heads.
         max_new_tokens: Maximum number of tokens of a decoded answer.
         teacher_cache: Folder that caches the target's hidden states for later runs on the same data.
-        device: Torch device.
+        device: Torch device; `auto` uses a GPU if there is one.
         json: File for all figures, including those of each question.
     """
     # check the arguments
