@@ -163,7 +163,7 @@ def best(out: Path) -> list[str]:
 def _speed(file: Path) -> list[str]:
     if not file.is_file():
         return ["-"] * 5
-    runs: list[dict[str, Any]] = [run for run in json.loads(file.read_text())["contenders"] if "speedup" in run]
+    runs: list[dict[str, Any]] = [run for run in json.loads(file.read_text())["methods"] if "speedup" in run]
     run = max(runs, key=lambda run: run["speedup"])
     share = run["speedup"] / run["roof"]
     return [str(run["depth"]), f"{run['mbsu']:.2f}", f"{run['speedup']:.2f}", f"{run['roof']:.2f}", f"{share:.0%}"]

@@ -20,7 +20,7 @@ import torch
 from trainkit import bundle
 from trainkit.data.text.prompts import read_prompts
 from trainkit.drafters.base import DraftBatch
-from trainkit.eval.tree_search.search import full
+from trainkit.eval.tree_search.search import full_tree
 from trainkit.losses.divergence import ForwardKL
 from trainkit.models.target import FrozenTarget
 from trainkit.modules.draft import agreement_by_position, rounds
@@ -36,7 +36,7 @@ def shapes(folder: Path, depth: int) -> dict[str, dict[str, Any]]:
     if tree:
         nodes = len(tree) + 1
         found["static tree, searched"] = {"tree": [tuple(path) for path in tree]}
-        found["static tree, full"] = {"tree": full(nodes, depth, 8)}
+        found["static tree, full"] = {"tree": full_tree(nodes, depth, 8)}
         width = max(2, -(-nodes // depth))
         found["dynamic tree"] = {"tree": DynamicTree(depth=depth, top_k=min(width, 4), nodes=nodes)}
     return found

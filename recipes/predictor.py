@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from trainkit.data.text.prompts import read_prompts
-from trainkit.eval.tree_search.ranks import BEYOND, walk
+from trainkit.eval.tree_search.ranks import PAST_END, replay_ranks
 from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.policies.cost_model import ChainCosts
 from trainkit.runner.sampling import Sampling
@@ -63,10 +63,10 @@ def oracle(target: Path, drafter: Path, file: Path, temperature: float, limit: i
     given = read_prompts(str(file), str(target), limit)
     runner = Runner.load(target, drafter, max_batch=8, max_len=max(map(len, given)) + 128 + MAX_DEPTH + 1)
     texts = [one.tokens for one in runner.generate(given, max_new_tokens=128, temperature=temperature, progress=True)]
-    ranks = walk(runner, given, texts, MAX_DEPTH, 1, temperature)
+    ranks = replay_ranks(runner, given, texts, MAX_DEPTH, 1, temperature)
     alone = Runner.load(target, drafter, max_batch=1, max_len=512)
     costs = alone.policies.costs(MAX_DEPTH, None, Sampling(temperature))
-    runs = [[kept(place) for place in text if place[0] != BEYOND] for text in ranks]
+    runs = [[kept(place) for place in text if place[0] != PAST_END] for text in ranks]
     plain = costs.plain(1)
     fixed = {str(depth): played(runs, costs, depth) * plain for depth in range(1, MAX_DEPTH + 1)}
     rate = 1 / plain
@@ -202,14 +202,14 @@ def table(out: Path) -> None:
         name, heat = file.stem.removeprefix("bench-").split("-t")
         ideal = out / f"oracle-{name}-t{heat}.json"
         known_ = json.loads(ideal.read_text(encoding="utf-8")) if ideal.is_file() else None
-        for one in json.loads(file.read_text(encoding="utf-8"))["contenders"]:
-            if "paced" in one:
-                paced, fixed = one["paced"], one["paced"]["over_best_fixed"]
+        for one in json.loads(file.read_text(encoding="utf-8"))["methods"]:
+            if "policy" in one:
+                policy, fixed = one["policy"], one["policy"]["over_best_fixed"]
                 best = "-" if known_ is None else f"{known_['best_fixed']:.2f}, {known_['oracle']:.2f}"
                 spread = f"({fixed['min']:.3f}..{fixed['max']:.3f})"
                 print(
-                    f"| {SETS[name]}, {heat} | {paced['policy']} | {paced['speedup']:.2f} | {fixed['median']:.3f} {spread} | "
-                    f"{paced['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
+                    f"| {SETS[name]}, {heat} | {policy['name']} | {policy['speedup']:.2f} | {fixed['median']:.3f} {spread} | "
+                    f"{policy['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
                 )
     print("\n| prompts, T | way | tau | tokens drafted a round | speedup |\n" + "|---" * 5 + "|")
     for file in sorted(out.glob("trees-*.json")):

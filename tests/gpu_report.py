@@ -1,9 +1,9 @@
-"""One table of everything that wants a GPU: the tests marked `gpu`, decoding near the bandwidth limit, training losses.
+"""A report of everything that needs a GPU: tests marked `gpu`, decoding speed against copy bandwidth, training losses.
 
     python tests/gpu_report.py [--out report.md] [--seconds 460]
 
-On a machine without one it says so and exits 0. Parts that no longer fit into the time are named as left out. With
-`--device cpu --shapes tiny` the same code runs small, which is how it is tested where there is no GPU.
+Without a GPU it prints a line and exits with 0. Parts for which too little time is left are listed as left out. With
+`--device cpu --shapes tiny` the same code runs at small sizes, which is how it is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def main() -> int:
         *((f"decoding {shape}", 60, lambda shape=shape: _decoding(arguments, shape, left())) for shape in arguments.shapes),
         ("losses", 30, lambda: (_losses(device, arguments.device == "cpu"), True)),
     ]
-    for name, needs, part in parts:
+    for name, min_seconds, part in parts:
         lines += [f"## {name}", ""]
-        if left() < needs:
+        if left() < min_seconds:
             lines += [f"left out: {left():.0f} s are left of {arguments.seconds:.0f}", ""]
             continue
-        mark = perf_counter()
-        found, passed = part()
+        start = perf_counter()
+        part_lines, passed = part()
         failed |= not passed
-        lines += [*found, "", f"({perf_counter() - mark:.0f} s)", ""]
+        lines += [*part_lines, "", f"({perf_counter() - start:.0f} s)", ""]
     text = "\n".join(lines)
     print(text)
     if arguments.out is not None:
@@ -73,43 +73,43 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="Markdown file to write as well")
-    parser.add_argument("--seconds", type=float, default=460, help="time for all of it")
+    parser.add_argument("--out", help="Markdown file for the report, besides stdout")
+    parser.add_argument("--seconds", type=float, default=460, help="time limit for the whole report")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["llama3-8b", "llama3-1b"])
-    parser.add_argument("--tests", nargs="*", default=["tests"], help="where to look for tests")
+    parser.add_argument("--tests", nargs="*", default=["tests"], help="test files or folders")
     return parser.parse_args()
 
 
 def _tests(arguments: argparse.Namespace, seconds: float) -> tuple[Lines, bool]:
-    """Counts by file, and the names of what failed."""
+    """Number of passed, failed and skipped tests by file, and the names of those that failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--junitxml", str(report), *arguments.tests]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds * 0.6)
+            process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds * 0.6)
         except subprocess.TimeoutExpired:
             return ["| not finished in time |", "|---|"], False
         if not report.is_file():
-            return [f"pytest ended with {done.returncode}: {done.stdout[-500:]}"], False
+            return [f"pytest ended with {process.returncode}: {process.stdout[-500:]}"], False
         cases = list(ElementTree.parse(report).iter("testcase"))
     counts: dict[str, dict[str, int]] = {}
-    bad = []
+    failures = []
     for case in cases:
         kind = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         row = counts.setdefault(case.get("classname", ""), {})
         row[kind] = row.get(kind, 0) + 1
         if kind in ("failure", "error"):
-            bad.append(f"- FAILED {case.get('classname')}::{case.get('name')}")
+            failures.append(f"- FAILED {case.get('classname')}::{case.get('name')}")
     lines = ["| file | passed | failed | skipped |", "|---|---|---|---|"]
     for file, row in sorted(counts.items()):
         passed, skipped = row.get("passed", 0), row.get("skipped", 0)
         lines.append(f"| {file} | {passed} | {sum(row.values()) - passed - skipped} | {skipped} |")
-    return [*lines, *([""] if bad else []), *bad], not bad
+    return [*lines, *([""] if failures else []), *failures], not failures
 
 
 def _decoding(arguments: argparse.Namespace, shape: str, seconds: float) -> tuple[Lines, bool]:
-    """Tokens per second, share of copy bandwidth and of the byte ceiling, of plain decoding and of each kind, scripted."""
+    """Tokens per second and shares of copy bandwidth and byte ceiling: plain decoding, and a scripted drafter of each kind."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.json"
         small = arguments.device == "cpu"
@@ -130,28 +130,28 @@ def _decoding(arguments: argparse.Namespace, shape: str, seconds: float) -> tupl
         command = [sys.executable, "-m", "trainkit.cli", "bench", *(str(p) for k, v in flags.items() for p in (f"--{k}", v))]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, env=environment)
+            process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, env=environment)
         except subprocess.TimeoutExpired:
             return ["not finished in time"], False
         if not file.is_file():
-            return [f"bench ended with {done.returncode}: {done.stderr[-800:]}"], False
+            return [f"bench ended with {process.returncode}: {process.stderr[-800:]}"], False
         summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     lines = ["| decoding | tokens/s | x plain | bandwidth | tau | efficiency | of byte ceiling | identical |", "|---" * 8 + "|"]
-    for one in summary["contenders"]:
-        identical = one["identical"]
-        same = "reference" if identical is None else f"{identical['equal'] + identical['ties']}/{identical['of']}"
-        drafted = "- | - | -"
-        if "tau" in one:
-            ceiling = 1 / (1 + one["c"] * one["depth"])
-            drafted = f"{one['tau']:.2f} | {one['efficiency']:.2f} | {one['efficiency'] / ceiling:.0%}"
-        rate = one["tokens_per_second"]["median"]
-        share = f"{one['bandwidth']['share']:.0%}" if one.get("bandwidth") else "-"
-        lines.append(f"| {one['name']} | {rate:.1f} | {one['x_plain']:.2f} | {share} | {drafted} | {same} |")
-    return lines, done.returncode == 0
+    for method in summary["methods"]:
+        identical = method["identical"]
+        same = "reference" if identical is None else f"{identical['equal'] + identical['ties']}/{identical['total']}"
+        draft = "- | - | -"
+        if "tau" in method:
+            ceiling = 1 / (1 + method["c"] * method["depth"])
+            draft = f"{method['tau']:.2f} | {method['efficiency']:.2f} | {method['efficiency'] / ceiling:.0%}"
+        rate = method["tokens_per_second"]["median"]
+        share = f"{method['bandwidth']['share']:.0%}" if method.get("bandwidth") else "-"
+        lines.append(f"| {method['name']} | {rate:.1f} | {method['x_plain']:.2f} | {share} | {draft} | {same} |")
+    return lines, process.returncode == 0
 
 
 def _losses(device: torch.device, small: bool) -> Lines:
-    """Time and peak memory of a loss and its gradient: chunked from hidden states, against whole logits left to autograd."""
+    """Time and peak memory of losses with gradient: chunked from hidden states, and from whole logits by autograd."""
     N, V, D = (256, 2048, 64) if small else (4096, 128256, 4096)
     dtype = torch.float32 if small else torch.bfloat16
     generator = torch.Generator(device=device).manual_seed(0)
@@ -188,16 +188,16 @@ def _timed(run: Callable[[], None], device: torch.device, trained: tuple[torch.T
     try:
         once()
         if device.type != "cuda":
-            mark = perf_counter()
+            start = perf_counter()
             once()
-            return perf_counter() - mark, "-"
+            return perf_counter() - start, "-"
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before, mark = torch.cuda.memory_allocated(), perf_counter()
+        before, start = torch.cuda.memory_allocated(), perf_counter()
         for _ in range(3):
             once()
         torch.cuda.synchronize()
-        return (perf_counter() - mark) / 3, f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.2f}"
+        return (perf_counter() - start) / 3, f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.2f}"
     except torch.OutOfMemoryError:
         return float("inf"), "out of memory"
 

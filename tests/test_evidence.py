@@ -71,6 +71,6 @@ def test_a_trimmed_row_stands_beside_the_whole(tmp_path, share):
     write(tmp_path, f"trimmed_of{share}", [0.9])
     run = {"depth": 3, "mbsu": 1.5, "speedup": 1.4, "roof": 1.75}
     name = f"speed-forward_kl-0-of{share}.json"
-    (tmp_path / "rows" / name).write_text(json.dumps({"contenders": [{"depth": 3, "family": "transformers"}, run]}))
+    (tmp_path / "rows" / name).write_text(json.dumps({"methods": [{"depth": 3, "family": "transformers"}, run]}))
     lines = evidence.trimmed(tmp_path)
     assert lines[-1] == f"| 1/{share} | 1.900 | -5.0% | 1.900 | -5.0% | 3 | 1.50 | 1.40 | 1.75 | 80% |"

@@ -24,7 +24,11 @@ def test_all_parts_run_in_small(tmp_path):
     done = report("--device", "cpu", "--shapes", "tiny", "--tests", "tests/runner/test_graphs.py", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     text = out.read_text()
-    assert "| trainkit depth 3 |" in text and "| tvdpp_position | chunked |" in text and "tests.runner.test_graphs" in text
+    assert (
+        "| lm, scripted for tau 3.4 depth 3 |" in text
+        and "| tvdpp_position | chunked |" in text
+        and "tests.runner.test_graphs" in text
+    )
 
 
 @pytest.mark.slow

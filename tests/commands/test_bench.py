@@ -1,4 +1,4 @@
-"""`trainkit bench` end to end on a tiny target: what it writes, what it counts as identical, and what it refuses."""
+"""`trainkit bench` end to end on a tiny target: its output files, its comparison of texts, and its error messages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from trainkit.commands.bench import bench
 from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
-from trainkit.eval.bench.methods import checkpoint_field, synthetic_field
+from trainkit.eval.bench.methods import checkpoint_setup, synthetic_setup
 from trainkit.eval.bench.metrics import summarise
 from trainkit.eval.bench.run import run
 from trainkit.eval.bench.table import table
-from trainkit.eval.bench.timing import Contender, Generated
-from trainkit.eval.bench.types import Request
+from trainkit.eval.bench.timing import Generated, Method
+from trainkit.eval.bench.types import BenchArguments
 from trainkit.export.drafter import export_drafter
 from trainkit.files import write_json
 from trainkit.models.target import target_shape
@@ -28,7 +28,7 @@ from trainkit.models.target import target_shape
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A target whose generation_config.json would change its text if it were heeded, a draft of its first layers, prompts."""
+    """A target whose generation_config.json must be ignored (it would change the text), a draft, and a file of prompts."""
     root = tmp_path_factory.mktemp("bench")
     target = make_target(root / "target", num_hidden_layers=2, hidden_size=32, head_dim=8, intermediate_size=48)
     values = json.loads((target / "generation_config.json").read_text())
@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     return target, root / "draft", prompts
 
 
-def request(**values) -> Request:
+def bench_arguments(**values) -> BenchArguments:
     defaults = {
         "target": None,
         "drafters": (),
@@ -70,7 +70,7 @@ def request(**values) -> Request:
         "synthetic_kinds": ("lm",),
         "prompt_length": 16,
     }
-    return Request(**(defaults | values))  # pyright: ignore[reportArgumentType]
+    return BenchArguments(**(defaults | values))  # pyright: ignore[reportArgumentType]
 
 
 def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, tmp_path, capsys, seed):
@@ -91,7 +91,7 @@ def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, t
     assert code == 0 and "at most" in printed.err
     assert all(len(line) <= 100 for line in printed.out.splitlines())
     found = json.loads((tmp_path / "new" / "bench.json").read_text())
-    names = [one["name"] for one in found["contenders"]]
+    names = [one["name"] for one in found["methods"]]
     assert names == [
         "transformers generate",
         "transformers assisted 1",
@@ -103,9 +103,9 @@ def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, t
     assert "identical output: 15 of 15, ties: 0" in printed.out and found["mismatches"] == 0
     assert found["prompts"]["count"] == 3 and found["versions"]["torch"].startswith(torch.__version__[:4]) and found["date"]
     assert found["machine"]["processor"] and found["machine"]["copy_bandwidth"] > 0 and found["arguments"]["depths"] == [1, 3]
-    for one in found["contenders"]:
-        assert len(one["seconds"]) == 2 and one["tokens"] == found["contenders"][0]["tokens"] and one["threads"] >= 1
-    deep = found["contenders"][-1]
+    for one in found["methods"]:
+        assert len(one["seconds"]) == 2 and one["tokens"] == found["methods"][0]["tokens"] and one["threads"] >= 1
+    deep = found["methods"][-1]
     assert deep["tau"] >= 1 and deep["rounds"] == sum(deep["accepted"]) and len(deep["alpha_k"]) <= 3
     assert deep["efficiency"] == pytest.approx(deep["speedup"] / deep["tau"])
     assert deep["mbsu"] == pytest.approx(deep["tau"] / (3 * deep["c"] + 1))
@@ -115,7 +115,7 @@ def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, t
 
 
 def test_two_drafters_share_one_target_and_give_the_same_texts(folders, tmp_path, capsys, seed):
-    """The flag given twice; heads that draft no deeper than they are many, with the tree that their bundle recommends."""
+    """The flag is given twice; the heads draft at most as deep as their number, and the tree in their bundle is measured."""
     target, draft, prompts = map(str, folders)
     heads = Medusa(target_shape(target), num_heads=2)
     heads.initialise(Path(target))
@@ -145,7 +145,7 @@ def test_two_drafters_share_one_target_and_give_the_same_texts(folders, tmp_path
     )
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
-    ours = {one["name"]: one for one in found["contenders"] if one["family"] == "trainkit"}
+    ours = {one["name"]: one for one in found["methods"] if one["family"] == "trainkit"}
     assert list(ours) == [
         "trainkit plain",
         "draft depth 2",
@@ -156,7 +156,7 @@ def test_two_drafters_share_one_target_and_give_the_same_texts(folders, tmp_path
         "heads tree 4, depth 2",
         "heads tree 4, depth 2'",
     ]
-    assert code == 0 and found["mismatches"] == 0 and found["format"] == 2
+    assert code == 0 and found["mismatches"] == 0 and found["format"] == 3
     assert all(one["identical"]["equal"] == 2 for name, one in ours.items() if name != "trainkit plain")
     assert [one["name"] for one in found["drafters"]] == ["draft", "heads"]
     assert found["drafters"][1]["step_bytes"] == sum(p.numel() * 4 for p in heads.parameters()) // 2
@@ -174,14 +174,14 @@ def test_two_drafters_share_one_target_and_give_the_same_texts(folders, tmp_path
 
 def test_drafters_of_one_name_are_told_apart_and_the_target_is_there_once(folders, tmp_path):
     target, draft, prompts = folders
-    for place in ("a", "b"):
-        shutil.copytree(draft, tmp_path / place / "draft")
-    twice = tuple(str(tmp_path / place / "draft") for place in ("a", "b"))
-    field = checkpoint_field(
-        request(target=str(target), drafters=twice, prompts=str(prompts), synthetic=None, depths=(1,), max_new_tokens=8)
+    for parent in ("a", "b"):
+        shutil.copytree(draft, tmp_path / parent / "draft")
+    twice = tuple(str(tmp_path / parent / "draft") for parent in ("a", "b"))
+    setup = checkpoint_setup(
+        bench_arguments(target=str(target), drafters=twice, prompts=str(prompts), synthetic=None, depths=(1,), max_new_tokens=8)
     )
-    assert [one.name for one in field.contenders] == ["trainkit plain", "a/draft depth 1", "b/draft depth 1"]
-    assert all(one.runner.rounds.target is field.runner.rounds.target for one in field.drafts)
+    assert [method.name for method in setup.methods] == ["trainkit plain", "a/draft depth 1", "b/draft depth 1"]
+    assert all(drafter.runner.rounds.target is setup.runner.rounds.target for drafter in setup.drafters)
 
 
 def test_flags_of_several_words_may_be_repeated():
@@ -198,7 +198,7 @@ def test_mistakes_in_a_list_of_drafters_or_trees_are_one_line(folders, capsys):
         (["--drafter", "nowhere"], ("nowhere: no such folder", "give a drafter bundle")),
         (["--drafter", draft], ("given twice",)),
         (["--trees", "[[[0],[2]]]"], ("needs its parent and every lower rank",)),
-        (["--trees", "[[0]]"], ("trees given", "list of trees")),
+        (["--trees", "[[0]]"], ("trees:", "list of trees")),
         (["--trees", "nowhere.json"], ("nowhere.json", "give a path that exists")),
     ):
         assert main([*common, *flags]) == 2
@@ -211,9 +211,9 @@ def test_sampling_holds_only_our_outputs_against_plain_decoding(folders, tmp_pat
     out = tmp_path / "bench.json"
     common = {"target": target, "drafter": [draft], "prompts": prompts, "depths": (2,), "max_new_tokens": 12, "limit": 2}
     assert bench(**common, repeats=1, temperature=0.8, json=str(out), device="cpu") == 0
-    found = {one["name"]: one["identical"] for one in json.loads(out.read_text())["contenders"]}
+    found = {one["name"]: one["identical"] for one in json.loads(out.read_text())["methods"]}
     assert found["transformers generate"] is None and found["trainkit depth 2"]["equal"] == 2
-    assert "transformers draws with its own noise" in capsys.readouterr().out
+    assert "transformers samples with its own noise" in capsys.readouterr().out
 
 
 def test_batches_are_padded_for_transformers_and_assistance_is_left_out_with_a_note(folders, capsys):
@@ -235,33 +235,33 @@ def test_batches_are_padded_for_transformers_and_assistance_is_left_out_with_a_n
 
 
 def test_a_wrong_contender_is_a_mismatch_and_is_named():
-    asked = request()
-    field = synthetic_field(asked)
+    arguments = bench_arguments()
+    setup = synthetic_setup(arguments)
 
-    def wrong(prompts, most, first):
-        good = field.plain.run(prompts, most, first)
+    def wrong(prompts, max_new_tokens, first):
+        good = setup.plain.run(prompts, max_new_tokens, first)
         return Generated([[*text[:-1], (text[-1] + 1) % 512] for text in good.tokens], good.stats, good.rounds, good.split)
 
-    field.contenders.append(Contender("planted", "trainkit", 0, wrong, ((0,),), field.drafts[0].name))
-    result = run(asked, field)
+    setup.methods.append(Method("planted", "trainkit", 0, wrong, ((0,),), setup.drafters[0].name))
+    result = run(arguments, setup)
     assert result.mismatches == 2 and result.identity["trainkit depth 3"].equal == 2
     printed = table(summarise(result))
     assert "MISMATCH: planted, prompt 1, new token 24" in printed and "2 WRONG" in printed
 
 
 def test_synthetic_realises_its_tau_and_the_figures_follow_by_hand():
-    """Seconds are put in by hand: 2 prompts x 25 tokens; plain 4 s, depth 3 2 s, so speedup 2, and tau 2.5 gives 0.8."""
-    asked = request(max_new_tokens=1 + 50, synthetic_tau=2.5)  # 20 rounds of 2.5 after the prefill's token
-    result = run(asked, synthetic_field(asked))
-    plain, deep = result.field.plain, result.field.contenders[-1]
+    """The seconds are set by hand: plain decoding 4 s, depth 3 2 s, so speedup is 2, and efficiency at tau 2.5 is 0.8."""
+    arguments = bench_arguments(max_new_tokens=1 + 50, synthetic_tau=2.5)  # 20 rounds of 2.5 after the prefill's token
+    result = run(arguments, synthetic_setup(arguments))
+    plain, deep = result.setup.plain, result.setup.methods[-1]
     plain.seconds, deep.seconds = [4.0], [2.0]
-    found = summarise(result)["contenders"][-1]
+    found = summarise(result)["methods"][-1]
     assert found["tau"] == 2.5 and found["cut_rounds"] == 0 and found["accepted"] == [0, 20, 20]
     assert found["alpha_k"] == [1.0, 0.5, 0.0]
     assert found["speedup"] == 2.0 and found["efficiency"] == 0.8 and found["x_plain"] == 2.0
     cached = 16 + 51 // 2
     cache_bytes = 2 * 2 * 2 * 16 * 4 * cached  # keys and values, layers, heads, width, float32
-    target, draft = result.field.runner.rounds.target, result.field.drafts[0].runner.drafter
+    target, draft = result.setup.runner.rounds.target, result.setup.drafters[0].runner.drafter
     assert draft is not None
     needed = target.step_bytes() + 3 * draft.step_bytes(0) + cache_bytes
     step = (2.0 - deep.last.split["prefill"]) / 40
@@ -270,9 +270,9 @@ def test_synthetic_realises_its_tau_and_the_figures_follow_by_hand():
 
 
 def test_a_load_that_takes_too_long_is_cut_and_said_so():
-    asked = request(limit=8, max_seconds=1e-6)
-    result = run(asked, synthetic_field(asked))
-    assert len(result.field.prompts) == 1 and "1 of 8 prompts, to stay within max_seconds" in table(summarise(result))
+    arguments = bench_arguments(limit=8, max_seconds=1e-6)
+    result = run(arguments, synthetic_setup(arguments))
+    assert len(result.setup.prompts) == 1 and "1 of 8 prompts, to stay within max_seconds" in table(summarise(result))
 
 
 def test_mistakes_are_one_line():
@@ -285,7 +285,7 @@ def test_mistakes_are_one_line():
         ({"dtype": "int8"}, "dtype 'int8'"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            request(**values)
+            bench_arguments(**values)
         assert "\n" not in str(error.value)
 
 
@@ -315,20 +315,20 @@ def test_policies_are_held_against_plain_decoding_and_the_best_fixed_depth(folde
     )
     assert code == 0
     summary, shown = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
-    paced = [one for one in summary["contenders"] if "paced" in one]
-    assert [one["paced"]["policy"] for one in paced] == ["cost", "confidence:0.4", "ema"]
-    for one in paced:
-        values = one["paced"]
-        assert one["identical"]["mismatches"] == 0 and values["most"] == 3
+    with_policy = [one for one in summary["methods"] if "policy" in one]
+    assert [one["policy"]["name"] for one in with_policy] == ["cost", "confidence:0.4", "ema"]
+    for one in with_policy:
+        values = one["policy"]
+        assert one["identical"]["mismatches"] == 0 and values["max_depth"] == 3
         assert 0 <= values["drafted_per_round"] <= 3 and values["tau"] >= 1
-        kept = sum(k * n for k, n in enumerate(values["accepted"]))
+        accepted = sum(k * n for k, n in enumerate(values["accepted"]))
         drafted = round(values["drafted_per_round"] * values["rounds"])
-        assert values["wasted"] == pytest.approx((drafted - kept) / (kept + values["rounds"]))
+        assert values["wasted"] == pytest.approx((drafted - accepted) / (accepted + values["rounds"]))
         assert 0 <= values["paused"] <= values["rounds"]
         fixed = values["over_best_fixed"]
         assert fixed["depth"] in (1, 3) and fixed["min"] <= fixed["median"] <= fixed["max"]
         assert one["name"].removeprefix("trainkit ") in shown
-    assert "thrown away" in shown and "paused" in shown
+    assert "wasted" in shown and "paused" in shown
 
 
 def test_a_policy_needs_a_drafter(folders):
@@ -338,7 +338,7 @@ def test_a_policy_needs_a_drafter(folders):
 
 
 def test_a_policy_may_be_the_fastest_and_is_named_so(tmp_path, monkeypatch, capsys):
-    """Deeper than any chain beside it, with a draft that is always right."""
+    """It drafts deeper than any chain in the bench, and its draft is always correct."""
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
     code = bench(
         synthetic="tiny",
@@ -360,7 +360,7 @@ def test_a_policy_may_be_the_fastest_and_is_named_so(tmp_path, monkeypatch, caps
 
 
 def test_a_position_that_no_round_came_to_has_no_acceptance():
-    """Tau 3 at depth 4: two tokens kept each round, the third refused, the fourth never looked at."""
-    asked = request(depths=(4,), max_new_tokens=1 + 30, synthetic_tau=3.0)
-    found = summarise(run(asked, synthetic_field(asked)))["contenders"][-1]
+    """Tau 3 at depth 4: each round accepts two tokens and rejects the third; the fourth is never evaluated."""
+    arguments = bench_arguments(depths=(4,), max_new_tokens=1 + 30, synthetic_tau=3.0)
+    found = summarise(run(arguments, synthetic_setup(arguments)))["methods"][-1]
     assert found["accepted"] == [0, 0, 20] and found["alpha_k"] == [1.0, 1.0, 0.0]

@@ -1,4 +1,4 @@
-"""`trainkit eval`: sums by question against a naive loop, the kept target, tau as served, and what the command writes."""
+"""`trainkit eval`: sums by question against a naive loop, cached target states, tau, and the command's output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainkit.data.text.prepare import Prepared, prepare
 from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
-from trainkit.eval.acceptance import Sums, measure, served
+from trainkit.eval.acceptance import Sums, decode_tau, measure
 from trainkit.export.drafter import export_drafter
 from trainkit.losses.measures import acceptance, coupled_acceptance
 from trainkit.models.load import load_decoder
@@ -55,24 +55,23 @@ def naive(target: Path, draft: LMDraft, made: Prepared, temperatures: list[float
     packed, teacher, sums = made.train, load_decoder(target), {"tokens": []}
     for start, end in zip(packed.documents_D[:-1], packed.documents_D[1:], strict=True):
         tokens, counted = packed.tokens_N[start:end].tolist(), torch.from_numpy(packed.mask_N[start + 1 : end])
-        theirs, ours = (exact_logits(decoder, tokens)[:-1][counted] for decoder in (teacher, draft.decoder))
+        target_NV, draft_NV = (exact_logits(decoder, tokens)[:-1][counted] for decoder in (teacher, draft.decoder))
         if draft.ids_K is not None:
-            kept = torch.full_like(ours, float("-inf"))
-            kept[:, draft.ids_K] = ours[:, draft.ids_K]
-            ours = kept
-        sums["tokens"].append(len(ours))
+            proposed, draft_NV = draft_NV[:, draft.ids_K], torch.full_like(draft_NV, float("-inf"))
+            draft_NV[:, draft.ids_K] = proposed
+        sums["tokens"].append(len(draft_NV))
         for temperature in temperatures:
             if temperature:
-                p, q = (theirs / temperature).softmax(-1), (ours / temperature).softmax(-1)
+                p, q = (target_NV / temperature).softmax(-1), (draft_NV / temperature).softmax(-1)
                 sums.setdefault(f"alpha@{temperature:g}", []).append(float(acceptance(p, q).sum()))
                 sums.setdefault(f"alpha_coupled@{temperature:g}", []).append(float(coupled_acceptance(p, q).sum()))
             else:
-                sums.setdefault("agreement@0", []).append(float((theirs.argmax(-1) == ours.argmax(-1)).sum()))
+                sums.setdefault("agreement@0", []).append(float((target_NV.argmax(-1) == draft_NV.argmax(-1)).sum()))
     return {name: np.array(values) for name, values in sums.items()}
 
 
 def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
-    """float32 against float64; and each drafter's sums are its own."""
+    """float32 against float64; two different drafters have different sums."""
     drafts = [
         draft_of(tiny_target, 4, 0.02),
         draft_of(tiny_target, 3, 0.02),
@@ -100,7 +99,7 @@ def test_temperature_0_alone_gives_agreement_and_neither_batch_nor_order_matters
 
 
 def test_the_target_is_run_once_for_all_drafters_and_not_again_where_it_is_kept(tiny_target, made, tmp_path, monkeypatch, seed):
-    """Identical sums with and without the store; the second call does not run the target at all."""
+    """The sums are identical with and without the store; the second call with a store never runs the target."""
     drafts = [draft_of(tiny_target, n, 0.02) for n in (1, 4)]
     calls, forward = [], FrozenTarget.forward
     monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
@@ -116,9 +115,9 @@ def test_the_target_is_run_once_for_all_drafters_and_not_again_where_it_is_kept(
 
 
 def test_each_head_is_measured_where_it_says_a_token(tiny_target, made, tmp_path, seed):
-    """Untrained Medusa heads all repeat the target's last word: head k is right where that of k places before was.
+    """Untrained Medusa heads all output the target's next-token logits: head k's prediction of token p is the one for p - k.
 
-    Beside a kind without taps, with which it shares no stored states.
+    They are measured together with a kind that has no taps, so the two share no stored states.
     """
     drafts = [draft_of(tiny_target, 1, 0.0), Medusa(target_shape(tiny_target), num_heads=3, head="target").eval()]
     reader = LiveTeacher(FrozenTarget(tiny_target), str(tmp_path))
@@ -131,10 +130,10 @@ def test_each_head_is_measured_where_it_says_a_token(tiny_target, made, tmp_path
         for start, end in documents:
             logits = exact_logits(teacher, packed.tokens_N[start:end].tolist())
             labels = [p for p in range(k + 1, end - start) if packed.mask_N[start + p]]
-            theirs, ours = logits[[p - 1 for p in labels]], logits[[p - 1 - k for p in labels]]
-            p, q = (theirs / 0.7).softmax(-1), (ours / 0.7).softmax(-1)
+            target_NV, draft_NV = logits[[p - 1 for p in labels]], logits[[p - 1 - k for p in labels]]
+            p, q = (target_NV / 0.7).softmax(-1), (draft_NV / 0.7).softmax(-1)
             expected["tokens"].append(len(labels))
-            expected["agreement@0"].append(float((theirs.argmax(-1) == ours.argmax(-1)).sum()))
+            expected["agreement@0"].append(float((target_NV.argmax(-1) == draft_NV.argmax(-1)).sum()))
             expected["alpha@0.7"].append(float(acceptance(p, q).sum()))
             expected["alpha_coupled@0.7"].append(float(coupled_acceptance(p, q).sum()))
         assert sums.keys() == expected.keys() and sums["tokens"].tolist() == expected["tokens"]
@@ -149,7 +148,7 @@ def test_a_kind_whose_loss_does_not_tell_tokens_apart_is_refused(tiny_target, ma
             return replace(super().forward(batch, divergence), per_token={})
 
     draft = Silent(target_shape(tiny_target), num_layers=1)
-    with pytest.raises(UserError, match="Silent: its loss does not tell its tokens apart") as caught:
+    with pytest.raises(UserError, match="Silent: its loss gives no values per token") as caught:
         measure(LiveTeacher(FrozenTarget(tiny_target)), [draft], made.train, [0.0], progress=False)
     assert "\n" not in str(caught.value)
 
@@ -158,7 +157,7 @@ def test_a_kind_whose_loss_does_not_tell_tokens_apart_is_refused(tiny_target, ma
 def test_tau_is_what_the_runner_counts(temperature, tiny_target, seed):
     draft = draft_of(tiny_target, 4, 0.02)
     prompts = [torch.randint(5, 320, (n,)).tolist() for n in (2, 5, 9, 3)]
-    found = served(str(tiny_target), draft, prompts, [temperature], 3, 24)
+    found = decode_tau(str(tiny_target), draft, prompts, [temperature], 3, 24)
     runner = Runner.load(tiny_target, max_len=64)
     runner = Runner.from_modules(runner.rounds.target, draft, target_shape(tiny_target), tiny_target, 16, 64)
     for verify in ("coupled", "residual") if temperature else ("coupled",):
@@ -179,15 +178,15 @@ def bundles(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 def test_the_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path, capsys):
-    """Every figure of the table stands in the JSON, per question too; the second call with the kept states says the same."""
-    flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--teacher-cache", str(tmp_path / "kept")]
+    """The JSON holds every figure of the table and those of each question; a second call with cached states agrees."""
+    flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--teacher-cache", str(tmp_path / "cache")]
     flags += ["--prompts", str(texts), "--questions", "3", "--depth", "2", "--max-new-tokens", "12", "--temperatures", "[0,1]"]
-    said = []
+    printed = []
     for name in ("one", "two"):
-        given = ["--drafter", json.dumps(bundles), "--json", str(tmp_path / f"{name}.json")]
-        assert main(["eval", *flags, *given]) == 0
-        said.append(capsys.readouterr().out.splitlines())
-    assert said[0][-8:] == said[1][-8:] and "0.00 GB" in said[0][0] and said[0][0].endswith(" 0 rows already cached")
+        outputs = ["--drafter", json.dumps(bundles), "--json", str(tmp_path / f"{name}.json")]
+        assert main(["eval", *flags, *outputs]) == 0
+        printed.append(capsys.readouterr().out.splitlines())
+    assert printed[0][-8:] == printed[1][-8:] and "0.00 GB" in printed[0][0] and printed[0][0].endswith(" 0 there")
     found, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert found == again and list(found["drafters"]) == bundles and found["questions"] == 7
     means = found["drafters"][bundles[0]]["means"]
@@ -196,8 +195,8 @@ def test_the_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path
     assert means["alpha@1"]["mean"] == pytest.approx(sum(sums["alpha@1"]) / found["tokens"], abs=1e-5)
     assert all(one["low"] <= one["mean"] <= one["high"] for one in means.values())
     assert means["tau_coupled@0"]["mean"] >= 1 and means["alpha_coupled@1"]["mean"] <= means["alpha@1"]["mean"]
-    table = "\n".join(said[0])
-    assert f"7 texts, {found['tokens']:,} tokens" in table and f"difference to {bundles[0]}, paired" in table
+    table = "\n".join(printed[0])
+    assert f"7 texts, {found['tokens']:,} tokens" in table and f"difference from {bundles[0]}, on the same texts" in table
     assert f"{means['alpha@1']['mean']:.4f} [{means['alpha@1']['low']:.4f}, {means['alpha@1']['high']:.4f}]" in table
 
 
@@ -213,7 +212,7 @@ def test_the_table_has_a_line_for_each_head_and_tau_for_each_drafter(tiny_target
     assert list(found) == names and [sum(line.startswith(f"{name} ") for line in lines) for name in names] == [1, 4, 2]
     assert [list(found[name]["means"]) for name in names] == [["agreement@0", "tau_coupled@0"]] * 2 + [["agreement@0"]]
     emitted, rounds = map(sum, found[names[1]]["per_question"]["tau_coupled@0"])
-    assert rounds <= emitted <= 3 * rounds, "a chain as deep as there are heads"
+    assert rounds <= emitted <= 3 * rounds, "the chain is as deep as the number of heads"
 
 
 def test_one_drafter_has_no_difference_and_the_paired_gap_to_itself_is_nothing(tiny_target, texts, bundles, capsys):
@@ -225,7 +224,7 @@ def test_one_drafter_has_no_difference_and_the_paired_gap_to_itself_is_nothing(t
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "said"),
+    ("flag", "value", "message"),
     [
         ("temperatures", "[-1]", "temperatures"),
         ("temperatures", "[]", "temperatures"),
@@ -235,8 +234,8 @@ def test_one_drafter_has_no_difference_and_the_paired_gap_to_itself_is_nothing(t
         ("data", "none.jsonl", "none.jsonl"),
     ],
 )
-def test_mistakes_are_one_line(flag, value, said, tiny_target, texts, bundles, capsys):
+def test_mistakes_are_one_line(flag, value, message, tiny_target, texts, bundles, capsys):
     given = {"target": str(tiny_target), "data": str(texts), "length": "128", "drafter": bundles[0]} | {flag: value}
     assert main(["eval", *(f"--{name}={one}" for name, one in given.items())]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("trainkit: error") and said in line
+    assert line.startswith("trainkit: error") and message in line

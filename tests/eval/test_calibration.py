@@ -1,4 +1,4 @@
-"""Log-loss and calibration error worked by hand; the recalibration finds what was applied; baselines fitted where they say."""
+"""Log-loss and calibration error by hand; recalibration recovers a known scale; baselines are those of their records."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_log_loss_by_hand_with_a_label_that_is_a_probability():
 def test_calibrated_probabilities_have_a_small_error_and_bent_ones_a_large_one(seed):
     p = torch.rand(40_000, dtype=torch.float64)
     y = (torch.rand_like(p) < p).double()
-    # about sqrt(p (1 - p) / count) / sqrt(bins) a bin: 0.003
+    # the error of each bin is about sqrt(p (1 - p) / count) / sqrt(bins) = 0.003
     assert expected_calibration_error(p, y) < 0.015
     assert expected_calibration_error(p**3, y) > 0.1
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(2.0, -1.0), (0.5, 0.7), (1.0, 0.0)])
 def test_the_fit_finds_the_scale_and_shift_that_were_applied(scale, shift, seed):
-    """With soft labels exactly (to the ridge's 1e-2 in 20,000 records); with drawn ones within their spread."""
+    """Exactly with soft labels (up to the ridge of 1e-2 in 20,000 records), within sampling error with drawn labels."""
     logits = 2 * torch.randn(20_000, dtype=torch.float64)
     p = (scale * logits + shift).sigmoid()
     assert fit_scale(logits, p) == (pytest.approx(scale, abs=1e-4), pytest.approx(shift, abs=1e-4))
@@ -63,22 +63,22 @@ def test_the_fit_has_an_answer_for_labels_all_alike_and_for_none():
 
 
 def test_each_temperature_has_its_own_scale(seed):
-    logits, heat = torch.randn(20_000), torch.arange(20_000).remainder(2) * 0.7
-    p = torch.where(heat > 0, 3 * logits + 1, 0.5 * logits).sigmoid()
-    scales = fit_scales(logits, p, heat)
+    logits, temperature = torch.randn(20_000), torch.arange(20_000).remainder(2) * 0.7
+    p = torch.where(temperature > 0, 3 * logits + 1, 0.5 * logits).sigmoid()
+    scales = fit_scales(logits, p, temperature)
     assert scales[0] == (pytest.approx(0.5, abs=1e-3), pytest.approx(0, abs=1e-3))
     assert scales[1] == (pytest.approx(3, abs=1e-2), pytest.approx(1, abs=1e-2))
-    assert torch.allclose(scaled(logits, heat, scales), p.double(), atol=1e-3)
+    assert torch.allclose(scaled(logits, temperature, scales), p.double(), atol=1e-3)
 
 
 def test_baselines_are_those_of_the_records_they_were_fitted_on(tmp_path):
     train, held = AcceptanceSet.read(make_set(tmp_path / "set")).split(0.2, 0)
-    found = Baselines.of(train)
-    assert found.constant == pytest.approx(float(train.accepted.mean()), abs=1e-5)
-    assert found == Baselines.from_dict(found.to_dict())
-    told = found.probabilities(held)
-    assert torch.equal(told["max_q"], held.column("max_q"))
-    # max_q says nothing of these labels: recalibrated it is nearly the constant, as it is it is far off
+    baselines = Baselines.fit(train)
+    assert baselines.constant == pytest.approx(float(train.accepted.mean()), abs=1e-5)
+    assert baselines == Baselines.from_dict(baselines.to_dict())
+    predictions = baselines.probabilities(held)
+    assert torch.equal(predictions["max_q"], held.column("max_q"))
+    # max_q is independent of these labels: recalibrated it is close to the constant, uncalibrated it is far off
     label = held.accepted
-    assert log_loss(told["max_q_fitted"], label) < log_loss(told["constant"], label) + 0.01
-    assert log_loss(told["max_q"], label) > log_loss(told["constant"], label) + 0.1
+    assert log_loss(predictions["max_q_fitted"], label) < log_loss(predictions["constant"], label) + 0.01
+    assert log_loss(predictions["max_q"], label) > log_loss(predictions["constant"], label) + 0.1

@@ -1,4 +1,4 @@
-"""Acceptance beside its exact value: where the runner judged, and teacher-forced on given texts."""
+"""Acceptance beside its exact value: at the nodes that the runner evaluated, and teacher-forced on given texts."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from trainkit.losses.measures import acceptance, coupled_acceptance
 
 @pytest.mark.parametrize("verify", ["coupled", "residual"])
 def test_observed_acceptance_is_the_exact_one_within_four_standard_errors(verify, seed):
-    """A chance failure in 16,000; and the standard error is small enough that a wrong rule would show."""
+    """One run in 16,000 fails by chance; the standard error is small enough to detect a wrong rule."""
     runner = pair(noise=0.06, ends=(), max_batch=48)
     found = served_acceptance(runner, ragged_prompts(48), max_new_tokens=48, temperature=1.0, depth=3, verify=verify, seed=seed)
     assert found.evaluated > 1000 and found.standard_error < 0.02
@@ -27,13 +27,13 @@ def test_greedy_acceptance_is_exactly_agreement(seed):
 
 
 def test_teacher_forced_acceptance_is_the_mean_over_the_continuation_alone(seed):
-    """By hand: one forward of each model over the text, distributions at the positions whose next token is a continuation's."""
+    """By hand: a forward pass of each model; distributions at the positions whose next token is in the continuation."""
     runner = pair(noise=0.06, ends=())
     prompt, continuation, temperature = [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5], 0.7
     found = teacher_forced_acceptance(runner, [prompt], [continuation], temperature)
-    text, judged = [*prompt, *continuation], slice(len(prompt) - 1, len(prompt) + len(continuation) - 1)
-    p = (logits(runner.rounds.target, text)[judged] / temperature).softmax(-1)
-    q = (logits(runner.drafter.decoder, text)[judged] / temperature).softmax(-1)  # pyright: ignore[reportOptionalMemberAccess]
+    text, evaluated = [*prompt, *continuation], slice(len(prompt) - 1, len(prompt) + len(continuation) - 1)
+    p = (logits(runner.rounds.target, text)[evaluated] / temperature).softmax(-1)
+    q = (logits(runner.drafter.decoder, text)[evaluated] / temperature).softmax(-1)  # pyright: ignore[reportOptionalMemberAccess]
     assert found["count"] == len(continuation)
     assert found["alpha"] == pytest.approx(float(acceptance(p, q).mean()), abs=1e-5)
     assert found["alpha_coupled"] == pytest.approx(float(coupled_acceptance(p, q).mean()), abs=1e-5)

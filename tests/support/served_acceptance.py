@@ -1,7 +1,7 @@
-"""Acceptance in two places: as the runner shows it, beside its exact value there; and teacher-forced on given texts.
+"""Acceptance measured in two ways: in decoding, beside its exact value at the same nodes; and teacher-forced on given texts.
 
-The runner never evaluates what follows a rejection, so the two are means over different positions. Training and serving agree
-where `served_acceptance` finds the exact value and the observed share equal within its standard error.
+The runner never evaluates what follows a rejection, so the two are means over different positions. Training and decoding agree
+if `served_acceptance` finds that the observed share equals the exact value within its standard error.
 """
 
 # B rows  T positions  V vocabulary  A taps
@@ -26,15 +26,15 @@ from trainkit.runner.round import Trace
 
 @dataclass(frozen=True)
 class ServedAcceptance:
-    """Acceptance at the nodes that the runner judged.
+    """Acceptance at the nodes that the runner evaluated.
 
     Attributes:
-        evaluated: Drafted tokens judged: those after a rejection are not.
-        accepted: How many of them were accepted.
-        alpha: Mean over them of 1 - TVD(p, q); argmax agreement at temperature 0.
-        alpha_coupled: Mean over them of coupled acceptance; argmax agreement at temperature 0.
-        expected: The one of the two that the verification in use should show.
-        standard_error: Of `observed - expected`; 0 at temperature 0, where they are equal.
+        evaluated: Drafted tokens that were evaluated; those after a rejection are not.
+        accepted: Evaluated tokens that were accepted.
+        alpha: Mean of 1 - TVD(p, q) over the evaluated tokens; argmax agreement at temperature 0.
+        alpha_coupled: Mean coupled acceptance over them; argmax agreement at temperature 0.
+        expected: Whichever of the two applies to the verification in use.
+        standard_error: Standard error of `observed - expected`; 0 at temperature 0, where the two are equal.
     """
 
     evaluated: int
@@ -46,18 +46,18 @@ class ServedAcceptance:
 
     @property
     def observed(self) -> float:
-        """Share of the judged tokens that were accepted."""
+        """Share of the evaluated tokens that were accepted."""
         return self.accepted / self.evaluated if self.evaluated else float("nan")
 
     @property
     def deviation(self) -> float:
-        """`observed - expected` in standard errors; parity is within three."""
+        """`observed - expected` in standard errors; parity means within three."""
         difference = self.observed - self.expected
         return difference / self.standard_error if self.standard_error else (0.0 if abs(difference) < 1e-9 else float("inf"))
 
 
 class _Nodes:
-    """Gathers the exact acceptance of every judged node from a runner's traces."""
+    """Collects the exact acceptance of every evaluated node from a runner's traces."""
 
     def __init__(self, greedy: bool) -> None:
         self.greedy = greedy
@@ -70,8 +70,8 @@ class _Nodes:
             raise UserError("served acceptance is defined for chains; give depth instead of a tree")
         counts_B = trace.verdict.counts_B
         for depth, draft_BFV in enumerate(trace.draft.logits):
-            judged_B = counts_B > depth
-            p_BV, q_BV = trace.scores_BNV[judged_B, depth], draft_BFV[judged_B, 0]
+            evaluated_B = counts_B > depth
+            p_BV, q_BV = trace.scores_BNV[evaluated_B, depth], draft_BFV[evaluated_B, 0]
             if self.greedy:
                 same = agreement(p_BV, q_BV).double()
                 self.alpha.append(same)
@@ -86,14 +86,14 @@ class _Nodes:
 def served_acceptance(runner: Runner, prompts: Sequence[Sequence[int]], **options: Any) -> ServedAcceptance:
     """Decodes `prompts` and returns the observed acceptance beside its exact value at the same nodes.
 
-    Whether a judged token is accepted is, given all that came before, a coin of known probability a (its noise is fresh), and
-    which nodes are judged depends on the past alone. So the differences (accepted - a) are uncorrelated whatever text and draft
-    have in common, and the variance of their mean is exactly sum a (1 - a) / n^2: no clustering by prompt or round is needed.
+    Given everything before it, an evaluated token is accepted with a known probability a (its noise is fresh), and which nodes
+    are evaluated depends on the past alone. So the differences (accepted - a) are uncorrelated, however text and draft depend
+    on each other, and the variance of their mean is exactly sum a (1 - a) / n^2: no clustering by prompt or round is needed.
 
     Args:
-        runner: With a drafter.
-        prompts: Token ids.
-        **options: As in `Runner.generate`; `depth`, not `tree`.
+        runner: Runner with a drafter.
+        prompts: Token ids of each prompt.
+        **options: Options of `Runner.generate`; `depth`, not `tree`.
 
     Raises:
         UserError: the runner has no drafter, or drafts a tree.
@@ -123,16 +123,16 @@ def served_acceptance(runner: Runner, prompts: Sequence[Sequence[int]], **option
 def teacher_forced_acceptance(
     runner: Runner, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], temperature: float = 1.0
 ) -> dict[str, float]:
-    """Means of `alpha`, `alpha_coupled` and `agreement` over given continuations, as training measures them; and their `count`.
+    """Means of `alpha`, `alpha_coupled` and `agreement` over given continuations, as in training, and their `count`.
 
-    The drafter's own training forward says what is a prediction, so any kind is measured; heads and unrolled steps that look
-    further ahead are averaged in as that forward counts them.
+    The drafter's own training forward pass makes the predictions, so this works for any kind; predictions of heads and unrolled
+    steps that look further ahead are averaged as that pass counts them.
 
     Args:
-        runner: With a drafter; its target is read once over each text.
-        prompts: Token ids, not counted.
-        continuations: Token ids, counted as labels; such as the target's own outputs.
-        temperature: Of both distributions; above 0.
+        runner: Runner with a drafter; its target reads each text once.
+        prompts: Token ids of each prompt; they are not counted.
+        continuations: Token ids that count as labels, such as the target's own outputs.
+        temperature: Temperature of target and draft distribution; above 0.
 
     Raises:
         UserError: the runner has no drafter, or the lists differ in length.
@@ -153,7 +153,7 @@ def teacher_forced_acceptance(
 
 
 def _batch(runner: Runner, prompt: Sequence[int], continuation: Sequence[int]) -> DraftBatch:
-    """One text as a training batch, with what the runner's target says of it."""
+    """One text as a training batch, with the hidden states of the runner's target."""
     rounds, device = runner.rounds, runner.device
     tokens_BT = torch.tensor([[*prompt, *continuation]], device=device)
     T = tokens_BT.shape[1]

@@ -1,17 +1,12 @@
-"""`trainkit bench`: one run, one table; every speed beside its baseline, JSON and PNG on request. Light to import."""
+"""`trainkit bench`: speeds beside their baselines, from one run; a table, and JSON and PNG on request. Light to import."""
 
 from __future__ import annotations
 
 from json import loads as parse_json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainkit.errors import UserError
-from trainkit.eval.bench.run import chosen_device, run
-from trainkit.eval.bench.types import Request
-
-if TYPE_CHECKING:
-    pass
+from trainkit.eval.bench.types import BenchArguments
 
 
 def bench(
@@ -42,7 +37,7 @@ def bench(
 ) -> int:
     """Measures decoding with and without drafters, beside transformers, on the same prompts, interleaved in one process.
 
-    Exit code 1 if some output differs from plain decoding where rounding does not explain it.
+    The exit code is 1 if an output differs from plain decoding and rounding does not explain the difference.
 
     Examples:
         trainkit bench --target models/target --drafter models/draft --prompts test.jsonl --json bench.json --plot bench.png
@@ -54,65 +49,49 @@ def bench(
     Args:
         target: Hugging Face folder of the target.
         drafter: Drafter bundles, or plain folders of small models with the same tokenizer; repeat the flag for several.
-        prompts: File of prompts or chats; the chat template is applied where the tokenizer has one.
-        json: Where to write everything measured.
-        plot: Where to write the figure, PNG.
-        depths: Depths to draft to, as far as a drafter can; its own or recommended tree is added where it has one.
-        trees: More trees to draft: a list of lists of rank paths, [[[0],[1],[0,0]]], or a JSON file of one.
-        policy: Policies that choose the depth while decoding, up to the largest of `depths`: cost, predictor:P, confidence:P,
-            ema, cost-blind (cost without the predictor); repeat the flag for several. Held against the best fixed depth.
-        max_new_tokens: Most tokens for each prompt.
-        temperature: 0 is greedy. Above, transformers draws other texts, and only our outputs are held against plain decoding.
-        verify: coupled or residual.
-        limit: First prompts to take.
-        repeats: Times each contender runs; medians are shown.
+        prompts: File of prompts or chats; the tokenizer's chat template is applied, if it has one.
+        json: File for all measurements.
+        plot: File for the figure, PNG.
+        depths: Draft depths to measure, up to the drafter's own limit; the tree in a drafter's bundle is measured too.
+        trees: Additional trees: a list of lists of rank paths, such as [[[0],[1],[0,0]]], or a JSON file with such a list.
+        policy: Policies that choose the depth during decoding, up to the largest of `depths`: cost, predictor:P, confidence:P,
+            ema, cost-blind (cost without the predictor); repeat the flag for several. Compared with the best fixed depth.
+        max_new_tokens: Maximum number of new tokens for each prompt.
+        temperature: Sampling temperature; 0 is greedy. Above 0 transformers samples other texts, and only trainkit's outputs
+            are compared with plain decoding.
+        verify: Verification method, coupled or residual.
+        limit: Number of prompts to use, from the start of the file.
+        repeats: Runs of each method; the table shows medians.
         batch: Prompts decoded together.
-        device: Torch device; `auto` takes a GPU where there is one.
-        dtype: float32, bfloat16 or float16.
-        baselines: Also measure transformers.
-        seed: Fixes every draw.
-        max_seconds: Fewer prompts, then fewer repeats are run, and said so, if all of them would need longer than this.
-        synthetic: Instead of a target: tiny, llama3-1b or llama3-8b with random weights, and a scripted drafter.
-        synthetic_tau: Tokens per round that the scripted drafter realises, as far as the depth allows.
-        synthetic_kinds: Kinds at whose cost it drafts, with their default settings and 32,000 tokens at most; by default all.
+        device: Torch device; `auto` uses a GPU if there is one.
+        dtype: Precision: float32, bfloat16 or float16.
+        baselines: Whether to measure transformers too.
+        seed: Seed of all sampling.
+        max_seconds: Time limit; if the whole load would take longer, fewer prompts and then fewer repeats are run, with a note.
+        synthetic: Shape of a random target with scripted drafters, instead of a target folder: tiny, llama3-1b or llama3-8b.
+        synthetic_tau: Tokens per round that the scripted drafter reaches, as far as the depth allows.
+        synthetic_kinds: Drafter kinds whose cost is measured, with default settings and at most 32,000 draft tokens; by default
+            all kinds.
         prompt_length: Tokens of the synthetic prompt.
 
     Returns:
         0, or 1 on a mismatch.
     """
-    request = Request(
-        target,
-        tuple(drafter or ()),
-        prompts,
-        tuple(depths),
-        read_trees(trees),
-        tuple(policy or ()),
-        max_new_tokens,
-        temperature,
-        verify,
-        limit,
-        repeats,
-        batch,
-        chosen_device(device),
-        dtype,
-        baselines,
-        seed,
-        max_seconds,
-        synthetic,
-        synthetic_tau,
-        tuple(synthetic_kinds or ()),
-        prompt_length,
-    )
-    for name, file in (("json", json), ("plot", plot)):
-        if file is not None and Path(file).is_dir():
+    flags = dict(locals())
+    for name in ("json", "plot"):
+        if (file := flags.pop(name)) is not None and Path(file).is_dir():
             raise UserError(f"--{name} {file}: is a folder; name a file in it")
-    from trainkit.eval.bench.methods import checkpoint_field, synthetic_field
+    flags |= {"drafters": tuple(flags.pop("drafter") or ()), "policies": tuple(flags.pop("policy") or ())}
+    flags |= {"depths": tuple(depths), "trees": read_trees(trees), "synthetic_kinds": tuple(synthetic_kinds or ())}
+    arguments = BenchArguments(**flags)
+    from trainkit.eval.bench.methods import checkpoint_setup, synthetic_setup
     from trainkit.eval.bench.metrics import summarise
     from trainkit.eval.bench.plot import figure
+    from trainkit.eval.bench.run import run
     from trainkit.eval.bench.table import table
     from trainkit.files import write_json
 
-    result = run(request, synthetic_field(request) if synthetic is not None else checkpoint_field(request))
+    result = run(arguments, synthetic_setup(arguments) if synthetic is not None else checkpoint_setup(arguments))
     summary = summarise(result)
     print(table(summary))
     if json is not None:
@@ -123,10 +102,10 @@ def bench(
 
 
 def read_trees(given: str | None) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Trees as rank paths, from JSON or a file of it.
+    """Trees as rank paths, from JSON text or a JSON file.
 
     Raises:
-        UserError: it is no list of trees.
+        UserError: not a list of trees.
     """
     if given is None:
         return ()
@@ -139,5 +118,5 @@ def read_trees(given: str | None) -> tuple[tuple[tuple[int, ...], ...], ...]:
             raise ValueError("an empty tree is plain decoding")
         return tuple(parse_rank_paths(tree) for tree in trees)
     except (ValueError, TypeError) as error:
-        name = given if is_file else "given"
-        raise UserError(f"trees {name}: must be a list of trees, each a list of rank paths: [[[0],[1],[0,0]]]") from error
+        name = f" {given}" if is_file else ""
+        raise UserError(f"trees{name}: must be a list of trees, each a list of rank paths: [[[0],[1],[0,0]]]") from error

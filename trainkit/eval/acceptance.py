@@ -1,8 +1,8 @@
-"""Exact acceptance of drafters on given texts, and tau as served, question by question, with intervals.
+"""Exact acceptance of drafters on given texts, and tau from decoding, as sums for each question.
 
-The texts are read once by the target and once by each drafter (teacher-forced), so every token counts, also those that a
-runner would not reach after a rejection. Give the target's own answers (`trainkit distill` on held-out prompts) to measure
-what is served; reference answers measure how the draft follows a text that the target would not write.
+The target and each drafter read the texts once, teacher-forced, so every token counts, including those that decoding would not
+reach after a rejection. The target's own answers (`trainkit distill` on held-out prompts) measure acceptance as it is in
+decoding; reference answers measure it on texts that the target would not write.
 """
 
 # B batch rows  T positions  N counted tokens  Q questions (documents)
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainkit.data.teacher.live import FeatureCache, LiveTeacher
+from trainkit.data.teacher.live import LiveTeacher
 from trainkit.data.text.packing import PackedSet
 from trainkit.drafters.base import DraftBatch, Drafter
 from trainkit.errors import UserError
@@ -26,12 +26,10 @@ from trainkit.models.load import load_decoder
 from trainkit.runner import Runner
 
 Sums = dict[str, np.ndarray]
+"""For a drafter or one of its heads: `tokens`, the counted tokens of each question [Q], and sums over them by measure [Q]."""
 
 
-"""`tokens`, and by name the sum over each question's tokens [Q]; of one drafter, or of one of its heads."""
-
-
-def served(
+def decode_tau(
     target: str,
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
@@ -40,14 +38,13 @@ def served(
     max_new_tokens: int,
     device: str = "cpu",
 ) -> Sums:
-    """Emitted tokens and rounds of each question, `tau_coupled@T` and `tau_residual@T` [2, Q]; tau is their sums' ratio.
+    """`tau_coupled@T` and `tau_residual@T` [2, Q]: tokens emitted and rounds of each question; tau is the ratio of their sums.
 
-    Counted as `Stats.tau` does: without prefill's token and without a last round that length or end cut.
+    Counted as in `Stats.tau`: without prefill's token, and without a last round cut by length or end token.
     """
-    shape = drafter.target
     decoder = load_decoder(Path(target), torch.device(device), torch.float32)
-    room = max(map(len, prompts)) + max_new_tokens
-    runner, depth = Runner.from_modules(decoder, drafter, shape, Path(target), 16, room), min(depth, drafter.max_depth or depth)
+    max_len, depth = max(map(len, prompts)) + max_new_tokens, min(depth, drafter.max_depth or depth)
+    runner = Runner.from_modules(decoder, drafter, drafter.target, Path(target), 16, max_len)
     sums: Sums = {}
     for temperature in temperatures:
         for verify in ("coupled", "residual") if temperature else ("coupled",):
@@ -67,79 +64,85 @@ def measure(
     name: str = "",
     progress: bool = True,
 ) -> list[list[Sums]]:
-    """Sums by question of each drafter's heads: `alpha@T` and `alpha_coupled@T` for T above 0, `agreement@0`; and `tokens`.
+    """For each drafter the `Sums` of each of its heads: `tokens`, `alpha@T` and `alpha_coupled@T` for T > 0, `agreement@0`.
 
-    Of a drafter with one prediction a position, whatever the depth, that is one entry.
+    A drafter that makes one prediction per position, whatever its depth, has a single entry.
 
     Args:
-        reader: The target; what it says is kept under `name` where it has a folder.
-        drafters: All for this target; read in one pass.
-        packed: Questions are its documents, in stored order.
-        temperatures: Of both distributions.
-        batch: Packed rows at once.
-        name: Of the packed set.
-        progress: Show a bar.
+        reader: Reader of the target; caches hidden states under `name` if it has a folder.
+        drafters: Drafters for this target; all are measured in one pass.
+        packed: Texts; its documents are the questions, in stored order.
+        temperatures: Temperatures of target and draft distribution.
+        batch: Packed rows per forward pass.
+        name: Name of the packed set in the cache.
+        progress: Whether to show a progress bar.
 
     Raises:
-        UserError: a kind whose loss does not tell its tokens apart.
+        UserError: a drafter kind whose loss gives no values per token.
     """
     from tqdm import tqdm
 
     questions, device = len(packed.documents_D) - 1, reader.target.device
-    found: list[list[Sums]] = [[] for _ in drafters]
+    sums: list[list[Sums]] = [[] for _ in drafters]
     starts = range(0, len(packed), batch)
     for start in tqdm(starts, desc="eval", unit=" batches", disable=not progress or None, delay=2):
         rows = list(range(start, min(start + batch, len(packed))))
         tensors = {key: value.to(device) for key, value in packed.batch(rows, len(rows)).items()}
-        firsts_B = torch.as_tensor(packed.rows_R[rows], device=device)
-        said: dict[tuple[int, ...], DraftBatch] = {}
-        for heads, drafter in zip(found, drafters, strict=True):
+        first_question_B = torch.as_tensor(packed.rows_R[rows], device=device)
+        batches: dict[tuple[int, ...], DraftBatch] = {}  # by taps: drafters that read the same states share a batch
+        for heads, drafter in zip(sums, drafters, strict=True):
             taps = tuple(drafter.taps)
-            if taps not in said:
-                said[taps] = _seen(reader, tensors, taps, packed, name)
-            numbers_BT = (said[taps].document_BT + firsts_B[:, None]).cpu()
-            for number, (counted_BT, values) in enumerate(_values(drafter, said[taps], temperatures)):
+            if taps not in batches:
+                batches[taps] = _draft_batch(reader, tensors, taps, packed, name)
+            question_BT = (batches[taps].document_BT + first_question_B[:, None]).cpu()
+            # add the values of each head's counted tokens to the sums of their questions
+            for number, (counted_BT, values) in enumerate(_values(drafter, batches[taps], temperatures)):
                 if number == len(heads):
                     heads.append({})
-                question_N = numbers_BT[counted_BT].numpy()
+                question_N = question_BT[counted_BT].numpy()
                 for key, value_N in {"tokens": torch.ones(len(question_N)), **values}.items():
-                    total = np.bincount(question_N, value_N.double().numpy(), questions)
-                    heads[number][key] = heads[number][key] + total if key in heads[number] else total
-    return found
+                    total_Q = np.bincount(question_N, value_N.double().numpy(), questions)
+                    heads[number][key] = heads[number].get(key, 0) + total_Q
+    return sums
 
 
-def _seen(reader: LiveTeacher, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str) -> DraftBatch:
-    store: FeatureCache | None = reader.open_store(f"{name} eval", packed, taps)
-    return DraftBatch.read(reader, tensors, taps, store)
+def _draft_batch(
+    reader: LiveTeacher, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str
+) -> DraftBatch:
+    hidden_BTD, taps_BTAD = reader.read(tensors, taps, reader.open_store(f"{name} eval", packed, taps))
+    tokens_BT, positions_BT = tensors["tokens_BT"], tensors["positions_BT"]
+    document_BT, mask_BT = tensors["document_BT"], tensors["mask_BT"]
+    return DraftBatch(tokens_BT, positions_BT, document_BT, mask_BT, taps_BTAD, hidden_BTD, reader.handle())
 
 
-def _values(drafter: Drafter, seen: DraftBatch, temperatures: Sequence[float]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Of each head where its tokens count [B, T], and their measures [N]; on the CPU."""
+def _values(drafter: Drafter, batch: DraftBatch, temperatures: Sequence[float]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """For each head the mask of its counted tokens [B, T], and the measures of those tokens [N]; on the CPU."""
     heads: list[tuple[Tensor, dict[str, Tensor]]] = []
     for temperature in sorted(set(temperatures), reverse=True):
-        if temperature == 0 and heads:
+        if temperature == 0 and heads:  # agreement was measured at the first temperature
             continue
         divergence = ForwardKL(temperature=temperature or 1.0, chunk=256)
-        output = drafter(seen, divergence.measuring(coupled=True) if temperature else divergence)
-        told = _by_head(drafter, seen, output)
-        heads = heads or [(counted_BT, {}) for counted_BT, _ in told]
-        for (_, values), (_, given) in zip(heads, told, strict=True):
+        output = drafter(batch, divergence.measuring(coupled=True) if temperature else divergence)
+        by_head = _by_head(drafter, batch, output)
+        heads = heads or [(counted_BT, {}) for counted_BT, _ in by_head]
+        for (_, values), (_, measured) in zip(heads, by_head, strict=True):
             if temperature:
-                values |= {f"{key}@{temperature:g}": given[key] for key in ("alpha", "alpha_coupled")}
+                values |= {f"{key}@{temperature:g}": measured[key] for key in ("alpha", "alpha_coupled")}
             if 0 in temperatures:
-                values["agreement@0"] = given["agreement"]
+                values["agreement@0"] = measured["agreement"]
     return heads
 
 
-def _by_head(drafter: Drafter, seen: DraftBatch, output: LossOutput) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
-    given = {name.removesuffix("_HBT"): value.cpu() for name, value in output.per_token.items()}
-    if "counted" in given:
-        counted_HBT = given.pop("counted")
+def _by_head(drafter: Drafter, batch: DraftBatch, output: LossOutput) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
+    """The per-token values of a loss, separated by head."""
+    per_token = {name.removesuffix("_HBT"): value.cpu() for name, value in output.per_token.items()}
+    if "counted" in per_token:
+        counted_HBT = per_token.pop("counted")
         return [
-            (counted_BT, {name: value[head][counted_BT] for name, value in given.items()})
+            (counted_BT, {name: value[head][counted_BT] for name, value in per_token.items()})
             for head, counted_BT in enumerate(counted_HBT)
         ]
-    counted_BT = seen.label_mask(1).cpu()
-    if len(given.get("agreement", ())) != int(counted_BT.sum()):
-        raise UserError(f"{type(drafter).__name__}: its loss does not tell its tokens apart; eval cannot sort them by question")
-    return [(counted_BT, given)]
+    counted_BT = batch.label_mask(1).cpu()
+    if len(per_token.get("agreement", ())) != int(counted_BT.sum()):
+        raise UserError(f"{type(drafter).__name__}: its loss gives no values per token; eval needs them for each question")
+    return [(counted_BT, per_token)]

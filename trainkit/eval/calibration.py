@@ -1,16 +1,16 @@
-"""Whether probabilities of acceptance mean what they say: log-loss, calibration error, recalibration, and what is to be beaten.
+"""Quality of an acceptance predictor's probabilities: log-loss, calibration error, recalibration, and baselines to beat.
 
-Labels are 0 or 1, or probabilities themselves (`residual`). Left out on purpose: isotonic regression. It fits any monotone
-curve, and for it the bundle would have to carry one; a predictor that needs it has another fault.
+Labels are 0 or 1, or probabilities (`residual`). Isotonic recalibration is left out on purpose: it fits any monotone curve, the
+bundle would have to store that curve, and a predictor that needs it has another defect.
 """
 
 # N records  W proposals of each  M bins
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +21,19 @@ from trainkit.models.predictor import AcceptancePredictor
 
 BINS = 15
 RIDGE = 1e-2
-"""Weight of the prior at (1, 0) in `fit_scale`: nothing beside data, and labels that are all alike have an answer."""
-_LEAST = 1e-6
-"""Probabilities are taken from here to 1 less this: float32's one would cost infinity where it is wrong once."""
+"""Weight of the prior at (1, 0) in `fit_scale`: negligible beside data, and finite results for labels that are all equal."""
+_MIN_PROBABILITY = 1e-6
+"""Probabilities are clamped to [this, 1 - this], because a wrong prediction of exactly 0 or 1 would cost infinite log-loss."""
 
 Scale = tuple[float, float]
-"""logit -> first * logit + second."""
+"""(scale, shift) of logit -> scale * logit + shift."""
 Scales = tuple[Scale, Scale]
-"""One at temperature 0, one above it."""
+"""The scale at temperature 0, and the scale above it."""
 UNSCALED: Scales = ((1.0, 0.0), (1.0, 0.0))
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Records of like probability: its mean, the mean label, and how many they are."""
+class Bin(NamedTuple):
+    """Records with similar probabilities: mean probability, mean label, number of records."""
 
     probability: float
     label: float
@@ -42,17 +41,17 @@ class Bin:
 
 
 def log_loss(probability_N: Tensor, label_N: Tensor) -> float:
-    """Mean cross entropy, in nats per record; nan without one."""
-    p_N = probability_N.double().clamp(_LEAST, 1 - _LEAST)
+    """Mean cross entropy in nats per record; nan without records."""
+    p_N = probability_N.double().clamp(_MIN_PROBABILITY, 1 - _MIN_PROBABILITY)
     return F.binary_cross_entropy(p_N, label_N.double()).item() if len(p_N) else float("nan")
 
 
 def reliability(probability_N: Tensor, label_N: Tensor, bins: int = BINS) -> list[Bin]:
-    """Records by probability in `bins` bins of equal width, lowest first; those without any are left out."""
+    """The non-empty ones of `bins` probability bins of equal width, lowest first."""
     p_N, label_N = probability_N.double(), label_N.double()
-    place_N = (p_N * bins).long().clamp(max=bins - 1)
-    counts_M = torch.bincount(place_N, minlength=bins)
-    p_M, label_M = torch.bincount(place_N, p_N, bins), torch.bincount(place_N, label_N, bins)
+    bin_N = (p_N * bins).long().clamp(max=bins - 1)
+    counts_M = torch.bincount(bin_N, minlength=bins)
+    p_M, label_M = torch.bincount(bin_N, p_N, bins), torch.bincount(bin_N, label_N, bins)
     return [
         Bin(p / count, label / count, count)
         for p, label, count in zip(p_M.tolist(), label_M.tolist(), counts_M.tolist(), strict=True)
@@ -61,16 +60,16 @@ def reliability(probability_N: Tensor, label_N: Tensor, bins: int = BINS) -> lis
 
 
 def expected_calibration_error(probability_N: Tensor, label_N: Tensor, bins: int = BINS) -> float:
-    """Mean over records of |mean probability - mean label| of their bin of equal width (Guo et al. 2017, arXiv 1706.04599)."""
-    found = reliability(probability_N, label_N, bins)
-    total = sum(one.count for one in found)
-    return sum(one.count * abs(one.probability - one.label) for one in found) / total if total else float("nan")
+    """Mean over records of |mean probability - mean label| in their bin of equal width (Guo et al. 2017, arXiv 1706.04599)."""
+    filled = reliability(probability_N, label_N, bins)
+    total = sum(bin.count for bin in filled)
+    return sum(bin.count * abs(bin.probability - bin.label) for bin in filled) / total if total else float("nan")
 
 
 def fit_scale(logits_N: Tensor, labels_N: Tensor) -> Scale:
-    """(scale, shift) that minimise the log-loss of scale * logit + shift: Platt's recalibration, by Newton's method.
+    """(scale, shift) that minimise the log-loss of scale * logit + shift: Platt scaling, by Newton's method.
 
-    Labels may be probabilities. (1, 0) without records, and near it with few.
+    Labels may be probabilities. Without records the result is (1, 0), and with few records it is close to it.
     """
     x_N, y_N = logits_N.double(), labels_N.double()
     prior = theta = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -96,31 +95,31 @@ def fit_scale(logits_N: Tensor, labels_N: Tensor) -> Scale:
 
 def fit_scales(logits_N: Tensor, labels_N: Tensor, temperature_N: Tensor) -> Scales:
     """`fit_scale` of the records at temperature 0, and of those above it."""
-    cold_N = temperature_N == 0
-    return fit_scale(logits_N[cold_N], labels_N[cold_N]), fit_scale(logits_N[~cold_N], labels_N[~cold_N])
+    greedy_N = temperature_N == 0
+    return fit_scale(logits_N[greedy_N], labels_N[greedy_N]), fit_scale(logits_N[~greedy_N], labels_N[~greedy_N])
 
 
 def scaled(logits_N: Tensor, temperature_N: Tensor, scales: Scales) -> Tensor:
-    """[N] probabilities of logits, recalibrated as at their temperature; float64."""
+    """[N] recalibrated probabilities, float64; each record uses the scale of its temperature."""
     table = torch.tensor(scales, dtype=torch.float64)[(temperature_N > 0).long()]
     return (logits_N.double() * table[:, 0] + table[:, 1]).sigmoid()
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """What a predictor has to beat, fitted on the records that it was trained on.
+    """Simple predictions that a predictor must beat, fitted on its training records.
 
     Attributes:
-        constant: Their mean label.
-        max_q: What recalibrates the draft's highest probability, as a logit.
+        constant: Mean label of the training records.
+        max_q: Scales that recalibrate the logit of the draft's highest probability.
     """
 
     constant: float
     max_q: Scales
 
     @staticmethod
-    def of(train: AcceptanceSet) -> Baselines:
-        """Rounded, so that a resumed run on another machine finds them equal."""
+    def fit(train: AcceptanceSet) -> Baselines:
+        """Fits the baselines; rounded, so that a run resumed on another machine finds equal ones."""
         label_N = train.accepted
         scales = fit_scales(_logit(train.column("max_q")), label_N, train.temperature)
         (a, b), (c, d) = (tuple(round(value, 5) for value in scale) for scale in scales)
@@ -132,11 +131,11 @@ class Baselines:
         return Baselines(float(values["constant"]), ((a, b), (c, d)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON gives them back."""
+        """JSON-able values that `from_dict` reads."""
         return {"constant": self.constant, "max_q": [list(scale) for scale in self.max_q]}
 
     def probabilities(self, records: AcceptanceSet) -> dict[str, Tensor]:
-        """`constant`, `max_q` as the draft has it, and `max_q_fitted`, of each record."""
+        """The predictions for each record: `constant`, `max_q` (the draft's own), `max_q_fitted` (recalibrated)."""
         max_q_N = records.column("max_q")
         return {
             "constant": torch.full_like(max_q_N, self.constant),
@@ -146,63 +145,60 @@ class Baselines:
 
 
 def _logit(probability_N: Tensor) -> Tensor:
-    return probability_N.double().clamp(_LEAST, 1 - _LEAST).logit()
+    return probability_N.double().clamp(_MIN_PROBABILITY, 1 - _MIN_PROBABILITY).logit()
 
 
 @torch.no_grad()
 def predicted(predictor: Any, records: AcceptanceSet, device: torch.device | None = None, batch: int = 8192) -> Tensor:
     """[N, W] uncalibrated logits of an `AcceptancePredictor`, on the CPU."""
-    found = [torch.zeros(0, records.tensors["label"].shape[1])]
+    logits = [torch.zeros(0, records.tensors["label"].shape[1])]
     for start in range(0, len(records), batch):
-        rows: Sequence[int] = range(start, min(start + batch, len(records)))
-        made = {name: value.to(device) for name, value in records.batch(rows, len(rows)).items()}
-        found.append(logits_of(predictor, made).float().cpu())
-    return torch.cat(found)
+        rows = range(start, min(start + batch, len(records)))
+        tensors = {name: value.to(device) for name, value in records.batch(rows, len(rows)).items()}
+        logits.append(logits_of(predictor, tensors).float().cpu())
+    return torch.cat(logits)
 
 
 def logits_of(predictor: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """[B, W] uncalibrated logits of a batch of `AcceptanceSet.batch`."""
+    """[B, W] uncalibrated logits for a batch from `AcceptanceSet.batch`."""
     return predictor(batch["hidden_BD"][:, None], batch["signals_BWC"][:, None], batch["depth_B"][:, None])[:, 0]
 
 
 Table = dict[str, Any]
-
-
-"""One group of records: `group`, `records`, `accepted` (mean label), and by source `log_loss`, `ece` and `reliability`."""
+"""One group of records: `group`, `records`, `accepted` (mean label), and `log_loss`, `ece` and `reliability` by source."""
 
 
 def measure(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]:
-    """All records, then those of each temperature, then those of each draft position, from 1."""
+    """Tables of all records, of those at each temperature, and of those at each draft position, counted from 1."""
     logits_N, label_N, temperature_N = predicted(network, records)[:, 0], records.accepted, records.temperature
     sources = {"predictor": network.calibrated(logits_N, temperature_N), "raw": logits_N.sigmoid()}
     sources |= Baselines.from_dict(network.seen["baselines"]).probabilities(records)
     position_N = records.column("depth").long() + 1
     groups = {"all": torch.ones_like(temperature_N, dtype=torch.bool)}
-    groups |= {f"temperature {heat:g}": temperature_N == heat for heat in temperature_N.unique().tolist()}
-    groups |= {f"position {place}": position_N == place for place in position_N.unique().tolist()}
-    return [_table(group, sources, label_N, chosen_N) for group, chosen_N in groups.items()]
+    groups |= {f"temperature {value:g}": temperature_N == value for value in temperature_N.unique().tolist()}
+    groups |= {f"position {value}": position_N == value for value in position_N.unique().tolist()}
+    return [
+        _table(group, {name: p_N[in_group_N] for name, p_N in sources.items()}, label_N[in_group_N])
+        for group, in_group_N in groups.items()
+    ]
 
 
 def measure_ranks(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]:
-    """Of every record the likeliest proposal, the second and so on; beside the predictor the draft's probability of each."""
+    """A table of every record's most probable proposal, one of the second, and so on; sources are predictor and draft."""
     p_NW = network.calibrated(predicted(network, records), records.temperature[:, None])
-    own_NW, label_NW = records.column("signals")[..., 1], records.column("label")
-    every_N = torch.ones(len(records), dtype=torch.bool)
+    draft_NW, label_NW = records.column("signals")[..., 1], records.column("label")
     return [
-        _table(f"proposal {rank + 1}", {"predictor": p_NW[:, rank], "draft": own_NW[:, rank]}, label_NW[:, rank], every_N)
+        _table(f"proposal {rank + 1}", {"predictor": p_NW[:, rank], "draft": draft_NW[:, rank]}, label_NW[:, rank])
         for rank in range(label_NW.shape[1])
     ]
 
 
-def _table(group: str, sources: Mapping[str, Tensor], label_N: Tensor, chosen_N: Tensor) -> Table:
-    label_N, chosen = label_N[chosen_N], {name: p_N[chosen_N] for name, p_N in sources.items()}
+def _table(group: str, sources: Mapping[str, Tensor], label_N: Tensor) -> Table:
     return {
         "group": group,
         "records": len(label_N),
         "accepted": label_N.double().mean().item(),
-        "log_loss": {name: log_loss(p_N, label_N) for name, p_N in chosen.items()},
-        "ece": {name: expected_calibration_error(p_N, label_N) for name, p_N in chosen.items()},
-        "reliability": {
-            name: [[bin.probability, bin.label, bin.count] for bin in reliability(p_N, label_N)] for name, p_N in chosen.items()
-        },
+        "log_loss": {name: log_loss(p_N, label_N) for name, p_N in sources.items()},
+        "ece": {name: expected_calibration_error(p_N, label_N) for name, p_N in sources.items()},
+        "reliability": {name: [list(bin) for bin in reliability(p_N, label_N)] for name, p_N in sources.items()},
     }

@@ -94,11 +94,13 @@ def first_lines(error: Exception, count: int = 2) -> str:
 
 
 def find_device(name: str) -> torch.device:
-    """The torch device of this name.
+    """The torch device of this name; `auto` is a GPU where there is one, otherwise the CPU.
 
     Raises:
         UserError: there is no such device here.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -90,7 +90,7 @@ class PredictorModule(TrainingModule):
             raise UserError("data: a predictor is trained on an acceptance set; set data.class_path: AcceptanceData")
         train, _ = self._sets
         about, label_NW = train.manifest, train.column("label").double()
-        self._baselines = Baselines.of(train)
+        self._baselines = Baselines.fit(train)
         self._mean_weight = float((label_NW + self.rejection_weight * (1 - label_NW)).mean())
         self._drafter = dict(about["drafter"])
         seen = {

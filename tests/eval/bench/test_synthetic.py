@@ -1,6 +1,4 @@
-"""The scripted drafter: accepted as the script says, through the real round, and lossless as any other."""
-
-from functools import partial
+"""The scripted drafter: real rounds accept what the script states, and the text is the target's own."""
 
 import pytest
 import torch
@@ -31,8 +29,8 @@ def scripted_runner(new_tokens: int, max_batch: int = 1, kind: str = "lm"):
     prompts = random_prompts(decoder.shape.vocab_size, 3, 20)
     plain = Runner.from_modules(decoder, None, shape, max_batch=1, max_len=20 + new_tokens)
     text = plain.generate(prompts[:1], max_new_tokens=new_tokens)[0].tokens
-    drafter = ScriptedDrafter.of_kind(kind, shape, device, cpu, head_rows=100)
-    drafter.read(prompts[0] + text)
+    drafter = ScriptedDrafter.build(kind, shape, device, cpu, head_rows=100)
+    drafter.set_text(prompts[0] + text)
     return Runner.from_modules(decoder, drafter, shape, max_batch=max_batch, max_len=20 + new_tokens), drafter, prompts, text
 
 
@@ -40,7 +38,7 @@ def scripted_runner(new_tokens: int, max_batch: int = 1, kind: str = "lm"):
 def test_each_round_accepts_what_the_script_says_and_the_text_is_the_targets(max_batch, kind):
     lengths = [0, 3, 1, 4, 2] * 4
     runner, drafter, prompts, text = scripted_runner(1 + sum(lengths) + len(lengths), max_batch, kind)
-    drafter.accept(lengths)
+    drafter.set_accepted(lengths)
     for output in runner.generate(prompts, max_new_tokens=len(text), depth=4):
         assert output.tokens == text
         assert output.stats.accepted == [4, 4, 4, 4, 4] and output.stats.cut_rounds == 0
@@ -48,30 +46,30 @@ def test_each_round_accepts_what_the_script_says_and_the_text_is_the_targets(max
 
 
 def test_it_costs_what_its_kind_costs():
-    """Bytes a level reads, and its calls: the wrapped network's own."""
+    """The bytes that a level reads and the calls are those of the wrapped network."""
     runner, drafter, prompts, _ = scripted_runner(8, kind="eagle")
     assert drafter.taps == drafter.inner.taps and drafter.inner.config()["draft_vocab"] == list(range(100))
     assert drafter.step_bytes(0) == drafter.inner.step_bytes(0) > 0
     calls = []
     drafter.inner.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    drafter.accept([0] * 20)
+    drafter.set_accepted([0] * 20)
     stats = runner.generate(prompts[:1], max_new_tokens=8, depth=3)[0].stats
     assert len(calls) == 3 * (stats.rounds + stats.cut_rounds)
 
 
 def test_a_drafter_that_is_told_a_wrong_text_changes_nothing_but_tau():
     runner, drafter, prompts, text = scripted_runner(30)
-    drafter.read([token + 1 for token in prompts[0] + text])
-    drafter.accept(accepted_lengths(5.0, 4))
+    drafter.set_text([token + 1 for token in prompts[0] + text])
+    drafter.set_accepted(accepted_lengths(5.0, 4))
     (output,) = runner.generate(prompts[:1], max_new_tokens=30, depth=4)
     assert output.tokens == text and output.stats.tau == 1.0
 
 
 def test_named_shapes_have_the_published_number_of_parameters():
-    """Llama 3.2 1B: 1.24e9, Llama 3.1 8B: 8.03e9, as their model cards say."""
+    """Llama 3.2 1B: 1.24e9, Llama 3.1 8B: 8.03e9, according to their model cards."""
     from trainkit.layers.blocks import Decoder
 
     for name, published in (("llama3-1b", 1.2358e9), ("llama3-8b", 8.0303e9)):
         with torch.device("meta"):
-            made = partial(Decoder, SHAPES[name])()
-        assert sum(p.numel() for p in made.parameters()) == pytest.approx(published, rel=1e-4)
+            decoder = Decoder(SHAPES[name])
+        assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(published, rel=1e-4)

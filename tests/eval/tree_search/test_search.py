@@ -1,4 +1,4 @@
-"""Tree search: the walk sees what decoding shows, the search finds the best tree, and the bundle carries it to the runner."""
+"""Tree search: the replay predicts decoding, the search finds the best tree, and the runner reads it from the bundle."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from trainkit.card import describe
 from trainkit.cli import main
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
-from trainkit.eval.tree_search.ranks import BEYOND, PRIOR, accuracies, falling, rank_of, shares, simulated, walk
-from trainkit.eval.tree_search.search import Costs, chance, expected_tau, fastest, full, likeliest, measure_costs, search
+from trainkit.eval.tree_search.ranks import PAST_END, PRIOR, accuracies, rank_of, replay_ranks, shares, simulate_decoding
+from trainkit.eval.tree_search.search import (
+    Costs,
+    best_paths,
+    expected_tau,
+    fastest,
+    full_tree,
+    measure_costs,
+    path_probability,
+    search,
+)
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
 from trainkit.runner import Runner, Stats
+from trainkit.runner.policies.cost_model import isotonic
 from trainkit.runner.trees.static import build, chain
 
 
@@ -30,15 +40,15 @@ def random_table(generator: np.random.Generator, depth: int, width: int) -> np.n
 
 
 def random_ranks(table: np.ndarray, count: int, length: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Texts whose rounds accept at random: from every place a path drawn from the table, the shorter near the end."""
+    """Ranks of random texts: from every position a path drawn from the table, cut at the end of the text."""
     depth, width = table.shape[:2]
     ranks = np.full((count, length, depth), width)
-    for text, place in itertools.product(range(count), range(length)):
+    for text, position in itertools.product(range(count), range(length)):
         rank = 0
         for d in range(depth):
             row = table[d, rank]
             rank = int(generator.choice(width + 1, p=[*row, 1 - row.sum()]))
-            ranks[text, place, d] = rank if place + d < length else BEYOND
+            ranks[text, position, d] = rank if position + d < length else PAST_END
             if rank == width:
                 break
     return list(ranks)
@@ -54,38 +64,38 @@ def medusa_runner(ends=()) -> Runner:
     return Runner.from_modules(runner.rounds.target, heads, runner.shape, max_batch=8, max_len=96)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the walk
+# ------------------------------------------------------------------------------------------------------------------ the replay
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["lm", "medusa"])
 def test_rounds_simulated_from_a_walk_are_the_rounds_decoded(kind, temperature, seed):
-    """Any tree, with end tokens inside texts: every full round accepts the same number, every cut round is one there."""
+    """Any tree, with end tokens inside texts: the same statistics of full and of cut rounds as in decoding."""
     ends = tuple(range(7))
     runner = pair(noise=0.05, ends=ends) if kind == "lm" else medusa_runner(ends)
     prompts = ragged_prompts(6)
     options = {"max_new_tokens": 40, "temperature": temperature, "seed": seed}
     texts = [output.tokens for output in runner.generate(prompts, depth=0, **options)]
-    ranks = walk(runner, prompts, texts, 3, 4, temperature, seed, batch=4)
+    ranks = replay_ranks(runner, prompts, texts, 3, 4, temperature, seed, batch=4)
     for paths in (chain(1), chain(3), SIBLINGS, tuple(path for path in BUSHY if len(path) < 4)):
         stats = Stats.merge(output.stats for output in runner.generate(prompts, tree=paths, **options))
-        assert simulated(ranks, paths) == stats, paths
+        assert simulate_decoding(ranks, paths) == stats, paths
 
 
 def test_a_text_of_one_token_has_no_round_and_no_accuracies():
     runner = pair(ends=())
-    ranks = walk(runner, [[1, 2]], [[3]], 2, 3)
-    assert ranks[0].shape == (0, 2) and simulated(ranks, chain(2)).rounds == 0
+    ranks = replay_ranks(runner, [[1, 2]], [[3]], 2, 3)
+    assert ranks[0].shape == (0, 2) and simulate_decoding(ranks, chain(2)).rounds == 0
     with pytest.raises(UserError, match="no text is longer than 1 token"):
         accuracies(ranks, 3)
 
 
 def test_shares_of_heads_are_a_direct_count_of_their_predictions(seed):
-    """By hand: each head on the target's state at each place, and the place of the text's token among its logits."""
+    """By hand: each head reads the target's state at each position; the rank of the text's token among its logits."""
     runner, width = medusa_runner(), 5
     prompts = ragged_prompts(4)
     texts = [output.tokens for output in runner.generate(prompts, 30, depth=0)]
-    found = shares(walk(runner, prompts, texts, 3, width), width)
+    found = shares(replay_ranks(runner, prompts, texts, 3, width), width)
     counts, totals = np.zeros((3, width)), np.zeros(3)
     for prompt, text in zip(prompts, texts, strict=True):
         batch = _batch(runner, prompt, text)
@@ -93,8 +103,8 @@ def test_shares_of_heads_are_a_direct_count_of_their_predictions(seed):
         for d, block in enumerate(runner.drafter.blocks):
             with torch.no_grad():
                 logits = runner.drafter.lm_heads.of(d, batch.handle.head)(block(batch.hidden_BTD))[0]
-            for place in range(len(prompt) - 1, len(whole) - d - 2):
-                rank = int((logits[place] > logits[place, whole[place + d + 2]]).sum())
+            for i in range(len(prompt) - 1, len(whole) - d - 2):
+                rank = int((logits[i] > logits[i, whole[i + d + 2]]).sum())
                 totals[d] += 1
                 if rank < width:
                     counts[d, rank] += 1
@@ -103,19 +113,19 @@ def test_shares_of_heads_are_a_direct_count_of_their_predictions(seed):
 
 
 def test_accuracies_by_hand():
-    """Parent rank 0 was seen 8 times, its child of rank 0 right 6 of them; after rank 1 never."""
-    text = np.array([[0, 0]] * 6 + [[0, 2], [0, 1], [1, 1], [2, BEYOND]])
+    """A parent of rank 0 occurs 8 times, 6 of them with a child of rank 0; after a parent of rank 1 that never occurs."""
+    text = np.array([[0, 0]] * 6 + [[0, 2], [0, 1], [1, 1], [2, PAST_END]])
     table = accuracies([text], 2)
     assert table[0, 0] == pytest.approx([0.8, 0.1])
-    after_any = np.array([6, 2]) / 9  # of nine places whose parent had rank 0 or 1 and whose child is known
+    after_any = np.array([6, 2]) / 9  # of nine positions whose parent has rank 0 or 1 and whose child is known
     assert table[1, 0] == pytest.approx((np.array([6, 1]) + PRIOR * after_any) / (8 + PRIOR))
     assert table[1, 1] == pytest.approx((np.array([0, 1]) + PRIOR * after_any) / (1 + PRIOR))
     assert shares([text], 2)[1] == pytest.approx([6 / 9, 2 / 9])
 
 
 def test_falling_averages_neighbours_that_rise():
-    assert falling(np.array([0.5, 0.1, 0.3, 0.2])) == pytest.approx([0.5, 0.2, 0.2, 0.2])
-    assert falling(np.array([0.1, 0.2, 0.6])) == pytest.approx([0.3, 0.3, 0.3])
+    assert isotonic([0.2, 0.3, 0.1, 0.5]) == pytest.approx([0.2, 0.2, 0.2, 0.5])
+    assert isotonic([0.6, 0.2, 0.1]) == pytest.approx([0.3, 0.3, 0.3])
 
 
 def test_ranks_count_equals_by_id_and_a_token_that_is_not_proposed_is_a_miss():
@@ -128,12 +138,12 @@ def test_ranks_count_equals_by_id_and_a_token_that_is_not_proposed_is_a_miss():
 
 
 def closed_trees(depth: int, width: int, nodes: int) -> set[frozenset]:
-    """Every tree of `nodes` nodes, root included, that has each node's parent and lower ranks."""
+    """Every valid tree of `nodes` nodes, root included: it contains each node's parent and lower-ranked siblings."""
     trees = {frozenset([(0,)])}
     for _ in range(nodes - 2):
         grown = set()
         for tree in trees:
-            for path in ((*above, rank) for above in [(), *tree] if len(above) < depth for rank in range(width)):
+            for path in ((*parent, rank) for parent in [(), *tree] if len(parent) < depth for rank in range(width)):
                 if path not in tree and (path[-1] == 0 or (*path[:-1], path[-1] - 1) in tree):
                     grown.add(tree | {path})
         trees = grown
@@ -145,17 +155,17 @@ def test_the_greedy_tree_is_the_best_of_all_trees(nodes, depth, width, seed):
     for case in range(10):
         table = random_table(np.random.default_rng([seed, case]), depth, width)
         best = max(expected_tau(tree, table) for tree in closed_trees(depth, width, nodes))
-        found = likeliest(table, nodes, depth)
+        found = best_paths(table, nodes, depth)
         assert expected_tau(found, table) == pytest.approx(best) and len(found) == nodes - 1
-        build(found, torch.device("cpu"))  # refuses what is no tree
+        build(found, torch.device("cpu"))  # raises if it is not a tree
 
 
 def test_expected_tau_is_the_tau_of_rounds_that_accept_at_random(seed):
-    """20 texts of 500 places; tau's standard error from the rounds themselves, and a chance failure in 16,000."""
+    """20 texts of 500 positions; the standard error of tau is that of the rounds, and one run in 16,000 fails by chance."""
     generator = np.random.default_rng(seed)
     table = random_table(generator, 3, 3)
-    paths = likeliest(table, 9, 3)
-    stats = simulated(random_ranks(table, 20, 500, generator), paths)
+    paths = best_paths(table, 9, 3)
+    stats = simulate_decoding(random_ranks(table, 20, 500, generator), paths)
     squares = sum(n * (k + 1 - stats.tau) ** 2 for k, n in enumerate(stats.accepted))
     error = (squares / stats.rounds / stats.rounds) ** 0.5
     assert abs(stats.tau - expected_tau(paths, table)) < 4 * error and error < 0.02
@@ -163,7 +173,7 @@ def test_expected_tau_is_the_tau_of_rounds_that_accept_at_random(seed):
 
 def test_a_search_never_expands_more_nodes_of_a_level_than_the_drafter_can(seed):
     table = random_table(np.random.default_rng(seed), 4, 6)
-    for paths in (likeliest(table, 40, 4, widest=2), full(40, 4, 6, widest=2)):
+    for paths in (best_paths(table, 40, 4, max_frontier=2), full_tree(40, 4, 6, max_frontier=2)):
         for depth in range(4):
             assert len({path[:-1] for path in paths if len(path) == depth + 1}) <= 2
         build(paths, torch.device("cpu"))
@@ -171,15 +181,15 @@ def test_a_search_never_expands_more_nodes_of_a_level_than_the_drafter_can(seed)
 
 
 def test_the_full_tree_has_the_fewest_children_that_fit():
-    assert full(7, 3, 4) == ((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1))
-    assert full(9, 2, 4) == ((0,), (1,), (2,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1))
-    assert full(3, 3, 1) == chain(2)
-    with pytest.raises(UserError, match="hold 7; ask for no more"):
-        full(8, 2, 2)
+    assert full_tree(7, 3, 4) == ((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1))
+    assert full_tree(9, 2, 4) == ((0,), (1,), (2,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1))
+    assert full_tree(3, 3, 1) == chain(2)
+    with pytest.raises(UserError, match="hold 7; lower nodes"):
+        full_tree(8, 2, 2)
 
 
 def costs(row: float, level: float) -> Costs:
-    """Verifying takes 1 and `row` for each row more, a draft level `level`."""
+    """Verifying takes 1 second plus `row` for each further row, a draft level takes `level`."""
     return Costs(1.0, {1: 1.0, 100: 1.0 + 99 * row}, level, {1: level, 8: level})
 
 
@@ -196,7 +206,7 @@ def test_costs_by_hand():
     one = Costs(2.0, {1: 2.0, 3: 4.0, 5: 8.0}, 0.5, {1: 0.25, 2: 0.75})
     paths = ((0,), (1,), (0, 0), (1, 0), (0, 0, 0))  # levels of 1, 2 and 1 frontier nodes
     assert one.draft(paths) == 0.5 + 0.75 + 0.25
-    assert (one.verify(2), one.verify(6)) == (3.0, 10.0)  # between two that were timed, and on from the last two
+    assert (one.verify(2), one.verify(6)) == (3.0, 10.0)  # interpolated, and extrapolated from the last two
     assert one.speedup(3.0, paths) == pytest.approx(3.0 * 2.0 / (10.0 + 1.5))
 
 
@@ -215,7 +225,7 @@ def test_measured_costs_cover_all_sizes_and_do_not_fall(seed):
 
 @pytest.fixture
 def made(tiny_target, tmp_path, seed):
-    """A bundle of medusa heads for the tiny target, and prompts."""
+    """The tiny target, a bundle of Medusa heads for it, and a file of prompts."""
     heads = Medusa(target_shape(tiny_target), num_heads=3)
     heads.initialise(tiny_target)
     export_drafter(heads, tmp_path / "heads", tokenizer=tiny_target, metrics={"alpha": 0.5})
@@ -245,7 +255,7 @@ def test_the_bundle_carries_the_tree_to_the_runner(made, capsys):
     assert {trace.draft.shape.paths for trace in seen} == {build(tree, torch.device("cpu")).paths}
     seen.clear()
     assert runner.generate([[1, 2, 3]], 16, depth=2, ignore_end=True)[0].tokens == default
-    assert {trace.draft.shape.paths for trace in seen} == {chain(2)}, "depth goes before the recommended tree"
+    assert {trace.draft.shape.paths for trace in seen} == {chain(2)}, "a given depth overrides the recommended tree"
     assert len(describe(found)) < 3000
 
 
@@ -263,7 +273,7 @@ def test_the_number_of_nodes_is_chosen_where_none_is_given(made):
     [
         (["--nodes", "1"], ("nodes 1", "at least 2")),
         (["--depth", "0"], ("depth 0", "at least 1")),
-        (["--nodes", "9", "--width", "1"], ("nodes 9", "hold 4", "no more")),
+        (["--nodes", "9", "--width", "1"], ("nodes 9", "hold 4", "lower nodes")),
         (["--held_out", "5"], ("5 are held out",)),
         (["--width", "321"], ("width 321", "320 ids")),
         (["--max_new_tokens", "600"], ("covers 512", "lower max_new_tokens")),
@@ -291,16 +301,16 @@ def test_chance_is_a_product_along_the_path():
     table = np.zeros((2, 2, 2))
     table[0, 0] = [0.5, 0.25]
     table[1, 1] = [0.4, 0.1]
-    assert chance((1, 0), table) == pytest.approx(0.1) and chance((0, 1), table) == 0
+    assert path_probability((1, 0), table) == pytest.approx(0.1) and path_probability((0, 1), table) == 0
     assert expected_tau([(0,), (1,), (1, 0)], table) == pytest.approx(1.85)
 
 
 def test_near_is_a_draft_with_another_accuracy(seed):
-    """What the toys above rest on: the walk of a draft that is the target finds rank 0 everywhere, a noisy one does not."""
+    """The tests above rely on this: a draft equal to the target has rank 0 everywhere, a noisy draft does not."""
     runner = pair(noise=None, ends=())
     for noise, perfect in ((0.0, True), (0.3, False)):
         draft = lm_draft(runner.shape, near(runner.rounds.target, noise))
-        walker = Runner.from_modules(runner.rounds.target, draft, runner.shape, max_len=96)
-        texts = [output.tokens for output in walker.generate([[1, 2]], 20, depth=0)]
-        ranks = walk(walker, [[1, 2]], texts, 2, 4)[0]
-        assert bool((ranks[ranks != BEYOND] == 0).all()) == perfect
+        other = Runner.from_modules(runner.rounds.target, draft, runner.shape, max_len=96)
+        texts = [output.tokens for output in other.generate([[1, 2]], 20, depth=0)]
+        ranks = replay_ranks(other, [[1, 2]], texts, 2, 4)[0]
+        assert bool((ranks[ranks != PAST_END] == 0).all()) == perfect

@@ -1,11 +1,11 @@
-"""What a measurement ran on: processor, caches, threads, library versions, and the copy bandwidth that speeds are held to."""
+"""The machine that a measurement ran on: processor, cache, threads, library versions, and measured copy bandwidth."""
 
 from __future__ import annotations
 
 import platform
 import statistics
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
@@ -20,14 +20,14 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a measurement ran.
+    """The machine of a measurement.
 
     Attributes:
         processor: Model name of the CPU or GPU.
-        threads: Most threads a CPU contender may use.
-        last_level_cache: Bytes of the last-level cache, or None where it is not known.
-        copy_bandwidth: Bytes read plus bytes written per second by a copy of four times the cache or more.
-        versions: Of trainkit, Python and the libraries that decode.
+        threads: Maximum number of CPU threads.
+        last_level_cache: Bytes of the last-level cache; None if unknown.
+        copy_bandwidth: Bytes read plus bytes written per second, when copying at least four times the cache.
+        versions: Versions of trainkit, Python, torch and transformers.
     """
 
     processor: str
@@ -38,30 +38,31 @@ class Machine:
 
 
 def examine(device: torch.device) -> Machine:
-    """Measures and describes the machine behind `device`."""
-    threads = torch.get_num_threads()
+    """Describes the machine behind `device`, and measures its copy bandwidth."""
     cache = last_level_cache(device)
-    return Machine(processor(device), threads, cache, copy_bandwidth(device, cache), _versions())
+    versions = {"trainkit": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "transformers")}
+    return Machine(processor(device), torch.get_num_threads(), cache, copy_bandwidth(device, cache), versions)
 
 
 def last_level_cache(device: torch.device) -> int | None:
-    """Bytes of the GPU's L2, or of the CPU's highest cache as Linux reports it; None elsewhere."""
+    """Bytes of the GPU's L2 cache, or of the CPU's highest cache level as Linux reports it; None on other systems."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    found: dict[int, int] = {}
+    bytes_by_level: dict[int, int] = {}
     for index in _CACHES.glob("index*"):
         try:
             size = (index / "size").read_text().strip()
-            found[int((index / "level").read_text())] = int(size.rstrip("KMG")) * _UNITS.get(size[-1], 1)
+            bytes_by_level[int((index / "level").read_text())] = int(size.rstrip("KMG")) * _UNITS.get(size[-1], 1)
         except (OSError, ValueError):
             continue
-    return found[max(found)] if found else None
+    return bytes_by_level[max(bytes_by_level)] if bytes_by_level else None
 
 
 def copy_bandwidth(device: torch.device, cache: int | None, repeats: int = 7) -> float:
-    """Bytes per second, read and written, of copying a tensor of at least four times the cache; the median of `repeats`."""
-    least = 1 << 30 if device.type == "cuda" else 1 << 26
-    source = torch.ones(max(4 * (cache or 0), least) // 4, dtype=torch.float32, device=device)
+    """Bytes per second, read plus written, of copying a tensor of at least four times the cache; median of `repeats`."""
+    min_bytes = 1 << 30 if device.type == "cuda" else 1 << 26
+    source = torch.ones(max(4 * (cache or 0), min_bytes) // 4, dtype=torch.float32, device=device)
     sink = torch.empty_like(source)
     seconds = []
     for _ in range(repeats + 1):
@@ -70,14 +71,4 @@ def copy_bandwidth(device: torch.device, cache: int | None, repeats: int = 7) ->
         sink.copy_(source)
         synchronize(device)
         seconds.append(perf_counter() - began)
-    return 2 * source.numel() * 4 / statistics.median(seconds[1:])  # the first touches the pages
-
-
-def _versions() -> dict[str, str]:
-    found = {"trainkit": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return 2 * source.numel() * 4 / statistics.median(seconds[1:])  # the first copy is slower: it allocates the pages

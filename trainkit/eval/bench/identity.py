@@ -1,7 +1,8 @@
-"""Whether two decodings of the same prompts are the same text, and where not, whether rounding alone explains it.
+"""Checks that two decodings of the same prompts are the same text, and whether rounding alone explains a difference.
 
-Rows computed one at a time and several at a time differ by about 1e-5 in float32. Where two texts first differ, the common part
-is read afresh and both tokens must score within a tolerance of the best: a tie. Anything else is a mismatch: somebody is wrong.
+Logits computed one row at a time and several rows at a time differ by about 1e-5 in float32. Where two texts first differ, the
+target scores both tokens after the common text. If both scores are within a tolerance of the best one, the difference is a tie;
+otherwise it is a mismatch, which means an error in one of the two decoders.
 """
 
 # T positions  V vocabulary
@@ -24,18 +25,18 @@ TIE = 1e-4
 
 @dataclass(frozen=True)
 class Difference:
-    """The first difference of one text.
+    """The first difference between two texts.
 
     Attributes:
-        prompt: The prompt's number.
-        place: New tokens before it.
-        tokens: The token of the reference and the other's; -1 where a text has ended.
-        gap: How far the worse of the two scores below the best token.
-        is_tie: Whether the gap is within the tolerance.
+        prompt: Index of the prompt.
+        position: Number of equal new tokens before the difference.
+        tokens: Token of the reference and token of the other text; -1 where a text has ended.
+        gap: Distance of the lower of the two scores from the best token's score.
+        is_tie: Whether the gap is below the tolerance.
     """
 
     prompt: int
-    place: int
+    position: int
     tokens: tuple[int, int]
     gap: float
     is_tie: bool
@@ -43,36 +44,36 @@ class Difference:
 
 @dataclass(frozen=True)
 class Identity:
-    """How many of the texts are equal, and every difference."""
+    """Number of compared texts, and the first difference of each text that differs."""
 
     total: int
     differences: tuple[Difference, ...] = ()
 
     @property
     def ties(self) -> int:
-        """Texts that part at a tie."""
-        return sum(one.is_tie for one in self.differences)
+        """Number of texts that differ first at a tie."""
+        return sum(difference.is_tie for difference in self.differences)
 
     @property
     def mismatches(self) -> int:
-        """Texts that part where rounding does not explain it."""
+        """Number of texts whose difference is not explained by rounding."""
         return len(self.differences) - self.ties
 
     @property
     def equal(self) -> int:
-        """Texts that are the same, token for token."""
+        """Number of texts that are equal token for token."""
         return self.total - len(self.differences)
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Compares texts by what the target would choose.
+class IdentityChecker:
+    """Compares texts, and scores their first differences with the target.
 
     Attributes:
-        target: The decoder that is asked where texts differ.
-        sampling: How its logits become choices.
-        seed: Of the noise.
-        tolerance: Largest gap of a tie; `tolerance_of` measures one for half precision.
+        target: Decoder that both texts should come from.
+        sampling: How logits become scores.
+        seed: Seed of the sampling noise.
+        tolerance: Largest gap that counts as a tie; `tie_tolerance` measures one for half precision.
     """
 
     target: Decoder
@@ -83,32 +84,34 @@ class Judge:
     def compare(
         self, prompts: Sequence[Sequence[int]], reference: Sequence[Sequence[int]], others: Sequence[Sequence[int]]
     ) -> Identity:
-        """The differences of `others` from `reference`, prompt by prompt."""
-        found = []
-        for i, (prompt, one, other) in enumerate(zip(prompts, reference, others, strict=True)):
-            if list(one) == list(other):
+        """The first difference of each text in `others` from the text of the same prompt in `reference`."""
+        differences = []
+        for i, (prompt, expected, other) in enumerate(zip(prompts, reference, others, strict=True)):
+            if list(expected) == list(other):
                 continue
-            place = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-            tokens = tuple(text[place] if place < len(text) else -1 for text in (one, other))
-            gap = float("inf") if -1 in tokens else self.gap(i, len(prompt), [*prompt, *one[:place]], tokens)
-            found.append(Difference(i, place, (tokens[0], tokens[1]), gap, gap < self.tolerance))
-        return Identity(len(prompts), tuple(found))
+            shorter = min(len(expected), len(other))
+            position = next((k for k in range(shorter) if expected[k] != other[k]), shorter)
+            first, second = (text[position] if position < len(text) else -1 for text in (expected, other))
+            ended = -1 in (first, second)
+            gap = float("inf") if ended else self.gap(i, [*prompt, *expected[:position]], (first, second))
+            differences.append(Difference(i, position, (first, second), gap, gap < self.tolerance))
+        return Identity(len(prompts), tuple(differences))
 
     @torch.inference_mode()
-    def gap(self, request: int, prompt_length: int, text: Sequence[int], tokens: Sequence[int]) -> float:
-        """How far the worse of `tokens` scores below the best token after `text`, noise included."""
+    def gap(self, request: int, text: Sequence[int], tokens: Sequence[int]) -> float:
+        """Distance of the lowest score among `tokens` from the best token's score after `text`, sampling noise included."""
         scores_V = self.sampling.process(logits(self.target, text)[-1])
         if not self.sampling.greedy:
             device = scores_V.device
             keys = torch.tensor([request_keys(self.seed, request)], dtype=torch.int32, device=device)
-            place = torch.tensor([[len(text)]], device=device)
-            scores_V = scores_V + gumbel(keys, place, torch.arange(len(scores_V), device=device), CHOICE)[0, 0]
+            position = torch.tensor([[len(text)]], device=device)
+            scores_V = scores_V + gumbel(keys, position, torch.arange(len(scores_V), device=device), CHOICE)[0, 0]
         return float(scores_V.max() - scores_V[list(tokens)].min())
 
 
 @torch.inference_mode()
 def logits(target: Decoder, text: Sequence[int]) -> Tensor:
-    """[T, V] logits of one forward over a whole text."""
+    """[T, V] logits of one forward pass over a whole text."""
     device = target.embed.weight.device
     target.reserve_positions(len(text))
     positions = torch.arange(len(text), device=device)[None]
@@ -118,22 +121,23 @@ def logits(target: Decoder, text: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def tolerance_of(target: Decoder, text: Sequence[int], most: int = 32) -> float:
-    """The gap below which a difference is a tie: 1e-4 in float32; in half precision what rounding does here.
+def tie_tolerance(target: Decoder, text: Sequence[int], max_tokens: int = 32) -> float:
+    """Score gap below which a difference is a tie: 1e-4 in float32; in half precision, measured from this target's rounding.
 
-    That is four times the largest logit difference between one forward over `text` and one row at a time, over its first
-    `most` tokens: two choices may each be off by as much, and other kernels (transformers') by more.
+    In half precision it is four times the largest logit difference between one forward pass over `text` and decoding it token
+    by token, over its first `max_tokens` tokens: each of two scores may be off by that difference, and by more with the kernels
+    of transformers.
     """
-    if target.embed.weight.dtype in (torch.float32, torch.float64):
-        return TIE
-    text = list(text)[:most]
-    whole = logits(target, text)
     device, dtype = target.embed.weight.device, target.embed.weight.dtype
+    if dtype in (torch.float32, torch.float64):
+        return TIE
+    text = list(text)[:max_tokens]
+    whole = logits(target, text)
     cache = target.new_cache(1, len(text), device, dtype)
-    worst = 0.0
-    for place, token in enumerate(text):
-        position = torch.tensor([[place]], device=device)
+    largest = 0.0
+    for index, token in enumerate(text):
+        position = torch.tensor([[index]], device=device)
         bias = causal_bias(position, len(text), dtype)
         hidden, _ = target(torch.tensor([[token]], device=device), position, bias, cache, position)
-        worst = max(worst, float((target.head(hidden)[0, 0].float() - whole[place].float()).abs().max()))
-    return max(TIE, 4 * worst)
+        largest = max(largest, float((target.head(hidden)[0, 0].float() - whole[index].float()).abs().max()))
+    return max(TIE, 4 * largest)

@@ -1,4 +1,4 @@
-"""Who takes part in a bench: contenders made from folders, or from a synthetic target with a scripted drafter."""
+"""Sets up a bench: methods from model folders, or from a synthetic target with scripted drafters."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from trainkit.data.text.prompts import read_prompts
 from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.eval.bench.synthetic import ScriptedDrafter, accepted_lengths, random_prompts, random_target
-from trainkit.eval.bench.timing import ours
-from trainkit.eval.bench.transformers import Settings, assisted_contender, can_assist, load_model, model_of, plain_contender
-from trainkit.eval.bench.types import Draft, Field, Request
+from trainkit.eval.bench.timing import trainkit_method
+from trainkit.eval.bench.transformers import (
+    TransformersSettings,
+    build_model,
+    load_model,
+    transformers_method,
+    why_not_assistant,
+)
+from trainkit.eval.bench.types import BenchArguments, BenchDrafter, BenchSetup
 from trainkit.models.load import covered_positions, find_device
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
@@ -24,151 +30,148 @@ from trainkit.runner.policy import MAX_DEPTH
 from trainkit.runner.trees.shape import RankPath
 from trainkit.runner.trees.static import build, chain
 
+Prepare = Callable[[Any, int], Callable[[], None]]
+"""(drafter, depth) -> function to call before each run at that depth."""
 
-def checkpoint_field(request: Request) -> Field:
-    """Contenders of a target folder and any number of drafter folders; the target is in memory once.
+
+def checkpoint_setup(arguments: BenchArguments) -> BenchSetup:
+    """The setup for a target folder and any number of drafter folders; the target is loaded once and shared.
 
     Raises:
         UserError: a folder or the prompts cannot be read, or do not fit together.
     """
-    assert request.target is not None and request.prompts is not None
-    target, batch = Path(request.target), request.batch
+    assert arguments.target is not None and arguments.prompts is not None
+    # the target, long enough for every prompt
+    target, batch = Path(arguments.target), arguments.batch
     covered = covered_positions(target)
-    prompts = read_prompts(request.prompts, request.target, request.limit)
-    longest = max(map(len, prompts)) + request.max_new_tokens
+    prompts = read_prompts(arguments.prompts, arguments.target, arguments.limit)
+    longest = max(map(len, prompts)) + arguments.max_new_tokens
     if longest > covered:
         raise UserError(
-            f"{request.prompts}: the longest prompt and {request.max_new_tokens} new tokens need {longest} positions, "
+            f"{arguments.prompts}: the longest prompt and {arguments.max_new_tokens} new tokens need {longest} positions, "
             f"{target} covers {covered}; lower max_new_tokens"
         )
-    runner = Runner.load(target, None, request.device, request.dtype, batch, longest)
-    decoder, shape, dtype = runner.rounds.target, runner.shape, getattr(torch, request.dtype)
-    field = Field(runner, prompts, target.resolve().name)
-    for name, folder in zip(_names(request.drafters), request.drafters, strict=True):
+    runner = Runner.load(target, None, arguments.device, arguments.dtype, batch, longest)
+    decoder, shape, dtype = runner.rounds.target, runner.shape, getattr(torch, arguments.dtype)
+    setup = BenchSetup(runner, prompts, target.resolve().name)
+    # the drafters
+    for name, folder in zip(_short_names(arguments.drafters), arguments.drafters, strict=True):
         drafter = load_drafter(Path(folder), target, shape).to(device=runner.device, dtype=dtype)
-        made = Runner.from_modules(decoder, drafter, shape, target, batch, longest)
-        made.predictor = load_bundle_predictor(Path(folder), runner.device)
-        field.drafts.append(Draft(name, made))
-    if request.baselines:
+        predictor = load_bundle_predictor(Path(folder), runner.device)
+        drafting = Runner.from_modules(decoder, drafter, shape, target, batch, longest, predictor=predictor)
+        setup.drafters.append(BenchDrafter(name, drafting))
+    # the methods
+    if arguments.baselines:
         load = partial(load_model, device=runner.device, dtype=dtype)
-        model = load(target)
-        assistants = [_assistant(field, request, *pair, load) for pair in zip(field.drafts, request.drafters, strict=True)]
-        _add_baselines(field, request, model, assistants)
-    _add_ours(field, request)
-    return field
+        model, assistants = load(target), []
+        for drafter, folder in zip(setup.drafters, arguments.drafters, strict=True):
+            reason = why_not_assistant(folder, shape.decoder.vocab_size)
+            if batch > 1:
+                reason = f"it takes one prompt at a time, not {batch}"
+            if reason:
+                setup.notes.append(f"transformers assisted{_suffix(setup, drafter)}: not run, {reason}")
+            assistants.append(None if reason else load(folder))
+        _add_baselines(setup, arguments, model, assistants)
+    _add_trainkit(setup, arguments)
+    return setup
 
 
-def synthetic_field(request: Request) -> Field:
-    """Contenders of a random target and of drafters, at the cost of each kind, that are right as often as `synthetic_tau` asks.
+def synthetic_setup(arguments: BenchArguments) -> BenchSetup:
+    """The setup for a random target and a scripted drafter of each kind, accepted as often as `synthetic_tau` requests.
 
     Raises:
-        UserError: no shape or kind has that name, or tau is below 1.
+        UserError: unknown shape or kind, or tau below 1.
     """
-    assert request.synthetic is not None
-    device, dtype, tau = find_device(request.device), getattr(torch, request.dtype), request.synthetic_tau
-    decoder = random_target(request.synthetic, device, dtype)
+    assert arguments.synthetic is not None
+    device, dtype, tau = find_device(arguments.device), getattr(torch, arguments.dtype), arguments.synthetic_tau
+    decoder = random_target(arguments.synthetic, device, dtype)
     shape = TargetShape(decoder.shape)
-    prompts = random_prompts(decoder.shape.vocab_size, request.limit, request.prompt_length, request.seed)
-    longest = request.prompt_length + request.max_new_tokens
+    prompts = random_prompts(decoder.shape.vocab_size, arguments.limit, arguments.prompt_length, arguments.seed)
+    longest = arguments.prompt_length + arguments.max_new_tokens
+    build_runner = partial(Runner.from_modules, shape=shape, folder=None, max_batch=arguments.batch, max_len=longest)
+    # the text that scripted drafters propose is the target's own
     plain = Runner.from_modules(decoder, None, shape, max_batch=1, max_len=longest)
-    text = prompts[0] + plain.generate(prompts[:1], request.max_new_tokens)[0].tokens
-    field = Field(
-        Runner.from_modules(decoder, None, shape, None, request.batch, longest), prompts, f"synthetic {request.synthetic}"
-    )
-    for kind in request.synthetic_kinds or sorted(discover()):
-        drafter = ScriptedDrafter.of_kind(kind, shape, device, dtype)
-        drafter.read(text)
-        drafting = Runner.from_modules(decoder, drafter, shape, None, request.batch, longest)
-        field.drafts.append(Draft(f"{kind}, scripted for tau {tau:g}", drafting))
-    if request.baselines:
-        field.notes.append("transformers assisted: not run, a scripted drafter is no model of its own")
-        _add_baselines(field, request, model_of(decoder), [None] * len(field.drafts))
-
-    def script(drafter: ScriptedDrafter, depth: int) -> Callable[[], None]:
-        return partial(drafter.accept, accepted_lengths(tau, depth))
-
-    _add_ours(field, request, script)
-    return field
+    text = prompts[0] + plain.generate(prompts[:1], arguments.max_new_tokens)[0].tokens
+    setup = BenchSetup(build_runner(decoder, None), prompts, f"synthetic {arguments.synthetic}")
+    for kind in arguments.synthetic_kinds or sorted(discover()):
+        drafter = ScriptedDrafter.build(kind, shape, device, dtype)
+        drafter.set_text(text)
+        setup.drafters.append(BenchDrafter(f"{kind}, scripted for tau {tau:g}", build_runner(decoder, drafter)))
+    if arguments.baselines:
+        setup.notes.append("transformers assisted: not run, a scripted drafter is not a model that transformers can load")
+        _add_baselines(setup, arguments, build_model(decoder), [None] * len(setup.drafters))
+    _add_trainkit(setup, arguments, lambda drafter, depth: partial(drafter.set_accepted, accepted_lengths(tau, depth)))
+    return setup
 
 
-def _add_baselines(field: Field, request: Request, model: Any, assistants: Sequence[Any | None]) -> None:
-    """The `generate` of transformers, and with each assistant its assisted generation at every depth."""
-    settings = Settings(field.runner.shape, request.temperature, request.seed, request.batch)
-    field.contenders.append(plain_contender(model, settings))
-    for draft, assistant in zip(field.drafts, assistants, strict=True):
+def _add_baselines(setup: BenchSetup, arguments: BenchArguments, model: Any, assistants: Sequence[Any | None]) -> None:
+    """Adds transformers' `generate`, and assisted generation at every depth with each drafter that has an assistant model."""
+    settings = TransformersSettings(setup.runner.shape, arguments.temperature, arguments.seed, arguments.batch)
+    setup.methods.append(transformers_method("transformers generate", settings, model))
+    for drafter, assistant in zip(setup.drafters, assistants, strict=True):
         if assistant is not None:
-            of = f" {draft.name}" if len(field.drafts) > 1 else ""
-            field.contenders += [
-                assisted_contender(f"transformers assisted{of} {depth}", model, assistant, depth, settings, draft.name)
-                for depth in request.depths
+            prefix = f"transformers assisted {drafter.name} " if len(setup.drafters) > 1 else "transformers assisted "
+            setup.methods += [
+                transformers_method(f"{prefix}{depth}", settings, model, assistant, depth, drafter.name)
+                for depth in arguments.depths
             ]
 
 
-def _assistant(field: Field, request: Request, draft: Draft, folder: str, load: Callable[[str], Any]) -> Any | None:
-    """The drafter as a transformers model; None, with a note, where it is none."""
-    why_not = can_assist(folder, field.runner.shape.decoder.vocab_size)
-    if request.batch > 1:
-        why_not = f"it takes one prompt at a time, not {request.batch}"
-    if why_not:
-        field.notes.append(f"transformers assisted{_of(field, draft)}: not run, {why_not}")
-        return None
-    return load(folder)
-
-
-def _add_ours(field: Field, request: Request, prepare: Callable[[Any, int], Callable[[], None]] | None = None) -> None:
-    """Plain decoding; and with each drafter a chain of each depth, its own tree where it has one, and the trees asked for."""
-    field.contenders.append(ours(field.runner, "trainkit plain", (), **request.options))
-    for draft in field.drafts:
-        name = draft.name if len(field.drafts) > 1 else "trainkit"
-        for paths in _trees(field, request, draft):
+def _add_trainkit(setup: BenchSetup, arguments: BenchArguments, prepare: Prepare | None = None) -> None:
+    """Adds plain decoding and, for each drafter, the requested chains, trees and policies, and its own tree if it has one."""
+    options = arguments.options
+    setup.methods.append(trainkit_method(setup.runner, "trainkit plain", **options))
+    for drafter in setup.drafters:
+        runner, name = drafter.runner, drafter.name if len(setup.drafters) > 1 else "trainkit"
+        assert runner.drafter is not None
+        # fixed shapes
+        for paths in _trees(setup, arguments, drafter):
             depth = max(map(len, paths))
             shape = f"depth {depth}" if len(paths) == depth else f"tree {len(paths) + 1}, depth {depth}"
-            taken = {one.name for one in field.contenders}
-            while f"{name} {shape}" in taken:  # another tree with as many nodes
+            while f"{name} {shape}" in {method.name for method in setup.methods}:  # another tree of the same size
                 shape += "'"
-            scripted = prepare and prepare(draft.runner.drafter, depth)
-            made = ours(draft.runner, f"{name} {shape}", paths, scripted, draft.name, **request.options)
-            field.contenders.append(made)
-        if request.policies:
-            assert draft.runner.drafter is not None
-            most = max(request.depths, default=MAX_DEPTH)
-            most = min(most, draft.runner.drafter.max_depth or most)
-            scripted = prepare and prepare(draft.runner.drafter, most)
-            field.contenders += [
-                ours(draft.runner, f"{name} {policy}", (), scripted, draft.name, policy, most, **request.options)
-                for policy in request.policies
-            ]
-    # a rotary table that grows later would leave the graphs of other runners, which read the old one, without it
-    most = max((max(len(one.paths), one.depth) + 3 * one.depth for one in field.contenders), default=0)
-    field.runner.rounds.target.reserve_positions(field.runner.max_len + most + 128)
+            before = prepare and prepare(runner.drafter, depth)
+            setup.methods.append(trainkit_method(runner, f"{name} {shape}", paths, before, drafter.name, **options))
+        # policies
+        limit = max(arguments.depths, default=MAX_DEPTH)
+        limit = min(limit, runner.drafter.max_depth or limit)
+        for policy in arguments.policies:
+            before = prepare and prepare(runner.drafter, limit)
+            method = trainkit_method(runner, f"{name} {policy}", (), before, drafter.name, policy, limit, **options)
+            setup.methods.append(method)
+    # reserve all positions now: a rotary table that grows later invalidates the graphs of the other runners that share it
+    slots = max((max(len(method.paths), method.depth) + 3 * method.depth for method in setup.methods), default=0)
+    setup.runner.rounds.target.reserve_positions(setup.runner.max_len + slots + 128)
 
 
-def _trees(field: Field, request: Request, draft: Draft) -> list[tuple[RankPath, ...]]:
-    """What a drafter drafts: nothing twice, and nothing deeper than it can."""
-    assert draft.runner.drafter is not None
-    own, most = draft.runner.drafter.default_tree, draft.runner.drafter.max_depth
-    # in one order, so that the same tree is not run twice; and a path that is none is found before the work
-    asked = [build(paths, field.runner.device).paths for paths in request.trees]
-    wanted = [chain(depth) for depth in request.depths]
-    if own is not None and request.depths:
-        wanted.append(build(own, field.runner.device).paths)
-    wanted = list(dict.fromkeys([*wanted, *asked]))
-    beyond = [paths for paths in wanted if most is not None and max(map(len, paths)) > most]
-    if depths := [str(len(paths)) for paths in beyond if paths not in asked]:
-        field.notes.append(f"depths {', '.join(depths)}{_of(field, draft)}: not run, the drafter has heads for {most} tokens")
-    if trees := [paths for paths in beyond if paths in asked]:
-        field.notes.append(f"{len(trees)} of the trees{_of(field, draft)}: not run, the drafter has heads for {most} tokens")
-    return [paths for paths in wanted if paths not in beyond]
+def _trees(setup: BenchSetup, arguments: BenchArguments, drafter: BenchDrafter) -> list[tuple[RankPath, ...]]:
+    """The different fixed shapes that a drafter drafts; those deeper than it can draft are left out with a note."""
+    network, device = drafter.runner.drafter, setup.runner.device
+    assert network is not None
+    # `build` sorts the paths, so that equal trees are equal tuples, and refuses what is not a tree before any work is done
+    requested = [build(paths, device).paths for paths in arguments.trees]
+    wanted = [chain(depth) for depth in arguments.depths]
+    if network.default_tree is not None and arguments.depths:
+        wanted.append(build(network.default_tree, device).paths)
+    wanted = list(dict.fromkeys([*wanted, *requested]))
+    limit = network.max_depth
+    too_deep = [paths for paths in wanted if limit is not None and max(map(len, paths)) > limit]
+    reason = f"{_suffix(setup, drafter)}: not run, the drafter has heads for {limit} tokens"
+    if depths := [str(len(paths)) for paths in too_deep if paths not in requested]:
+        setup.notes.append(f"depths {', '.join(depths)}{reason}")
+    if count := sum(paths in requested for paths in too_deep):
+        setup.notes.append(f"{count} of the trees{reason}")
+    return [paths for paths in wanted if paths not in too_deep]
 
 
-def _of(field: Field, draft: Draft) -> str:
-    return f", {draft.name}" if len(field.drafts) > 1 else ""
+def _suffix(setup: BenchSetup, drafter: BenchDrafter) -> str:
+    return f", {drafter.name}" if len(setup.drafters) > 1 else ""
 
 
-def _names(folders: Sequence[str]) -> list[str]:
-    """What tables call the folders: their own names, or as much of the path before as tells them apart."""
+def _short_names(folders: Sequence[str]) -> list[str]:
+    """Names for tables: each folder's last path component, with as many parents as are needed to tell the folders apart."""
     parts = [Path(folder).resolve().parts for folder in folders]
-    names = ["/".join(part[-1:]) for part in parts]
+    names = [part[-1] for part in parts]
     for length in range(2, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-length:]) if names.count(name) > 1 else name for name, part in zip(names, parts, strict=True)]
     return names

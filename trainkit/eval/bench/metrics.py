@@ -1,47 +1,52 @@
-"""A bench's result as one JSON-able dictionary: what was measured and the figures of merit that follow; table and plot read it.
+"""A bench's result as one JSON-able dictionary, the summary: measurements and derived figures, for table, plot and file.
 
-Each name has one meaning. tau: tokens a full round emits, bonus token included; prefills, and a last round cut by length or
-end, are left out and counted beside. alpha_k: share of rounds in which draft position k was accepted, given k - 1 were.
-mbsu: tau / (c depth + 1). roof: tau / (v(T) + draft time / plain step time). speedup: wall-clock of our plain decoding / that
-with the drafter (as tokens per second; equal where the texts are). efficiency: speedup / tau. bandwidth: bytes that must be
-read per step / step time / copy bandwidth of the machine.
+tau: tokens emitted per full round, bonus token included. Prefill is left out, and so are last rounds that the length limit or
+    an end token cut; these are counted as cut rounds.
+alpha_k: share of rounds that accepted draft position k, among those that accepted k - 1.
+c: bytes read per draft step / bytes read per target call.
+mbsu: tau / (c depth + 1).
+v: time to verify the draft / time of a plain step.
+draft: time to draft / time of a plain step.
+roof: tau / (v + draft).
+speedup: tokens per second / tokens per second of plain decoding in trainkit.
+efficiency: speedup / tau.
+bandwidth: bytes that a step must read / step time / the machine's copy bandwidth.
+wasted: drafted tokens that were not accepted, per emitted token.
+paused: rounds that drafted nothing because a policy expected no gain.
 """
-
-# T rows verified in a round
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from trainkit.eval.bench.timing import Contender, mbsu, roof
-from trainkit.eval.bench.types import Draft, Result
+from trainkit.eval.bench.timing import Method, mbsu, roof
+from trainkit.eval.bench.types import BenchDrafter, BenchResult
 
 Summary = dict[str, Any]
 
 
-def summarise(result: Result) -> Summary:
-    """Everything measured and derived; format 2."""
-    field, request, machine = result.field, result.request, asdict(result.machine)
+def summarise(result: BenchResult) -> Summary:
+    """All measurements and the figures derived from them; format 3."""
+    setup, machine = result.setup, asdict(result.machine)
     versions = machine.pop("versions")
-    contenders = [_contender(result, one) for one in field.contenders]
-    drafting = [one for one in contenders if one["family"] == "trainkit" and one["depth"]]
+    methods = [_method(result, method) for method in setup.methods]
+    drafting = [values for values in methods if values["family"] == "trainkit" and values["depth"]]
     return {
-        "format": 2,
+        "format": 3,
         "date": result.date,
-        "arguments": asdict(request),
+        "arguments": asdict(result.arguments) | {"device": str(setup.runner.device)},
         "versions": versions,
         "machine": machine,
-        "target": _model(field.runner.rounds.target, field.target, _target_bytes(result)),
-        "drafters": [_model(draft.runner.drafter, draft.name, _draft_bytes(draft)) for draft in field.drafts],
-        "prompts": {"count": len(field.prompts), "tokens": sum(map(len, field.prompts)), "mean_cached": field.mean_length},
+        "target": _model(setup.runner.rounds.target, setup.target_name, _target_bytes(result)),
+        "drafters": [_model(drafter.runner.drafter, drafter.name, _draft_bytes(drafter)) for drafter in setup.drafters],
+        "prompts": {"count": len(setup.prompts), "tokens": sum(map(len, setup.prompts)), "mean_cached": setup.mean_length},
         "tie_tolerance": result.tolerance,
         "mismatches": result.mismatches,
-        "notes": list(field.notes),
-        "best": max(drafting, key=lambda one: one["tokens_per_second"]["median"])["name"] if drafting else None,
-        "contenders": contenders,
+        "notes": list(setup.notes),
+        "best": max(drafting, key=lambda values: values["tokens_per_second"]["median"])["name"] if drafting else None,
+        "methods": methods,
     }
 
 
@@ -49,98 +54,98 @@ def _model(module: Any, name: str, step_bytes: int) -> Summary:
     return {"name": name, "parameters": sum(p.numel() for p in module.parameters()), "step_bytes": step_bytes}
 
 
-def _contender(result: Result, one: Contender) -> Summary:
-    field = result.field
-    transformers = [other for other in field.contenders if other.family == "transformers" and not other.depth]
-    rates = one.rates
+def _method(result: BenchResult, method: Method) -> Summary:
+    """Speed and identity of a method; with a fixed draft also `_drafting`'s values, with a policy those of `_policy`."""
+    setup = result.setup
+    generate = next((other for other in setup.methods if other.family == "transformers" and not other.depth), None)
     values: Summary = {
-        "name": one.name,
-        "family": one.family,
-        "drafter": one.drafter or None,
-        "depth": one.depth,
-        "threads": one.threads,
-        "tokens": one.last.count,
-        "seconds": one.seconds,
-        "tokens_per_second": {"median": one.rate, "min": min(rates), "max": max(rates)},
-        "x_plain": one.rate / field.plain.rate,
-        "x_transformers": one.rate / transformers[0].rate if transformers else None,
-        "identical": _identity(result, one),
+        "name": method.name,
+        "family": method.family,
+        "drafter": method.drafter or None,
+        "depth": method.depth,
+        "threads": method.threads,
+        "tokens": method.last.count,
+        "seconds": method.seconds,
+        "tokens_per_second": _spread(method.rates),
+        "x_plain": method.rate / setup.plain.rate,
+        "x_transformers": method.rate / generate.rate if generate else None,
+        "identical": None,
     }
-    if one.last.stats is not None:
-        values |= {"bandwidth": _bandwidth(result, one), "split": _split(one)}
-    if one.paths:
-        values |= _drafting(result, one)
-    if one.policy:
-        values["paced"] = _paced(result, one)
+    if (identity := result.identity.get(method.name)) is not None:
+        values["identical"] = {
+            "total": identity.total,
+            "equal": identity.equal,
+            "ties": identity.ties,
+            "mismatches": identity.mismatches,
+            "differences": [asdict(difference) for difference in identity.differences],
+        }
+    if method.last.stats is not None:
+        values["bandwidth"] = _bandwidth(result, method)
+        # median seconds by part; with CUDA graphs only `prefill` and the rest (as `host`) can be told apart
+        values["split"] = {part: median(output.split[part] for output in method.outputs) for part in method.last.split}
+    if method.paths:
+        values |= _drafting(result, method)
+    if method.policy:
+        values["policy"] = _policy(result, method)
     return values
 
 
-def _identity(result: Result, one: Contender) -> Summary | None:
-    found = result.identity.get(one.name)
-    if found is None:
-        return None
-    return {
-        "of": found.total,
-        "equal": found.equal,
-        "ties": found.ties,
-        "mismatches": found.mismatches,
-        "differences": [asdict(difference) for difference in found.differences],
-    }
-
-
-def _paced(result: Result, one: Contender) -> Summary:
-    """What came of a policy, beside the fastest fixed depth of the same drafter; ratios are of runs next to one another."""
-    stats, plain = one.last.stats, result.field.plain
+def _acceptance(method: Method) -> Summary:
+    """Acceptance counts of a method with a draft."""
+    stats = method.last.stats
     assert stats is not None
-    drafting = [other for other in result.field.contenders if other.drafter == one.drafter and other.paths]
-    chains = [other for other in drafting if len(other.paths) == other.depth]
-    best = max(chains, key=lambda other: other.rate, default=None)
-    values: Summary = {
-        "policy": one.policy,
-        "most": one.depth,
+    return {
         "tau": stats.tau,
         "accepted": list(stats.accepted),
         "rounds": stats.rounds,
         "cut_rounds": stats.cut_rounds,
-        "drafted_per_round": stats.drafted / max(1, stats.rounds),
         "wasted": stats.wasted,
-        "paused": stats.paused,
         "alpha_k": stats.alpha_k,
-        "speedup": one.rate / plain.rate,
-        "over_plain": _paired(one, plain),
-        "over_best_fixed": None,
     }
-    if best is not None:
-        assert best.last.stats is not None
-        values["over_best_fixed"] = _paired(one, best) | {"depth": best.depth, "wasted": best.last.stats.wasted}
-    return values
 
 
-def _paired(one: Contender, other: Contender) -> Summary:
-    """Tokens per second of one over the other's, repeat by repeat."""
-    ratios = [a / b for a, b in zip(one.rates, other.rates, strict=True)]
-    return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
-def _drafting(result: Result, one: Contender) -> Summary:
-    """What only a contender with a draft has: acceptance, and the speed that it could and does give."""
-    stats = one.last.stats
+def _policy(result: BenchResult, method: Method) -> Summary:
+    """Results of a policy, beside the fastest fixed depth of the same drafter; ratios compare runs of the same repeat."""
+    stats, plain = method.last.stats, result.setup.plain
     assert stats is not None
-    plain = result.field.plain
-    cost = result.costs[one.threads, one.drafter, one.paths]
-    step = result.costs[plain.threads, one.drafter, ()].verify  # timed beside this drafter's trees
-    c, tau, speedup = _draft_bytes(_draft(result, one)) / _target_bytes(result), stats.tau, one.rate / plain.rate
-    attainable = roof(tau, step, cost)
+    chains = [m for m in result.setup.methods if m.drafter == method.drafter and m.paths and len(m.paths) == m.depth]
+    best = max(chains, key=lambda chain: chain.rate, default=None)
+    over_best = None
+    if best is not None:
+        over_best = _ratios(method, best) | {"depth": best.depth, "wasted": _acceptance(best)["wasted"]}
     return {
-        "nodes": len(one.paths) + 1,
-        "accepted": list(stats.accepted),
-        "rounds": stats.rounds,
-        "cut_rounds": stats.cut_rounds,
-        "tau": tau,
-        "wasted": stats.wasted,
-        "alpha_k": stats.alpha_k,
+        "name": method.policy,
+        "max_depth": method.depth,
+        **_acceptance(method),
+        "drafted_per_round": stats.drafted / max(1, stats.rounds),
+        "paused": stats.paused,
+        "speedup": method.rate / plain.rate,
+        "over_plain": _ratios(method, plain),
+        "over_best_fixed": over_best,
+    }
+
+
+def _ratios(method: Method, other: Method) -> Summary:
+    """Tokens per second of a method over the other's, repeat by repeat."""
+    return _spread([a / b for a, b in zip(method.rates, other.rates, strict=True)])
+
+
+def _spread(values: list[float]) -> Summary:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def _drafting(result: BenchResult, method: Method) -> Summary:
+    """Acceptance of a fixed draft, the speed-up that it allows, and the one that was measured."""
+    plain, cost = result.setup.plain, result.costs[method.threads, method.drafter, method.paths]
+    step = result.costs[plain.threads, method.drafter, ()].verify  # timed together with this drafter's trees
+    c = _draft_bytes(_drafter(result, method)) / _target_bytes(result)
+    acceptance, speedup = _acceptance(method), method.rate / plain.rate
+    tau = acceptance["tau"]
+    attainable = roof(tau, step, cost)
+    return acceptance | {
+        "nodes": len(method.paths) + 1,
         "c": c,
-        "mbsu": mbsu(tau, c, one.depth),
+        "mbsu": mbsu(tau, c, method.depth),
         "v": cost.verify / step,
         "draft": cost.draft / step,
         "plain_step_seconds": step,
@@ -151,47 +156,37 @@ def _drafting(result: Result, one: Contender) -> Summary:
     }
 
 
-def _bandwidth(result: Result, one: Contender) -> Summary:
-    """Bytes a round must read (weights once each level, the cache once), the time it takes, and the share of copy bandwidth."""
-    draft_bytes = _draft_bytes(_draft(result, one)) if one.drafter else 0
-    request, field, machine = result.request, result.field, result.machine
-    batch = min(request.batch, len(field.prompts))
-    levels = one.depth
-    if one.policy and one.last.stats is not None:
-        levels = one.last.stats.drafted / max(1, one.last.stats.rounds)
-    needed = _target_bytes(result) + levels * draft_bytes + batch * field.mean_length * _cache_bytes(result)
-    seconds = one.decode_seconds / max(1, one.last.rounds)
-    cache = machine.last_level_cache
+def _bandwidth(result: BenchResult, method: Method) -> Summary:
+    """Bytes that a round must read (weights at each level, the cache once), its time, and the share of copy bandwidth."""
+    setup, machine = result.setup, result.machine
+    draft_bytes = _draft_bytes(_drafter(result, method)) if method.drafter else 0
+    levels = method.depth
+    if method.policy and method.last.stats is not None:
+        levels = method.last.stats.drafted / max(1, method.last.stats.rounds)
+    weight, shape = setup.runner.rounds.target.embed.weight, setup.runner.rounds.target.shape
+    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * weight.element_size()  # keys and values
+    cache_bytes = min(result.arguments.batch, len(setup.prompts)) * setup.mean_length * token_bytes
+    step_bytes = _target_bytes(result) + levels * draft_bytes + cache_bytes
+    seconds = method.decode_seconds / max(1, method.last.rounds)
     return {
-        "bytes": needed,
+        "bytes": step_bytes,
         "step_seconds": seconds,
-        "share": needed / seconds / machine.copy_bandwidth,
-        "in_cache": cache is not None and 4 * needed <= cache,
+        "share": step_bytes / seconds / machine.copy_bandwidth,
+        "in_cache": machine.last_level_cache is not None and 4 * step_bytes <= machine.last_level_cache,
     }
 
 
-def _draft(result: Result, one: Contender) -> Draft:
-    return next(draft for draft in result.field.drafts if draft.name == one.drafter)
+def _drafter(result: BenchResult, method: Method) -> BenchDrafter:
+    return next(drafter for drafter in result.setup.drafters if drafter.name == method.drafter)
 
 
-def _target_bytes(result: Result) -> int:
+def _target_bytes(result: BenchResult) -> int:
     """Bytes of weights that a target call reads."""
-    return result.field.runner.rounds.target.step_bytes()
+    return result.setup.runner.rounds.target.step_bytes()
 
 
-def _draft_bytes(draft: Draft) -> int:
+def _draft_bytes(drafter: BenchDrafter) -> int:
     """Bytes of weights that a draft step reads."""
-    head = draft.runner.rounds.target.embed.weight  # as large as the head, whether or not they are one
-    assert draft.runner.drafter is not None
-    return draft.runner.drafter.step_bytes(head.numel() * head.element_size())
-
-
-def _cache_bytes(result: Result) -> int:
-    """Bytes of the target's keys and values for one cached token."""
-    weight, shape = result.field.runner.rounds.target.embed.weight, result.field.runner.rounds.target.shape
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * weight.element_size()
-
-
-def _split(one: Contender) -> Mapping[str, float]:
-    """Median seconds by part; under CUDA graphs only `prefill` and the rest, as `host`, are told apart."""
-    return {part: median(output.split[part] for output in one.outputs) for part in one.last.split}
+    head = drafter.runner.rounds.target.embed.weight  # the output head is as large, tied or not
+    assert drafter.runner.drafter is not None
+    return drafter.runner.drafter.step_bytes(head.numel() * head.element_size())

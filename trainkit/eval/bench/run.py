@@ -1,103 +1,86 @@
-"""Runs a bench: chooses threads, times every method, compares every output with plain decoding."""
+"""Runs a bench: chooses thread counts, times every method, and compares every output with plain decoding."""
 
 from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainkit.eval.bench.types import Field, Request, Result
+import torch
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from trainkit.eval.bench.identity import Identity
-    from trainkit.runner.timing import RoundCost
+from trainkit.eval.bench.hardware import examine
+from trainkit.eval.bench.identity import Identity, IdentityChecker, tie_tolerance
+from trainkit.eval.bench.timing import choose_kernels, measure, set_threads, warm_up
+from trainkit.eval.bench.types import BenchArguments, BenchResult, BenchSetup
+from trainkit.runner.sampling import Sampling
+from trainkit.runner.timing import RoundCost, round_costs
 
 
-def run(request: Request, field: Field) -> Result:
-    """Chooses threads, announces how long it will take, measures, and compares every output with plain decoding."""
-    import torch
-    from tqdm import tqdm
-
-    from trainkit.eval.bench.hardware import examine
-    from trainkit.eval.bench.timing import measure, set_threads, warm_up
-
-    device, every = field.runner.device, torch.get_num_threads()
+def run(arguments: BenchArguments, setup: BenchSetup) -> BenchResult:
+    """Measures every method of the setup; prints the expected duration and a progress bar to stderr."""
+    device, all_threads = setup.runner.device, torch.get_num_threads()
     try:
+        # warm up, and leave prompts out if all of them would take too long
         machine = examine(device)
-        threads = sorted({1, every}) if device.type == "cpu" else [every]
-        once = warm_up(field.contenders, field.prompts, request.max_new_tokens, threads, whole=device.type != "cpu")
-        _announce(request, field, _fit(field, once * request.repeats, request.max_seconds))
-        piece = 1 if request.batch == 1 else len(field.prompts)
-        turns = len(field.contenders) * request.repeats * -(-len(field.prompts) // piece)
+        threads = sorted({1, all_threads}) if device.type == "cpu" else [all_threads]
+        repeat = warm_up(setup.methods, setup.prompts, arguments.max_new_tokens, threads, whole=device.type != "cpu")
+        seconds = _limit_prompts(setup, repeat * arguments.repeats, arguments.max_seconds)
+        print(
+            f"bench: {len(setup.methods)} methods x {arguments.repeats} repeats x {len(setup.prompts)} prompts of at most "
+            f"{arguments.max_new_tokens} new tokens: {seconds:.0f} s at most",
+            file=sys.stderr,
+        )
+        # time whole decodings
+        turn_size = 1 if arguments.batch == 1 else len(setup.prompts)
+        turns = len(setup.methods) * arguments.repeats * -(-len(setup.prompts) // turn_size)
         with tqdm(total=turns, unit="run", disable=None) as bar:
 
             def progress(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            done = measure(
-                field.contenders, field.prompts, request.max_new_tokens, request.repeats, progress, request.max_seconds, piece
-            )
-        if done < request.repeats:
-            field.notes.append(f"{done} of {request.repeats} repeats, to stay within max_seconds {request.max_seconds:.0f}")
-        costs = _costs(request, field)
+            limits = arguments.max_new_tokens, arguments.repeats
+            done = measure(setup.methods, setup.prompts, *limits, progress, arguments.max_seconds, turn_size)
+        if done < arguments.repeats:
+            limit = f"max_seconds {arguments.max_seconds:.0f}"
+            setup.notes.append(f"{done} of {arguments.repeats} repeats, to stay within {limit}")
+        # time the parts of a round
+        costs = _costs(arguments, setup)
     finally:
-        set_threads(every)
-    identity, tolerance = _identities(request, field)
-    return Result(request, field, machine, datetime.now(UTC).isoformat(timespec="seconds"), identity, costs, tolerance)
+        set_threads(all_threads)
+    identity, tolerance = _identities(arguments, setup)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return BenchResult(arguments, setup, machine, date, identity, costs, tolerance)
 
 
-def chosen_device(name: str) -> str:
-    """The torch device of a name; `auto` takes a GPU where there is one."""
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _fit(field: Field, estimate: float, most: float) -> float:
-    """Drops prompts until the estimate (seconds) is within `most`, and returns what it then is."""
-    total = len(field.prompts)
-    kept = min(total, max(1, int(total * most / estimate))) if estimate > 0 else total
-    if kept < total:
-        field.notes.append(f"{kept} of {total} prompts, to stay within max_seconds {most:.0f}")
-        del field.prompts[kept:]
-    return estimate * kept / total
+def _limit_prompts(setup: BenchSetup, estimate: float, max_seconds: float) -> float:
+    """Drops the last prompts until the estimated seconds are within `max_seconds`, and returns the new estimate."""
+    total = len(setup.prompts)
+    count = min(total, max(1, int(total * max_seconds / estimate))) if estimate > 0 else total
+    if count < total:
+        setup.notes.append(f"{count} of {total} prompts, to stay within max_seconds {max_seconds:.0f}")
+        del setup.prompts[count:]
+    return estimate * count / total
 
 
-def _announce(request: Request, field: Field, seconds: float) -> None:
-    print(
-        f"bench: {len(field.contenders)} contenders x {request.repeats} repeats x {len(field.prompts)} prompts of at most "
-        f"{request.max_new_tokens} new tokens: {seconds:.0f} s at most",
-        file=sys.stderr,
-    )
+def _costs(arguments: BenchArguments, setup: BenchSetup) -> dict[tuple[int, str, Any], RoundCost]:
+    """Drafting and verifying times of each fixed draft, with the thread counts of all fixed drafts and plain decoding."""
+    costs, batch = {}, min(arguments.batch, len(setup.prompts))
+    for drafter in setup.drafters:
+        fixed = [method for method in setup.methods if method.paths and method.drafter == drafter.name]
+        for threads in sorted({method.threads for method in [setup.plain, *fixed]}) if fixed else ():
+            set_threads(threads)
+            choose_kernels(drafter.runner)
+            timed = round_costs(drafter.runner.rounds, [method.paths for method in fixed], setup.mean_length, batch)
+            costs |= {(threads, drafter.name, paths): cost for paths, cost in timed.items()}
+    return costs
 
 
-def _costs(request: Request, field: Field) -> dict[tuple[int, str, Any], RoundCost]:
-    """Draft and verify times of each of our contenders, with the threads that it and plain decoding run with."""
-    from trainkit.eval.bench.timing import set_threads, settle
-    from trainkit.runner.timing import round_costs
-
-    found, batch = {}, min(request.batch, len(field.prompts))
-    for draft in field.drafts:
-        drafting = [one for one in field.contenders if one.paths and one.drafter == draft.name]
-        if drafting:
-            for count in sorted({one.threads for one in [field.plain, *drafting]}):
-                set_threads(count)
-                settle(draft.runner)
-                costs = round_costs(draft.runner.rounds, [one.paths for one in drafting], field.mean_length, batch)
-                found |= {(count, draft.name, paths): cost for paths, cost in costs.items()}
-    return found
-
-
-def _identities(request: Request, field: Field) -> tuple[dict[str, Identity], float]:
-    """Holds every contender that has to give the same text against plain decoding, and says at what tolerance."""
-    from trainkit.eval.bench.identity import Judge, tolerance_of
-    from trainkit.runner.sampling import Sampling
-
-    target, reference = field.runner.rounds.target, field.plain.last.tokens
-    tolerance = tolerance_of(target, [*field.prompts[0], *reference[0]])
-    judge = Judge(target, Sampling(request.temperature), request.seed, tolerance)
-    held = [one for one in field.contenders if one is not field.plain and request.has_same_draw(one)]
-    return {one.name: judge.compare(field.prompts, reference, one.last.tokens) for one in held}, tolerance
+def _identities(arguments: BenchArguments, setup: BenchSetup) -> tuple[dict[str, Identity], float]:
+    """Comparison with plain decoding of every method that must match it, by name; and the tolerance for ties."""
+    target, reference = setup.runner.rounds.target, setup.plain.last.tokens
+    tolerance = tie_tolerance(target, [*setup.prompts[0], *reference[0]])
+    checker = IdentityChecker(target, Sampling(arguments.temperature), arguments.seed, tolerance)
+    compared = [method for method in setup.methods if method is not setup.plain and arguments.must_match_plain(method)]
+    return {method.name: checker.compare(setup.prompts, reference, method.last.tokens) for method in compared}, tolerance

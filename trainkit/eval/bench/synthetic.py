@@ -1,9 +1,9 @@
-"""A target of a named shape with random weights, and a drafter that is right by a script: speed without a checkpoint.
+"""Speed without a checkpoint: a target of a named shape with random weights, and drafters with a scripted acceptance.
 
-The scripted drafter goes through the real round: it runs the network of any kind at each level, keeps that kind's state, and is
-verified and committed as any other. Only its choice of token is not its network's: it proposes the target's own greedy
-continuation, which is known beforehand, for as many levels as the script accepts in that round, then a wrong token. It is no
-drafter kind: nothing trains or exports it.
+A scripted drafter runs the network of a drafter kind at every level, keeps that kind's state, and is verified and committed
+like any drafter. Only the token choice is not the network's: it proposes the target's greedy continuation, which is known in
+advance, for as many levels as the script accepts in that round, and then a wrong token. It is not a drafter kind: it cannot be
+trained or exported.
 """
 
 # B batch  F frontier nodes  V vocabulary  R rounds of the script  S positions of the text
@@ -52,52 +52,57 @@ SHAPES: dict[str, DecoderShape] = {
         128256, 4096, 14336, 32, 32, 8, 128, norm_eps=1e-5, rope=_LLAMA3_ROPE, max_positions=131072, tied=False
     ),
 }
-"""Published sizes of Llama 3.2 1B and Llama 3.1 8B, and one that a test can afford."""
+"""Published sizes of Llama 3.2 1B and Llama 3.1 8B, and a small one for tests."""
 
 
 def random_target(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Decoder:
-    """A decoder of a named shape with random weights, made on the device.
+    """A decoder of a named shape with random weights, created on the device.
 
-    Weights are drawn so that the next token follows from the last one by a wide margin (each token repeats; with an untied head
-    its successor follows): with flat random logits, rounding alone would choose differently for one row and for many.
+    The last token determines the next one by a wide margin (the token repeats; with an untied head the next id follows). With
+    flat random logits, rounding alone would choose different tokens for one row and for many.
 
     Raises:
-        UserError: no shape has that name.
+        UserError: unknown shape.
     """
     if name not in SHAPES:
         raise UserError(f"synthetic {name!r}: must be one of {', '.join(SHAPES)}")
     with torch.device("meta"):
         decoder = Decoder(SHAPES[name])
-    decoder = _materialise(decoder, device, dtype, seed, embed_std=1.0)
-    if decoder.lm_head is not None:
-        decoder.lm_head.weight.copy_(decoder.embed.weight.roll(1, dims=0))
-    return decoder
+    decoder = decoder.to(dtype).to_empty(device=device)
+    decoder.rope = torch.empty(0, *decoder.rope.shape[1:], device=device, dtype=dtype)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        decoder.initialise()
+        torch.nn.init.normal_(decoder.embed.weight, std=1.0)
+        if decoder.lm_head is not None:
+            decoder.lm_head.weight.copy_(decoder.embed.weight.roll(1, dims=0))
+    return decoder.requires_grad_(False).eval()
 
 
 def random_prompts(vocab_size: int, count: int, length: int, seed: int = 0) -> list[list[int]]:
-    """One prompt of random tokens, `count` times: the script is of one text."""
+    """`count` copies of one prompt of random tokens, because the script holds a single text."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (length,), generator=generator).tolist()] * count
 
 
 def accepted_lengths(tau: float, depth: int, rounds: int = 20) -> list[int]:
-    """Drafted tokens to accept in each of `rounds` rounds so that their mean is tau - 1, or `depth` if that is less.
+    """Number of drafted tokens to accept in each of `rounds` rounds; their mean is tau - 1, at most `depth`.
 
     Raises:
         UserError: tau is below 1.
     """
     if not tau >= 1:
-        raise UserError(f"synthetic_tau {tau}: must be at least 1, which is plain decoding")
+        raise UserError(f"synthetic_tau {tau}: must be at least 1, the tau of plain decoding")
     mean = min(tau - 1, depth)
     return [int((r + 1) * mean + 1e-9) - int(r * mean + 1e-9) for r in range(rounds)]
 
 
 class ScriptedDrafter(Drafter):
-    """Drafts a known text, right for a scripted number of tokens each round, at the cost of another drafter.
+    """Drafts a known text, correct for a scripted number of tokens each round, at the cost of another drafter.
 
     Args:
         target: Sizes of the target.
-        inner: Whose network runs, and whose choices are thrown away.
+        inner: Drafter whose network runs and whose token choices are discarded.
     """
 
     ROUNDS = 20
@@ -111,35 +116,35 @@ class ScriptedDrafter(Drafter):
         self.accepts_R = torch.zeros(self.ROUNDS, dtype=torch.long, device=device)
 
     @staticmethod
-    def of_kind(
+    def build(
         kind: str, target: TargetShape, device: torch.device, dtype: torch.dtype, head_rows: int = 32000
     ) -> ScriptedDrafter:
-        """One at the cost of a kind with its default settings and random weights; give it a text before use.
+        """A scripted drafter at the cost of a kind with default settings and random weights; call `set_text` before use.
 
-        Where the kind's vocabulary can be trimmed it has `head_rows` tokens.
+        A kind whose vocabulary can be trimmed gets `head_rows` tokens.
 
         Raises:
-            UserError: no kind has that name.
+            UserError: unknown kind.
         """
-        made, options = load_kind(kind), dict[str, Any]()
-        if "draft_vocab" in inspect.signature(made).parameters and head_rows < target.decoder.vocab_size:
+        kind_class, options = load_kind(kind), dict[str, Any]()
+        if "draft_vocab" in inspect.signature(kind_class).parameters and head_rows < target.decoder.vocab_size:
             options["draft_vocab"] = list(range(head_rows))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
             torch.manual_seed(1)
-            inner = made(target, **options)
+            inner = kind_class(target, **options)
         return ScriptedDrafter(target, inner.to(dtype).requires_grad_(False).eval())
 
-    def read(self, text: Sequence[int]) -> None:
-        """Takes the text it will draft, prompt included. To be called before the first round: graphs keep it."""
+    def set_text(self, text: Sequence[int]) -> None:
+        """Sets the text to draft, prompt included, before the first round: captured graphs keep the tensor."""
         self.text_S = torch.tensor(text, dtype=torch.long, device=self.text_S.device)
 
-    def accept(self, lengths: Sequence[int]) -> None:
-        """Sets how many drafted tokens are right in each round, repeating after `ROUNDS`; graphs stay valid."""
+    def set_accepted(self, lengths: Sequence[int]) -> None:
+        """Sets how many drafted tokens are correct in each round, repeating after `ROUNDS` rounds; graphs stay valid."""
         assert len(lengths) == self.ROUNDS
         self.accepts_R.copy_(torch.tensor(lengths))
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
-        raise NotImplementedError("a scripted drafter is not trained")
+        raise NotImplementedError("a scripted drafter cannot be trained")
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         state = self.inner.init_state(batch_size, slots, device, dtype)
@@ -151,9 +156,9 @@ class ScriptedDrafter(Drafter):
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         out = self.inner.step(state, frontier, handle, span)
-        right_BF = self.text_S[(frontier.positions_BF + 1).clamp(max=len(self.text_S) - 1)]
+        correct_BF = self.text_S[(frontier.positions_BF + 1).clamp(max=len(self.text_S) - 1)]
         is_wrong_B = self.accepts_R[state["round"] % self.ROUNDS] <= frontier.depth
-        choice_BF = (right_BF + is_wrong_B[:, None]) % handle.vocab_size
+        choice_BF = (correct_BF + is_wrong_B[:, None]) % handle.vocab_size
         logits_BFV = out.logits_BFK.new_zeros(*choice_BF.shape, handle.vocab_size).scatter_(2, choice_BF[..., None], 1.0)
         return StepOutput(logits_BFV, None, out.hidden_BFD)
 
@@ -169,23 +174,8 @@ class ScriptedDrafter(Drafter):
         return self.inner.config()
 
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
-        raise NotImplementedError("a scripted drafter is not exported")
+        raise NotImplementedError("a scripted drafter cannot be exported")
 
     @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> ScriptedDrafter:
-        raise NotImplementedError("a scripted drafter is not exported")
-
-
-@torch.no_grad()
-def _materialise(
-    decoder: Decoder, device: torch.device, dtype: torch.dtype, seed: int, embed_std: float | None = None
-) -> Decoder:
-    """Random weights for a decoder built without any, drawn on the device."""
-    decoder = decoder.to(dtype).to_empty(device=device)
-    decoder.rope = torch.empty(0, *decoder.rope.shape[1:], device=device, dtype=dtype)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        decoder.initialise()
-        if embed_std is not None:
-            torch.nn.init.normal_(decoder.embed.weight, std=embed_std)
-    return decoder.requires_grad_(False).eval()
+        raise NotImplementedError("a scripted drafter cannot be exported")

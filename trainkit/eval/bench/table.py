@@ -1,232 +1,190 @@
-"""A bench's summary as a text table and as JSON; files are written whole or not at all."""
+"""A bench's summary as text tables within 100 columns."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from tabulate import tabulate
+
 WIDTH = 100
+Values = dict[str, Any]
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary for people, within 100 columns."""
-    parts = [_head(summary), _speeds(summary)]
-    if any("tau" in one for one in summary["contenders"]):
-        parts += [_drafting(summary), _positions(summary)]
-    if any("paced" in one for one in summary["contenders"]):
-        parts.append(_policies(summary))
-    parts.append(_closing(summary))
-    return "\n\n".join(parts)
+def table(summary: Values) -> str:
+    """The whole summary as text."""
+    drafting = [method for method in summary["methods"] if "tau" in method]
+    positions = min(12, max((len(method["alpha_k"]) for method in drafting), default=0))
+    speeds = ("decoding", "tokens", "thr", "tok/s", "min..max", "x plain", "x transf.", "bandwidth", "identical")
+    drafts = ("draft", "MB read", "tau", "mbsu", "v(T)", "draft", "roof", "speedup", "of roof", "effic.", "cut rounds")
+    # wasted: drafted tokens that were not accepted, per emitted token; paused: rounds that drafted nothing because it would
+    # not have paid, of all rounds; x fixed: speed over the fastest fixed depth of the same drafter
+    policies = ("policy", "tau", "drafted", "wasted", "paused", "speedup", "x fixed", "min..max", "best depth, wasted")
+    sections = [
+        _head(summary),
+        _section(summary, "name", speeds, _speed_cells),
+        _section(summary, "tau", drafts, _draft_cells),
+        _section(summary, "tau", ("alpha_k, k =", *map(str, range(1, positions + 1)), ""), _position_cells(positions)),
+        _section(summary, "policy", policies, _policy_cells),
+        _closing(summary),
+    ]
+    return "\n\n".join(section for section in sections if section)
 
 
-def _wrapped(lines: Sequence[str]) -> str:
-    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
-
-
-# text
-
-
-def _head(summary: dict[str, Any]) -> str:
-    arguments, machine, prompts = summary["arguments"], summary["machine"], summary["prompts"]
-    cache, mean = machine["last_level_cache"], prompts["tokens"] / prompts["count"]
-    return _wrapped(
-        [
-            title(summary),
-            *_reading(summary),
-            f"{machine['processor']}, {machine['threads']} threads, copies {machine['copy_bandwidth'] / 1e9:.1f} GB/s, "
-            f"last-level cache {'unknown' if cache is None else f'{cache / 2**20:.0f} MiB'}; {summary['date']}",
-            f"{prompts['count']} prompts of {mean:.0f} tokens, {arguments['max_new_tokens']} new "
-            f"at most; batch {arguments['batch']}, temperature {arguments['temperature']:g}, "
-            f"{arguments['repeats']} interleaved repeats",
-        ]
-    )
-
-
-def title(summary: dict[str, Any]) -> str:
+def title(summary: Values) -> str:
     """The target and the drafters, each with its number of parameters."""
     target, drafters = summary["target"], summary["drafters"]
     text = f"target {target['name']} ({_count(target['parameters'])}, {summary['arguments']['dtype']})"
-    found = ", ".join(f"{one['name']} ({_count(one['parameters'])})" for one in drafters)
-    return text if not drafters else f"{text}, drafter{'s' if len(drafters) > 1 else ''} {found}"
+    names = ", ".join(f"{drafter['name']} ({_count(drafter['parameters'])})" for drafter in drafters)
+    return f"{text}, drafter{'s' if len(drafters) > 1 else ''} {names}" if drafters else text
 
 
-def _reading(summary: dict[str, Any]) -> list[str]:
-    """What a draft step of each drafter reads, beside a call of the target."""
-    target = summary["target"]["step_bytes"]
-    return [
-        f"{one['name']}: {_count(one['parameters'])} parameters of its own, a draft step reads "
-        f"{one['step_bytes'] / 1e6:.3g} MB, {one['step_bytes'] / target:.2f} of the target's {target / 1e6:.3g} MB"
-        for one in summary["drafters"]
-    ]
-
-
-def by_drafter(summary: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Contenders under a heading each drafter, those without one first; all under none where there is a single drafter."""
-    ones, names = summary["contenders"], [one["name"] for one in summary["drafters"]]
+def by_drafter(summary: Values) -> list[tuple[str, list[Values]]]:
+    """Methods under the name of their drafter, those without one first; all under an empty name if there is one drafter."""
+    methods, names = summary["methods"], [drafter["name"] for drafter in summary["drafters"]]
     if len(names) < 2:
-        return [("", ones)]
-    return [(name, [one for one in ones if (one["drafter"] or "") == name]) for name in ("", *names)]
+        return [("", methods)]
+    return [(name, [method for method in methods if (method["drafter"] or "") == name]) for name in ("", *names)]
 
 
-def label(one: dict[str, Any]) -> str:
-    """A contender's name under its drafter's."""
-    name = one["name"].removeprefix("trainkit ").replace("transformers", "transf.")
-    return name.replace(f"{one['drafter']} ", "", 1) if one["drafter"] else name
+def label(method: Values) -> str:
+    """A method's name without the name of its drafter."""
+    name = method["name"].removeprefix("trainkit ").replace("transformers", "transf.")
+    return name.replace(f"{method['drafter']} ", "", 1) if method["drafter"] else name
 
 
-def _speeds(summary: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = [
-        ("decoding", "tokens", "thr", "tok/s", "min..max", "x plain", "x transf.", "bandwidth", "identical")
-    ]
-    for heading, ones in by_drafter(summary):
-        rows += [(f"{heading}:",)] if heading else []
-        for one in ones:
-            rate = one["tokens_per_second"]
-            rows.append(
-                (
-                    f"  {label(one)}" if heading else one["name"],
-                    str(one["tokens"]),
-                    str(one["threads"]),
-                    _short(rate["median"]),
-                    f"{_short(rate['min'])}..{_short(rate['max'])}",
-                    _ratio(one["x_plain"]),
-                    _ratio(one["x_transformers"]),
-                    _bandwidth(one.get("bandwidth")),
-                    _identical(one, summary),
-                )
-            )
-    return aligned(rows)
+def grid(rows: Sequence[Sequence[str] | str]) -> str:
+    """Rows of cells as aligned columns: numbers to the right, the first and the last column to the left.
 
-
-def _drafting(summary: dict[str, Any]) -> str:
-    rows: list[tuple[str, ...]] = [
-        ("draft", "MB read", "tau", "mbsu", "v(T)", "draft", "roof", "speedup", "of roof", "effic.", "cut rounds")
-    ]
-    for name, one in _drafts(summary, rows):
-        rows.append(
-            (
-                name,
-                f"{one['bandwidth']['bytes'] / 1e6:.3g}",
-                *(_ratio(one[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
-                _percent(one["speedup_over_roof"]),
-                _percent(one["efficiency"]),
-                str(one["cut_rounds"]),
-            )
-        )
-    return aligned(rows)
-
-
-def _policies(summary: dict[str, Any]) -> str:
-    """Policies beside the fastest fixed depth.
-
-    Thrown away: drafted tokens that were not kept, for each token emitted; paused: rounds in which nothing was drafted because
-    it would not have paid, of all.
+    A row that is a string is a heading, which does not widen a column.
     """
-    rows: list[tuple[str, ...]] = [
-        ("policy", "tau", "drafted", "thrown away", "paused", "speedup", "x fixed", "min..max", "best depth, thrown")
+    cells = [row for row in rows if not isinstance(row, str)]
+    align = ["left", *["right"] * (len(cells[0]) - 2), "left"]
+    text = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=align, preserve_whitespace=True)
+    lines = iter(text.splitlines())
+    return "\n".join(row if isinstance(row, str) else next(lines).rstrip() for row in rows)
+
+
+def _section(summary: Values, key: str, header: Sequence[str], cells: Callable[[Values], Sequence[str]]) -> str:
+    """A table of the methods that have `key`, with a heading for each drafter if there are several; empty without a method."""
+    rows: list[Sequence[str] | str] = [header]
+    for heading, methods in by_drafter(summary):
+        shown = [method for method in methods if key in method]
+        rows += [f"{heading}:"] if heading and shown else []
+        for method in shown:
+            name = method["name"] if key == "name" and not heading else label(method)
+            rows.append(("  " * bool(heading) + name, *cells(method)))
+    return grid(rows) if len(rows) > 1 else ""
+
+
+def _head(summary: Values) -> str:
+    """What was decoded, by which models, on which machine."""
+    arguments, machine, prompts = summary["arguments"], summary["machine"], summary["prompts"]
+    cache, target_bytes = machine["last_level_cache"], summary["target"]["step_bytes"]
+    lines = [title(summary)]
+    lines += [
+        f"{drafter['name']}: {_count(drafter['parameters'])} parameters of its own, a draft step reads "
+        f"{drafter['step_bytes'] / 1e6:.3g} MB, {drafter['step_bytes'] / target_bytes:.2f} of the target's "
+        f"{target_bytes / 1e6:.3g} MB"
+        for drafter in summary["drafters"]
     ]
-    for heading, ones in by_drafter(summary):
-        paced = [one for one in ones if "paced" in one]
-        rows += [(f"{heading}:",)] if heading and paced else []
-        for one in paced:
-            values, fixed = one["paced"], one["paced"]["over_best_fixed"]
-            beside = ("-", "-", "-")
-            if fixed is not None:
-                beside = (
-                    _ratio(fixed["median"]),
-                    f"{_ratio(fixed['min'])}..{_ratio(fixed['max'])}",
-                    f"{fixed['depth']}, {_ratio(fixed['wasted'])}",
-                )
-            tau, drafted, wasted, speedup = (_ratio(values[key]) for key in ("tau", "drafted_per_round", "wasted", "speedup"))
-            paused = _percent(values["paused"] / max(1, values["rounds"]))
-            name = f"  {label(one)}" if heading else label(one)
-            rows.append((name, tau, drafted, wasted, paused, speedup, *beside))
-    return aligned(rows)
+    lines += [
+        f"{machine['processor']}, {machine['threads']} threads, copies {machine['copy_bandwidth'] / 1e9:.1f} GB/s, "
+        f"last-level cache {'unknown' if cache is None else f'{cache / 2**20:.0f} MiB'}; {summary['date']}",
+        f"{prompts['count']} prompts of {prompts['tokens'] / prompts['count']:.0f} tokens, at most "
+        f"{arguments['max_new_tokens']} new tokens; batch {arguments['batch']}, temperature {arguments['temperature']:g}, "
+        f"{arguments['repeats']} interleaved repeats",
+    ]
+    return _wrap(lines)
 
 
-def _positions(summary: dict[str, Any]) -> str:
-    """alpha_k by position k, as many as fit."""
-    most = min(12, max(len(one["alpha_k"]) for one in summary["contenders"] if "tau" in one))
-    rows: list[tuple[str, ...]] = [("alpha_k, k =", *map(str, range(1, most + 1)), "")]
-    for name, one in _drafts(summary, rows):
-        cells = [f"{alpha:.2f}" for alpha in one["alpha_k"][:most]]
-        rows.append((name, *cells, *[""] * (most - len(cells)), ""))
-    return "\n".join(line.rstrip() for line in aligned(rows).splitlines())
+def _speed_cells(method: Values) -> Sequence[str]:
+    rate, identity, bandwidth = method["tokens_per_second"], method["identical"], method.get("bandwidth")
+    if identity is None:
+        identical = "reference" if method["name"] == "trainkit plain" else "not compared"
+    else:
+        ties = f", {identity['ties']} tied" if identity["ties"] else ""
+        wrong = f", {identity['mismatches']} WRONG" if identity["mismatches"] else ""
+        identical = f"{identity['equal']}/{identity['total']}{ties}{wrong}"
+    return (
+        str(method["tokens"]),
+        str(method["threads"]),
+        _rate(rate["median"]),
+        f"{_rate(rate['min'])}..{_rate(rate['max'])}",
+        ratio(method["x_plain"]),
+        ratio(method["x_transformers"]),
+        "-" if bandwidth is None else "in cache" if bandwidth["in_cache"] else _percent(bandwidth["share"]),
+        identical,
+    )
 
 
-def _drafts(summary: dict[str, Any], rows: list[tuple[str, ...]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each drafting contender with its name; a heading goes into `rows` where another drafter begins."""
-    for heading, ones in by_drafter(summary):
-        drafting = [one for one in ones if "tau" in one]
-        if heading and drafting:
-            rows.append((f"{heading}:",))
-        for one in drafting:
-            yield f"  {label(one)}" if heading else label(one), one
+def _draft_cells(method: Values) -> Sequence[str]:
+    return (
+        f"{method['bandwidth']['bytes'] / 1e6:.3g}",
+        *(ratio(method[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
+        _percent(method["speedup_over_roof"]),
+        _percent(method["efficiency"]),
+        str(method["cut_rounds"]),
+    )
 
 
-def _closing(summary: dict[str, Any]) -> str:
-    lines = []
-    by_name = {one["name"]: one for one in summary["contenders"]}
-    if summary["best"] is not None:
-        best = by_name[summary["best"]]
-        rate = best["tokens_per_second"]["median"]
-        plain = by_name["trainkit plain"]["tokens_per_second"]["median"]
-        lines.append(f"best: {best['name']}, {_short(rate)} tokens/s, {best['x_plain']:.2f}x plain decoding ({_short(plain)})")
-        theirs = [one for one in summary["contenders"] if one["family"] == "transformers"]
-        if theirs:
-            rival = max(theirs, key=lambda one: one["tokens_per_second"]["median"])
-            speed = rival["tokens_per_second"]["median"]
-            lines.append(f"and {rate / speed:.2f}x the fastest of transformers ({rival['name']}, {_short(speed)})")
+def _position_cells(positions: int) -> Callable[[Values], Sequence[str]]:
+    """Cells of alpha_k for k up to `positions`, and an empty last cell, because `grid` aligns the last column to the left."""
+    return lambda method: ([f"{alpha:.2f}" for alpha in method["alpha_k"]] + [""] * positions)[:positions] + [""]
+
+
+def _policy_cells(method: Values) -> Sequence[str]:
+    values, fixed = method["policy"], method["policy"]["over_best_fixed"]
+    over_fixed = ("-", "-", "-")
+    if fixed is not None:
+        spread = f"{ratio(fixed['min'])}..{ratio(fixed['max'])}"
+        over_fixed = (ratio(fixed["median"]), spread, f"{fixed['depth']}, {ratio(fixed['wasted'])}")
+    paused = _percent(values["paused"] / max(1, values["rounds"]))
+    tau, drafted, wasted, speedup = (ratio(values[key]) for key in ("tau", "drafted_per_round", "wasted", "speedup"))
+    return (tau, drafted, wasted, paused, speedup, *over_fixed)
+
+
+def _closing(summary: Values) -> str:
+    """The fastest method, whether all texts are identical, and the notes."""
+    lines, methods = [], {method["name"]: method for method in summary["methods"]}
+    rates = {name: method["tokens_per_second"]["median"] for name, method in methods.items()}
+    if (best := summary["best"]) is not None:
+        plain, over_plain = _rate(rates["trainkit plain"]), methods[best]["x_plain"]
+        lines.append(f"best: {best}, {_rate(rates[best])} tokens/s, {over_plain:.2f}x plain decoding ({plain})")
+        baselines = [name for name, method in methods.items() if method["family"] == "transformers"]
+        if baselines:
+            rival = max(baselines, key=lambda name: rates[name])
+            over_rival = rates[best] / rates[rival]
+            lines.append(f"and {over_rival:.2f}x the fastest method of transformers ({rival}, {_rate(rates[rival])})")
     lines += _verdict(summary)
     if summary["arguments"]["temperature"] > 0:
-        lines.append("transformers draws with its own noise: other texts, compared by speed alone")
-    return _wrapped([*lines, *summary["notes"]])
+        lines.append("transformers samples with its own noise: its texts differ and only its speed is compared")
+    return _wrap([*lines, *summary["notes"]])
 
 
-def _verdict(summary: dict[str, Any]) -> list[str]:
-    """`identical output: n of n, ties: k`, over every text that was held against plain decoding; mismatches named, loudly."""
-    held = [(one["name"], one["identical"]) for one in summary["contenders"] if one["identical"] is not None]
-    if not held:
-        return ["identical output: nothing to hold against plain decoding"]
-    total, equal, ties = (sum(found[key] for _, found in held) for key in ("of", "equal", "ties"))
+def _verdict(summary: Values) -> list[str]:
+    """`identical output: n of m, ties: k` over all texts that were compared with plain decoding, and each mismatch."""
+    compared = [(method["name"], method["identical"]) for method in summary["methods"] if method["identical"] is not None]
+    if not compared:
+        return ["identical output: no method to compare with plain decoding"]
+    total, equal, ties = (sum(identity[key] for _, identity in compared) for key in ("total", "equal", "ties"))
     lines = [f"identical output: {equal} of {total}, ties: {ties} (score gap below {summary['tie_tolerance']:.2g})"]
-    for name, found in held:
-        for one in found["differences"]:
-            if not one["is_tie"]:
-                lines.append(
-                    f"MISMATCH: {name}, prompt {one['prompt']}, new token {one['place']}: {one['tokens'][1]} instead of "
-                    f"{one['tokens'][0]}, gap {one['gap']:.3g}"
-                )
-    return lines
+    return lines + [
+        f"MISMATCH: {name}, prompt {difference['prompt']}, new token {difference['position']}: {difference['tokens'][1]} "
+        f"instead of {difference['tokens'][0]}, gap {difference['gap']:.3g}"
+        for name, identity in compared
+        for difference in identity["differences"]
+        if not difference["is_tie"]
+    ]
 
 
-def _identical(one: dict[str, Any], summary: dict[str, Any]) -> str:
-    found = one["identical"]
-    if found is None:
-        return "reference" if one["name"] == "trainkit plain" else "other draw"
-    extra = f", {found['ties']} tied" if found["ties"] else ""
-    return f"{found['equal']}/{found['of']}{extra}" + (f", {found['mismatches']} WRONG" if found["mismatches"] else "")
+def _wrap(lines: Sequence[str]) -> str:
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their headings: the first and the last to the left, numbers to the right; rows of one cell as they are."""
-    full = [row for row in rows if len(row) > 1]
-    widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
-    lines = []
-    for row in rows:
-        numbers = [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=False)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *numbers, row[-1]]) if len(row) > 1 else row[0])
-    return "\n".join(lines)
-
-
-def _bandwidth(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    return "in cache" if found["in_cache"] else _percent(found["share"])
-
-
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
+    """Two decimals, or - for None."""
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -234,7 +192,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _short(value: float) -> str:
+def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
 
 

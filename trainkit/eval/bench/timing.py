@@ -1,7 +1,7 @@
-"""Timing of contenders against one another: threads chosen for each, repeats interleaved, medians with their spread.
+"""Times the methods of a bench against one another: thread count chosen for each, repeats interleaved, medians with spread.
 
-All contenders continue the same prompts to the same length in one process, in the order A B C A B C, so that a machine that
-slows down slows them all. Whoever measures by the wall clock should know: nothing here subtracts anything.
+All methods continue the same prompts to the same length in one process, in the order A B C A B C, so that a machine that slows
+down slows all of them. Nothing is subtracted from the wall-clock times.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from trainkit.runner.stats import Stats
 from trainkit.runner.timing import RoundCost
 from trainkit.runner.trees.shape import RankPath
 
+PROBE_TOKENS = 24
+"""Tokens that are decoded to compare thread counts."""
+
 
 @dataclass(frozen=True)
 class Generated:
-    """What one call of a contender gave.
+    """The output of one call of a method.
 
     Attributes:
-        tokens: New tokens of each prompt, the end token included.
-        stats: Rounds and accepted lengths, from our runner.
-        rounds: Rounds run, over all rows of the batch at once; 0 where they are not known.
+        tokens: New tokens of each prompt, end token included.
+        stats: Rounds and accepted lengths; None for transformers.
+        rounds: Rounds run, each over the whole batch; 0 where unknown.
         split: Seconds by part of the work, as `Runner.seconds`.
     """
 
@@ -38,12 +41,12 @@ class Generated:
 
     @property
     def count(self) -> int:
-        """Tokens emitted."""
+        """Number of tokens emitted."""
         return sum(map(len, self.tokens))
 
     @staticmethod
-    def of(calls: Sequence[Generated]) -> Generated:
-        """What several calls gave, one after the other."""
+    def merge(calls: Sequence[Generated]) -> Generated:
+        """The outputs of consecutive calls as one."""
         stats = [call.stats for call in calls if call.stats is not None]
         split = {part: sum(call.split[part] for call in calls) for part in calls[0].split}
         tokens = [text for call in calls for text in call.tokens]
@@ -51,23 +54,24 @@ class Generated:
 
 
 Run = Callable[[Sequence[Sequence[int]], int, int], Generated]
+"""(prompts, max_new_tokens, index of the first prompt in the bench) -> output, returned once all tokens are computed."""
 
 
 @dataclass
-class Contender:
-    """One way to decode, and what it was measured to do.
+class Method:
+    """One way to decode, and its measurements.
 
     Attributes:
-        name: As tables show it.
+        name: Name in tables.
         family: `transformers` or `trainkit`.
-        depth: Levels drafted a round; 0 decodes plainly.
-        run: (prompts, max_new_tokens, place of the first prompt) -> what it generated; returns when the tokens are there.
-        paths: Rank paths of the draft; only of our contenders.
-        drafter: Its drafter's name; empty where nothing drafts.
-        policy: What paces its draft, in place of paths.
-        threads: CPU threads it runs with.
-        seconds: Wall-clock of each repeat.
-        outputs: What each repeat generated.
+        depth: Tokens drafted a round, at most; 0 is plain decoding.
+        run: Decodes prompts.
+        paths: Rank paths of a fixed draft tree; trainkit only.
+        drafter: Name of its drafter; empty for plain decoding.
+        policy: Name of the policy that chooses the depth, instead of `paths`.
+        threads: CPU threads that it runs with.
+        seconds: Wall-clock seconds of each repeat.
+        outputs: Output of each repeat.
     """
 
     name: str
@@ -98,149 +102,144 @@ class Contender:
 
     @property
     def decode_seconds(self) -> float:
-        """Median wall-clock without the prefills, of our contenders."""
+        """Median wall-clock seconds without prefill; trainkit only."""
         return statistics.median(s - o.split.get("prefill", 0.0) for o, s in zip(self.outputs, self.seconds, strict=True))
 
 
-def ours(
+def trainkit_method(
     runner: Runner,
     name: str,
-    paths: tuple[RankPath, ...],
+    paths: tuple[RankPath, ...] = (),
     prepare: Callable[[], None] | None = None,
     drafter: str = "",
     policy: str = "",
-    most: int = 0,
+    max_depth: int = 0,
     **options: object,
-) -> Contender:
-    """A contender that decodes with our runner and this draft tree; no paths is plain decoding.
+) -> Method:
+    """A method that decodes with trainkit's runner: a fixed tree, or a policy, or plain decoding where neither is given.
 
     Args:
-        runner: With a drafter, unless plain.
-        name: As tables show it.
-        paths: Rank paths of the tree.
-        prepare: Called before each run, untimed work excluded by nobody: keep it small.
-        drafter: The drafter's name.
-        policy: In place of paths, what paces the draft,
-        most: and how many tokens it may draft at most.
-        **options: As in `Runner.generate`.
+        runner: Runner with a drafter, unless decoding is plain.
+        name: Name in tables.
+        paths: Rank paths of the draft tree.
+        prepare: Called before each run; its time counts as decoding time, so it must be short.
+        drafter: Name of the drafter.
+        policy: Policy that chooses the depth, instead of `paths`.
+        max_depth: Largest depth that the policy may choose.
+        **options: Options for `Runner.generate`.
     """
 
     def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int) -> Generated:
-        settle(runner)
+        choose_kernels(runner)
         if prepare is not None:
             prepare()
-        tree: dict[str, object] = {"tree": paths} if paths else {"depth": most, "policy": policy or None}
-        draws = [(first + place, 0) for place in range(len(prompts))]  # a prompt's own, whichever are decoded with it
-        found = dict(runner.generate_each(prompts, draws, max_new_tokens=max_new_tokens, **tree, **options))
-        outputs = [found[place] for place in range(len(prompts))]
-        stats = Stats.merge(output.stats for output in outputs)
-        return Generated([output.tokens for output in outputs], stats, runner.rounds_run, dict(runner.seconds))
+        draft: dict[str, object] = {"tree": paths} if paths else {"depth": max_depth, "policy": policy or None}
+        draws = [(first + index, 0) for index in range(len(prompts))]  # noise of a prompt does not depend on its batch
+        outputs = dict(runner.generate_each(prompts, draws, max_new_tokens=max_new_tokens, **draft, **options))
+        stats = Stats.merge(output.stats for output in outputs.values())
+        tokens = [outputs[index].tokens for index in range(len(prompts))]
+        return Generated(tokens, stats, runner.rounds_run, dict(runner.seconds))
 
-    return Contender(name, "trainkit", max(map(len, paths), default=most), run, paths, drafter, policy)
+    return Method(name, "trainkit", max(map(len, paths), default=max_depth), run, paths, drafter, policy)
 
 
-def settle(runner: Runner) -> None:
-    """Chooses kernels as a process would that holds this runner alone; others may share its target."""
-    drafter = runner.drafter
-    stream_weights(runner.rounds.target, *([] if drafter is None else [drafter]))
+def choose_kernels(runner: Runner) -> None:
+    """Chooses the kernels that a process with this runner alone would use; runners that share a target may differ in them."""
+    stream_weights(runner.rounds.target, *([] if runner.drafter is None else [runner.drafter]))
 
 
 def warm_up(
-    contenders: Sequence[Contender],
+    methods: Sequence[Method],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     threads: Sequence[int],
     whole: bool = False,
 ) -> float:
-    """Sets each contender's faster number of threads, captures every graph, and returns the seconds one repeat will take.
+    """Sets each method's fastest thread count, captures every graph, and returns the estimated seconds of one repeat.
 
-    With several numbers of threads, a short text (at most 24 tokens of the first prompt) is timed with each, after a few
-    tokens for warmth alone.
+    Each thread count decodes at most `PROBE_TOKENS` tokens of the first prompt, after an untimed run of a few tokens.
 
     Args:
-        contenders: Their `threads` are set.
-        prompts: Token ids.
-        max_new_tokens: As will be measured.
-        threads: Numbers to choose from.
-        whole: Run the whole load once before: on a GPU every cache bucket has a graph to capture.
+        methods: Methods; their `threads` are set.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Length that will be measured.
+        threads: Thread counts to choose from.
+        whole: Run the whole load once before; on a GPU this captures a graph for every cache size.
     """
     estimate = 0.0
-    # what needs most slots first: static tensors then never grow again, which would drop the graphs captured before
-    for contender in sorted(contenders, key=lambda one: -max(len(one.paths), one.depth) - 2 * one.depth):
+    # largest need of cache slots first: static tensors that grow later would drop the graphs captured before
+    for method in sorted(methods, key=lambda method: -max(len(method.paths), method.depth) - 2 * method.depth):
         if whole:
-            contender.run(prompts, max_new_tokens, 0)
-        probe, length = prompts[:1], min(24, max_new_tokens)
-        found: dict[int, float] = {}
+            method.run(prompts, max_new_tokens, 0)
+        probe, length = prompts[:1], min(PROBE_TOKENS, max_new_tokens)
+        seconds_per_token: dict[int, float] = {}
         for count in threads:
             set_threads(count)
-            contender.run(probe, min(4, length), 0)
-            seconds, output = _timed(contender, probe, length)
-            found[count] = seconds / max(1, output.count)
-        contender.threads = min(found, key=lambda count: found[count])
-        estimate += found[contender.threads] * max_new_tokens * len(prompts)
+            method.run(probe, min(4, length), 0)
+            seconds, output = _timed(method, probe, length)
+            seconds_per_token[count] = seconds / max(1, output.count)
+        method.threads = min(seconds_per_token, key=lambda count: seconds_per_token[count])
+        estimate += seconds_per_token[method.threads] * max_new_tokens * len(prompts)
     return estimate
 
 
 def measure(
-    contenders: Sequence[Contender],
+    methods: Sequence[Method],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     repeats: int,
     progress: Callable[[str], None] = lambda name: None,
     max_seconds: float = float("inf"),
-    piece: int | None = None,
+    turn_size: int | None = None,
 ) -> int:
-    """Times every contender `repeats` times, interleaved; results go into `seconds` and `outputs` of each.
+    """Times every method `repeats` times, interleaved, appends to its `seconds` and `outputs`, and returns the repeats done.
 
-    Where prompts are decoded one after the other, contenders take turns prompt by prompt (`piece` 1): what else the machine
-    does meets all of them alike, and ratios of a repeat are of the same minute.
-
-    Returns how often it did: fewer times, but once at least, if another repeat would end after `max_seconds`.
+    These are fewer than `repeats`, but at least one, if another repeat would end after `max_seconds`. With `turn_size` 1 the
+    methods alternate prompt by prompt: other load on the machine then affects all of them alike, and the ratios of one repeat
+    compare times that lie close together.
 
     Args:
-        contenders: With their threads chosen.
-        prompts: Token ids.
-        max_new_tokens: Most tokens for each prompt.
-        repeats: Rounds over all contenders.
-        progress: Told the name of a contender that has just been timed.
-        max_seconds: Wall-clock for all repeats.
-        piece: Prompts of a turn; all by default.
+        methods: Methods whose threads are chosen.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Maximum number of new tokens for each prompt.
+        repeats: Number of times that every method decodes all prompts.
+        progress: Called with the name of each method after its turn.
+        max_seconds: Limit for the wall-clock seconds of all repeats.
+        turn_size: Prompts that a method decodes before the next one's turn; all by default.
     """
-    began = perf_counter()
+    began, turn_size = perf_counter(), turn_size or len(prompts)
     for done in range(repeats):
         if done and (perf_counter() - began) * (done + 1) / done > max_seconds:
             return done
-        found: list[list[tuple[float, Generated]]] = [[] for _ in contenders]
-        for start in range(0, len(prompts), piece or len(prompts)):
-            for contender, turns in zip(contenders, found, strict=True):
-                set_threads(contender.threads)
-                turns.append(_timed(contender, prompts[start : start + (piece or len(prompts))], max_new_tokens, start))
-                progress(contender.name)
-        for contender, turns in zip(contenders, found, strict=True):
-            contender.seconds.append(sum(seconds for seconds, _ in turns))
-            contender.outputs.append(Generated.of([output for _, output in turns]))
+        turns: list[list[tuple[float, Generated]]] = [[] for _ in methods]
+        for start in range(0, len(prompts), turn_size):
+            for method, timed in zip(methods, turns, strict=True):
+                set_threads(method.threads)
+                timed.append(_timed(method, prompts[start : start + turn_size], max_new_tokens, start))
+                progress(method.name)
+        for method, timed in zip(methods, turns, strict=True):
+            method.seconds.append(sum(seconds for seconds, _ in timed))
+            method.outputs.append(Generated.merge([output for _, output in timed]))
     return repeats
 
 
 def set_threads(count: int) -> None:
-    """Sets torch's CPU threads if they are not so already: changing them costs."""
+    """Sets the number of torch's CPU threads, if it differs: setting it is slow."""
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
 
 
-def _timed(
-    contender: Contender, prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int = 0
-) -> tuple[float, Generated]:
+def _timed(method: Method, prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int = 0) -> tuple[float, Generated]:
     began = perf_counter()
-    output = contender.run(prompts, max_new_tokens, first)
+    output = method.run(prompts, max_new_tokens, first)
     return perf_counter() - began, output
 
 
 def mbsu(tau: float, c: float, depth: int) -> float:
-    """Memory-bound speed-up: tau / (c depth + 1), c the bytes a draft step reads over those a target call reads."""
+    """Memory-bound speed-up: tau / (c depth + 1), with c = bytes read per draft step / bytes read per target call."""
     return tau / (c * depth + 1)
 
 
 def roof(tau: float, plain: float, cost: RoundCost) -> float:
-    """What is attainable on this machine: tau / (v(T) + draft time / plain step time), v(T) = verify time / plain step time."""
+    """Speed-up attainable on this machine: tau / (v + d), in units of a plain step: v to verify, d to draft."""
     return tau * plain / (cost.verify + cost.draft)

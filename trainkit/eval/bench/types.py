@@ -1,4 +1,4 @@
-"""What passes between the parts of a bench: what was asked, who takes part, what was measured. Light to import."""
+"""What the parts of a bench exchange: its checked arguments, its methods and prompts, its measurements. Light to import."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from trainkit.errors import UserError
 if TYPE_CHECKING:
     from trainkit.eval.bench.hardware import Machine
     from trainkit.eval.bench.identity import Identity
-    from trainkit.eval.bench.timing import Contender
+    from trainkit.eval.bench.timing import Method
     from trainkit.runner import Runner
     from trainkit.runner.timing import RoundCost
     from trainkit.runner.trees.shape import RankPath
 
 
 @dataclass(frozen=True)
-class Request:
-    """The arguments of `bench`, whose docstring explains them, once they are checked."""
+class BenchArguments:
+    """The checked arguments of `bench`, whose docstring explains them; `drafters` and `policies` hold its repeatable flags."""
 
     target: str | None
     drafters: tuple[str, ...]
@@ -47,21 +47,19 @@ class Request:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if any(depth < 1 for depth in self.depths) or len(set(self.depths)) != len(self.depths):
-            raise UserError(f"depths {list(self.depths)}: must be different and at least 1; plain decoding is always measured")
-        for folder in self.drafters:
-            if self.drafters.count(folder) > 1:
-                raise UserError(f"drafter {folder}: given twice; name each once")
+            raise UserError(f"depths {list(self.depths)}: must differ and be at least 1; plain decoding is always measured")
+        for flag, values in (("drafter", self.drafters), ("policy", self.policies)):
+            for value in values:
+                if values.count(value) > 1:
+                    raise UserError(f"{flag} {value}: given twice; name it once")
         if self.synthetic is None and (self.target is None or self.prompts is None):
             raise UserError("bench needs --target and --prompts (a file), or --synthetic with the name of a shape")
         if self.synthetic is not None and (self.target or self.drafters or self.prompts or self.temperature):
             raise UserError("synthetic: takes no target, drafter or prompts, and decodes at temperature 0")
         if self.trees and not self.drafters:
-            raise UserError("trees: need a --drafter to draft them")
+            raise UserError("trees: only a drafter can draft them; add --drafter")
         if self.policies and not (self.drafters or self.synthetic):
-            raise UserError("policy: needs a --drafter to pace")
-        for name in self.policies:
-            if self.policies.count(name) > 1:
-                raise UserError(f"policy {name}: given twice; name each once")
+            raise UserError("policy: needs a --drafter whose depth it chooses")
         if self.verify not in ("coupled", "residual"):
             raise UserError(f"verify {self.verify!r}: must be one of coupled, residual")
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -72,67 +70,67 @@ class Request:
         """Options for `Runner.generate`."""
         return {"temperature": self.temperature, "verify": self.verify, "seed": self.seed}
 
-    def has_same_draw(self, contender: Contender) -> bool:
-        """Whether this contender has to give the very tokens of our plain decoding."""
-        return self.temperature == 0 or (contender.family == "trainkit" and self.verify == "coupled")
+    def must_match_plain(self, method: Method) -> bool:
+        """Whether this method must emit the same tokens as plain decoding in trainkit."""
+        return self.temperature == 0 or (method.family == "trainkit" and self.verify == "coupled")
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A drafter that takes part: its name, and a runner of it with the field's target."""
+class BenchDrafter:
+    """A drafter in a bench: its name in tables, and a runner that joins it to the bench's target."""
 
     name: str
     runner: Runner
 
 
 @dataclass
-class Field:
-    """Who takes part.
+class BenchSetup:
+    """What a bench measures.
 
     Attributes:
-        runner: Of the target alone; the drafts' runners hold the same one.
-        prompts: Token ids.
-        target: Its name.
-        drafts: The drafters.
-        contenders: In the order of the table, plain decoding among them.
-        notes: What was left out, and why.
+        runner: Runner of the target alone; the drafters' runners share its target.
+        prompts: Token ids of each prompt.
+        target_name: Name of the target in tables.
+        drafters: Drafters that some methods use.
+        methods: Ways to decode, in the order of the table; plain decoding in trainkit is one of them.
+        notes: A line for each thing that was left out, with the reason.
     """
 
     runner: Runner
     prompts: list[list[int]]
-    target: str
-    drafts: list[Draft] = field(default_factory=list)
-    contenders: list[Contender] = field(default_factory=list)
+    target_name: str
+    drafters: list[BenchDrafter] = field(default_factory=list)
+    methods: list[Method] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def plain(self) -> Contender:
-        """Our decoding without a draft."""
-        return next(one for one in self.contenders if one.family == "trainkit" and not one.drafter)
+    def plain(self) -> Method:
+        """Plain decoding in trainkit: the baseline of every speed-up."""
+        return next(method for method in self.methods if method.family == "trainkit" and not method.drafter)
 
     @property
     def mean_length(self) -> int:
-        """Tokens in the cache half-way through the average text, once plain decoding has run."""
+        """Mean number of cached tokens halfway through an answer; known once plain decoding has run."""
         texts = self.plain.last.tokens
         return sum(len(p) + len(t) // 2 for p, t in zip(self.prompts, texts, strict=True)) // len(texts)
 
 
 @dataclass
-class Result:
-    """Everything measured.
+class BenchResult:
+    """Everything that a bench measured.
 
     Attributes:
-        request: What was asked.
-        field: Who took part, each contender with its times and outputs.
-        machine: Where.
-        date: When, UTC, ISO 8601.
-        identity: By contender's name, its output against plain decoding; absent where it is another draw.
-        costs: By (threads, drafter's name, tree), what drafting and verifying takes; the empty tree is plain decoding.
-        tolerance: Score gap below which a difference is a tie.
+        arguments: Arguments of the bench.
+        setup: Methods with their times and outputs, drafters and prompts.
+        machine: Hardware and library versions.
+        date: UTC time of the end, ISO 8601.
+        identity: Comparison with plain decoding, by method name; only of methods that must match it.
+        costs: Drafting and verifying times by (threads, drafter name, tree); the empty tree is plain decoding.
+        tolerance: Largest score gap that counts as a tie.
     """
 
-    request: Request
-    field: Field
+    arguments: BenchArguments
+    setup: BenchSetup
     machine: Machine
     date: str
     identity: dict[str, Identity]
@@ -141,5 +139,5 @@ class Result:
 
     @property
     def mismatches(self) -> int:
-        """Texts that differ from plain decoding though they must not, and not by rounding."""
-        return sum(one.mismatches for one in self.identity.values())
+        """Number of texts that had to match plain decoding and do not, rounding excluded."""
+        return sum(identity.mismatches for identity in self.identity.values())

@@ -1,9 +1,10 @@
-"""Which of a drafter's proposals the target's choice is, at every depth, seen from every place of a text.
+"""Ranks of the target's tokens among a drafter's proposals, at every depth and from every position of a text.
 
-The drafter is walked along the target's own text: from each place it drafts a chain whose tokens are the text's, so that every
-node's parent is right, and the rank of the next token among its proposals is kept. That is all a static tree needs: a node is
-accepted where its rank path is the text's. So one walk tells every tree's rounds (`simulated`) and the accuracies that trees
-are searched with (`accuracies`), for any kind, whether or not its heads see their parents' tokens.
+The drafter is replayed, teacher-forced, along the target's own text. From each position it drafts a chain that is forced to the
+text's tokens, so that every node's parent is correct, and the rank of the next token among its proposals is recorded. A static
+tree needs nothing else: its node is accepted where the node's rank path equals the text's. One replay therefore gives the
+rounds of every tree (`simulate_decoding`) and the accuracies that trees are searched with (`accuracies`), for any drafter kind,
+whether or not its heads read their parents' tokens.
 """
 
 # B rows  T positions  A taps  D levels  K ids it may propose  W ranks told apart  L text length  P path length
@@ -20,21 +21,22 @@ from trainkit.drafters.base import Accepted, Chunk, Frontier, State
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.runner import Runner, Stats
+from trainkit.runner.policies.cost_model import isotonic
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 from trainkit.runner.trees.shape import RankPath
 
-BEYOND = -1
-"""In place of a rank: the text has ended."""
+PAST_END = -1
+"""Stands for a rank where the text has ended."""
 
 Ranks = np.ndarray
-"""[L - 1, D] of one text: from the token at i as root, the rank of token i + 1 + d among the proposals at depth d.
+"""[L - 1, D] for one text: [i, d] is the rank of token i + 1 + d among the proposals at depth d, with token i as the root.
 
-W where it is not among the first W, and `BEYOND` past the text's end.
+The rank is W if the token is not among the first W proposals, and `PAST_END` past the end of the text.
 """
 
 
 @torch.inference_mode()
-def walk(
+def replay_ranks(
     runner: Runner,
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
@@ -44,37 +46,39 @@ def walk(
     seed: int = 0,
     batch: int = 16,
 ) -> list[Ranks]:
-    """The ranks of every text, as coupled verification judges them.
+    """The ranks of every text, as coupled verification would compare them.
 
     Args:
-        runner: With a drafter.
-        prompts: Token ids.
-        texts: What the runner made of each, under this temperature and this seed.
-        depth: D, at most the drafter's `max_depth`.
-        width: W.
-        temperature: Above 0, draft and target are ranked with the noise that they share.
-        seed: Of that noise; a prompt's place in the list is part of it, as in `Runner.generate`.
-        batch: Texts walked side by side.
+        runner: Runner with a drafter.
+        prompts: Token ids of each prompt.
+        texts: The runner's answer to each prompt, at this temperature and seed.
+        depth: Levels to draft, D; at most the drafter's `max_depth`.
+        width: Ranks told apart, W.
+        temperature: Sampling temperature; above 0, draft and target are ranked with the noise that they share.
+        seed: Seed of that noise; the prompt's index is part of its key, as in `Runner.generate`.
+        batch: Texts replayed together.
+
+    Raises:
+        UserError: the drafter proposes among fewer than `width` ids.
     """
     from tqdm import tqdm
 
-    found: list[Ranks] = []
-    for start in tqdm(range(0, len(prompts), batch), desc="walking", unit=" batches", disable=None, delay=2):
+    ranks: list[Ranks] = []
+    for start in tqdm(range(0, len(prompts), batch), desc="replaying", unit=" batches", disable=None, delay=2):
         rows = range(start, min(start + batch, len(prompts)))
         keys_B2 = torch.tensor([request_keys(seed, i) for i in rows], dtype=torch.int32, device=runner.device)
-        part = _Part(runner, [prompts[i] for i in rows], [texts[i] for i in rows], depth, width, Sampling(temperature), keys_B2)
-        found += part.ranks()
-    return found
+        pairs = [(prompts[i], texts[i]) for i in rows]
+        ranks += _Replay(runner, pairs, depth, width, Sampling(temperature), keys_B2).ranks()
+    return ranks
 
 
-class _Part:
-    """Texts side by side, each with a drafter's row that has read its prompt."""
+class _Replay:
+    """A batch of (prompt, text) pairs, with a drafter state that has read the prompts."""
 
     def __init__(
         self,
         runner: Runner,
-        prompts: Sequence[Sequence[int]],
-        texts: Sequence[Sequence[int]],
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
         depth: int,
         width: int,
         sampling: Sampling,
@@ -83,20 +87,19 @@ class _Part:
         assert runner.drafter is not None
         self.rounds, self.drafter, self.device = runner.rounds, runner.drafter, runner.device
         self.depth, self.width, self.sampling, self.keys_B2 = depth, width, sampling, keys_B2
-        wholes = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
-        longest = max(map(len, wholes)) + depth + 1
+        longest = max(len(prompt) + len(text) for prompt, text in pairs) + depth + 1
         self.span = -(-longest // 64) * 64
-        self.firsts_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self.lengths_B = torch.tensor([len(text) for text in texts], device=self.device)
-        rows = [whole + [0] * (longest - len(whole)) for whole in wholes]
+        self.prompt_lengths_B = torch.tensor([len(prompt) for prompt, _ in pairs], device=self.device)
+        self.lengths_B = torch.tensor([len(text) for _, text in pairs], device=self.device)
+        rows = [[*prompt, *text] + [0] * (longest - len(prompt) - len(text)) for prompt, text in pairs]
         self.tokens_BT = torch.tensor(rows, device=self.device)
         dtype = self.rounds.target.embed.weight.dtype
         self.state = self.drafter.init_state(len(rows), self.span, self.device, dtype)
-        taps = [self._read(b, len(prompts[b]), len(whole)) for b, whole in enumerate(wholes)]
+        taps = [self._read(b, len(prompt), len(prompt) + len(text)) for b, (prompt, text) in enumerate(pairs)]
         self.taps_BTAD = None if taps[0] is None else torch.stack([t for t in taps if t is not None])
 
     def _read(self, row: int, prompt: int, length: int) -> Tensor | None:
-        """Prefills the drafter's row; returns the target's taps over the whole text, [T, A, hidden] with zeros past it."""
+        """Prefills the drafter's state of a row; returns the target's taps of its text, [T, A, hidden], zero past the end."""
         target = self.rounds.target
         target.reserve_positions(length)
         tokens_1T = self.tokens_BT[row : row + 1, :length]
@@ -115,142 +118,140 @@ class _Part:
         return padded
 
     def ranks(self) -> list[Ranks]:
-        """From every place in turn: a chain of the text's own tokens, of which the round then keeps the root alone."""
+        """Drafts a forced chain from every position in turn; after each, the drafter's state advances by one token."""
         levels = torch.arange(self.depth + 1, device=self.device)
-        places = int(self.lengths_B.max()) - 1
-        found = []
-        for place in range(places):
-            alive_B = place < self.lengths_B - 1
-            root_B = self.firsts_B + torch.where(alive_B, place, 0)
+        positions = int(self.lengths_B.max()) - 1
+        by_position = []
+        for position in range(positions):
+            # draft from this position; rows whose text has ended stay at its start
+            alive_B = position < self.lengths_B - 1
+            root_B = self.prompt_lengths_B + torch.where(alive_B, position, 0)
             path_BP = root_B[:, None] + levels
             tokens_BP = self.tokens_BT.gather(1, path_BP)
-            found.append(self._chain(root_B, tokens_BP))
+            by_position.append(self._chain(root_B, tokens_BP))
+            # commit the root alone
             taps = self.taps_BTAD
             if taps is not None:
                 taps = taps.gather(1, path_BP[..., None, None].expand(-1, -1, *taps.shape[2:]))
             next_BP = self.tokens_BT.gather(1, (path_BP + 1).clamp(max=self.tokens_BT.shape[1] - 1))
             accepted = Accepted(None, tokens_BP, next_BP, alive_B.long(), root_B, taps)
             self.drafter.commit(self.state, accepted, self.rounds.handle, self.span)
-        if not found:
+        if not by_position:
             return [np.zeros((0, self.depth), np.int64) for _ in self.lengths_B]
-        ranks_BLD = torch.stack(found, 1)
-        label_LD = 1 + torch.arange(places, device=self.device)[:, None] + levels[: self.depth]
-        ranks_BLD = ranks_BLD.masked_fill(label_LD >= self.lengths_B[:, None, None], BEYOND).cpu().numpy()
+        ranks_BLD = torch.stack(by_position, 1)
+        label_LD = 1 + torch.arange(positions, device=self.device)[:, None] + levels[: self.depth]
+        ranks_BLD = ranks_BLD.masked_fill(label_LD >= self.lengths_B[:, None, None], PAST_END).cpu().numpy()
         return [ranks_LD[: length - 1] for ranks_LD, length in zip(ranks_BLD, self.lengths_B.tolist(), strict=True)]
 
     def _chain(self, root_B: Tensor, tokens_BP: Tensor) -> Tensor:
-        """[B, D] ranks of the text's tokens after the root, each after those before it."""
+        """[B, D] ranks of the text's tokens after the root, each drafted after the text's earlier tokens."""
         D = self.depth
         noise_BDV = None
         if not self.sampling.greedy:
             rows = root_B[:, None] + 1 + torch.arange(D, device=self.device)
             noise_BDV = gumbel(self.keys_B2, rows, self.rounds.vocabulary, CHOICE)
-        found = []
+        ranks = []
         for depth in range(D):
             frontier = Frontier.chain(tokens_BP[:, depth : depth + 1], root_B[:, None] + depth, depth, D + 1)
             out = self.drafter.step(self.state, frontier, self.rounds.handle, self.span)
             scores_BK, ids_K = self.sampling.process(out.logits_BFK)[:, 0], out.ids_K
             if scores_BK.shape[1] < self.width:
-                raise UserError(f"width {self.width}: the drafter proposes among {scores_BK.shape[1]} ids; ask for no more")
+                raise UserError(f"width {self.width}: the drafter proposes among {scores_BK.shape[1]} ids; lower width")
             if noise_BDV is not None:
                 scores_BK = scores_BK + (noise_BDV[:, depth] if ids_K is None else noise_BDV[:, depth][:, ids_K])
-            found.append(rank_of(tokens_BP[:, depth + 1], scores_BK, ids_K, self.width))
-        return torch.stack(found, 1)
+            ranks.append(rank_of(tokens_BP[:, depth + 1], scores_BK, ids_K, self.width))
+        return torch.stack(ranks, 1)
 
 
 def rank_of(token_B: Tensor, scores_BK: Tensor, ids_K: Tensor | None, width: int) -> Tensor:
-    """How many proposals come before each token, lower ids first among equals; `width` where it is as many or more, or none."""
+    """[B] number of proposals ahead of each token, at most `width`; among equal scores lower ids come first.
+
+    A token that is not proposed, or has score -inf, has rank `width`.
+    """
     if ids_K is None:
         ids_K = torch.arange(scores_BK.shape[1], device=token_B.device)
     is_token_BK = ids_K == token_B[:, None]
     own_B1 = scores_BK.masked_fill(~is_token_BK, float("-inf")).amax(1, keepdim=True)
-    before_BK = (scores_BK > own_B1) | ((scores_BK == own_B1) & (ids_K < token_B[:, None]))
-    return before_BK.sum(1).masked_fill(own_B1[:, 0] == float("-inf"), width).clamp(max=width)
+    ahead_BK = (scores_BK > own_B1) | ((scores_BK == own_B1) & (ids_K < token_B[:, None]))
+    return ahead_BK.sum(1).masked_fill(own_B1[:, 0] == float("-inf"), width).clamp(max=width)
 
 
-def simulated(ranks: Sequence[Ranks], paths: Collection[RankPath]) -> Stats:
-    """What decoding these texts with this tree counts, round for round; the drafter is not asked again.
+def simulate_decoding(ranks: Sequence[Ranks], paths: Collection[RankPath]) -> Stats:
+    """The statistics of decoding these texts with this tree, round by round, without running the drafter again.
 
-    Rounds begin where the one before ended, so its tau is the served one, where means over all places are not: a round begins
-    after a rejection more often than a place does.
+    Each round starts where the previous one ended, so tau is that of decoding. A mean over all positions would differ, because
+    rounds start after a rejection more often than positions in general do.
     """
     tree, stats = set(paths), Stats()
     depth = max(map(len, tree), default=0)
     for ranks_LD in ranks:
-        place, length = 0, len(ranks_LD) + 1
+        position, length = 0, len(ranks_LD) + 1
         stats.tokens += length
-        while place < length - 1:
+        while position < length - 1:
             path: RankPath = ()
-            for rank in ranks_LD[place].tolist():
+            for rank in ranks_LD[position].tolist():
                 if (*path, rank) not in tree:
                     break
                 path = (*path, rank)
-            if place + len(path) == length - 1:  # its bonus token lies past the end
+            if position + len(path) == length - 1:  # its bonus token would lie past the end
                 stats.cut_rounds += 1
                 break
             stats.add_round(len(path), depth, len(tree))
-            place += len(path) + 1
+            position += len(path) + 1
     return stats
 
 
 PRIOR = 16
-"""Sightings that the accuracies after one rank of the parent are given from those after any."""
+"""Pseudo-count: weight, in observations, of a depth's accuracies after any parent in those after a parent of one rank."""
 
 Accuracies = np.ndarray
-"""[D, W, W]: at [d, q, r] the probability that the child of rank r is the target's choice, where its parent was and had rank q.
+"""[D, W, W]: at [d, q, r] the probability that the child of rank r is the target's choice, if its parent was and had rank q.
 
-Depth 0 has the root for parent, at q = 0. Rows do not increase with r.
+Depth 0 has the root as parent, at q = 0. Rows do not increase with r.
 """
 
 
 def accuracies(ranks: Sequence[Ranks], width: int) -> Accuracies:
-    """What a tree is searched with, counted over all places.
+    """The accuracies that a tree is searched with, counted over all positions.
 
-    A product of these along a path is the chance that the whole path is right, if what a rank says of the next is all that the
-    past says. With one row for all parents (Cai et al. 2024, arXiv 2401.10774) it would be the product of each depth's shares,
-    which misses that where the first proposal was right, the next one's first is right more often: for heads that do not see
-    their parents as well, since easy places are easy for all of them. A row seen seldom leans on the depth's own.
+    The product along a path is the probability that the whole path is correct, if a node's rank depends on the past only
+    through its parent's rank. Cai et al. 2024 (arXiv 2401.10774) use one row per depth for all parents, a product of shares.
+    That ignores that after a correct first proposal the next first proposal is correct more often, which holds for heads that
+    do not read their parents too, because easy positions are easy for every head. Rows with few observations are shrunk
+    towards the row over all parents of their depth (`PRIOR`).
 
     Raises:
-        UserError: no text is as long as the tree is deep.
+        UserError: every text is shorter than the tree's depth.
     """
-    every_ND = np.concatenate(list(ranks))
-    D = every_ND.shape[1]
+    ranks_ND = np.concatenate(list(ranks))
+    D = ranks_ND.shape[1]
     table_DWW = np.zeros((D, width, width))
     for depth in range(D):
-        known_N = every_ND[:, depth] != BEYOND
+        known_N = ranks_ND[:, depth] != PAST_END
         if not known_N.any():
-            raise UserError(f"no text is longer than {depth + 1} tokens; draft fewer levels, or raise max_new_tokens")
-        child_N = every_ND[known_N, depth]
+            raise UserError(f"no text is longer than {depth + 1} tokens; lower depth, or raise max_new_tokens")
+        child_N = ranks_ND[known_N, depth]
         if depth == 0:
-            table_DWW[0, 0] = falling(_shares(child_N, width))
+            table_DWW[0, 0] = _non_increasing(_shares(child_N, width))
             continue
-        parent_N = every_ND[known_N, depth - 1]
-        after_any = _shares(child_N[parent_N < width], width)
+        parent_N = ranks_ND[known_N, depth - 1]
+        any_parent_W = _shares(child_N[parent_N < width], width)
         for rank in range(width):
-            own_N = child_N[parent_N == rank]
-            counted = np.bincount(own_N, minlength=width + 1)[:width]
-            table_DWW[depth, rank] = falling((counted + PRIOR * after_any) / (len(own_N) + PRIOR))
+            after_N = child_N[parent_N == rank]
+            counts_W = np.bincount(after_N, minlength=width + 1)[:width]
+            table_DWW[depth, rank] = _non_increasing((counts_W + PRIOR * any_parent_W) / (len(after_N) + PRIOR))
     return table_DWW
 
 
 def shares(ranks: Sequence[Ranks], width: int) -> np.ndarray:
-    """[D, W]: how often the text's token has each rank at each depth, whatever came before; Medusa's accuracies."""
-    every_ND = np.concatenate(list(ranks))
-    return np.stack([_shares(column[column != BEYOND], width) for column in every_ND.T])
+    """[D, W] share of positions whose token has each rank at each depth, whatever its parent's rank; Medusa's accuracies."""
+    ranks_ND = np.concatenate(list(ranks))
+    return np.stack([_shares(column[column != PAST_END], width) for column in ranks_ND.T])
 
 
 def _shares(ranks_N: np.ndarray, width: int) -> np.ndarray:
     return np.bincount(ranks_N, minlength=width + 1)[:width] / max(1, len(ranks_N))
 
 
-def falling(values: np.ndarray) -> np.ndarray:
-    """The nearest values (least squares) that do not increase: neighbours that do are averaged (pool adjacent violators)."""
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        total, size = float(value), 1
-        while blocks and blocks[-1][0] / blocks[-1][1] < total / size:
-            above, count = blocks.pop()
-            total, size = total + above, size + count
-        blocks.append((total, size))
-    return np.concatenate([np.full(size, total / size) for total, size in blocks])
+def _non_increasing(values: np.ndarray) -> np.ndarray:
+    return np.array(isotonic(values[::-1].tolist())[::-1])

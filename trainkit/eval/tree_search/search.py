@@ -1,11 +1,11 @@
-"""Static trees that give the most tokens per second: nodes by their chance of being right, their number by what rows cost here.
+"""Static trees with the most tokens per second on this machine: nodes by their probability, their number by measured cost.
 
-For a number of nodes the tree with the most expected tokens holds those whose paths have the largest products of accuracies
-(Cai et al. 2024, arXiv 2401.10774): a child's product is at most its parent's and its elder sibling's, so these are a tree.
-How many pay is a matter of the machine: where a GPU verifies 64 rows in the time of one, 64; on a CPU a handful. Depth costs as
-well, a draft step a level, so the search is repeated for every depth allowed.
+Among trees of one size, the most expected tokens come from the paths with the largest products of accuracies (Cai et al. 2024,
+arXiv 2401.10774). These paths form a tree, because a child's product is at most that of its parent and of its lower-ranked
+siblings. The best size depends on the machine: 64 nodes where a GPU verifies 64 rows in the time of one, a handful on a CPU.
+Depth also costs, one draft step per level, so the search is repeated for every allowed depth.
 
-Left out on purpose: trees that differ in the nodes of a level though their products are equal, which no figure tells apart.
+Left out on purpose: trees that differ only in nodes with equal products, which no figure can tell apart.
 """
 
 # D levels  W ranks  N tree nodes, root included  T rows verified  F frontier nodes
@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from trainkit.errors import UserError
-from trainkit.eval.bench.timing import set_threads, settle
-from trainkit.eval.tree_search.ranks import Accuracies, Ranks, falling, simulated
+from trainkit.eval.bench.timing import choose_kernels, set_threads
+from trainkit.eval.tree_search.ranks import Accuracies, Ranks, simulate_decoding
 from trainkit.runner import Runner
+from trainkit.runner.policies.cost_model import interpolate, isotonic
 from trainkit.runner.timing import round_costs
 from trainkit.runner.trees.shape import RankPath
 from trainkit.runner.trees.static import chain
@@ -32,50 +33,53 @@ from trainkit.runner.trees.static import chain
 Paths = tuple[RankPath, ...]
 
 
-def chance(path: RankPath, table_DWW: Accuracies) -> float:
-    """Probability that a whole path is right: the product of its accuracies, each given the parent's rank."""
+def path_probability(path: RankPath, table_DWW: Accuracies) -> float:
+    """Probability that every node of a path is correct: the product of its accuracies, each given the parent's rank."""
     parents = (0, *path)
     return float(np.prod([table_DWW[d, parents[d], rank] for d, rank in enumerate(path)]))
 
 
 def expected_tau(paths: Iterable[RankPath], table_DWW: Accuracies) -> float:
-    """Tokens a round emits: the bonus token, and each node with its chance."""
-    return 1.0 + sum(chance(path, table_DWW) for path in paths)
+    """Expected tokens per round: the bonus token, plus the probability of each node."""
+    return 1.0 + sum(path_probability(path, table_DWW) for path in paths)
 
 
-def likeliest(table_DWW: Accuracies, nodes: int, depth: int, widest: int | None = None) -> list[RankPath]:
-    """The `nodes - 1` likeliest paths of at most `depth` levels, likeliest first: every beginning of the list is a tree.
+def best_paths(table_DWW: Accuracies, nodes: int, depth: int, max_frontier: int | None = None) -> list[RankPath]:
+    """The `nodes - 1` most probable paths of at most `depth` levels, best first; every prefix of the list is a tree.
 
     Args:
         table_DWW: Accuracies; rows must not increase with the rank.
-        nodes: N, root included.
-        depth: At most D.
-        widest: Nodes of one level that may have children; one more is passed over for what is next.
+        nodes: Tree nodes, root included, N.
+        depth: Maximum depth, at most D.
+        max_frontier: Maximum number of nodes per level that have children; paths beyond it are skipped. None for no limit.
     """
     width = table_DWW.shape[2]
-    heap: list[tuple[float, RankPath, float]] = [(-table_DWW[0, 0, 0], (0,), 1.0)]  # minus its chance, path, parent's chance
-    taken: list[RankPath] = []
-    parents = [set[RankPath]() for _ in range(depth)]
-    while heap and len(taken) < nodes - 1:
-        negative, path, above = heapq.heappop(heap)
-        expanded, level = parents[len(path) - 1], len(path)
-        if path[:-1] not in expanded and widest is not None and len(expanded) >= widest:
+    # entries: negative probability of the path, path, probability of its parent
+    heap: list[tuple[float, RankPath, float]] = [(-table_DWW[0, 0, 0], (0,), 1.0)]
+    paths: list[RankPath] = []
+    expanded_by_level = [set[RankPath]() for _ in range(depth)]
+    while heap and len(paths) < nodes - 1:
+        negative, path, parent_probability = heapq.heappop(heap)
+        level, parent = len(path), path[:-1]
+        expanded = expanded_by_level[level - 1]
+        if parent not in expanded and max_frontier is not None and len(expanded) >= max_frontier:
             continue
-        expanded.add(path[:-1])
-        taken.append(path)
-        if path[-1] + 1 < width:
-            before = path[-2] if level > 1 else 0
-            heapq.heappush(heap, (-above * table_DWW[level - 1, before, path[-1] + 1], (*path[:-1], path[-1] + 1), above))
-        if level < depth:
+        expanded.add(parent)
+        paths.append(path)
+        if path[-1] + 1 < width:  # the next sibling
+            parent_rank = path[-2] if level > 1 else 0
+            probability = parent_probability * table_DWW[level - 1, parent_rank, path[-1] + 1]
+            heapq.heappush(heap, (-probability, (*parent, path[-1] + 1), parent_probability))
+        if level < depth:  # the first child
             heapq.heappush(heap, (negative * table_DWW[level, path[-1], 0], (*path, 0), -negative))
-    return taken
+    return paths
 
 
-def full(nodes: int, depth: int, width: int, widest: int | None = None) -> Paths:
-    """The first nodes, level by level, of the tree whose every node has as many children as the next.
+def full_tree(nodes: int, depth: int, width: int, max_frontier: int | None = None) -> Paths:
+    """A tree of `nodes` nodes, root included, built without measurements: a baseline for searched trees.
 
-    As many children as let `nodes` fit into `depth` levels, two at least, at most `width`: the tree of someone who measures
-    nothing, to hold a searched one against. `widest` as in `likeliest`.
+    Every node has the same number of children, at least two and at most `width`: the smallest number with which `nodes` nodes
+    fit into `depth` levels. Nodes are taken level by level. `max_frontier` as in `best_paths`.
 
     Raises:
         UserError: so many nodes do not fit.
@@ -84,26 +88,23 @@ def full(nodes: int, depth: int, width: int, widest: int | None = None) -> Paths
         paths: list[RankPath] = []
         level: list[RankPath] = [()]
         for _ in range(depth):
-            level = [(*path, rank) for path in level[:widest] for rank in range(children)]
+            level = [(*path, rank) for path in level[:max_frontier] for rank in range(children)]
             paths += level
             if len(paths) >= nodes - 1:
                 return tuple(paths[: nodes - 1])
-    raise UserError(f"nodes {nodes}: {depth} levels of at most {width} ranks hold {len(paths) + 1}; ask for no more")
-
-
-# ------------------------------------------------------------------------------------------------------ what a round costs here
+    raise UserError(f"nodes {nodes}: {depth} levels of at most {width} ranks hold {len(paths) + 1}; lower nodes")
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a round's parts, measured where noted and straight lines between; neither falls with size.
+    """Seconds of a round's parts at the measured sizes, non-decreasing in size; linear in between.
 
     Attributes:
-        plain: Plain decoding's step: one row.
-        verify_T: By rows T, the target's forward with output head.
-        first: The draft's first level.
-        level_F: By frontier nodes F, each level after it.
-        threads: CPU threads that they were timed with.
+        plain: Seconds of a plain decoding step, one row.
+        verify_T: Seconds of the target's forward pass with output head, by number of rows T.
+        first: Seconds of the first draft level.
+        level_F: Seconds of each later draft level, by number of frontier nodes F.
+        threads: CPU threads of the measurement.
     """
 
     plain: float
@@ -114,68 +115,56 @@ class Costs:
 
     def verify(self, rows: int) -> float:
         """Seconds to verify `rows` rows."""
-        return _line(self.verify_T, rows)
+        return interpolate(rows, list(self.verify_T), list(self.verify_T.values()))
 
     def draft(self, paths: Paths) -> float:
-        """Seconds to draft a tree: a step for each level with children, over as many nodes as have some."""
+        """Seconds to draft a tree: one step for each level that has children, over the nodes that have some."""
         frontiers = Counter(len(parent) for parent in {path[:-1] for path in paths})
-        return sum(self.first if depth == 0 else _line(self.level_F, count) for depth, count in frontiers.items())
+        sizes, seconds = list(self.level_F), list(self.level_F.values())
+        return sum(interpolate(count, sizes, seconds) if depth else self.first for depth, count in frontiers.items())
 
     def speedup(self, tau: float, paths: Paths) -> float:
-        """Times plain decoding that a round of this tree can give: tau / (v(T) + draft time / plain step)."""
+        """Speed-up over plain decoding that a round of this tree can reach: tau / (v(T) + draft time / plain step time)."""
         return tau * self.plain / (self.verify(len(paths) + 1) + self.draft(paths))
 
 
 def measure_costs(runner: Runner, length: int, batch: int, nodes: int, depth: int, width: int) -> Costs:
-    """Times trees of up to `nodes` rows and frontiers of up to `width` nodes at `length` cached tokens, interleaved.
+    """Times trees of up to `nodes` nodes and frontiers of up to `width` nodes at `length` cached tokens, interleaved.
 
-    On a CPU with one thread and with all, and the faster at plain decoding is taken, as `bench` does.
+    On a CPU, with one thread and with all; the result is that of the thread count with the faster plain step, as in `bench`.
     """
-    every = torch.get_num_threads()
-    found = []
+    all_threads = torch.get_num_threads()
+    by_threads = []
     try:
-        for count in sorted({1, every}) if runner.device.type == "cpu" else [every]:
+        for count in sorted({1, all_threads}) if runner.device.type == "cpu" else [all_threads]:
             set_threads(count)
-            found.append(_measure_costs(runner, length, batch, nodes, depth, width))
+            by_threads.append(_measure_costs(runner, length, batch, nodes, depth, width))
     finally:
-        set_threads(every)
-    return min(found, key=lambda costs: costs.plain)
+        set_threads(all_threads)
+    return min(by_threads, key=lambda costs: costs.plain)
 
 
 def _measure_costs(runner: Runner, length: int, batch: int, nodes: int, depth: int, width: int) -> Costs:
     assert runner.drafter is not None
-    widest = min(width, runner.drafter.max_width or width)
+    frontier = min(width, runner.drafter.max_width or width)
+    # trees that time verifying, by number of rows
     sizes = sorted({size for size in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if size < nodes} | {nodes})
-    shapes = {size: full(size, depth, width, widest) for size in sizes}
-    brooms: dict[int, Paths] = {}
-    if depth > 1:
-        for count in sorted({c for c in (1, 2, 4, 8, 16) if c < widest} | {widest}):
-            brooms[count] = tuple((rank,) for rank in range(count)) + tuple((rank, 0) for rank in range(count))
-    settle(runner)
-    found = round_costs(runner.rounds, [chain(1), *brooms.values(), *shapes.values()], length, batch)
-    first = found[chain(1)].draft
-    verify = _rising({1: found[()].verify} | {size: found[paths].verify for size, paths in shapes.items()})
-    level = _rising({count: max(0.0, found[paths].draft - first) for count, paths in brooms.items()})
-    return Costs(found[()].verify, verify, first, level, torch.get_num_threads())
-
-
-def _rising(seconds: dict[int, float]) -> dict[int, float]:
-    if not seconds:
-        return {}
-    values = falling(np.array([seconds[size] for size in sorted(seconds)])[::-1])[::-1]
-    return {size: float(value) for size, value in zip(sorted(seconds), values, strict=True)}
-
-
-def _line(seconds: dict[int, float], size: int) -> float:
-    """Between two sizes measured, or on from the last two."""
-    sizes = sorted(seconds)
-    if size <= sizes[-1] or len(sizes) == 1:
-        return float(np.interp(size, sizes, [seconds[s] for s in sizes]))
-    low, high = sizes[-2:]
-    return seconds[high] + (size - high) * (seconds[high] - seconds[low]) / (high - low)
-
-
-# ----------------------------------------------------------------------------------------------------------------- the search
+    trees = {size: full_tree(size, depth, width, frontier) for size in sizes}
+    # trees of two levels that time the second level, by number of frontier nodes; the first level is that of a chain
+    counts = sorted({count for count in (1, 2, 4, 8, 16) if count < frontier} | {frontier}) if depth > 1 else []
+    two_levels = {n: (*((rank,) for rank in range(n)), *((rank, 0) for rank in range(n))) for n in counts}
+    choose_kernels(runner)
+    costs = round_costs(runner.rounds, [chain(1), *two_levels.values(), *trees.values()], length, batch)
+    plain, first = costs[()].verify, costs[chain(1)].draft
+    verify = isotonic([plain, *(costs[paths].verify for paths in trees.values())])
+    level = isotonic([max(0.0, costs[paths].draft - first) for paths in two_levels.values()])
+    return Costs(
+        plain,
+        dict(zip((1, *sizes), verify, strict=True)),
+        first,
+        dict(zip(counts, level, strict=True)),
+        torch.get_num_threads(),
+    )
 
 
 @dataclass(frozen=True)
@@ -183,10 +172,10 @@ class Candidate:
     """The best tree of a size.
 
     Attributes:
-        paths: Its nodes after the root.
-        expected_tau: Tokens per round by its accuracies, over all places alike.
-        tau: Tokens per round on the very texts that were walked, as decoding them shows it.
-        speedup: Times plain decoding, by `tau` and what its round costs.
+        paths: Rank paths of its nodes, without the root.
+        expected_tau: Tokens per round according to its accuracies, averaged over all positions.
+        tau: Tokens per round of simulated decoding of the replayed texts.
+        speedup: Speed-up over plain decoding, from `tau` and the costs of a round.
     """
 
     paths: Paths
@@ -206,31 +195,31 @@ class Candidate:
 
 
 def search(
-    table_DWW: Accuracies, ranks: Sequence[Ranks], costs: Costs, nodes: int, widest: int | None = None
+    table_DWW: Accuracies, ranks: Sequence[Ranks], costs: Costs, nodes: int, max_frontier: int | None = None
 ) -> list[Candidate]:
     """For each size from 2 to `nodes`, root included, the tree with the most expected tokens per second over all depths.
 
-    Which nodes and how many levels is settled by expected tau; across sizes, trees are held against one another by their tau on
-    the texts: a round begins after a rejection more often than a place does, which costs large trees more than small ones.
+    Expected tau decides the nodes and the depth of each size. Trees of different sizes are compared by their tau in simulated
+    decoding: rounds start after a rejection more often than positions in general do, which lowers large trees' tau more.
     """
-    best: dict[int, tuple[float, Paths]] = {}
+    best: dict[int, tuple[float, Paths]] = {}  # by size: expected speed-up, tree
     for depth in range(1, len(table_DWW) + 1):
-        paths = likeliest(table_DWW, nodes, depth, widest)
+        paths = best_paths(table_DWW, nodes, depth, max_frontier)
         tau = 1.0
         for size, path in enumerate(paths, 2):
-            tau += chance(path, table_DWW)
+            tau += path_probability(path, table_DWW)
             tree = tuple(paths[: size - 1])
             speedup = costs.speedup(tau, tree)
             if size not in best or speedup > best[size][0]:
                 best[size] = speedup, tree
     candidates = []
     for _, (_, tree) in sorted(best.items()):
-        tau, expected = simulated(ranks, tree).tau, expected_tau(tree, table_DWW)
-        shown = expected if math.isnan(tau) else tau  # texts too short for a whole round
-        candidates.append(Candidate(tree, expected, tau, costs.speedup(shown, tree)))
+        tau, expected = simulate_decoding(ranks, tree).tau, expected_tau(tree, table_DWW)
+        reached = expected if math.isnan(tau) else tau  # nan: the texts are too short for a full round
+        candidates.append(Candidate(tree, expected, tau, costs.speedup(reached, tree)))
     return candidates
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate:
-    """The one with the largest speed-up; of equals the smallest."""
-    return max(candidates, key=lambda one: (one.speedup, -one.nodes))
+    """The candidate with the largest speed-up; among equals the smallest."""
+    return max(candidates, key=lambda candidate: (candidate.speedup, -candidate.nodes))
