@@ -8,12 +8,12 @@ usage: ./launch.sh COMMAND ...
 
   ./launch.sh quickstart                         the whole pipeline, small (recipes/quickstart.sh)
   ./launch.sh RECIPE.yaml [flags]                train: trainkit fit --config RECIPE.yaml [flags]
-  ./launch.sh RECIPE.yaml --resume RUN_DIR       go on where that run stopped
+  ./launch.sh RECIPE.yaml --resume RUN_DIR       continue that run
   ./launch.sh RECIPE.sh [arguments]              run a recipe that is a script
   ./launch.sh test [pytest arguments]            the tests
-  ./launch.sh lint                               ruff, pyright, import floors, shellcheck
-  ./launch.sh distill --target DIR --prompts FILE --out DIR   the target's own answers, on every GPU (NPROC processes)
-  ./launch.sh export|generate|bench|inspect|...  that trainkit command; --help after it explains
+  ./launch.sh lint                               ruff, pyright, import floors, shellcheck, documentation
+  ./launch.sh distill --target DIR --prompts FILE --out DIR   a set of the target's own answers, made on every GPU (NPROC processes)
+  ./launch.sh export|generate|bench|inspect|...  any other trainkit command; add --help to see its flags
 
 Environment:
   NPROC        processes on this machine; default: its GPUs, or 1
@@ -155,7 +155,8 @@ case ${1:-} in
         shift; setup; cd "$root"
         if has_gpu; then exec "$python" -m pytest "$@"; fi
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
-        export PYTEST_ADDOPTS="-n $(getconf _NPROCESSORS_ONLN) --dist loadfile --durations 30 ${PYTEST_ADDOPTS:-}"
+        cores=$(getconf _NPROCESSORS_ONLN)
+        export PYTEST_ADDOPTS="-n $cores --dist loadfile --durations 30 ${PYTEST_ADDOPTS:-}"
         exec "$python" -m pytest "$@"
         ;;
     lint)
@@ -164,7 +165,10 @@ case ${1:-} in
         ruff check . || failed=1
         pyright || failed=1
         lint-imports || failed=1
-        shellcheck launch.sh .ci/run recipes/*.sh || failed=1
+        shellcheck launch.sh .ci/run recipes/*.sh recipes/studies/*/*.sh || failed=1
+        site=$(mktemp -d) # the built documentation is thrown away: only warnings and errors matter here
+        mkdocs build --strict --quiet --site-dir "$site" || failed=1
+        rm -rf "$site"
         exit "$failed"
         ;;
     *.yaml | *.yml) fit "$@" ;;
