@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "another program's drafter as a bundle: trainkit import FOLDER OUT --target DIR",
     ),
     "trim": ("trainkit.commands.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
-    "vocab": ("trainkit.commands.trim", "vocab", "the ids to train such a one on: trainkit vocab OUT --target DIR --text SET"),
+    "vocab": ("trainkit.commands.vocab", "vocab", "the ids to train such a one on: trainkit vocab OUT --target DIR --text SET"),
     "tree": (
         "trainkit.commands.tree",
         "tree",
