@@ -83,8 +83,8 @@ def command_reference() -> str:
 
 Written by `trainkit COMMAND --help` when the site is built. `./launch.sh COMMAND` also sets up the environment first.
 
-Every flag of `fit` is a key of a recipe, and the other way round. `trainkit fit --model.help DraftModule`, `--data.help TextData` and so
-on show the flags of a class.
+Every flag of `fit` is a key of a recipe, and the other way round. To see the flags of a class: `trainkit fit --model.help
+DraftModule`, `--data.help TextData` and so on.
 """
     sections = [f"## trainkit\n\n```text\n{help_of([])}\n```"]
     sections += [f"## trainkit {name}\n\n```text\n{help_of([name])}\n```" for name in [*COMMANDS, *TRAINING]]
