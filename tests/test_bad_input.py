@@ -25,6 +25,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.support.recipes import small_recipe
 from tests.support.targets import make_target
 from trainkit import cli
 
@@ -90,7 +91,7 @@ class Inputs:
 
     def recipe(self, **changes: Any) -> Path:
         path = self.cache / "recipe.yaml" if not changes else self.folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe(self.target, self.rows, self.cache) | changes))
+        path.write_text(yaml.safe_dump(small_recipe(self.target, self.rows, self.cache) | changes))
         return path
 
     def generate(self, **flags: Any) -> list[str]:
@@ -105,7 +106,7 @@ class Inputs:
         return command("bench", sound | {"repeats": 1, "json": self.folder / "bench.json"} | flags)
 
     def eval(self, **flags: Any) -> list[str]:
-        sound = {"target": self.target, "drafter": f"[{self.draft}]", "data": self.rows, "length": 64}
+        sound = {"target": self.target, "drafter": self.draft, "data": self.rows, "length": 64}
         return command("eval", sound | {"json": self.folder / "eval.json"} | flags)
 
     def trim(self, bundle: Path | None = None, **flags: Any) -> list[str]:
@@ -120,19 +121,6 @@ class Inputs:
 
 def command(name: str, flags: dict[str, Any]) -> list[str]:
     return [name, *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
-
-
-def recipe(target: Path, rows: Path, cache: Path) -> dict[str, Any]:
-    data = {"train": str(rows), "length": 64, "batch_size": 2, "cache": str(cache / "data")}
-    drafter = {"class_path": "LMDraft", "init_args": {"num_layers": 1, "init": "target"}}
-    return {
-        "model": {"class_path": "DraftModule", "init_args": {"target": str(target), "drafter": drafter}},
-        "data": {"class_path": "TextData", "init_args": data},
-        "trainer.max_steps": 1,
-        "trainer.val_check_interval": 1,
-        "trainer.accelerator": "cpu",
-        "trainer.enable_progress_bar": False,
-    }
 
 
 LANGUAGE = {
@@ -172,7 +160,7 @@ def sound(no_bars: None, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     inputs = Inputs(home, target, other, home / "draft", home / "run", home, rows, home, pytest.MonkeyPatch())
     assert cli.main(inputs.fit()) == 0
     assert cli.main(inputs.export(out=inputs.draft)) == 0
-    values = recipe(target, rows, home) | {"model": LANGUAGE}
+    values = small_recipe(target, rows, home) | {"model": LANGUAGE}
     values["data"]["init_args"]["tokenizer"] = str(target)
     (home / "language.yaml").write_text(yaml.safe_dump(values))
     language = home / "language"
@@ -419,7 +407,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ("trainkit.json", "'../x.json'", "do not use"),
     ),
     "link out of a bundle": (
-        lambda it: it.eval(drafter=f"[{it.bundle(link_out)}]"),
+        lambda it: it.eval(drafter=it.bundle(link_out)),
         ("bundle/config.json", "leads out", "copy the file"),
     ),
     "bundle of the future": (
@@ -433,7 +421,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "bundle of an unknown kind": (
         lambda it: it.generate(drafter=it.bundle(manifest(kind="oracle"))),
-        ("trainkit.json", "'oracle'", "there are: "),
+        ("trainkit.json", "'oracle'", "choose from "),
     ),
     "bundle with another argument": (
         lambda it: it.generate(drafter=it.bundle(manifest(config={"levels": 3}))),

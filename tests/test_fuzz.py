@@ -15,8 +15,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.recipes import small_recipe
 from tests.support.targets import make_target, make_tokenizer
-from tests.test_bad_input import recipe
 from trainkit import cli
 from trainkit.data.text.formats import FORMATS, PROMPT_FORMATS
 from trainkit.data.text.prepare import prepare
@@ -193,7 +193,7 @@ def test_any_recipe_runs_or_ends_in_one_line(target, tmp_path_factory, capsys, c
     home = tmp_path_factory.mktemp("recipe")
     rows = home / "rows.jsonl"
     rows.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"{n}."}) + "\n" for n in range(6)))
-    values = recipe(target, rows, home) | {"trainer.fast_dev_run": True}
+    values = small_recipe(target, rows, home) | {"trainer.fast_dev_run": True}
     for (part, name), value in changes.items():
         if part == "trainer":
             values[f"trainer.{name}"] = value

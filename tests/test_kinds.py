@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
 import inspect
-import re
-import shutil
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.drafters import EXAMPLE, KINDS, VARIANTS
 from tests.support.equality import assert_few, compare
 from tests.support.pauses import check_pauses
 from trainkit import bundle
-from trainkit.drafters.base import DraftBatch, Drafter, add_kinds_from, discover, load_kind
+from trainkit.drafters.base import DraftBatch, Drafter, load_kind
 from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter, first_logits
 from trainkit.losses.divergence import ForwardKL
@@ -26,25 +23,6 @@ from trainkit.modules.draft import agreement_by_position, rounds
 from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.sampling import Sampling
 
-PAGE = Path("trainkit/drafters/README.md")
-
-
-def follow(page: Path) -> str:
-    """Makes the kind that the page teaches, as it stands there, in a package of its own outside the repository; its name."""
-    (name,) = re.findall(r"`trainkit/drafters/(\w+)/__init__\.py`", page.read_text())
-    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    place = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, place)
-    (place / "kinds_of_the_page" / name).mkdir(parents=True)
-    (place / "kinds_of_the_page" / name / "__init__.py").write_text(code)
-    sys.path.append(str(place))
-    return name
-
-
-add_kinds_from("tests.support.kinds")
-TAUGHT = follow(PAGE)
-add_kinds_from("kinds_of_the_page")
-KINDS = sorted(discover())
 SHAPES: dict[str, dict] = {
     "chain": {"depth": 2},
     "static": {"tree": ((0,), (1,), (0, 0), (0, 1), (1, 0))},
@@ -56,12 +34,6 @@ PROMPTS = ["Natalia sold clips", "How many", "In May she sold 48 / 2 = 24 clips.
 @pytest.fixture(scope="module")
 def teacher(tiny_target: Path) -> FrozenTarget:
     return FrozenTarget(tiny_target)
-
-
-VARIANTS = {kind: (kind, {}) for kind in KINDS} | {
-    "hydra++": ("hydra", {"prefix": True, "num_layers": 2}),
-    "eagle": ("eagle", {"steps": 3}),
-}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -113,16 +85,16 @@ def exported(drafter: Drafter, target: Path, out: Path) -> Path:
 
 
 def test_discovery_finds_the_shipped_kind_and_those_of_tests_and_page() -> None:
-    assert {"lm", "twig", TAUGHT} <= set(KINDS)
+    assert {"lm", "twig", EXAMPLE} <= set(KINDS)
 
 
 def test_the_page_adds_a_kind_in_under_100_lines() -> None:
-    source = inspect.getsource(sys.modules[load_kind(TAUGHT).__module__])
+    source = inspect.getsource(sys.modules[load_kind(EXAMPLE).__module__])
     assert 20 < len(source.splitlines()) < 100
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"unknown drafter kind 'nope'; there are: .*lm.*twig"):
+    with pytest.raises(UserError, match=r"unknown drafter kind 'nope'; choose from .*lm.*twig"):
         load_kind("nope")
 
 
@@ -194,7 +166,7 @@ def test_every_shape_of_draft_at_every_batch_gives_plain_output(
 def test_a_drafter_that_pauses_drafts_on_as_if_it_had_not(
     drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path, temperature: float
 ) -> None:
-    """`catch_up` leaves what drafting on would have left; a drafter trained a little, so that rounds of every length occur."""
+    """Reading missed tokens leaves the state of drafting; a little training makes rounds of all lengths occur."""
     prompt = list(range(60, 70))
     train(drafter, own_text(teacher, drafter, prompt, 40)[0], steps=60, lr=3e-3)
     runner = Runner.load(tiny_target, exported(drafter, tiny_target, tmp_path / "out"), max_batch=3, max_len=96)

@@ -6,14 +6,13 @@ import logging
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import jsonargparse
 import pytest
 import yaml
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 
-from tests.support.acceptance import make_set
+from tests.support.recipes import tiny_flags
 from trainkit.commands.fit import TrainingCLI, run
 from trainkit.layers.blocks import DecoderLayer
 
@@ -30,39 +29,9 @@ def rows(tmp_path_factory) -> Path:
     return path
 
 
-def tiny(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]:
-    """Flags that shrink a recipe to a tiny target and a handful of rows, whatever it trains."""
-    values = yaml.safe_load(recipe.read_text())
-    if values["data"]["class_path"] == "AcceptanceData":
-        flags = {"data.train": make_set(cache / "records"), "data.batch_size": 16, **_quiet(cache)}
-        return _written(recipe, flags)
-    arguments, data = (values[part].get("init_args", {}) for part in ("model", "data"))
-    flags = {name: rows for name in ("train", "corpus", "target", "prompts") if name in data} | {"validation": rows}
-    flags = {f"data.{name}": value for name, value in flags.items()}
-    flags |= {"data.length": 64, "data.batch_size": 2, "data.cache": cache}
-    flags |= _quiet(cache)
-    if "target" in arguments:
-        flags["model.target"] = target
-        drafter = arguments["drafter"]  # or the path of a fragment
-        if isinstance(drafter, dict) and "/" in drafter.get("init_args", {}).get("init", ""):
-            flags["model.drafter.init"] = target
-    else:
-        flags |= {"data.tokenizer": target, "model.config.num_hidden_layers": 1}
-    return _written(recipe, flags)
-
-
-def _quiet(cache: Path) -> dict[str, Any]:
-    where = {"trainer.accelerator": "cpu", "trainer.default_root_dir": cache / "run"}
-    return {"trainer.enable_progress_bar": "false", **where, "trainer.precision": "32-true"}
-
-
-def _written(recipe: Path, flags: dict[str, Any]) -> list[str]:
-    return ["--config", str(recipe), *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
-
-
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_recipe_runs(recipe, tiny_target, rows, tmp_path):
-    assert run("fit", [*tiny(recipe, tiny_target, rows, tmp_path), "--trainer.fast_dev_run", "true"]) == 0
+    assert run("fit", [*tiny_flags(recipe, tiny_target, rows, tmp_path), "--trainer.fast_dev_run", "true"]) == 0
     assert not (tmp_path / "run").exists()
 
 
@@ -76,7 +45,7 @@ def test_recipe_sets_dotted_keys_over_base(recipe):
 @pytest.mark.parametrize("file", DRAFTERS, ids=str)
 def test_drafter_trains_in_the_recipe_of_heads(file, tiny_target, rows, tmp_path):
     flags = ["--model.drafter", str(file.resolve()), "--trainer.fast_dev_run", "true"]
-    assert run("fit", [*tiny(Path("recipes/heads.yaml"), tiny_target, rows, tmp_path), *flags]) == 0
+    assert run("fit", [*tiny_flags(Path("recipes/heads.yaml"), tiny_target, rows, tmp_path), *flags]) == 0
 
 
 @pytest.mark.parametrize("file", [*STRATEGIES, *LOGGERS], ids=str)
@@ -85,7 +54,7 @@ def test_fragment_parses(file, tiny_target, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, subcommand: None)
     key = {"strategy": "trainer.strategy", "logger": "trainer.logger"}[file.parent.name]
-    cli = TrainingCLI("fit", [*tiny(RECIPES[0], tiny_target, rows, tmp_path), f"--{key}", str(file)])
+    cli = TrainingCLI("fit", [*tiny_flags(RECIPES[0], tiny_target, rows, tmp_path), f"--{key}", str(file)])
     given, parsed = yaml.safe_load(file.read_text()), cli.config.fit.trainer[key.removeprefix("trainer.")]
     for wanted, found in zip(
         given if isinstance(given, list) else [given], parsed if isinstance(parsed, list) else [parsed], strict=True

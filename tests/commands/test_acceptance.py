@@ -175,7 +175,7 @@ MISTAKES = {
     ("--depth=0",): "--depth: 0 must be at least 1",
     ("--dtype=float16",): "give bfloat16 or float32",
     ("--acceptance=nowhere",): "nowhere: not a bundle",
-    ("--data=[a.jsonl,b.jsonl]",): "give one file",
+    ('--data=["a.jsonl","b.jsonl"]',): "give one file",
 }
 
 

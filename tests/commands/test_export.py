@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_recipes import tiny
+from tests.support.recipes import tiny_flags
 from trainkit import bundle
 from trainkit.cli import main
 from trainkit.commands.export import export
@@ -28,7 +28,7 @@ def rows(tmp_path_factory) -> Path:
 
 def fit(recipe: str, target: Path, rows: Path, folder: Path) -> Path:
     flags = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.logger", "false"]
-    assert run("fit", [*tiny(Path(recipe), target, rows, folder), *flags]) == 0
+    assert run("fit", [*tiny_flags(Path(recipe), target, rows, folder), *flags]) == 0
     return folder / "run" / "checkpoints" / "last.ckpt"
 
 
@@ -99,7 +99,7 @@ def test_a_payload_in_a_checkpoint_or_a_bundle_is_refused_and_not_run(tiny_targe
     assert mark.exists(), "else this would prove nothing"
     mark.unlink()
 
-    given = [*tiny(Path("recipes/draft_tiny.yaml"), tiny_target, rows, tmp_path), "--trainer.logger", "false"]
+    given = [*tiny_flags(Path("recipes/draft_tiny.yaml"), tiny_target, rows, tmp_path), "--trainer.logger", "false"]
     assert run("fit", [*given, "--trainer.max_steps", "1"]) == 0
     good = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert main(["export", str(good), str(tmp_path / "out")]) == 0

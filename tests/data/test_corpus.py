@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.conftest import ROOT, TINY
+from tests.support.tiny_data import ROOT, TINY
 
 EQUATION = re.compile(r"(\d+(?: [-+*/] \d+)+) = (\d+)")
 CLOCK = re.compile(r"(?:(\d+) minutes after (\d+):(\d\d) it is|From (\d+):(\d\d), (\d+) minutes later it is) (\d+):(\d\d)")

@@ -10,26 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.packed import packed_set, same_batch
 from trainkit.data.loader import PackedLoader
-from trainkit.data.text.chat_template import Document
-from trainkit.data.text.packing import PackedSet, pack
+from trainkit.data.text.packing import pack
 from trainkit.errors import UserError
 
 few = st.integers(1, 4)
 sizes = {"rows": st.integers(1, 23), "batch_size": few, "world_size": few, "accumulate": few}
-
-
-def packed_set(rows: int, seed: int = 0) -> PackedSet:
-    """Rows that hold two documents, told apart by their tokens, with random masks."""
-    rng = np.random.default_rng(seed)
-    documents = [Document(np.full(4, 10 + n, np.int32), rng.random(4) < 0.6) for n in range(2 * rows)]
-    return pack(documents, 8, 0, "fingerprint")
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(a[key], b[key]) if key != "window" else all(map(same, a[key], b[key])) for key in a
-    )
 
 
 def loaders(rows: int, batch_size: int, world_size: int, accumulate: int, **options: Any) -> list[PackedLoader]:
@@ -74,7 +61,7 @@ def test_window_count_is_the_labels_of_the_step_over_ranks_and_micro_batches(
             assert window[0]["window_count"].shape == () and window[0]["window_count"].dtype == torch.int64
             if attach:
                 plain = [{key: value for key, value in batch.items() if key != "window"} for batch in window]
-                assert len(window[0]["window"]) == len(window) and all(map(same, window[0]["window"], plain))
+                assert len(window[0]["window"]) == len(window) and all(map(same_batch, window[0]["window"], plain))
             assert all("window" not in batch for batch in window[int(attach) :])
 
 
@@ -98,7 +85,7 @@ def test_resume_at_every_point_equals_the_uninterrupted_run(seed: int) -> None:
         after: list[dict[str, Any]] = []
         while len(before) + len(after) < len(whole):
             after += list(resumed)
-        assert all(map(same, before + after, whole)) and len(before + after) == len(whole)
+        assert all(map(same_batch, before + after, whole)) and len(before + after) == len(whole)
 
 
 def test_the_state_is_plain_and_equal_on_all_ranks(seed: int) -> None:
@@ -125,13 +112,13 @@ def test_without_shuffle_each_pass_starts_over_unless_just_resumed() -> None:
     loader = PackedLoader(packed_set(6), 2, shuffle=False)
     whole = list(loader)
     next(iter(loader))  # Lightning's sanity check leaves early
-    assert all(map(same, list(loader), whole)) and len(whole) == 3
+    assert all(map(same_batch, list(loader), whole)) and len(whole) == 3
     iterator = iter(loader)
     next(iterator)
     state = loader.state_dict()
     loader.load_state_dict(state)
-    assert all(map(same, list(loader), whole[1:]))
-    assert all(map(same, list(loader), whole))
+    assert all(map(same_batch, list(loader), whole[1:]))
+    assert all(map(same_batch, list(loader), whole))
 
 
 def test_checking_that_it_is_iterable_changes_nothing() -> None:

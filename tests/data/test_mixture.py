@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.test_loader import packed_set, same
+from tests.support.packed import packed_set, same_batch
 from trainkit.data.mixture import MixedLoader, apportion, sequence
 from trainkit.data.text.chat_template import Document
 from trainkit.data.text.packing import PackedSet, join, pack
@@ -128,7 +128,7 @@ def test_resume_goes_on_with_the_same_batches(taken: int, writes: bool) -> None:
     resumed = make(later)
     resumed.load_state_dict(state)
     for a, b in islice(zip(batches, endless(resumed), strict=True), 7):
-        assert same(a, b)
+        assert same_batch(a, b)
     assert later.calls == scribe.calls  # nothing was written twice
 
 

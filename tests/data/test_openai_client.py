@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.fake_server import END, Served, reply, serve
+from tests.support.fake_server import END, Served, one_then_more, prompts, reply, serve
 from trainkit.data.openai_client import Server, request_seed, retry_after
 from trainkit.errors import UserError
 
@@ -40,11 +39,6 @@ def ask(tokenizer: Any, end_id: int) -> Any:
         return Server(base_url, tokenizer=tokenizer, end_id=end_id, **{"backoff": 0.01, "timeout": 60.0, **options})
 
     return make
-
-
-def prompts(count: int, seed: int = 0) -> list[tuple[int, list[int]]]:
-    draw = random.Random(seed)
-    return [(n, [n, *draw.choices(range(4, 900), k=draw.randint(1, 20))]) for n in draw.sample(range(1, 1000), count)]
 
 
 def expected(asked: Sequence[tuple[int, list[int]]], seed: int, temperature: float, max_new_tokens: int) -> dict[int, Any]:
@@ -252,13 +246,6 @@ def wait_until(said: Any, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def one_then_more(served: Served) -> Iterator[tuple[int, list[int]]]:
-    """Prompts of which all but the first come once that is answered."""
-    yield 0, [7]
-    wait_until(lambda: served.stats.answered.total() == 1)
-    yield from prompts(50)
-
-
 @pytest.mark.parametrize("always", ["hang", "429"])
 def test_closing_ends_at_once_whatever_is_in_flight(always: str, ask: Any) -> None:
     # The others hang on the server, or wait for the 1000 s that it asked for.
@@ -301,7 +288,7 @@ def test_an_interrupt_ends_at_once(ask: Any) -> None:
 def test_a_program_that_leaves_the_iterator_open_still_ends() -> None:
     script = (
         "import sys\nfrom types import SimpleNamespace\nfrom trainkit.data.openai_client import Server\n"
-        "from tests.support.fake_server import Served\nfrom tests.data.test_openai_client import one_then_more\n"
+        "from tests.support.fake_server import Served, one_then_more\n"
         "server = Server(sys.argv[1], end_id=None, concurrency=2, tokenizer=SimpleNamespace(eos_token_id=None))\n"
         "answers = server.complete(one_then_more(Served(sys.argv[1])), temperature=0)\n"
         "print(next(answers).number)\n"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.support.drafters import VARIANTS
 from tests.support.targets import make_target
-from tests.test_kinds import VARIANTS
 from trainkit import bundle
 from trainkit.drafters.base import Drafter, load_bundle, load_kind
 from trainkit.drafters.lm import LMDraft

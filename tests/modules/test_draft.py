@@ -5,27 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer
 from torch import tensor
 
+from tests.support.runs import weights
 from tests.support.targets import make_target
+from tests.support.training import Losses, StopAt, draft_module, fit, text_data
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ForwardKL, TVDpp
 from trainkit.models.target import FrozenTarget
-from trainkit.modules.callbacks import Checkpoints
 from trainkit.modules.checkpoint import load_drafter, load_language_model
-from trainkit.modules.draft import DraftModule, rounds
+from trainkit.modules.draft import rounds
 from trainkit.modules.language import LanguageModule
-from trainkit.modules.text_data import TextData
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *args) -> None:
-        trainer.should_stop |= trainer.global_step == self.step
 
 
 class Start(Callback):
@@ -36,47 +28,6 @@ class Start(Callback):
 
     def on_train_start(self, trainer, module) -> None:
         trainer.save_checkpoint(self.root / "checkpoints" / "last.ckpt")
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer, module, outputs, *args) -> None:
-        self.values.append(float(outputs["loss"]))
-
-
-def draft_module(target: Path, **more) -> DraftModule:
-    options = {"drafter": lambda shape: LMDraft(shape, num_layers=1), "optimizer": lambda p: torch.optim.AdamW(p, lr=3e-3)}
-    return DraftModule(str(target), **(options | {"warmup_steps": 2} | more))
-
-
-def text_data(chats: Path, cache: Path, **more) -> TextData:
-    return TextData(str(chats), cache=str(cache), **({"length": 128, "batch_size": 2, "validation_share": 0.1} | more))
-
-
-def fit(module, data, root: Path, *callbacks, steps: int = 6, ckpt_path: Path | None = None, **more) -> Trainer:
-    seed_everything(3, verbose=False)
-    options = {
-        "max_steps": steps,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "num_sanity_val_steps": 0,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "check_val_every_n_epoch": None,
-        "val_check_interval": 1000,
-        "default_root_dir": root,
-        "callbacks": [Checkpoints(), *callbacks],
-    }
-    trainer = Trainer(**(options | more))
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return trainer
-
-
-def weights(root: Path) -> dict[str, torch.Tensor]:
-    return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 @pytest.mark.parametrize("stop", [3, "epoch"])

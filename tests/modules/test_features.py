@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.modules.test_draft import Losses, draft_module, fit, text_data, weights
+from tests.support.runs import weights
 from tests.support.targets import make_target
+from tests.support.training import Losses, draft_module, fit, text_data
 from trainkit.commands.features import features
 from trainkit.drafters.base import add_kinds_from, discover
 from trainkit.drafters.medusa import Medusa

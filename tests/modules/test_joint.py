@@ -11,11 +11,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.modules.test_ranks import torchrun
-from tests.support.processes import code_of, start
+from tests.support.drafters import VARIANTS
+from tests.support.processes import code_of, start, torchrun
 from tests.support.runs import arguments, log, weights
 from tests.support.targets import make_target
-from tests.test_kinds import VARIANTS
 from trainkit import bundle
 from trainkit.cli import main
 from trainkit.commands.export import export

@@ -10,7 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from tests.modules.test_draft import Losses, StopAt, draft_module, fit, weights
+from tests.support.runs import weights
+from tests.support.training import Losses, StopAt, draft_module, fit
 from trainkit.data.mixture import MixedLoader
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,18 +15,11 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.support.processes import code_of, start
+from tests.support.processes import code_of, start, torchrun
 from tests.support.runs import STEPS, arguments, go_on, lines, log, same, weights
 from trainkit.commands.fit import run
 from trainkit.errors import UserError
 from trainkit.modules.draft import DraftModule
-
-
-def torchrun(given: list[str], stderr: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "trainkit.launch", "--standalone", "--nproc-per-node=2", "-m", "trainkit.cli", "fit"]
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    with stderr.open("wb") as said:
-        return subprocess.Popen([*command, *given], env=environment, stdout=subprocess.DEVNULL, stderr=said)
 
 
 def workers(process: subprocess.Popen[bytes]) -> list[int]:

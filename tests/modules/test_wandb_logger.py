@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.modules.test_signals import arguments, go_on, lines
 from tests.support import wandb_records
 from tests.support.processes import code_of, start, wait_until
+from tests.support.runs import arguments, go_on, lines
 from trainkit import bundle
 from trainkit.card import describe
 from trainkit.cli import main

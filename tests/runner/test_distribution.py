@@ -13,84 +13,28 @@ import pytest
 import torch
 
 from tests.support import laws
-from tests.support.models import SIBLINGS, table_runner
+from tests.support.distribution import CASES, check_joint, laws_of, sample, skewed, tables
+from tests.support.models import SIBLINGS
 from trainkit.runner import round as decoder
 from trainkit.runner import verify
 from trainkit.runner.sampling import PROPOSAL
 from trainkit.runner.trees.static import chain
 
-OFF = -1e4  # a logit without mass
-ROWS = 2048
-
-
-def tables(kind: str, generator: np.random.Generator):
-    """Logits of target and draft, [place, last token, V]; place 0 does not depend on the last token."""
-    p, q = generator.normal(0, 0.8, (2, 4, 4, 4))
-    if kind == "equal":
-        q = p.copy()
-    elif kind == "disjoint":
-        p[..., :2] = OFF
-        q[..., 2:] = OFF
-    elif kind == "one-hot draft":
-        q = np.where(np.arange(4) == generator.integers(0, 4, (4, 4, 1)), 0.0, OFF)
-    elif kind == "zeros in draft":
-        for place, last in np.ndindex(4, 4):
-            q[place, last, generator.choice(4, 2, replace=False)] = OFF
-    else:
-        assert kind == "generic"
-    p[0], q[0] = p[0, :1], q[0, :1]
-    return p, q
-
-
-def sample(p, q, blocks: int, paths, seed: int, **settings):
-    """Counts [4, 4, 4, 4] of at least `blocks` blocks, through Runner.generate."""
-    each = -(-blocks // ROWS)
-    runner = table_runner(torch.tensor(p), torch.tensor(q), ROWS, 4 * each + 1)
-    outs = runner.generate([[0]] * ROWS, max_new_tokens=4 * each, seed=seed, tree=paths, **settings)
-    tokens = np.array([out.tokens for out in outs]).reshape(-1, 4)
-    return np.bincount(tokens @ [64, 16, 4, 1], minlength=256).reshape(4, 4, 4, 4).astype(float), each
-
-
-def laws_of(p, q, settings):
-    """The processed distributions of both tables."""
-    sampling = {name: value for name, value in settings.items() if name in ("temperature", "top_p", "top_k")}
-    return tuple(np.apply_along_axis(laws.processed, -1, table, **sampling) for table in (p, q))
-
-
-CASES = {
-    "generic": ("generic", {"temperature": 1.0}),
-    "warm": ("generic", {"temperature": 0.6}),
-    "equal": ("equal", {"temperature": 1.0}),
-    "disjoint": ("disjoint", {"temperature": 1.0}),
-    "one-hot": ("one-hot draft", {"temperature": 1.0}),
-    "zeros": ("zeros in draft", {"temperature": 1.0}),
-    "top-p": ("generic", {"temperature": 1.3, "top_p": 0.75}),
-    "top-k": ("generic", {"temperature": 0.8, "top_k": 2}),
-}
 TREES = {"chain1": chain(1), "chain4": chain(4), "siblings": SIBLINGS}
-
-
-def check(case, tree, method, blocks, seed, trials):
-    kind, settings = CASES[case]
-    p, q = tables(kind, np.random.default_rng(seed))
-    shape = TREES[tree] if isinstance(tree, str) else tree
-    counts, _ = sample(p, q, blocks, shape, seed, verify=method, **settings)
-    truth = laws.plain_law(laws_of(p, q, settings)[0])
-    assert laws.p_value(counts, truth) > 1e-4 / trials
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tree", TREES)
 def test_residual_joint_of_four_tokens_is_the_targets(case, tree, seed):
-    check(case, tree, "residual", 200_000, seed, len(CASES) * len(TREES))
+    check_joint(case, TREES[tree], "residual", 200_000, seed, len(CASES) * len(TREES))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["generic", "top-p", "disjoint"])
 @pytest.mark.parametrize("tree", ["chain4", "siblings"])
 def test_coupled_joint_of_four_tokens_is_the_targets(case, tree, seed):
-    check(case, tree, "coupled", 200_000, seed, 6)
+    check_joint(case, TREES[tree], "coupled", 200_000, seed, 6)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +48,7 @@ def test_coupled_joint_of_four_tokens_is_the_targets(case, tree, seed):
     ],
 )
 def test_joint_of_four_tokens_coarsely(case, tree, method, seed):
-    check(case, tree, method, 50_000, seed, 5)
+    check_joint(case, TREES[tree], method, 50_000, seed, 5)
 
 
 def test_round_law_of_the_right_rule_is_the_targets(seed):
@@ -117,11 +61,6 @@ def test_round_law_of_the_right_rule_is_the_targets(seed):
 
 
 # Faults. Tables on which each shows well are fixed, since a random pair may hide one.
-
-
-def skewed(seed: int):
-    p, q = tables("generic", np.random.default_rng(seed))
-    return 1.4 * p, 1.4 * q
 
 
 def share_noise(monkeypatch):

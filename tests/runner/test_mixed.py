@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runner.test_distribution import tables
 from tests.support import laws
+from tests.support.distribution import tables
 from tests.support.models import pair, ragged_prompts, table_runner
 from trainkit.errors import UserError
 

@@ -10,9 +10,8 @@ from itertools import product
 import pytest
 import torch
 
-from tests.runner.policies.test_policies import predicting
 from tests.support.equality import assert_few, compare
-from tests.support.models import SHAPE, pair, ragged_prompts, random_decoder, table_runner
+from tests.support.models import SHAPE, pair, predicting, ragged_prompts, random_decoder, table_runner
 from tests.support.pauses import Erratic
 from tests.support.replaying import replayed
 from trainkit.layers.attention import Packing, causal_bias
@@ -109,11 +108,11 @@ def packings(monkeypatch):
     """The lengths of all rows packed in this test."""
     found, make = [], Packing.from_lengths
 
-    def of(lengths_B, *sizes):
+    def from_lengths(lengths_B, *sizes):
         found.append(lengths_B.tolist())
         return make(lengths_B, *sizes)
 
-    monkeypatch.setattr(adaptive.Packing, "of", staticmethod(of))
+    monkeypatch.setattr(adaptive.Packing, "from_lengths", staticmethod(from_lengths))
     return found
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runner.test_distribution import laws_of, sample, tables
 from tests.support import laws
+from tests.support.distribution import laws_of, sample, tables
 from tests.support.equality import assert_few, compare
 from tests.support.models import BUSHY, SIBLINGS, pair, ragged_prompts
 from trainkit import cli

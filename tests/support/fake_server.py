@@ -260,6 +260,22 @@ def serve(**faults: Any) -> Iterator[Served]:
         process.communicate()
 
 
+def prompts(count: int, seed: int = 0) -> list[tuple[int, list[int]]]:
+    """Numbered prompts of 2 to 21 token ids, no two alike, in a random order of their numbers."""
+    draw = random.Random(seed)
+    return [(n, [n, *draw.choices(range(4, 900), k=draw.randint(1, 20))]) for n in draw.sample(range(1, 1000), count)]
+
+
+def one_then_more(served: Served) -> Iterator[tuple[int, list[int]]]:
+    """One prompt; then, once it has been answered, 50 more."""
+    yield 0, [7]
+    deadline = time.monotonic() + 60
+    while served.stats.answered.total() != 1:
+        assert time.monotonic() < deadline, "the first prompt was not answered within 60 s"
+        time.sleep(0.02)
+    yield from prompts(50)
+
+
 if __name__ == "__main__":
     served = _Server(Faults(**json.loads(sys.argv[1])))
     print(served.server_port, flush=True)

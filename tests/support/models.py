@@ -15,6 +15,7 @@ from trainkit.drafters.base import Drafter, Frontier, State, StepOutput, TargetH
 from trainkit.drafters.lm import LMDraft
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
+from trainkit.models.predictor import AcceptancePredictor
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
 
@@ -67,6 +68,15 @@ def pair(
     told = TargetShape(shape, tuple(ends))
     draft = None if noise is None else lm_draft(told, near(target, noise, draft_layers))
     return Runner.from_modules(target, draft, told, max_batch=max_batch, max_len=max_len)
+
+
+def predicting(runner: Runner, max_depth: int = 16) -> AcceptancePredictor:
+    """An acceptance predictor with random weights, large enough that its estimates differ from the draft's probabilities."""
+    assert runner.drafter is not None
+    predictor = AcceptancePredictor(runner.drafter.target.decoder.hidden_size, width=8, max_depth=max_depth)
+    for weight in (*predictor.parameters(), predictor.scale, predictor.shift):
+        nn.init.normal_(weight, std=0.5)
+    return predictor.eval().requires_grad_(False)
 
 
 def ragged_prompts(count: int, vocab_size: int = 48, longest: int = 21) -> list[list[int]]:
@@ -129,16 +139,7 @@ class TableDraft(Drafter):
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         return {}
 
-    def prefill(
-        self,
-        state: State,
-        tokens_BT: Tensor,
-        next_BT: Tensor,
-        positions_BT: Tensor,
-        taps_BTAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
+    def prefill(self, state: State, chunk: Any, handle: TargetHandle, span: int) -> None:
         pass
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -74,6 +75,14 @@ def start(work: Callable[..., object], *arguments: object, stderr: Path | None =
     process = _SERVER.Process(target=_end_with, args=(work, arguments, stderr))
     process.start()
     return process  # type: ignore[return-value]
+
+
+def torchrun(flags: list[str], stderr: Path) -> subprocess.Popen[bytes]:
+    """Starts `trainkit fit` with these flags in two processes of one machine; their error output goes to the file `stderr`."""
+    command = [sys.executable, "-m", "trainkit.launch", "--standalone", "--nproc-per-node=2", "-m", "trainkit.cli", "fit"]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+    with stderr.open("wb") as file:
+        return subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.DEVNULL, stderr=file)
 
 
 def code_of(process: multiprocessing.Process, seconds: float = 120) -> int:

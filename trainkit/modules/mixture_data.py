@@ -152,7 +152,7 @@ class PolicyData(TextData):
         if not isinstance(module, DraftModule) or module.drafter is None or module.shape is None:
             raise UserError("data.weights: draft and mixed texts are for training a drafter; set model.class_path: DraftModule")
         drafter, room = copy.deepcopy(module.drafter), max(map(len, self._prompts)) + self.max_new_tokens
-        alone = drafter.alone() if name == "draft" else None
+        alone = drafter.standalone_decoder() if name == "draft" else None
         if alone is not None:
             return Runner.from_modules(alone, None, module.shape, None, self.sample_batch, room, capture=False)
         decoder = load_decoder(module.target, module.device, torch.float32, room + self.depth)

@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from trainkit.drafters.base import Drafter, State, TargetHandle
+from trainkit.drafters.base import Accepted, Chunk, Drafter, State, TargetHandle
 from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
 from trainkit.runner.sampling import CHOICE, PROPOSAL, RESIDUAL, Noise, Sampling, gumbel, mix
@@ -138,7 +138,7 @@ class Rounds:
         self._ends: dict[tuple[int, ...], Tensor] = {}
         self.set_end_ids(end_ids)
         self.vocabulary = torch.arange(target.shape.vocab_size, device=weight.device)
-        self.handle = TargetHandle(target.embed, target.norm, target.head, target.shape.vocab_size)
+        self.handle = TargetHandle(target.embed, target.head, target.shape.vocab_size)
 
     def set_end_ids(self, end_ids: Sequence[int]) -> None:
         """Replaces the tokens that end a row; part of a graph's key."""
@@ -188,7 +188,7 @@ class Rounds:
                     state["missed_taps"][:, :T] = taps
                 state["missed"].fill_(T)
             elif self.drafter is not None and plan.tree.depth:
-                self.drafter.prefill(draft_state, tokens, following, positions, taps, self.handle, span)
+                self.drafter.prefill(draft_state, Chunk(tokens, following, positions, taps), self.handle, span)
         assert output is not None
         return output
 
@@ -328,7 +328,8 @@ class Rounds:
                 tokens = tokens.gather(1, path)
                 kept = None if taps is None else taps.gather(1, path[..., None, None].expand(-1, -1, *taps.shape[2:]))
                 numbers = path if draft.numbers_BN is None else draft.numbers_BN.gather(1, path)
-            self.drafter.commit(draft_state, numbers, tokens, emitted, counts, position, kept, self.handle, span)
+            accepted = Accepted(numbers, tokens, emitted, counts, position, kept)
+            self.drafter.commit(draft_state, accepted, self.handle, span)
         elif plan.pauses:
             self._miss(state, draft.tokens_BN, taps, counts)
         logprobs = None
@@ -366,6 +367,5 @@ class Rounds:
                 taps = state["missed_taps"][row : row + 1, :missed] if self.taps else None
                 tokens = state["missed_tokens"][row : row + 1, :missed]
                 following = torch.cat([tokens[:, 1:], state["token"][row : row + 1, None]], dim=1)
-                read = self.drafter.prefill if missed == position else self.drafter.catch_up
-                read(own, tokens, following, positions, taps, self.handle, position)
+                self.drafter.prefill(own, Chunk(tokens, following, positions, taps), self.handle, position)
         state["missed"].zero_()

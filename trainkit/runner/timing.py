@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from trainkit.drafters.base import State
+from trainkit.drafters.base import Accepted, State
 from trainkit.layers.attention import Packing
 from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
@@ -168,7 +168,7 @@ def _parts(
         noise = None if process.greedy else Noise(state["keys"], position, rounds.vocabulary, CHOICE)
         made = grow(shape, drafter, states.draft, rounds.handle, token, position, process, noise, span, False)
         tokens = made.tokens_BN[:, : len(levels)]
-        drafter.commit(states.draft, path_BP, tokens, tokens, counts_B, position, taps, rounds.handle, span)
+        drafter.commit(states.draft, Accepted(path_BP, tokens, tokens, counts_B, position, taps), rounds.handle, span)
         return made
 
     return draft, verify

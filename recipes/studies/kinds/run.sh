@@ -63,8 +63,7 @@ python recipes/studies/kinds/tables.py measure "$target" "$data/test.jsonl" "$ou
 
 # Wall-clock of all drafters, beside plain decoding in the same run.
 say "speed"
-list=$(printf ',%s' "${drafts[@]}")
-[ -e "$out/bench.json" ] || ./launch.sh bench --target "$target" --drafter "[${list:1}]" --prompts "$data/test.jsonl" --limit 8 \
+[ -e "$out/bench.json" ] || ./launch.sh bench --target "$target" "${drafts[@]/#/--drafter=}" --prompts "$data/test.jsonl" --limit 8 \
     --max_new_tokens 128 --depths "[2,3]" --repeats 5 --device "$device" --json "$out/bench.json" --plot "$out/bench.png"
 python recipes/studies/kinds/tables.py table "$out"
 say "done"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.conftest import NO_SPANS, STRIPS_THINKING
+from tests.support.tiny_data import NO_SPANS, STRIPS_THINKING
 from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer
 from trainkit.data.text.formats import Chat, Pair, Text, Tokens
 from trainkit.data.text.prepare import prepare

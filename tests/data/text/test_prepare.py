@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import trainkit.data.text.prepare as module
-from tests.data.conftest import TINY
+from tests.support.tiny_data import TINY
 from trainkit.data.text.prepare import Prepared, prepare
 from trainkit.errors import UserError
 

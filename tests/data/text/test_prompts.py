@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.conftest import TINY
+from tests.support.tiny_data import TINY
 from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
 

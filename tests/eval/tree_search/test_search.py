@@ -281,7 +281,7 @@ def test_mistakes_are_one_line_and_leave_the_bundle_alone(made, flags, words, ca
 
 def test_a_tree_in_the_manifest_that_is_none_is_refused(made, capsys):
     target, folder, _ = made
-    for tree, word in (([[0], "x"], "no list of rank paths"), ([[1]], "needs its parent")):
+    for tree, word in (([[0], "x"], "must be a list of rank paths"), ([[1]], "needs its parent")):
         bundle.amend(folder, runner={"tree": tree})
         assert main(["generate", "--target", str(target), "--drafter", str(folder), "--prompt", "x", "--raw", "true"]) == 2
         assert word in capsys.readouterr().err

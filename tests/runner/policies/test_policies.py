@@ -13,12 +13,12 @@ from scipy.stats import chisquare
 
 from tests.support import laws
 from tests.support.equality import assert_few, compare
-from tests.support.models import SHAPE, pair, ragged_prompts, random_decoder, table_runner
+from tests.support.models import SHAPE, pair, predicting, ragged_prompts, random_decoder, table_runner
 from tests.support.pauses import check_pauses
 from tests.support.replaying import replayed
 from trainkit.drafters.base import load_kind
 from trainkit.errors import UserError
-from trainkit.models.predictor import SIGNALS, AcceptancePredictor, FoldedPredictor, signals
+from trainkit.models.predictor import SIGNALS, FoldedPredictor, signals
 from trainkit.models.shape import TargetShape
 from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.policies import cost_model as costs
@@ -48,15 +48,6 @@ def flat(verify: float = 0.0, level: float = 0.1) -> ChainCosts:
     nodes = tuple(range(1, 20))
     line = tuple(1.0 + verify * (n - 1) for n in nodes)
     return ChainCosts((1, 8), nodes, (line, line), (level, level), (level, level), (0.0, 0.0), (0.0, 0.0))
-
-
-def predicting(runner: Runner) -> AcceptancePredictor:
-    """A predictor of random weights, wide enough to say something."""
-    assert runner.drafter is not None
-    made = AcceptancePredictor(runner.drafter.target.decoder.hidden_size, width=8)
-    for weight in made.parameters():
-        torch.nn.init.normal_(weight, std=0.5)
-    return made.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.support.equality import assert_few, compare
-from tests.support.models import pair, ragged_prompts
+from tests.support.models import pair, predicting, ragged_prompts
 from tests.support.replaying import replayed
 from trainkit.errors import UserError
-from trainkit.models.predictor import AcceptancePredictor, FoldedPredictor, signals
-from trainkit.runner import DynamicTree, Runner
+from trainkit.models.predictor import FoldedPredictor, signals
+from trainkit.runner import DynamicTree
 from trainkit.runner.policies.cost_model import ChainCosts
 from trainkit.runner.policies.pruned import AdaptiveTree, PredictedTree, TreeCost
 from trainkit.runner.policy import RoundOutcome
@@ -29,15 +29,6 @@ def own_costs(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
 
 
-def predicting(runner: Runner, depths: int = 16) -> AcceptancePredictor:
-    """Random weights, wide enough to contradict the draft."""
-    assert runner.drafter is not None
-    made = AcceptancePredictor(runner.drafter.target.decoder.hidden_size, width=8, max_depth=depths)
-    for weight in (*made.parameters(), made.scale, made.shift):
-        torch.nn.init.normal_(weight, std=0.5)
-    return made.eval().requires_grad_(False)
-
-
 def flat(verify: float, level: float, nodes: int = 40) -> ChainCosts:
     """A plain step of 1, `verify` more for each further row, `level` for each draft level."""
     line = tuple(1.0 + verify * n for n in range(nodes))
@@ -47,7 +38,7 @@ def flat(verify: float, level: float, nodes: int = 40) -> ChainCosts:
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize(("width", "columns"), [(1, 30), (3, 30), (4, 4), (2, 2), (1, 1)])
 def test_the_folded_predictor_says_what_the_predictor_says(width, columns, temperature, seed):
-    made = predicting(pair(), depths=3)
+    made = predicting(pair(), max_depth=3)
     hidden, noisy = 3 * torch.randn(2, 4, made.hidden_size), 4 * torch.randn(2, 4, columns)
     for depth in (0, 2, 7):
         told, picked = FoldedPredictor(made, temperature)(hidden, noisy, width, depth)

@@ -1,6 +1,6 @@
 """Sampling with a dynamic tree has exactly the target's joint law of four tokens; rules that are nearly right do not.
 
-As in test_distribution.py, whose tables and counting it uses. Each fault is a whole verification written wrongly, whose exact
+Tables and counting are those of tests/support/distribution.py. Each fault is a whole verification written wrongly, whose exact
 law is worked out first; noise used twice, which has no simple law, is planted in the runner's own.
 """
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runner.test_distribution import CASES, check, laws_of, sample, skewed, tables
-from tests.support import laws
+from tests.support import distribution, laws
+from tests.support.distribution import CASES, check_joint, laws_of, sample, skewed, tables
 from tests.support.models import SIBLINGS
 from trainkit.runner import DynamicTree, sampling, verify
 from trainkit.runner import round as decoder
@@ -25,12 +25,12 @@ TREES = {"grown": DynamicTree(3, 2, 6), "wide": DynamicTree(2, 3, 7), "deep": Dy
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("method", ["coupled", "residual"])
 def test_joint_of_four_tokens_is_the_targets(method, tree, case, seed):
-    check(case, TREES[tree], method, 200_000, seed, 2 * len(CASES) * len(TREES))
+    check_joint(case, TREES[tree], method, 200_000, seed, 2 * len(CASES) * len(TREES))
 
 
 @pytest.mark.parametrize(("case", "tree", "method"), [("generic", "deep", "residual"), ("top-p", "grown", "coupled")])
 def test_joint_of_four_tokens_coarsely(case, tree, method, seed):
-    check(case, TREES[tree], method, 20_000, seed, 2)
+    check_joint(case, TREES[tree], method, 20_000, seed, 2)
 
 
 def test_law_of_the_right_rule_is_the_targets(seed):
@@ -83,8 +83,6 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_is_caught_if_it_is_wrong(rule, tree, seed, monkeypatch):
     """One after the other, as the rule is written, is the target's law too: one draw for all siblings is no other rule."""
-    from tests.runner import test_distribution
-
     shape, (p, q) = TREES[tree], skewed(1)
     p_q, of_tree = laws_of(p, q, {"temperature": 1.0}), (shape.depth, shape.top_k, shape.nodes)
     law, written = RULES[rule]
@@ -96,14 +94,14 @@ def test_a_rule_is_caught_if_it_is_wrong(rule, tree, seed, monkeypatch):
         assert needed <= 200_000, "the suite's 2e5 samples would miss it"
         blocks = max(needed, 10_000)
     monkeypatch.setattr(decoder, "coupled", written)
-    made = test_distribution.table_runner
+    made = distribution.table_runner
 
     def observed(*args):
         runner = made(*args)
         runner.observe = lambda trace: None  # so that draft logits are kept
         return runner
 
-    monkeypatch.setattr(test_distribution, "table_runner", observed)
+    monkeypatch.setattr(distribution, "table_runner", observed)
     counts, each = sample(p, q, blocks, shape, seed, verify="residual", temperature=1.0)
     value = laws.p_value(counts, truth)
     assert value > 1e-5 if rule == "right" else value < 1e-6

@@ -29,7 +29,7 @@ def tau(runner, prompts, length, **options):
 def grown(tree, logits_PVV, roots, positions, sampling, noise=None):
     """The draft of a table of logits, [position modulo P, last token, next token]."""
     target = table_runner(logits_PVV, logits_PVV, 1, 8).rounds.target
-    draft, handle = Recorded(TargetShape(target.shape, ()), logits_PVV), TargetHandle(None, None, None, logits_PVV.shape[-1])
+    draft, handle = Recorded(TargetShape(target.shape, ()), logits_PVV), TargetHandle(None, None, logits_PVV.shape[-1])
     made = grow(tree, draft, {}, handle, torch.tensor(roots), torch.tensor(positions), sampling, noise, 99, True)
     return made, draft.frontiers
 
@@ -84,7 +84,7 @@ def test_the_best_of_all_proposed_nodes_are_kept_with_their_topology(shape, temp
         paths, seen, numbers = [()], [{0}], [0]
         for depth, frontier in enumerate(frontiers):
             assert frontier.depth == depth and set(frontier.positions_BF[row].tolist()) == {positions[row] + depth}
-            places, tokens = frontier.parent_places_BF[row].tolist(), frontier.tokens_BF[row].tolist()
+            places, tokens = frontier.parent_index_BF[row].tolist(), frontier.tokens_BF[row].tolist()
             own = frontier.nodes_F.tolist()
             if depth:
                 assert frontier.parents_BF[row].tolist() == [numbers[place] for place in places]

@@ -191,17 +191,7 @@ class RankedChain(Chain):
 
 def _step(steps: Steps, level: Level, token_B1: Tensor, depth: int) -> Proposals:
     """What a chain's level proposes after a token."""
-    B = token_B1.shape[0]
-    frontier = Frontier(
-        tokens_BF=token_B1,
-        positions_BF=(steps.position_B + depth)[:, None],
-        nodes_F=level.nodes_F,
-        parents_BF=level.parents_F.expand(B, -1),
-        parent_places_BF=level.parent_places_F.expand(B, -1),
-        ancestors_BFM=level.ancestors_FN.expand(B, -1, -1),
-        depth=depth,
-        chain=True,
-    )
+    frontier = Frontier.chain(token_B1, (steps.position_B + depth)[:, None], depth, level.ancestors_FN.shape[1])
     return steps.expand(frontier, 1)
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainkit.drafters.base import Frontier, rank_paths
+from trainkit.drafters.base import Frontier, parse_rank_paths
 from trainkit.errors import UserError
 from trainkit.runner.trees.shape import Draft, Proposals, RankPath, Shape, Steps, Topology
 
@@ -125,10 +125,10 @@ class DynamicTree(Shape):
                 positions_BF=(steps.position_B + depth)[:, None].expand(B, F),
                 nodes_F=numbers_F,
                 parents_BF=parents_BF,
-                parent_places_BF=above_BF,
+                parent_index_BF=above_BF,
                 ancestors_BFM=ancestors_BFM,
                 depth=depth,
-                chain=False,
+                is_chain=False,
             )
             made = steps.expand(frontier, width)
             terms_BFK, picked_BFK = guide.terms(made, depth, width)
@@ -204,5 +204,5 @@ def read_tree(text: str) -> DynamicTree | list[RankPath]:
     if found := re.fullmatch(r"dynamic:(\d+),(\d+),(\d+)", text.replace(" ", "")):
         return DynamicTree(*map(int, found.groups()))
     with suppress(ValueError):
-        return list(rank_paths(json.loads(text)))
+        return list(parse_rank_paths(json.loads(text)))
     raise UserError(f"tree {text}: give rank paths, as [[0],[1],[0,0]], or dynamic:DEPTH,TOP_K,NODES, as dynamic:5,4,16")

@@ -97,10 +97,10 @@ class Tree(Shape):
                 positions_BF=(steps.position_B + depth)[:, None].expand(B, len(level.nodes_F)),
                 nodes_F=level.nodes_F,
                 parents_BF=level.parents_F.expand(B, -1),
-                parent_places_BF=level.parent_places_F.expand(B, -1),
+                parent_index_BF=level.parent_places_F.expand(B, -1),
                 ancestors_BFM=level.ancestors_FN.expand(B, -1, -1),
                 depth=depth,
-                chain=self.is_chain,
+                is_chain=self.is_chain,
             )
             made = steps.expand(frontier, level.width)
             noisy = made.noisy_BFK

@@ -1,0 +1,25 @@
+"""Small packed sets of rows, and the comparison of two batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainkit.data.text.chat_template import Document
+from trainkit.data.text.packing import PackedSet, pack
+
+
+def packed_set(rows: int, seed: int = 0) -> PackedSet:
+    """Rows of 8 slots, each with two documents of 4 equal tokens (10, 11, ...), under random loss masks."""
+    rng = np.random.default_rng(seed)
+    documents = [Document(np.full(4, 10 + n, np.int32), rng.random(4) < 0.6) for n in range(2 * rows)]
+    return pack(documents, 8, 0, "fingerprint")
+
+
+def same_batch(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two batches hold equal tensors, those of their windows included."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key]) if key != "window" else all(map(same_batch, a[key], b[key])) for key in a
+    )

@@ -1,0 +1,55 @@
+"""Recipes cut down to what a test can run: the repository's own over a tiny target, and a small one written here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.support.acceptance import make_set
+
+
+def tiny_flags(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]:
+    """Flags of `trainkit fit` that run a recipe on a tiny target and a few rows, whatever it trains.
+
+    Args:
+        recipe: YAML file of the recipe.
+        target: Folder of the tiny target.
+        rows: JSONL file of questions and answers.
+        cache: Folder for packed rows; the run is written to its subfolder `run`.
+    """
+    values = yaml.safe_load(recipe.read_text())
+    run = {"trainer.accelerator": "cpu", "trainer.default_root_dir": cache / "run", "trainer.precision": "32-true"}
+    run |= {"trainer.enable_progress_bar": "false"}
+    if values["data"]["class_path"] == "AcceptanceData":
+        return _with_flags(recipe, {"data.train": make_set(cache / "records"), "data.batch_size": 16} | run)
+    model, data = (values[part].get("init_args", {}) for part in ("model", "data"))
+    flags = {f"data.{name}": rows for name in ("train", "corpus", "target", "prompts") if name in data}
+    flags |= {"data.validation": rows, "data.length": 64, "data.batch_size": 2, "data.cache": cache} | run
+    if "target" in model:
+        flags["model.target"] = target
+        drafter = model["drafter"]  # or the path of a fragment
+        if isinstance(drafter, dict) and "/" in drafter.get("init_args", {}).get("init", ""):
+            flags["model.drafter.init"] = target
+    else:
+        flags |= {"data.tokenizer": target, "model.config.num_hidden_layers": 1}
+    return _with_flags(recipe, flags)
+
+
+def _with_flags(recipe: Path, flags: dict[str, Any]) -> list[str]:
+    return ["--config", str(recipe), *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+
+
+def small_recipe(target: Path, rows: Path, cache: Path) -> dict[str, Any]:
+    """Contents of a valid recipe: one step of a one-layer LM draft on the CPU."""
+    data = {"train": str(rows), "length": 64, "batch_size": 2, "cache": str(cache / "data")}
+    drafter = {"class_path": "LMDraft", "init_args": {"num_layers": 1, "init": "target"}}
+    return {
+        "model": {"class_path": "DraftModule", "init_args": {"target": str(target), "drafter": drafter}},
+        "data": {"class_path": "TextData", "init_args": data},
+        "trainer.max_steps": 1,
+        "trainer.val_check_interval": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": False,
+    }
