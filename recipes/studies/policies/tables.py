@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from trainkit.data.text.prompts import read_prompts
-from trainkit.eval.tree_search.ranks import BEYOND, walk
+from trainkit.eval.tree_search.ranks import PAST_END, replay_ranks
 from trainkit.runner import Runner
 from trainkit.runner.policies.cost_model import ChainCosts
 from trainkit.runner.sampling import Sampling
@@ -65,10 +65,10 @@ def oracle(target: Path, drafter: Path, file: Path, temperature: float, limit: i
     given = read_prompts(str(file), str(target), limit)
     runner = Runner.load(target, drafter, max_batch=8, max_len=max(map(len, given)) + 128 + MAX_DEPTH + 1)
     texts = [one.tokens for one in runner.generate(given, max_new_tokens=128, temperature=temperature, progress=True)]
-    ranks = walk(runner, given, texts, MAX_DEPTH, 1, temperature)
+    ranks = replay_ranks(runner, given, texts, MAX_DEPTH, 1, temperature)
     alone = Runner.load(target, drafter, max_batch=1, max_len=512)
     costs = alone.pacer.costs(MAX_DEPTH, None, Sampling(temperature))
-    runs = [[accepted_tokens(place) for place in text if place[0] != BEYOND] for text in ranks]
+    runs = [[accepted_tokens(place) for place in text if place[0] != PAST_END] for text in ranks]
     plain = costs.plain(1)
     fixed = {str(depth): fixed_speed(runs, costs, depth) * plain for depth in range(1, MAX_DEPTH + 1)}
     rate = 1 / plain
@@ -157,14 +157,14 @@ def table(out: Path) -> None:
         name, temperature = file.stem.removeprefix("bench-").split("-t")
         ideal = out / f"oracle-{name}-t{temperature}.json"
         ideal_values = json.loads(ideal.read_text(encoding="utf-8")) if ideal.is_file() else None
-        for one in json.loads(file.read_text(encoding="utf-8"))["contenders"]:
-            if "paced" in one:
-                paced, fixed = one["paced"], one["paced"]["over_best_fixed"]
+        for one in json.loads(file.read_text(encoding="utf-8"))["methods"]:
+            if "policy" in one:
+                policy, fixed = one["policy"], one["policy"]["over_best_fixed"]
                 best = "-" if ideal_values is None else f"{ideal_values['best_fixed']:.2f}, {ideal_values['oracle']:.2f}"
                 ratio = f"{fixed['median']:.3f} ({fixed['min']:.3f}..{fixed['max']:.3f})"
                 print(
-                    f"| {SETS[name]}, {temperature} | {paced['policy']} | {paced['speedup']:.2f} | {ratio} | "
-                    f"{paced['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
+                    f"| {SETS[name]}, {temperature} | {policy['name']} | {policy['speedup']:.2f} | {ratio} | "
+                    f"{policy['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
                 )
     if (out / "useless.json").is_file():
         for name, one in json.loads((out / "useless.json").read_text(encoding="utf-8")).items():
