@@ -11,7 +11,7 @@ usage: ./launch.sh COMMAND ...
   ./launch.sh RECIPE.yaml --resume RUN_DIR       continue that run
   ./launch.sh RECIPE.sh [arguments]              run a recipe script
   ./launch.sh test [pytest arguments]            the tests
-  ./launch.sh lint                               ruff, pyright, import floors, shellcheck
+  ./launch.sh lint                               ruff, pyright, import floors, shellcheck, documentation
   ./launch.sh distill --target DIR --prompts FILE --out DIR   generate training data with the target, on all GPUs
   ./launch.sh export|generate|bench|inspect|...  any trainkit command; add --help for its usage
 
@@ -165,7 +165,10 @@ case ${1:-} in
         ruff check . || failed=1
         pyright || failed=1
         lint-imports || failed=1
-        shellcheck launch.sh .ci/run recipes/*.sh || failed=1
+        shellcheck launch.sh .ci/run recipes/*.sh recipes/studies/*/*.sh || failed=1
+        site=$(mktemp -d) # the built documentation is thrown away: only warnings and errors matter here
+        NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site" || failed=1
+        rm -rf "$site"
         exit "$failed"
         ;;
     *.yaml | *.yml) fit "$@" ;;

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # A draft of 147M parameters for Llama-3.1-8B, on one machine with 8 GPUs: pretrain, distil, fine-tune, trim, bench.
-# Run it as NPROC=8 ./launch.sh recipes/draft_8b.sh TARGET [PROMPTS]; what is there already is not made again, and each stage
-# goes on where it was killed. NOT RUN at this size yet: no machine of ours holds it; recipes/evidence.sh is the small one that was.
-# TARGET: folder of Llama-3.1-8B-Instruct. PROMPTS: chats whose user turns the target answers (file or hub name).
+#
+#   NPROC=8 ./launch.sh recipes/draft_8b.sh TARGET [PROMPTS]
+#
+# TARGET: folder of Llama-3.1-8B-Instruct. PROMPTS: chats whose user turns the target answers (file or hub name). Outputs that exist
+# are not made again, and every stage continues where it was stopped.
+# NOT RUN at this size yet: we have no machine that can hold it. recipes/studies/losses is the same pipeline at a small size, measured.
 set -euo pipefail
 
 target=${1:?usage: draft_8b.sh TARGET [PROMPTS]} prompts=${2:-HuggingFaceH4/ultrachat_200k@train_sft}
 
-# fit RECIPE FOLDER FLAGS...: trains in runs/FOLDER, or goes on there.
+# fit RECIPE FOLDER FLAGS...: trains in runs/FOLDER, or resumes the run there.
 fit() {
     local recipe=$1 run=runs/$2 resume=()
     shift 2

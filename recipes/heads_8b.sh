@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # EAGLE-3, Hydra++ or Medusa for Llama-3.1-8B or Qwen3-8B, on one machine with 8 GPUs: distil, choose the vocabulary, train, export,
-# search the tree, bench. Run it as NPROC=8 ./launch.sh recipes/heads_8b.sh TARGET [KIND [PROMPTS]]; what is there already is not
-# made again, and each stage goes on where it was killed. NOT RUN at this size yet: no machine of ours holds it; recipes/heads.sh is
-# the small one that was.
-# TARGET: folder of Llama-3.1-8B-Instruct or Qwen3-8B. KIND: of configs/drafter/, eagle by default. PROMPTS: ShareGPT-like chats
-# whose user turns the target answers (file, folder or hub name). EAGLE-3's authors take several hundred thousand.
+# search the tree, bench.
+#
+#   NPROC=8 ./launch.sh recipes/heads_8b.sh TARGET [KIND [PROMPTS]]
+#
+# TARGET: folder of Llama-3.1-8B-Instruct or Qwen3-8B. KIND: a name in configs/drafter/, eagle by default. PROMPTS: chats in ShareGPT
+# form whose user turns the target answers (file, folder or hub name); EAGLE-3's authors use several hundred thousand. Outputs that
+# exist are not made again, and every stage continues where it was stopped.
+# NOT RUN at this size yet: we have no machine that can hold it. recipes/studies/kinds is the same at a small size, measured.
 set -euo pipefail
 
 target=${1:?usage: heads_8b.sh TARGET [KIND [PROMPTS]]} kind=${2:-eagle} prompts=${3:-HuggingFaceH4/ultrachat_200k@train_sft}

@@ -1,4 +1,4 @@
-"""The study's tables say what its rows hold."""
+"""The tables of the losses study hold what its rows hold."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-spec = importlib.util.spec_from_file_location("evidence", Path("recipes/evidence.py"))
+spec = importlib.util.spec_from_file_location("evidence", Path("recipes/studies/losses/tables.py"))
 assert spec is not None and spec.loader is not None
 evidence = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(evidence)

@@ -1,3 +1,3 @@
 """Train what makes language models decode faster, and prove it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -186,7 +186,9 @@ def test_the_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path
         outputs = ["--drafter", json.dumps(bundles), "--json", str(tmp_path / f"{name}.json")]
         assert main(["eval", *flags, *outputs]) == 0
         printed.append(capsys.readouterr().out.splitlines())
-    assert printed[0][-8:] == printed[1][-8:] and "0.00 GB" in printed[0][0] and printed[0][0].endswith(" 0 there")
+    assert (
+        printed[0][-8:] == printed[1][-8:] and "0.00 GB" in printed[0][0] and printed[0][0].endswith(" 0 rows already cached")
+    )
     found, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert found == again and list(found["drafters"]) == bundles and found["questions"] == 7
     means = found["drafters"][bundles[0]]["means"]

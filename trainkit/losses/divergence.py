@@ -173,7 +173,7 @@ class TVDpp(ChunkedDivergence):
     not checked against the paper). p is unrenormalised on a trimmed vocabulary.
     With `estimator="exact"` mu cancels and 1/(sigma + eps) remains: `normalise="batch"` is then TV times a constant, the
     same training under Adam; `position` gives tokens with rare or almost certain reward more weight than TV does.
-    The defaults are the best measured (recipes/evidence.md, 14M target, 3 seeds), by alpha at temperature 1: exact position
+    The defaults are the best measured (recipes/studies/losses, 14M target, 3 seeds), by alpha at temperature 1: exact position
     0.611, sampled (8) batch 0.595, plain TV 0.605, forward KL 0.587, JSD 0.612; at temperature 0 forward KL and JSD are 0.01
     ahead.
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Medusa, Hydra, Hydra++, EAGLE-3 and a draft model, each trained on the same tokens for the same target, exported, given the best
-# tree of so many nodes, and measured side by side. recipes/heads.md has the results, recipes/heads.py makes its tables.
-# What is there is not made again, so an interrupted run goes on where it stopped.
+# Study of drafter kinds: Medusa, Hydra, Hydra++, EAGLE-3 and a draft model, each trained on the same tokens for the same target,
+# exported, given the fastest tree of a fixed number of nodes, and measured side by side. Results: README.md. Tables: tables.py.
+# Files that exist are not made again, so the same command continues an interrupted study.
 #
-#   ./launch.sh recipes/heads.sh TARGET DATA OUT [KINDS...]
+#   ./launch.sh recipes/studies/kinds/run.sh TARGET DATA OUT [KINDS...]
 #
-# TARGET: the target's folder. DATA: a folder with train.jsonl and test.jsonl. KINDS: of configs/drafter/, by default all.
+# TARGET: folder of the target. DATA: folder with train.jsonl and test.jsonl. KINDS: names in configs/drafter/, all by default.
 # Environment: STEPS=1500, DEPTH=3, KEEP=1024 (ids in the drafters' vocabulary), NODES=8 (rows verified), QUESTIONS=100,
 # DEVICE=cpu.
 set -euo pipefail
 
-target=${1:?usage: heads.sh TARGET DATA OUT [KINDS...]} data=${2:?DATA} out=${3:?OUT}
+target=${1:?usage: run.sh TARGET DATA OUT [KINDS...]} data=${2:?DATA} out=${3:?OUT}
 shift 3
 [ $# -gt 0 ] || set -- lm medusa hydra hydra_plus eagle
 steps=${STEPS:-1500} depth=${DEPTH:-3} keep=${KEEP:-1024} nodes=${NODES:-8} device=${DEVICE:-cpu}
@@ -18,7 +18,7 @@ mkdir -p "$out/drafts"
 
 say() { printf '== %s (%d s so far)\n' "$1" "$SECONDS"; }
 
-# The target's own greedy answers to every training question, and the ids it writes most.
+# The target's own greedy answers to every training question, and the ids that occur most often in them.
 distilled() {
     say "answers to train on"
     ./launch.sh distill --target "$target" --prompts "$data/train.jsonl" --temperatures "[0]" --max_new_tokens 256 --batch 48 \
@@ -26,7 +26,7 @@ distilled() {
     [ -e "$out/ids.json" ] || ./launch.sh vocab "$out/ids.json" --target "$target" --text "$out/greedy" --keep "$keep"
 }
 
-# drafter KIND: trains and exports OUT/drafts/KIND, and searches its tree on questions that it was trained on.
+# drafter KIND: trains and exports OUT/drafts/KIND, and searches its tree on training questions.
 drafter() {
     local kind=$1 run=$out/runs/$1 resume=() levels=()
     case $kind in
@@ -57,13 +57,13 @@ for kind in "$@"; do
     drafts+=("$out/drafts/$kind")
 done
 
-# Tau on 100 test questions, chains and trees; tokens compared with plain decoding's.
+# Tau on 100 test questions, chains and trees; every text is compared with plain decoding.
 say "tau"
-python recipes/heads.py measure "$target" "$data/test.jsonl" "$out/tau.json" "$depth" "${drafts[@]}"
+python recipes/studies/kinds/tables.py measure "$target" "$data/test.jsonl" "$out/tau.json" "$depth" "${drafts[@]}"
 
-# Wall-clock, all beside one plain decoding.
+# Wall-clock of all drafters, beside plain decoding in the same run.
 say "speed"
 [ -e "$out/bench.json" ] || ./launch.sh bench --target "$target" "${drafts[@]/#/--drafter=}" --prompts "$data/test.jsonl" --limit 8 \
     --max_new_tokens 128 --depths "[2,3]" --repeats 5 --device "$device" --json "$out/bench.json" --plot "$out/bench.png"
-python recipes/heads.py table "$out"
+python recipes/studies/kinds/tables.py table "$out"
 say "done"

@@ -1,7 +1,8 @@
-"""Tables and plots of the study that recipes/evidence.sh ran: python recipes/evidence.py OUT [FOLDER for plots].
+"""Tables and plots of the losses study: python recipes/studies/losses/tables.py OUT [FOLDER for plots].
 
-Each row's figures are means over training seeds; intervals are 95 % paired bootstraps over the test questions, the seeds' own
-spread stands beside. Differences are to the row named in the heading, on the same questions.
+OUT is the folder that run.sh wrote. Every value is a mean over training seeds, printed with half the range over seeds.
+Intervals are 95 % paired bootstrap intervals over the test questions. Differences are to the first row of a table, on the
+same questions.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ Row = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def read(out: Path, name: str) -> Row | None:
-    """Each measure's (sums, counts) [seeds, questions] of a row; None unless it is whole."""
+    """(sums, counts) [seeds, questions] for each measure of a row; None unless both temperatures were measured."""
     row: Row = {}
     for file in (out / "rows" / f"{name}.t{t}.json" for t in (0, 1)):
         if not file.is_file():
@@ -66,7 +67,7 @@ def read(out: Path, name: str) -> Row | None:
 
 
 def table(out: Path, names: tuple[str, ...]) -> list[str]:
-    """A table of the rows that are there: values with half the seeds' range, then differences to the first row."""
+    """A table of the rows that exist: values with half the range over seeds, then differences to the first row."""
     rows = {name: row for name in names if (row := read(out, name)) is not None}
     if not rows:
         return ["(not run)"]
@@ -75,8 +76,8 @@ def table(out: Path, names: tuple[str, ...]) -> list[str]:
         cells = []
         for measure in COLUMNS:
             sums, counts = row[measure]
-            each = sums.sum(1) / counts.sum(1)
-            cells.append(f"{each.mean():.4f} ± {np.ptp(each) / 2:.4f}")
+            by_seed = sums.sum(1) / counts.sum(1)
+            cells.append(f"{by_seed.mean():.4f} ± {np.ptp(by_seed) / 2:.4f}")
         lines.append(f"| {NAMES.get(name, name)} | {len(row['alpha@1'][0])} | " + " | ".join(cells) + " |")
     first, *others = rows
     if not others:
@@ -90,7 +91,7 @@ def table(out: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def scaling(out: Path, plots: Path | None) -> list[str]:
-    """Acceptance by layers and distilled tokens, with alpha = a + b log2(tokens) + c log2(layers) fitted to it."""
+    """Acceptance by layers and distilled tokens, with the fit alpha = a + b log2(tokens) + c log2(layers)."""
     tokens = _tokens(out)
     points = []
     for layers in (1, 2, 4):
@@ -108,31 +109,19 @@ def scaling(out: Path, plots: Path | None) -> list[str]:
         design = np.array([[1.0, np.log2(t / 50_000), np.log2(n)] for n, t, _ in points])
         values = np.array([m[measure] for *_, m in points])
         (a, b, c), *_ = np.linalg.lstsq(design, values, rcond=None)
-        rest = values - design @ [a, b, c]
-        explained = 1 - rest.var() / values.var()
-        law = f"{a:.4f} + {b:.4f} log2(tokens / 50k) + {c:.4f} log2(layers)"
-        lines += ["", f"{shown} = {law}; R² {explained:.3f}, largest residual {np.abs(rest).max():.4f}"]
+        residuals = values - design @ [a, b, c]
+        explained = 1 - residuals.var() / values.var()
+        fit = f"{a:.4f} + {b:.4f} log2(tokens / 50k) + {c:.4f} log2(layers)"
+        lines += ["", f"{shown} = {fit}; R² {explained:.3f}, largest residual {np.abs(residuals).max():.4f}"]
     if plots is not None:
         _plot_scaling(points, plots / "scaling.png")
     return lines
 
 
 def trimmed(out: Path, name: str = "forward_kl") -> list[str]:
-    """The whole draft beside its trimmed ones: tau, mbsu, wall-clock."""
-    heads = (
-        "vocabulary",
-        "tau, T 0",
-        "of whole",
-        "tau coupled, T 1",
-        "of whole",
-        "depth",
-        "mbsu",
-        "speedup",
-        "roof",
-        "of roof",
-    )
-    lines = [f"| {' | '.join(heads)} |"]
-    lines.append("|---" * 10 + "|")
+    """The whole draft beside the trimmed ones: tau, mbsu, wall-clock."""
+    columns = "vocabulary | tau, T 0 | of whole | tau coupled, T 1 | of whole | depth | mbsu | speedup | roof | of roof"
+    lines = [f"| {columns} |", "|---" * 10 + "|"]
     whole = read(out, name)
     for share in (1, 2, 4, 8):
         row = whole if share == 1 else read(out, f"trimmed_of{share}")
@@ -148,7 +137,7 @@ def trimmed(out: Path, name: str = "forward_kl") -> list[str]:
 
 
 def best(out: Path) -> list[str]:
-    """The draft that was trained longest, whole and trimmed: tau on 100 questions, wall-clock on 12, at temperature 0."""
+    """The draft of the group `best`, whole and trimmed: tau on 100 questions, wall-clock on 12, at temperature 0."""
     file = out / "rows" / "best.t0.json"
     if not file.is_file():
         return ["(not run)"]
@@ -190,15 +179,15 @@ def _plot_scaling(points: list[tuple[int, float, dict[str, float]]], path: Path)
 
 
 def plot_differences(out: Path, names: tuple[str, ...], path: Path) -> None:
-    """Each row's difference to the first, with its interval, for acceptance at both temperatures."""
+    """Plots the difference of each row to the first, with its interval, for acceptance at both temperatures."""
     from matplotlib import pyplot
 
     rows = {name: row for name in names if (row := read(out, name)) is not None}
     first, *others = rows
     figure, axis = pyplot.subplots(figsize=(7, 0.5 * len(others) + 1.4))
-    for place, (measure, colour) in enumerate((("alpha@1", "C0"), ("alpha_coupled@1", "C1"), ("agreement@0", "C2"))):
+    for index, (measure, colour) in enumerate((("alpha@1", "C0"), ("alpha_coupled@1", "C1"), ("agreement@0", "C2"))):
         gaps = [bootstrap.gap(rows[name][measure], rows[first][measure]) for name in others]
-        heights = np.arange(len(others)) + 0.2 * (1 - place)
+        heights = np.arange(len(others)) + 0.2 * (1 - index)
         values = np.array([gap.value for gap in gaps])
         ends = np.array([[gap.value - gap.low for gap in gaps], [gap.high - gap.value for gap in gaps]])
         axis.errorbar(values, heights, xerr=ends, fmt="o", color=colour, capsize=3, label=COLUMNS[measure])
@@ -211,7 +200,7 @@ def plot_differences(out: Path, names: tuple[str, ...], path: Path) -> None:
 
 
 def main(out: Path, plots: Path | None) -> None:
-    """Prints the tables as Markdown; writes plots where a folder is given."""
+    """Prints the tables as Markdown; writes plots if a folder is given."""
     if plots is not None:
         plots.mkdir(parents=True, exist_ok=True)
     for title, names in (("Losses", LOSSES), ("Whose text", POLICIES), ("Pipeline", PIPELINE)):
@@ -225,5 +214,5 @@ def main(out: Path, plots: Path | None) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python recipes/evidence.py OUT [FOLDER for plots]")
+        sys.exit("usage: python recipes/studies/losses/tables.py OUT [FOLDER for plots]")
     main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) == 3 else None)

@@ -1,10 +1,10 @@
-"""Tau of drafters of all kinds on the same questions, as chains and as trees, and the tables of recipes/heads.md.
+"""Measures tau of several drafters on the same questions, as chains and as trees, and prints the tables of the kinds study.
 
-    python recipes/heads.py measure TARGET PROMPTS OUT.json DEPTH DRAFTER...
-    python recipes/heads.py table OUT
+    python recipes/studies/kinds/tables.py measure TARGET PROMPTS OUT.json DEPTH DRAFTER...
+    python recipes/studies/kinds/tables.py table OUT
 
-Every text is compared with plain decoding's; beside the searched tree stand one of as many nodes that is full, level by level,
-and a dynamic one of as many.
+Every text is compared with plain decoding. The searched tree is compared with a tree of as many nodes that is filled level by
+level, and with a dynamic tree of as many nodes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ QUESTIONS, NEW_TOKENS = int(os.environ.get("QUESTIONS", "100")), 128
 
 
 def shapes(folder: Path, depth: int) -> dict[str, dict[str, Any]]:
-    """What to draft: a chain, the tree searched for this bundle, and its rivals of as many nodes."""
+    """Draft shapes to measure: a chain, the tree searched for this bundle, and two other trees of as many nodes."""
     found: dict[str, dict[str, Any]] = {"chain": {"depth": depth}}
     tree = bundle.read(folder).runner.get("tree")
     if tree:
@@ -43,7 +43,7 @@ def shapes(folder: Path, depth: int) -> dict[str, dict[str, Any]]:
 
 
 def measure(target: Path, prompts: Path, out: Path, depth: int, drafters: list[Path]) -> None:
-    """Adds what is not there yet to OUT: tau, texts equal to plain decoding's, and acceptance by position."""
+    """Adds missing measurements to OUT: tau, number of texts equal to plain decoding, acceptance by position."""
     done = json.loads(out.read_text()) if out.is_file() else {}
     given = [prompt for prompt in read_prompts(str(prompts), str(target), QUESTIONS + 20) if len(prompt) < 380][:QUESTIONS]
     plain: dict[float, list[list[int]]] = {}
@@ -77,14 +77,14 @@ def measure(target: Path, prompts: Path, out: Path, depth: int, drafters: list[P
 
 
 def simulated(runner: Runner, target: Path, prompts: list[list[int]], texts: list[list[int]], depth: int) -> dict[str, Any]:
-    """What validation in training says of the same texts: alpha by position and tau, by the loss's own forward pass."""
+    """Alpha by position and tau of the same texts, computed as validation does: by the forward pass of the loss."""
     assert runner.drafter is not None
     teacher, found = FrozenTarget(target), dict[str, int]()
     for prompt, text in zip(prompts, texts, strict=True):
         tokens = torch.tensor([[*prompt, *text]])
         positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
         hidden, taps = teacher.forward(tokens, positions, document, runner.drafter.taps)
-        label = positions > len(prompt)  # the prompt's own pass gives the first
+        label = positions > len(prompt)  # prefill gives the first
         batch = DraftBatch(tokens, positions, document, label, taps, hidden, teacher.handle())
         with torch.no_grad():
             agreement = agreement_by_position(runner.drafter(batch, ForwardKL()), batch, depth)
@@ -96,7 +96,7 @@ def simulated(runner: Runner, target: Path, prompts: list[list[int]], texts: lis
 
 
 def table(out: Path) -> None:
-    """Tau by kind and shape, at temperatures 0 and 1; acceptance by position in training and in serving."""
+    """Prints tau by kind and shape at temperatures 0 and 1, and acceptance by position in training and in serving."""
     done: dict[str, dict[str, Any]] = json.loads((out / "tau.json").read_text())
     keys = [key.split("|") for key in done]
     names = list(dict.fromkeys(name for _, _, name in keys))
