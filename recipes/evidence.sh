@@ -86,7 +86,7 @@ losses() {
 
 # policy NAME WEIGHTS FLAGS...: by forward KL, so that policy_target is losses' forward_kl.
 policy() {
-    row "policy_$1" "${from_start[@]}" --model.divergence ForwardKL --data PolicyData --data.weights "$2" --data.length 512 \
+    row "policy_$1" "${from_start[@]}" --model.divergence ForwardKL --data MixtureData --data.weights "$2" --data.length 512 \
         --data.batch_size 4 --data.validation "$out/sets/target" --data.limit_validation 30 --data.limit_prompts "$prompts" \
         --data.refresh 25 "${@:3}"
 }

@@ -231,7 +231,9 @@ def spoil(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
-RECORDS = {"disk full while saving a checkpoint": ("run", "run/config.yaml", "run/metrics.csv", "run/checkpoints")}
+RECORDS = {
+    "disk full while saving a checkpoint": ("run", "run/config.yaml", "run/log.txt", "run/metrics.csv", "run/checkpoints")
+}
 """What a run that had trained rightly leaves: whole files, nothing of the checkpoint."""
 
 NORM, HEAD = "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"
@@ -291,7 +293,10 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "unknown flag": (lambda it: it.generate(temprature=1), ("--temprature", "did you mean --temperature?")),
     "unknown command": (lambda it: ["distil", "--target", "x"], ("'distil'", "did you mean distill?")),
     "wrong type of a flag": (lambda it: it.bench(limit="many"), ("limit", "expected int", "many")),
-    "broken YAML": (lambda it: it.fit(it.write("recipe.yaml", "model: [\n  a: {\n")), ("recipe.yaml:3", "not YAML", "mend")),
+    "broken YAML": (
+        lambda it: it.fit(it.write("recipe.yaml", "model: [\n  a: {\n")),
+        ("recipe.yaml:3", "not YAML", "fix the file"),
+    ),
     "unknown class in a recipe": (
         lambda it: it.fit(it.recipe(model={"class_path": "DraftModul", "init_args": {}})),
         ("model", "DraftModul", "did you mean"),
@@ -306,9 +311,25 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         lambda it: it.fit(model__warmup_steps="null"),
         ("model.warmup_steps", "null", "leave the key out"),
     ),
-    "wrong policy": (
-        lambda it: it.fit(it.recipe(data={"class_path": "PolicyData", "init_args": {"weights": {"corpse": 1.0}}})),
+    "unknown source of text": (
+        lambda it: it.fit(it.recipe(data={"class_path": "MixtureData", "init_args": {"weights": {"corpse": 1.0}}})),
         ("weights", "corpse", "corpus"),
+    ),
+    "old name of a class": (
+        lambda it: it.fit(it.recipe(data={"class_path": "PolicyData", "init_args": {"weights": {"corpus": 1.0}}})),
+        ("PolicyData is now called MixtureData",),
+    ),
+    "old name of a class in a flag": (lambda it: it.fit(data="PolicyData"), ("PolicyData is now called MixtureData",)),
+    "data for another module": (
+        lambda it: it.fit(it.recipe(data={"class_path": "AcceptanceData", "init_args": {"train": "x"}})),
+        ("DraftModule cannot train on AcceptanceData", "set data.class_path: TextData"),
+    ),
+    "written text without a draft": (
+        lambda it: it.fit(
+            it.recipe(model=LANGUAGE, data={"class_path": "MixtureData", "init_args": {"weights": {"draft": 1.0}}}),
+            **{"data.prompts": it.rows, "data.validation": it.rows},
+        ),
+        ("data.weights", "set model.class_path: DraftModule"),
     ),
     "wrong verification": (lambda it: it.bench(verify="sloppy"), ("verify", "sloppy", "coupled, residual")),
     "negative temperature": (lambda it: it.generate(temperature=-1), ("temperature", "-1", "at least 0")),

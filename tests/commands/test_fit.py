@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from trainkit.commands.fit import TrainingCLI, run
 from trainkit.errors import UserError
 from trainkit.losses.output import LossOutput
 from trainkit.modules.base import TrainingModule
+from trainkit.modules.training_data import TrainingData
 
 
 class ToyModule(TrainingModule):
@@ -43,7 +44,10 @@ class ToyModule(TrainingModule):
         return LossOutput(error, torch.tensor(2.0))
 
 
-class ToyData(LightningDataModule):
+class ToyData(TrainingData):
+    def __init__(self) -> None:
+        super().__init__(batch_size=2)
+
     def train_dataloader(self):
         return DataLoader([{"document_BT": torch.zeros(2), "window_count": 2.0}] * 4, batch_size=None)
 

@@ -106,5 +106,5 @@ def test_a_second_ctrl_c_aborts(tiny_target, chats, tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused(tiny_target, chats, tmp_path):
     given = arguments("draft", tiny_target, chats, tmp_path / "run", **{"trainer.max_steps": 4})
     assert code_of(start(run, "fit", given)) == 0
-    with pytest.raises(UserError, match="holds a run already; --resume goes on with it"):
+    with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
         run("fit", given)
