@@ -386,7 +386,7 @@ def test_metrics_say_each_loss_by_its_own_tokens(tiny_target, chats, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"drafter": lambda shape: LMDraft(shape)}, "kind 'lm' reads none of its target's states"),
+        ({"drafter": lambda shape: LMDraft(shape)}, "kind 'lm' reads no hidden states of its target"),
         ({"teacher_cache": "x"}, "teacher_cache"),
         ({"teacher_top_k": 4}, "teacher_top_k"),
         ({"lora_rank": 0}, "lora_rank is 0"),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.acceptance import make_set
-from tests.support.runs import go_on, log
+from tests.support.runs import log, resumed
 from trainkit import bundle
 from trainkit.cli import main
 from trainkit.commands.fit import run
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(trained, tmp_path):
     assert run("fit", arguments(records, tmp_path / "whole", **short)) == 0
     assert run("fit", arguments(records, tmp_path / "parts", **{**short, "trainer.max_steps": 12})) == 0
     cut = arguments(records, tmp_path / "parts", **short)
-    assert run("fit", go_on(cut, tmp_path / "parts")) == 0
+    assert run("fit", resumed(cut, tmp_path / "parts")) == 0
     weights = [from_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")[0].state_dict() for name in ("whole", "parts")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 

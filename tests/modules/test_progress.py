@@ -14,7 +14,7 @@ from termios import TIOCSWINSZ
 import pytest
 
 from tests.support.processes import code_of, start
-from tests.support.runs import arguments, go_on
+from tests.support.runs import arguments, resumed
 from trainkit.commands.fit import run
 from trainkit.modules.draft import DraftModule
 
@@ -24,7 +24,7 @@ NOISE = ("Tip", "GPU available", "Epoch", "distributed", "Seed set", "deprecated
 def run_on(stdout: str, given: list[str]) -> int:
     """Trains with both streams going to a file or terminal; validation is slow enough to be drawn."""
     step = DraftModule.validation_step
-    DraftModule.validation_step = lambda *args: (time.sleep(0.06), step(*args))[1]
+    DraftModule.validation_step = lambda *args: (time.sleep(0.12), step(*args))[1]
     handle = os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -65,7 +65,7 @@ def test_a_terminal_shows_one_bar_that_fits(columns, tiny_target, chats, tmp_pat
     bars = [line for line in drawn if "|" in line]
     assert bars[0].startswith("step 0/12 |") and bars[-1].startswith("step 12/12 |")
     assert re.search(r"\| loss [\d.]+  alpha [\d.]+  [\d,]+ tokens/s  00:00 left$", bars[-1].strip())
-    assert any(re.search(r"\| validation \d+/4 ", line) for line in bars)
+    assert any(re.search(r"\| validation \d/2 ", line) for line in bars)
     assert [line for line in drawn if re.match(r"step 11: validation loss [\d.]+  alpha [\d.]+  tau [\d.]+$", line)]
     assert not [word for word in NOISE if word in text], text
     assert "train: " in text and "checkpoint: " in text
@@ -76,7 +76,7 @@ def test_a_file_gets_plain_lines_at_log_intervals(tiny_target, chats, tmp_path):
     output = tmp_path / "output"
     given = flags(tiny_target, chats, tmp_path / "run")
     assert code_of(start(run_on, str(output), flags(tiny_target, chats, tmp_path / "run", **{"trainer.max_steps": 6}))) == 0
-    assert code_of(start(run_on, str(output), go_on(given, tmp_path / "run"))) == 0
+    assert code_of(start(run_on, str(output), resumed(given, tmp_path / "run"))) == 0
     text = output.read_text()
     steps = [line.split("  ")[0] for line in text.splitlines() if re.match(r"step \d+/", line)]
     assert steps == ["step 3/6", "step 6/6", "step 9/12", "step 12/12"]

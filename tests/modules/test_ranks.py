@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.support.processes import code_of, start
-from tests.support.runs import STEPS, arguments, go_on, lines, log, same, weights
+from tests.support.runs import STEPS, arguments, check_equal, lines, log, resumed, weights
 from trainkit.commands.fit import run
 from trainkit.errors import UserError
 from trainkit.modules.draft import DraftModule
@@ -66,8 +66,8 @@ def test_a_signal_ends_all_processes_and_resume_is_exact(number, one, straight, 
     assert time.monotonic() - began < 10
     assert "the state is saved" in said.read_text() and "Traceback" not in said.read_text()
     assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < STEPS
-    assert torchrun(go_on(given, root), said).wait(120) == 0
-    same(straight, root)
+    assert torchrun(resumed(given, root), said).wait(120) == 0
+    check_equal(straight, root)
 
 
 def test_three_kills_at_random_leave_no_trace(straight, tiny_target, chats, tmp_path, seed):
@@ -75,15 +75,15 @@ def test_three_kills_at_random_leave_no_trace(straight, tiny_target, chats, tmp_
     root, said = tmp_path / "run", tmp_path / "said"
     given = arguments("draft", tiny_target, chats, root)
     for _ in range(3):
-        process = torchrun(go_on(given, root), said)
+        process = torchrun(resumed(given, root), said)
         wait_for_lines(root, lines(root) + random.randint(0, 2), process)
         time.sleep(random.uniform(0, 0.1))
         killed = workers(process)
         for pid in [process.pid, *killed] if random.random() < 0.5 else killed[: 1 + random.randrange(2)]:
             os.kill(pid, signal.SIGKILL)
         assert process.wait(60) != 0
-    assert torchrun(go_on(given, root), said).wait(120) == 0
-    same(straight, root)
+    assert torchrun(resumed(given, root), said).wait(120) == 0
+    check_equal(straight, root)
 
 
 class SeenModule(DraftModule):
@@ -168,7 +168,7 @@ def test_a_target_spread_over_processes_teaches_the_same(straight, tiny_target, 
     root, more = tmp_path / "run", {"model": f"{__name__}.SpreadModule", "model.target_shard": "fsdp"}
     process = torchrun(arguments("draft", tiny_target, chats, root, **more), tmp_path / "said")
     assert process.wait(120) == 0, (tmp_path / "said").read_text()[-2000:]
-    same(straight, root)
+    check_equal(straight, root)
     assert [float((root / f"share-{rank}").read_text()) for rank in (0, 1)] == pytest.approx([0.5, 0.5], abs=0.02)
 
 

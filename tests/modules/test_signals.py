@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.processes import code_of, start, wait_until
-from tests.support.runs import STEPS, arguments, go_on, lines, same
+from tests.support.runs import STEPS, arguments, check_equal, lines, resumed
 from trainkit.commands.fit import run
 from trainkit.errors import UserError
 from trainkit.modules.draft import DraftModule
@@ -32,8 +32,8 @@ def test_a_signal_saves_and_says_so_and_resume_is_exact(number, kind, tiny_targe
     step = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert after <= step < STEPS
     assert "the state is saved" in (tmp_path / "said").read_text()
-    assert code_of(start(run, "fit", go_on(given, stopped))) == 0
-    same(straight, stopped)
+    assert code_of(start(run, "fit", resumed(given, stopped))) == 0
+    check_equal(straight, stopped)
 
 
 @pytest.mark.parametrize("kind", ["language", "draft"])
@@ -43,7 +43,7 @@ def test_three_kills_at_random_leave_no_trace(kind, tiny_target, chats, tmp_path
     given, kills = arguments(kind, tiny_target, chats, killed), 0
     while kills < 3:
         before = lines(killed)
-        process = start(run, "fit", go_on(given, killed))
+        process = start(run, "fit", resumed(given, killed))
         wait_until(lambda: lines(killed) > before + random.randint(0, 2) or not process.is_alive())  # noqa: B023
         time.sleep(random.uniform(0, 0.1))
         process.kill()
@@ -51,8 +51,8 @@ def test_three_kills_at_random_leave_no_trace(kind, tiny_target, chats, tmp_path
             break  # it was quicker; the rest of the test holds all the same
         kills += 1
     assert kills
-    assert code_of(start(run, "fit", go_on(given, killed))) == 0
-    same(straight, killed)
+    assert code_of(start(run, "fit", resumed(given, killed))) == 0
+    check_equal(straight, killed)
 
 
 def fit_slowly(given: list[str], mark: Path) -> int:
@@ -77,8 +77,8 @@ def test_a_signal_within_validation_ends_at_once_and_validation_is_done_again(ti
     kill(process.pid, signal.SIGTERM)
     assert code_of(process) == 143
     assert torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 11
-    assert code_of(start(run, "fit", go_on(given, stopped))) == 0
-    same(straight, stopped)
+    assert code_of(start(run, "fit", resumed(given, stopped))) == 0
+    check_equal(straight, stopped)
 
 
 def fit_stuck(given: list[str], mark: Path) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.modules.test_signals import arguments, go_on, lines
+from tests.modules.test_signals import arguments, lines, resumed
 from tests.support import wandb_records
 from tests.support.processes import code_of, start, wait_until
 from trainkit import bundle
@@ -156,7 +156,7 @@ def test_a_signal_leaves_all_rows_and_no_process_and_resuming_goes_on_with_the_r
         assert rows == logged(root)
         assert [end.exit_code for end in wandb_records.of_kind(first, "exit")] == [1]
 
-    assert code_of(start(within, apart, run, "fit", go_on(given, root))) == 0
+    assert code_of(start(within, apart, run, "fit", resumed(given, root))) == 0
     gone(before)
     parts = [wandb_records.records(file) for file in wandb_records.files(root)]
     (one,), (other,) = (wandb_records.of_kind(part, "run") for part in parts)

@@ -147,8 +147,8 @@ class TrainingCLI(LightningCLI):
         self.model.recipe = self.recipe
         text = self._parser(self.command).dump(self.config[self.command])
         settings = self.config_init[self.command].trainer
-        bars = [callback for callback in settings.callbacks or () if isinstance(callback, ProgressBar)]
-        if settings.enable_progress_bar is not False and not bars:
+        configured = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        if settings.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in configured):
             self.trainer_defaults = {"callbacks": Progress()}
         try:
             trainer = super().instantiate_trainer(**kwargs)
