@@ -1,4 +1,4 @@
-"""Every mistake that a user can make, by one table: a line that names what is wrong and the mend, code 2, nothing left behind.
+"""A table of user mistakes. Each gives one line that names the problem and the remedy, exit code 2, and leaves no files.
 
 Each row of the table damages sound inputs in a folder of its own and gives the command line that meets the damage.
 """
@@ -34,7 +34,7 @@ CHAT = {"messages": [{"role": "user", "content": "How many?"}, {"role": "assista
 
 @dataclass
 class Inputs:
-    """Sound inputs, to be read only, and a folder for what a row of the table makes of them."""
+    """Valid inputs, read only, and a folder where a row of the table writes damaged copies."""
 
     folder: Path
     target: Path
@@ -60,7 +60,7 @@ class Inputs:
         return path
 
     def lines(self, *rows: Any, name: str = "rows.jsonl") -> Path:
-        """Rows as JSON lines; a string stands as it is."""
+        """Rows as JSON lines; a string is written as it is."""
         return self.write(name, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
     def copy(self, what: Path, name: str, change: Callable[[Path], Any]) -> Path:
@@ -81,7 +81,7 @@ class Inputs:
         """The draft, changed."""
         return self.copy(self.draft, "bundle", change)
 
-    # Command lines over sound inputs; a row replaces what it spoils.
+    # Command lines with valid inputs; a row replaces one of them.
 
     def fit(self, recipe: Path | None = None, **flags: Any) -> list[str]:
         values = {"trainer.default_root_dir": self.folder / "run"} | {key.replace("__", "."): v for key, v in flags.items()}
@@ -153,7 +153,7 @@ LANGUAGE = {
 
 @pytest.fixture(scope="module")
 def no_bars() -> Iterator[None]:
-    """As in a process of its own, where the command line has them off before transformers looks."""
+    """Switches off progress bars of transformers, as the command line does in a process of its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -234,12 +234,12 @@ def spoil(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
 RECORDS = {
     "disk full while saving a checkpoint": ("run", "run/config.yaml", "run/log.txt", "run/metrics.csv", "run/checkpoints")
 }
-"""What a run that had trained rightly leaves: whole files, nothing of the checkpoint."""
+"""What a run leaves that failed while saving: complete files, nothing of the checkpoint."""
 
 NORM, HEAD = "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"
 
 CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
-    # files that are not there
+    # missing files
     "prompts missing": (lambda it: it.distill(prompts="nowhere.jsonl"), ("nowhere.jsonl", "give an existing file")),
     "training file missing": (lambda it: it.fit(data__train="nowhere.jsonl"), ("nowhere.jsonl", "give an existing file")),
     "target missing": (
@@ -499,7 +499,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         lambda it: it.fit(data__train=it.lines(*ROWS[:9]), ckpt_path=it.checkpoint),
         ("data_fingerprint", "resume with the same data"),
     ),
-    # places to write to
+    # output folders
     "two runs in one folder": (lambda it: it.fit(trainer__default_root_dir=it.run), ("run: holds a run already", "--resume")),
     "export onto something else": (
         lambda it: it.export(out=occupied(it)),
@@ -577,7 +577,7 @@ def spoiled_checkpoint(it: Inputs) -> Path:
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -591,7 +591,7 @@ def payload(it: Inputs) -> bytes:
 
 
 def poison(it: Inputs, path: Path) -> None:
-    """Puts the payload in the place of a checkpoint's own pickle."""
+    """Replaces the pickle of a checkpoint by the payload."""
     with zipfile.ZipFile(it.checkpoint) as whole, zipfile.ZipFile(path, "w") as bad:
         for name in whole.namelist():
             bad.writestr(name, payload(it) if name.endswith("data.pkl") else whole.read(name))
@@ -615,7 +615,7 @@ def closed_port() -> int:
 
 
 def failing(it: Inputs, code: int, name: str) -> None:
-    """From now on, whatever writes to a file or makes a folder of this name meets the error, as the system gives it."""
+    """From now on, writing a file or making a folder of this name raises the error that the system would raise."""
 
     def hit(path: Any) -> bool:
         parts = Path(os.fsdecode(path)).parts if isinstance(path, (str, bytes, os.PathLike)) else ()
@@ -638,13 +638,13 @@ def failing(it: Inputs, code: int, name: str) -> None:
 
 
 def limited(arguments: list[str]) -> list[str]:
-    """Until the row is done, the system refuses files that grow beyond 10 kB, whoever writes them, as a full disk would."""
+    """Until the row is done, the system refuses to write files beyond 10 kB, as a full disk would."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     return arguments
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder, hidden ones too, with size and time of change."""
+    """Size and time of change of every file and folder, hidden ones included."""
     return {
         str(path.relative_to(folder)): (path.lstat().st_size if path.is_file() else 0, path.lstat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -675,7 +675,7 @@ def test_a_mistake_is_one_line_with_the_mend_and_leaves_nothing(name, sound, tmp
 
 
 def test_the_payloads_would_make_their_marker(sound, tmp_path):
-    """Else the rows above would prove nothing: a reader that trusts these files does run what is in them."""
+    """The payloads work: a reader that trusts these files runs them. Otherwise the rows above would prove nothing."""
     it = Inputs(**{item: getattr(sound, item) for item in sound.__dataclass_fields__} | {"folder": tmp_path})
     pickle.loads(payload(it))
     (tmp_path / "executed").rmdir()

@@ -1,4 +1,4 @@
-"""Training on texts of several authors: written by the draft as it stands, resumable, the same on all ranks."""
+"""Training on text from several sources: written by the current draft, resumable, the same on all ranks."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def mixture_data(rows: Path, cache: Path, weights: dict[str, float], **more) -> 
 
 
 class Seen(Callback):
-    """Every training batch's tokens and masks."""
+    """Records tokens and masks of every training batch."""
 
     def __init__(self) -> None:
         self.batches: list[dict[str, torch.Tensor]] = []
@@ -35,7 +35,7 @@ class Seen(Callback):
 
 
 def documents(batch) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) of each document of a batch."""
+    """Prompt and answer of each document of a batch."""
     found = []
     for tokens, mask, document in zip(batch["tokens_BT"], batch["mask_BT"], batch["document_BT"], strict=True):
         for number in range(int(document.max()) + 1):
@@ -45,7 +45,7 @@ def documents(batch) -> list[tuple[list[int], list[int]]]:
 
 
 def test_draft_texts_are_the_drafts_own_answers_at_that_time(tiny_target, chats, tmp_path):
-    """At temperature 0: the second chapter's texts are what the weights after two steps write, not the first's."""
+    """At temperature 0: the texts of the second chapter are written with the weights after two steps."""
     seen = Seen()
     module = draft_module(tiny_target, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1))
     data = mixture_data(chats, tmp_path, {"draft": 1.0}, temperature=0.0)
@@ -71,7 +71,7 @@ def test_draft_texts_are_the_drafts_own_answers_at_that_time(tiny_target, chats,
 
 @pytest.mark.parametrize("weights_of", [{"draft": 1.0}, {"mixed": 1.0, "target": 1.0}, {"corpus": 1.0, "target": 9.0}], ids=str)
 def test_resumed_equals_uninterrupted(weights_of, tiny_target, chats, tmp_path):
-    """Also within a chapter, whose texts were written by a draft that is gone."""
+    """Also within a chapter, whose texts were written with weights that no longer exist."""
     straight, first, second = Losses(), Losses(), Losses()
     make = lambda: (draft_module(tiny_target), mixture_data(chats, tmp_path, weights_of))
     fit(*make(), tmp_path / "a", straight, steps=5)
@@ -92,7 +92,7 @@ def test_ranks_together_write_what_one_process_would(tiny_target, chats, tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_on_written_texts(tiny_target, chats, tmp_path):
-    """Under torchrun, half the rows each: the weights of a single process on the same prompts."""
+    """Under torchrun, with half of the rows each: the same weights as one process on the same prompts."""
     script = tmp_path / "go.py"
     script.write_text("import sys\nfrom trainkit.commands.fit import run\nrun('fit', sys.argv[1:])\n")
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}

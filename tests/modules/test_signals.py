@@ -1,4 +1,4 @@
-"""Runs that are killed and gone on with: the same losses to the last bit, one log, the exit codes that shells expect."""
+"""Runs that are stopped or killed, then resumed: losses equal to the last bit, one log, the exit codes that shells expect."""
 
 import random
 import signal
@@ -48,7 +48,7 @@ def test_three_kills_at_random_leave_no_trace(kind, tiny_target, chats, tmp_path
         time.sleep(random.uniform(0, 0.1))
         process.kill()
         if code_of(process) == 0:
-            break  # it was quicker; the rest of the test holds all the same
+            break  # the run ended before the kill; the rest of the test holds nevertheless
         kills += 1
     assert kills
     assert code_of(start(run, "fit", resumed(given, killed))) == 0
@@ -56,7 +56,7 @@ def test_three_kills_at_random_leave_no_trace(kind, tiny_target, chats, tmp_path
 
 
 def fit_slowly(given: list[str], mark: Path) -> int:
-    """Touches `mark` when it validates, and takes its time."""
+    """Trains with slow validation steps, which touch the file `mark`."""
     step = DraftModule.validation_step
 
     def slow(self, batch, batch_idx) -> None:
@@ -82,7 +82,7 @@ def test_a_signal_within_validation_ends_at_once_and_validation_is_done_again(ti
 
 
 def fit_stuck(given: list[str], mark: Path) -> int:
-    """Touches `mark` in the first step, which does not end."""
+    """Trains with a first step that touches the file `mark` and does not end."""
 
     def endless(self, batch, micro):
         mark.touch()
