@@ -1,4 +1,4 @@
-"""Every mistake that a user can make, by one table: a line that names what is wrong and the mend, code 2, nothing left behind.
+"""A table of user mistakes. Each gives one line that names the problem and the remedy, exit code 2, and leaves no files.
 
 Each row of the table damages sound inputs in a folder of its own and gives the command line that meets the damage.
 """
@@ -35,7 +35,7 @@ CHAT = {"messages": [{"role": "user", "content": "How many?"}, {"role": "assista
 
 @dataclass
 class Inputs:
-    """Sound inputs, to be read only, and a folder for what a row of the table makes of them."""
+    """Valid inputs, read only, and a folder where a row of the table writes damaged copies."""
 
     folder: Path
     target: Path
@@ -61,7 +61,7 @@ class Inputs:
         return path
 
     def lines(self, *rows: Any, name: str = "rows.jsonl") -> Path:
-        """Rows as JSON lines; a string stands as it is."""
+        """Rows as JSON lines; a string is written as it is."""
         return self.write(name, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
     def copy(self, what: Path, name: str, change: Callable[[Path], Any]) -> Path:
@@ -82,7 +82,7 @@ class Inputs:
         """The draft, changed."""
         return self.copy(self.draft, "bundle", change)
 
-    # Command lines over sound inputs; a row replaces what it spoils.
+    # Command lines with valid inputs; a row replaces one of them.
 
     def fit(self, recipe: Path | None = None, **flags: Any) -> list[str]:
         values = {"trainer.default_root_dir": self.folder / "run"} | {key.replace("__", "."): v for key, v in flags.items()}
@@ -141,7 +141,7 @@ LANGUAGE = {
 
 @pytest.fixture(scope="module")
 def no_bars() -> Iterator[None]:
-    """As in a process of its own, where the command line has them off before transformers looks."""
+    """Switches off progress bars of transformers, as the command line does in a process of its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -219,13 +219,15 @@ def spoil(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
-RECORDS = {"disk full while saving a checkpoint": ("run", "run/config.yaml", "run/metrics.csv", "run/checkpoints")}
-"""What a run that had trained rightly leaves: whole files, nothing of the checkpoint."""
+RECORDS = {
+    "disk full while saving a checkpoint": ("run", "run/config.yaml", "run/log.txt", "run/metrics.csv", "run/checkpoints")
+}
+"""What a run leaves that failed while saving: complete files, nothing of the checkpoint."""
 
 NORM, HEAD = "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"
 
 CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
-    # files that are not there
+    # missing files
     "prompts missing": (lambda it: it.distill(prompts="nowhere.jsonl"), ("nowhere.jsonl", "give an existing file")),
     "training file missing": (lambda it: it.fit(data__train="nowhere.jsonl"), ("nowhere.jsonl", "give an existing file")),
     "target missing": (
@@ -279,7 +281,10 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "unknown flag": (lambda it: it.generate(temprature=1), ("--temprature", "did you mean --temperature?")),
     "unknown command": (lambda it: ["distil", "--target", "x"], ("'distil'", "did you mean distill?")),
     "wrong type of a flag": (lambda it: it.bench(limit="many"), ("limit", "expected int", "many")),
-    "broken YAML": (lambda it: it.fit(it.write("recipe.yaml", "model: [\n  a: {\n")), ("recipe.yaml:3", "not YAML", "mend")),
+    "broken YAML": (
+        lambda it: it.fit(it.write("recipe.yaml", "model: [\n  a: {\n")),
+        ("recipe.yaml:3", "not YAML", "fix the file"),
+    ),
     "unknown class in a recipe": (
         lambda it: it.fit(it.recipe(model={"class_path": "DraftModul", "init_args": {}})),
         ("model", "DraftModul", "did you mean"),
@@ -294,9 +299,25 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         lambda it: it.fit(model__warmup_steps="null"),
         ("model.warmup_steps", "null", "leave the key out"),
     ),
-    "wrong policy": (
-        lambda it: it.fit(it.recipe(data={"class_path": "PolicyData", "init_args": {"weights": {"corpse": 1.0}}})),
+    "unknown source of text": (
+        lambda it: it.fit(it.recipe(data={"class_path": "MixtureData", "init_args": {"weights": {"corpse": 1.0}}})),
         ("weights", "corpse", "corpus"),
+    ),
+    "old name of a class": (
+        lambda it: it.fit(it.recipe(data={"class_path": "PolicyData", "init_args": {"weights": {"corpus": 1.0}}})),
+        ("PolicyData is now called MixtureData",),
+    ),
+    "old name of a class in a flag": (lambda it: it.fit(data="PolicyData"), ("PolicyData is now called MixtureData",)),
+    "data for another module": (
+        lambda it: it.fit(it.recipe(data={"class_path": "AcceptanceData", "init_args": {"train": "x"}})),
+        ("DraftModule cannot train on AcceptanceData", "set data.class_path: TextData"),
+    ),
+    "written text without a draft": (
+        lambda it: it.fit(
+            it.recipe(model=LANGUAGE, data={"class_path": "MixtureData", "init_args": {"weights": {"draft": 1.0}}}),
+            **{"data.prompts": it.rows, "data.validation": it.rows},
+        ),
+        ("data.weights", "set model.class_path: DraftModule"),
     ),
     "wrong verification": (lambda it: it.bench(verify="sloppy"), ("verify", "sloppy", "coupled, residual")),
     "negative temperature": (lambda it: it.generate(temperature=-1), ("temperature", "-1", "at least 0")),
@@ -466,7 +487,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         lambda it: it.fit(data__train=it.lines(*ROWS[:9]), ckpt_path=it.checkpoint),
         ("data_fingerprint", "resume with the same data"),
     ),
-    # places to write to
+    # output folders
     "two runs in one folder": (lambda it: it.fit(trainer__default_root_dir=it.run), ("run: holds a run already", "--resume")),
     "export onto something else": (
         lambda it: it.export(out=occupied(it)),
@@ -544,7 +565,7 @@ def spoiled_checkpoint(it: Inputs) -> Path:
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -558,7 +579,7 @@ def payload(it: Inputs) -> bytes:
 
 
 def poison(it: Inputs, path: Path) -> None:
-    """Puts the payload in the place of a checkpoint's own pickle."""
+    """Replaces the pickle of a checkpoint by the payload."""
     with zipfile.ZipFile(it.checkpoint) as whole, zipfile.ZipFile(path, "w") as bad:
         for name in whole.namelist():
             bad.writestr(name, payload(it) if name.endswith("data.pkl") else whole.read(name))
@@ -582,7 +603,7 @@ def closed_port() -> int:
 
 
 def failing(it: Inputs, code: int, name: str) -> None:
-    """From now on, whatever writes to a file or makes a folder of this name meets the error, as the system gives it."""
+    """From now on, writing a file or making a folder of this name raises the error that the system would raise."""
 
     def hit(path: Any) -> bool:
         parts = Path(os.fsdecode(path)).parts if isinstance(path, (str, bytes, os.PathLike)) else ()
@@ -605,13 +626,13 @@ def failing(it: Inputs, code: int, name: str) -> None:
 
 
 def limited(arguments: list[str]) -> list[str]:
-    """Until the row is done, the system refuses files that grow beyond 10 kB, whoever writes them, as a full disk would."""
+    """Until the row is done, the system refuses to write files beyond 10 kB, as a full disk would."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     return arguments
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder, hidden ones too, with size and time of change."""
+    """Size and time of change of every file and folder, hidden ones included."""
     return {
         str(path.relative_to(folder)): (path.lstat().st_size if path.is_file() else 0, path.lstat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -642,7 +663,7 @@ def test_a_mistake_is_one_line_with_the_mend_and_leaves_nothing(name, sound, tmp
 
 
 def test_the_payloads_would_make_their_marker(sound, tmp_path):
-    """Else the rows above would prove nothing: a reader that trusts these files does run what is in them."""
+    """The payloads work: a reader that trusts these files runs them. Otherwise the rows above would prove nothing."""
     it = Inputs(**{item: getattr(sound, item) for item in sound.__dataclass_fields__} | {"folder": tmp_path})
     pickle.loads(payload(it))
     (tmp_path / "executed").rmdir()

@@ -1,4 +1,4 @@
-"""Every recipe and configuration in the repository parses and runs: files are found by glob, none is listed by hand."""
+"""Every recipe and configuration in the repository, found by glob, parses and runs."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def test_recipe_runs(recipe, tiny_target, rows, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_recipe_sets_dotted_keys_over_base(recipe):
-    """A recipe says what differs; a `trainer:` block, or a base named inside, would hide what it leaves as it is."""
+    """A recipe sets only what differs; a `trainer:` block or a base named in it would drop the other settings of base.yaml."""
     keys = set(yaml.safe_load(recipe.read_text()))
     assert not keys & {"trainer", "config", "checkpoint"}, f"{recipe}: write dotted keys"
 
@@ -50,7 +50,7 @@ def test_drafter_trains_in_the_recipe_of_heads(file, tiny_target, rows, tmp_path
 
 @pytest.mark.parametrize("file", [*STRATEGIES, *LOGGERS], ids=str)
 def test_fragment_parses(file, tiny_target, rows, tmp_path, monkeypatch):
-    """Parsed, not built: DeepSpeed and a second process need not be there."""
+    """The fragment is parsed but not built, so DeepSpeed and a second process are not needed."""
     monkeypatch.setattr(TrainingCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, subcommand: None)
     key = {"strategy": "trainer.strategy", "logger": "trainer.logger"}[file.parent.name]
@@ -64,8 +64,8 @@ def test_fragment_parses(file, tiny_target, rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", STRATEGIES, ids=str)
 def test_a_strategy_is_built(file, monkeypatch):
-    """Without GPUs Lightning runs none but DDP: that the others can be made of their fragments is what can be shown."""
-    if not importlib.util.find_spec("deepspeed"):  # an extra; its strategy only looks whether it is there
+    """Without GPUs Lightning runs DDP only, so the test only builds each strategy from its fragment."""
+    if not importlib.util.find_spec("deepspeed"):  # an optional extra; the strategy only checks that it is installed
         stand_in = ModuleType("deepspeed")
         stand_in.utils = SimpleNamespace(logging=SimpleNamespace(logger=logging.getLogger("deepspeed")))
         monkeypatch.setitem(sys.modules, "deepspeed", stand_in)
@@ -87,5 +87,5 @@ def test_nothing_is_left_out():
     known = {*STRATEGIES, *LOGGERS, *DRAFTERS, Path("configs/base.yaml")}
     others = [path for path in Path("configs").rglob("*.yaml") if path not in known]
     assert RECIPES and STRATEGIES and LOGGERS
-    for path in others:  # fragments of other rooms: at least YAML that names a class
+    for path in others:  # other fragments must at least be YAML that names a class
         assert "class_path" in yaml.safe_load(path.read_text()), path

@@ -80,7 +80,8 @@ def _classes() -> list[str]:
 def _arguments_of(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
     with contextlib.suppress(ImportError, AttributeError, ValueError):
-        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+        bases = inspect.getmro(getattr(importlib.import_module(module), name))  # a class may pass **kwargs on to its base
+        return [parameter for base in bases for parameter in inspect.signature(base).parameters]
     return []
 
 

@@ -1,4 +1,4 @@
-"""The configuration's traps: what Lightning or jsonargparse would pass over without a word stops the run or does as told."""
+"""Traps of the configuration: what Lightning or jsonargparse silently ignores stops the run, or has the requested effect."""
 
 import csv
 from pathlib import Path
@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from trainkit.commands.fit import TrainingCLI, run
 from trainkit.errors import UserError
 from trainkit.losses.output import LossOutput
 from trainkit.modules.base import TrainingModule
+from trainkit.modules.training_data import TrainingData
 
 
 class ToyModule(TrainingModule):
-    """Fits a line to a constant; learns whatever `size` says."""
+    """Fits a linear layer of `size` inputs to a constant."""
 
     def __init__(self, size: int = 2, **more) -> None:
         super().__init__(torch.optim.SGD, **more)
@@ -43,7 +44,10 @@ class ToyModule(TrainingModule):
         return LossOutput(error, torch.tensor(2.0))
 
 
-class ToyData(LightningDataModule):
+class ToyData(TrainingData):
+    def __init__(self) -> None:
+        super().__init__(batch_size=2)
+
     def train_dataloader(self):
         return DataLoader([{"document_BT": torch.zeros(2), "window_count": 2.0}] * 4, batch_size=None)
 
@@ -62,7 +66,7 @@ def write(folder: Path, **values) -> str:
 
 @pytest.fixture
 def configured(monkeypatch):
-    """The configuration that a command line gives, without running it."""
+    """A function from a command line to its configuration; nothing is run."""
     monkeypatch.setattr(TrainingCLI, "_run_subcommand", lambda self, subcommand: None)
     return lambda *args: TrainingCLI("fit", [*args, *QUIET])
 
@@ -96,7 +100,7 @@ def test_an_unknown_key_is_one_line(recipe, tmp_path):
 
 
 def test_wandb_comes_with_csv(configured, tmp_path):
-    """Trap: naming another logger file replaces the list, and the CSV was gone."""
+    """Trap: naming another logger file replaces the list of loggers, and the CSV file was lost."""
     kinds = [logger["class_path"] for logger in yaml.safe_load(Path("configs/logger/wandb.yaml").read_text())]
     assert "trainkit.modules.csv_logger.CSVLog" in kinds and any("WandbLog" in kind for kind in kinds)
     cli = configured("--config", write(tmp_path), "--trainer.logger", "configs/logger/wandb.yaml")
@@ -104,7 +108,7 @@ def test_wandb_comes_with_csv(configured, tmp_path):
 
 
 def test_a_checkpoint_never_overrides_flags(tmp_path):
-    """Trap: with save_hyperparameters, --ckpt_path won over YAML and flags. Ours says that they differ."""
+    """Trap: with save_hyperparameters, --ckpt_path overrode YAML and flags. Here the difference is an error."""
     recipe = write(tmp_path, **{"trainer.max_steps": 2, "trainer.default_root_dir": str(tmp_path / "run")})
     run("fit", ["--config", recipe, *QUIET])
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -114,7 +118,7 @@ def test_a_checkpoint_never_overrides_flags(tmp_path):
 
 
 def test_learning_rate_of_the_flags_wins_on_resume(tmp_path):
-    """The optimiser's state brings its old hyper-parameters along; the same trap by another door."""
+    """Trap: the optimiser state of a checkpoint holds hyper-parameters, which overrode YAML and flags."""
     recipe = write(tmp_path, **{"trainer.max_steps": 2, "trainer.default_root_dir": str(tmp_path / "run")})
     run("fit", ["--config", recipe, *QUIET, "--model.warmup_steps", "0"])
     seen = []
@@ -139,8 +143,10 @@ def test_metrics_append_across_a_resume(tmp_path):
     run("fit", ["--config", recipe, "--trainer.max_steps", "3", *root, *QUIET])
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     with (tmp_path / "run" / "metrics.csv").open("a") as file:
-        file.write("9" + "," * 20 + "\n")  # from after the checkpoint, as a killed run leaves them
-    run("fit", ["--config", recipe, "--trainer.max_steps", "5", "--ckpt_path", checkpoint, *QUIET])  # finds its folder itself
+        file.write("9" + "," * 20 + "\n")  # a row after the checkpoint, as a killed run leaves it
+    run(
+        "fit", ["--config", recipe, "--trainer.max_steps", "5", "--ckpt_path", checkpoint, *QUIET]
+    )  # without a run folder: the checkpoint's folder is found
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows if row["train/loss"]] == [1, 2, 3, 4, 5]
@@ -163,7 +169,7 @@ def test_a_checkpoint_caught_between_two_renames_is_found(tmp_path):
 
 
 def test_no_row_is_written_twice(tmp_path):
-    """Lightning writes the last logged values once more when it stops between two logging steps."""
+    """Trap: Lightning writes the last logged values again when it stops between two logging steps."""
     recipe = write(tmp_path, **{"trainer.log_every_n_steps": 2, "trainer.max_steps": 5})
     run("fit", ["--config", recipe, "--trainer.default_root_dir", str(tmp_path / "run"), *QUIET])
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
@@ -208,11 +214,11 @@ def test_processes_that_would_train_apart_are_refused(configured, tmp_path, monk
     with pytest.raises(UserError, match="apart|devices"):
         configured("--config", write(tmp_path), "--trainer.strategy", "auto", "--trainer.devices", "1")
     cli = configured("--config", write(tmp_path))
-    assert cli.trainer.world_size == 2  # base pins ddp, devices follow torchrun
+    assert cli.trainer.world_size == 2  # base.yaml sets ddp; the number of devices comes from torchrun
 
 
 def test_a_missing_base_is_said(monkeypatch, tmp_path):
-    """The parser passes over a default file that is not there, and with it over `ddp` and all else in it."""
+    """Trap: the parser silently ignores a missing default file and with it `ddp` and all its other settings."""
     monkeypatch.setattr("trainkit.commands.fit.BASE", tmp_path / "base.yaml")
     with pytest.raises(UserError, match="base.yaml"):
         run("fit", [])

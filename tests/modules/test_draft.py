@@ -1,4 +1,4 @@
-"""Distillation as a whole: equivalences over accumulation and resume, what a checkpoint holds, and the measured sums."""
+"""Distillation as a whole: accumulation, resume, the contents of checkpoints, and the measured sums."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainkit.modules.language import LanguageModule
 
 
 class Start(Callback):
-    """Keeps the untrained weights as a checkpoint."""
+    """Saves the untrained weights as a checkpoint."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -32,7 +32,7 @@ class Start(Callback):
 
 @pytest.mark.parametrize("stop", [3, "epoch"])
 def test_resumed_equals_uninterrupted_bit_for_bit(stop, tiny_target, chats, tmp_path):
-    """Stopping and going on, in mid-epoch and at an epoch's end, changes neither losses nor weights, draws included."""
+    """Stopping and resuming, within an epoch and at its end, changes neither losses nor weights, with random draws included."""
     straight, first, second = Losses(), Losses(), Losses()
     sampled = TVDpp(estimator="sampled", samples=2)
     trainer = fit(draft_module(tiny_target, divergence=sampled), text_data(chats, tmp_path), tmp_path / "a", straight, steps=30)
@@ -50,7 +50,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(stop, tiny_target, chats, tmp_
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), TVDpp(normalise="batch")], ids=["kl", "tvdpp"])
 def test_accumulation_equals_one_large_batch(divergence, tiny_target, chats, tmp_path):
-    """4 micro-batches of 1 row give the step that 1 of 4 rows gives, though rows differ in their number of labels."""
+    """4 micro-batches of 1 row give the same step as 1 of 4 rows, although rows differ in their number of labels."""
     for name, batch, accumulate in (("large", 4, 1), ("small", 1, 4)):
         data = text_data(chats, tmp_path, batch_size=batch, length=96)
         module = draft_module(tiny_target, divergence=divergence, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
@@ -163,7 +163,7 @@ def test_a_language_model_learns_and_loads(chats, tiny_target, tmp_path):
 
 
 def test_packed_training_reads_each_document_alone(chats, tiny_target, tmp_path):
-    """The loss of packed rows is the loss of their documents one by one."""
+    """The loss of packed rows equals the sum of the losses of their documents."""
     module = LanguageModule(folder=str(tiny_target))
     data = text_data(chats, tmp_path, batch_size=1)
     fit(module, data, tmp_path, steps=1)
@@ -197,7 +197,7 @@ def test_rows_longer_than_the_model_are_refused(chats, tiny_target, tmp_path):
 
 @pytest.fixture
 def runs(monkeypatch) -> list[int]:
-    """Grows by one whenever the target is run."""
+    """A list that grows by one element each time the target is run."""
     calls, forward = [], FrozenTarget.forward
     monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
     return calls
@@ -205,7 +205,7 @@ def runs(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), TVDpp(normalise="batch")], ids=["kl", "tvdpp"])
 def test_a_kept_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, tmp_path, runs):
-    """Two epochs and validation, so that rows are read back; and the next run does not run the target at all."""
+    """Two epochs and validation, so that rows are read from the cache; the next run does not run the target at all."""
     straight, kept, later = Losses(), Losses(), Losses()
     for name, losses, cache in (("a", straight, None), ("b", kept, "kept"), ("c", later, "kept")):
         before = len(runs)
@@ -215,7 +215,7 @@ def test_a_kept_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, 
         assert module.teacher is not None and trainer.current_epoch >= 1 and data.prepared is not None
         every = -(-len(data.prepared.train) // 3), -(-len(data.prepared.validation) // 3)
         if name == "b":
-            assert len(runs) - before == sum(every), "each row once"
+            assert len(runs) - before == sum(every), "each row is read by the target once"
     assert len(runs) == before  # pyright: ignore[reportPossiblyUnboundVariable]
     assert kept.values == straight.values == later.values and len(set(kept.values)) > 10
     for name in ("b", "c"):
@@ -223,7 +223,7 @@ def test_a_kept_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, 
 
 
 def test_a_kept_teacher_is_not_another_targets(tiny_target, chats, tmp_path):
-    """Other weights under the same config and tokenizer: training with a store that holds the first one's is as without."""
+    """Another target with the same config and tokenizer trains as without the cache, which holds the first target."""
     other = make_target(tmp_path / "other", seed=1)
     fit(draft_module(tiny_target, teacher_cache=str(tmp_path / "kept")), text_data(chats, tmp_path), tmp_path / "a", steps=2)
     alone, beside = Losses(), Losses()
@@ -233,7 +233,7 @@ def test_a_kept_teacher_is_not_another_targets(tiny_target, chats, tmp_path):
 
 
 def test_a_teacher_kept_as_its_whole_vocabulary_is_exact_and_as_some_of_it_teaches(tiny_target, chats, tmp_path, runs):
-    """Log-probabilities instead of a head on hidden states: equal but for float32 rounding of one more softmax."""
+    """Log-probabilities instead of hidden states and a head: equal up to the float32 rounding of one more softmax."""
     exact, whole, some, again = (Losses() for _ in range(4))
     fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path / "a", exact)
     fit(draft_module(tiny_target, teacher_top_k=320), text_data(chats, tmp_path), tmp_path / "b", whole)
@@ -241,7 +241,7 @@ def test_a_teacher_kept_as_its_whole_vocabulary_is_exact_and_as_some_of_it_teach
     options = {"teacher_top_k": 8, "teacher_cache": str(tmp_path / "kept")}
     fit(draft_module(tiny_target, **options), text_data(chats, tmp_path), tmp_path / "c", some, steps=20)
     assert sum(some.values[-4:]) < 0.9 * sum(some.values[:4])
-    assert some.values[0] < exact.values[0], "a lower bound of the whole teacher's"
+    assert some.values[0] < exact.values[0], "a lower bound of the loss with the whole distribution"
     before = len(runs)
     fit(draft_module(tiny_target, **options), text_data(chats, tmp_path), tmp_path / "d", again, steps=20)
     assert again.values == some.values and len(runs) == before

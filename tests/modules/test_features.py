@@ -1,4 +1,4 @@
-"""Training from features: the losses of online training, without the target's layers, and no features of anything else."""
+"""Training from features: the losses of online training, without the target's layers; features of other data are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 6
 
 
 def made(target: Path, chats: Path, out: Path, **options: Any) -> str:
-    """Features of what `text_data(chats, out.parent)` trains on, its batch size included."""
+    """Writes features of the rows of `text_data(chats, out.parent)`, with the same batch size."""
     given: dict[str, Any] = {
         "length": 128,
         "batch": 2,
@@ -47,7 +47,7 @@ def trained(target: Path, chats: Path, root: Path, steps: int = STEPS, **module:
 
 @pytest.mark.parametrize("kind", sorted(discover()))
 def test_every_kind_trains_from_features_as_online(kind, tiny_target, chats, tmp_path, monkeypatch):
-    """float32 and the same batches of rows: to the bit, with hidden states and with top-k rows; k = V is the whole teacher.
+    """In float32 and with the same batches: equal to the bit, for hidden states and top-k rows; k = V is all of it.
 
     From logits or from stored log-probabilities the same p differs in float32 rounding of one more softmax, hence 1e-4.
     """
@@ -83,7 +83,7 @@ def test_statistics_over_the_step_read_the_features_too(tiny_target, chats, tmp_
 
 
 def test_other_batches_of_rows_differ_by_rounding_alone(tiny_target, chats, tmp_path):
-    """Read 5 rows at once and trained on 2 at once: the matrix products sum in another order."""
+    """Features of 5 rows per batch, training on 2 rows per batch: the matrix products sum in another order."""
     folder = made(tiny_target, chats, tmp_path / "features", batch=5, shard_rows=7)
     online = trained(tiny_target, chats, tmp_path / "a")
     found = trained(tiny_target, chats, tmp_path / "b", features=folder)
@@ -93,12 +93,12 @@ def test_other_batches_of_rows_differ_by_rounding_alone(tiny_target, chats, tmp_
 @pytest.mark.parametrize(
     ("options", "within"),
     [
-        # a state is rounded by up to 2^-9 (float16: 2^-12) of itself, a log-probability of -5 by 0.01, either way alike, and
-        # the loss is a mean over tokens: a tenth of one such rounding was measured
+        # A state is rounded by up to 2^-9 (float16: 2^-12) of itself, a log-probability of -5 by 0.01, up or down alike;
+        # the loss is a mean over tokens, and a tenth of one such rounding was measured.
         ({"dtype": "bfloat16"}, 1e-3),
         ({"dtype": "float16"}, 2e-4),
         ({"dtype": "bfloat16", "top_k": 320}, 1e-3),
-        # what lies outside the 64 likeliest of 320 of a target that is nearly flat is merged into one: a lower bound
+        # All tokens but the 64 likeliest of 320 are merged into one, for a target that is nearly uniform: a lower bound.
         ({"dtype": "float32", "top_k": 64}, 0.2),
         ({"dtype": "bfloat16", "top_k": 64}, 0.2),
     ],
@@ -132,7 +132,7 @@ def refused(target: Path, chats: Path, root: Path, *parts: str, data: Any = None
 
 
 def test_features_of_something_else_are_refused_by_name(tiny_target, chats, tmp_path):
-    """Other data, split, packing, target by weights or by config, taps, top-k: one line each, before a step."""
+    """Other data, split, packing, target weights or config, taps or top-k: an error of one line before the first step."""
     folder = made(tiny_target, chats, tmp_path / "features")
     ask = lambda *parts, target=tiny_target, **more: refused(
         target, chats, tmp_path / "run", *parts, **({"features": folder} | more)

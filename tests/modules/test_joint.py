@@ -1,4 +1,4 @@
-"""Medusa-2: drafter and target trained together, the target through LoRA; then both exported, and decoded without loss."""
+"""Medusa-2: drafter and target trained together, the target through LoRA; both are exported and decode losslessly."""
 
 import json
 from functools import partial
@@ -38,7 +38,7 @@ from trainkit.runner import Runner
 
 
 class Watch(Callback):
-    """Losses of each micro-batch; stops at a step."""
+    """Records the loss of each micro-batch and stops at a step."""
 
     def __init__(self, stop: int = -1) -> None:
         self.losses: list[float] = []
@@ -89,7 +89,7 @@ def saved(root: Path) -> dict:
 
 
 def tuned_target(folder: Path, **options) -> TunedTarget:
-    """With an adapter that does something: its B is drawn too."""
+    """A target whose adapter has an effect: its matrix B is random instead of zero."""
     target = TunedTarget(folder, AdapterShape(4, 8.0), **options)
     for part in target.adapter.children():
         torch.nn.init.normal_(part["B"].weight, std=0.05)
@@ -131,7 +131,7 @@ def test_switched_off_the_target_is_bit_for_bit_what_it_was(tiny_target, seed):
 @pytest.mark.parametrize("divergence", [CrossEntropy(chunk=7), ForwardKL(chunk=7)], ids=["labels", "soft"])
 @pytest.mark.parametrize("base_loss", ["cross_entropy", "self_distillation"])
 def test_loss_and_gradients_of_both_terms_are_those_of_the_formula(base_loss, divergence, tiny_target, seed):
-    """Against whole logits and autograd: value, and gradient by every matrix of the adapter, of each term by itself.
+    """Compares value and gradient of each term, for every matrix of the adapter, with whole logits and autograd.
 
     In `soft` the teacher of the heads is the target as it is, adapter on, and no gradient goes into it.
     """
@@ -165,8 +165,8 @@ def test_loss_and_gradients_of_both_terms_are_those_of_the_formula(base_loss, di
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
         mine, other = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in (ours, theirs))
-        assert all(value.abs().max() > 1e-4 for value in mine), "it reaches all of the adapter"
-        for value, reference in zip(mine, other, strict=True):  # float32, in chunks
+        assert all(value.abs().max() > 1e-4 for value in mine), "every matrix of the adapter has a gradient"
+        for value, reference in zip(mine, other, strict=True):  # float32, summed in chunks
             torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
 
 
@@ -176,27 +176,31 @@ def test_the_weight_of_the_drafters_loss_by_hand(tiny_target):
 
 
 def test_heads_alone_leave_the_adapter_untouched_then_both_learn(tiny_target, chats, tmp_path):
-    """With weight decay, which would shrink matrices that merely have no gradient of their own."""
+    """With weight decay, which would shrink matrices whose gradient is zero instead of None."""
     watch, options = Watch(), {"optimizer": lambda p: torch.optim.AdamW(p, lr=2e-2, weight_decay=0.1)}
     fit(joint_module(tiny_target, **options), chats, tmp_path, tmp_path / "a", steps=3)
     fit(joint_module(tiny_target, **options), chats, tmp_path, tmp_path / "b", watch, steps=40)
     alone, both = saved(tmp_path / "a"), saved(tmp_path / "b")
     adapter = [name for name in alone["state_dict"] if name.startswith("adapter.")]
     assert len(adapter) == 4 * 7 * 2 and set(alone["state_dict"]) == {*adapter, *(n for n in both["state_dict"] if n[0] == "d")}
-    assert all(name.startswith(("adapter.", "drafter.")) for name in both["state_dict"]), "no weight of the target's"
+    assert all(name.startswith(("adapter.", "drafter.")) for name in both["state_dict"]), "no weight of the target is saved"
     for name in adapter:
         assert bool((alone["state_dict"][name] == 0).all()) == name.endswith("B.weight")
         assert not torch.equal(alone["state_dict"][name], both["state_dict"][name])
     states = alone["optimizer_states"][0]
     groups = [group["params"] for group in states["param_groups"]]
-    assert [len(group) for group in groups] == [4, 2, 56] and set(states["state"]) == {0, 1, 2, 3, 4, 5}, "no moments of it"
+    assert [len(group) for group in groups] == [4, 2, 56] and set(states["state"]) == {0, 1, 2, 3, 4, 5}, (
+        "the adapter has no moments"
+    )
     rates = [group["initial_lr"] for group in states["param_groups"]]
     assert rates == [2e-2, 2e-2, pytest.approx(2e-2 / 4)]
-    assert sum(watch.losses[-5:]) < 0.85 * sum(watch.losses[4:9]), watch.losses  # from when both terms weigh in full
+    assert sum(watch.losses[-5:]) < 0.85 * sum(watch.losses[4:9]), (
+        watch.losses
+    )  # from the step where both terms have their full weight
 
 
 def test_an_untouched_adapter_keeps_its_first_draw(tiny_target, chats, tmp_path):
-    """Weights before the first step and after the heads' stage are the same bits."""
+    """The adapter's weights are equal bit for bit before the first step and after the steps that train the heads alone."""
 
     class Start(Callback):
         def on_train_start(self, trainer, module) -> None:
@@ -210,7 +214,7 @@ def test_an_untouched_adapter_keeps_its_first_draw(tiny_target, chats, tmp_path)
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_self_distillation_starts_at_zero(accumulate, tiny_target, chats, tmp_path):
-    """At the first joint step the target is its own teacher: with no weight on the drafter the whole loss is 0."""
+    """At the first joint step the target equals its teacher: with weight 0 for the drafter the whole loss is 0."""
     watch = Watch()
     module = joint_module(tiny_target, base_loss="self_distillation", heads_steps=0, draft_weight=0.0)
     fit(module, chats, tmp_path, tmp_path, watch, steps=2, accumulate_grad_batches=accumulate)
@@ -218,7 +222,7 @@ def test_self_distillation_starts_at_zero(accumulate, tiny_target, chats, tmp_pa
 
 
 def test_self_distillation_holds_the_target_to_what_it_said(tiny_target, chats, tmp_path):
-    """With the drafter's loss as well, the target moves, and less than where the text pulls at it."""
+    """With the drafter's loss, the target changes, but less than with cross entropy on the text."""
     moved = {}
     for base in ("self_distillation", "cross_entropy"):
         module = joint_module(tiny_target, base_loss=base, heads_steps=0)
@@ -237,7 +241,7 @@ def test_self_distillation_holds_the_target_to_what_it_said(tiny_target, chats, 
 
 @pytest.mark.parametrize(("stop", "divergence"), [(2, CrossEntropy()), (5, TVDpp(normalise="batch"))], ids=["heads", "both"])
 def test_resumed_equals_uninterrupted_bit_for_bit(stop, divergence, tiny_target, chats, tmp_path):
-    """Stopped among the heads' steps and after them."""
+    """Stopped during the steps that train the heads alone, and after them."""
     straight, first, second = Watch(), Watch(stop), Watch()
     fit(joint_module(tiny_target, divergence=divergence), chats, tmp_path, tmp_path / "a", straight, steps=9)
     fit(joint_module(tiny_target, divergence=divergence), chats, tmp_path, tmp_path / "b", first, steps=9)
@@ -250,7 +254,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(stop, divergence, tiny_target,
 
 
 def test_accumulation_equals_one_large_batch(tiny_target, chats, tmp_path):
-    """Both terms are divided by the labels of the whole step: 4 micro-batches of 1 row are 1 of 4, to float32 rounding."""
+    """Both terms are divided by the labels of the whole step: 4 micro-batches of 1 row equal 1 of 4, to rounding."""
     for name, batch, accumulate in (("large", 4, 1), ("small", 1, 4)):
         module = joint_module(tiny_target, heads_steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.2))
         fit(module, chats, tmp_path, tmp_path / name, batch_size=batch, steps=3, accumulate_grad_batches=accumulate)
@@ -262,7 +266,7 @@ def test_accumulation_equals_one_large_batch(tiny_target, chats, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tiny_target, chats, tmp_path_factory) -> Path:
-    """A checkpoint whose target moved so far that it decodes otherwise than before."""
+    """A checkpoint whose target changed so much that it decodes other text than before."""
     root = tmp_path_factory.mktemp("trained")
     module = joint_module(tiny_target, heads_steps=5, lora_lr=1.0, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     fit(module, chats, root, root, steps=40)
@@ -286,7 +290,7 @@ def test_the_merged_target_is_the_tuned_one_and_the_drafter_decodes_with_it_alon
         with tuned.off():
             off = tuned.model(tokens).logits
     torch.testing.assert_close(plain, on, rtol=0, atol=1e-4 * float(on.abs().max()))  # float32 sums in another order
-    assert (on - off).abs().max() > 0.1 * off.abs().max(), "else it shows nothing"
+    assert (on - off).abs().max() > 0.1 * off.abs().max(), "otherwise the comparison above proves nothing"
     stored = {name: tuple(value.shape) for name, value in load_file(target / "model.safetensors").items()}
     assert stored == {name: tuple(value.shape) for name, value in load_file(tiny_target / "model.safetensors").items()}
 
@@ -304,7 +308,7 @@ def test_the_merged_target_is_the_tuned_one_and_the_drafter_decodes_with_it_alon
 
 
 def test_end_ids_and_dtype_of_the_merged_target_are_kept_and_asked_for(trained, tiny_target, tmp_path, chats):
-    """Its own list of end ids must survive: the tokenizer knows one of them."""
+    """The target's list of end ids must be kept: the tokenizer has only one of them."""
     source = make_target(tmp_path / "source")
     for name in ("config.json", "generation_config.json"):
         values = json.loads((source / name).read_text())
@@ -322,7 +326,7 @@ def test_end_ids_and_dtype_of_the_merged_target_are_kept_and_asked_for(trained, 
 
 
 def test_another_target_is_not_merged_into(trained, tiny_target, tmp_path):
-    """Of equal sizes and tokenizer, but other weights."""
+    """A target with equal sizes and tokenizer but other weights."""
     other = make_target(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="its weights are not those that were tuned"):
         export(str(trained), str(tmp_path / "out"), target=str(other))
@@ -345,7 +349,7 @@ def test_a_merge_that_changes_the_logits_is_refused(trained, tiny_target, monkey
 
 
 def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp_path):
-    """No kind is named in the module: those with taps take steps, and pass gradients on to the target."""
+    """The module names no kind: each kind that reads taps trains, and passes gradients to the target."""
     kinds = {name: partial(load_kind(kind), **options) for name, (kind, options) in VARIANTS.items()}
     kinds = {name: make for name, make in kinds.items() if make(target_shape(tiny_target)).taps}
     assert {"medusa", "hydra", "hydra++", "twig"} <= set(kinds)
@@ -360,7 +364,7 @@ def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp
 
 
 def test_metrics_say_each_loss_by_its_own_tokens(tiny_target, chats, tmp_path):
-    """In validation, before any step: heads that start as the target's say what it says, and its own loss is known."""
+    """Validation before the first step, with heads that equal the target's head, so all losses are known."""
     module = joint_module(tiny_target, draft_weight=0.5)
     data = TextData(str(chats), cache=str(tmp_path), length=96, batch_size=2, validation_share=0.1)
     trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_checkpointing=False)
@@ -385,7 +389,7 @@ def test_metrics_say_each_loss_by_its_own_tokens(tiny_target, chats, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"drafter": lambda shape: LMDraft(shape)}, "kind 'lm' reads none of its target's states"),
+        ({"drafter": lambda shape: LMDraft(shape)}, "kind 'lm' reads no hidden states of its target"),
         ({"teacher_cache": "x"}, "teacher_cache"),
         ({"teacher_top_k": 4}, "teacher_top_k"),
         ({"lora_rank": 0}, "lora_rank is 0"),

@@ -1,4 +1,4 @@
-"""Training on texts of several authors: written by the draft as it stands, resumable, the same on all ranks."""
+"""Training on text from several sources: written by the current draft, resumable, the same on all ranks."""
 
 import json
 import os
@@ -15,18 +15,18 @@ from tests.support.training import Losses, StopAt, draft_module, fit
 from trainkit.data.mixture import MixedLoader
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
-from trainkit.modules.mixture_data import PolicyData
+from trainkit.modules.mixture_data import MixtureData
 from trainkit.runner import Runner
 
 
-def policy_data(rows: Path, cache: Path, weights: dict[str, float], **more) -> PolicyData:
+def mixture_data(rows: Path, cache: Path, weights: dict[str, float], **more) -> MixtureData:
     options = {"prompts": str(rows), "refresh": 2, "max_new_tokens": 24, "length": 96, "batch_size": 2, "depth": 3}
     stored = {name: str(rows) for name in ("corpus", "target") if weights.get(name)}
-    return PolicyData(weights, validation=str(rows), cache=str(cache), **(options | stored | more))  # type: ignore[arg-type]
+    return MixtureData(weights, validation=str(rows), cache=str(cache), **(options | stored | more))  # type: ignore[arg-type]
 
 
 class Seen(Callback):
-    """Every training batch's tokens and masks."""
+    """Records tokens and masks of every training batch."""
 
     def __init__(self) -> None:
         self.batches: list[dict[str, torch.Tensor]] = []
@@ -36,7 +36,7 @@ class Seen(Callback):
 
 
 def documents(batch) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) of each document of a batch."""
+    """Prompt and answer of each document of a batch."""
     found = []
     for tokens, mask, document in zip(batch["tokens_BT"], batch["mask_BT"], batch["document_BT"], strict=True):
         for number in range(int(document.max()) + 1):
@@ -46,10 +46,10 @@ def documents(batch) -> list[tuple[list[int], list[int]]]:
 
 
 def test_draft_texts_are_the_drafts_own_answers_at_that_time(tiny_target, chats, tmp_path):
-    """At temperature 0: the second chapter's texts are what the weights after two steps write, not the first's."""
+    """At temperature 0: the texts of the second chapter are written with the weights after two steps."""
     seen = Seen()
     module = draft_module(tiny_target, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1))
-    data = policy_data(chats, tmp_path, {"draft": 1.0}, temperature=0.0)
+    data = mixture_data(chats, tmp_path, {"draft": 1.0}, temperature=0.0)
     kept: dict[int, dict[str, torch.Tensor]] = {}
 
     class Keep(Callback):
@@ -72,9 +72,9 @@ def test_draft_texts_are_the_drafts_own_answers_at_that_time(tiny_target, chats,
 
 @pytest.mark.parametrize("weights_of", [{"draft": 1.0}, {"mixed": 1.0, "target": 1.0}, {"corpus": 1.0, "target": 9.0}], ids=str)
 def test_resumed_equals_uninterrupted(weights_of, tiny_target, chats, tmp_path):
-    """Also within a chapter, whose texts were written by a draft that is gone."""
+    """Also within a chapter, whose texts were written with weights that no longer exist."""
     straight, first, second = Losses(), Losses(), Losses()
-    make = lambda: (draft_module(tiny_target), policy_data(chats, tmp_path, weights_of))
+    make = lambda: (draft_module(tiny_target), mixture_data(chats, tmp_path, weights_of))
     fit(*make(), tmp_path / "a", straight, steps=5)
     fit(*make(), tmp_path / "b", first, StopAt(3), steps=5)
     fit(*make(), tmp_path / "b", second, steps=5, ckpt_path=tmp_path / "b" / "checkpoints" / "last.ckpt")
@@ -83,17 +83,17 @@ def test_resumed_equals_uninterrupted(weights_of, tiny_target, chats, tmp_path):
 
 
 def test_ranks_together_write_what_one_process_would(tiny_target, chats, tmp_path):
-    module, data = draft_module(tiny_target), policy_data(chats, tmp_path, {"mixed": 1.0})
+    module, data = draft_module(tiny_target), mixture_data(chats, tmp_path, {"mixed": 1.0})
     fit(module, data, tmp_path, steps=1)
-    asked = [(number, number % 5) for number in range(9)]
-    alone = sorted(data._answers(data._writer("mixed"), "mixed", asked))
-    parts = [data._answers(data._writer("mixed"), "mixed", asked[rank::2]) for rank in range(2)]
+    requests = [(number, number % 5) for number in range(9)]
+    alone = sorted(data._answers(data._runner("mixed"), "mixed", requests))
+    parts = [data._answers(data._runner("mixed"), "mixed", requests[rank::2]) for rank in range(2)]
     assert sorted(parts[0] + parts[1]) == alone
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_on_written_texts(tiny_target, chats, tmp_path):
-    """Under torchrun, half the rows each: the weights of a single process on the same prompts."""
+    """Under torchrun, with half of the rows each: the same weights as one process on the same prompts."""
     script = tmp_path / "go.py"
     script.write_text("import sys\nfrom trainkit.commands.fit import run\nrun('fit', sys.argv[1:])\n")
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
@@ -104,7 +104,7 @@ def test_two_processes_train_as_one_on_written_texts(tiny_target, chats, tmp_pat
             "model": "DraftModule",
             "model.target": tiny_target,
             "model.drafter": "LMDraft",
-            "data": "PolicyData",
+            "data": "MixtureData",
             "model.optimizer": "torch.optim.SGD",
             "model.optimizer.lr": 0.5,
             "data.weights": '{"draft": 1, "target": 1}',
@@ -148,17 +148,17 @@ def test_a_mistake_is_one_line(weights_of, more, message, tmp_path):
     rows.write_text(json.dumps({"prompt": "a", "response": "b"}))
     options = {"prompts": str(rows), "target": str(rows), "validation": str(rows)} | more
     with pytest.raises(UserError, match=message) as caught:
-        PolicyData(weights_of, **options)
+        MixtureData(weights_of, **options)
     assert "\n" not in str(caught.value)
 
 
 def test_prompts_too_long_for_a_row_are_refused(tiny_target, chats, tmp_path):
     module = draft_module(tiny_target)
     with pytest.raises(UserError, match="data.prompts: none of"):
-        fit(module, policy_data(chats, tmp_path, {"draft": 1.0}, max_new_tokens=95), tmp_path, steps=1)
+        fit(module, mixture_data(chats, tmp_path, {"draft": 1.0}, max_new_tokens=95), tmp_path, steps=1)
 
 
 def test_the_loader_is_sized_by_chapter(tiny_target, chats, tmp_path):
-    trainer = fit(draft_module(tiny_target), policy_data(chats, tmp_path, {"target": 1.0}), tmp_path, steps=2)
+    trainer = fit(draft_module(tiny_target), mixture_data(chats, tmp_path, {"target": 1.0}), tmp_path, steps=2)
     loader = trainer.train_dataloader
     assert isinstance(loader, MixedLoader) and len(loader) == 2

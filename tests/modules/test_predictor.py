@@ -1,4 +1,4 @@
-"""The acceptance predictor: learns what there is to learn, says true probabilities, and goes into its drafter's bundle."""
+"""The acceptance predictor: beats the baselines, gives calibrated probabilities, and is exported into its drafter's bundle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.acceptance import make_set
-from tests.support.runs import go_on, log
+from tests.support.runs import log, resumed
 from trainkit import bundle
 from trainkit.cli import main
 from trainkit.commands.fit import run
@@ -57,7 +57,7 @@ def draft(tmp_path_factory, tiny_target):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, draft):
-    """A set, the run folder of a predictor trained on it, and the last row of its log that has a validation."""
+    """An acceptance set, the run folder of a predictor trained on it, and the last validation row of its log."""
     folder = tmp_path_factory.mktemp("trained")
     records = make_set(folder / "set", drafter=drafter_fingerprint(bundle.read(draft)))
     assert run("fit", arguments(records, folder / "run")) == 0
@@ -97,13 +97,13 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(trained, tmp_path):
     assert run("fit", arguments(records, tmp_path / "whole", **short)) == 0
     assert run("fit", arguments(records, tmp_path / "parts", **{**short, "trainer.max_steps": 12})) == 0
     cut = arguments(records, tmp_path / "parts", **short)
-    assert run("fit", go_on(cut, tmp_path / "parts")) == 0
+    assert run("fit", resumed(cut, tmp_path / "parts")) == 0
     weights = [from_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")[0].state_dict() for name in ("whole", "parts")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_weights_of_rejections_bias_downwards_and_are_normalised(trained, tmp_path):
-    """Of labels that nothing predicts: P = rate / (rate + 6 (1 - rate)); the weighted loss stays of the plain one's size."""
+    """If nothing predicts the label, P = rate / (rate + 6 (1 - rate)); the weighted loss keeps the scale of the plain one."""
     records, _, _ = trained
     flags = {"model.rejection_weight": 6.0, "model.width": 4, "trainer.max_steps": 60, "trainer.log_every_n_steps": 60}
     assert run("fit", arguments(records, tmp_path / "run", **flags)) == 0
@@ -142,7 +142,7 @@ def test_export_puts_it_into_the_drafters_bundle_which_decodes_the_same(trained,
     said = capsys.readouterr().out
     assert "**predictor**: width 16, verify coupled" in said and "all checksums agree" in said
 
-    # an older one is replaced, and neither counts as part of the drafter
+    # an older predictor is replaced, and no predictor is part of the drafter's fingerprint
     assert main(["export", str(trained[1] / "checkpoints" / "last.ckpt"), str(place)]) == 0
     again = bundle.read(place)
     assert again.files.keys() == now.files.keys() and load_file(place / FILE).keys() == predictor.state_dict().keys()
@@ -203,7 +203,7 @@ def test_the_command_prints_the_table_of_held_out_questions(trained, draft, tmp_
     first, second = values["ranks"]
     assert first["log_loss"]["predictor"] == every["log_loss"]["predictor"] and "proposal 2" in said
     assert second["accepted"] == pytest.approx((1 - every["accepted"]) / 2, abs=0.05)
-    assert second["log_loss"]["predictor"] < second["log_loss"]["draft"], "it learns of the second proposals too"
+    assert second["log_loss"]["predictor"] < second["log_loss"]["draft"], "it learns from the second proposals too"
     assert every["records"] == sum(g["records"] for g in values["groups"] if g["group"].startswith("position"))
     assert files[1].read_bytes()[:4] == b"\x89PNG"
 

@@ -1,4 +1,4 @@
-"""Two processes under torchrun: they train as one would, end on a signal, and go on exactly after a kill."""
+"""Two processes under torchrun: they train like one process, end on a signal, and resume exactly after a kill."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.support.processes import code_of, start, torchrun
-from tests.support.runs import STEPS, arguments, go_on, lines, log, same, weights
+from tests.support.runs import STEPS, arguments, check_equal, lines, log, resumed, weights
 from trainkit.commands.fit import run
 from trainkit.errors import UserError
 from trainkit.modules.draft import DraftModule
@@ -29,13 +29,13 @@ def workers(process: subprocess.Popen[bytes]) -> list[int]:
 def wait_for_lines(root: Path, more_than: int, process: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + 120
     while lines(root) <= more_than and process.poll() is None:
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, "no further line in 120 seconds"
         time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
 def straight(tiny_target, chats, tmp_path_factory) -> Path:
-    """A run of two processes that nothing interrupted."""
+    """An uninterrupted run of two processes."""
     root = tmp_path_factory.mktemp("straight") / "run"
     process = torchrun(arguments("draft", tiny_target, chats, root), root.parent / "said")
     assert process.wait(120) == 0, (root.parent / "said").read_text()[-2000:]
@@ -58,28 +58,28 @@ def test_a_signal_ends_all_processes_and_resume_is_exact(number, one, straight, 
     assert time.monotonic() - began < 10
     assert "the state is saved" in said.read_text() and "Traceback" not in said.read_text()
     assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < STEPS
-    assert torchrun(go_on(given, root), said).wait(120) == 0
-    same(straight, root)
+    assert torchrun(resumed(given, root), said).wait(120) == 0
+    check_equal(straight, root)
 
 
 def test_three_kills_at_random_leave_no_trace(straight, tiny_target, chats, tmp_path, seed):
-    """Of one process, which torchrun answers by ending the other, or of all at once as when a machine is lost."""
+    """Kills one process, after which torchrun ends the other, or all at once, as when a machine is lost."""
     root, said = tmp_path / "run", tmp_path / "said"
     given = arguments("draft", tiny_target, chats, root)
     for _ in range(3):
-        process = torchrun(go_on(given, root), said)
+        process = torchrun(resumed(given, root), said)
         wait_for_lines(root, lines(root) + random.randint(0, 2), process)
         time.sleep(random.uniform(0, 0.1))
         killed = workers(process)
         for pid in [process.pid, *killed] if random.random() < 0.5 else killed[: 1 + random.randrange(2)]:
             os.kill(pid, signal.SIGKILL)
         assert process.wait(60) != 0
-    assert torchrun(go_on(given, root), said).wait(120) == 0
-    same(straight, root)
+    assert torchrun(resumed(given, root), said).wait(120) == 0
+    check_equal(straight, root)
 
 
 class SeenModule(DraftModule):
-    """Writes down which documents each process trains on."""
+    """Writes the documents that each process trains on to a file."""
 
     def training_step(self, batch, batch_idx):
         root = Path(self.trainer.default_root_dir)
@@ -100,13 +100,13 @@ SPANNING = {"model.divergence.estimator": "exact"}  # tvd++, statistics over the
     ("loss", "steps", "names", "weight"),
     [
         (SMOOTH, 50, ("train/loss", "optim/grad_norm", "val/loss"), 1e-5),
-        # its reward is 1 where p > q: where they are equal but for rounding, a gradient may differ by a token
+        # its reward is 1 where p > q: where p and q differ by rounding only, a gradient may differ by one token
         (SPANNING, 20, ("train/loss", "val/loss"), 1e-4),
     ],
     ids=["forward_kl", "tvd++"],
 )
 def test_two_processes_train_as_one_with_the_same_global_batch(loss, steps, names, weight, tiny_target, tmp_path, seed):
-    """Clipped steps on rows whose counted tokens vary tenfold: equal losses and weights, each document once an epoch.
+    """Clipped steps on rows whose counted tokens vary tenfold: equal losses and weights, each document once per epoch.
 
     With a validation set too small for the second process to have a row of it.
     """
@@ -147,7 +147,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(loss, steps, name
 
 
 class SpreadModule(DraftModule):
-    """Writes down which share of the target's layers lies in this process after the last step."""
+    """Writes the share of the target's layers that this process holds after the last step to a file."""
 
     def on_train_end(self):
         parameters = [parameter for layer in self.teacher._layers for parameter in layer.parameters()]
@@ -160,7 +160,7 @@ def test_a_target_spread_over_processes_teaches_the_same(straight, tiny_target, 
     root, more = tmp_path / "run", {"model": f"{__name__}.SpreadModule", "model.target_shard": "fsdp"}
     process = torchrun(arguments("draft", tiny_target, chats, root, **more), tmp_path / "said")
     assert process.wait(120) == 0, (tmp_path / "said").read_text()[-2000:]
-    same(straight, root)
+    check_equal(straight, root)
     assert [float((root / f"share-{rank}").read_text()) for rank in (0, 1)] == pytest.approx([0.5, 0.5], abs=0.02)
 
 

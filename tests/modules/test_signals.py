@@ -1,4 +1,4 @@
-"""Runs that are killed and gone on with: the same losses to the last bit, one log, the exit codes that shells expect."""
+"""Runs that are stopped or killed, then resumed: losses equal to the last bit, one log, the exit codes that shells expect."""
 
 import random
 import signal
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.processes import code_of, start, wait_until
-from tests.support.runs import STEPS, arguments, go_on, lines, same
+from tests.support.runs import STEPS, arguments, check_equal, lines, resumed
 from trainkit.commands.fit import run
 from trainkit.errors import UserError
 from trainkit.modules.draft import DraftModule
@@ -32,8 +32,8 @@ def test_a_signal_saves_and_says_so_and_resume_is_exact(number, kind, tiny_targe
     step = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert after <= step < STEPS
     assert "the state is saved" in (tmp_path / "said").read_text()
-    assert code_of(start(run, "fit", go_on(given, stopped))) == 0
-    same(straight, stopped)
+    assert code_of(start(run, "fit", resumed(given, stopped))) == 0
+    check_equal(straight, stopped)
 
 
 @pytest.mark.parametrize("kind", ["language", "draft"])
@@ -43,20 +43,20 @@ def test_three_kills_at_random_leave_no_trace(kind, tiny_target, chats, tmp_path
     given, kills = arguments(kind, tiny_target, chats, killed), 0
     while kills < 3:
         before = lines(killed)
-        process = start(run, "fit", go_on(given, killed))
+        process = start(run, "fit", resumed(given, killed))
         wait_until(lambda: lines(killed) > before + random.randint(0, 2) or not process.is_alive())  # noqa: B023
         time.sleep(random.uniform(0, 0.1))
         process.kill()
         if code_of(process) == 0:
-            break  # it was quicker; the rest of the test holds all the same
+            break  # the run ended before the kill; the rest of the test holds nevertheless
         kills += 1
     assert kills
-    assert code_of(start(run, "fit", go_on(given, killed))) == 0
-    same(straight, killed)
+    assert code_of(start(run, "fit", resumed(given, killed))) == 0
+    check_equal(straight, killed)
 
 
 def fit_slowly(given: list[str], mark: Path) -> int:
-    """Touches `mark` when it validates, and takes its time."""
+    """Trains with slow validation steps, which touch the file `mark`."""
     step = DraftModule.validation_step
 
     def slow(self, batch, batch_idx) -> None:
@@ -77,12 +77,12 @@ def test_a_signal_within_validation_ends_at_once_and_validation_is_done_again(ti
     kill(process.pid, signal.SIGTERM)
     assert code_of(process) == 143
     assert torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 11
-    assert code_of(start(run, "fit", go_on(given, stopped))) == 0
-    same(straight, stopped)
+    assert code_of(start(run, "fit", resumed(given, stopped))) == 0
+    check_equal(straight, stopped)
 
 
 def fit_stuck(given: list[str], mark: Path) -> int:
-    """Touches `mark` in the first step, which does not end."""
+    """Trains with a first step that touches the file `mark` and does not end."""
 
     def endless(self, batch, micro):
         mark.touch()
@@ -106,5 +106,5 @@ def test_a_second_ctrl_c_aborts(tiny_target, chats, tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused(tiny_target, chats, tmp_path):
     given = arguments("draft", tiny_target, chats, tmp_path / "run", **{"trainer.max_steps": 4})
     assert code_of(start(run, "fit", given)) == 0
-    with pytest.raises(UserError, match="holds a run already; --resume goes on with it"):
+    with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
         run("fit", given)

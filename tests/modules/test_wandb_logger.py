@@ -1,4 +1,4 @@
-"""W&B, without a network: what it is to record is read back from its own files, and lies nowhere but in the run folder."""
+"""W&B without a network: its own files hold the expected records, and it writes nothing outside the run folder."""
 
 import csv
 import importlib.util
@@ -16,7 +16,7 @@ import yaml
 
 from tests.support import wandb_records
 from tests.support.processes import code_of, start, wait_until
-from tests.support.runs import arguments, go_on, lines
+from tests.support.runs import arguments, lines, resumed
 from trainkit import bundle
 from trainkit.card import describe
 from trainkit.cli import main
@@ -27,9 +27,9 @@ from trainkit.modules.wandb_logger import STEP, WandbLog, code_revision
 
 
 @pytest.fixture
-def apart(tmp_path):
-    """Variables of an environment with its own home and scratch folder, where whoever asks for the network is counted."""
-    asked = []
+def isolated(tmp_path):
+    """Environment variables with their own home and temporary folder; fails if a process connects to the network."""
+    connections = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def listen() -> None:
@@ -38,7 +38,7 @@ def apart(tmp_path):
                     connection, _ = server.accept()
                 except OSError:
                     return
-                asked.append(connection.recv(200))
+                connections.append(connection.recv(200))
                 connection.close()
 
         threading.Thread(target=listen, daemon=True).start()
@@ -49,11 +49,11 @@ def apart(tmp_path):
             values[name] = str(tmp_path / name)
         yield values
         server.shutdown(socket.SHUT_RDWR)
-    assert asked == [], "asked for the network"
+    assert connections == [], "a process connected to the network"
 
 
 def within(environment: dict[str, str], work, *given) -> int:
-    """`work(*given)` in this process, which is the test's child."""
+    """Runs `work(*given)` with these environment variables; to be called in a child process."""
     os.environ.update(environment)
     os.environ.pop("WANDB_MODE", None)
     return work(*given)
@@ -68,7 +68,7 @@ def everything(*folders: Path) -> set[Path]:
 
 
 def services() -> set[str]:
-    """Processes of W&B, by number."""
+    """Process ids of running W&B service processes."""
     found = set()
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -84,7 +84,7 @@ def gone(before: set[str]) -> None:
 
 
 def logged(root: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv, without its own clock."""
+    """The rows of metrics.csv without their time."""
     with (root / "metrics.csv").open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
     return [{(STEP if name == "step" else name): row[name] for name in row if name != "seconds"} for row in rows]
@@ -94,11 +94,11 @@ def at_wandb(found: list) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name[0] != "_"} for row in wandb_records.rows(found)]
 
 
-def test_metrics_configuration_revision_and_bundle_are_on_disk_and_nothing_elsewhere(tiny_target, chats, tmp_path, apart):
+def test_metrics_configuration_revision_and_bundle_are_on_disk_and_nothing_elsewhere(tiny_target, chats, tmp_path, isolated):
     before, here = services(), everything(Path.cwd() / "wandb", Path.cwd() / "runs", Path.cwd() / "artifacts")
     root, out = tmp_path / "run", tmp_path / "a bundle"
     given = tracked(arguments("draft", tiny_target, chats, root, **{"trainer.max_steps": 12}))
-    assert code_of(start(within, apart, run, "fit", given)) == 0
+    assert code_of(start(within, isolated, run, "fit", given)) == 0
     gone(before)
 
     (file,) = wandb_records.files(root)
@@ -115,7 +115,7 @@ def test_metrics_configuration_revision_and_bundle_are_on_disk_and_nothing_elsew
     assert [end.exit_code for end in wandb_records.of_kind(found, "exit")] == [0]
 
     last = root / "checkpoints" / "last.ckpt"
-    assert code_of(start(within, apart, main, ["export", str(last), str(out)])) == 0
+    assert code_of(start(within, isolated, main, ["export", str(last), str(out)])) == 0
     gone(before)
     _, file = wandb_records.files(root)
     found = wandb_records.records(file)
@@ -126,7 +126,7 @@ def test_metrics_configuration_revision_and_bundle_are_on_disk_and_nothing_elsew
     contents = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
     assert set(contents) == {*written.files, "trainkit.json", "card.md"}
     for name, copy in contents.items():
-        assert copy.is_relative_to(root), "else a sync after the bundle has moved would find nothing"
+        assert copy.is_relative_to(root), "otherwise a sync after the bundle was moved would find no file"
         assert copy.read_bytes() == ((out / name).read_bytes() if name != "card.md" else describe(written).encode())
     assert json.loads(artifact.metadata)["metrics"] == written.metrics
 
@@ -137,13 +137,15 @@ def test_metrics_configuration_revision_and_bundle_are_on_disk_and_nothing_elsew
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
-def test_a_signal_leaves_all_rows_and_no_process_and_resuming_goes_on_with_the_run(number, tiny_target, chats, tmp_path, apart):
+def test_a_signal_leaves_all_rows_and_no_process_and_resuming_goes_on_with_the_run(
+    number, tiny_target, chats, tmp_path, isolated
+):
     before, root = services(), tmp_path / "run"
     given = tracked(arguments("draft", tiny_target, chats, root, **{"trainer.log_every_n_steps": 1, "trainer.max_steps": 20}))
-    process = start(within, apart, fit_with_rests, given)
+    process = start(within, isolated, fit_slowly, given)
     wait_until(lambda: lines(root) > 5 or not process.is_alive())
     known = logged(root)
-    time.sleep(0.8)  # a kill may cost what was logged in the last half second
+    time.sleep(0.8)  # a kill may lose what was logged in the last half second
     began = time.monotonic()
     os.kill(process.pid, number)
     assert code_of(process) == (-9 if number == signal.SIGKILL else 128 + number)
@@ -156,21 +158,21 @@ def test_a_signal_leaves_all_rows_and_no_process_and_resuming_goes_on_with_the_r
         assert rows == logged(root)
         assert [end.exit_code for end in wandb_records.of_kind(first, "exit")] == [1]
 
-    assert code_of(start(within, apart, run, "fit", go_on(given, root))) == 0
+    assert code_of(start(within, isolated, run, "fit", resumed(given, root))) == 0
     gone(before)
     parts = [wandb_records.records(file) for file in wandb_records.files(root)]
     (one,), (other,) = (wandb_records.of_kind(part, "run") for part in parts)
-    assert one.run_id == other.run_id and other.resume, "one run to W&B, which joins the records when they are uploaded"
+    assert one.run_id == other.run_id and other.resume, "both records belong to one run of W&B"
     numbers = [row["_step"] for part in parts for row in wandb_records.rows(part)]
     assert numbers == sorted(set(numbers)), "W&B joins records only where their numbers ascend"
     again = at_wandb(parts[1])
     assert logged(root)[-len(again) :] == again
     if number != signal.SIGKILL:
-        assert rows + again == logged(root), "no row is lost, none doubled"
+        assert rows + again == logged(root), "no row is lost or logged twice"
 
 
-def fit_with_rests(given: list[str]) -> int:
-    """Trains slowly enough to be stopped on the way."""
+def fit_slowly(given: list[str]) -> int:
+    """Trains slowly enough to be stopped before the end."""
     from trainkit.modules.draft import DraftModule
 
     step = DraftModule.training_step
@@ -192,9 +194,9 @@ def test_disabled_by_the_environment_it_does_nothing(tmp_path, monkeypatch):
     assert everything(tmp_path) == set()
 
 
-def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, apart):
+def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, isolated):
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    for name, value in apart.items():
+    for name, value in isolated.items():
         monkeypatch.setenv(name, value)
     log = WandbLog(project="one")
     log.begin(str(tmp_path / "run"), "a: 1")

@@ -1,4 +1,4 @@
-"""Processes to kill: forks of the test's own, so that they start at once and may be given any function."""
+"""Child processes that tests kill."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch
 
 
 def fork(work: Callable[[], object], stderr: Path | None = None) -> int:
-    """Runs `work` in a process of its own and returns its pid; it ends with the int that `work` returns, or with 1."""
+    """Runs `work` in a fork and returns its pid; the exit code is the int that `work` returns, or 1 on an error."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        torch.set_num_threads(1)  # the parent's threads are not here
+        torch.set_num_threads(1)  # a fork has no copies of the parent's threads
         if stderr is not None:
             os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # pytest's own is in memory
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # pytest's stderr is in memory
         result = work()
         code = result if isinstance(result, int) else 0
     except BaseException:
@@ -35,22 +35,22 @@ def fork(work: Callable[[], object], stderr: Path | None = None) -> int:
 
 
 def ended(pid: int) -> int:
-    """Waits for it: its exit code, or minus the signal that killed it."""
+    """Waits for process `pid`; its exit code, or minus the number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def wait_until(true: Callable[[], bool], pid: int | None = None, seconds: float = 60) -> None:
-    """Returns once `true`, or once process `pid` is over."""
+    """Returns when `true()` holds or process `pid` has ended; fails after `seconds`."""
     until = time.monotonic() + seconds
     while not true():
         if pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, f"the condition did not hold within {seconds} seconds"
         time.sleep(0.001)
 
 
 def rows_in(folder: Path) -> int:
-    """Whole rows of a distillation set that are on disk now."""
+    """Number of complete rows of a distillation set that are on disk now."""
     total = 0
     for number in {path.name.split(".")[0] for path in folder.glob("part-*.*")}:
         for suffix in (".jsonl", ".partial"):
@@ -63,14 +63,14 @@ def rows_in(folder: Path) -> int:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files of a set but hidden ones and what only says who made it."""
+    """All files of a set by name, without hidden files."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name[0] != "."}
 
 
 def start(work: Callable[..., object], *arguments: object, stderr: Path | None = None) -> multiprocessing.Process:
-    """Runs `work`, a function of a module, in a child of a server that has imported what training needs and nothing else.
+    """Runs `work`, a top-level function of a module, in a child of a server process that imported only what training needs.
 
-    For work that a fork of the test itself would hang in: one with a process group, as any training that ran here leaves.
+    For work that would hang in a fork of the test process, because training in that process left a process group.
     """
     process = _SERVER.Process(target=_end_with, args=(work, arguments, stderr))
     process.start()
@@ -86,16 +86,16 @@ def torchrun(flags: list[str], stderr: Path) -> subprocess.Popen[bytes]:
 
 
 def code_of(process: multiprocessing.Process, seconds: float = 120) -> int:
-    """Waits for it: its exit code, or minus the signal that killed it."""
+    """Waits for the process; its exit code, or minus the number of the signal that killed it."""
     process.join(seconds)
-    assert process.exitcode is not None, "it does not end"
+    assert process.exitcode is not None, f"the process did not end within {seconds} seconds"
     return process.exitcode
 
 
 def _end_with(work: Callable[..., object], arguments: tuple[object, ...], stderr: Path | None) -> None:
     torch.set_num_threads(1)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)  # of a training that ran in the test itself, whose port is still taken
+        os.environ.pop(name, None)  # left by a training run in the test process, whose port is still in use
     if stderr is not None:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     result = work(*arguments)

@@ -1,4 +1,4 @@
-"""Small runs that are interrupted and compared."""
+"""Small training runs that tests interrupt, resume and compare."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ STEPS = 30
 
 
 def arguments(kind: str, target: Path, chats: Path, root: Path, **more) -> list[str]:
-    """Accumulation, dropout or sampled losses, and a validation in mid-epoch; every step logged."""
+    """Arguments of a run with accumulation, dropout or a sampled loss, and a validation within the epoch.
+
+    Args:
+        kind: `language` or `draft`, the module to train.
+        target: Folder of the target, whose tokenizer is used.
+        chats: File of training and validation rows.
+        root: Run folder.
+        more: Flags that are added or replaced; None removes a flag.
+    """
     flags = {
         "data": "TextData",
         "data.train": chats,
@@ -59,19 +67,21 @@ def arguments(kind: str, target: Path, chats: Path, root: Path, **more) -> list[
     return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
 
 
-def go_on(given: list[str], root: Path) -> list[str]:
+def resumed(given: list[str], root: Path) -> list[str]:
+    """The arguments with the checkpoint of `root` to resume from, where there is one."""
     last = root / "checkpoints" / "last.ckpt"
     return [*given, "--ckpt_path", str(last)] if last.exists() else given
 
 
 def log(root: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv without what a clock decides."""
+    """The rows of metrics.csv without times and speeds."""
     with (root / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("speed/")} for row in rows]
 
 
 def lines(root: Path) -> int:
+    """Number of lines in metrics.csv, 0 before it exists."""
     path = root / "metrics.csv"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -80,6 +90,7 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
     return torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-def same(root: Path, other: Path) -> None:
+def check_equal(root: Path, other: Path) -> None:
+    """Asserts equal logs and, bit for bit, equal weights of two runs."""
     assert log(root) == log(other)
     assert all(torch.equal(value, weights(other)[name]) for name, value in weights(root).items())

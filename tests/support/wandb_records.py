@@ -1,4 +1,4 @@
-"""What W&B wrote to a `.wandb` file: a LevelDB log (blocks of 32 KiB, records in parts) of protobuf records, read back."""
+"""Reads `.wandb` files of W&B: a LevelDB log (blocks of 32 KiB, records in parts) of protobuf records."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 from typing import Any
 
 HEADER = struct.Struct("<4sHB")
-"""Of the file: `:W&B`, a magic number, the format's version."""
+"""Header of the file: `:W&B`, a magic number, the version of the format."""
 PART = struct.Struct("<IHB")
-"""Before each part of a record: checksum, length, type."""
+"""Header of each part of a record: checksum, length, type."""
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 BLOCK = 32768
 
 
 def payloads(content: bytes) -> Iterator[bytes]:
-    """The records of a file's content, each checksum verified; a last one that was cut short is left out."""
+    """The records in the content of a file, with verified checksums; a truncated last record is left out."""
     name, _, version = HEADER.unpack_from(content)
     assert (name, version) == (b":W&B", 0)
-    place, record = HEADER.size, b""
-    while place + PART.size <= len(content):
-        left = BLOCK - place % BLOCK
-        if left < PART.size:  # a part's head never crosses a block's end
-            place += left
+    offset, record = HEADER.size, b""
+    while offset + PART.size <= len(content):
+        left = BLOCK - offset % BLOCK
+        if left < PART.size:  # the header of a part never crosses the end of a block
+            offset += left
             continue
-        checksum, length, kind = PART.unpack_from(content, place)
-        data = content[place + PART.size : place + PART.size + length]
+        checksum, length, kind = PART.unpack_from(content, offset)
+        data = content[offset + PART.size : offset + PART.size + length]
         if len(data) < length:
             return
-        assert checksum == zlib.crc32(bytes([kind]) + data), f"broken at byte {place}"
+        assert checksum == zlib.crc32(bytes([kind]) + data), f"broken at byte {offset}"
         assert (kind in (FULL, FIRST)) == (not record)
-        record, place = record + data, place + PART.size + length
+        record, offset = record + data, offset + PART.size + length
         if kind in (FULL, LAST):
             yield record
             record = b""
@@ -46,7 +46,7 @@ def records(path: Path) -> list[Any]:
 
 
 def files(run_folder: Path) -> list[Path]:
-    """The offline records of a run folder, the oldest first."""
+    """The offline record files of a run folder, oldest first."""
     return sorted((run_folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.parent.name)
 
 
@@ -55,7 +55,7 @@ def of_kind(found: list[Any], kind: str) -> list[Any]:
 
 
 def rows(found: list[Any]) -> list[dict[str, Any]]:
-    """What was logged, by name."""
+    """The logged rows, each as values by name."""
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
         for history in of_kind(found, "history")

@@ -1,8 +1,9 @@
 """fit, validate and test: constructor signatures are the configuration (LightningCLI), YAML is typed and strict.
 
-What differs from LightningCLI as it comes, each with a test in tests/commands/test_fit.py: configs/base.yaml stands under
-every run; an error is one line; `--ckpt_path` restores training but never overrides recipe or flags; processes that torchrun
-started train together or not at all; each run has its folder, which a resumed run continues.
+Differences from LightningCLI, each with a test in tests/commands/test_fit.py or tests/modules/test_progress.py:
+configs/base.yaml holds defaults for every run; an error is one line; `--ckpt_path` restores training but never overrides recipe
+or flags; processes started by torchrun train together or not at all; each run has its folder, which a resumed run continues;
+messages of the libraries go to log.txt in that folder.
 """
 
 from __future__ import annotations
@@ -15,46 +16,58 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule
-from trainkit.modules.callbacks import Checkpoints, RunFolder, dry, put_back
+from trainkit.modules.callbacks import Checkpoints, RunFolder, is_dry, put_back
 from trainkit.modules.checkpoint import check_resumable
+from trainkit.modules.progress import Progress
+from trainkit.modules.run_log import RunLog, quiet_libraries
 from trainkit.modules.signals import Interrupted, Signals
+from trainkit.modules.training_data import TrainingData
 from trainkit.parser import OneLine, one_line
 
-# Recipes name these classes without their paths.
+# Imported so that recipes can name their classes without the path of the module.
 for _module in ("text_data", "mixture_data", "acceptance_data", "draft", "joint", "language", "predictor"):
     importlib.import_module(f"trainkit.modules.{_module}")
 importlib.import_module("trainkit.losses.divergence")
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 COMMANDS = ("fit", "validate", "test")
+RENAMED = {"PolicyData": "MixtureData"}
+"""Old names of classes that recipes may still use."""
 
 
 class OneLineParser(OneLine, LightningArgumentParser):
-    """Lightning's parser, its errors in one line."""
+    """Lightning's parser with errors of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        for old, new in RENAMED.items():
+            if self.exit_on_error and re.search(rf"\b{old}\b", message):
+                raise UserError(f"class_path: {old} is now called {new}; use the new name") from ex
+        super().error(message, ex)
 
 
 class TrainingCLI(LightningCLI):
-    """One command over `TrainingModule` and `LightningDataModule` classes named in the configuration."""
+    """One command over the `TrainingModule` and `TrainingData` classes that the configuration names."""
 
-    def __init__(self, command: str, args: Sequence[str]) -> None:
-        if not BASE.is_file():  # the parser would pass over a missing default file without a word
+    def __init__(self, command: str, args: Sequence[str], log: RunLog | None = None) -> None:
+        if not BASE.is_file():  # the parser would silently ignore a missing default file
             raise UserError(f"{BASE}: not found; run trainkit from a checkout that has configs/")
         discover()
-        self.command = command
+        self.command, self.log = command, log or RunLog()
         super().__init__(
             TrainingModule,
-            LightningDataModule,
+            TrainingData,
             args=[command, *args],
             save_config_callback=None,
             parser_class=OneLineParser,
@@ -68,15 +81,16 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items() if name in COMMANDS}
+        skipped = LightningCLI.subcommands()
+        return {name: {*skipped[name], "weights_only", "verbose"} for name in COMMANDS}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         for file in _named_files(args):
             _check_yaml(file)
-        self.config = parser.parse_args(args)  # without the base class's complaint that sys.argv is there too
+        self.config = parser.parse_args(args)  # the base class would warn that sys.argv exists too
 
     def _parse_ckpt_path(self) -> None:
-        pass  # Lightning would let hyper-parameters in a checkpoint override recipe and flags
+        pass  # Lightning would let hyper-parameters of a checkpoint override recipe and flags
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -86,44 +100,44 @@ class TrainingCLI(LightningCLI):
         for name, part in (("trainer", values.trainer), ("model", values.model), ("data", values.get("data"))):
             _check_null(name, part, Trainer)
         if self.command == "fit" and values.trainer.max_steps == 0:
-            raise UserError("trainer.max_steps is 0, which trains nothing; give at least 1, or -1 for no limit")
+            raise UserError("trainer.max_steps is 0, so nothing would be trained; give at least 1, or -1 for no limit")
         if values.get("ckpt_path"):
             put_back(Path(values.ckpt_path))
             check_resumable(values.ckpt_path)
         trainer = values.trainer
         trainer.default_root_dir = str(trainer.default_root_dir or self._run_folder(values))
-        before = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        put_back(before)
-        if self.command == "fit" and not values.get("ckpt_path") and not trainer.fast_dev_run and before.exists():
-            raise UserError(f"{before.parents[1]}: holds a run already; --resume goes on with it, or name another folder")
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        put_back(last)
+        if self.command == "fit" and not values.get("ckpt_path") and not trainer.fast_dev_run and last.exists():
+            raise UserError(f"{last.parents[1]}: holds a run already; continue it with --resume, or name another folder")
         processes, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if processes > 1 and trainer.devices == "auto":
             trainer.devices, trainer.num_nodes = local, processes // local
 
     def _run_folder(self, values: Any) -> Path:
-        """The checkpoint's own run when fitting goes on from it, otherwise a new folder."""
+        """The run folder of the checkpoint when `fit` continues from one, otherwise a new folder."""
         if values.get("ckpt_path") and self.command == "fit":
             folder = Path(values.ckpt_path).resolve().parents[1]
             if (folder / "config.yaml").is_file():
                 return folder
-        recipe = self.recipe
-        name = Path(recipe).stem if recipe else "run"
-        kind = "" if self.command == "fit" else f"-{self.command}"
-        return Path("runs") / name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}{kind}"
+        name = Path(self.recipe).stem if self.recipe else "run"
+        suffix = "" if self.command == "fit" else f"-{self.command}"
+        return Path("runs") / name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True}
+        quiet = {} if subcommand == "fit" else {"verbose": False}  # `summary` prints the metrics
+        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True} | quiet
 
     @property
     def recipe(self) -> str | None:
-        """The last configuration file given, as it was given."""
+        """The last configuration file on the command line, as it is written there."""
         files = self.config[self.command].get("config") or []
         return str(files[-1]) if files else None
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:  # jsonargparse wraps what constructors raise
+        except ValueError as error:  # jsonargparse wraps the exceptions of constructors
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
@@ -132,23 +146,27 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.model.recipe = self.recipe
         text = self._parser(self.command).dump(self.config[self.command])
+        settings = self.config_init[self.command].trainer
+        configured = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        if settings.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in configured):
+            self.trainer_defaults = {"callbacks": Progress()}
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except UserError:
             raise
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-            said = " ".join(str(error).split())
-            raise UserError(f"trainer: {said}; mend the flag or key trainer.* that it names") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"trainer: {reason}; correct the flag or key trainer.* that this names") from error
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        callbacks.append(RunFolder(text))
-        if self.command == "fit" and not dry(trainer):
+        callbacks.append(RunFolder(text, self.log))
+        if self.command == "fit" and not is_dry(trainer):
             checkpoints = next(callback for callback in callbacks if isinstance(callback, Checkpoints))
-            callbacks.insert(0, Signals(checkpoints))  # first, so that no other callback's work goes unheard
+            callbacks.insert(0, Signals(checkpoints))  # first, so that it sees a signal before any other callback acts
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if trainer.world_size != processes and "LOCAL_RANK" in os.environ:
             raise UserError(
                 f"trainer.strategy, devices: {processes} processes were started but the trainer uses {trainer.world_size}, "
-                "so they would train apart; set trainer.strategy: ddp and trainer.devices: auto"
+                "so each would train a copy of its own; set trainer.strategy: ddp and trainer.devices: auto"
             )
         return trainer
 
@@ -156,13 +174,13 @@ class TrainingCLI(LightningCLI):
 def _named_files(args: Any) -> list[Path]:
     """The configuration files that a command line names."""
     words = [str(word) for word in args]
-    after = [word for flag, word in zip(words, words[1:], strict=False) if flag in ("--config", "-c")]
+    separate = [word for flag, word in zip(words, words[1:], strict=False) if flag in ("--config", "-c")]
     joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    return [Path(name) for name in [*after, *joined]]
+    return [Path(name) for name in [*separate, *joined]]
 
 
 def _check_null(name: str, values: Any, owner: type) -> None:
-    """Refuses null where a value must stand; the parser takes it anywhere, and it would surface in the midst of a run."""
+    """Refuses null for a parameter that needs a value. The parser accepts it, and the run would fail much later."""
     if not isinstance(values, Namespace):
         return
     if "class_path" in values:
@@ -175,12 +193,12 @@ def _check_null(name: str, values: Any, owner: type) -> None:
     for key, value in vars(values).items():
         known = parameters.get(key)
         if value is None and known is not None and known.default is not None and not re.search("None|Optional|Any", str(known)):
-            raise UserError(f"{name}.{key} is null, but must have a value; leave the key out for its default")
+            raise UserError(f"{name}.{key} is null but needs a value; leave the key out for its default")
         _check_null(f"{name}.{key}", value, type(value))
 
 
 def _check_yaml(file: Path) -> None:
-    """Says where a configuration breaks off; the parser names neither file nor line."""
+    """Names file and line of a YAML error, which the parser does not."""
     try:
         if file.is_file():
             yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -188,8 +206,8 @@ def _check_yaml(file: Path) -> None:
         raise UserError(f"{file}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place = f":{mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{file}{place}: not YAML ({problem or ' '.join(str(error).split())}); mend the file") from None
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{file}{line}: not YAML ({problem or ' '.join(str(error).split())}); fix the file") from None
 
 
 def run(command: str, args: Sequence[str]) -> int:
@@ -200,11 +218,12 @@ def run(command: str, args: Sequence[str]) -> int:
     """
     assert command in COMMANDS
     try:
-        cli = TrainingCLI(command, args)
+        with quiet_libraries() as log:
+            cli = TrainingCLI(command, args, log)
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     except Interrupted as interrupted:
-        print(f"trainkit: stopped by {interrupted}; the state is saved, --resume goes on with it", file=sys.stderr)
+        print(f"trainkit: stopped by {interrupted}; the state is saved, continue with --resume", file=sys.stderr)
         return interrupted.exit_code
     if cli.trainer.is_global_zero:
         for line in summary(cli.trainer, command):
@@ -213,18 +232,15 @@ def run(command: str, args: Sequence[str]) -> int:
 
 
 def summary(trainer: Trainer, command: str) -> list[str]:
-    """What a run ends with: where its checkpoints are, and the last validation's metrics."""
+    """Last lines of a run: the metrics of the last validation and the paths of the checkpoints."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    shown = " ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in sorted(metrics.items()))
-    lines = [f"validation: {shown}"] if shown else []
+    text = " ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in sorted(metrics.items()))
+    lines = [f"validation: {text}"] if text else []
     checkpoints = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)  # pyright: ignore[reportAttributeAccessIssue]
-    if command == "fit" and checkpoints is not None and not dry(trainer):
+    if command == "fit" and checkpoints is not None and not is_dry(trainer):
         folder = Path(trainer.default_root_dir) / "checkpoints"
         lines.append(f"checkpoint: {folder / 'last.ckpt'} (step {trainer.global_step})")
         if checkpoints.best is not None:
             best = f"{checkpoints.monitor} {checkpoints.best:.4g} at step {checkpoints.best_step}"
             lines.append(f"best:       {folder / 'best.ckpt'} ({best})")
     return lines
-
-
-__all__ = ["COMMANDS", "OneLineParser", "TrainingCLI", "run", "summary"]

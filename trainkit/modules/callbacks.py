@@ -14,24 +14,25 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from trainkit.errors import UserError
 from trainkit.files import put_in_place, remove
 from trainkit.modules.csv_logger import CSVLog
+from trainkit.modules.run_log import RunLog
 from trainkit.modules.wandb_logger import WandbLog
 
 
-def dry(trainer: Trainer) -> bool:
+def is_dry(trainer: Trainer) -> bool:
     """Whether this is a fast_dev_run, which leaves nothing on disk."""
     return bool(trainer.fast_dev_run)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Checkpoints(Checkpoint):
-    """`checkpoints/last.ckpt` and `checkpoints/best.ckpt` in the run folder.
+    """Writes `checkpoints/last.ckpt` and `checkpoints/best.ckpt` in the run folder.
 
-    `last` is written at optimiser-step boundaries, outside validation, so that resuming from it is exact; `best` whenever a
-    validation improves on the best one so far. Each is written beside the old one and put in its place whole, so that a kill
-    leaves the old one or the new one (`put_back`).
+    `last` is written at the end of an optimiser step and outside validation, so that resuming from it is exact. `best` is
+    written when a validation improves on the best one so far. Each is written to a temporary file that then takes the place of
+    the old one, so a kill leaves the old checkpoint or the new one (see `put_back`).
 
     Args:
-        monitor: The logged metric that `best` is chosen by; of LanguageModule val/loss, of DraftModule val/alpha make sense.
-        mode: Whether lower (`min`) or higher (`max`) is better.
+        monitor: Logged metric that selects `best`: val/loss for LanguageModule, val/alpha or val/tau for DraftModule.
+        mode: Whether a lower (`min`) or a higher (`max`) value is better.
         every_n_steps: Optimiser steps between writes of `last`; it is also written when training ends.
     """
 
@@ -45,33 +46,33 @@ class Checkpoints(Checkpoint):
         self._saved_step = 0
 
     def folder(self, trainer: Trainer) -> Path:
-        """Where this run's checkpoints lie; rank 0's word counts."""
+        """Folder of this run's checkpoints; rank 0 decides."""
         return Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
         folder = self.folder(trainer)
-        if trainer.is_global_zero and not dry(trainer):
-            _tidy(folder)
-        trainer.strategy.barrier("checkpoints tidied")
+        if trainer.is_global_zero and not is_dry(trainer):
+            _remove_leftovers(folder)
+        trainer.strategy.barrier("leftovers removed")
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called by the module once a step is done and logged; saves on every n-th, and before a validation."""
+        """Writes `last` every n-th step and before each validation."""
         step = trainer.global_step
         if step % self.every_n_steps == 0 or validates_now(trainer):
             self.save_last(trainer)
         if step == trainer.max_steps:
-            trainer.should_stop = True  # makes Lightning validate now, so that a run ends with its final figures
+            trainer.should_stop = True  # makes Lightning validate now, so that a run ends with its final metrics
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, "last.ckpt")  # again, even at the same step: now with the last validation's metrics
+        self._save(trainer, "last.ckpt")  # even if this step was saved before: now with the metrics of the last validation
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or dry(trainer):
+        if trainer.sanity_checking or trainer.state.fn != "fit" or is_dry(trainer):
             return
         if self.monitor not in trainer.callback_metrics:
             names = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise UserError(f"checkpoint.monitor: {self.monitor!r} is not logged in validation; there are {names}")
+            raise UserError(f"checkpoint.monitor: {self.monitor!r} is not logged in validation; choose from {names}")
         value = float(trainer.callback_metrics[self.monitor])
         if self.best is None or (value < self.best if self.mode == "min" else value > self.best):
             self.best, self.best_step = value, trainer.global_step
@@ -85,19 +86,19 @@ class Checkpoints(Checkpoint):
             self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
     def save_last(self, trainer: Trainer) -> None:
-        """Writes `last.ckpt`, unless this step's is written."""
+        """Writes `last.ckpt`, unless the current step is saved already."""
         if trainer.global_step != self._saved_step:
             self._save(trainer, "last.ckpt")
 
     def _save(self, trainer: Trainer, name: str) -> None:
-        if dry(trainer):
+        if is_dry(trainer):
             return
         if name == "last.ckpt":
             self._saved_step = trainer.global_step
         path = self.folder(trainer) / name
         partial = path.with_suffix(".partial")
         try:
-            with _scratch_beside(partial):
+            with _temporary_files_beside(partial):
                 trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
             if trainer.is_global_zero:
                 put_in_place(partial, path)
@@ -105,21 +106,21 @@ class Checkpoints(Checkpoint):
             if partial.is_file():
                 partial.unlink()
             reason = error.strerror or " ".join(str(error).split())
-            then = "go on with --resume" if path.with_name("last.ckpt").exists() else "start again"
+            then = "continue with --resume" if path.with_name("last.ckpt").exists() else "start again"
             raise UserError(f"{path}: cannot be written ({reason}); free space, then {then}") from error
         trainer.strategy.barrier("checkpoint renamed")
 
 
 def put_back(checkpoint: Path) -> None:
-    """Puts a checkpoint back that a kill caught between the two renames of `put_in_place`; any number of processes may."""
+    """Restores a checkpoint after a kill between the two renames of `put_in_place`; any number of processes may call this."""
     aside = checkpoint.with_suffix(".old")
     if aside.exists() and not checkpoint.exists():
         with contextlib.suppress(FileNotFoundError):
             aside.rename(checkpoint)
 
 
-def _tidy(folder: Path) -> None:
-    """Removes what a killed run left; a strategy would mix its shards with those of a killed save."""
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of a killed run; a strategy would mix its shards with those of a killed save."""
     for path in [*folder.glob("*.partial"), *folder.glob("*.scratch")]:
         remove(path)
     for path in folder.glob("*.old"):
@@ -128,10 +129,10 @@ def _tidy(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch_beside(path: Path) -> Iterator[None]:
-    """Temporary files of this process go where `path` will lie.
+def _temporary_files_beside(path: Path) -> Iterator[None]:
+    """Within the context, temporary files of this process are created in a folder beside `path`.
 
-    Lightning writes a checkpoint there first: in /tmp, which may be small, and where a kill would leave it for good.
+    Lightning writes a checkpoint to a temporary file first. The default, /tmp, may be small, and a kill would leave it there.
     """
     folder, before = path.with_suffix(".scratch"), tempfile.tempdir
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,7 @@ def _scratch_beside(path: Path) -> Iterator[None]:
         yield
     finally:
         tempfile.tempdir = before
-        with contextlib.suppress(OSError):  # another rank was quicker
+        with contextlib.suppress(OSError):  # another rank removed it first
             folder.rmdir()
 
 
@@ -153,14 +154,15 @@ def validates_now(trainer: Trainer) -> bool:
 
 
 class RunFolder(Callback):
-    """Keeps a run's records in one folder: the resolved configuration, the log that a resumed run continues.
+    """Keeps configuration, metrics and log.txt of a run in one folder, which a resumed run continues.
 
     Args:
         config: The resolved configuration as YAML text.
+        log: Messages of the libraries.
     """
 
-    def __init__(self, config: str) -> None:
-        self.config = config
+    def __init__(self, config: str, log: RunLog) -> None:
+        self.config, self.run_log = config, log  # not `log`, a name that Lightning sets on callbacks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
@@ -169,21 +171,35 @@ class RunFolder(Callback):
                 logger.begin(str(folder), self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not dry(trainer):  # not before: what stops a run until here leaves no folder
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+        folder = self._make(trainer)  # not earlier: a run that cannot start leaves no folder
+        if folder is not None:
             (folder / "config.yaml").write_text(self.config)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLog):
                 logger.begin(trainer.default_root_dir, self.config)
-            if isinstance(logger, CSVLog):  # also of a run that was killed before its first checkpoint
+            if isinstance(logger, CSVLog):  # also after a kill before the first checkpoint
                 logger.rewind(trainer.global_step, validated=not validates_now(trainer))
         if trainer.ckpt_path and validates_now(trainer):
             _validate(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._make(trainer)
+
+    on_test_start = on_validation_start
+
+    def _make(self, trainer: Trainer) -> Path | None:
+        """The run folder with its log.txt; None where this process writes nothing."""
+        if not trainer.is_global_zero or is_dry(trainer):
+            return None
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run_log.write_to(folder / "log.txt")
+        return folder
+
 
 def _validate(trainer: Trainer) -> None:
-    """The validation that was due when the checkpoint was written; Lightning passes over it."""
+    """Runs the validation that was due when the checkpoint was written, which Lightning skips on resume."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False
     trainer.validating = True

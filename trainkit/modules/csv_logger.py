@@ -1,9 +1,8 @@
-"""Metrics as one CSV file in the run folder that a resumed run appends to."""
+"""Metrics as one CSV file in the run folder. A resumed run appends to it; Lightning's CSVLogger deletes it at the start."""
 
 from __future__ import annotations
 
 import csv
-import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -12,19 +11,20 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from trainkit.files import write_file
+
 
 class CSVLog(Logger):
-    """Appends to `metrics.csv`; Lightning's own CSVLogger deletes an existing file when it starts.
+    """Appends a row to the file for each call of `log_metrics`.
 
     Args:
-        folder: Where to write; the run folder by default.
+        folder: Folder of the file; the run folder by default.
         file: Name of the file.
     """
 
     def __init__(self, folder: str | None = None, file: str = "metrics.csv") -> None:
         super().__init__()
-        self.folder = folder
-        self.file = file
+        self.folder, self.file = folder, file
         self._columns: list[str] = []
         self._started = time.time()
 
@@ -42,15 +42,15 @@ class CSVLog(Logger):
 
     @property
     def path(self) -> Path:
-        assert self.folder is not None, "the run folder names it before training starts"
+        assert self.folder is not None, "`begin` sets the folder before training starts"
         return Path(self.folder) / self.file
 
     def begin(self, folder: str, config: str) -> None:
-        """Takes `folder` to write to, unless one was given."""
+        """Sets the folder, unless the constructor did."""
         self.folder = self.folder or folder
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        pass  # config.yaml in the run folder holds them
+        pass  # they are in config.yaml in the run folder
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -64,12 +64,17 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def rewind(self, step: int, validated: bool = True) -> None:
-        """Drops rows past `step`, the step a resumed run goes on from; unless `validated`, that step's validation too."""
+        """Drops the rows that a resumed run will log again.
+
+        Args:
+            step: Optimiser step that the run resumes from; later rows are dropped.
+            validated: Whether the validation at `step` is done; otherwise its row is dropped too.
+        """
         self._columns, rows = self._read()
-        again = lambda row: int(row["step"]) == step and not validated and any(row[n] for n in row if n.startswith("val/"))
-        kept = [row for row in rows if int(row["step"]) <= step and not again(row)]
-        if len(kept) < len(rows):
-            self._rewrite(kept)
+        repeated = lambda row: int(row["step"]) == step and not validated and any(row[n] for n in row if n.startswith("val/"))
+        remaining = [row for row in rows if int(row["step"]) <= step and not repeated(row)]
+        if len(remaining) < len(rows):
+            self._rewrite(remaining)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         if not self.path.exists():
@@ -79,10 +84,10 @@ class CSVLog(Logger):
             return list(reader.fieldnames or []), list(reader)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(partial, self.path)
+        def write(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_file(self.path, write)

@@ -1,13 +1,14 @@
-"""Medusa-2, for any drafter that reads its target's states: drafter and target are trained together, the target through LoRA.
+"""Medusa-2, for any drafter that reads hidden states of its target: trains the drafter and, through LoRA, the target together.
 
-Cai et al. 2024, arXiv 2401.10774, section 2.2.2. First the drafter alone for `heads_steps`, then both on
+Cai et al. 2024, arXiv 2401.10774, section 2.2.2. First `heads_steps` optimiser steps train the drafter alone, then both
+minimise
 
     L = L_base + lam0 * s(t) * L_draft,   s(t) rising from 0 to 1 over `draft_warmup` steps.
 
-Gradients of both terms reach the adapter, those of L_draft through the target's states alone: its probabilities, where they are
-what the drafter learns, are a teacher as ever. The checkpoint holds drafter and adapter; `trainkit export` writes the drafter
-and, beside it, the target with the adapter merged.
-Left out on purpose: sharding (ZeRO, FSDP), and kept or truncated teachers, since the target is never twice the same.
+Both terms have gradients with respect to the adapter. The gradient of L_draft reaches it through the target's hidden states
+only: where the drafter learns the target distribution, that distribution is a teacher without gradient. The checkpoint holds
+drafter and adapter. `trainkit export` writes the drafter and, beside it, the target with the merged adapter. Left out on
+purpose: sharding (ZeRO, FSDP), and stored or truncated teachers, because the target changes at each step.
 """
 
 # B batch  T positions  N counted tokens  D hidden
@@ -33,23 +34,23 @@ from trainkit.modules.draft import DraftModule
 
 
 class JointModule(DraftModule):
-    """Trains a drafter and, through LoRA, its target together.
+    """Trains a drafter together with its target, the target through a LoRA adapter.
 
-    Logged beside what DraftModule logs: `loss_head0`, the target's own loss per token (its head is head 0), and `loss_draft`,
-    the drafter's. `loss` is the sum that is minimised, over the drafter's counted tokens.
+    Logs in addition to DraftModule: `loss_head0`, the loss of the target per token (the target's own head is head 0), and
+    `loss_draft`, the loss of the drafter. `loss` is the weighted sum that is minimised, per counted token of the drafter.
 
     Args:
         target: Folder of the target, any Hugging Face causal LM.
-        drafter: Drafter class with its arguments; one that reads the target's hidden states.
-        base_loss: Of the target: `cross_entropy` on the text's tokens, or `self_distillation`, KL(adapter off || adapter on),
-            for text that the target wrote itself.
-        heads_steps: Optimiser steps that train the drafter alone, the adapter untouched.
-        draft_weight: lam0, the drafter's loss against the target's.
+        drafter: Drafter class with its arguments; it must read hidden states of the target.
+        base_loss: Loss of the target: `cross_entropy` on the tokens of the text, or `self_distillation`, KL(adapter off ||
+            adapter on), for text that the target wrote itself.
+        heads_steps: Optimiser steps that train the drafter alone and leave the adapter unchanged.
+        draft_weight: lam0, weight of the drafter's loss relative to the target's.
         draft_warmup: Steps after `heads_steps` over which s rises to 1.
         lora_rank: Rank of the adapter.
-        lora_alpha: Its scale is lora_alpha / lora_rank.
-        lora_lr: Its learning rate, as a share of the drafter's, which is the optimiser's.
-        lora_modules: Names of the projections that get one; the usual seven by default.
+        lora_alpha: Numerator of the adapter's scale, lora_alpha / lora_rank.
+        lora_lr: Learning rate of the adapter, as a share of the optimiser's learning rate, which the drafter has.
+        lora_modules: Names of the projections that get an adapter; the usual seven by default.
         **draft: As in `DraftModule`.
     """
 
@@ -68,19 +69,20 @@ class JointModule(DraftModule):
         **draft: Any,
     ) -> None:
         super().__init__(target, drafter, **draft)
-        kept = {"teacher_cache": self.teacher_cache, "teacher_top_k": self.teacher_top_k, "features": self.features}
-        for name, given in kept.items():
-            if given is not None:
-                raise UserError(f"model.{name}: keeps what a frozen target says, and this one is trained; leave it out")
+        for name in ("teacher_cache", "teacher_top_k", "features"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"model.{name}: stores the output of a frozen target, but JointModule trains its target; leave it out"
+                )
         if self._target_options["trust_remote_code"]:
-            raise UserError("model.trust_remote_code: a target with code of its own cannot be merged at export; leave it out")
+            raise UserError("model.trust_remote_code: a target with its own code cannot be merged at export; leave it out")
         if self.target_shard != "none":
-            raise UserError("model.target_shard: a target that is trained is not sharded here; leave it out")
-        least = {"heads_steps": 0, "draft_weight": 0, "draft_warmup": 0, "lora_rank": 1, "lora_alpha": 0, "lora_lr": 0}
-        given = dict(zip(least, (heads_steps, draft_weight, draft_warmup, lora_rank, lora_alpha, lora_lr), strict=True))
-        for name, value in given.items():
-            if not value >= least[name]:
-                raise UserError(f"model.{name} is {value}; it must be at least {least[name]}")
+            raise UserError("model.target_shard: JointModule trains its target and cannot shard it; leave it out")
+        minimum = {"heads_steps": 0, "draft_weight": 0, "draft_warmup": 0, "lora_rank": 1, "lora_alpha": 0, "lora_lr": 0}
+        given = (heads_steps, draft_weight, draft_warmup, lora_rank, lora_alpha, lora_lr)
+        for (name, least), value in zip(minimum.items(), given, strict=True):
+            if not value >= least:
+                raise UserError(f"model.{name} is {value}; it must be at least {least}")
         self.heads_steps, self.draft_weight, self.draft_warmup, self.lora_lr = heads_steps, draft_weight, draft_warmup, lora_lr
         self.lora = AdapterShape(lora_rank, lora_alpha, tuple(lora_modules or PROJECTIONS))
         self.base_loss = base_loss
@@ -100,7 +102,7 @@ class JointModule(DraftModule):
         assert self.drafter is not None
         if not self.drafter.taps:
             raise UserError(
-                f"model.drafter: kind {kind_name(self.drafter)!r} reads none of its target's states; use DraftModule"
+                f"model.drafter: kind {kind_name(self.drafter)!r} reads no hidden states of its target; use DraftModule"
             )
 
     def describe(self) -> dict[str, Any]:
@@ -112,36 +114,36 @@ class JointModule(DraftModule):
 
     @property
     def joint(self) -> bool:
-        """Whether the target is trained by now."""
+        """Whether the current optimiser step trains the target too."""
         return self.trainer.global_step >= self.heads_steps
 
     def weight(self, step: int) -> float:
-        """lam0 * s of an optimiser step; lam0 alone while there is nothing to weigh the drafter's loss against."""
+        """lam0 * s(step), the weight of the drafter's loss; lam0 while the drafter is trained alone."""
         since = step - self.heads_steps
         return self.draft_weight * (1.0 if since < 0 else min(1.0, (since + 1) / (self.draft_warmup + 1)))
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         joint = self.joint or micro is None
         with nullcontext() if joint else torch.no_grad():
-            seen = self._seen(batch)
-        drafted = self.draft_loss(seen, batch, micro)
-        measured = {**drafted.metrics, "loss_draft": drafted.sum.detach()}
+            draft_batch = self.draft_batch(batch)
+        draft = self.draft_loss(draft_batch, batch, micro)
+        metrics = {**draft.metrics, "loss_draft": draft.sum.detach()}
         weight = self.draft_weight if micro is None else self.weight(self.trainer.global_step)
-        total = weight * drafted.sum
+        total = weight * draft.sum
         if joint:
-            base = self.target_loss(seen, batch)
+            base = self.target_loss(draft_batch, batch)
             total = base.sum + total
-            measured |= {"loss_head0": base.sum.detach(), "count_head0": base.count}
-        else:  # DDP waits for a gradient of every parameter
+            metrics |= {"loss_head0": base.sum.detach(), "count_head0": base.count}
+        else:  # DDP waits for a gradient of every parameter, so the adapter gets one of zero
             assert self.adapter is not None
             total = total + 0.0 * torch.stack([parameter.sum() for parameter in self.adapter.parameters()]).sum()
-        return replace(drafted, sum=total, metrics=measured)
+        return replace(draft, sum=total, metrics=metrics)
 
-    def target_loss(self, seen: DraftBatch, batch: Batch) -> LossOutput:
-        """L_base of the target as it is now: its own head on every counted token."""
+    def target_loss(self, draft_batch: DraftBatch, batch: Batch) -> LossOutput:
+        """L_base: loss of the target with its current adapter, summed over the counted tokens."""
         assert self.tuned is not None
-        counted_BT, hidden_ND, labels_N = seen.training_targets(1)
-        teacher_ND, head = hidden_ND, seen.handle.head
+        counted_BT, hidden_ND, labels_N = draft_batch.training_targets(1)
+        teacher_ND, head = hidden_ND, draft_batch.handle.head
         if self.base_loss == "self_distillation":
             with self.tuned.off(), torch.no_grad():
                 teacher_BTD, _ = self.tuned.forward(batch["tokens_BT"], batch["positions_BT"], batch["document_BT"])
@@ -149,7 +151,7 @@ class JointModule(DraftModule):
         return self._base(hidden_ND, head, teacher_ND.detach(), head, labels_N=labels_N)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self.joint:  # without a gradient the optimiser passes over the adapter: no decay, no moments
+        if not self.joint:  # the optimiser skips parameters without a gradient: no weight decay, no moments
             assert self.adapter is not None
             for parameter in self.adapter.parameters():
                 parameter.grad = None

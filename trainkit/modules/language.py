@@ -1,4 +1,6 @@
-"""Pretrains or fine-tunes an ordinary causal language model on cross entropy: quickstart targets and draft models."""
+"""Pretrains or fine-tunes a causal language model by cross entropy: small targets and draft models."""
+
+# B batch  T positions  N counted tokens  D hidden
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
 from trainkit.errors import UserError
@@ -16,35 +17,27 @@ from trainkit.models.load import first_lines, read_config, read_tokenizer
 from trainkit.models.target import check_head, load_model
 from trainkit.modules.base import Batch, TrainingModule
 from trainkit.modules.meter import means
+from trainkit.modules.text_data import TextData
 
 
 class LanguageModule(TrainingModule):
     """Trains a Hugging Face causal LM by next-token cross entropy on the counted tokens.
 
     Args:
-        config: Fields of a transformers config, `model_type` among them, for a model with random weights. The vocabulary size
-            and special ids default to the tokenizer's.
-        folder: Folder of a model to continue from, instead of `config`.
-        optimizer: Optimiser class with its arguments.
-        lr_scheduler: Scheduler class with its arguments, stepped each optimiser step; by default linear warm-up, then cosine.
-        warmup_steps: Of the default schedule.
-        final_lr: Where the default schedule ends, as a share of the peak learning rate.
+        config: Fields of a transformers config, including `model_type`, for a model with random weights. The vocabulary size
+            and the special token ids default to those of the tokenizer.
+        folder: Folder of a model to continue training, instead of `config`.
+        **optim: As in `TrainingModule`.
     """
 
-    def __init__(
-        self,
-        config: dict[str, Any] | None = None,
-        folder: str | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        warmup_steps: int = 50,
-        final_lr: float = 0.1,
-    ) -> None:
-        super().__init__(optimizer, lr_scheduler, warmup_steps, final_lr)
+    data_class = TextData
+
+    def __init__(self, config: dict[str, Any] | None = None, folder: str | None = None, **optim: Any) -> None:
+        super().__init__(**optim)
         if (config is None) == (folder is None):
-            raise UserError("model: give either config (a new model) or folder (one to continue from)")
+            raise UserError("model: give either config (a new model) or folder (a model to continue training)")
         if config is not None and "model_type" not in config:
-            raise UserError("model.config: model_type is missing (llama, qwen3, ...)")
+            raise UserError("model.config: model_type is missing; add it (llama, qwen3, ...)")
         self.config, self.folder = config, folder
         self.divergence = CrossEntropy()
         self.lm: Any = None
@@ -60,7 +53,7 @@ class LanguageModule(TrainingModule):
     def configure_model(self) -> None:
         if self.lm is None:
             self.lm = self._build()
-            self.check_fits(self.lm.config.vocab_size, getattr(self.lm.config, "max_position_embeddings", 1 << 60))
+            self.data.check_fits(self.lm.config.vocab_size, getattr(self.lm.config, "max_position_embeddings", 1 << 60))
             check_head(self.lm.eval(), self.folder or "model.config")
             self.lm.train()
 
@@ -69,7 +62,7 @@ class LanguageModule(TrainingModule):
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         tokens_BT, document_BT = batch["tokens_BT"], batch["document_BT"]
-        # Packed: position ids alone keep documents apart, but only without cache and attention mask.
+        # Position ids keep packed documents apart only without a cache and without an attention mask.
         hidden_BTD = self.lm.base_model(
             input_ids=tokens_BT, position_ids=batch["positions_BT"], use_cache=False
         ).last_hidden_state
@@ -87,7 +80,7 @@ class LanguageModule(TrainingModule):
 
         tokenizer = read_tokenizer(self.data_tokenizer())
         if self.folder is not None:
-            read_config(self.folder)  # says what is wrong with the folder in one line
+            read_config(self.folder)  # raises the UserErrors of a broken folder
             model = load_model(self.folder, torch.float32)
         else:
             assert self.config is not None
@@ -96,21 +89,25 @@ class LanguageModule(TrainingModule):
             try:
                 config = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
             except (ValueError, TypeError, StrictDataclassError) as error:
-                raise UserError(f"model.config: {first_lines(error)}; mend it") from error
-            plain = type(config)()  # a config keeps whatever it is given, so look at one that was given nothing
-            unknown = [name for name in self.config if not hasattr(plain, name)]
+                raise UserError(f"model.config: {first_lines(error)}; fix it") from error
+            # A config object accepts any field, so compare with one that was given none.
+            default = type(config)()
+            unknown = [name for name in self.config if not hasattr(default, name)]
             if unknown:
-                raise UserError(f"model.config: {unknown[0]!r} is no field of model_type {self.config['model_type']!r}")
+                raise UserError(
+                    f"model.config: model_type {self.config['model_type']!r} has no field {unknown[0]!r}; remove or correct it"
+                )
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if model.config.vocab_size < len(tokenizer):
             raise UserError(
-                f"model.config: vocab_size {model.config.vocab_size} is smaller than the tokenizer's {len(tokenizer)}"
+                f"model.config: vocab_size {model.config.vocab_size} is smaller than that of the tokenizer, {len(tokenizer)}; "
+                "raise it or leave it out"
             )
         return model
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A transformers config as plain values, without what depends on the library or the machine."""
+    """A transformers config as plain values, without those that depend on the library or the machine."""
     values = config.to_dict()
     for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         values.pop(name, None)

@@ -1,4 +1,4 @@
-"""Sums of what is measured, added over chunks, micro-batches and ranks before anything is divided."""
+"""Sums of metrics, added over chunks, micro-batches and ranks before anything is divided."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ class Meter:
         self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
 
     def add_output(self, output: LossOutput) -> None:
-        """Adds a loss, its count and its metric sums."""
-        self.add("loss", output.sum)
-        self.add("count", output.count)
-        for name, value in output.metrics.items():
+        """Adds a loss sum, its count and its metric sums."""
+        for name, value in {"loss": output.sum, "count": output.count, **output.metrics}.items():
             self.add(name, value)
 
     def take(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """The sums over all ranks, by name; starts again from zero. Every rank calls it having added the same names."""
+        """Sums over all ranks, by name; resets them to zero. All ranks must call it with the same names."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -37,24 +35,27 @@ class Meter:
         self.sums = {}
         return dict(zip(names, total.tolist(), strict=True))
 
-    def peek(self, gather: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
-        """Every rank's sums, by name, which go on; every rank calls it having added the same names."""
+    def gather(self, gather: Callable[[Tensor], Tensor]) -> list[dict[str, float]]:
+        """Sums of each rank, by name, without a reset. All ranks must call it with the same names."""
         names = sorted(self.sums)
         if not names:
             return []
         ranks = gather(torch.stack([self.sums[name] for name in names]))
         return [dict(zip(names, rank.tolist(), strict=True)) for rank in ranks]
 
-    def put_back(self, sums: dict[str, float]) -> None:
-        """Goes on from sums that `peek` gave."""
+    def restore(self, sums: dict[str, float]) -> None:
+        """Sets the sums to those of one rank from `gather`."""
         self.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
 
 
-def means(sums: dict[str, float], apart: tuple[str, ...] = ()) -> dict[str, float]:
-    """Every sum but counts and those in `apart`, per counted token; those of one head per token that it counts."""
+def means(sums: dict[str, float], exclude: tuple[str, ...] = ()) -> dict[str, float]:
+    """Each sum divided by its number of tokens, without the counts and the names in `exclude`.
+
+    A name that ends in `_headN` is divided by `count_headN`, the number of tokens that count for head N; others by `count`.
+    """
 
     def count(name: str) -> float:
         _, head, number = name.rpartition("_head")
         return max(sums.get(f"count_head{number}" if head else "count", 0.0), 1.0)
 
-    return {name: value / count(name) for name, value in sums.items() if not name.startswith("count") and name not in apart}
+    return {name: value / count(name) for name, value in sums.items() if not name.startswith("count") and name not in exclude}

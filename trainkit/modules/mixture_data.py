@@ -1,4 +1,4 @@
-"""Data policies: whose text a drafter is trained on, any mixture of the corpus, the target's answers and its own."""
+"""Training text from several sources: corpus text, the target's answers, and text that the draft writes during training."""
 
 from __future__ import annotations
 
@@ -16,41 +16,44 @@ from trainkit.data.text.prepare import Prepared, prepare
 from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
 from trainkit.models.load import load_decoder
-from trainkit.modules.base import global_seed
+from trainkit.modules.base import TrainingModule
 from trainkit.modules.draft import DraftModule
 from trainkit.modules.mixed_text import Mixed
 from trainkit.modules.text_data import TextData
+from trainkit.modules.training_data import global_seed
 from trainkit.runner import Runner
 
-Policy = Literal["corpus", "target", "draft", "mixed"]
+Source = Literal["corpus", "target", "draft", "mixed"]
 
 
-class PolicyData(TextData):
-    """Training rows by policy and weight. `corpus` and `target` are stored sets; `draft` and `mixed` are written on the way.
+class MixtureData(TextData):
+    """Training rows drawn from several sources by weight.
 
-    `draft` texts are sampled from the draft as it stands (on-policy), `mixed` ones token by token from draft or target; both
-    are graded by the target like any other text. They are written anew every `refresh` optimiser steps, each process its part.
-    A kind that cannot write without the target (heads) drafts on the target's states, `depth` tokens at a time.
+    The text of `corpus` and `target` is stored on disk. The text of `draft` and `mixed` is written during training: `draft`
+    text is sampled from the draft with its current weights (on-policy), in `mixed` text each token comes from the draft or from
+    the target. The teacher scores all four alike. Every `refresh` optimiser steps new text is written, by each process its
+    part. A drafter that cannot write without its target (heads) drafts `depth` tokens at a time from the target's hidden
+    states.
 
     Args:
-        weights: Share of the packed rows by policy, such as {target: 0.9, corpus: 0.1}.
-        corpus: File, folder or hub name of ground truth text, or several.
-        target: The same of the target's own answers, such as a set of `trainkit distill`.
-        prompts: Rows whose prompts `draft` and `mixed` texts answer.
-        limit_prompts: First prompts to take.
-        refresh: Optimiser steps trained on the same written texts.
-        share: Of the draft's tokens in `mixed` texts.
-        depth: Tokens that a kind drafts in a row where it needs the target.
-        temperature: Of written texts.
-        max_new_tokens: Most tokens of a written answer.
-        sample_batch: Answers written together.
-        validation: Validation files; by default a share of the first stored set is held out.
-        **text: As in `TextData`; `limit` takes the first rows of each stored set.
+        weights: Share of the packed rows by source, such as {target: 0.9, corpus: 0.1}.
+        corpus: Ground-truth text: a file, a folder, the name of a data set on the hub, or a list of these.
+        target: Answers of the target, named in the same way, such as a set of `trainkit distill`.
+        prompts: File of prompts that the `draft` and `mixed` texts answer.
+        limit_prompts: Number of prompts to read, from the first one.
+        refresh: Optimiser steps that train on the same written texts.
+        share: Share of tokens in `mixed` texts that the draft writes.
+        depth: Draft tokens in a row, for a drafter that needs its target to write.
+        temperature: Sampling temperature of the written texts.
+        max_new_tokens: Maximum length of a written answer, in tokens.
+        sample_batch: Number of answers written at the same time.
+        validation: Validation files; by default a share of the first stored source is held out.
+        **text: As in `TextData`; `limit` applies to each stored source.
     """
 
     def __init__(
         self,
-        weights: dict[Policy, float],
+        weights: dict[Source, float],
         corpus: str | list[str] | None = None,
         target: str | list[str] | None = None,
         prompts: str | None = None,
@@ -64,12 +67,29 @@ class PolicyData(TextData):
         validation: str | list[str] | None = None,
         **text: Any,
     ) -> None:
-        given = {"corpus": corpus, "target": target}
+        for name in weights:
+            if name not in get_args(Source):
+                raise UserError(f"data.weights: unknown source {name!r}; choose from {', '.join(get_args(Source))}")
+        if any(weight < 0 for weight in weights.values()) or not sum(weights.values()) > 0:
+            raise UserError(f"data.weights: {weights}: each weight must be at least 0, and one of them above 0")
+        if refresh < 1 or not 0 <= share <= 1 or temperature < 0:
+            raise UserError(
+                f"data: refresh {refresh} must be at least 1, share {share} in 0..1, temperature {temperature} >= 0"
+            )
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
-        _check(weights, given, prompts, validation, refresh, share, temperature)
-        stored = {name: files for name, files in given.items() if self.weights.get(name) and files is not None}
-        super().__init__(next(iter(stored.values()), validation) or [], validation=validation, **text)
-        self._files = {name: [files] if isinstance(files, str) else list(files) for name, files in stored.items()}
+        files = {name: given for name, given in {"corpus": corpus, "target": target}.items() if name in self.weights}
+        for name, given in files.items():
+            if not given:
+                raise UserError(f"data.weights: {name} has a weight but data.{name} names no files")
+        self.written = [name for name in ("draft", "mixed") if name in self.weights]
+        if self.written and prompts is None:
+            raise UserError(f"data.weights: {self.written[0]} has a weight but data.prompts names no file")
+        if validation is None and not files:
+            raise UserError("data.validation: name validation files; no stored source has rows that could be held out")
+
+        # The first stored source is what `TextData` prepares; where there is none, the validation files stand in for it.
+        super().__init__(next(iter(files.values()), validation) or [], validation=validation, **text)
+        self._files = {name: [given] if isinstance(given, str) else list(given or ()) for name, given in files.items()}
         self.prompts, self.limit_prompts = prompts, limit_prompts
         self.refresh, self.share, self.depth, self.temperature = refresh, share, depth, temperature
         self.max_new_tokens, self.sample_batch = max_new_tokens, sample_batch
@@ -77,35 +97,35 @@ class PolicyData(TextData):
         self._prompts: list[list[int]] = []
         self._pad_id = 0
 
+    def connect(self, module: TrainingModule) -> None:
+        if self.written and not isinstance(module, DraftModule):
+            raise UserError("data.weights: draft and mixed texts are for training a drafter; set model.class_path: DraftModule")
+        super().connect(module)
+
+    @property
+    def training_sets(self) -> list[PackedSet]:
+        return [prepared.train for prepared in self.sets.values()]
+
     def prepare_data(self) -> None:
         super().prepare_data()
         for name in list(self._files)[1:]:
-            print(f"{name}: {self._stored(name).report.train}")
+            print(f"{name}: {self._prepare_stored(name).report.train}")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self._files and not self.sets:
             assert self.prepared is not None
             first, *others = self._files
-            self.sets = {first: self.prepared} | {name: self._stored(name) for name in others}
+            self.sets = {first: self.prepared} | {name: self._prepare_stored(name) for name in others}
         if self.prompts is not None and not self._prompts:
-            tokenizer = load_tokenizer(self.tokenizer_folder)
-            room = self.length - self.max_new_tokens
-            prompts = read_prompts(self.prompts, tokenizer, self.limit_prompts, self._options["columns"])
-            self._prompts = [prompt for prompt in prompts if len(prompt) <= room]
-            if not self._prompts:
-                raise UserError(f"data.prompts: none of {len(prompts)} leaves max_new_tokens of data.length {self.length} free")
-            if len(self._prompts) < len(prompts):
-                print(f"prompts: {len(prompts) - len(self._prompts)} of {len(prompts)} left out, too long for data.length")
-            pad = tokenizer.pad_token_id
-            self._pad_id = pad if isinstance(pad, int) else Encoder(tokenizer).end_id
+            self._read_prompts(self.prompts)
 
     def train_dataloader(self) -> Any:
         assert self.trainer is not None
-        written = {name: lambda rows, used, name=name: self._write(name, rows, used) for name in ("draft", "mixed")}
+        writers = {name: lambda rows, used, name=name: self._write(name, rows, used) for name in ("draft", "mixed")}
         return MixedLoader(
-            {name: made.train for name, made in self.sets.items()},
-            written,
+            {name: prepared.train for name, prepared in self.sets.items()},
+            writers,
             self.weights,
             self.batch_size,
             refresh=self.refresh,
@@ -113,45 +133,61 @@ class PolicyData(TextData):
             world_size=self.trainer.world_size,
             accumulate=self.trainer.accumulate_grad_batches,
             seed=global_seed(),
-            attach_window=self._module.needs_window,
+            attach_window=self.module.needs_window,
         )
 
-    @property
-    def largest_id(self) -> int:
-        return max((int(made.train.tokens_N.max()) for made in self.sets.values()), default=0)
-
-    def _stored(self, name: str) -> Prepared:
+    def _prepare_stored(self, name: str) -> Prepared:
         options = self._options | {"validation_share": 0.0, "limit_validation": None}
         return prepare(self._files[name], None, self.tokenizer_folder, self.length, seed=global_seed(), **options)
 
+    def _read_prompts(self, file: str) -> None:
+        tokenizer = load_tokenizer(self.tokenizer_folder)
+        prompts = read_prompts(file, tokenizer, self.limit_prompts, self._options["columns"])
+        self._prompts = [prompt for prompt in prompts if len(prompt) <= self.length - self.max_new_tokens]
+        if not self._prompts:
+            raise UserError(
+                f"data.prompts: none of {len(prompts)} prompts leaves room for {self.max_new_tokens} new tokens in a row of "
+                f"data.length {self.length}; lower data.max_new_tokens"
+            )
+        if len(self._prompts) < len(prompts):
+            print(f"prompts: {len(prompts) - len(self._prompts)} of {len(prompts)} left out, too long for data.length")
+        pad = tokenizer.pad_token_id
+        self._pad_id = pad if isinstance(pad, int) else Encoder(tokenizer).end_id
+
+    # Writing text during training
+
     def _write(self, name: str, rows: int, used: int) -> tuple[PackedSet, int]:
-        """Fresh texts that fill `rows` packed rows, the same on every rank, and how many prompts they took."""
+        """New texts that fill at least `rows` packed rows, the same on every rank, and the number of prompts answered.
+
+        Args:
+            name: Source of the texts, `draft` or `mixed`.
+            rows: Number of packed rows to fill.
+            used: Number of prompts answered before, which this call skips.
+        """
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        writer, documents, start = self._writer(name), [], used
+        runner, documents, start = self._runner(name), [], used
         wanted = max(world_size, rows * self.length // (len(self._prompts[0]) + self.max_new_tokens))
         while True:
-            numbers = range(used, used + wanted)
-            chosen = sequence(len(self._prompts), used, wanted, global_seed())
-            mine = list(zip(numbers, chosen, strict=True))[rank::world_size]
-            texts = self._answers(writer, name, mine)
-            for prompt, tokens in _gathered(texts, world_size):
-                ids = torch.tensor([*self._prompts[prompt], *tokens], dtype=torch.int32).numpy()
-                mask = torch.arange(len(ids)).ge(len(self._prompts[prompt])).numpy()
-                documents.append(Document(ids, mask))
+            # Each rank answers its share of the next prompts, then every rank receives all answers in the same order.
+            requests = list(enumerate(sequence(len(self._prompts), used, wanted, global_seed()), start=used))
+            answers = _all_ranks(self._answers(runner, name, requests[rank::world_size]), world_size)
+            for _, index, tokens in answers:
+                prompt = self._prompts[index]
+                ids = torch.tensor([*prompt, *tokens], dtype=torch.int32).numpy()
+                documents.append(Document(ids, torch.arange(len(ids)).ge(len(prompt)).numpy()))
             used += wanted
             packed = pack(documents, self.length, self._pad_id)
-            # the last row is seldom full: what is in it is not trained on
-            if len(packed) > rows:
+            if len(packed) > rows:  # the last row is seldom full, so it is not trained on
                 return packed, used - start
+            # Too few: the mean length so far tells how many more prompts are needed.
             mean = sum(len(document.tokens) for document in documents) / len(documents)
             wanted = max(world_size, int((rows + 1 - len(packed) + 1) * self.length / mean) + 1)
 
-    def _writer(self, name: str) -> Runner:
-        """A runner over copies: serving freezes what it is given."""
-        module = self._module
-        if not isinstance(module, DraftModule) or module.drafter is None or module.shape is None:
-            raise UserError("data.weights: draft and mixed texts are for training a drafter; set model.class_path: DraftModule")
+    def _runner(self, name: str) -> Runner:
+        """A runner over copies of the networks, because serving freezes the parameters of what it runs."""
+        module = self.module
+        assert isinstance(module, DraftModule) and module.drafter is not None and module.shape is not None
         drafter, room = copy.deepcopy(module.drafter), max(map(len, self._prompts)) + self.max_new_tokens
         alone = drafter.standalone_decoder() if name == "draft" else None
         if alone is not None:
@@ -159,49 +195,26 @@ class PolicyData(TextData):
         decoder = load_decoder(module.target, module.device, torch.float32, room + self.depth)
         return Runner.from_modules(decoder, drafter, module.shape, None, self.sample_batch, room, capture=False)
 
-    def _answers(self, runner: Runner, name: str, asked: Sequence[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
-        """(number, prompt's place, new tokens) of the prompts of this rank."""
+    def _answers(self, runner: Runner, name: str, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
+        """Answers to (number, index of the prompt) requests, as (number, index of the prompt, new tokens).
+
+        The number of a request seeds its draws, so an answer does not depend on the rank that writes it.
+        """
         options: dict[str, Any] = {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
         if runner.drafter is not None:
             share = self.share if name == "mixed" else 1.0
-            run = self.depth if share == 1 else max(1, round(share / (1 - share)))  # of the draft's tokens, in the mean
+            run = self.depth if share == 1 else max(1, round(share / (1 - share)))  # mean number of draft tokens in a row
             options |= {"verify": Mixed(share, greedy=self.temperature == 0), "depth": min(self.depth, run)}
-        draws = [(number, 0) for number, _ in asked]
-        outputs = runner.generate_each([self._prompts[place] for _, place in asked], draws, seed=global_seed(), **options)
-        return [(*asked[place], output.tokens) for place, output in outputs]
+        prompts = [self._prompts[index] for _, index in requests]
+        draws = [(number, 0) for number, _ in requests]
+        outputs = runner.generate_each(prompts, draws, seed=global_seed(), **options)
+        return [(*requests[i], output.tokens) for i, output in outputs]
 
 
-def _gathered(texts: list[tuple[int, int, list[int]]], world_size: int) -> list[tuple[int, list[int]]]:
-    """(prompt's place, new tokens) of all ranks, by number."""
-    everyone: list[Any] = [texts]
+def _all_ranks(answers: list[tuple[int, int, list[int]]], world_size: int) -> list[tuple[int, int, list[int]]]:
+    """The answers of all ranks, in the order of their numbers."""
+    parts: list[Any] = [answers]
     if world_size > 1:
-        everyone = [None] * world_size
-        dist.all_gather_object(everyone, texts)
-    ordered = sorted((text for part in everyone for text in part), key=lambda text: text[0])
-    return [(place, tokens) for _, place, tokens in ordered]
-
-
-def _check(
-    weights: dict[Policy, float],
-    given: dict[str, Any],
-    prompts: str | None,
-    validation: Any,
-    refresh: int,
-    share: float,
-    temperature: float,
-) -> None:
-    for name in weights:
-        if name not in get_args(Policy):
-            raise UserError(f"data.weights: {name!r} is no policy; there are {', '.join(get_args(Policy))}")
-    if any(weight < 0 for weight in weights.values()) or not sum(weights.values()) > 0:
-        raise UserError(f"data.weights: {weights} must be at least 0, and one above 0")
-    for name, files in given.items():
-        if weights.get(name) and not files:  # type: ignore[call-overload]
-            raise UserError(f"data.weights: {name} has a weight but data.{name} names no files")
-    written = [name for name in ("draft", "mixed") if weights.get(name)]
-    if written and prompts is None:
-        raise UserError(f"data.weights: {written[0]} has a weight but data.prompts names no file")
-    if validation is None and not any(weights.get(name) for name in given):  # type: ignore[call-overload]
-        raise UserError("data.validation: name files, there is no stored set to hold rows out from")
-    if refresh < 1 or not 0 <= share <= 1 or temperature < 0:
-        raise UserError(f"data: refresh {refresh} must be at least 1, share {share} in 0..1, temperature {temperature} >= 0")
+        parts = [None] * world_size
+        dist.all_gather_object(parts, answers)
+    return sorted((answer for part in parts for answer in part), key=lambda answer: answer[0])

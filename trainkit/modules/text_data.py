@@ -1,33 +1,32 @@
-"""Chats and texts as packed batches, for every module alike."""
+"""Chats and texts as packed batches, for language models and drafters alike."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
-
-from trainkit.data.loader import PackedLoader
+from trainkit.data.text.packing import PackedSet
 from trainkit.data.text.prepare import CACHE, Prepared, prepare
 from trainkit.errors import UserError
-from trainkit.modules.base import TrainingModule, global_seed
+from trainkit.modules.training_data import TrainingData, global_seed
 
 
-class TextData(LightningDataModule):
-    """Training and validation rows, tokenised once and packed.
+class TextData(TrainingData):
+    """Training and validation rows, tokenised once, cached on disk and packed.
 
     Args:
-        train: File, folder or hub name, or several.
-        validation: The same; by default a share of the training rows is held out.
-        tokenizer: Folder of the tokenizer; the module's model by default.
+        train: Training text: a file, a folder, the name of a data set on the hub, or a list of these.
+        validation: Validation text, named in the same way; by default a share of the training rows is held out.
+        tokenizer: Folder of the tokenizer; by default that of the model.
         length: Tokens in a packed row.
-        batch_size: Rows per micro-batch and process.
-        columns: Our column names -> the files', e.g. {prompt: instruction, response: output}.
-        on_bad_row: Stop at a bad row, or count it and go on.
-        on_long_row: A row longer than `length` that is not plain text: keep its beginning, count and leave out, or stop.
-        validation_share: Share of rows held out where no validation files are given.
-        limit: First rows of the training files to take.
-        limit_validation: First rows of the validation files to take.
-        cache: Folder that keeps prepared sets by content; ~/.cache/trainkit/data by default.
+        batch_size: Packed rows per micro-batch and process.
+        columns: Names of columns where they differ, as {our name: name in the files}, such as {prompt: instruction}.
+        on_bad_row: Stop at a row that cannot be read, or count it and continue.
+        on_long_row: For a row longer than `length` that is not plain text: train on its beginning, count it and leave it out,
+            or stop.
+        validation_share: Share of the rows that is held out where no validation files are given.
+        limit: Number of rows to read from the training files, from the first one.
+        limit_validation: Number of rows to read from the validation files, from the first one.
+        cache: Folder where prepared sets are cached by content; ~/.cache/trainkit/data by default.
     """
 
     def __init__(
@@ -45,11 +44,10 @@ class TextData(LightningDataModule):
         limit_validation: int | None = None,
         cache: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size)
         self.train = [train] if isinstance(train, str) else list(train)
         self.validation = [validation] if isinstance(validation, str) else validation
-        self.tokenizer = tokenizer
-        self.length, self.batch_size = length, batch_size
+        self.tokenizer, self.length = tokenizer, length
         self._options: dict[str, Any] = {
             "columns": columns,
             "on_bad_row": on_bad_row,
@@ -63,57 +61,41 @@ class TextData(LightningDataModule):
 
     @property
     def tokenizer_folder(self) -> str:
-        """The tokenizer these rows are read with."""
-        folder = self.tokenizer or self._module.tokenizer_folder
+        folder = self.tokenizer or self.module.tokenizer_folder
         if folder is None:
-            raise UserError("data.tokenizer: name the tokenizer's folder, the model brings none")
+            raise UserError("data.tokenizer: the model brings no tokenizer; set data.tokenizer to the folder of one")
         return folder
 
     @property
     def fingerprint(self) -> str | None:
-        """Digest of files, tokenizer and settings."""
         return None if self.prepared is None else self.prepared.fingerprint
 
     @property
-    def largest_id(self) -> int:
-        """The largest token id in the training rows."""
-        return 0 if self.prepared is None else int(self.prepared.train.tokens_N.max())
+    def rows(self) -> tuple[PackedSet, PackedSet]:
+        assert self.prepared is not None
+        return self.prepared.train, self.prepared.validation
+
+    @property
+    def training_sets(self) -> list[PackedSet]:
+        """All stored sets that are trained on."""
+        return [self.rows[0]]
+
+    def check_fits(self, vocab_size: int, max_positions: int) -> None:
+        if self.length > max_positions:
+            raise UserError(f"data.length is {self.length}, the model has {max_positions} positions; lower data.length")
+        largest = max((int(packed.tokens_N.max()) for packed in self.training_sets), default=0)
+        if largest >= vocab_size:
+            raise UserError(
+                f"data.tokenizer gives token id {largest}, the model's vocabulary has {vocab_size}; use its own tokenizer"
+            )
 
     def prepare_data(self) -> None:
-        # One process a node; the others find it cached.
+        # Lightning calls this in one process of each node; the others then read the cache.
         print(self._prepare().report)
 
     def setup(self, stage: str) -> None:
         if self.prepared is None:
             self.prepared = self._prepare()
 
-    def train_dataloader(self) -> PackedLoader:
-        assert self.prepared is not None and self.trainer is not None
-        return self._loader(self.prepared.train, self.trainer.accumulate_grad_batches, True)
-
-    def val_dataloader(self) -> PackedLoader:
-        assert self.prepared is not None
-        return self._loader(self.prepared.validation, 1, False)
-
-    test_dataloader = val_dataloader
-
-    @property
-    def _module(self) -> TrainingModule:
-        assert self.trainer is not None and isinstance(self.trainer.lightning_module, TrainingModule)
-        return self.trainer.lightning_module
-
     def _prepare(self) -> Prepared:
         return prepare(self.train, self.validation, self.tokenizer_folder, self.length, seed=global_seed(), **self._options)
-
-    def _loader(self, packed: Any, accumulate: int, shuffle: bool) -> PackedLoader:
-        assert self.trainer is not None
-        return PackedLoader(
-            packed,
-            self.batch_size,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            accumulate=accumulate,
-            shuffle=shuffle,
-            seed=global_seed(),
-            attach_window=shuffle and self._module.needs_window,
-        )

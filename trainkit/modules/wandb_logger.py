@@ -1,9 +1,9 @@
 """Weights & Biases: metrics, configuration and code revision of a run, and the bundle exported from it.
 
-A run folder has one W&B run. Its id lies in `wandb/run.json`, so that a resumed run, and an export, go on with it; everything
-that W&B writes lies beside it in `wandb/`. Offline, each of them leaves a record of its own under that id there, and
-`wandb sync RUN/wandb/offline-run-*` makes one run of them, in order of time. What a killed run had logged past its last
-checkpoint is logged again when it is resumed: to the same values, and W&B keeps both.
+A run folder has one W&B run. Its id is stored in `wandb/run.json`, so that a resumed run and an export continue it. Everything
+that W&B writes is beside this file, in `wandb/`. Offline, each process that continues the run leaves a record of its own there,
+and `wandb sync RUN/wandb/offline-run-*` joins the records in order of time. What a killed run logged after its last checkpoint
+is logged again when it resumes: with the same values, and W&B keeps both.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ import re
 import secrets
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from trainkit import bundle
 from trainkit.card import describe
 from trainkit.errors import UserError
+from trainkit.files import write_json
 
 STEP = "trainer/global_step"
-"""The axis of every chart, under the name that Lightning's own logger gives it."""
-_PLACES = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache", "WANDB_ARTIFACT_DIR": "artifacts"}
+"""The horizontal axis of every chart; Lightning's logger adds it to each row."""
+_FOLDERS = {"WANDB_DATA_DIR": "data", "WANDB_CACHE_DIR": "cache", "WANDB_ARTIFACT_DIR": "artifacts"}
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-class WandbLog(Logger):
-    """Logs to Weights & Biases, offline unless told otherwise; WANDB_MODE (online, offline, disabled) goes before `mode`.
+class WandbLog(WandbLogger):
+    """Logs to Weights & Biases, offline by default. WANDB_MODE (online, offline, disabled) overrides `mode`.
 
     `wandb sync RUN/wandb/offline-run-*` uploads what was logged offline. `trainkit export` of a checkpoint of the run adds the
-    bundle to it.
+    bundle to the run.
 
     Args:
-        project: By default what WANDB_PROJECT says, else trainkit.
-        entity: User or team; W&B's own default otherwise.
-        name: Of the run; by default the last two parts of the run folder.
-        tags: Of the run.
-        mode: `online` needs a network and a key (`wandb login`, or WANDB_API_KEY).
-        folder: Where to write; the run folder by default.
+        project: Project of the run; by default WANDB_PROJECT, or trainkit.
+        entity: User or team that owns the project; by default that of the W&B account.
+        name: Display name of the run; by default the last two parts of the run folder.
+        tags: Tags of the run.
+        mode: `offline`, or `online`, which needs a network and a key (`wandb login`, or WANDB_API_KEY).
+        folder: Folder to write to; the run folder by default.
     """
 
     def __init__(
@@ -59,108 +59,100 @@ class WandbLog(Logger):
         mode: Literal["offline", "online"] = "offline",
         folder: str | None = None,
     ) -> None:
-        super().__init__()
-        self.folder = folder  # nothing is checked here: the parser would wrap what is wrong into pages of its own
-        self._project, self._entity, self._name, self._tags = project, entity, name, tags
-        self._mode = mode
+        check_installed("leave configs/logger/wandb.yaml out")
+        super().__init__(name=name, project=project, save_dir=folder)  # type: ignore[arg-type]
+        self._own_project, self._entity, self._tags, self._mode = project, entity, tags, mode
         self._session: Session | None = None
-        self._first_row: int | None = None
 
     @property
-    def name(self) -> str:
-        return "wandb"
+    def experiment(self) -> Any:
+        """The W&B run, None before `begin`.
 
-    @property
-    def version(self) -> str:
-        return self._session.run.id if self._session else ""
-
-    @property
-    def save_dir(self) -> str | None:
-        return self.folder
+        Lightning's property would start the run before training is set up, so that a run that cannot start would leave a
+        folder, and it would join any W&B run that this process has already.
+        """
+        return self._experiment
 
     @rank_zero_only
     def begin(self, folder: str, config: str) -> None:
-        """Begins the run of this folder, or goes on with it.
+        """Starts the W&B run of this folder, or continues it.
 
         Args:
             folder: The run folder.
             config: The resolved configuration as YAML text.
 
         Raises:
-            UserError: wandb is not installed, W&B refuses, or the folder's run is of another project.
+            UserError: W&B refuses, or the folder has a W&B run of another project or entity.
         """
-        self.folder = self.folder or folder
         mode = chosen_mode(self._mode)
         if mode == "disabled":
             return
-        check_installed("leave configs/logger/wandb.yaml out")
-        place = Path(self.folder).resolve()
-        who = _identify(place, self._project, self._entity, mode)
-        self._first_row = _rows_before(place) if mode == "offline" else None
+        root = Path(self._save_dir or folder).resolve()
+        identity = _identify(root, self._own_project, self._entity, mode)
+        first_row = _rows_before(root) if mode == "offline" else None
         code = code_revision()
         values = (yaml.safe_load(config) or {}) | {"code": code}
-        name = self._name or "/".join(place.parts[-2:])
-        self._session = Session(place, who, 5.0, code, name=name, tags=list(self._tags) or None, config=values)
-        self._session.run.define_metric(STEP)
-        self._session.run.define_metric("*", step_metric=STEP)
+        name = self._name or "/".join(root.parts[-2:])
+        self._session = Session(root, identity, 5.0, code, name=name, tags=list(self._tags) or None, config=values)
+        self._experiment = run = self._session.run
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
+        if first_row is not None:
+            run.log({}, step=first_row, commit=False)  # W&B counts on from this row
         if mode == "offline":
-            print(f"W&B: offline; `wandb sync {place}/wandb/offline-run-*` uploads the run", file=sys.stderr)
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        pass  # `begin` was given the whole configuration
+            print(f"W&B: offline; `wandb sync {root}/wandb/offline-run-*` uploads the run", file=sys.stderr)
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self._session is not None:
-            row = metrics if step is None else {**metrics, STEP: int(step)}
-            self._session.run.log(row, step=self._first_row, commit=True)
-            self._first_row = None  # W&B counts on from it
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._experiment is not None:
+            super().log_metrics(metrics, step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        """Ends the run; Lightning's logger would leave this to the end of the process."""
         if self._session is not None:
             self._session.end(0 if status == "success" else 1)
-            self._session = None
+            self._session = self._experiment = None
 
 
 class Session:
-    """W&B at work on the run of a folder: nothing is written elsewhere, and `end` stops its service process too.
+    """A W&B run that is open: everything is written to the run folder, and `end` also stops W&B's service process.
 
     Args:
         folder: The run folder.
-        who: What `wandb/run.json` holds.
-        seconds: How long `end` may wait for uploads; 0 for as long as they take. What is left lies in the folder.
-        code: `code_revision`, where the run shall name it.
-        init: More for wandb.init.
+        identity: Contents of `wandb/run.json`.
+        seconds: Maximum time for `end` to wait for uploads; 0 for no limit. What is not uploaded remains in the folder.
+        code: Result of `code_revision`, to record it with the run.
+        init: Further arguments of wandb.init.
 
     Raises:
         UserError: W&B refuses.
     """
 
     def __init__(
-        self, folder: Path, who: Mapping[str, Any], seconds: float, code: Mapping[str, Any] | None = None, **init: Any
+        self, folder: Path, identity: Mapping[str, Any], seconds: float, code: Mapping[str, Any] | None = None, **init: Any
     ) -> None:
         import wandb
         from wandb.errors import Error
 
-        self._before = {name: os.environ.get(name) for name in _PLACES}
-        os.environ.update({name: str(folder / "wandb" / place) for name, place in _PLACES.items()})
+        self._environment = {name: os.environ.get(name) for name in _FOLDERS}
+        os.environ.update({name: str(folder / "wandb" / subfolder) for name, subfolder in _FOLDERS.items()})
         try:
             settings = wandb.Settings(
                 console="off",
-                silent=who["mode"] == "offline",
+                silent=identity["mode"] == "offline",
                 finish_timeout=seconds,
                 init_timeout=30,
-                x_transaction_log_flush_interval=0.5,  # what a kill may lose; by default 15 seconds
+                x_transaction_log_flush_interval=0.5,  # seconds of log that a kill may lose; 15 by default
                 disable_git=code is None,
                 git_root=str(_ROOT),
                 git_commit=code["commit"] if code else None,
             )
             self.run = wandb.init(
-                id=who["id"],
-                project=who["project"],
-                entity=who["entity"],
-                mode=who["mode"],
+                id=identity["id"],
+                project=identity["project"],
+                entity=identity["entity"],
+                mode=identity["mode"],
                 dir=str(folder),
                 resume="allow",
                 reinit="create_new",
@@ -169,10 +161,10 @@ class Session:
             )
         except (Error, ValueError, OSError) as error:
             self._leave()
-            raise UserError(f"W&B ({who['mode']}): {one_line(error)}; WANDB_MODE=offline goes on without a network") from error
+            raise UserError(f"W&B ({identity['mode']}): {one_line(error)}; WANDB_MODE=offline needs no network") from error
 
     def end(self, code: int) -> None:
-        """Ends the run with an exit code, everything logged on disk."""
+        """Ends the run with an exit code, with everything logged on disk."""
         try:
             self.run.finish(exit_code=code)
         finally:
@@ -181,20 +173,20 @@ class Session:
     def _leave(self) -> None:
         import wandb
 
-        if wandb.run is None:  # else the caller of our Python functions has a run of their own in this process
+        if wandb.run is None:  # otherwise the caller of our Python functions has an own run in this process
             wandb.teardown()
-        for name, value in self._before.items():
+        for name, value in self._environment.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
 
-# ---------------------------------------------------------------------------------------------------------- exported bundles
+# Exported bundles
 
 
 def tracked_folder(checkpoint: str) -> Path | None:
-    """The run folder of a checkpoint, where that run logged to W&B and WANDB_MODE does not disable it.
+    """The run folder of a checkpoint; None if that run did not log to W&B or WANDB_MODE disables it.
 
     Raises:
         UserError: wandb is not installed.
@@ -206,70 +198,70 @@ def tracked_folder(checkpoint: str) -> Path | None:
     return folder
 
 
-def attach(made: bundle.Bundle, folder: Path, checkpoint: str) -> str:
-    """Adds a bundle, as an artifact with its card, to the W&B run of a run folder; says so in one line.
+def attach(exported: bundle.Bundle, folder: Path, checkpoint: str) -> str:
+    """Adds a bundle with its card, as an artifact, to the W&B run of a run folder. Returns one line about it.
 
     Raises:
-        UserError: W&B refuses; the bundle stands all the same.
+        UserError: W&B refuses; the bundle remains.
     """
-    who = recorded(folder)
-    assert who is not None
-    who = {**who, "mode": chosen_mode(who["mode"])}
+    identity = recorded(folder)
+    assert identity is not None
+    identity = {**identity, "mode": chosen_mode(identity["mode"])}
     try:
-        session = Session(folder, who, 0.0)
+        session = Session(folder, identity, 0.0)
         code = 1
         try:
-            name = _log_bundle(session.run, made, checkpoint)
+            name = _log_bundle(session.run, exported, checkpoint)
             code = 0
         finally:
             session.end(code)
     except (UserError, OSError) as error:
-        again = "export again, or leave it out with --track false"
-        raise UserError(f"{made.path} is written, but not added to its W&B run: {one_line(error)}; {again}") from error
-    later = f"; `wandb sync {folder}/wandb/offline-run-*` uploads it" if who["mode"] == "offline" else ""
-    return f"W&B: added to run {who['id']} of project {who['project']} as artifact {name}{later}"
+        remedy = "export again, or leave it out with --track false"
+        raise UserError(f"{exported.path} is written, but not added to its W&B run: {one_line(error)}; {remedy}") from error
+    later = f"; `wandb sync {folder}/wandb/offline-run-*` uploads it" if identity["mode"] == "offline" else ""
+    return f"W&B: added to run {identity['id']} of project {identity['project']} as artifact {name}{later}"
 
 
-def _log_bundle(run: Any, made: bundle.Bundle, checkpoint: str) -> str:
+def _log_bundle(run: Any, exported: bundle.Bundle, checkpoint: str) -> str:
     import wandb
 
-    card = describe(made)
+    card = describe(exported)
     metadata = {
-        "kind": made.kind,
-        "metrics": dict(made.metrics),
-        "recipe": made.recipe,
-        "seed": made.seed,
-        "data": made.data,
-        "versions": dict(made.versions),
-        "target": made.target.get("fingerprint"),
+        "kind": exported.kind,
+        "metrics": dict(exported.metrics),
+        "recipe": exported.recipe,
+        "seed": exported.seed,
+        "data": exported.data,
+        "versions": dict(exported.versions),
+        "target": exported.target.get("fingerprint"),
         "checkpoint": str(Path(checkpoint).resolve()),
     }
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", made.path.name)[:128]
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", exported.path.name)[:128]
     artifact = wandb.Artifact(name, type="model", description=card, metadata=metadata)
-    for file in (*made.files, bundle.MANIFEST):
-        artifact.add_file(str(made.path / file), name=file)  # copies it: an upload may come much later
+    for file in (*exported.files, bundle.MANIFEST):
+        artifact.add_file(str(exported.path / file), name=file)  # copies the file: an upload may come much later
     with artifact.new_file("card.md") as stream:
         stream.write(card)
     run.log_artifact(artifact)
     return name
 
 
-# ------------------------------------------------------------------------------------------------------------------- the rest
+# Settings and records
 
 
-def check_installed(otherwise: str) -> None:
-    """Raises UserError where there is no wandb; `otherwise` says how to do without."""
+def check_installed(alternative: str) -> None:
+    """Raises UserError if wandb is not installed; `alternative` tells how to run without it."""
     if importlib.util.find_spec("wandb") is None:
-        raise UserError(f"W&B: wandb is not installed; pip install wandb, or {otherwise}")
+        raise UserError(f"W&B: wandb is not installed; pip install wandb, or {alternative}")
 
 
-def chosen_mode(given: str) -> str:
-    """What WANDB_MODE says, else `given`.
+def chosen_mode(default: str) -> str:
+    """The value of WANDB_MODE, or `default`.
 
     Raises:
-        UserError: WANDB_MODE says something else than online, offline or disabled.
+        UserError: WANDB_MODE is not online, offline or disabled.
     """
-    mode = os.environ.get("WANDB_MODE") or given
+    mode = os.environ.get("WANDB_MODE") or default
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # their older names
     if mode not in ("online", "offline", "disabled"):
         raise UserError(f"WANDB_MODE is {mode!r}; it must be online, offline or disabled")
@@ -277,10 +269,10 @@ def chosen_mode(given: str) -> str:
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
-    """What `wandb/run.json` of a run folder says: `id`, `project`, `entity`, `mode`; None where there is none.
+    """Contents of `wandb/run.json` in a run folder: `id`, `project`, `entity`, `mode`; None if there is no such file.
 
     Raises:
-        UserError: it is not readable.
+        UserError: the file is not readable.
     """
     path = folder / "wandb" / "run.json"
     if not path.is_file():
@@ -293,36 +285,29 @@ def recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def _identify(folder: Path, project: str | None, entity: str | None, mode: str) -> dict[str, Any]:
-    """The folder's W&B run, named in `wandb/run.json` before W&B hears of it, so that no kill makes two of it."""
+    """The folder's W&B run, written to `wandb/run.json` before W&B knows it, so that a kill cannot turn it into two runs."""
     project, entity = project or os.environ.get("WANDB_PROJECT"), entity or os.environ.get("WANDB_ENTITY")
-    then = recorded(folder)
-    if then is not None:
-        for name, value in (("project", project), ("entity", entity)):
-            if value not in (None, then[name]):
-                raise UserError(f"{folder}: its W&B run has {name} {then[name]}, not {value}; keep it, or begin a new run")
-    else:
-        then = {"id": secrets.token_hex(4), "project": project or "trainkit", "entity": entity}
-    who = {**then, "mode": mode}
-    path = folder / "wandb" / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(who, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return who
+    saved = recorded(folder) or {"id": secrets.token_hex(4), "project": project or "trainkit", "entity": entity}
+    for name, value in (("project", project), ("entity", entity)):
+        if value not in (None, saved[name]):
+            raise UserError(f"{folder}: its W&B run has {name} {saved[name]}, not {value}; keep it, or begin a new run")
+    identity = {**saved, "mode": mode}
+    write_json(folder / "wandb" / "run.json", identity)
+    return identity
 
 
 def _rows_before(folder: Path) -> int | None:
-    """A number for the first row, past those of every record there; None where there is none.
+    """A number for the first row that is greater than all row numbers in the folder's records; None if there are no records.
 
     W&B numbers the rows of each offline record from 0, but joins records only where their numbers ascend. A row takes more than
-    64 bytes.
+    64 bytes, so the size of the records divided by 64 is an upper bound of their number of rows.
     """
     size = sum(path.stat().st_size for path in (folder / "wandb").glob("*run-*/*.wandb"))
     return size // 64 or None
 
 
 def code_revision() -> dict[str, Any] | None:
-    """The git `commit` of this checkout and whether it is `dirty` (changed since); None where trainkit lies in no checkout."""
+    """The git `commit` of this checkout and whether it is `dirty` (changed since); None outside a git checkout of trainkit."""
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(_ROOT), *arguments]
@@ -335,5 +320,5 @@ def code_revision() -> dict[str, Any] | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """The first line of an exception's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

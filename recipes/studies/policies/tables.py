@@ -122,7 +122,7 @@ def useless(target: Path, drafter: Path, file: Path, out: Path, repeats: int = 7
     policies = ["cost-blind"] + (["cost"] if paced.predictor is not None else [])
     found: dict[str, Any] = {name: [] for name in policies}
     for policy in policies:
-        paced.pacer.costs(MAX_DEPTH, paced.predictor if policy == "cost" else None)  # measured now, outside the timed calls
+        paced.policies.costs(MAX_DEPTH, paced.predictor if policy == "cost" else None)  # measured now, outside the timed calls
     for repeat in range(repeats + 1):
         seconds = {}
         for name in ("plain", *policies):
