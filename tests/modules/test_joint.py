@@ -26,7 +26,7 @@ from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.losses.divergence import CrossEntropy, ForwardKL, TVDpp
-from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merged
+from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merge_adapter
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.modules.callbacks import Checkpoints
 from trainkit.modules.checkpoint import load_adapter
@@ -342,7 +342,7 @@ def test_a_merge_that_changes_the_logits_is_refused(trained, tiny_target, monkey
     delta = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.01 * delta(self, name))
     with pytest.raises(UserError, match="merging the adapter changed its logits"):
-        merged(tiny_target, adapter.shape, adapter.tensors, "mark")
+        merge_adapter(tiny_target, adapter.shape, adapter.tensors, "mark")
 
 
 def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp_path):

@@ -17,7 +17,7 @@ from trainkit.errors import UserError
 from trainkit.export.drafter import checked_format, export_drafter
 from trainkit.export.model import export_model
 from trainkit.export.predictor import export_predictor
-from trainkit.models.adapter import merged
+from trainkit.models.adapter import merge_adapter
 from trainkit.modules.checkpoint import (
     Adapter,
     holds_language_model,
@@ -123,5 +123,5 @@ def export_target(adapter: Adapter, folder: Path, out: Path, dtype: torch.dtype,
         raise UserError(f"{folder}: the target that was tuned is not there; say with --target where it is now")
     if weights_digest(folder) != adapter.target_weights:
         raise UserError(f"{folder}: its weights are not those that were tuned; say with --target where those are")
-    model = merged(folder, adapter.shape, adapter.tensors, adapter.target_weights)
+    model = merge_adapter(folder, adapter.shape, adapter.tensors, adapter.target_weights)
     return export_model(model, out, tokenizer=folder, dtype=dtype, own_ids=True, **card)
