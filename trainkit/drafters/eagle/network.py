@@ -33,7 +33,7 @@ from trainkit.drafters.eagle.unrolled import Entry, attend
 from trainkit.errors import UserError
 from trainkit.layers.attention import Attention, causal_bias, fold_bias, rotary_table, slot_index, tree_bias
 from trainkit.layers.blocks import GatedMLP
-from trainkit.layers.heads import WIDEST, checked_vocab, last_kept, trim_rows
+from trainkit.layers.heads import WIDEST, checked_vocab, last_accepted, trim_rows
 from trainkit.layers.linear import Linear
 from trainkit.layers.shape import DecoderShape
 from trainkit.losses.chunked import target_choices
@@ -252,7 +252,7 @@ class Eagle(Drafter):
         # past the accepted path this writes what the next rounds write over, before anything looks there
         places_BP = root_B[:, None] + torch.arange(next_BP.shape[1], device=root_B.device)
         output_BPD = self._read(state, next_BP, taps_BPAD, places_BP, handle, span)
-        state["root"].copy_(last_kept(output_BPD, counts_B, state["root"]))
+        state["root"].copy_(last_accepted(output_BPD, counts_B, state["root"]))
 
     def _read(
         self, state: State, next_BT: Tensor, taps_BTAD: Tensor, places_BT: Tensor, handle: TargetHandle, span: int

@@ -32,7 +32,7 @@ from trainkit.drafters.base import (
 )
 from trainkit.layers.attention import causal_bias, document_bias, fold_bias, rotary_table, slot_index
 from trainkit.layers.blocks import DecoderLayer
-from trainkit.layers.heads import WIDEST, OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
+from trainkit.layers.heads import WIDEST, OutputHeads, ResidualBlock, checked_heads, last_accepted, trim_rows
 from trainkit.layers.linear import Linear
 from trainkit.losses.output import heads_together
 from trainkit.models.load import load_decoder
@@ -112,7 +112,7 @@ class Hydra(Drafter):
             inputs_BTI = torch.cat([inputs_BTI, embedded_BTD.roll(1 - ahead, 1)], dim=-1)  # and E of the token before the label
             counted_BT, target_ND, labels_N = batch.ahead(ahead)
             hidden_ND = block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training))
-            projection = self.lm_heads.of(index, batch.handle.head)
+            projection = self.lm_heads.projection(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
         return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
@@ -153,7 +153,7 @@ class Hydra(Drafter):
         embedded_BFI = handle.embed(paths_BFL).flatten(2)
         inputs_BFI = torch.cat([state["hidden"].expand(-1, nodes, -1), embedded_BFI.to(state["hidden"].dtype)], dim=-1)
         hidden_BFD = self.blocks[depth](inputs_BFI)
-        return StepOutput(self.lm_heads.of(depth, handle.head)(hidden_BFD), self.ids_K, hidden_BFD)
+        return StepOutput(self.lm_heads.projection(depth, handle.head)(hidden_BFD), self.ids_K, hidden_BFD)
 
     def commit(
         self,
@@ -174,7 +174,7 @@ class Hydra(Drafter):
             positions_BP = root_B[:, None] + torch.arange(hidden_BPD.shape[1], device=root_B.device)
             bias = causal_bias(positions_BP, span, hidden_BPD.dtype)
             hidden_BPD = self.prefix(hidden_BPD, positions_BP, bias, state["cache"])
-        state["hidden"].copy_(last_kept(hidden_BPD, counts_B, state["hidden"]))
+        state["hidden"].copy_(last_accepted(hidden_BPD, counts_B, state["hidden"]))
 
     def step_bytes(self, head_bytes: int) -> int:
         own = sum(p.numel() * p.element_size() for p in self.parameters()) // len(self.blocks)  # a level reads one head

@@ -30,7 +30,7 @@ from trainkit.drafters.base import (
     TargetShape,
 )
 from trainkit.drafters.medusa.outside import check_heads, is_medusa, read_heads
-from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
+from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, last_accepted, trim_rows
 from trainkit.losses.output import heads_together
 from trainkit.models.load import check_finite, load_decoder
 
@@ -83,7 +83,7 @@ class Medusa(Drafter):
         for index, block in enumerate(self.blocks):
             ahead = index + 2
             counted_BT, target_ND, labels_N = batch.ahead(ahead)
-            hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.of(index, batch.handle.head)
+            hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.projection(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
         return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
@@ -106,7 +106,7 @@ class Medusa(Drafter):
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         hidden_B1D = self.blocks[frontier.depth](state["hidden"])
-        logits_B1K = self.lm_heads.of(frontier.depth, handle.head)(hidden_B1D)
+        logits_B1K = self.lm_heads.projection(frontier.depth, handle.head)(hidden_B1D)
         nodes = frontier.tokens_BF.shape[1]
         return StepOutput(logits_B1K.expand(-1, nodes, -1), self.ids_K, hidden_B1D.expand(-1, nodes, -1))
 
@@ -123,7 +123,7 @@ class Medusa(Drafter):
         span: int,
     ) -> None:
         assert taps_BPAD is not None
-        state["hidden"].copy_(last_kept(taps_BPAD[:, :, 0], counts_B, state["hidden"]))
+        state["hidden"].copy_(last_accepted(taps_BPAD[:, :, 0], counts_B, state["hidden"]))
 
     def step_bytes(self, head_bytes: int) -> int:
         own = sum(p.numel() * p.element_size() for p in self.parameters()) // len(self.blocks)
