@@ -107,7 +107,7 @@ def batch_of(target: FrozenTarget) -> dict[str, torch.Tensor]:
 
 def seen_by(target: FrozenTarget, batch: dict[str, torch.Tensor], taps=(-1,)) -> DraftBatch:
     names = ("tokens_BT", "positions_BT", "document_BT")
-    hidden, said = target(*(batch[name] for name in names), taps)
+    hidden, said = target.forward(*(batch[name] for name in names), taps)
     return DraftBatch(*(batch[name] for name in names), batch["mask_BT"], said, hidden, target.handle())
 
 

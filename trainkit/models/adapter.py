@@ -4,12 +4,10 @@ Hu et al. 2021, arXiv 2106.09685, by peft: y = W x + alpha / rank * B A x, with 
 adapters on the embedding and the output head, which drafters call directly, and dropout.
 """
 
-# B batch  T positions  A taps  D hidden
-
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +53,8 @@ class TunedTarget(FrozenTarget):
         adapter: Low-rank matrices by projection, shared with the model.
     """
 
+    frozen = False
+
     def __init__(self, folder: str | Path, shape: AdapterShape, **options: Any) -> None:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
@@ -87,14 +87,6 @@ class TunedTarget(FrozenTarget):
             yield
         finally:
             self.tuner.base_model.enable_adapter_layers()
-
-    def forward(
-        self, tokens_BT: Tensor, positions_BT: Tensor, document_BT: Tensor, taps: Sequence[int] = ()
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `FrozenTarget.forward`, but with gradients into the adapter where gradients are enabled."""
-        return self._states(tokens_BT, positions_BT, document_BT, taps)
-
-    __call__ = forward
 
 
 @torch.no_grad()

@@ -155,6 +155,9 @@ class FrozenTarget:
             head(backbone).
     """
 
+    frozen = True
+    """Whether `forward` runs without gradients; a tuned target's runs with them where gradients are enabled."""
+
     def __init__(
         self, folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, layers: bool = True
     ) -> None:
@@ -228,7 +231,6 @@ class FrozenTarget:
         """The embedding, final norm and output head of the loaded model."""
         return TargetHandle(self._embedding, self._final_norm, self._logits, vocab_size=self._head.weight.shape[0])
 
-    @torch.no_grad()
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor, document_BT: Tensor, taps: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
@@ -244,20 +246,12 @@ class FrozenTarget:
             document_BT: Document numbers, ascending within a row, -1 for padding at the end.
             taps: Indices of Hugging Face `hidden_states`: 0 the embeddings, i after i layers, the last (or -1) after the norm.
         """
-        return self._states(tokens_BT, positions_BT, document_BT, taps)
-
-    __call__ = forward
-
-    def _states(
-        self, tokens_BT: Tensor, positions_BT: Tensor, document_BT: Tensor, taps: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
         assert tokens_BT.shape == positions_BT.shape == document_BT.shape and len(self._layers) == self.num_layers
-        with self._recorded(taps) as states:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), self._recorded(taps) as states:
             output = self.backbone(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
-        states[len(self._layers)] = output.last_hidden_state
-        if not taps:
-            return output.last_hidden_state, None
-        return output.last_hidden_state, torch.stack([states[self.layer(tap)] for tap in taps], dim=2)
+            states[len(self._layers)] = output.last_hidden_state
+            tapped = torch.stack([states[self.layer(tap)] for tap in taps], dim=2) if taps else None
+        return output.last_hidden_state, tapped
 
     def layer(self, tap: int) -> int:
         """The number of layers before a tap; -1 gives `num_layers`.

@@ -34,7 +34,7 @@ from trainkit.layers.attention import causal_bias, document_bias, fold_bias, rot
 from trainkit.layers.blocks import DecoderLayer
 from trainkit.layers.heads import WIDEST, OutputHeads, ResidualBlock, checked_heads, last_accepted, trim_rows
 from trainkit.layers.linear import Linear
-from trainkit.losses.output import heads_together
+from trainkit.losses.output import combine_heads
 from trainkit.models.load import load_decoder
 
 
@@ -115,7 +115,7 @@ class Hydra(Drafter):
             projection = self.lm_heads.projection(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
-        return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
+        return combine_heads(outputs, [self.decay**index for index in range(len(outputs))], counted)
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         D = self.target.decoder.hidden_size

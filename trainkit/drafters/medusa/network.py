@@ -31,7 +31,7 @@ from trainkit.drafters.base import (
 )
 from trainkit.drafters.medusa.outside import check_heads, is_medusa, read_heads
 from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, last_accepted, trim_rows
-from trainkit.losses.output import heads_together
+from trainkit.losses.output import combine_heads
 from trainkit.models.load import check_finite, load_decoder
 
 _NAMES, _FILE_NAMES = re.compile(r"(blocks\.\d+)\.(\d+)\.linear\.(.*)"), re.compile(r"(blocks\.\d+)\.layers\.(\d+)\.(.*)")
@@ -86,7 +86,7 @@ class Medusa(Drafter):
             hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.projection(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
-        return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
+        return combine_heads(outputs, [self.decay**index for index in range(len(outputs))], counted)
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         return {"hidden": torch.zeros(batch_size, 1, self.target.decoder.hidden_size, device=device, dtype=dtype)}
