@@ -238,7 +238,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "drafter missing": (lambda it: it.generate(drafter="nowhere"), ("nowhere: no such folder", "give a drafter bundle")),
     "checkpoint missing": (lambda it: it.export(Path("nowhere.ckpt")), ("nowhere.ckpt", "give")),
     "checkpoint to resume from missing": (lambda it: it.fit(ckpt_path="nowhere.ckpt"), ("nowhere.ckpt", "give")),
-    "recipe missing": (lambda it: it.fit(Path("nowhere.yaml")), ("nowhere.yaml", "give one")),
+    "recipe missing": (lambda it: it.fit(Path("nowhere.yaml")), ("nowhere.yaml", "give a file")),
     "prompt file missing": (lambda it: it.generate(prompt="@nowhere.txt"), ("nowhere.txt", "give")),
     # rows
     "broken JSON in training rows": (
@@ -376,7 +376,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "missing weight file": (
         lambda it: it.generate(target=it.model(lambda path: (path / "model.safetensors").unlink())),
-        ("model.safetensors", "not found", "safetensors only"),
+        ("model.safetensors", "not found", "safetensors files"),
     ),
     "architecture not decoded": (
         lambda it: it.generate(target=it.model(config(model_type="gpt2"))),
@@ -388,7 +388,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "config.json that is no JSON": (
         lambda it: it.generate(target=it.model(lambda path: (path / "config.json").write_text("{"))),
-        ("config.json", "mend"),
+        ("config.json", "fix it"),
     ),
     "config.json with a wrong size": (
         lambda it: it.generate(target=it.model(config(num_hidden_layers="two"))),
@@ -527,7 +527,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "read-only folder for an export": (
         lambda it: failing(it, errno.EROFS, "out") or it.export(),
-        ("out", "Read-only file system", "another folder"),
+        ("out", "Read-only file system", "another path"),
     ),
     "read-only folder for a set": (
         lambda it: failing(it, errno.EROFS, "out") or it.distill(),

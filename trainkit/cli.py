@@ -111,13 +111,13 @@ def parse(command: str, function: Callable[..., Any], arguments: list[str]) -> d
     Raises:
         UserError: an unknown, missing or wrong argument.
     """
-    from trainkit.parser import Parser
+    from trainkit.parser import Formatter, Parser
 
     about, examples = _help_texts(inspect.getdoc(function) or "")
-    parser = Parser(prog=f"trainkit {command}", description=about, epilog=examples, formatter_class=_formatter())
+    parser = Parser(prog=f"trainkit {command}", description=about, epilog=examples, formatter_class=Formatter)
     parameters = inspect.signature(function).parameters.values()
     positional = {parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
-    flags = parser.add_function_arguments(function, as_group=False, skip={*positional})  # with those that **options stands for
+    flags = parser.add_function_arguments(function, as_group=False, skip={*positional})  # includes those of **options
     names = parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*flags}) + flags
     types = {action.dest: str(getattr(action, "_typehint", "")) for action in parser._actions}
     lists = {name for name in names if "list[str]" in types[name] or "tuple[str, ...]" in types[name]}
@@ -182,17 +182,6 @@ def _help_texts(docstring: str) -> tuple[str, str]:
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     examples = sections.get("Example", sections.get("Examples", ""))
     return parts[0].strip(), f"examples:\n{examples.rstrip()}" if examples else ""
-
-
-def _formatter() -> type:
-    import argparse
-
-    import jsonargparse
-
-    class Formatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-        """Keeps the line breaks of examples."""
-
-    return Formatter
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import importlib
@@ -26,6 +27,10 @@ class OneLine:
         if not self.exit_on_error:  # type: ignore[attr-defined]  # a trial parse of jsonargparse, which handles the error
             super().error(message, ex)  # type: ignore[misc]
         raise UserError(one_line(message, list(_names(self)))) from ex
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the line breaks of examples in the help."""
 
 
 class Parser(OneLine, jsonargparse.ArgumentParser):

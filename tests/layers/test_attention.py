@@ -1,4 +1,4 @@
-"""Biases, rotary rows and cache moves, against loops over their definitions."""
+"""Biases, rotary rows and cache moves, compared with loops over their definitions."""
 
 # B batch  T positions  S cache slots  M nodes of a round
 
@@ -110,7 +110,7 @@ def test_attention_equals_its_definition_with_and_without_a_cache(groups, norms,
             heads.append(scores.softmax(-1) @ v[:, :, g])
         assert torch.allclose(ours, attention.out(torch.cat(heads, dim=-1)), atol=1e-5)
 
-        # positions in slots of their own, in no order, unused slots full of other numbers
+        # each position in a random slot, unused slots full of other numbers
         slots = torch.tensor([[4, 0, 7, 2, 5, 1], [0, 1, 2, 3, 4, 5]])
         cache = torch.randn(2, 2 * groups, 9, 8)
         seen = torch.full((2, 6, 9), float("-inf"))

@@ -1,4 +1,4 @@
-"""The decoder computes the same packed and cached, and its taps are Hugging Face's hidden states."""
+"""The decoder computes the same on packed rows and with a cache, and its taps are Hugging Face's hidden states."""
 
 from dataclasses import replace
 

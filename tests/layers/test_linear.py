@@ -1,4 +1,4 @@
-"""The product for few rows equals `F.linear`, is used where it should be, and never while gradients are wanted."""
+"""The product for few rows equals `F.linear`, is used where it should be, and never while gradients are enabled."""
 
 import pytest
 import torch

@@ -87,7 +87,7 @@ def test_gradient_equals_finite_differences(seed, name, temperature):
 
 
 def surrogate(name: str, draft: Tensor, target: Tensor, weight: Tensor, temperature: float, frozen: Tensor) -> Tensor:
-    """-sum sg[q A] log q, without the value of TV that the loss carries."""
+    """-sum sg[q A] log q, without TV's value, which the loss has as well."""
     p, q = (target / temperature).softmax(-1), (frozen / temperature).softmax(-1)
     reward = (p > q).double()
     mu = (q * reward).sum(-1, keepdim=True)
@@ -123,7 +123,7 @@ def whole(draft: Tensor, target: Tensor, loss: D.ChunkedDivergence) -> tuple[Los
 
 
 def test_tvdpp_facts(seed):
-    """Exact sum: over the batch TV's gradient times a constant, by position a reweighting of tokens; TV's value always."""
+    """TVD++ with the exact sum: value of TV; gradient of TV times a constant (batch) or a factor per token (position)."""
     draft, target = torch.randn(16, 30, dtype=torch.float64), torch.randn(16, 30, dtype=torch.float64)
     (tv, tv_gradient), (batch, batch_gradient) = (whole(draft, target, loss) for loss in (D.TV(), TVDpp(normalise="batch")))
     position, position_gradient = whole(draft, target, TVDpp(normalise="position"))
@@ -131,7 +131,7 @@ def test_tvdpp_facts(seed):
     ratio = batch_gradient / tv_gradient
     torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-9, atol=0)
     weights = position_gradient / tv_gradient
-    torch.testing.assert_close(weights, weights[:, :1].expand_as(weights), rtol=1e-9, atol=0)  # one factor a token ...
+    torch.testing.assert_close(weights, weights[:, :1].expand_as(weights), rtol=1e-9, atol=0)  # one factor per token ...
     assert weights[:, 0].std() > 1e-3 * weights[:, 0].mean()  # ... but not the same for all
     mu = (draft.softmax(-1) * (target.softmax(-1) > draft.softmax(-1))).sum(-1)
     torch.testing.assert_close(weights[:, 0], 1 / ((mu * (1 - mu)).sqrt() + 1e-6), rtol=1e-9, atol=0)
@@ -147,13 +147,13 @@ def test_sampled_tvdpp_is_unbiased(seed, normalise):
 
 
 def test_the_baseline_reduces_the_variance_of_sampled_gradients(seed):
-    """Against the same draws with A = r / (sigma + eps), which has the same expectation (the mean cancels)."""
+    """Compared with the same draws and A = r / (sigma + eps), which has the same expectation (the mean cancels)."""
     draft = torch.randn(1, 12, dtype=torch.float64)
     target = draft + 0.3 * torch.randn(1, 12, dtype=torch.float64)
     q = draft.softmax(-1)
     reward = (target.softmax(-1) > q).double()
     mu = (q * reward).sum()
-    if mu < 0.5:  # the claim is about a common reward; swap the roles to get one
+    if mu < 0.5:  # the claim holds for a frequent reward; swap the roles to get one
         draft, target = target, draft
         q = draft.softmax(-1)
         reward = (target.softmax(-1) > q).double()
@@ -179,7 +179,9 @@ def test_sampled_draws_come_from_the_generator_and_not_from_the_chunking(seed):
         torch.manual_seed(seed)
         gradients.append(whole(draft, target, TVDpp("sampled", samples=4, chunk=chunk))[1])
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
-    assert not torch.equal(gradients[0], whole(draft, target, TVDpp("sampled", samples=4, chunk=3))[1])  # and they move on
+    assert not torch.equal(
+        gradients[0], whole(draft, target, TVDpp("sampled", samples=4, chunk=3))[1]
+    )  # new draws in the next call
 
 
 def test_jsd_tends_to_both_kls(seed):
@@ -215,7 +217,7 @@ def test_extreme_logits_stay_finite(seed, name, dtype):
     output.sum.backward()
     assert output.sum.isfinite() and all(value.isfinite() for value in output.metrics.values())
     assert logits.grad is not None and logits.grad.isfinite().all()
-    # and with a vocabulary trimmed to ids of which the target allows none in row 1
+    # and with a trimmed vocabulary in which the target has probability 0 in row 1
     trimmed = draft[:, 3:7].detach().clone().requires_grad_()
     output = loss.measuring()(trimmed, identity, target, identity, ids_K=torch.tensor([3, 4, 5, 6]))
     output.sum.backward()

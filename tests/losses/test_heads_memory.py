@@ -1,7 +1,7 @@
-"""Several heads over a large vocabulary: what a training step of Medusa keeps, against whole logits, as test_memory measures.
+"""Memory of a training step of Medusa with several heads and a large vocabulary, compared with whole logits.
 
-The heads share the target's projection, so that weights are no more than one [V, D] (own projections would add four of them,
-their gradients and the optimiser's moments, the same for either way of computing the loss).
+The heads share the target's projection, so that the weights are only one [V, D]; projections of their own would add four of
+them, their gradients and the optimiser's moments, equally for both ways of computing the loss.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _step(variant: str, tokens: int, chunk: int, seed: int, connection: Connecti
     def loss(batch: DraftBatch) -> torch.Tensor:
         return naive(draft, batch) if variant == "naive" else draft(batch, ForwardKL(chunk=chunk)).mean
 
-    loss(small).backward()  # gradients, and what libraries allocate once
-    optimizer.step()  # and the moments, all of them there before the step that is measured
+    loss(small).backward()  # allocates gradients, and what libraries allocate once
+    optimizer.step()  # allocates the moments before the measured step
     optimizer.zero_grad(set_to_none=False)
     torch.manual_seed(seed)
     for parameter in draft.parameters():
@@ -99,7 +99,7 @@ def _step(variant: str, tokens: int, chunk: int, seed: int, connection: Connecti
 
 
 def measure(seed: int, variant: str, tokens: int, chunk: int = 0) -> tuple[int, float, dict[str, torch.Tensor]]:
-    """Of one step: bytes above weights, gradients and optimiser state, its loss, and its gradients."""
+    """Bytes of one step on top of weights, gradients and optimiser state; its loss; its gradients."""
     bytes_, seconds, (loss, gradients) = alone(_step, variant, tokens, chunk, seed)
     named = f"{variant}, {tokens} tokens" + (f", chunk {chunk}" if chunk else "")
     print(f"{named}: {bytes_ / 2**30:.2f} GiB activations, {seconds:.1f} s of one core", flush=True)
@@ -109,11 +109,10 @@ def measure(seed: int, variant: str, tokens: int, chunk: int = 0) -> tuple[int, 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_four_heads_over_128k_tokens_of_vocabulary_need_a_quarter_of_whole_logits(seed):
-    """With the divergence's own chunk. Whole logits of 2048 tokens are more than many a machine has: those of 1024 are
-    measured, and as they grow with the tokens, twice as much stands for 2048.
+    """With the default chunk. Whole logits of 2048 tokens exceed the memory of many machines, so 1024 tokens are measured;
+    memory grows linearly with tokens, so twice that is taken for 2048.
 
-    Gradients of 1024 tokens are equal but for float32 rounding of sums over 131072 columns in another order: 1e-3 of the
-    largest.
+    Gradients of 1024 tokens agree within 1e-3 of the largest: float32 sums over 131072 columns run in another order.
     """
     chunk = ForwardKL().chunk
     whole, loss, gradients = measure(seed, "naive", TOKENS // 2)
@@ -127,23 +126,23 @@ def test_four_heads_over_128k_tokens_of_vocabulary_need_a_quarter_of_whole_logit
 
 
 def test_small_heads_have_the_gradients_of_whole_logits(seed):
-    """The comparison above where float64 leaves rounding out: chunks of 5 tokens, 4 heads, equal to 1e-10."""
+    """The comparison above in float64, almost without rounding: chunks of 5 tokens, 4 heads, equal to 1e-10."""
     head = torch.nn.Linear(16, 50, bias=False).double().requires_grad_(False)
     draft = Medusa(shape(50, 16), num_heads=HEADS, head="target").double()
     for parameter in draft.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    batch, found = batch_of(23, 50, 16, head), []
+    batch, results = batch_of(23, 50, 16, head), []
     for loss in (naive(draft, batch), draft(batch, ForwardKL(chunk=5)).mean):
         draft.zero_grad()
         loss.backward()
-        found.append([loss.item(), *(parameter.grad.clone() for parameter in draft.parameters())])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        results.append([loss.item(), *(parameter.grad.clone() for parameter in draft.parameters())])
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(whole, chunked, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("head", ["own", "target"])
 def test_only_counted_positions_reach_the_vocabulary(head, tiny_target, seed):
-    """Each projection sees the rows with a counted label, in forward and again in backward; NaN elsewhere does no harm."""
+    """Each projection sees the rows with a counted label, in forward and again in backward; NaN elsewhere has no effect."""
     teacher, seen = FrozenTarget(tiny_target), {"target": 0, "own": 0}
     draft = Medusa(teacher.shape(), num_heads=HEADS, head=head)
     draft.initialise(tiny_target)
@@ -155,18 +154,18 @@ def test_only_counted_positions_reach_the_vocabulary(head, tiny_target, seed):
     for projection in draft.lm_heads:
         projection.register_forward_hook(lambda module, given, out: seen.update(own=seen["own"] + given[0].shape[0]))
     tokens = torch.randint(320, (2, 30))
-    places, document = torch.arange(30).expand(2, -1), torch.tensor([[0] * 17 + [1] * 9 + [-1] * 4, [0] * 30])
+    positions, document = torch.arange(30).expand(2, -1), torch.tensor([[0] * 17 + [1] * 9 + [-1] * 4, [0] * 30])
     mask = (torch.rand(2, 30) < 0.4) & (document >= 0)
-    hidden, _ = teacher.forward(tokens, places, document)
+    hidden, _ = teacher.forward(tokens, positions, document)
     handle: Any = TargetHandle(teacher.handle().embed, counting, 320)
-    batch = DraftBatch(tokens, places, document, mask, hidden[:, :, None].clone(), hidden.clone(), handle)
+    batch = DraftBatch(tokens, positions, document, mask, hidden[:, :, None].clone(), hidden.clone(), handle)
     counted = [batch.label_mask(index + 2) for index in range(HEADS)]
     total = sum(int(counted_BT.sum()) for counted_BT in counted)
     used_BT = torch.stack(counted).any(0)
-    said_BT = torch.stack([counted_BT.roll(index + 1, 1) for index, counted_BT in enumerate(counted)]).any(0)
-    assert batch.taps_BTAD is not None and bool((~used_BT).any()) and bool((~said_BT).any())
+    predicted_BT = torch.stack([counted_BT.roll(index + 1, 1) for index, counted_BT in enumerate(counted)]).any(0)
+    assert batch.taps_BTAD is not None and bool((~used_BT).any()) and bool((~predicted_BT).any())
     batch.taps_BTAD[~used_BT] = float("nan")
-    batch.hidden_BTD[~said_BT] = float("nan")
+    batch.hidden_BTD[~predicted_BT] = float("nan")
     output = draft(batch, ForwardKL(chunk=7))
     assert float(output.count) == total and output.sum.isfinite()
     output.mean.backward()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainkit.losses.divergence import acceptance, agreement, coupled_acceptance
+from trainkit.losses.measures import acceptance, agreement, coupled_acceptance
 
 
 def race_agreement(p: torch.Tensor, q: torch.Tensor, draws: int) -> tuple[float, float]:
@@ -51,7 +51,7 @@ def test_coupled_acceptance_is_continuous_where_a_probability_goes_to_zero(seed)
 
 
 def test_coupled_acceptance_orders_single_precision_as_double(seed):
-    """Over nine orders of magnitude, with a draft that is exactly right on some tokens and zeros on either side."""
+    """Over nine orders of magnitude, with p = q at some tokens and zeros in p or q at others."""
     p, q = (torch.randn(40, 3000).mul(4).softmax(-1) for _ in range(2))
     q[:, :50] = p[:, :50]
     p[:, 100:700], q[:, 500:1200] = 0, 0

@@ -1,7 +1,7 @@
-"""The reason for chunks: what one training step of the loss keeps in memory, measured on the process itself.
+"""The reason for chunks: memory of one training step of the loss, measured on the process itself.
 
-Each variant runs in its own process. What is there before the step (weights, gradients already allocated, inputs, libraries
-warmed up by a small step) and the step's peak are read as resident.py says.
+Each variant runs in its own process. A small step before the measured one allocates gradients and warms up libraries; weights
+and inputs exist as well. resident.py tells how memory is measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _step(variant: str, chunk: int, seed: int, connection: Connection) -> None:
 
 
 def measure(seed: int, variant: str, chunk: int = 0) -> tuple[int, float, float]:
-    """Of one forward and backward: bytes above what was there before, seconds of one core, norm of the head's gradient."""
+    """Bytes that one forward and backward adds, CPU seconds, and norm of the head's gradient."""
     result = alone(_step, variant, chunk, seed)
     print(f"{variant} chunk {chunk or TOKENS}: {result[0] / 2**30:.2f} GiB activations, {result[1]:.1f} s")
     return result
@@ -56,4 +56,4 @@ def test_chunks_need_at_most_a_third_of_the_memory_of_whole_logits(seed):
         bytes_, _, ours = measure(seed, variant, chunk)
         assert bytes_ <= naive / 3
         if variant == "tv":
-            assert ours == pytest.approx(norm, rel=1e-3)  # it is the same gradient; float32 over 131072 columns
+            assert ours == pytest.approx(norm, rel=1e-3)  # the same gradient, in float32 over 131072 columns

@@ -28,7 +28,7 @@ def with_settings(loss: ChunkedDivergence, chunk: int = 1024, temperature: float
 
 
 class Case:
-    """Random logits in float64, of which not all count."""
+    """Random logits in float64 with a random mask."""
 
     def __init__(self, seed: int, trimmed: bool = False, stored: int = k) -> None:
         self.seed = seed
@@ -52,7 +52,7 @@ class Case:
         return output, torch.autograd.grad(output.sum, logits)[0]
 
     def merged(self, name: str, draft: Tensor, frozen: Tensor) -> Tensor:
-        """The loss over whole buckets: the stored tokens, the rest, and last what lies outside a trimmed vocabulary."""
+        """The loss over buckets: the stored tokens, the rest, and last the tokens outside a trimmed vocabulary."""
         ids = torch.arange(V) if self.ids is None else self.ids
         if name == "ce":
             column = (ids[None] == self.labels[:, None]).int().argmax(-1)
@@ -134,7 +134,7 @@ def test_all_tokens_stored_is_the_whole_teacher_bit_for_bit(seed, name, trimmed)
         loss = with_settings(WITH_SAMPLED[name], chunk=5)
         same(case.run(loss, labelled=labelled), case.run(loss, whole=True, labelled=labelled), rtol=0, atol=0)
     loss = with_settings(WITH_SAMPLED[name], temperature=0.7)
-    if name != "tvdpp_sampled":  # whose draws may fall on the other side of a rounding
+    if name != "tvdpp_sampled":  # its draws may change by rounding
         same(case.run(loss), case.run(loss, whole=True), rtol=1e-11, atol=1e-13)  # one softmax more, in float64
 
 
@@ -149,7 +149,7 @@ def test_value_and_gradient_are_those_of_the_buckets(seed, name, trimmed):
     torch.testing.assert_close(output.sum, total.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
     if name.startswith("tvdpp"):
-        return  # its value is TV's, which moves; the surrogate alone is differentiated, above
+        return  # its value is TV's, but the gradient is that of the surrogate, compared above
     step = 1e-6
     for i in torch.randperm(case.draft.numel())[:40].tolist():
         nudge = torch.zeros(case.draft.numel(), dtype=torch.float64)
@@ -174,14 +174,14 @@ def test_stored_values_are_bounds_that_tighten_with_k(seed, trimmed):
             each = [alone(case.draft[i : i + 1], identity, teacher[0][i : i + 1], teacher[1], case.ids) for i in range(N)]
             values.append(torch.stack([output.sum for output in each]))
             alphas.append(torch.stack([output.metrics["alpha"] for output in each]))
-        bound, alpha = torch.stack(values), torch.stack(alphas)  # [k, N], every token by itself
+        bound, alpha = torch.stack(values), torch.stack(alphas)  # [k, N], one value per token
         assert (bound.diff(dim=0) >= -1e-12).all() and (alpha.diff(dim=0) <= 1e-12).all(), name
-        assert (bound[0] < bound[-1] - 1e-6).any() and (alpha[0] > alpha[-1] + 1e-6).any(), name  # and not already tight
+        assert (bound[0] < bound[-1] - 1e-6).any() and (alpha[0] > alpha[-1] + 1e-6).any(), name  # not tight at k = 1
 
 
 def test_agreement_is_exact_whatever_is_stored(seed):
     case = Case(seed, trimmed=True)
-    case.draft = case.target[:, case.ids].clone()  # they agree wherever the choice is in the draft's vocabulary
+    case.draft = case.target[:, case.ids].clone()  # they agree if the choice is in the draft's vocabulary
     whole = case.run(ForwardKL(), whole=True)[0].per_token["agreement"]
     assert whole.any()
     for stored in (1, 4, V):
@@ -202,8 +202,8 @@ def test_cross_entropy_is_exact_with_one_stored_token(seed, trimmed, labelled):
 def test_a_trimmed_vocabulary_that_is_stored_whole_is_exact(seed, name):
     case = Case(seed, trimmed=True)
     assert case.ids is not None
-    case.target[:, case.ids] += 20  # all of S among the stored, so that the rest lies outside
-    case.target[:, (case.ids[0] + 1) % V] += 18  # and something of weight beside it
+    case.target[:, case.ids] += 20  # all of S is stored, so that the rest is outside
+    case.target[:, (case.ids[0] + 1) % V] += 18  # and a likely token outside S
     case.stored(K + 2)
     loss = with_settings(LOSSES[name], chunk=5)
     same(case.run(loss), case.run(loss, whole=True), rtol=1e-9, atol=1e-12)
@@ -233,10 +233,11 @@ def test_batch_statistics_over_micro_batches_equal_one_batch(seed):
     case = Case(seed)
     loss, first = TVDpp(normalise="batch", chunk=3), TVDpp(normalise="batch", chunk=3).first_pass()
     expected = case.run(loss)[1]
-    logits, parts = case.draft.clone().requires_grad_(), [slice(0, 5), slice(5, N)]
+    logits, parts, outputs = case.draft.clone().requires_grad_(), [slice(0, 5), slice(5, N)], []
     for part in parts:
-        first(logits[part], identity, case.rows[part], case.head, None, case.mask[part])
-    final = loss.with_statistics(first.sums, first.count)  # type: ignore[arg-type]
+        outputs.append(first(logits[part], identity, case.rows[part], case.head, None, case.mask[part]))
+    sums = {"reward": torch.stack([output.metrics["reward"] for output in outputs]).sum()}
+    final = loss.with_statistics(sums, torch.stack([output.count for output in outputs]).sum())
     for part in parts:
         final(logits[part], identity, case.rows[part], case.head, None, case.mask[part]).sum.backward()
     assert logits.grad is not None
@@ -250,9 +251,9 @@ def test_extreme_logits_stay_finite(seed, name, dtype):
     draft[0, 0], draft[0, 1], target[0, 0], target[0, 1] = 1e4, -1e4, -1e4, 1e4
     target[1, 2:] = -torch.inf  # nothing in the rest
     target[2] = draft[2]
-    draft[3], draft[3, 4] = -torch.inf, 0.0  # the draft forbids the rest, or all of it but one
+    draft[3], draft[3, 4] = -torch.inf, 0.0  # q is 0 on the rest, or on all of it but one token
     target[3, 4] = 9.0
-    draft[4, target[4].topk(3).indices] = -torch.inf  # ... or all that is stored
+    draft[4, target[4].topk(3).indices] = -torch.inf  # ... or on all stored tokens
     target[5], target[5, 4] = -torch.inf, 0.0
     for ids in (None, torch.tensor([3, 5, 8, 6])):
         logits = (draft if ids is None else draft[:, ids].nan_to_num(neginf=-1e4)).to(dtype, copy=True).requires_grad_()

@@ -1,4 +1,4 @@
-"""The decoder computes what transformers computes, for every layout it covers, and refuses by name what it does not."""
+"""The decoder computes what transformers computes for every supported layout, and refuses unsupported models by name."""
 
 # T positions  V vocabulary
 
@@ -13,7 +13,16 @@ from tests.support.equality import assert_few, compare, exact_logits
 from tests.support.models import ragged_prompts
 from tests.support.targets import make_target
 from trainkit.errors import UserError
-from trainkit.models.load import check_covered, decoder_shape, hf_tensors, load_decoder, read_config, read_tensors, save_decoder
+from trainkit.models.load import (
+    check_covered,
+    decoder_shape,
+    find_device,
+    hf_tensors,
+    load_decoder,
+    read_config,
+    read_tensors,
+    save_decoder,
+)
 from trainkit.runner import Runner
 from trainkit.runner.sampling import Sampling
 
@@ -54,7 +63,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_greedy_text_equal_transformers(name, tmp_path, seed):
-    """Logits over a long text, then plain and speculative text against `generate`, over ragged prompts."""
+    """Logits over a long text, then plain and speculative decoding against `generate` on prompts of different lengths."""
     model_type, fields = MODELS[name]
     folder = make_target(tmp_path, model_type, seed=seed, num_hidden_layers=2, max_position_embeddings=512, **fields)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -62,7 +71,7 @@ def test_logits_and_greedy_text_equal_transformers(name, tmp_path, seed):
     with torch.no_grad():
         logits = theirs.double()(text).logits[0]
     theirs = theirs.float()
-    # both in float64, where a difference in the formulas stands out; transformers' norms and rotary angles stay float32
+    # both in float64, which shows a difference in the formulas; transformers' norms and rotary angles stay float32
     assert (exact_logits(load_decoder(folder), text[0].tolist()) - logits).abs().max() < 1e-4 * logits.abs().max()
 
     prompts = ragged_prompts(6, 320)
@@ -109,7 +118,7 @@ def test_weights_are_loaded_in_the_dtype_asked_for(tiny_target, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_decoder_without_layers_reads_embedding_norm_and_head_alone(tied, tmp_path):
-    """Broken weights of a layer are not looked at; broken weights of its own are."""
+    """Broken weights of a layer are not read; a broken final norm is."""
     folder = make_target(tmp_path, tie_word_embeddings=tied)
     whole, ends = load_decoder(folder, dtype=torch.float32), load_decoder(folder, dtype=torch.float32, layers=False)
     assert len(ends.layers) == 0 and torch.equal(ends.head_weight, whole.head_weight)
@@ -133,7 +142,7 @@ def test_weights_in_several_files_are_read(tiny_target, tmp_path):
 
 
 def edited(source, folder, **fields):
-    """A copy of a model folder whose config says otherwise; None removes a field."""
+    """A copy of a model folder with other values in its config."""
     folder.mkdir()
     for path in source.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -193,3 +202,9 @@ def test_shape_reads_old_configs_without_rope_parameters(tiny_target, tmp_path):
     rope = decoder_shape(read_config(tmp_path)).rope
     assert (rope["rope_type"], rope["rope_theta"], rope["factor"]) == ("linear", 777.0, 2.0)
     check_covered(read_config(tmp_path), tmp_path, 10)
+
+
+def test_the_automatic_device_is_a_gpu_if_there_is_one():
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(UserError, match="'toaster': unknown device; use cpu, cuda or auto"):
+        find_device("toaster")

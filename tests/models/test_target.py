@@ -1,4 +1,4 @@
-"""The frozen teacher: packing is exact, taps are Hugging Face's hidden states, and odd models are refused."""
+"""The frozen target: packing is exact, taps are Hugging Face's hidden states, and unsupported models are refused."""
 
 from pathlib import Path
 
@@ -79,8 +79,8 @@ def test_taps_are_hidden_states(model_type, tmp_path, seed):
     hidden_BTD, taps_BTAD = FrozenTarget(tmp_path).forward(tokens_BT, positions_BT, torch.zeros_like(tokens_BT), taps)
     states = model(tokens_BT, output_hidden_states=True).hidden_states
     assert taps_BTAD is not None and taps_BTAD.shape == (2, 7, 5, 32)
-    for place, tap in enumerate(taps):
-        assert (taps_BTAD[:, :, place] - states[tap]).abs().max() < 1e-5, tap
+    for index, tap in enumerate(taps):
+        assert (taps_BTAD[:, :, index] - states[tap]).abs().max() < 1e-5, tap
     assert torch.equal(taps_BTAD[:, :, -1], hidden_BTD)
 
 

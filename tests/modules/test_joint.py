@@ -25,7 +25,7 @@ from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.losses.divergence import CrossEntropy, ForwardKL, TVDpp
-from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merged
+from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merge_adapter
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.modules.callbacks import Checkpoints
 from trainkit.modules.checkpoint import load_adapter
@@ -106,7 +106,7 @@ def batch_of(target: FrozenTarget) -> dict[str, torch.Tensor]:
 
 def seen_by(target: FrozenTarget, batch: dict[str, torch.Tensor], taps=(-1,)) -> DraftBatch:
     names = ("tokens_BT", "positions_BT", "document_BT")
-    hidden, said = target(*(batch[name] for name in names), taps)
+    hidden, said = target.forward(*(batch[name] for name in names), taps)
     return DraftBatch(*(batch[name] for name in names), batch["mask_BT"], said, hidden, target.handle())
 
 
@@ -345,7 +345,7 @@ def test_a_merge_that_changes_the_logits_is_refused(trained, tiny_target, monkey
     delta = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.01 * delta(self, name))
     with pytest.raises(UserError, match="merging the adapter changed its logits"):
-        merged(tiny_target, adapter.shape, adapter.tensors, "mark")
+        merge_adapter(tiny_target, adapter.shape, adapter.tensors, "mark")
 
 
 def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp_path):

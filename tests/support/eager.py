@@ -1,4 +1,4 @@
-"""Every divergence written out over whole logits and left to autograd: what the closed-form, chunked code is compared with."""
+"""Every divergence written out on whole logits, differentiated by autograd: the reference for the closed-form, chunked code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOSSES: dict[str, ChunkedDivergence] = {
     "lk": LK(),
     "lk_hybrid": LK(hybrid=True),
 }
-"""Every divergence whose gradient is not random."""
+"""The divergences with a deterministic gradient."""
 
 
 def eager(
@@ -38,12 +38,12 @@ def eager(
     Args:
         labels_N: Columns of the draft.
         weight_N: 1 where the token counts, else 0.
-        frozen_NK: Draft logits within stop-gradients; `draft_NK` when None. Finite differences keep them still.
+        frozen_NK: Draft logits within stop-gradients, which finite differences hold fixed; None: `draft_NK`.
     """
     log_q = (draft_NK / temperature).log_softmax(-1)
     q = log_q.exp()
-    still = (draft_NK if frozen_NK is None else frozen_NK).detach() / temperature
-    still_q = still.softmax(-1)
+    frozen = (draft_NK if frozen_NK is None else frozen_NK).detach() / temperature
+    frozen_q = frozen.softmax(-1)
     log_p = (target_NV.detach() / temperature).log_softmax(-1)
     if ids_K is not None:
         log_p = log_p[:, ids_K]
@@ -66,15 +66,15 @@ def eager(
     elif name == "lk":
         loss = -alpha.log()
     elif name == "lk_hybrid":
-        lam = torch.exp(-3 * torch.minimum(p, still_q).sum(-1))
+        lam = torch.exp(-3 * torch.minimum(p, frozen_q).sum(-1))
         loss = lam * kl + (1 - lam) * (1 - alpha)
     else:
-        reward = (p > still_q).to(q.dtype)
-        mu = (still_q * reward).sum(-1, keepdim=True)
-        square = (still_q * reward**2).sum(-1, keepdim=True)
+        reward = (p > frozen_q).to(q.dtype)
+        mu = (frozen_q * reward).sum(-1, keepdim=True)
+        square = (frozen_q * reward**2).sum(-1, keepdim=True)
         if name == "tvdpp_batch":
             mu, square = ((x[:, 0] * weight_N).sum() / weight_N.sum() for x in (mu, square))
         advantage = (reward - mu) / ((square - mu**2).sqrt() + 1e-6)
-        surrogate = -(still_q * advantage * log_q).sum(-1)
+        surrogate = -(frozen_q * advantage * log_q).sum(-1)
         loss = (1 - alpha).detach() + surrogate - surrogate.detach()
     return (loss * weight_N).sum()

@@ -17,7 +17,7 @@ from trainkit.export.checks import layout_for
 from trainkit.export.drafter import export_drafter
 from trainkit.export.model import export_model
 from trainkit.export.predictor import export_predictor
-from trainkit.models.adapter import merged
+from trainkit.models.adapter import merge_adapter
 from trainkit.modules.checkpoint import (
     Info,
     holds_language_model,
@@ -117,7 +117,7 @@ def _export_drafter(
             raise UserError(
                 f"{folder}: its weights are not those that were tuned; give the tuned target's folder with --target"
             )
-        model = merged(folder, adapter.shape, adapter.tensors, adapter.target_weights)
+        model = merge_adapter(folder, adapter.shape, adapter.tensors, adapter.target_weights)
         tuned_path = path.with_name(f"{path.name}-target")
         tuned = export_model(model, tuned_path, tokenizer=folder, dtype=dtype, own_ids=True, **_card(info))
         drafter.target = replace(drafter.target, fingerprint=fingerprint(tuned.path))

@@ -1,1 +1,1 @@
-"""Decoder parts used in training and in the runner alike."""
+"""Decoder modules that training and runner share."""

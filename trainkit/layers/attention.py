@@ -1,11 +1,12 @@
 """Grouped-query attention over packed text and over a static cache, with rotary positions.
 
-One forward serves training and decoding: what a query may see comes as an additive bias, keys and values come either from
+One forward serves training and decoding: an additive bias masks the keys of each query, and keys and values come either from
 the sequence itself or from cache slots. Query heads that share a key head are folded into rows, so that no key is copied.
 """
 
-# B batch  T positions  D hidden  H query heads  G key-value heads  E head width  S cache slots  M nodes of a round
-# R rows: T positions for each of the H / G query heads that share a key head  Q positions of all rows, packed
+# B batch  T positions  D hidden  H query heads  G key-value heads  E head width  L layers  S cache slots  M nodes of a round
+# R rows: T positions for each of the H / G query heads that share a key head  Q packed positions of all batch rows
+# P positions to move
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def rotary_table(shape: DecoderShape, length: int) -> Tensor:
     )
     with torch.device("cpu"):
         rotary = LlamaRotaryEmbedding(config)
-    # float32 angles, as transformers computes them: more precise ones would differ from its positions far out
+    # float32 angles as in transformers; more precise angles would differ from its own at large positions
     angles = torch.arange(length).float()[:, None] * torch.as_tensor(rotary.inv_freq).float()[None]
     cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1).float()
@@ -49,51 +50,56 @@ def rotate(x_BTHE: Tensor, rope_BT2E: Tensor) -> Tensor:
 
 
 def document_bias(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, T, T] additive bias: causal within a document, nothing across documents."""
+    """[B, T, T] additive bias: causal within a document, no attention across documents."""
     same = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
-    return torch.zeros(same.shape, dtype=dtype, device=same.device).masked_fill_(~same, float("-inf"))
+    return _additive(~same, dtype)
 
 
 def causal_bias(positions_BT: Tensor, span: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, span] additive bias over cache slots: a query at position t sees slots 0..t."""
-    hidden = torch.arange(span, device=positions_BT.device) > positions_BT[:, :, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+    """[B, T, span] additive bias over cache slots: a query at position t attends to slots 0..t."""
+    return _additive(torch.arange(span, device=positions_BT.device) > positions_BT[:, :, None], dtype)
 
 
 def tree_bias(root_B: Tensor, ancestors_BTM: Tensor, span: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, span] additive bias over cache slots: everything before the root, then ancestors and self among the scratch slots.
+    """[B, T, span] additive bias over cache slots: all slots before the root, then the query node and its ancestors.
 
     Args:
-        root_B: Position of the round's root; node i keeps its keys in slot root + i.
+        root_B: Position of the round's root; the keys of node i are in slot root + i.
         ancestors_BTM: True where node i is an ancestor of the query's node, or that node itself.
-        span: Slots looked at; more than any root + M.
-        dtype: Of the attention's queries.
+        span: Number of slots that are attended to; more than any root + M.
+        dtype: Precision of the queries.
     """
     B, T, M = ancestors_BTM.shape
     committed_BS = torch.arange(span, device=root_B.device) < root_B[:, None]
-    seen = committed_BS[:, None].repeat(1, T, 1)
+    visible_BTS = committed_BS[:, None].repeat(1, T, 1)
     slots_BM = root_B[:, None] + torch.arange(M, device=root_B.device)
-    seen.scatter_(2, slots_BM[:, None].expand(B, T, M), ancestors_BTM)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    visible_BTS.scatter_(2, slots_BM[:, None].expand(B, T, M), ancestors_BTM)
+    return _additive(~visible_BTS, dtype)
+
+
+def _additive(masked: Tensor, dtype: torch.dtype) -> Tensor:
+    """Minus infinity where masked, else 0."""
+    return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, float("-inf"))
 
 
 def fold_bias(bias_BTS: Tensor, group: int) -> Tensor:
-    """[B, 1, group * T, S] bias of the folded rows, made once for all layers; one position's bias serves its group uncopied."""
+    """[B, 1, group * T, S] bias of the folded rows, computed once for all layers; not copied if T or group is 1."""
     T = bias_BTS.shape[1]
     return (bias_BTS.expand(-1, group * T, -1) if 1 in (T, group) else bias_BTS.repeat(1, group, 1))[:, None]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of unequal length, laid one after the other into a single row of Q positions.
+    """Batch rows of unequal length, concatenated into one row of Q positions.
 
-    Whatever looks at one position alone runs over Q of them; only attention sees rows, padded to the longest. A pad repeats its
-    row's first position and goes where the row has nothing yet, so that no one sees it.
+    Modules that compute each position independently run on the Q packed positions. Only attention runs on batch rows, padded to
+    the longest. A pad repeats the first position of its row; its cache slot is beyond the row's positions, so no query attends
+    to it.
 
     Attributes:
-        lengths_B: Positions of each row, at least 1.
-        packed_BT: Where each position of the padded rows lies among the packed.
-        padded_Q: Where each packed position lies among the padded, row by row.
+        lengths_B: Number of positions of each row, at least 1.
+        packed_BT: Packed index of each padded position.
+        padded_Q: Flat index, row by row, into the padded positions of each packed position.
     """
 
     lengths_B: Tensor
@@ -102,21 +108,21 @@ class Packing:
 
     @staticmethod
     def from_lengths(lengths_B: Tensor, longest: int, total: int) -> Packing:
-        """The packing of rows of these lengths; `longest` and `total`, their sum, are told, so that the host reads nothing."""
+        """The packing of rows of these lengths; maximum and sum are passed in so that no device-to-host sync is needed."""
         ends_B = lengths_B.cumsum(0)
         starts_B = ends_B - lengths_B
-        places_T = torch.arange(longest, device=lengths_B.device)
-        packed_BT = starts_B[:, None] + torch.where(places_T < lengths_B[:, None], places_T, 0)
-        places_Q = torch.arange(total, device=lengths_B.device)
-        row_Q = torch.searchsorted(ends_B, places_Q, right=True)
-        return Packing(lengths_B, packed_BT, row_Q * longest + places_Q - starts_B[row_Q])
+        column_T = torch.arange(longest, device=lengths_B.device)
+        packed_BT = starts_B[:, None] + torch.where(column_T < lengths_B[:, None], column_T, 0)
+        index_Q = torch.arange(total, device=lengths_B.device)
+        row_Q = torch.searchsorted(ends_B, index_Q, right=True)
+        return Packing(lengths_B, packed_BT, row_Q * longest + index_Q - starts_B[row_Q])
 
     def pack(self, padded_BT: Tensor) -> Tensor:
-        """[1, Q, ...] of [B, T, ...]."""
+        """[B, T, ...] -> [1, Q, ...]."""
         return padded_BT.flatten(0, 1).index_select(0, self.padded_Q)[None]
 
     def pad(self, packed_1Q: Tensor) -> Tensor:
-        """[B, T, ...] of [1, Q, ...]."""
+        """[1, Q, ...] -> [B, T, ...]."""
         return packed_1Q[0].index_select(0, self.packed_BT.flatten()).unflatten(0, self.packed_BT.shape)
 
 
@@ -125,7 +131,7 @@ class Attention(nn.Module):
 
     Args:
         shape: Sizes of the decoder.
-        input_size: Width of what the projections read; the hidden size by default, twice that in EAGLE-3.
+        input_size: Width of the input; the hidden size by default, twice that in EAGLE-3.
     """
 
     def __init__(self, shape: DecoderShape, input_size: int | None = None) -> None:
@@ -146,15 +152,15 @@ class Attention(nn.Module):
         slots: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """Attends within the sequence, or over a cache after writing this call's keys and values into it.
+        """Attention output [B, T, D], within the sequence or over a cache; new keys and values are written to the cache first.
 
         Args:
-            x_BTD: Input, normalised.
+            x_BTD: Normalised input.
             rope_BT2E: Rows of `rotary_table` at the positions.
-            bias_B1RS: Additive bias from `fold_bias`; S = T without a cache, else at most the cache's slots.
-            cache_BGSE: This layer's [B, 2G, slots, E], keys before values; written in place.
-            slots: [B, 2G, T, E] index of the slot that each new key and value goes to.
-            packing: Input and result are packed, [1, Q, D]; all else is of the padded rows.
+            bias_B1RS: Additive bias from `fold_bias`; S = T without a cache, else at most the number of cache slots.
+            cache_BGSE: This layer's cache [B, 2G, slots, E], keys before values; written in place.
+            slots: Slot of each new key and value, as the index [B, 2G, T, E] of `slot_index`.
+            packing: If given, input and output are packed [1, Q, D]; all other arguments belong to the padded rows.
         """
         H, G = self.heads, self.kv_heads
         qk, v = self.projected(x_BTD, rope_BT2E, packing)
@@ -164,8 +170,7 @@ class Attention(nn.Module):
         else:
             assert slots is not None
             cache_BGSE.scatter_(2, slots, torch.cat([qk[:, :, H:], v], dim=2).transpose(1, 2))
-            seen = cache_BGSE[:, :, : bias_B1RS.shape[3]]
-            k, v = seen[:, :G], seen[:, G:]
+            k, v = cache_BGSE[:, :, : bias_B1RS.shape[3]].split(G, dim=1)
         group = H // G
         q = qk[:, :, :H].unflatten(2, (G, group)).permute(0, 2, 3, 1, 4).reshape(B, G, group * T, self.width)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1RS)
@@ -173,7 +178,7 @@ class Attention(nn.Module):
         return self.out(y if packing is None else packing.pack(y))
 
     def projected(self, x_BTD: Tensor, rope_BT2E: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
-        """Queries and keys [B, T, H + G, E], rotated, queries first; and values [B, T, G, E]."""
+        """Rotated queries and keys [B, T, H + G, E], queries first, and values [B, T, G, E]."""
         H, G = self.heads, self.kv_heads
         qkv = self.qkv(x_BTD)
         qkv = (qkv if packing is None else packing.pad(qkv)).unflatten(-1, (H + 2 * G, self.width))
@@ -184,14 +189,14 @@ class Attention(nn.Module):
 
 
 def slot_index(slots_BT: Tensor, like_BGSE: Tensor) -> Tensor:
-    """The [B, 2G, T, E] index `Attention.forward` scatters with, from the slot of each position."""
+    """The scatter index [B, 2G, T, E] of `Attention.forward` from the slot of each position."""
     return slots_BT[:, None, :, None].expand(-1, like_BGSE.shape[1], -1, like_BGSE.shape[3])
 
 
 def move_slots(cache_BLGSE: Tensor, from_BP: Tensor, to_B: Tensor) -> None:
-    """Copies cache slots `from_BP` to `to_B`, `to_B` + 1, ...; gathered first: they may overlap. Compacts an accepted path."""
+    """Copies cache slots `from_BP` to `to_B`, `to_B` + 1, ..., which compacts an accepted path; the ranges may overlap."""
     B, L, G, _, E = cache_BLGSE.shape
     index = from_BP[:, None, None, :, None].expand(B, L, G, from_BP.shape[1], E)
-    kept = cache_BLGSE.gather(3, index)
+    path = cache_BLGSE.gather(3, index)
     to_BP = to_B[:, None] + torch.arange(from_BP.shape[1], device=to_B.device)
-    cache_BLGSE.scatter_(3, to_BP[:, None, None, :, None].expand_as(kept), kept)
+    cache_BLGSE.scatter_(3, to_BP[:, None, None, :, None].expand_as(path), path)

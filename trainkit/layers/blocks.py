@@ -1,7 +1,7 @@
 """The decoder: norms, gated MLP, layers, and the stack with its embedding, cache and hidden-state taps.
 
-Covers the layouts of Llama, Mistral, Qwen2 and Qwen3. Weights that are read together are stored together (q, k and v; gate
-and up), in training as in the runner; `models/load.py` maps them to and from Hugging Face names.
+Supports the layouts of Llama, Mistral, Qwen2 and Qwen3. Projections of the same input are stored as one matrix (q, k and v;
+gate and up), in training and in the runner; `models/load.py` maps them to and from Hugging Face names.
 """
 
 # B batch  T positions  D hidden  A taps  S cache slots  E head width  G key-value heads  L layers  Q packed positions
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
     """A causal language model without its loss.
 
     Args:
-        shape: Sizes. With `tied`, the head is the embedding.
+        shape: Sizes; with `tied` the head is the embedding.
     """
 
     streams = False
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         self.rope: Tensor
 
     def initialise(self, std: float = 0.02) -> None:
-        """Draws matrices from N(0, std), those that write to the residual stream scaled down by sqrt(2 L)."""
+        """Draws matrices from N(0, std^2); those that write to the residual stream have std / sqrt(2 L)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 nn.init.ones_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=std / (2 * self.shape.num_layers) ** 0.5 if residual else std)
 
     def reserve_positions(self, length: int) -> None:
-        """Makes rotary rows for positions below `length`; call it before capturing a graph, it allocates."""
+        """Computes rotary rows for positions below `length`; it allocates, so call it before capturing a graph."""
         if self.rope.shape[0] < length:
             like = self.embed.weight
             self.rope = rotary_table(self.shape, length).to(device=like.device, dtype=like.dtype)
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head [V, D]; the embedding where they are tied."""
+        """The output head [V, D]; the embedding if they are tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def new_cache(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -115,35 +115,35 @@ class Decoder(nn.Module):
         taps: Sequence[int] = (),
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states after the final norm [B, T, D], and the tapped ones [B, T, A, D] or None.
+        """Hidden states after the final norm [B, T, D], and the tapped hidden states [B, T, A, D] (None without taps).
 
         Args:
             tokens_BT: Token ids.
-            positions_BT: Absolute positions, below what `reserve_positions` made.
+            positions_BT: Absolute positions, below the length given to `reserve_positions`.
             bias_BTS: Additive attention bias (layers/attention.py).
-            cache: From `new_cache`; written in place at `slots_BT`.
+            cache: Cache from `new_cache`; written in place at `slots_BT`.
             slots_BT: Cache slots of the new keys and values.
             taps: Hidden states to return, indexed as Hugging Face `hidden_states`: 0 embeddings, i after i layers, the last
                 (L or -1) after the final norm.
-            packing: Tokens come packed, [1, Q], and hidden states go so; positions, bias and slots are the padded rows'.
+            packing: If given, tokens and hidden states are packed [1, Q]; positions, bias and slots belong to the padded rows.
         """
         rope = F.embedding(positions_BT, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])
         slots = None if cache is None or slots_BT is None else slot_index(slots_BT, cache[:, 0])
-        wanted = {tap % (self.shape.num_layers + 1): None for tap in taps}
+        tapped = [tap % (self.shape.num_layers + 1) for tap in taps]
         bias = fold_bias(bias_BTS, self.shape.num_heads // self.shape.num_kv_heads)
         x = self.embed(tokens_BT)
         states: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            if index in wanted:
+            if index in tapped:
                 states[index] = x
             x = layer(x, rope, bias, None if cache is None else cache[:, index], slots, packing)
         x = self.norm(x)
         states[self.shape.num_layers] = x
         if not taps:
             return x, None
-        return x, torch.stack([states[tap % (self.shape.num_layers + 1)] for tap in taps], dim=2)
+        return x, torch.stack([states[index] for index in tapped], dim=2)
 
     def step_bytes(self) -> int:
-        """Bytes of weights one decoding step reads: all but an untied embedding, of which it reads a row."""
+        """Bytes of weights that a decoding step reads: all but an untied embedding, of which it reads one row per token."""
         total = sum(p.numel() * p.element_size() for p in self.parameters())
         return total if self.lm_head is None else total - self.embed.weight.numel() * self.embed.weight.element_size()

@@ -1,4 +1,4 @@
-"""What heads are made of, and which tokens they may propose."""
+"""Modules and helpers that drafter kinds with output heads share: residual blocks, projections, trimmed vocabularies."""
 
 # D hidden  K ids a head may propose  V vocabulary
 
@@ -16,11 +16,11 @@ from trainkit.errors import UserError
 from trainkit.layers.linear import Linear
 
 WIDEST = 256
-"""Nodes on one level of a tree, at most, of a drafter that keeps something of each for the next."""
+"""Maximum number of nodes on one tree level, for drafters that keep a state per node for the next level."""
 
 
 class ResidualBlock(nn.Module):
-    """x + silu(W x + b), W and b zero at first, so that a new head starts as what it projects with (arXiv 2401.10774, 2.1)."""
+    """x + silu(W x + b); W and b start at zero, so that a new head equals its projection (arXiv 2401.10774, 2.1)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class ResidualBlock(nn.Module):
 
 
 class OutputHeads(nn.ModuleList):
-    """A projection to the vocabulary for each head, or none of them, where heads share the target's.
+    """One projection to the vocabulary per head; empty if the heads share the target's output head.
 
     Args:
-        count: Heads.
+        count: Number of heads.
         hidden_size: D.
         vocab_size: V.
-        ids_K: Token ids that a trimmed vocabulary keeps; None for all.
-        own: Whether the heads have their own.
+        ids_K: Token ids of a trimmed vocabulary; None for all.
+        own: Whether the heads have projections of their own.
     """
 
     def __init__(self, count: int, hidden_size: int, vocab_size: int, ids_K: Tensor | None, own: bool) -> None:
@@ -48,23 +48,23 @@ class OutputHeads(nn.ModuleList):
         super().__init__(Linear(hidden_size, rows, bias=False) for _ in range(count if own else 0))
 
     def copy_from(self, weight_VD: Tensor, ids_K: Tensor | None) -> None:
-        """Starts each as the target's head."""
+        """Sets every projection to the target's output head."""
         for projection in self:
             projection.weight.data.copy_(weight_VD if ids_K is None else weight_VD[ids_K])  # type: ignore[union-attr, operator]
 
-    def of(self, index: int, shared: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Head number `index`, or what all share."""
+    def projection(self, index: int, shared: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The projection of head `index`; `shared` if the heads have none of their own."""
         return self[index] if len(self) else shared
 
 
 def trim_rows(state: dict[str, Tensor], prefix: str, held_K: Tensor | None, wanted_K: Tensor | None) -> dict[str, Tensor]:
-    """A state dict whose projections, named `prefix`..., keep of the ids that they have those that are wanted.
+    """A state dict whose projections have only the rows of the ids in `wanted_K`.
 
     Args:
-        state: With rows for `held_K`.
-        prefix: Of the projections' names.
-        held_K: Ids that the rows stand for, ascending; None for all.
-        wanted_K: Some of these; None for all.
+        state: State dict whose projections have the rows of the ids in `held_K`.
+        prefix: Prefix of the projections' names.
+        held_K: Ids of the present rows, ascending; None for all ids.
+        wanted_K: Ids to keep, a subset of `held_K`; None for all of them.
     """
     if wanted_K is None or (held_K is not None and torch.equal(held_K, wanted_K)):
         return state
@@ -77,10 +77,10 @@ def trim_rows(state: dict[str, Tensor], prefix: str, held_K: Tensor | None, want
 def checked_heads(
     num_heads: int, num_layers: int, head: str, draft_vocab: list[int] | str | None, vocab_size: int
 ) -> Tensor | None:
-    """The ids that heads may propose [K], None for all.
+    """Token ids [K] that heads may propose, None for all.
 
     Raises:
-        UserError: no head, no layer, or a trimmed vocabulary that is not one or has no projection of its own.
+        UserError: no head, no layer, or a trimmed vocabulary that is invalid or used with the target's head.
     """
     for name, value in (("num_heads", num_heads), ("num_layers", num_layers)):
         if value < 1:
@@ -91,22 +91,22 @@ def checked_heads(
 
 
 def checked_vocab(draft_vocab: list[int] | str | None, vocab_size: int) -> Tensor | None:
-    """The ids of a trimmed vocabulary as a tensor [K]; None for the whole one. A string names a JSON file of them.
+    """Token ids [K] of a trimmed vocabulary, None for all; a string is the path of a JSON file with the ids.
 
     Raises:
-        UserError: no such file, not ascending, or outside the vocabulary.
+        UserError: no such file, ids not ascending, or ids outside the vocabulary.
     """
     if draft_vocab is None:
         return None
+    remedy = "make it by trainkit vocab"
     if isinstance(draft_vocab, str):
         try:
             draft_vocab = json.loads(Path(draft_vocab).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            said = f"drafter.draft_vocab: {draft_vocab}: no JSON list of ids ({error})"
-            raise UserError(f"{said}; make it by trainkit vocab") from None
+            raise UserError(f"drafter.draft_vocab: {draft_vocab}: not a JSON list of ids ({error}); {remedy}") from None
     if not isinstance(draft_vocab, list) or not all(type(value) is int for value in draft_vocab):
-        raise UserError("drafter.draft_vocab: must be a list of token ids; make it by trainkit vocab")
+        raise UserError(f"drafter.draft_vocab: must be a list of token ids; {remedy}")
     ids_K = torch.tensor(draft_vocab, dtype=torch.long)
     if not len(ids_K) or int(ids_K[0]) < 0 or int(ids_K[-1]) >= vocab_size or not bool((ids_K.diff() > 0).all()):
-        raise UserError(f"drafter.draft_vocab: must be ascending ids within the vocabulary of {vocab_size}")
+        raise UserError(f"drafter.draft_vocab: must be ascending ids within the vocabulary of {vocab_size}; {remedy}")
     return ids_K

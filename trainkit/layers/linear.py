@@ -1,10 +1,10 @@
-"""Matrix products with a handful of rows, which is what decoding is made of.
+"""Faster matrix products with few rows on a CPU, as in decoding.
 
-On a CPU, `F.linear` with one row is a single-threaded matrix-vector product, and with 2 to 8 rows it takes a kernel made for
-many; on weights that stream from memory both reach a third of its bandwidth. The same product written as weight x rows^T takes
-the kernel for narrow right-hand sides. Milliseconds for a 14M model's matrices, float32, 2 threads (F.linear / this): 1 row
-5.2 / 1.9, 2 rows 7.5 / 1.8, 4 rows 8.4 / 2.7, 8 rows 8.3 / 4.3. Weights that stay in cache gain nothing by it, so it is
-switched on by size.
+On a CPU, `F.linear` with one row is a single-threaded matrix-vector product, and with 2 to 8 rows it uses a kernel for many
+rows; if the weights stream from memory, both reach a third of its bandwidth. The same product as weight x rows^T uses the
+kernel for narrow right-hand sides. Milliseconds for the matrices of a 14M model, float32, 2 threads (F.linear / this): 1 row
+5.2 / 1.9, 2 rows 7.5 / 1.8, 4 rows 8.4 / 2.7, 8 rows 8.3 / 4.3. Weights that fit in the cache gain nothing, so total size
+decides.
 """
 
 # R rows  I inputs  O outputs
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 FEW_ROWS = 8
 CACHE_BYTES = 32 * 2**20
-"""Weights beyond this are taken not to stay in a processor's cache. A constant: no measurement decides about bits."""
+"""Weights larger than this are assumed not to fit in the cache. A constant, because a measurement must not change results."""
 
 
 def project(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, streams: bool) -> Tensor:
-    """The product x weight^T + bias over the last dimension; with `streams`, by the kernel for few rows where there are few."""
+    """The product x weight^T + bias; by the kernel for few rows if `streams` is set and x has at most `FEW_ROWS` rows."""
     rows = x.numel() // x.shape[-1]
     if not streams or rows > FEW_ROWS or torch.is_grad_enabled():
         return F.linear(x, weight_OI, bias_O)
     x_RI = x.reshape(rows, -1)
-    if rows == 1:  # alone it would be a matrix-vector product again
+    if rows == 1:  # one column would be a matrix-vector product again
         x_RI = torch.cat([x_RI, x_RI])
     y_OR = torch.mm(weight_OI, x_RI.T)
     y = y_OR[:, :rows].T.contiguous().view(*x.shape[:-1], -1)
@@ -34,7 +34,7 @@ def project(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, streams: bool) 
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that can stream its weights for a few rows."""
+    """`nn.Linear` that can use the kernel for few rows."""
 
     streams = False
 
@@ -43,13 +43,10 @@ class Linear(nn.Linear):
 
 
 def stream_weights(*networks: nn.Module) -> None:
-    """Sets whether these networks' projections stream: float32 on a CPU, and together more than a cache holds.
-
-    Every module in them with a `streams` attribute is set.
-    """
+    """Sets `streams` of every module that has it: True if all weights are float32 on a CPU and larger than `CACHE_BYTES`."""
     weights = [weight for network in networks for weight in network.parameters()]
-    plain = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
-    streams = plain and sum(weight.numel() * weight.element_size() for weight in weights) > CACHE_BYTES
+    on_cpu = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
+    streams = on_cpu and sum(weight.numel() * weight.element_size() for weight in weights) > CACHE_BYTES
     for part in (part for network in networks for part in network.modules()):
         if hasattr(part, "streams"):
             part.streams = streams  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

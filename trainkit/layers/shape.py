@@ -1,4 +1,4 @@
-"""The sizes that fix a decoder: read from a Hugging Face config, stored in checkpoints and bundles."""
+"""Sizes of a decoder: read from a Hugging Face config, stored in checkpoints and bundles."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ class DecoderShape:
     """Sizes and switches of a Llama-like decoder, enough to build it without its weights.
 
     Attributes:
-        vocab_size: Rows of the embedding and of the output head.
+        vocab_size: Number of tokens: rows of the embedding and of the output head.
         hidden_size: Width of the residual stream.
         intermediate_size: Width inside the gated MLP.
-        num_layers: Decoder layers.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads; divides `num_heads`.
+        num_layers: Number of decoder layers.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key-value heads; divides `num_heads`.
         head_dim: Width of one head.
         norm_eps: Epsilon of every RMS norm.
-        rope: Hugging Face `rope_parameters`: `rope_type` (default, linear, llama3, yarn), `rope_theta` and what the type adds.
-        max_positions: Longest sequence the rotary parameters were made for.
-        qkv_bias: Biases on query, key and value projections (Qwen2).
-        qk_norm: RMS norm on each query and key head before rotation (Qwen3).
-        tied: The output head is the embedding.
+        rope: Hugging Face `rope_parameters`: `rope_type` (default, linear, llama3, yarn), `rope_theta` and that type's keys.
+        max_positions: Longest sequence that the rotary parameters are meant for.
+        qkv_bias: Whether query, key and value projections have biases (Qwen2).
+        qk_norm: Whether each query and key head has an RMS norm before rotation (Qwen3).
+        tied: Whether the output head is the embedding.
     """
 
     vocab_size: int

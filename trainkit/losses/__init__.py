@@ -1,1 +1,1 @@
-"""Training losses: divergences between draft and target. Knows tensors only."""
+"""Training losses: divergences between draft and target. Uses tensors only."""

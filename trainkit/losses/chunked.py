@@ -1,11 +1,11 @@
-"""The machinery under every divergence: token chunks, recomputed in backward, so that [tokens, vocabulary] is never whole.
+"""The computation that all divergences share: token chunks, recomputed in backward, so that [tokens, vocabulary] never exists.
 
-For each chunk the forward pass makes both logits, keeps the loss and the metrics, and drops the logits. Backward makes them
-again and turns them into the gradient in closed form (`gradient` of the loss), so no loss-specific activations exist either.
-That costs one more call of each head; in exchange a batch statistic gathered in forward is ready when backward needs it.
-Recomputation goes through `torch.utils.checkpoint`, whose single autograd graph is what DDP, FSDP and DeepSpeed expect
-of a head whose weights are used several times. Tokens that do not count are left out before the heads are called.
-Left out on purpose: gradients computed in forward (one head call less, but a [V, D] buffer kept for each call of the head).
+For each chunk the forward pass computes draft and target logits, keeps the loss and the metrics, and frees the logits. Backward
+computes the logits again and turns them into the gradient in closed form (`gradient` of the loss), so that there are no
+activations of the loss either. This costs one more call of each head; in exchange a batch statistic gathered in forward is
+available in backward. Recomputation goes through `torch.utils.checkpoint`, whose single autograd graph is what DDP, FSDP and
+DeepSpeed expect of a head whose weights are used several times. Uncounted tokens are removed before the heads are called.
+Left out on purpose: gradients computed in forward (one head call less, but a [V, D] buffer for each call of the head).
 """
 
 # N given tokens  n counted tokens of one chunk  V target vocabulary  K draft vocabulary (V unless trimmed)  D hidden
@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -31,43 +32,31 @@ from trainkit.losses.output import LossOutput
 from trainkit.losses.topk import TopK
 
 
+@dataclass(eq=False)
 class Pair:
-    """Target p and draft q over one chunk of tokens and the K columns of the draft, as a loss sees them.
+    """Target p and draft q of one chunk, on the K columns of the draft.
 
     Attributes:
-        log_p_nK: Log-probabilities of the target among ALL its tokens; the columns of a trimmed draft sum to less than 1.
+        log_p_nK: Log-probabilities of the target among ALL V tokens, so the columns of a trimmed draft sum to less than 1;
+            no columns [n, 0] if the loss has no target.
         log_q_nK: Log-probabilities of the draft.
         log_mass_n1: Log of the target's probability within the K columns; None for an untrimmed draft, where it is 0.
         labels_n: Columns of the hard labels, or None.
         uniforms_nS: Uniform draws for sampled estimators, or None.
-        totals: Sums of the loss's `moments` over the call (or over the step), and their `count`.
+        totals: Sums of the loss's `moments` over the call (or over the optimiser step), and their `count`.
     """
 
-    def __init__(
-        self,
-        log_p_nV: Tensor | None,
-        log_q_nK: Tensor,
-        ids_K: Tensor | None,
-        labels_n: Tensor | None,
-        uniforms_nS: Tensor | None,
-        totals: Mapping[str, Tensor],
-    ) -> None:
-        self.log_q_nK = log_q_nK
-        self.log_mass_n1: Tensor | None = None
-        if log_p_nV is not None:
-            if ids_K is None:
-                self.log_p_nK = log_p_nV
-            else:
-                self.log_p_nK = log_p_nV.index_select(-1, ids_K)
-                self.log_mass_n1 = self.log_p_nK.logsumexp(-1, keepdim=True)
-        self.labels_n = labels_n
-        self.uniforms_nS = uniforms_nS
-        self.totals = totals
+    log_p_nK: Tensor
+    log_q_nK: Tensor
+    log_mass_n1: Tensor | None
+    labels_n: Tensor | None
+    uniforms_nS: Tensor | None
+    totals: Mapping[str, Tensor]
 
     @cached_property
     def alpha_n(self) -> Tensor:
         """The acceptance rate, sum of min(p, q)."""
-        rows = max(1, self.log_q_nK.shape[0] // 4)  # a quarter at a time: no third [n, K]
+        rows = max(1, self.log_q_nK.shape[0] // 4)  # a quarter at a time, to avoid a third [n, K]
         parts = zip(self.log_p_nK.split(rows), self.log_q_nK.split(rows), strict=True)
         return torch.cat([torch.minimum(log_p, log_q).exp_().sum(-1) for log_p, log_q in parts]).clamp_(max=1.0)
 
@@ -88,9 +77,11 @@ class ChunkedDivergence(ABC):
     spans_batch: bool = False
     """Whether the gradient needs statistics of the whole optimiser step; see `TVDpp`."""
     hard_labels: ClassVar[bool] = False
-    """Whether the gradient reads labels, and not the target's probabilities."""
+    """Whether the gradient reads labels instead of the target's probabilities."""
     coupled: bool = False
-    """Whether `alpha_coupled` is among the metrics; set through `measuring`."""
+    """Whether the metrics include `alpha_coupled`; set by `measuring`."""
+    gathers: bool = False
+    """Whether the metrics include the sums of `moments`; set by `TVDpp.first_pass`."""
 
     def __init__(self, chunk: int = 1024, temperature: float = 1.0) -> None:
         if chunk < 1:
@@ -106,17 +97,17 @@ class ChunkedDivergence(ABC):
 
     @abstractmethod
     def gradient(self, pair: Pair) -> Tensor:
-        """[n, K] derivatives of the n losses by the draft's (temperature-scaled) logits; overwrites what `pair` holds.
+        """[n, K] derivatives of the n losses by the draft's (temperature-scaled) logits; overwrites the tensors of `pair`.
 
-        In place because this is where memory peaks: draft logits, log p and log q, and little else.
+        In place, because memory peaks here: draft logits, log p and log q, and little else.
         """
 
     def moments(self, pair: Pair) -> Mapping[str, Tensor]:
-        """[n] quantities whose sums over the call `gradient` finds in `pair.totals`."""
+        """[n] quantities whose sums over the call are in `pair.totals` when `gradient` runs."""
         return {}
 
     def uniforms(self, tokens: int, like_ND: Tensor) -> Tensor | None:
-        """Uniform draws [tokens, S] for a sampled gradient, drawn once a call so that chunking cannot change them."""
+        """Uniform draws [tokens, S] for a sampled gradient, drawn once per call so that chunking cannot change them."""
         return None
 
     def measuring(self, coupled: bool = True) -> Self:
@@ -135,121 +126,86 @@ class ChunkedDivergence(ABC):
         mask_N: Tensor | None = None,
         labels_N: Tensor | None = None,
     ) -> LossOutput:
-        """The loss summed over counted tokens; differentiable in the draft's hidden states and head, not in the target.
+        """The loss summed over counted tokens; differentiable by the draft's hidden states and head, not by the target.
 
         Args:
             draft_hidden_ND: Draft hidden states [N, D].
             draft_head: Maps [n, D] to draft logits [n, V], or [n, K] with `ids_K`.
-            target_hidden_ND: Target hidden states, its own width; or rows of a stored teacher, see `topk`.
+            target_hidden_ND: Target hidden states, of any width; or rows of a stored teacher, see `topk`.
             target_head: Maps them to target logits [n, V], or to a `TopK`; called without gradient.
-            ids_K: Token ids of the draft's columns; the draft never proposes others. None: the whole vocabulary.
+            ids_K: Token ids of the draft's columns, the only ones it proposes. None: the whole vocabulary.
             mask_N: True where the token counts. None: all count.
             labels_N: Token ids of hard labels; read by `CrossEntropy` alone.
 
         Raises:
             UserError: the vocabularies of draft and target (or `ids_K`) differ in size.
         """
-        run = _Run(self, draft_head, target_head, ids_K)
-        return run.over(draft_hidden_ND, target_hidden_ND, mask_N, labels_N)
+        return _Run(self, draft_head, target_head, ids_K).over(draft_hidden_ND, target_hidden_ND, mask_N, labels_N)
 
 
-class FirstPass:
-    """Called like a divergence; only gathers its moments, adding up over calls, so that a whole step's are known beforehand.
-
-    Each call returns the loss without gradient, its metrics joined by the call's moments.
-
-    Attributes:
-        sums: Moments summed over all calls so far; add over ranks before `with_statistics`.
-        count: Tokens counted over all calls so far.
-    """
-
-    def __init__(self, loss: ChunkedDivergence) -> None:
-        self.loss = loss
-        self.sums: dict[str, Tensor] = {}
-        self.count: Tensor | float = 0.0
-
-    def __call__(
-        self,
-        draft_hidden_ND: Tensor,
-        draft_head: Any,
-        target_hidden_ND: Tensor,
-        target_head: Any,
-        ids_K: Tensor | None = None,
-        mask_N: Tensor | None = None,
-        labels_N: Tensor | None = None,
-    ) -> LossOutput:
-        with torch.no_grad():
-            run = _Run(self.loss, draft_head, target_head, ids_K)
-            output = run.over(draft_hidden_ND, target_hidden_ND, mask_N, labels_N)
-        moments = {name: total for name, total in run.totals.items() if name != "count"}
-        self.sums = {name: self.sums.get(name, 0.0) + total for name, total in moments.items()}
-        self.count = self.count + output.count
-        return LossOutput(output.sum, output.count, {**output.metrics, **moments}, output.per_token)
-
-
+@dataclass(eq=False)
 class _Run:
     """One call of a divergence."""
 
-    def __init__(
-        self,
-        loss: ChunkedDivergence,
-        draft_head: Callable[[Tensor], Tensor],
-        target_head: Callable[[Tensor], Tensor | TopK] | None,
-        ids_K: Tensor | None,
-    ) -> None:
-        self.loss, self.draft_head, self.target_head, self.ids_K = loss, draft_head, target_head, ids_K
-        self.totals: dict[str, Tensor] = {}
+    loss: ChunkedDivergence
+    draft_head: Callable[[Tensor], Tensor]
+    target_head: Callable[[Tensor], Tensor | TopK] | None
+    ids_K: Tensor | None
+    totals: dict[str, Tensor] = field(default_factory=dict)
 
     def over(self, draft_ND: Tensor, target_ND: Tensor, mask_N: Tensor | None, labels_N: Tensor | None) -> LossOutput:
-        """Loss, metrics and moments over all tokens, chunk by chunk."""
-        total, places = draft_ND.shape[0], None
-        columns_N = labels_N if self.loss.hard_labels else None
+        """Loss, metrics and moments of all tokens, chunk by chunk."""
+        # Labels as columns of the draft; a label outside a trimmed vocabulary does not count.
+        total, counted_n = draft_ND.shape[0], None
+        columns_N = None
+        if self.loss.hard_labels:
+            columns_N = target_choices(target_ND, self.target_head, self.loss.chunk) if labels_N is None else labels_N
         if columns_N is not None and self.ids_K is not None:
             columns_N, inside_N = _columns(columns_N, self.ids_K)
             mask_N = inside_N if mask_N is None else mask_N.bool() & inside_N
+        # Remove uncounted tokens.
         if mask_N is not None and not bool(mask_N.all()):
-            places = mask_N.nonzero().squeeze(-1)
-            draft_ND, target_ND = draft_ND.index_select(0, places), target_ND.index_select(0, places)
-            columns_N = None if columns_N is None else columns_N.index_select(0, places)
+            counted_n = mask_N.nonzero().squeeze(-1)
+            draft_ND, target_ND = draft_ND.index_select(0, counted_n), target_ND.index_select(0, counted_n)
+            columns_N = None if columns_N is None else columns_N.index_select(0, counted_n)
         uniforms_NS = self.loss.uniforms(draft_ND.shape[0], draft_ND) if torch.is_grad_enabled() else None
-
-        chunk, sums, pieces = self.loss.chunk, [], []
-        for i, hidden_nD in enumerate(draft_ND.split(chunk)):  # split: one backward for all chunks; an empty input gives one
-            span = slice(i * chunk, (i + 1) * chunk)
-            piece = _Piece(
-                self,
-                target_ND[span],
-                None if columns_N is None else columns_N[span],
-                None if uniforms_NS is None else uniforms_NS[span],
-            )
-            recompute = torch.is_grad_enabled()
-            sums.append(checkpoint(piece, hidden_nD, use_reentrant=False) if recompute else piece(hidden_nD))
-            pieces.append(piece)
+        # Chunks. `split` gives one backward for all of them, and one chunk for an empty input.
+        size, sums, chunks = self.loss.chunk, [], []
+        for i, hidden_nD in enumerate(draft_ND.split(size)):
+            span = slice(i * size, (i + 1) * size)
+            labels_n = None if columns_N is None else columns_N[span]
+            chunk = _Chunk(self, target_ND[span], labels_n, None if uniforms_NS is None else uniforms_NS[span])
+            sums.append(checkpoint(chunk, hidden_nD, use_reentrant=False) if torch.is_grad_enabled() else chunk(hidden_nD))
+            chunks.append(chunk)
+        # Sums, and values by token.
         count = sums[0].new_full((), draft_ND.shape[0]).detach()
-        moments = {name: torch.cat([piece.moments[name] for piece in pieces]).sum() for name in pieces[0].moments}
+        moments = {name: torch.cat([chunk.moments[name] for chunk in chunks]).sum() for name in chunks[0].moments}
         self.totals.update(moments, count=count)
-        values = {name: torch.cat([piece.metrics[name] for piece in pieces]) for name in pieces[0].metrics}
-        metrics = {name: value_n.sum() for name, value_n in values.items()}
-        if places is not None:
-            values = {name: value_n.new_zeros(total).index_copy_(0, places, value_n) for name, value_n in values.items()}
+        values = {name: torch.cat([chunk.metrics[name] for chunk in chunks]) for name in chunks[0].metrics}
+        metrics = {name: value_n.sum() for name, value_n in values.items()} | (moments if self.loss.gathers else {})
+        if counted_n is not None:
+            values = {name: value_n.new_zeros(total).index_copy_(0, counted_n, value_n) for name, value_n in values.items()}
         return LossOutput(torch.stack(sums).sum(), count, metrics, values)
 
 
-class _Piece:
-    """One chunk: called once in forward for the loss and once more in backward for its gradient."""
+@dataclass(eq=False)
+class _Chunk:
+    """One chunk: called in forward for its loss, and again in backward for the gradient."""
 
-    def __init__(self, run: _Run, target_nD: Tensor, labels_n: Tensor | None, uniforms_nS: Tensor | None) -> None:
-        self.run, self.target_nD, self.labels_n, self.uniforms_nS = run, target_nD, labels_n, uniforms_nS
-        self.metrics: dict[str, Tensor] = {}
-        self.moments: dict[str, Tensor] = {}
-        self.choices_n: Tensor | None = None
-        self.measured = False
+    run: _Run
+    target_nD: Tensor
+    labels_n: Tensor | None
+    uniforms_nS: Tensor | None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    choices_n: Tensor | None = None
+    measured: bool = False
 
     def __call__(self, hidden_nD: Tensor) -> Tensor:
         return _Loss.apply(self.run.draft_head(hidden_nD), self)  # type: ignore[no-any-return]
 
     def first(self, draft_nK: Tensor) -> Tensor:
-        """The chunk's summed loss; metrics and moments are kept aside."""
+        """The chunk's summed loss; stores metrics and moments."""
         loss, run = self.run.loss, self.run
         pair = self._pair(draft_nK, run.target_head)
         value = loss.value(pair).sum()
@@ -264,36 +220,42 @@ class _Piece:
 
     def again(self, draft_nK: Tensor) -> Tensor:
         """The gradient of the chunk's summed loss by the draft's logits."""
-        loss, run = self.run.loss, self.run
-        gradient_nK = loss.gradient(self._pair(draft_nK, None if loss.hard_labels else run.target_head))
+        loss = self.run.loss
+        gradient_nK = loss.gradient(self._pair(draft_nK, None if loss.hard_labels else self.run.target_head))
         return gradient_nK if loss.temperature == 1.0 else gradient_nK.div_(loss.temperature)
 
     def _pair(self, draft_nK: Tensor, target_head: Callable[[Tensor], Tensor | TopK] | None) -> Pair:
-        run, temperature, log_p_nV = self.run, self.run.loss.temperature, None
-        if target_head is not None:
+        ids_K, temperature, log_mass_n1 = self.run.ids_K, self.run.loss.temperature, None
+        if target_head is None:
+            log_p_nK = draft_nK.detach()[:, :0]
+        else:
             target_nV = target_head(self.target_nD)  # autograd is off within a Function
             stored = isinstance(target_nV, TopK)
             if not self.measured:
-                _check(draft_nK, run.ids_K, target_nV.vocab_size if stored else target_nV.shape[-1])
+                _check(draft_nK, ids_K, target_nV.vocab_size if stored else target_nV.shape[-1])
                 self.choices_n = _choices(target_nV)
             if stored:
-                log_p_nV = target_nV.log_probabilities(draft_nK, run.ids_K, temperature)
+                log_p_nK = target_nV.log_probabilities(draft_nK, ids_K, temperature)
             else:
-                log_p_nV = log_softmax(target_nV, temperature)
-            del target_nV  # before the draft's turn
-        return Pair(log_p_nV, log_softmax(draft_nK, temperature), run.ids_K, self.labels_n, self.uniforms_nS, run.totals)
+                log_p_nK = log_softmax(target_nV, temperature)
+            del target_nV  # freed before the draft's softmax
+            if ids_K is not None:
+                log_p_nK = log_p_nK.index_select(-1, ids_K)
+                log_mass_n1 = log_p_nK.logsumexp(-1, keepdim=True)
+        log_q_nK = log_softmax(draft_nK, temperature)
+        return Pair(log_p_nK, log_q_nK, log_mass_n1, self.labels_n, self.uniforms_nS, self.run.totals)
 
 
 class _Loss(torch.autograd.Function):
-    """Logits to summed loss. What it saves is dropped by the checkpoint; only the second call's gradient is ever read."""
+    """Logits -> summed loss. The checkpoint drops what it saves; only the gradient of the second call is ever read."""
 
     @staticmethod
-    def forward(ctx: Any, draft_nK: Tensor, piece: _Piece) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if piece.measured:
-            ctx.save_for_backward(piece.again(draft_nK).to(draft_nK.dtype))  # the checkpoint stops here
+    def forward(ctx: Any, draft_nK: Tensor, chunk: _Chunk) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if chunk.measured:
+            ctx.save_for_backward(chunk.again(draft_nK).to(draft_nK.dtype))  # the checkpoint stops here
             return draft_nK.new_zeros((), dtype=torch.promote_types(draft_nK.dtype, torch.float32))
-        ctx.save_for_backward(draft_nK)  # a stand-in of the same shape, for the checkpoint's comparison
-        return piece.first(draft_nK)
+        ctx.save_for_backward(draft_nK)  # a placeholder of the same shape, which the checkpoint compares
+        return chunk.first(draft_nK)
 
     @staticmethod
     @once_differentiable
@@ -303,8 +265,10 @@ class _Loss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def target_choices(target_ND: Tensor, target_head: Callable[[Tensor], Tensor | TopK], chunk: int) -> Tensor:
+def target_choices(target_ND: Tensor, target_head: Callable[[Tensor], Tensor | TopK] | None, chunk: int) -> Tensor:
     """[N] argmax of the target's logits, the lowest id among equals."""
+    if target_head is None:
+        raise UserError("cross entropy needs labels, or a target to choose them; it has neither, so give one")
     return torch.cat([_choices(target_head(hidden_nD)) for hidden_nD in target_ND.split(chunk)])
 
 
@@ -313,17 +277,17 @@ def _choices(target_nV: Tensor | TopK) -> Tensor:
 
 
 def _columns(labels_N: Tensor, ids_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each label stands in `ids_K`, and whether it does."""
+    """The column of each label in `ids_K`, and whether `ids_K` has it."""
     ascending, order = ids_K.sort()
-    place_N = torch.searchsorted(ascending, labels_N).clamp_(max=ids_K.numel() - 1)
-    return order[place_N], ascending[place_N] == labels_N
+    index_N = torch.searchsorted(ascending, labels_N).clamp_(max=ids_K.numel() - 1)
+    return order[index_N], ascending[index_N] == labels_N
 
 
 def _check(draft_nK: Tensor, ids_K: Tensor | None, vocabulary: int) -> None:
     if ids_K is not None and draft_nK.shape[-1] != ids_K.numel():
-        raise UserError(f"the draft head gives {draft_nK.shape[-1]} logits for {ids_K.numel()} vocabulary ids")
+        raise UserError(f"the draft head gives {draft_nK.shape[-1]} logits for {ids_K.numel()} vocabulary ids; make them equal")
     if ids_K is None and draft_nK.shape[-1] != vocabulary:
         raise UserError(
             f"draft vocabulary {draft_nK.shape[-1]} differs from the target's {vocabulary}; "
-            "a trimmed draft names its ids, any other needs the target's vocabulary"
+            "use the target's vocabulary, or name the ids of a trimmed one"
         )

@@ -1,13 +1,13 @@
-"""Divergences between draft q and target p: what a draft is trained to make small. METHODS of each loss stand in its docstring.
+"""Training losses of a draft q against a target p. The docstring of each class gives equation, gradient and source.
 
-Two forms of each. Training uses the classes: `TV()(draft_hidden, draft_head, target_hidden, target_head, ids, mask, labels)`,
-which never hold [tokens, vocabulary]. The functions take whole logits and run the same code with heads that do nothing.
-Every loss is in nats, or probability for `tv`, summed over counted tokens; softmaxes run in float32 at least (float64 stays).
-Nothing is differentiated into the target. With a trimmed draft vocabulary S (`ids_K`) the draft has q = 0 outside S: `tv`,
-`tvdpp` and `lk` compare with p over the whole vocabulary, which is exact; the KL-like losses and `jsd` with p renormalised on
-S, because KL(p || q) is infinite otherwise; `ce` does not count labels outside S.
-What a teacher stored as its top k changes is said in `topk`.
-Metrics: `alpha` and `agreement` always, `alpha_coupled` from `loss.measuring()`. No factor temperature^2 is applied.
+Each loss has two forms. Training uses the classes: `TV()(draft_hidden, draft_head, target_hidden, target_head, ids, mask,
+labels)`, which never hold [tokens, vocabulary]. The functions take whole logits and run the same code with identity heads.
+A loss is in nats (`tv` and `tvdpp` in probability), summed over counted tokens; softmaxes run in float32, or in float64 for
+float64 logits. No gradient flows into the target. With a trimmed draft vocabulary S (`ids_K`) the draft has q = 0 outside S:
+`tv`, `tvdpp` and `lk` compare with p over the whole vocabulary, which is exact; the KL losses and `jsd` compare with p
+renormalised on S, because KL(p || q) would be infinite; `ce` does not count labels outside S.
+For a teacher stored as its top k probabilities see `topk`.
+Metrics: always `alpha` and `agreement`; `alpha_coupled` with `loss.measuring()`. No factor temperature^2 is applied.
 """
 
 # B batch  T positions  V vocabulary  K columns of the draft  N tokens  n tokens of a chunk  D hidden  S draws per token
@@ -15,67 +15,27 @@ Metrics: `alpha` and `agreement` always, `alpha_coupled` from `loss.measuring()`
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trainkit.errors import UserError
-from trainkit.losses.chunked import ChunkedDivergence, FirstPass, Pair, target_choices
+from trainkit.losses.chunked import ChunkedDivergence, Pair
 from trainkit.losses.log_softmax import FLOOR
-from trainkit.losses.measures import acceptance, agreement, coupled_acceptance
 from trainkit.losses.output import LossOutput
-
-__all__ = [
-    "JSD",
-    "LK",
-    "TV",
-    "ChunkedDivergence",
-    "CrossEntropy",
-    "FirstPass",
-    "ForwardKL",
-    "LossOutput",
-    "ReverseKL",
-    "TVDpp",
-    "acceptance",
-    "agreement",
-    "ce",
-    "coupled_acceptance",
-    "forward_kl",
-    "jsd",
-    "lk",
-    "reverse_kl",
-    "tv",
-    "tvdpp",
-]
 
 
 class CrossEntropy(ChunkedDivergence):
     """Cross entropy of hard labels, in nats per token: -log q(label).
 
-    Labels are `labels_N`; without them the target's argmax. With `target_head=None` there is no target: `labels_N` are
-    required, `target_hidden_ND` is ignored (pass the draft's) and no metric is measured. With a trimmed vocabulary, labels
+    The labels are `labels_N`, by default the target's argmax. With `target_head=None` there is no target: `labels_N` are
+    required, `target_hidden_ND` is ignored (pass the draft's), and there are no metrics. With a trimmed vocabulary, labels
     outside it are not counted, in metrics neither. Gradient by logits: q - onehot(label).
     """
 
     hard_labels = True
-
-    def __call__(
-        self,
-        draft_hidden_ND: Tensor,
-        draft_head: Any,
-        target_hidden_ND: Tensor,
-        target_head: Any,
-        ids_K: Tensor | None = None,
-        mask_N: Tensor | None = None,
-        labels_N: Tensor | None = None,
-    ) -> LossOutput:
-        if labels_N is None:
-            if target_head is None:
-                raise UserError("cross entropy needs labels or a target to choose them; it was given neither")
-            labels_N = target_choices(target_hidden_ND, target_head, self.chunk)
-        return super().__call__(draft_hidden_ND, draft_head, target_hidden_ND, target_head, ids_K, mask_N, labels_N)
 
     def value(self, pair: Pair) -> Tensor:
         assert pair.labels_n is not None
@@ -88,7 +48,7 @@ class CrossEntropy(ChunkedDivergence):
 
 
 class ForwardKL(ChunkedDivergence):
-    """KL(p || q), in nats per token: sum_v p_v (log p_v - log q_v). Covers all of the target's modes.
+    """KL(p || q), in nats per token: sum_v p_v (log p_v - log q_v). Covers all modes of the target.
 
     Hinton et al. 2015, arXiv 1503.02531. p is renormalised on a trimmed vocabulary. Gradient by logits: q - p.
     """
@@ -101,10 +61,10 @@ class ForwardKL(ChunkedDivergence):
 
 
 class ReverseKL(ChunkedDivergence):
-    """KL(q || p), in nats per token: sum_v q_v (log q_v - log p_v). Seeks one mode; punishes what the target would not say.
+    """KL(q || p), in nats per token: sum_v q_v (log q_v - log p_v). Seeks one mode; penalises tokens unlikely under p.
 
     Gu et al. 2023, arXiv 2306.08543. p is renormalised on a trimmed vocabulary; log p is floored at -100, so that a token
-    the target forbids costs 100 nats instead of infinity. Gradient by logits: q (log q - log p - KL).
+    with p = 0 costs 100 nats instead of infinity. Gradient by logits: q (log q - log p - KL).
     """
 
     def value(self, pair: Pair) -> Tensor:
@@ -146,7 +106,7 @@ class JSD(ChunkedDivergence):
         return excess_nK.sub_(q_nK.mul_(excess_nK.sum(-1, keepdim=True))).mul_(1 - self.beta)
 
     def _mixture(self, p_nK: Tensor, q_nK: Tensor) -> Tensor:
-        """M in place of p; never 0, so that 0/m is 0 where both underflow."""
+        """The mixture m, written over p; never 0, so that 0/m is 0 where both underflow."""
         return p_nK.mul_(self.beta).add_(q_nK, alpha=1 - self.beta).clamp_(min=torch.finfo(p_nK.dtype).tiny)
 
 
@@ -154,8 +114,8 @@ class TV(ChunkedDivergence):
     """Total variation distance, in probability per token; 1 - tv is the acceptance rate alpha.
 
     sum_v max(0, p_v - q_v) = 1 - sum_v min(p_v, q_v). Leviathan et al. 2023, arXiv 2211.17192, corollary 3.6. Over the whole
-    vocabulary also when the draft's is trimmed. Gradient: -E_{x~q}[r(x) grad log q(x)], r(x) = 1{p(x) > q(x)}; by logits
-    -q (r - E_q r), which vanishes where the draft gives every token of p nothing: start from a draft trained by `forward_kl`.
+    vocabulary, even if the draft's is trimmed. Gradient: -E_{x~q}[r(x) grad log q(x)], r(x) = 1{p(x) > q(x)}; by logits
+    -q (r - E_q r), which vanishes where q is 0 at all tokens with p > 0: start from a draft trained by `forward_kl`.
     """
 
     def value(self, pair: Pair) -> Tensor:
@@ -169,22 +129,22 @@ class TVDpp(ChunkedDivergence):
     """TVD++: TV's value in probability per token, with the advantage-normalised policy gradient.
 
     grad = -E_{x~q}[A(x) grad log q(x)], A = (r - mu) / (sigma + eps), r(x) = 1{p(x) > q(x)}; mu and sigma, detached, are the
-    q-weighted mean and deviation of r. Direct Alignment of Draft Model, arXiv 2403.00858 (the advantage's form is recalled,
-    not checked against the paper). p is unrenormalised on a trimmed vocabulary.
+    q-weighted mean and standard deviation of r. Direct Alignment of Draft Model, arXiv 2403.00858 (the form of the advantage is
+    from memory, not checked against the paper). p is not renormalised on a trimmed vocabulary.
     With `estimator="exact"` mu cancels and 1/(sigma + eps) remains: `normalise="batch"` is then TV times a constant, the
     same training under Adam; `position` gives tokens with rare or almost certain reward more weight than TV does.
     The defaults are the best measured (recipes/studies/losses, 14M target, 3 seeds), by alpha at temperature 1: exact position
     0.611, sampled (8) batch 0.595, plain TV 0.605, forward KL 0.587, JSD 0.612; at temperature 0 forward KL and JSD are 0.01
     ahead.
 
-    `normalise="batch"` spans the optimiser step (`spans_batch`): gather over all micro-batches with `first_pass()`, add over
-    ranks, then train with `with_statistics(sums, count)`. Without them each call uses its own statistics.
+    `normalise="batch"` needs statistics of the whole optimiser step (`spans_batch`): gather them over all micro-batches with
+    `first_pass()`, add over ranks, then train with `with_statistics(sums, count)`. Otherwise each call uses its own statistics.
 
     Args:
         estimator: `exact` sums over the vocabulary; `sampled` uses `samples` draws from q by torch's global generator.
-        normalise: mu and sigma over the whole optimiser step (`batch`) or at each position (`position`).
-        samples: Draws per token for `sampled`.
-        eps: Added to sigma.
+        normalise: Scope of mu and sigma: the whole optimiser step (`batch`) or each position (`position`).
+        samples: Number of draws per token for `sampled`.
+        eps: Constant added to sigma.
     """
 
     def __init__(
@@ -197,7 +157,9 @@ class TVDpp(ChunkedDivergence):
     ) -> None:
         super().__init__(**common)
         if estimator not in ("exact", "sampled") or normalise not in ("batch", "position"):
-            raise UserError(f"tvdpp has estimator exact|sampled and normalise batch|position, not {estimator!r}, {normalise!r}")
+            raise UserError(
+                f"tvdpp: estimator {estimator!r} must be exact or sampled, normalise {normalise!r} must be batch or position"
+            )
         if samples < 1:
             raise UserError(f"tvdpp's samples is {samples}; it must be at least 1")
         self.estimator, self.normalise, self.samples, self.eps = estimator, normalise, samples, eps
@@ -205,12 +167,14 @@ class TVDpp(ChunkedDivergence):
         self.generator: torch.Generator | None = None
         self._totals: Mapping[str, Tensor] | None = None
 
-    def first_pass(self) -> FirstPass:
-        """A callable like this one that gathers the sums `with_statistics` takes, without gradient."""
-        return FirstPass(self)
+    def first_pass(self) -> Callable[..., LossOutput]:
+        """A callable like this loss, without gradient, whose metrics include the sums for `with_statistics`."""
+        other = copy.copy(self)
+        other.gathers = True
+        return torch.no_grad()(other.__call__)
 
     def with_statistics(self, sums: Mapping[str, Tensor], count: Tensor) -> TVDpp:
-        """A copy that normalises by these totals: `sums["reward"]` over `count` tokens; other sums are not looked at."""
+        """A copy that normalises by these totals: `sums["reward"]` over `count` tokens; other sums are ignored."""
         other = copy.copy(self)
         other._totals = {"reward": sums["reward"].detach(), "count": count.detach()}
         return other
@@ -225,7 +189,7 @@ class TVDpp(ChunkedDivergence):
         if not self.spans_batch:
             return {}
         rewarded_nK = pair.log_q_nK.masked_fill(pair.log_p_nK <= pair.log_q_nK, FLOOR)
-        return {"reward": rewarded_nK.exp_().sum(-1)}  # r is 0 or 1: its mean gives its deviation
+        return {"reward": rewarded_nK.exp_().sum(-1)}  # r is 0 or 1, so its mean gives its standard deviation
 
     def value(self, pair: Pair) -> Tensor:
         return 1.0 - pair.alpha_n
@@ -251,13 +215,13 @@ class TVDpp(ChunkedDivergence):
 class LK(ChunkedDivergence):
     """Acceptance likelihood, in nats per token: -log alpha, alpha = sum_v min(p_v, q_v).
 
-    TV's gradient divided by alpha, so that badly drafted tokens are not neglected. `hybrid`: lam KL(p || q) + (1 - lam) TV with
-    lam = exp(-eta alpha) detached: KL while little is accepted, TV later. alpha is exact on a trimmed vocabulary; the KL of
-    `hybrid` renormalises p there.
+    Its gradient is TV's divided by alpha, which gives tokens with low acceptance more weight. `hybrid` is
+    lam KL(p || q) + (1 - lam) TV, lam = exp(-eta alpha) detached: KL while alpha is low, TV later. alpha is exact on a trimmed
+    vocabulary; the KL of `hybrid` renormalises p there.
 
     Args:
-        hybrid: Blend KL and TV instead of -log alpha.
-        eta: How fast `hybrid` turns from KL to TV as alpha grows.
+        hybrid: Whether to blend KL and TV instead of -log alpha.
+        eta: Rate at which `hybrid` moves from KL to TV as alpha grows.
     """
 
     def __init__(self, hybrid: bool = False, eta: float = 3.0, **common: Any) -> None:
@@ -274,7 +238,7 @@ class LK(ChunkedDivergence):
             kl_share = torch.exp(-self.eta * pair.alpha_n)[:, None]
             kl_nK = pair.log_q_nK.exp().sub_(pair.inner_log_p_nK.exp()).mul_(kl_share)
             return _tv_gradient(pair).mul_(1.0 - kl_share).add_(kl_nK)
-        # In logs, where alpha may underflow: of alpha, this share is q's at tokens the target likes better.
+        # min(p, q) / alpha where p > q, and 0 elsewhere; in logs, because alpha may underflow.
         share_nK = (pair.log_q_nK - _log_alpha(pair)).exp_().masked_fill_(pair.log_p_nK <= pair.log_q_nK, 0.0)
         return pair.log_q_nK.exp_().mul_(share_nK.sum(-1, keepdim=True)).sub_(share_nK)
 
@@ -284,7 +248,7 @@ def _kl(pair: Pair) -> Tensor:
 
 
 def _rewards(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """In place of the pair: q, q r with r(x) = 1{p(x) > q(x)}, and its sum, the mean of r under q."""
+    """Q, q r with r(x) = 1{p(x) > q(x)}, and its sum, the mean of r under q; overwrites the pair."""
     reward_nK = pair.log_p_nK.gt_(pair.log_q_nK)
     q_nK = pair.log_q_nK.exp_()
     rewarded_nK = reward_nK.mul_(q_nK)
@@ -297,7 +261,7 @@ def _tv_gradient(pair: Pair) -> Tensor:
 
 
 def _dot(x_nK: Tensor, y_nK: Tensor) -> Tensor:
-    """[n, 1] sums over K of x y; no matrix product, which would be rounded to TF32 or, under autocast, to bfloat16."""
+    """[n, 1] sums over K of x y; not a matrix product, which would run in TF32 or, under autocast, in bfloat16."""
     return (x_nK * y_nK).sum(-1, keepdim=True)
 
 
@@ -312,7 +276,7 @@ def ce(draft_BTV: Tensor, target: Tensor, mask_BT: Tensor, **common: Any) -> Los
         draft_BTV: Draft logits.
         target: Integer labels [B, T], or target logits [B, T, V] whose argmax is the label.
         mask_BT: True where the token counts.
-        common: `chunk`, `temperature`.
+        common: Arguments `chunk` and `temperature` of the class.
     """
     if target.is_floating_point():
         return _whole(CrossEntropy(**common), draft_BTV, target, mask_BT)
@@ -351,8 +315,8 @@ def tvdpp(
         draft_BTV: Draft logits.
         target_BTV: Target logits over the same vocabulary.
         mask_BT: True where the token counts.
-        generator: Source of the sampled draws; None: torch's global one.
-        options: `estimator`, `normalise`, `samples`, `eps` and the common ones.
+        generator: Random generator of the sampled draws; None: torch's global one.
+        options: Arguments of the class.
     """
     loss = TVDpp(**options)
     loss.generator = generator
@@ -368,7 +332,8 @@ def lk(
 
 def _whole(loss: ChunkedDivergence, draft_BTV: Tensor, target_BTV: Tensor, mask_BT: Tensor) -> LossOutput:
     if draft_BTV.shape[-1] != target_BTV.shape[-1]:
-        raise UserError(f"draft vocabulary {draft_BTV.shape[-1]} differs from the target's {target_BTV.shape[-1]}")
+        sizes = f"draft vocabulary {draft_BTV.shape[-1]} differs from the target's {target_BTV.shape[-1]}"
+        raise UserError(f"{sizes}; pass logits over the same vocabulary")
     _same(draft_BTV.shape, target_BTV.shape, "target logits")
     _same(draft_BTV.shape[:-1], mask_BT.shape, "mask")
     return loss(draft_BTV.flatten(0, -2), _identity, target_BTV.flatten(0, -2), _identity, None, mask_BT.flatten())
@@ -376,7 +341,7 @@ def _whole(loss: ChunkedDivergence, draft_BTV: Tensor, target_BTV: Tensor, mask_
 
 def _same(expected: torch.Size, given: torch.Size, what: str) -> None:
     if expected != given:
-        raise UserError(f"{what} have shape {tuple(given)}, the draft logits need {tuple(expected)}")
+        raise UserError(f"{what} have shape {tuple(given)}, but the draft logits need {tuple(expected)}; make them equal")
 
 
 def _identity(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hugging Face folders to decoders and back: configs, weight names, and the fusing of what is read together."""
+"""Reads and writes Hugging Face folders: configs, tokenizers, tensor names, and the fused storage of a `Decoder`."""
 
 # D hidden
 
@@ -18,40 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainkit.errors import UserError
+from trainkit.files import write_json
 from trainkit.layers.attention import rotary_table
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
 
 LAYOUTS = {"llama", "mistral", "qwen2", "qwen3"}
-MODEL_FAULTS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    RuntimeError,
-    AssertionError,
-    AttributeError,
-    ArithmeticError,
-    ImportError,
-    StrictDataclassError,
-)
-"""What the classes of transformers raise for a config.json with odd values."""
-_OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a Hugging Face tensor lives in a `Decoder`: rows `start:stop` of the parameter `name`, or all of it."""
-
-    name: str
-    start: int | None = None
-    stop: int | None = None
-
-    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The view of that parameter."""
-        value = parameters[self.name]
-        return value if self.start is None else value[self.start : self.stop]
+MODEL_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionError),
+    *(AttributeError, ArithmeticError, ImportError, StrictDataclassError),
+)
+"""Errors that transformers raises for a config.json with odd values."""
+_OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -67,75 +46,80 @@ def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{path}: no config.json there; give a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except MODEL_FAULTS as error:
-        raise UserError(f"{path}/config.json: {first_lines(error)}; mend it or copy it again") from error
+    except MODEL_ERRORS as error:
+        raise UserError(f"{path}/config.json: {first_lines(error)}; fix it or copy it again") from error
 
 
 def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder, or of a hub name written owner/name.
 
     Raises:
-        UserError: there is none, or it cannot be loaded.
+        UserError: it is missing or cannot be loaded.
     """
     from transformers import AutoTokenizer  # seconds to import
 
-    mend = "give a folder with tokenizer.json"
+    remedy = "give a folder with tokenizer.json"
     if not Path(folder).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)):
-        raise UserError(f"tokenizer {folder}: no such folder; {mend}")
+        raise UserError(f"tokenizer {folder}: no such folder; {remedy}")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the Rust library raises bare Exceptions for what it cannot read
-        raise UserError(f"tokenizer {folder}: cannot be loaded ({first_lines(error, 1)}); {mend}") from error
+    except Exception as error:  # the Rust library raises plain Exceptions for files it cannot read
+        raise UserError(f"tokenizer {folder}: cannot be loaded ({first_lines(error, 1)}); {remedy}") from error
 
 
 def first_lines(error: Exception, count: int = 2) -> str:
-    """The beginning of a library's message as one line, or the error's name where there is none."""
+    """The first `count` lines of an error message joined to one, or the error's class name if it has no message."""
     return " ".join(" ".join(str(error).strip().splitlines()[:count]).split()) or type(error).__name__
 
 
 def find_device(name: str) -> torch.device:
-    """The torch device of this name; `auto` is a GPU where there is one, otherwise the CPU.
+    """The torch device of this name; `auto` is a GPU if there is one, else the CPU.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device {name!r}: no device has that name; use cpu or cuda") from None
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device.type != "cpu" and (there is None or there.type != device.type):
+        raise UserError(f"device {name!r}: unknown device; use cpu, cuda or auto") from None
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device.type != "cpu" and (present is None or present.type != device.type):
         raise UserError(f"device {name!r}: no {device.type.upper()} device is available here; use device cpu")
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise UserError(f"device {name!r}: there are {torch.accelerator.device_count()} here; use a lower number")
+        raise UserError(f"device {name!r}: there are only {torch.accelerator.device_count()} here; use a lower number")
     return device
 
 
 def decoder_shape(config: Any) -> DecoderShape:
-    """The sizes of any Llama-like config, by its usual field names; says nothing of whether our decoder covers it."""
+    """The sizes of any Llama-like config; does not check whether `Decoder` supports it.
+
+    Raises:
+        UserError: a size is missing or not a positive integer.
+    """
     where = f"{config._name_or_path or config.model_type}/config.json"
     heads: Any = getattr(config, "num_attention_heads", None)
-    sizes = {name: getattr(config, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    sizes: dict[str, Any] = {name: getattr(config, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
     sizes["num_attention_heads"] = heads
     sizes |= {name: value for name in _OPTIONAL_SIZES if (value := getattr(config, name, None)) is not None}
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{where}: {name} is {value!r}; give a model of attention layers, where it is at least 1")
-    if heads % (getattr(config, "num_key_value_heads", None) or heads):
-        raise UserError(f"{where}: num_key_value_heads {config.num_key_value_heads} must divide num_attention_heads {heads}")
+    kv_heads = sizes.get("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(f"{where}: num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
     rope = dict(getattr(config, "rope_parameters", None) or {})
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
     return DecoderShape(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        intermediate_size=sizes.get("intermediate_size", 4 * config.hidden_size),
         num_layers=config.num_hidden_layers,
         num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_kv_heads=kv_heads,
+        head_dim=sizes.get("head_dim", config.hidden_size // heads),
         norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
         rope=rope,
         max_positions=getattr(config, "max_position_embeddings", 2048),
@@ -146,10 +130,10 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def covered_positions(folder: str | Path) -> int:
-    """Positions that the model in `folder` was made for.
+    """Maximum number of positions of the model in `folder`.
 
     Raises:
-        UserError: no readable config.json there, or the runner does not decode this model.
+        UserError: no readable config.json there, or the runner does not support this model.
     """
     config = read_config(folder)
     check_covered(config, folder, 0)
@@ -157,93 +141,91 @@ def covered_positions(folder: str | Path) -> int:
 
 
 def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
-    """Refuses, by name, what the runner's decoder does not compute exactly.
+    """Refuses models that the runner's decoder does not compute exactly.
 
     Raises:
         UserError: another architecture, activation, bias or rotary type, or a sliding window shorter than `max_len`.
     """
     where = f"{folder}/config.json"
+    # Architecture and switches.
     if config.model_type not in LAYOUTS:
         known = ", ".join(sorted(LAYOUTS))
-        raise UserError(f"{where}: model_type {config.model_type!r} is not one the runner decodes; give one of {known}")
+        raise UserError(f"{where}: model_type {config.model_type!r} is not supported by the runner; give one of {known}")
     if config.hidden_act != "silu":
         raise UserError(f"{where}: hidden_act {config.hidden_act!r} is not supported by the runner, only 'silu'")
     for field in ("attention_bias", "mlp_bias"):
         if getattr(config, field, False):
             raise UserError(f"{where}: {field} is not supported by the runner for {config.model_type}")
-    shape = decoder_shape(config)
-    rope, kind = shape.rope, shape.rope["rope_type"]
-    if kind not in ROPE_TYPES:
-        raise UserError(f"{where}: rope_type {kind!r} is not one the runner computes ({', '.join(sorted(ROPE_TYPES))})")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is not supported by the runner")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{where}: quantised weights are not supported by the runner; give the dense folder")
+    # Rotary positions.
+    shape = decoder_shape(config)
+    rope, rope_type = shape.rope, shape.rope["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        known = ", ".join(sorted(ROPE_TYPES))
+        raise UserError(f"{where}: rope_type {rope_type!r} is not supported by the runner; give one of {known}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor is not supported by the runner")
+    try:
+        rotary_table(shape, 1)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__} {first_lines(error, 1)}"
+        raise UserError(f"{where}: no rotary table can be computed from rope_parameters ({reason}); fix them") from error
+    # Length.
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window and type(window) is not int:
         raise UserError(f"{where}: sliding_window is {window!r}; make it a number or null")
     if window and max_len > window:
         raise UserError(f"{where}: sliding_window {window} is shorter than max_len {max_len}; load with max_len <= {window}")
     if max_len > config.max_position_embeddings:
-        covered = config.max_position_embeddings
-        raise UserError(f"{where}: max_position_embeddings {covered} is shorter than max_len {max_len}; lower max_len")
-    try:
-        rotary_table(shape, 1)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        said = f"{type(error).__name__} {first_lines(error, 1)}"
-        raise UserError(f"{where}: rope_parameters give no rotary table ({said}); mend them") from error
+        limit = config.max_position_embeddings
+        raise UserError(f"{where}: max_position_embeddings {limit} is shorter than max_len {max_len}; lower max_len")
 
 
-def places(shape: DecoderShape) -> dict[str, Place]:
-    """Every Hugging Face tensor name of this shape, and where it lives in a `Decoder`."""
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    qkv = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
-    mlp = {"gate_proj": (0, shape.intermediate_size), "up_proj": (shape.intermediate_size, 2 * shape.intermediate_size)}
-    found = {"model.embed_tokens.weight": Place("embed.weight"), "model.norm.weight": Place("norm.weight")}
+@dataclass(frozen=True)
+class TensorSlice:
+    """The part of a `Decoder` that holds a Hugging Face tensor: rows `start:stop` of the parameter `name`, or all of it."""
+
+    name: str
+    start: int | None = None
+    stop: int | None = None
+
+    def view(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        return parameters[self.name][self.start : self.stop]
+
+
+def tensor_slices(shape: DecoderShape) -> dict[str, TensorSlice]:
+    """Hugging Face name of every tensor of this shape -> the part of a `Decoder` that holds it."""
+    q, kv, inner = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.intermediate_size
+    # Within a layer: their name -> our name and rows.
+    layer: dict[str, tuple[str, int | None, int | None]] = {
+        "input_layernorm.weight": ("attention_norm.weight", None, None),
+        "post_attention_layernorm.weight": ("mlp_norm.weight", None, None),
+        "self_attn.o_proj.weight": ("attention.out.weight", None, None),
+        "mlp.gate_proj.weight": ("mlp.gate_up.weight", 0, inner),
+        "mlp.up_proj.weight": ("mlp.gate_up.weight", inner, 2 * inner),
+        "mlp.down_proj.weight": ("mlp.down.weight", None, None),
+    }
+    for part in ("weight", "bias") if shape.qkv_bias else ("weight",):
+        for name, start, stop in (("q_proj", 0, q), ("k_proj", q, q + kv), ("v_proj", q + kv, q + 2 * kv)):
+            layer[f"self_attn.{name}.{part}"] = (f"attention.qkv.{part}", start, stop)
+    for name in ("q_norm", "k_norm") if shape.qk_norm else ():
+        layer[f"self_attn.{name}.weight"] = (f"attention.{name}.weight", None, None)
+    # The whole model.
+    slices = {"model.embed_tokens.weight": TensorSlice("embed.weight"), "model.norm.weight": TensorSlice("norm.weight")}
     if not shape.tied:
-        found["lm_head.weight"] = Place("lm_head.weight")
+        slices["lm_head.weight"] = TensorSlice("lm_head.weight")
     for index in range(shape.num_layers):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        found[f"{theirs}.input_layernorm.weight"] = Place(f"{ours}.attention_norm.weight")
-        found[f"{theirs}.post_attention_layernorm.weight"] = Place(f"{ours}.mlp_norm.weight")
-        found[f"{theirs}.self_attn.o_proj.weight"] = Place(f"{ours}.attention.out.weight")
-        found[f"{theirs}.mlp.down_proj.weight"] = Place(f"{ours}.mlp.down.weight")
-        for part, rows in qkv.items():
-            found[f"{theirs}.self_attn.{part}.weight"] = Place(f"{ours}.attention.qkv.weight", *rows)
-            if shape.qkv_bias:
-                found[f"{theirs}.self_attn.{part}.bias"] = Place(f"{ours}.attention.qkv.bias", *rows)
-        for part, rows in mlp.items():
-            found[f"{theirs}.mlp.{part}.weight"] = Place(f"{ours}.mlp.gate_up.weight", *rows)
-        if shape.qk_norm:
-            for part in ("q_norm", "k_norm"):
-                found[f"{theirs}.self_attn.{part}.weight"] = Place(f"{ours}.attention.{part}.weight")
-    return found
+        for theirs, (ours, start, stop) in layer.items():
+            slices[f"model.layers.{index}.{theirs}"] = TensorSlice(f"layers.{index}.{ours}", start, stop)
+    return slices
 
 
 def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Hugging Face program expects of this shape, and its size; says nothing of a `Decoder`'s storage."""
-    D, inner = shape.hidden_size, shape.intermediate_size
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (D,),
-        "post_attention_layernorm.weight": (D,),
-        "self_attn.q_proj.weight": (q, D),
-        "self_attn.k_proj.weight": (kv, D),
-        "self_attn.v_proj.weight": (kv, D),
-        "self_attn.o_proj.weight": (D, q),
-        "mlp.gate_proj.weight": (inner, D),
-        "mlp.up_proj.weight": (inner, D),
-        "mlp.down_proj.weight": (D, inner),
-    }
-    if shape.qkv_bias:
-        layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
-    if shape.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (shape.head_dim,), "self_attn.k_norm.weight": (shape.head_dim,)}
-    ends = {"model.embed_tokens.weight": (shape.vocab_size, D), "model.norm.weight": (D,)}
-    if not shape.tied:
-        ends["lm_head.weight"] = (shape.vocab_size, D)
-    layers = range(shape.num_layers)
-    return ends | {f"model.layers.{index}.{name}": size for index in layers for name, size in layer.items()}
+    """Hugging Face name and size of every tensor of this shape."""
+    with torch.device("meta"):
+        parameters = dict(Decoder(shape).named_parameters())
+    return {name: tuple(part.view(parameters).shape) for name, part in tensor_slices(shape).items()}
 
 
 def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -256,18 +238,18 @@ def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Ite
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            held = json.loads(index.read_text())["weight_map"].items()
-            files = sorted({path / str(file) for name, file in held if only is None or name in only})
+            listed = json.loads(index.read_text())["weight_map"].items()
+            files = sorted({path / str(file) for name, file in listed if only is None or name in only})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: names no weight files ({first_lines(error, 1)}); copy it again") from error
+            raise UserError(f"{index}: lists no weight files ({first_lines(error, 1)}); copy it again") from error
     else:
         files = [path / "model.safetensors"]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: not found; give a folder with its weights, which are read from safetensors only")
+            raise UserError(f"{file}: not found; give a folder with weights in safetensors files")
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
+                for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
                     if only is not None and name not in only:
                         continue
                     yield name, tensors.get_tensor(name)
@@ -279,45 +261,44 @@ def copy_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], source
     """Copies Hugging Face tensors into the decoder's fused storage, in place, casting to its dtype.
 
     Raises:
-        UserError: a tensor the shape has no place for, of another size, with values that are not finite, or (with `complete`)
-            one that is missing.
+        UserError: a tensor is unknown, of another size, not finite, or (with `complete`) missing.
     """
     parameters = dict(decoder.named_parameters())
-    wanted = places(decoder.shape)
-    seen: dict[str, Tensor] = {}
+    slices = tensor_slices(decoder.shape)
+    copied: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, value in tensors:
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.shape.tied):
                 continue
-            if name not in wanted:
-                raise UserError(f"{source}: tensor {name!r} has no place here; give weights that fit config.json")
-            place = wanted[name].of(parameters)
-            if place.shape != value.shape:
-                sizes = f"{list(value.shape)}, the config asks for {list(place.shape)}"
+            if name not in slices:
+                raise UserError(f"{source}: tensor {name!r} has no place in this model; give weights that fit config.json")
+            part = slices[name].view(parameters)
+            if part.shape != value.shape:
+                sizes = f"{list(value.shape)}, but the config requires {list(part.shape)}"
                 raise UserError(f"{source}: tensor {name!r} is {sizes}; give weights that fit config.json")
-            place.copy_(value)
-            seen[name] = place
-    missing = sorted(wanted.keys() - seen.keys())
+            part.copy_(value)
+            copied[name] = part
+    missing = sorted(slices.keys() - copied.keys())
     if complete and missing:
         raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]!r}; copy all weight files")
-    check_finite(seen.items(), source)
+    check_finite(copied.items(), source)
 
 
 @torch.no_grad()
 def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
-    """Refuses weights with NaN or infinite values, also those that became so in a narrower dtype.
+    """Refuses weights with NaN or infinite values, including those that became infinite in a narrower dtype.
 
-    Smallest and largest value cost one read of the weights (7 GB/s on one core) and, on a GPU, one wait for all of them.
+    Taking minimum and maximum costs one read of the weights (7 GB/s on one core) and, on a GPU, one sync for all tensors.
 
     Raises:
-        UserError: names the first such tensor.
+        UserError: a tensor is not finite; the message names the first.
     """
     bounds = [(name, value, torch.stack(value.aminmax())) for name, value in tensors if value.numel()]
     if not bounds or bool(torch.stack([pair.float().isfinite().all() for _, _, pair in bounds]).all()):
         return
     name, value, _ = next(entry for entry in bounds if not bool(entry[2].isfinite().all()))
     dtype = str(value.dtype).removeprefix("torch.")
-    raise UserError(f"{source}: tensor {name!r} holds values that are not finite in {dtype}; copy it again or train it anew")
+    raise UserError(f"{source}: tensor {name!r} holds values that are not finite in {dtype}; copy it again or train it again")
 
 
 def load_decoder(
@@ -327,12 +308,17 @@ def load_decoder(
     max_len: int | None = None,
     layers: bool = True,
 ) -> Decoder:
-    """A decoder with the weights of a Hugging Face folder, in `dtype` (default: as stored), without gradient.
+    """A decoder with the weights of a Hugging Face folder, without gradient.
 
-    Without `layers` it is embedding, final norm and head alone, and no other weight is read.
+    Args:
+        folder: Folder of the model.
+        device: Device of the weights.
+        dtype: Precision of the weights; None: as stored.
+        max_len: Number of positions that must be supported.
+        layers: Whether to load decoder layers; without them only embedding, final norm and head are read.
 
     Raises:
-        UserError: the runner does not cover this model (`check_covered`), or its weights do not fit its config.
+        UserError: the runner does not support this model (`check_covered`), or its weights do not fit its config.
     """
     config = read_config(folder)
     check_covered(config, folder, max_len or 0)
@@ -340,24 +326,24 @@ def load_decoder(
         stored = getattr(config, "dtype", None) or torch.float32
         dtype = getattr(torch, stored, None) if isinstance(stored, str) else stored
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise UserError(f"{folder}/config.json: dtype {stored!r} is none that weights have; make it float32 or bfloat16")
+            raise UserError(f"{folder}/config.json: dtype {stored!r} is not a floating-point type; make it float32 or bfloat16")
     with torch.device("meta"):
         shape = decoder_shape(config)
         decoder = Decoder(shape if layers else replace(shape, num_layers=0))
     decoder = decoder.to(dtype).to_empty(device=device)
     decoder.rope = torch.empty(0, *decoder.rope.shape[1:], device=device, dtype=dtype)
-    copy_weights(decoder, read_tensors(folder, None if layers else places(decoder.shape)), str(folder))
+    copy_weights(decoder, read_tensors(folder, None if layers else tensor_slices(decoder.shape)), str(folder))
     return decoder.requires_grad_(False).eval()
 
 
 def hf_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's weights under their Hugging Face names, each its own storage."""
+    """Copies of the decoder's weights by their Hugging Face names."""
     parameters = dict(decoder.named_parameters())
-    return {name: place.of(parameters).detach().clone() for name, place in places(decoder.shape).items()}
+    return {name: part.view(parameters).detach().clone() for name, part in tensor_slices(decoder.shape).items()}
 
 
 def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json that loads this shape as Llama, Qwen2 or Qwen3, whichever has its biases and norms."""
+    """A config.json that loads this shape as Llama, Qwen2 or Qwen3, depending on its biases and norms."""
     model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
     name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[model_type]
     ends = list(end_ids)
@@ -389,7 +375,6 @@ def save_decoder(
     decoder: Decoder, folder: Path, dtype: torch.dtype, end_ids: Iterable[int] = (), pad_id: int | None = None
 ) -> None:
     """Writes config.json and model.safetensors as transformers, vLLM and SGLang load them."""
-    config = hf_config(decoder.shape, end_ids, pad_id, dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", hf_config(decoder.shape, end_ids, pad_id, dtype))
     tensors = {name: value.to(dtype=dtype, device="cpu").contiguous() for name, value in hf_tensors(decoder).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

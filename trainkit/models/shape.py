@@ -1,4 +1,4 @@
-"""What a drafter is told of its target, and the live parts of the target that it borrows."""
+"""What a drafter needs to know of its target, and the parts of the target that it uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TargetShape:
         decoder: Sizes, head counts, rotary parameters, norm epsilon, vocabulary.
         end_ids: Token ids that end a text: the union of config, generation config and tokenizer.
         pad_id: Id used for padding, or None.
-        fingerprint: `config`, `tokenizer` hashes (hex) and `path` (where it was read).
+        fingerprint: Digests `config` and `tokenizer` (hex), and `path` (folder name), of `bundle.fingerprint`.
     """
 
     decoder: DecoderShape
@@ -34,17 +34,12 @@ class TargetShape:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TargetShape:
         """The shape that `to_dict` wrote."""
-        return TargetShape(
-            decoder=DecoderShape(**values["decoder"]),
-            end_ids=tuple(values["end_ids"]),
-            pad_id=values["pad_id"],
-            fingerprint=values["fingerprint"],
-        )
+        return TargetShape(DecoderShape(**values["decoder"]), tuple(values["end_ids"]), values["pad_id"], values["fingerprint"])
 
 
 @dataclass(frozen=True)
 class TargetHandle:
-    """The live target's shared parts; training and runner each pass theirs, and no drafter stores them.
+    """The parts of the loaded target that a drafter calls; training and runner each pass theirs, and no drafter stores them.
 
     Attributes:
         embed: Token ids [...] -> embeddings [..., D].

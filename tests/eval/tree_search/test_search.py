@@ -102,9 +102,9 @@ def test_shares_of_heads_are_a_direct_count_of_their_predictions(seed):
         whole = [*prompt, *text]
         for d, block in enumerate(runner.drafter.blocks):
             with torch.no_grad():
-                logits = runner.drafter.lm_heads.of(d, batch.handle.head)(block(batch.hidden_BTD))[0]
-            for i in range(len(prompt) - 1, len(whole) - d - 2):
-                rank = int((logits[i] > logits[i, whole[i + d + 2]]).sum())
+                logits = runner.drafter.lm_heads.projection(d, batch.handle.head)(block(batch.hidden_BTD))[0]
+            for place in range(len(prompt) - 1, len(whole) - d - 2):
+                rank = int((logits[place] > logits[place, whole[place + d + 2]]).sum())
                 totals[d] += 1
                 if rank < width:
                     counts[d, rank] += 1

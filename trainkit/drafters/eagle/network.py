@@ -40,7 +40,7 @@ from trainkit.layers.heads import WIDEST, checked_vocab, trim_rows
 from trainkit.layers.linear import Linear
 from trainkit.layers.shape import DecoderShape
 from trainkit.losses.chunked import target_choices
-from trainkit.losses.output import heads_together
+from trainkit.losses.output import combine_heads
 from trainkit.models.load import load_decoder, read_tensors
 
 
@@ -200,7 +200,7 @@ class Eagle(Drafter):
             hidden_ND = self.norm(feature_BTD[counted_BT])
             outputs.append(divergence(hidden_ND, self.lm_head, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
-        return heads_together(outputs, [self.decay**step for step in range(self.steps)], counted)
+        return combine_heads(outputs, [self.decay**step for step in range(self.steps)], counted)
 
     @torch.no_grad()
     def _inside(self, batch: DraftBatch) -> Tensor:

@@ -36,7 +36,7 @@ from trainkit.layers.attention import causal_bias, document_bias, fold_bias, rot
 from trainkit.layers.blocks import DecoderLayer
 from trainkit.layers.heads import WIDEST, OutputHeads, ResidualBlock, checked_heads, trim_rows
 from trainkit.layers.linear import Linear
-from trainkit.losses.output import heads_together
+from trainkit.losses.output import combine_heads
 from trainkit.models.load import load_decoder
 
 
@@ -116,10 +116,10 @@ class Hydra(Drafter):
             )  # adds E of the token at t + ahead - 1
             counted_BT, target_ND, labels_N = batch.training_targets(ahead)
             hidden_ND = block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training))
-            projection = self.lm_heads.of(index, batch.handle.head)
+            projection = self.lm_heads.projection(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
-        return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
+        return combine_heads(outputs, [self.decay**index for index in range(len(outputs))], counted)
 
     # Serving
 
@@ -144,7 +144,7 @@ class Hydra(Drafter):
         embedded_BFI = handle.embed(paths_BFL).flatten(2)
         inputs_BFI = torch.cat([state["hidden"].expand(-1, nodes, -1), embedded_BFI.to(state["hidden"].dtype)], dim=-1)
         hidden_BFD = self.blocks[depth](inputs_BFI)
-        return StepOutput(self.lm_heads.of(depth, handle.head)(hidden_BFD), self.ids_K, hidden_BFD)
+        return StepOutput(self.lm_heads.projection(depth, handle.head)(hidden_BFD), self.ids_K, hidden_BFD)
 
     def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
         # nodes past the accepted path are cached too; the next rounds overwrite them before any query sees them

@@ -33,7 +33,7 @@ from trainkit.drafters.base import (
 )
 from trainkit.drafters.medusa.outside import check_heads, is_medusa, read_heads
 from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, trim_rows
-from trainkit.losses.output import heads_together
+from trainkit.losses.output import combine_heads
 from trainkit.models.load import check_finite, load_decoder
 
 _NAMES, _FILE_NAMES = re.compile(r"(blocks\.\d+)\.(\d+)\.linear\.(.*)"), re.compile(r"(blocks\.\d+)\.layers\.(\d+)\.(.*)")
@@ -84,10 +84,10 @@ class Medusa(Drafter):
         outputs, counted = [], []
         for index, block in enumerate(self.blocks):
             counted_BT, target_ND, labels_N = batch.training_targets(index + 2)
-            hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.of(index, batch.handle.head)
+            hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.projection(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, index + 2))
-        return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
+        return combine_heads(outputs, [self.decay**index for index in range(len(outputs))], counted)
 
     # Serving: all that is cached is the target's hidden state before the root
 
@@ -100,7 +100,7 @@ class Medusa(Drafter):
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         hidden_B1D = self.blocks[frontier.depth](state["hidden"])
-        logits_B1K = self.lm_heads.of(frontier.depth, handle.head)(hidden_B1D)
+        logits_B1K = self.lm_heads.projection(frontier.depth, handle.head)(hidden_B1D)
         nodes = frontier.tokens_BF.shape[1]
         return StepOutput(logits_B1K.expand(-1, nodes, -1), self.ids_K, hidden_B1D.expand(-1, nodes, -1))
 
