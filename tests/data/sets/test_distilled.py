@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -254,11 +255,20 @@ def test_other_things_are_left_alone(tmp_path):
 
 
 def test_two_processes_at_once_the_second_is_refused(tmp_path, straight):
-    pid = fork(lambda: write(tmp_path, answering(0.02)))
+    count, checked = itertools.count(), tmp_path.with_name("checked")
+
+    def waiting(items: Sequence[Item], temperature: float) -> Iterator[Answer]:
+        for answer in answering()(items, temperature):
+            if next(count) == 2:
+                wait_until(checked.exists)
+            yield answer
+
+    pid = fork(lambda: write(tmp_path, waiting))
     wait_until(lambda: rows_in(tmp_path) > 1, pid)
     with pytest.raises(UserError, match="another process is writing") as caught:
         write(tmp_path)
     assert "part-00000.partial" in str(caught.value) and "\n" not in str(caught.value)
+    checked.touch()
     assert ended(pid) == 0 and files_of(tmp_path) == straight
 
 
