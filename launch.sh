@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# The one entry: sets up where needed, then runs. `./launch.sh` alone prints how.
+# The single entry point: sets up the environment if needed, then runs a command. `./launch.sh` alone prints the usage.
 set -euo pipefail
 
 usage() {
     cat <<'HELP'
 usage: ./launch.sh COMMAND ...
 
-  ./launch.sh quickstart                         the whole pipeline, small (recipes/quickstart.sh)
+  ./launch.sh quickstart                         the whole pipeline at small size (recipes/quickstart.sh)
   ./launch.sh RECIPE.yaml [flags]                train: trainkit fit --config RECIPE.yaml [flags]
-  ./launch.sh RECIPE.yaml --resume RUN_DIR       go on where that run stopped
-  ./launch.sh RECIPE.sh [arguments]              run a recipe that is a script
+  ./launch.sh RECIPE.yaml --resume RUN_DIR       continue that run
+  ./launch.sh RECIPE.sh [arguments]              run a recipe script
   ./launch.sh test [pytest arguments]            the tests
   ./launch.sh lint                               ruff, pyright, import floors, shellcheck
-  ./launch.sh distill --target DIR --prompts FILE --out DIR   the target's own answers, on every GPU (NPROC processes)
-  ./launch.sh export|generate|bench|inspect|...  that trainkit command; --help after it explains
+  ./launch.sh distill --target DIR --prompts FILE --out DIR   generate training data with the target, on all GPUs
+  ./launch.sh export|generate|bench|inspect|...  any trainkit command; add --help for its usage
 
 Environment:
-  NPROC        processes on this machine; default: its GPUs, or 1
-  NNODES, NODE_RANK, MASTER=host[:port], RUN_DIR   several machines: run the same line on each; RUN_DIR is shared
-  PYTHON       interpreter that .venv is made with (3.11 or later)
-  TORCH_SPEC   what pip installs for torch where there is no NVIDIA GPU; default torch==2.13.0, a CPU wheel if offered
+  NPROC        number of processes on this machine; default: number of GPUs, or 1
+  NNODES, NODE_RANK, MASTER=host[:port], RUN_DIR   for several machines: run the same line on each; RUN_DIR is shared
+  PYTHON       Python interpreter for .venv (3.11 or later)
+  TORCH_SPEC   pip requirement for torch on machines without NVIDIA GPU; default torch==2.13.0, a CPU wheel if available
 HELP
 }
 
@@ -29,7 +29,7 @@ command=${1:-}
 die() { echo "launch.sh: error: $*" >&2; exit 2; }
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
-# Is THIS checkout installed for interpreter $1, with its test tools? (-P and no PYTHONPATH: being in the folder does not count)
+# Is THIS checkout installed for interpreter $1, with its test tools? (-P without PYTHONPATH ignores the current folder.)
 holds() {
     env -u PYTHONPATH "$1" -P - "$root" 2>/dev/null <<'PY'
 import importlib.util as u, pathlib, sys
@@ -44,16 +44,16 @@ find_python() {
     for p in ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11; do
         "$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$p" && return
     done
-    die "no Python >= 3.11 with venv found; install one, or name it: PYTHON=/path/to/python3.12 ./launch.sh ..."
+    die "no Python >= 3.11 with venv found; install one, or set PYTHON: PYTHON=/path/to/python3.12 ./launch.sh ..."
 }
 
-# Makes .venv, or completes one that is stale or was interrupted: .venv/trainkit holds a checksum once everything is in.
+# Makes .venv, or completes one that is stale or was interrupted: .venv/trainkit holds a checksum once everything is installed.
 make_venv() {
     local venv=$root/.venv want base
     want=$(cksum <"$root/pyproject.toml")
     if command -v flock >/dev/null; then exec 9>"$root/.venv.lock"; flock 9; fi
     if [ "$(cat "$venv/trainkit" 2>/dev/null)" != "$want" ] || ! holds "$venv/bin/python"; then
-        echo "launch.sh: installing into $venv, which takes some minutes" >&2
+        echo "launch.sh: installing into $venv; this takes some minutes" >&2
         if [ "$(cat "$venv/trainkit" 2>/dev/null)" = incomplete ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
             base=$(find_python)
             "$base" -m venv --clear "$venv"
@@ -82,11 +82,11 @@ setup() {
         python=$root/.venv/bin/python
     fi
     export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-    # Threads that sleep between operations cost more than the operations of a small model; tests run one thread each.
+    # Waking idle threads costs more than the operations of a small model; tests run one thread each.
     if ! has_gpu && [ "$command" != test ]; then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-active}; fi
 }
 
-# Processes on this machine: NPROC, otherwise one for each GPU, or one.
+# Number of processes on this machine: NPROC, otherwise the number of GPUs, at least one.
 processes() {
     if [ -n "${NPROC:-}" ]; then echo "$NPROC"
     elif has_gpu; then "$python" -c 'import torch; print(max(1, torch.cuda.device_count()))'
@@ -109,7 +109,7 @@ fit() {
     if [ -n "$folder" ]; then folder=$(absolute "$folder"); fi
     if [ -n "$resume" ]; then
         local last=$folder/checkpoints/last.ckpt
-        [ -e "$last" ] || [ -e "${last%.ckpt}.old" ] || die "--resume: no checkpoint $last to go on from; give the run's folder"
+        [ -e "$last" ] || [ -e "${last%.ckpt}.old" ] || die "--resume: no checkpoint $last to continue from; give the folder of the run"
         flags=(--ckpt_path "$last" ${flags[@]+"${flags[@]}"})
     fi
     if [ "$nodes" -gt 1 ]; then
@@ -121,7 +121,7 @@ fit() {
     if [ -z "$folder" ]; then
         folder=$root/runs/$(basename "${recipe%.*}")/$(date +%Y%m%d-%H%M%S)
         mkdir -p "${folder%/*}"
-        until mkdir "$folder" 2>/dev/null; do # another run began within this second
+        until mkdir "$folder" 2>/dev/null; do # another run started within this second
             [ -e "$folder" ] || die "cannot make $folder"
             sleep 1
             folder=${folder%/*}/$(date +%Y%m%d-%H%M%S)
@@ -141,7 +141,7 @@ fit() {
             --master-addr="$host" --master-port="$port")
     elif [ "$nproc" -gt 1 ]; then
         run+=(-m trainkit.launch --standalone --nproc-per-node="$nproc")
-    fi # one process needs no torchrun, and its exit code (130, 143) arrives as it is
+    fi # one process needs no torchrun, and its exit code (130, 143) is returned unchanged
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # time to write a last checkpoint
     cd "$root"
     exec "${run[@]}" -m trainkit.cli fit --config "${recipe#"$root"/}" --trainer.default_root_dir "$folder" \
@@ -151,11 +151,12 @@ fit() {
 case ${1:-} in
     "" | -h | --help | help) usage ;;
     quickstart) shift; setup; cd "$root"; exec bash recipes/quickstart.sh "$@" ;;
-    test) # one thread and one process for each core; threads that spin would slow the other processes sixfold
+    test) # one process per core with one thread each; busy-waiting threads would slow the other processes sixfold
         shift; setup; cd "$root"
         if has_gpu; then exec "$python" -m pytest "$@"; fi
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
-        export PYTEST_ADDOPTS="-n $(getconf _NPROCESSORS_ONLN) --dist loadfile --durations 30 ${PYTEST_ADDOPTS:-}"
+        workers=$(getconf _NPROCESSORS_ONLN)
+        export PYTEST_ADDOPTS="-n $workers --dist loadfile --durations 30 ${PYTEST_ADDOPTS:-}"
         exec "$python" -m pytest "$@"
         ;;
     lint)
@@ -168,7 +169,7 @@ case ${1:-} in
         exit "$failed"
         ;;
     *.yaml | *.yml) fit "$@" ;;
-    distill) # each process makes its share
+    distill) # each process generates its share of the data
         setup; nproc=$(processes)
         if [ "$nproc" -gt 1 ]; then
             exec "$python" -P -m trainkit.launch --standalone --nproc-per-node="$nproc" -m trainkit.cli "$@"

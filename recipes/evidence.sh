@@ -40,14 +40,13 @@ draft() {
 
 # measure NAME DRAFTS...: OUT/rows/NAME.t0.json and .t1.json, each on what the target writes at that temperature.
 measure() {
-    local name=$1 t list served=()
+    local name=$1 t served=()
     shift
     [ "${serve:-yes}" = no ] || served=(--prompts "$data/test.jsonl" --questions 100)
-    list=$(printf ',%s' "$@")
     for t in 0 1; do
         [ ! -e "$out/rows/$name.t$t.json" ] || continue
         say "measure $name at temperature $t"
-        ./launch.sh eval --target "$target" --drafter "[${list:1}]" --data "$out/sets/test_t$t" --temperatures "[$t]" --length 512 \
+        ./launch.sh eval --target "$target" "${@/#/--drafter=}" --data "$out/sets/test_t$t" --temperatures "[$t]" --length 512 \
             ${served[@]+"${served[@]}"} --teacher_cache "$out/states" --device "$device" --json "$out/rows/$name.t$t.json.partial"
         mv "$out/rows/$name.t$t.json.partial" "$out/rows/$name.t$t.json"
     done

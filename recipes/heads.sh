@@ -63,8 +63,7 @@ python recipes/heads.py measure "$target" "$data/test.jsonl" "$out/tau.json" "$d
 
 # Wall-clock, all beside one plain decoding.
 say "speed"
-list=$(printf ',%s' "${drafts[@]}")
-[ -e "$out/bench.json" ] || ./launch.sh bench --target "$target" --drafter "[${list:1}]" --prompts "$data/test.jsonl" --limit 8 \
+[ -e "$out/bench.json" ] || ./launch.sh bench --target "$target" "${drafts[@]/#/--drafter=}" --prompts "$data/test.jsonl" --limit 8 \
     --max_new_tokens 128 --depths "[2,3]" --repeats 5 --device "$device" --json "$out/bench.json" --plot "$out/bench.png"
 python recipes/heads.py table "$out"
 say "done"

@@ -29,7 +29,7 @@ from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.policies.cost_model import ChainCosts
 from trainkit.runner.sampling import Sampling
 
-MOST = 10
+MAX_DEPTH = 10
 NAMES = ("Aisha", "Bogdan", "Chidi", "Dara", "Emeka", "Freya", "Goran", "Hana", "Ines", "Jomo", "Kenji", "Lotte")
 OTHERS = ("Xqor", "Wvenn", "Ruzk", "Pthal", "Oxbri", "Nyzza")
 SETS = {"gsm8k": "GSM8K", "mixed": "mixed"}
@@ -61,14 +61,14 @@ def oracle(target: Path, drafter: Path, file: Path, temperature: float, limit: i
     """Tokens a second by this machine's costs, as times plain decoding: of fixed depths, and of who knows each round's end."""
     torch.set_num_threads(1)
     given = read_prompts(str(file), str(target), limit)
-    runner = Runner.load(target, drafter, max_batch=8, max_len=max(map(len, given)) + 128 + MOST + 1)
+    runner = Runner.load(target, drafter, max_batch=8, max_len=max(map(len, given)) + 128 + MAX_DEPTH + 1)
     texts = [one.tokens for one in runner.generate(given, max_new_tokens=128, temperature=temperature, progress=True)]
-    ranks = walk(runner, given, texts, MOST, 1, temperature)
+    ranks = walk(runner, given, texts, MAX_DEPTH, 1, temperature)
     alone = Runner.load(target, drafter, max_batch=1, max_len=512)
-    costs = alone.pacer.costs(MOST, None, Sampling(temperature))
+    costs = alone.policies.costs(MAX_DEPTH, None, Sampling(temperature))
     runs = [[kept(place) for place in text if place[0] != BEYOND] for text in ranks]
     plain = costs.plain(1)
-    fixed = {str(depth): played(runs, costs, depth) * plain for depth in range(1, MOST + 1)}
+    fixed = {str(depth): played(runs, costs, depth) * plain for depth in range(1, MAX_DEPTH + 1)}
     rate = 1 / plain
     for _ in range(20):  # Dinkelbach
         tokens, seconds = known(runs, costs, rate)
@@ -79,8 +79,8 @@ def oracle(target: Path, drafter: Path, file: Path, temperature: float, limit: i
 
 
 def kept(place: Any) -> int:
-    """Draft tokens that a round from here keeps, at most `MOST`; beyond the text's end none."""
-    return next((depth for depth, rank in enumerate(place.tolist()) if rank != 0), MOST)
+    """Draft tokens that a round from here keeps, at most `MAX_DEPTH`; beyond the text's end none."""
+    return next((depth for depth, rank in enumerate(place.tolist()) if rank != 0), MAX_DEPTH)
 
 
 def played(runs: list[list[int]], costs: ChainCosts, depth: int) -> float:
@@ -155,7 +155,7 @@ def useless(target: Path, drafter: Path, file: Path, out: Path, repeats: int = 7
     """Plain decoding against `cost` with a draft of random weights, batch 8, in turns; the ratio of each pair."""
     torch.set_num_threads(1)
     given = read_prompts(str(file), str(target), 16)
-    length = max(map(len, given)) + 128 + MOST + 1
+    length = max(map(len, given)) + 128 + MAX_DEPTH + 1
     plain, paced = (Runner.load(target, given_, max_batch=8, max_len=length) for given_ in (None, drafter))
     assert paced.drafter is not None
     torch.manual_seed(0)
@@ -165,7 +165,9 @@ def useless(target: Path, drafter: Path, file: Path, out: Path, repeats: int = 7
     policies = ["cost-blind"] + (["cost"] if paced.predictor is not None else [])
     found: dict[str, Any] = {name: [] for name in policies}
     for policy in policies:
-        paced.pacer.costs(MOST, paced.predictor if policy == "cost" else None)  # measured once a machine, not once a call
+        paced.policies.costs(
+            MAX_DEPTH, paced.predictor if policy == "cost" else None
+        )  # measured once a machine, not once a call
     for repeat in range(repeats + 1):
         seconds = {}
         for name in ("plain", *policies):

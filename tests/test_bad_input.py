@@ -106,7 +106,7 @@ class Inputs:
         return command("bench", sound | {"repeats": 1, "json": self.folder / "bench.json"} | flags)
 
     def eval(self, **flags: Any) -> list[str]:
-        sound = {"target": self.target, "drafter": f"[{self.draft}]", "data": self.rows, "length": 64}
+        sound = {"target": self.target, "drafter": self.draft, "data": self.rows, "length": 64}
         return command("eval", sound | {"json": self.folder / "eval.json"} | flags)
 
     def trim(self, bundle: Path | None = None, **flags: Any) -> list[str]:
@@ -407,7 +407,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ("trainkit.json", "'../x.json'", "do not use"),
     ),
     "link out of a bundle": (
-        lambda it: it.eval(drafter=f"[{it.bundle(link_out)}]"),
+        lambda it: it.eval(drafter=it.bundle(link_out)),
         ("bundle/config.json", "leads out", "copy the file"),
     ),
     "bundle of the future": (
@@ -421,7 +421,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "bundle of an unknown kind": (
         lambda it: it.generate(drafter=it.bundle(manifest(kind="oracle"))),
-        ("trainkit.json", "'oracle'", "there are: "),
+        ("trainkit.json", "'oracle'", "choose from "),
     ),
     "bundle with another argument": (
         lambda it: it.generate(drafter=it.bundle(manifest(config={"levels": 3}))),

@@ -1,4 +1,4 @@
-"""The command line: quick to answer, one line for a mistake, signatures as the interface."""
+"""The command line: fast help, one line for a mistake, signatures as the interface."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import resource
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -57,12 +58,40 @@ def cook(
     return repr((dish, plates, target, temperatures, depth, verify))
 
 
+@dataclass(frozen=True)
+class Service:
+    """How a dish is served.
+
+    Attributes:
+        plates: Number of plates.
+        toasts: Words before the meal.
+        table: Where it stands.
+    """
+
+    plates: int = 2
+    toasts: tuple[str, ...] = ()
+    table: Literal["window", "door"] = "window"
+
+
+def serve(dish: str, *, guests: list[str] | None = None, **options: Any) -> str:
+    """Serves a dish.
+
+    Args:
+        dish: What to serve.
+        guests: Names of the guests.
+        options: Fields of `Service`.
+    """
+    return repr((dish, guests, Service(**options)))
+
+
 @pytest.fixture(autouse=True)
 def kitchen(monkeypatch):
-    module = types.ModuleType("kitchen")
-    module.cook = cook  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kitchen", module)
-    monkeypatch.setitem(cli.COMMANDS, "cook", ("kitchen", "cook", "cooks"))
+    for function in (cook, serve):
+        name = function.__name__
+        module = types.ModuleType(name)
+        setattr(module, name, function)
+        monkeypatch.setitem(sys.modules, f"trainkit.commands.{name}", module)
+        monkeypatch.setitem(cli.COMMANDS, name, f"{name}s")
     monkeypatch.delenv("TRAINKIT_DEBUG", raising=False)
 
 
@@ -75,7 +104,7 @@ def test_help_answers_at_once_without_heavy_imports():
     assert cpu_seconds < 1.0  # typically 0.1; wall-clock time would depend on what else the machine does
     assert not {"torch", "transformers", "lightning", "numpy", "datasets", "jsonargparse"} & set(done.stderr.split())
     for command in (*cli.TRAINING, *cli.COMMANDS):
-        if command != "cook":
+        if command not in ("cook", "serve"):
             assert f"\n  {command} " in done.stdout
 
 
@@ -103,7 +132,42 @@ def test_command_help_is_the_docstring_with_its_examples(capsys):
     assert "no such dish" not in text
 
 
-# Each row: a wrong command line, and what its one line must say.
+def test_options_come_from_the_class_that_they_are_passed_to(capsys):
+    """Fields of a dataclass behind `**options` are flags with their help; defaults are passed on too."""
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    text = capsys.readouterr().out
+    for part in ("--plates PLATES", "Number of plates.", "--table {window,door}", "Names of the guests."):
+        assert part in text
+    assert "--options" not in text
+    given = cli.parse("serve", serve, ["soup", "--table", "door"])
+    assert given == {"dish": "soup", "guests": None, "plates": 2, "toasts": (), "table": "door"}
+    assert cli.main("serve soup --plates 3 --toasts a --guests b --toasts c".split()) == 0
+    assert capsys.readouterr().out.strip() == repr(("soup", ["b"], Service(3, ("a", "c"))))
+    assert cli.main(["serve", "soup", "--plats", "3"]) == 2
+    assert "did you mean --plates?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[X]", ("[X]",)),
+        ("[a,b]", ("[a,b]",)),
+        ('["a", "b"]', ("a", "b")),
+        ("[]", ()),
+        ("grün 😀", ("grün 😀",)),
+        ("null and void", ("null and void",)),
+        ("1", ("1",)),
+        ('{"a": 1}', ('{"a": 1}',)),
+    ],
+)
+def test_only_a_json_list_is_taken_as_a_list_of_strings(text, value):
+    assert cli.parse("serve", serve, ["soup", "--toasts", text])["toasts"] == value
+    assert cli.parse("serve", serve, ["soup", "--guests", text])["guests"] == list(value)
+    assert cli.parse("serve", serve, ["soup", f"--toasts={text}", "--toasts=x"])["toasts"] == (text, "x")
+
+
+# Each row: a wrong command line, and text that its one line must contain.
 MISTAKES = {
     "cook soup 3 --target x --temperatrues [0]": ["--temperatrues", "did you mean --temperatures?"],
     "cook soup 3 --target x --depth deep": ["depth", "int", "got deep"],
@@ -114,8 +178,8 @@ MISTAKES = {
     "cook soup 3 4 --target x": ["unrecognized arguments: 4", "--help"],
     "cook mud 3 --target x": ["mud: is not food; choose another"],
     "cook file 3 --target x": ["/nowhere/at/all: No such file or directory"],
-    "coook soup": ["no command 'coook'", "did you mean cook?"],
-    "zzz": ["no command 'zzz'", "--help"],
+    "coook soup": ["unknown command 'coook'", "did you mean cook?"],
+    "zzz": ["unknown command 'zzz'", "--help"],
 }
 
 
@@ -155,13 +219,13 @@ def test_training_gets_its_arguments_and_its_code_is_returned(monkeypatch, comma
     assert called == [(command, ["--config", "x.yaml", "--help"])]
 
 
-# What jsonargparse says about recipes, and the line made of it.
+# Error messages of jsonargparse for recipes, and the line made of each.
 RECIPE_ERRORS = {
     "Subcommand 'fit' does not accept option 'trainer.max_stpes'": (
         "Subcommand 'fit' does not accept option 'trainer.max_stpes'; did you mean trainer.max_steps?"
     ),
     "Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: abc": "trainer.max_steps: expected int, got abc",
-    "Parser key \"config\": File does not exist: 'x.yaml'": "config: File does not exist: 'x.yaml'; give one that is there",
+    "Parser key \"config\": File does not exist: 'x.yaml'": "config: File does not exist: 'x.yaml'; give a file that exists",
     'Parser key "model.drafter":\n  Does not validate against any of the Union subtypes\n  Subtypes: [a, b]\n  Errors:\n'
     "    - Type typing.Callable[[int], M] expects a function or a callable class: Option 'denominatr' is not accepted. "
     "Got value: Namespace(class_path='fractions.Fraction', init_args=Namespace(denominatr=1))\n"

@@ -1,12 +1,17 @@
-"""Where things are kept when nobody's home is known; what a kill leaves is in test_kills.py and test_bundle.py."""
+"""Atomic files and the cache folder; test_kills.py and test_bundle.py show what a kill leaves."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from trainkit.files import cache_folder
+import pytest
+
+from trainkit.errors import UserError
+from trainkit.files import cache_folder, write_file, write_folder, write_json, write_text
 
 
 def test_what_can_be_made_anew_is_kept_in_the_home(monkeypatch, tmp_path):
@@ -15,7 +20,7 @@ def test_what_can_be_made_anew_is_kept_in_the_home(monkeypatch, tmp_path):
 
 
 def test_a_user_without_a_home_can_load_the_runner_too(tmp_path):
-    """As a container's made-up user id: no HOME, no entry in the user database."""
+    """Such as a container's user id: no HOME, no entry in the user database."""
     code = (
         "import os, pwd\n"
         "os.environ.pop('HOME', None)\n"
@@ -25,5 +30,37 @@ def test_a_user_without_a_home_can_load_the_runner_too(tmp_path):
         "print(trainkit.runner.policies.cost_model.CACHE, trainkit.data.text.prepare.CACHE)\n"
     )
     env = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "TMPDIR": str(tmp_path)}
-    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert said.split() == [str(tmp_path / "trainkit" / name) for name in ("costs", "data")]
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.split() == [str(tmp_path / "trainkit" / name) for name in ("costs", "data")]
+
+
+def test_json_is_finite_indented_and_replaces_a_file(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_text(path, "old")
+    write_json(path, {"x": [1.5, float("nan"), (float("inf"), "é")]})
+    assert json.loads(path.read_text()) == {"x": [1.5, None, [None, "é"]]} and path.read_text().endswith("}\n")
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["a", "new/folder/a"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_failing_writer_leaves_the_old_content_and_no_new_folder(kind, name, tmp_path):
+    def fail(path: Path) -> None:
+        (path if kind == "file" else path / "part").write_text("half")
+        raise RuntimeError("disk on fire")
+
+    write_text(tmp_path / "a" if kind == "file" else tmp_path / "a" / "part", "old")
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        (write_file if kind == "file" else write_folder)(tmp_path / name, fail)
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a" if kind == "file" else tmp_path / "a" / "part").read_text() == "old"
+
+
+def test_a_path_that_cannot_be_written_is_named_in_one_line(tmp_path):
+    (tmp_path / "folder").mkdir()
+    write_text(tmp_path / "file", "x")
+    for path, reason in ((tmp_path / "folder", "Is a directory"), (tmp_path / "file" / "a", "File exists|Not a directory")):
+        with pytest.raises(UserError, match=f"{path}: cannot be written .({reason}).; .*choose another path") as caught:
+            write_json(path, {})
+        assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]

@@ -94,7 +94,7 @@ def test_the_page_adds_a_kind_in_under_100_lines() -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"unknown drafter kind 'nope'; there are: .*lm.*twig"):
+    with pytest.raises(UserError, match=r"unknown drafter kind 'nope'; choose from .*lm.*twig"):
         load_kind("nope")
 
 
@@ -166,7 +166,7 @@ def test_every_shape_of_draft_at_every_batch_gives_plain_output(
 def test_a_drafter_that_pauses_drafts_on_as_if_it_had_not(
     drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path, temperature: float
 ) -> None:
-    """`catch_up` leaves what drafting on would have left; a drafter trained a little, so that rounds of every length occur."""
+    """Reading missed tokens leaves the state of drafting; a little training makes rounds of all lengths occur."""
     prompt = list(range(60, 70))
     train(drafter, own_text(teacher, drafter, prompt, 40)[0], steps=60, lr=3e-3)
     runner = Runner.load(tiny_target, exported(drafter, tiny_target, tmp_path / "out"), max_batch=3, max_len=96)

@@ -1,71 +1,59 @@
-"""The contract on disk: a folder that the outside world understands, plus `trainkit.json`: what it is, and every file's hash.
+"""Bundles: folders that other programs can load, with a `trainkit.json` that describes them and holds the sha256 of each file.
 
-`write` fills a temporary sibling and renames it into place; `read` trusts nothing it has not checked. Nothing is unpickled, and
-no tensor is loaded here: that is the business of the kind that wrote them.
-
-What a kill or a power cut leaves is said in placing.py; a bundle that a kill caught between two renames is put back by the next
-`read` or `write` of that path, and leftovers of killed writers are removed by the next `write`.
+`write` replaces a bundle atomically (files.py); `read` checks everything before it returns. Nothing is unpickled, and no tensor
+is loaded here: the drafter kind that wrote the tensors loads them. A bundle that a kill left moved aside is put back by the
+next `read` or `write` of its path; leftovers of killed writers are removed by the next `write`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors import SafetensorError
-
 from trainkit.errors import UserError
-from trainkit.files import put_in_place, sync, temporary_sibling, tidy
+from trainkit.files import tidy, write_folder, write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "trainkit.json"
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".model", ".png")
-"""Files a bundle may hold; a pickle is never among them."""
+"""Suffixes of files that a bundle may hold; pickles are never among them."""
 
 ADAPTER = "trainkit_adapter"
-"""Key of a config.json that names the adapter merged into a model's weights: such a model has the sizes of the one before."""
+"""Key in a model's config.json: digest of the adapter merged into its weights, which tells it from the model before merging."""
 
-_INERT = (".md", ".txt", ".png")  # may lie in a bundle unlisted: nothing loads them
+_UNLISTED = (".md", ".txt", ".png")  # may be in a bundle without being listed: nothing loads them
 _VOLATILE = {
-    "transformers_version",
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "initializer_range",
-    "_attn_implementation",
+    *("transformers_version", "_name_or_path", "dtype", "torch_dtype"),
+    *("use_cache", "initializer_range", "_attn_implementation"),
 }
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
 _TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What `trainkit.json` says.
+    """The content of `trainkit.json`.
 
     Attributes:
-        path: The folder.
-        kind: Drafter kind, or what else the folder holds.
-        config: Constructor arguments that rebuild it.
-        target: `TargetShape.to_dict()` of the target it was trained for; its `fingerprint` says which.
-        metrics: What was measured, by name.
+        path: Folder of the bundle.
+        kind: Drafter kind, or another name for what the folder holds.
+        config: Constructor arguments that rebuild the drafter.
+        target: `TargetShape.to_dict()` of the target it was trained for; its `fingerprint` identifies that target.
+        metrics: Measured values by name.
         runner: Recommended runner settings.
-        recipe: The recipe that made it.
-        seed: The run's seed.
+        recipe: Recipe of the training run.
+        seed: Seed of the training run.
         versions: Library versions at the time of writing.
         data: Fingerprint of the training data.
         files: sha256 (hex) of each file, by path relative to the folder.
-        extra: What only the kind itself understands.
+        extra: Values that only the drafter kind reads.
     """
 
     path: Path
@@ -83,7 +71,7 @@ class Bundle:
 
 
 def is_bundle(folder: str | Path) -> bool:
-    """Whether `folder` holds a `trainkit.json`; says nothing of its state."""
+    """Whether `folder` holds a `trainkit.json`; its content is not checked."""
     return (Path(folder) / MANIFEST).is_file()
 
 
@@ -97,125 +85,86 @@ def write(
     kind: str,
     config: Mapping[str, Any],
     target: Mapping[str, Any],
-    metrics: Mapping[str, Any] | None = None,
-    runner: Mapping[str, Any] | None = None,
-    recipe: Any = None,
-    seed: int | None = None,
-    data: Any = None,
-    extra: Mapping[str, Any] | None = None,
+    **card: Any,
 ) -> Bundle:
-    """Writes a bundle whole or not at all (the head of this file says what a kill leaves), and returns it.
+    """Writes a bundle atomically and returns it.
 
-    `writer` fills the empty temporary folder it is given with weights, config and tokenizer; the keywords are fields of
-    `Bundle`. A bundle that stands at `folder` already is replaced.
+    Args:
+        folder: Folder to create, or a bundle to replace.
+        writer: Receives an empty temporary folder and writes weights, config and tokenizer there.
+        kind: As in `Bundle`.
+        config: As in `Bundle`.
+        target: As in `Bundle`.
+        card: Further fields of `Bundle`: `metrics`, `runner`, `recipe`, `seed`, `data`, `extra`.
 
     Raises:
         UserError: `folder` holds something that is not a bundle, or cannot be written.
     """
     folder = Path(folder).resolve()
-    bundle = Bundle(
-        folder,
-        kind,
-        dict(config),
-        dict(target),
-        dict(metrics or {}),
-        dict(runner or {}),
-        recipe,
-        seed,
-        _versions(),
-        data,
-        {},
-        dict(extra or {}),
-    )
-    _to_json(bundle)  # what is no JSON is found before the work, not after it
     _check_replaceable(folder)
-    with _writable(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tidy(folder)
-        with temporary_sibling(folder) as temporary:
-            writer(temporary)
-            bundle = replace(bundle, files=_hash_all(temporary))
-            (temporary / MANIFEST).write_text(_to_json(bundle), encoding="utf-8")
-            for path in [*temporary.rglob("*"), temporary]:
-                sync(path)
-            _check_replaceable(folder)
-            put_in_place(temporary, folder)
-    return bundle
 
+    def fill(temporary: Path) -> Mapping[str, str]:
+        writer(temporary)
+        _check_replaceable(folder)
+        return _hash_all(temporary)
 
-def amend(folder: str | Path, *, runner: Mapping[str, Any]) -> Bundle:
-    """Replaces the recommended runner settings of the bundle at `folder` by one rename of its manifest; returns the bundle.
-
-    Raises:
-        UserError: `folder` holds no sound bundle, or cannot be written.
-    """
-    folder = Path(folder).resolve()
-    bundle = replace(read(folder), runner=dict(runner))
-    text, manifest = _to_json(bundle), folder / MANIFEST
-    with _writable(folder):
-        made = folder / f".{MANIFEST}.{secrets.token_hex(6)}.partial"
-        try:
-            made.write_text(text, encoding="utf-8")
-            put_in_place(made, manifest)
-        finally:
-            made.unlink(missing_ok=True)
-    return bundle
+    return _write(Bundle(folder, kind, dict(config), dict(target), versions=_versions(), **card), fill)
 
 
 def extend(folder: str | Path, writer: Callable[[Path], None], *, runner: Mapping[str, Any]) -> Bundle:
-    """Adds files to the bundle at `folder` and replaces its recommended runner settings, whole or not at all; returns it.
+    """Adds files to a bundle and replaces its recommended runner settings, atomically; returns the new bundle.
 
-    `writer` fills the empty temporary folder it is given; a file of the same name as one that is there replaces it, every other
-    file stays, as does what else the manifest says. Those that stay are linked, not copied, where the disk can.
+    Files already there stay, as hard links where the file system has them, unless a new file has the same name.
+
+    Args:
+        folder: Folder of the bundle.
+        writer: Receives an empty temporary folder and writes the new files there.
+        runner: New runner settings.
 
     Raises:
-        UserError: `folder` holds no sound bundle, or cannot be written.
+        UserError: `folder` holds no valid bundle, or cannot be written.
     """
     folder = Path(folder).resolve()
     bundle = replace(read(folder), runner=dict(runner))
-    _to_json(bundle)
-    with _writable(folder):
-        tidy(folder)
-        with temporary_sibling(folder) as temporary:
-            writer(temporary)
-            added = _hash_all(temporary)
-            for path in folder.rglob("*"):
-                name = path.relative_to(folder)
-                hidden = any(part.startswith(".") for part in name.parts)
-                if path.is_file() and not hidden and name.as_posix() not in added and name.as_posix() != MANIFEST:
-                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                    _link(path.resolve(), temporary / name)
-            bundle = replace(bundle, files=dict(sorted({**bundle.files, **added}.items())))
-            (temporary / MANIFEST).write_text(_to_json(bundle), encoding="utf-8")
-            for path in [*temporary.rglob("*"), temporary]:
-                sync(path)
-            put_in_place(temporary, folder)
+
+    def fill(temporary: Path) -> Mapping[str, str]:
+        writer(temporary)
+        added = _hash_all(temporary)
+        for path in folder.rglob("*"):
+            name = path.relative_to(folder)
+            if path.is_file() and not _is_hidden(name) and name.as_posix() not in {*added, MANIFEST}:
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    (temporary / name).hardlink_to(path.resolve())
+                except OSError:  # a file system without links
+                    shutil.copy2(path, temporary / name)
+        return dict(sorted({**bundle.files, **added}.items()))
+
+    return _write(bundle, fill)
+
+
+def amend(folder: str | Path, *, runner: Mapping[str, Any]) -> Bundle:
+    """Replaces the recommended runner settings of a bundle, atomically; returns the new bundle.
+
+    Raises:
+        UserError: `folder` holds no valid bundle, or cannot be written.
+    """
+    folder = Path(folder).resolve()
+    bundle = replace(read(folder), runner=dict(runner))
+    write_text(folder / MANIFEST, _to_json(bundle))
     return bundle
 
 
-def _link(source: Path, place: Path) -> None:
-    try:
-        place.hardlink_to(source)
-    except OSError:  # a file system without links
-        shutil.copy2(source, place)
+def _write(bundle: Bundle, fill: Callable[[Path], Mapping[str, str]]) -> Bundle:
+    """Writes the folder with the files that `fill` writes; `fill` returns the sha256 of each."""
+    _to_json(bundle)  # refuses values that are not JSON before the work, not after it
 
+    def fill_all(temporary: Path) -> Bundle:
+        written = replace(bundle, files=fill(temporary))
+        (temporary / MANIFEST).write_text(_to_json(written), encoding="utf-8")
+        return written
 
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Says in one line why the disk took no bundle; after any failure, parents made for it are gone again."""
-    made = [parent for parent in folder.parents if not parent.exists()]  # innermost first
-    try:
-        yield
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # another process wrote there meanwhile
-            for parent in made:
-                parent.rmdir()
-        reason = error.strerror if isinstance(error, OSError) and error.errno in _REFUSALS else None
-        if isinstance(error, SafetensorError):  # of its own for whatever the system said
-            reason = str(error)
-        if reason is None:
-            raise
-        raise UserError(f"{folder}: cannot be written ({reason}); free space there or choose another folder") from error
+    return write_folder(bundle.path, fill_all)
 
 
 def _versions() -> dict[str, str]:
@@ -258,14 +207,18 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
 # ------------------------------------------------------------------------------------------------------------------- reading
 
 
 def read(folder: str | Path, checksums: bool = True) -> Bundle:
-    """The bundle in `folder`, after checking its version, its list of files and (unless told not to) every file's sha256.
+    """The bundle in `folder`, after checking its version, its list of files and, by default, the sha256 of each file.
 
     Raises:
-        UserError: not a bundle, from a newer trainkit, or missing, changed, unlisted or ill-named files.
+        UserError: not a bundle, written by a newer trainkit, or with files that are missing, changed, unlisted or not allowed.
     """
     folder = Path(folder)
     if not folder.exists() and folder.parent.is_dir():
@@ -277,7 +230,7 @@ def read(folder: str | Path, checksums: bool = True) -> Bundle:
         values = json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{manifest}: not readable as JSON ({str(error).splitlines()[0]}); export it again") from error
-    bundle = _from_json(folder, manifest, values)
+    bundle = _from_json(folder, values)
     for name, expected in bundle.files.items():
         path = _inside(folder, name)
         if not path.is_file():
@@ -286,18 +239,19 @@ def read(folder: str | Path, checksums: bool = True) -> Bundle:
             raise UserError(f"{path}: changed since it was written (sha256 differs); export it again")
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        known = name.as_posix() in bundle.files or name.as_posix() == MANIFEST
-        if not (known or path.is_dir() or path.suffix in _INERT or any(part.startswith(".") for part in name.parts)):
+        listed = name.as_posix() in {*bundle.files, MANIFEST}
+        if not (listed or path.is_dir() or path.suffix in _UNLISTED or _is_hidden(name)):
             raise UserError(f"{path}: not listed in {MANIFEST}; remove it or export again")
     return bundle
 
 
-def _from_json(folder: Path, manifest: Path, values: Any) -> Bundle:
+def _from_json(folder: Path, values: Any) -> Bundle:
+    manifest = folder / MANIFEST
     version = values.pop("format", None) if isinstance(values, dict) else None
     if type(version) is not int or version < 1:
-        raise UserError(f"{manifest}: no format version; this is not a bundle of trainkit")
+        raise UserError(f"{manifest}: no format version, so it is not a bundle of trainkit; export it again")
     if version > FORMAT_VERSION:
-        raise UserError(f"{manifest}: format {version} is newer than {FORMAT_VERSION}, the one known here; upgrade trainkit")
+        raise UserError(f"{manifest}: format {version} is newer than {FORMAT_VERSION}, the newest known here; upgrade trainkit")
     names = {item.name for item in fields(Bundle)} - {"path"}
     types = dict.fromkeys(("config", "target", "metrics", "runner", "versions", "files", "extra"), dict) | {"kind": str}
     for name in sorted(names | set(values)):
@@ -308,31 +262,32 @@ def _from_json(folder: Path, manifest: Path, values: Any) -> Bundle:
     decoder = values["target"].get("decoder")
     sizes = [decoder.get(key) for key in ("vocab_size", "hidden_size")] if isinstance(decoder, dict) else [None]
     if values["target"] and not all(type(size) is int for size in sizes):
-        raise UserError(f"{manifest}: target says no vocabulary or width; export it again")
+        raise UserError(f"{manifest}: target has no vocab_size or hidden_size; export it again")
     return Bundle(path=folder, **values)
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """`folder / name`, refused if it leads out of the folder, by its name or through a link."""
+    """`folder / name`, unless the name or a link leads out of the folder."""
     pure = PurePosixPath(name)
     plain = name and "\\" not in name and not pure.is_absolute() and ".." not in pure.parts and pure.as_posix() == name
     if not plain or pure.suffix not in SUFFIXES or name == MANIFEST:
-        raise UserError(f"{folder / MANIFEST}: {name!r} is no file a bundle may hold; do not use this bundle")
+        raise UserError(f"{folder / MANIFEST}: {name!r} is not a file that a bundle may hold; do not use this bundle")
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path}: a link that leads out of the bundle; copy the file in its place")
     return path
 
 
-# ------------------------------------------------------------------------------------------------- which target it belongs to
+# ------------------------------------------------------------------------------------------------------ matching a target
 
 
 def fingerprint(model_folder: str | Path) -> dict[str, str]:
-    """Which model a folder holds: hashes of its config and tokenizer, its vocabulary size and its name; reads no weights.
+    """Identifies the model in a folder: digests of config and tokenizer, vocabulary size and name; reads no weights.
 
-    `config` hashes config.json without what another library version or precision would change; `tokenizer` hashes
-    tokenizer.json without version, padding and truncation, so that saving it again changes nothing (else the vocabulary files;
-    "" without any); `adapter`, only of a model that was tuned together with a drafter, tells it from others of its config.
+    `config` is the digest of config.json without the keys that another library version or precision changes. `tokenizer` is the
+    digest of tokenizer.json without version, padding and truncation, so that saving it again changes nothing; without that file
+    it is the digest of the vocabulary files, or "" if there are none. `adapter` exists only for a model that was tuned together
+    with a drafter, and tells it from other models with the same config.
 
     Raises:
         UserError: no readable config.json in the folder.
@@ -341,9 +296,8 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     config = read_json(folder / "config.json")
     text_config = config.get("text_config")
     text_config = text_config if isinstance(text_config, dict) and text_config else config
-    stable = {key: value for key, value in config.items() if key not in _VOLATILE}
     found = {
-        "config": _sha256_json(stable),
+        "config": _sha256_json({key: value for key, value in config.items() if key not in _VOLATILE}),
         "tokenizer": _tokenizer_hash(folder),
         "vocab_size": str(text_config.get("vocab_size", "")),
         "path": folder.resolve().name,
@@ -355,26 +309,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder.
 
     Raises:
-        UserError: no such file, or not such an object.
+        UserError: no such file, not JSON, or not an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a Hugging Face model folder") from error
     except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({str(error).splitlines()[0]}); mend it or copy it again") from error
+        raise UserError(f"{path}: not readable as JSON ({str(error).splitlines()[0]}); fix it or copy it again") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no JSON object; mend it or copy it again")
+        raise UserError(f"{path}: holds no JSON object; fix it or copy it again")
     return values
 
 
 def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> `dtype`, `shape`, `data_offsets` of a safetensors file's tensors: its header, and nothing of its values.
+    """Name -> `dtype`, `shape`, `data_offsets` of each tensor in a safetensors file; reads only its header.
 
-    8 bytes of length, then JSON (huggingface.co/docs/safetensors).
+    The header is 8 bytes of length, then JSON (huggingface.co/docs/safetensors).
 
     Raises:
-        UserError: not a safetensors file, or cut short.
+        UserError: not a safetensors file, or truncated.
     """
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -384,7 +338,7 @@ def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise UserError(f"{path}: not a safetensors file (its header is no JSON); copy it again") from None
+            raise UserError(f"{path}: not a safetensors file (its header is not JSON); copy it again") from None
     header.pop("__metadata__", None)
     return header
 
@@ -413,34 +367,35 @@ def check_fit(
     *,
     hidden: bool = True,
 ) -> list[str]:
-    """Refuses a target that the bundle cannot serve; returns notes on what differs but does no harm.
+    """Notes on harmless differences between a target and the one a bundle was made for; refuses a target that does not fit.
 
     Args:
         bundle_target: `Bundle.target`.
         target_fingerprint: `fingerprint` of the target's folder.
         target_decoder: `DecoderShape.to_dict()` of the target.
-        hidden: Whether the drafter reads the target's hidden states, so that their width must agree.
+        hidden: Whether the drafter reads target hidden states, so that their width must agree.
 
     Raises:
         UserError: vocabulary size, hidden size or tokenizer differ, or it is not the target that was tuned with the drafter.
     """
-    trained, made = bundle_target["decoder"], bundle_target.get("fingerprint") or {}
+    sizes, made_for = bundle_target["decoder"], bundle_target.get("fingerprint") or {}
     target = f"target {target_fingerprint.get('path', '')}".strip()
-    source = f" ({made['path']})" if made.get("path") else ""
-    for key, counts in (("vocab_size", True), ("hidden_size", hidden)):
-        if counts and trained[key] != target_decoder[key]:
+    source = f" ({made_for['path']})" if made_for.get("path") else ""
+    for key in ("vocab_size", "hidden_size") if hidden else ("vocab_size",):
+        if sizes[key] != target_decoder[key]:
             raise UserError(
-                f"{target}: {key} {target_decoder[key]} does not fit the bundle, made for {trained[key]}{source}; "
+                f"{target}: {key} {target_decoder[key]} does not fit the bundle, made for {sizes[key]}{source}; "
                 "use the target it was trained for"
             )
-    if made.get("tokenizer") and target_fingerprint.get("tokenizer") and made["tokenizer"] != target_fingerprint["tokenizer"]:
+    tokenizers = made_for.get("tokenizer"), target_fingerprint.get("tokenizer")
+    if all(tokenizers) and tokenizers[0] != tokenizers[1]:
         raise UserError(
             f"{target}: its tokenizer is not the one the bundle was made for{source}; use the target it was trained for"
         )
-    if made.get("adapter") and made["adapter"] != target_fingerprint.get("adapter"):
+    if made_for.get("adapter") and made_for["adapter"] != target_fingerprint.get("adapter"):
         raise UserError(
             f"{target}: not the target that the drafter was tuned together with{source}; use the one exported beside it"
         )
-    if made.get("config") and made["config"] != target_fingerprint.get("config"):
+    if made_for.get("config") and made_for["config"] != target_fingerprint.get("config"):
         return [f"{target}: its config is not the one the bundle was made for{source}; acceptance may be lower than measured"]
     return []

@@ -1,8 +1,8 @@
-"""The command line: finds the command, reads its arguments from a function's signature, and ends a mistake in one line.
+"""The command line: finds the command, reads its arguments by a function's signature, and reports a mistake in one line.
 
-Heavy imports wait until a command is chosen, so `trainkit --help` answers at once. fit, validate and test belong to
-LightningCLI; of every other command the signature is the interface: positional parameters are positional, keyword-only ones
-are flags, the docstring is the help.
+Heavy imports wait until a command is chosen, so that `trainkit --help` is immediate. fit, validate and test belong to
+LightningCLI. For every other command the signature is the interface: positional parameters are positional, keyword-only ones
+are flags, `**options` adds as flags the arguments of the class it is passed to, and the docstring is the help.
 """
 
 from __future__ import annotations
@@ -21,86 +21,63 @@ from trainkit import __version__
 from trainkit.errors import UserError
 
 TRAINING = {
-    "fit": "train from a recipe: trainkit fit --config recipes/X.yaml",
+    "fit": "train by a recipe: trainkit fit --config recipes/X.yaml",
     "validate": "validation metrics of a checkpoint: trainkit validate --config recipes/X.yaml --ckpt_path FILE",
-    "test": "test metrics of a checkpoint, likewise",
+    "test": "test metrics of a checkpoint: trainkit test --config recipes/X.yaml --ckpt_path FILE",
 }
-COMMANDS: dict[str, tuple[str, str, str]] = {
-    "export": ("trainkit.commands.export", "export", "a checkpoint as a bundle: trainkit export CHECKPOINT OUT"),
-    "import": (
-        "trainkit.commands.import_drafter",
-        "import_outside",
-        "another program's drafter as a bundle: trainkit import FOLDER OUT --target DIR",
-    ),
-    "trim": ("trainkit.commands.trim", "trim", "a smaller draft vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET"),
-    "vocab": ("trainkit.commands.trim", "vocab", "the ids to train such a one on: trainkit vocab OUT --target DIR --text SET"),
-    "tree": (
-        "trainkit.commands.tree",
-        "tree",
-        "the fastest draft tree on this machine: trainkit tree BUNDLE --target DIR --prompts FILE",
-    ),
-    "inspect": ("trainkit.commands.inspect", "inspect", "a bundle's card, and whether it fits: trainkit inspect BUNDLE"),
-    "distill": (
-        "trainkit.commands.distill",
-        "distill",
-        "a training set of the target's own answers: trainkit distill --target DIR --prompts FILE --out DIR",
-    ),
-    "features": (
-        "trainkit.commands.features",
-        "features",
-        "what the target says of training data, kept on disk: trainkit features --target DIR --data SET --out DIR",
-    ),
-    "generate": ("trainkit.commands.generate", "generate", "text: trainkit generate --target DIR --drafter DIR --prompt TEXT"),
-    "eval": (
-        "trainkit.commands.evaluate",
-        "evaluate",
-        "exact acceptance on given texts, with intervals: trainkit eval --target DIR --drafter [A,B] --data SET",
-    ),
-    "predictor": (
-        "trainkit.commands.predictor",
-        "predictor",
-        "is a bundle's acceptance predictor calibrated: trainkit predictor BUNDLE --data SET",
-    ),
-    "bench": (
-        "trainkit.commands.bench",
-        "bench",
-        "speed against plain decoding: trainkit bench --target DIR --drafter A --drafter B --prompts FILE --json OUT",
-    ),
+"""Commands that trainkit/commands/fit.py runs."""
+COMMANDS = {
+    "export": "turn a checkpoint into a bundle: trainkit export CHECKPOINT OUT",
+    "import": "turn another program's drafter into a bundle: trainkit import FOLDER OUT --target DIR",
+    "trim": "make a drafter with a smaller vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET",
+    "vocab": "choose the token ids of a smaller draft vocabulary: trainkit vocab OUT --target DIR --text SET",
+    "tree": "find the fastest draft tree on this machine: trainkit tree BUNDLE --target DIR --prompts FILE",
+    "inspect": "show a bundle's card and check its files: trainkit inspect BUNDLE",
+    "distill": "make a training set of the target's answers: trainkit distill --target DIR --prompts FILE --out DIR",
+    "features": "store the target's outputs on training data: trainkit features --target DIR --data SET --out DIR",
+    "acceptance": "record which drafted tokens are accepted, to train a predictor: trainkit acceptance --help",
+    "generate": "generate text: trainkit generate --target DIR --drafter DIR --prompt TEXT",
+    "eval": "exact acceptance on given texts, with intervals: trainkit eval --target DIR --drafter A --drafter B --data SET",
+    "predictor": "calibration of a bundle's acceptance predictor: trainkit predictor BUNDLE --data SET",
+    "bench": "speed beside plain decoding: trainkit bench --target DIR --drafter A --drafter B --prompts FILE --json OUT",
 }
-_MENDS = {
+"""Command -> help. The command X is the function X in trainkit/commands/X.py, except for those in `OTHER_NAMES`."""
+OTHER_NAMES = {"eval": ("evaluate", "evaluate"), "import": ("import_drafter", "import_outside")}
+"""Command -> (file, function) where these have another name than the command."""
+_REMEDIES = {
     errno.ENOENT: "give a path that exists",
     errno.EISDIR: "give a file, not a folder",
     errno.ENOTDIR: "give a path of folders",
     errno.EEXIST: "choose another name",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "mend the links",
+    errno.ELOOP: "fix the links",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions or choose another folder"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or choose another disk"),
 }
-"""What the system refuses for a reason that lies outside the code, and what the user can do about it."""
+"""Errors of the system that a user can fix, and how."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, or what training returns."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not sys.stderr.isatty():  # transformers draws its bars into files too; what is there goes before
+    if not sys.stderr.isatty():  # transformers draws progress bars into files too; a value that the user set stays
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return _run(arguments)
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
-        mistake = isinstance(error, UserError) or error.errno in _MENDS
-        if not mistake or os.environ.get("TRAINKIT_DEBUG") == "1":
+        if os.environ.get("TRAINKIT_DEBUG") == "1":
             raise
-        line = " ".join((str(error) if isinstance(error, UserError) else _refusal(error)).split())
-        print(f"trainkit: error: {line}", file=sys.stderr)
+        if isinstance(error, UserError):
+            message = str(error)
+        elif error.errno in _REMEDIES:
+            path = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+            message = f"{path}{error.strerror}; {_REMEDIES[error.errno]}"
+        else:
+            raise
+        print(f"trainkit: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
-
-
-def _refusal(error: OSError) -> str:
-    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-    return f"{place}{error.strerror}; {_MENDS[error.errno or 0]}"
 
 
 def _run(arguments: list[str]) -> int:
@@ -118,9 +95,10 @@ def _run(arguments: list[str]) -> int:
         import difflib
 
         near = difflib.get_close_matches(command, [*TRAINING, *COMMANDS], n=1)
-        raise UserError(f"no command {command!r}; " + (f"did you mean {near[0]}?" if near else "trainkit --help lists them"))
-    module, name, _ = COMMANDS[command]
-    function = getattr(importlib.import_module(module), name)
+        remedy = f"did you mean {near[0]}?" if near else "trainkit --help lists all commands"
+        raise UserError(f"unknown command {command!r}; {remedy}")
+    file, name = OTHER_NAMES.get(command, (command, command))
+    function = getattr(importlib.import_module(f"trainkit.commands.{file}"), name)
     result = function(**parse(command, function, arguments[1:]))
     if isinstance(result, str):
         print(result)
@@ -128,67 +106,78 @@ def _run(arguments: list[str]) -> int:
 
 
 def parse(command: str, function: Callable[..., Any], arguments: list[str]) -> dict[str, Any]:
-    """The keyword arguments for `function` that the command line gives; exits by itself for --help and mistakes."""
+    """The keyword arguments for `function` by a command line; exits after printing --help.
+
+    Raises:
+        UserError: an unknown, missing or wrong argument.
+    """
     from trainkit.parser import Parser
 
-    parameters = inspect.signature(function).parameters
-    flags: set[str | int] = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
     about, examples = _help_texts(inspect.getdoc(function) or "")
     parser = Parser(prog=f"trainkit {command}", description=about, epilog=examples, formatter_class=_formatter())
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=flags)
-    positionals: set[str | int] = {name for name in parameters if name not in flags}
-    parser.add_function_arguments(function, as_group=False, as_positional=False, skip=positionals)
-    lists = {name for name, parameter in parameters.items() if "list[str]" in str(parameter.annotation)}
-    given = parser.parse_args(_gathered([_underscored(argument) for argument in arguments], lists))
-    return {name: given[name] for name in parameters}
+    parameters = inspect.signature(function).parameters.values()
+    positional = {parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
+    flags = parser.add_function_arguments(function, as_group=False, skip={*positional})  # with those that **options stands for
+    names = parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*flags}) + flags
+    types = {action.dest: str(getattr(action, "_typehint", "")) for action in parser._actions}
+    lists = {name for name in names if "list[str]" in types[name] or "tuple[str, ...]" in types[name]}
+    values = parser.parse_args(_gather([_with_underscores(argument) for argument in arguments], lists))
+    return {name: values[name] for name in names}
 
 
-def _underscored(argument: str) -> str:
-    """--base-url=X as --base_url=X: both spellings of an option are understood."""
+def _with_underscores(argument: str) -> str:
+    """--base-url=X as --base_url=X: both spellings of a flag are understood."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _gathered(arguments: list[str], lists: set[str]) -> list[str]:
-    """`--drafter A --drafter B` and `--drafter A` as `--drafter=[A,B]` and `--drafter=[A]`, for flags of several words."""
-    rest: list[str] = []
-    given: dict[str, list[str]] = {}
-    waiting = iter(arguments)
-    for argument in waiting:
+def _gather(arguments: list[str], lists: set[str]) -> list[str]:
+    """The arguments with `--drafter A --drafter B` as `--drafter=["A", "B"]`, for the flags in `lists`.
+
+    A single value that is a JSON list (or null) stays as it is; any other value is one string, also if it is in brackets.
+    """
+    others: list[str] = []
+    gathered: dict[str, list[str]] = {}
+    remaining = iter(arguments)
+    for argument in remaining:
         name, equals, value = argument.partition("=")
         if name[:2] != "--" or name[2:] not in lists:
-            rest.append(argument)
-        elif (word := value if equals else next(waiting, None)) is None:
-            rest.append(argument)  # the parser says that its value is missing
+            others.append(argument)
+        elif (text := value if equals else next(remaining, None)) is None:
+            others.append(argument)  # the parser reports the missing value
         else:
-            given.setdefault(name, []).append(word)
-    for name, words in given.items():
-        if len(words) == 1 and (words[0].startswith("[") or words[0] == "null"):
-            rest.append(f"{name}={words[0]}")
-        else:
-            rest.append(f"{name}={json.dumps(words)}")
-    return rest
+            gathered.setdefault(name, []).append(text)
+    for name, texts in gathered.items():
+        single = len(texts) == 1 and (texts[0] == "null" or _is_json_list(texts[0]))
+        others.append(f"{name}={texts[0] if single else json.dumps(texts, ensure_ascii=False)}")
+    return others
+
+
+def _is_json_list(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), list)
+    except ValueError:
+        return False
 
 
 def _overview() -> str:
-    rows = TRAINING | {name: help_line for name, (_, _, help_line) in COMMANDS.items()}
-    lines = [f"  {name:<10} {text}" for name, text in rows.items()]
     return "\n".join(
         [
             "usage: trainkit COMMAND ...",
             "",
-            *lines,
+            *(f"  {name:<10} {text}" for name, text in (TRAINING | COMMANDS).items()),
             "",
-            "trainkit COMMAND --help explains each; lists are written [0,0.7].",
+            "trainkit COMMAND --help explains a command. Lists of numbers are written [0,0.7]; a flag that takes several",
+            "strings is repeated, or takes a JSON list.",
             "TRAINKIT_DEBUG=1 shows the traceback of an error.",
         ]
     )
 
 
 def _help_texts(docstring: str) -> tuple[str, str]:
-    """What a Google docstring says before its sections, and its examples."""
+    """The text of a Google docstring before its sections, and its examples."""
     parts = re.split(r"^(Args|Returns|Raises|Examples?):\n", docstring, flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     examples = sections.get("Example", sections.get("Examples", ""))

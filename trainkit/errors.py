@@ -1,8 +1,8 @@
-"""The one exception that stands for a user's mistake."""
+"""The exception for a user's mistake."""
 
 
 class UserError(ValueError):
-    """A mistake in input, configuration or files. Its message is one line naming the file, key or value, and the mend.
+    """A mistake in input, configuration or files. Its message is one line: the file, key or value, and the remedy.
 
-    The command line prints that line alone and exits with 2; from Python it is an ordinary ValueError.
+    The command line prints only that line and exits with code 2; in Python it is an ordinary ValueError.
     """

@@ -1,41 +1,188 @@
-"""Files and folders put in place whole: what a kill or a power cut leaves is the old one or the new one, never half of one.
+"""The one place for atomic files and folders: after a kill or a power cut there is the old version or the new one, never a mix.
 
-Where the kernel swaps two names in one step (Linux renameat2), one of them stands at every instant. Elsewhere replacing a
-folder takes two renames; killed between them, the old one lies beside under a name of its own until `tidy` puts it back.
+A file takes its name in one step (rename). A folder that replaces another needs two renames: the old one is moved aside, then
+the new one takes its name. A kill between the two leaves the old folder beside, as `.NAME.*.old`, until `tidy` puts it back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import glob
 import json
+import math
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from trainkit.errors import UserError
 
+T = TypeVar("T")
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
+"""Errors of the file system that a user can fix by choosing another path or freeing space."""
+
 
 def cache_folder(name: str) -> Path:
-    """Where what can be made anew is kept from run to run; among temporary files where the user has no home."""
+    """Folder for results that can be computed again; a temporary folder if the user has no home."""
     try:
         return Path.home() / ".cache" / "trainkit" / name
-    except RuntimeError:  # a container's made-up user
+    except RuntimeError:  # a user id without an entry in the user database, as in some containers
         return Path(tempfile.gettempdir()) / "trainkit" / name
 
 
+def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Writes a file atomically and syncs it to disk.
+
+    Args:
+        path: File to create or replace; missing parent folders are created.
+        write: Receives the path of a temporary file in the same folder and writes the content there.
+
+    Raises:
+        UserError: the file system refuses (permissions, space, a folder of that name).
+    """
+    path = Path(path)
+    temporary = _temporary_name(path)
+    with _writable(path):
+        try:
+            write(temporary)
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 text atomically; errors as in `write_file`."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Writes indented JSON atomically; NaN and infinities become null; errors as in `write_file`."""
+    write_text(path, json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same nested values with None in place of NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_folder(folder: Path, fill: Callable[[Path], T]) -> T:
+    """Writes a folder atomically and syncs it to disk; removes what killed writers of it left.
+
+    Args:
+        folder: Folder to create or replace; missing parent folders are created.
+        fill: Receives an empty temporary folder and fills it; its result is returned.
+
+    Raises:
+        UserError: the file system refuses (permissions, space).
+    """
+    with _writable(folder):
+        tidy(folder)
+        with _temporary_sibling(folder) as temporary:
+            result = fill(temporary)
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            put_in_place(temporary, folder)
+    return result
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Renames a file or folder called *.partial to `path` and removes what had that name.
+
+    A file replaces a file in one step. Otherwise the old one is first renamed to `partial` with the suffix .old.
+    """
+    if partial.is_file() and not path.is_dir():
+        sync(partial)
+        partial.replace(path)
+    elif not path.exists():
+        partial.rename(path)
+    else:
+        aside = partial.with_suffix(".old")
+        remove(aside)
+        path.rename(aside)
+        partial.rename(path)
+        sync(path.parent)
+        remove(aside)
+    sync(path.parent)
+
+
+def tidy(folder: Path) -> None:
+    """Removes temporary folders of killed writers, and puts back an old folder that a killed writer had moved aside."""
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(partial, os.O_RDONLY)
+            if _lock(lock):
+                remove(partial)
+            os.close(lock)
+    for aside in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
+        if aside.with_suffix(".partial").exists():  # its writer is alive, between the two renames
+            continue
+        if folder.exists():
+            remove(aside)
+        else:
+            aside.rename(folder)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Forces a file or the entries of a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
-def temporary_sibling(folder: Path) -> Iterator[Path]:
+def _writable(path: Path) -> Iterator[None]:
+    """Creates the parents of `path`; on any failure removes those it created, and reports a refusal in one line."""
+    missing = [parent for parent in path.parents if not parent.exists()]  # innermost first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # another process may have written there meanwhile
+            for parent in missing:
+                parent.rmdir()
+        reason = error.strerror if isinstance(error, OSError) and error.errno in _REFUSALS else None
+        if isinstance(error, SafetensorError):  # safetensors reports every error of the system as its own
+            reason = str(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: cannot be written ({reason}); free space there or choose another path") from error
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+
+
+@contextlib.contextmanager
+def _temporary_sibling(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, locked while this process lives, so that `tidy` can tell it from a leftover."""
     while True:
-        path = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
+        path = _temporary_name(folder)
         path.mkdir()
         try:
             lock = os.open(path, os.O_RDONLY)
@@ -57,109 +204,3 @@ def _lock(handle: int) -> bool:
     except OSError as error:
         return error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks
     return True
-
-
-def tidy(folder: Path) -> None:
-    """Removes what killed writers left, and puts back an old bundle that one had moved aside."""
-    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(partial, os.O_RDONLY)
-            if _lock(lock):
-                shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
-    for aside in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
-        if aside.with_suffix(".partial").exists():  # its writer is alive, between the two renames
-            continue
-        if folder.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.rename(folder)
-
-
-def put_in_place(made: Path, place: Path) -> None:
-    """Renames a file or folder called *.partial to `place`; what stands there is replaced.
-
-    In one step where both are files, or where the kernel swaps two names (`_exchange`). Elsewhere what stands there is first
-    renamed to `made` with the suffix .old, and a kill before the second rename leaves it under that name.
-    """
-    if made.is_file() and not place.is_dir():
-        sync(made)
-        os.replace(made, place)
-    elif not place.exists():
-        made.rename(place)
-    elif not _exchange(made, place):
-        aside = made.with_suffix(".old")
-        remove(aside)
-        place.rename(aside)
-        made.rename(place)
-        sync(place.parent)
-        remove(aside)
-    sync(place.parent)
-    remove(made)  # after an exchange this is what stood there
-
-
-def remove(path: Path) -> None:
-    """Removes a file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one step; False where the system cannot (no Linux, or a file system without it)."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    at_cwd, exchange = -100, 2
-    return renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """`write` fills a temporary sibling that then takes the name `path`: a kill leaves the old file or the new one.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
-    final = Path(path)
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.")
-    except OSError as error:
-        raise UserError(f"{final}: cannot write there ({error.strerror}); name another file") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(final)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, values: Any) -> None:
-    """Writes JSON, indented, atomically; numbers that JSON does not have (nan, infinity) become null.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
-    text = json.dumps(finite(values), indent=2, allow_nan=False) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def finite(value: Any) -> Any:
-    """The same values with None for nan and infinities."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value

@@ -1,4 +1,4 @@
-"""torchrun, as launch.sh starts it: the same options; what its workers ended with is its own exit code, without tracebacks."""
+"""torchrun as launch.sh starts it: the same options, but the workers' exit code becomes its own, without tracebacks."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-_SAID = (2, 130, 143)  # a user's mistake, Ctrl-C, SIGTERM: the worker has said all in a line
+_REPORTED = (2, 130, 143)  # a user's mistake, Ctrl-C, SIGTERM: the worker has printed its one line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs workers; returns 0, 130 or 143 after a signal to any process, 2 after a user's mistake, otherwise as torchrun.
+    """Runs workers; returns 0, 130 or 143 after a signal to any process, 2 after a user's mistake; other errors are torchrun's.
 
-    torchrun itself ends with 1 and a traceback of its own in all of these.
+    torchrun itself ends with code 1 and its own traceback in all of these cases.
     """
     try:
         run(parse_args(sys.argv[1:] if argv is None else argv))
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
-    except ChildFailedError as failed:
-        code = failed.get_first_failure()[1].exitcode
-        if code not in _SAID:
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        if code not in _REPORTED:
             raise
         return code
     return 0

@@ -1,4 +1,4 @@
-"""Errors of the command line as one line: what was wrong, where, and the mend."""
+"""Errors of the command line as one line: what was wrong, where, and the remedy."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "E
 
 
 class OneLine:
-    """Mixed into an argument parser (ours, or Lightning's as `parser_class`): an error is a UserError, not usage and exit."""
+    """Mixin for an argument parser (`Parser`, or Lightning's `parser_class`): an error raises UserError instead of exiting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # type: ignore[attr-defined]  # a trial parse inside jsonargparse, which handles it
+        if not self.exit_on_error:  # type: ignore[attr-defined]  # a trial parse of jsonargparse, which handles the error
             super().error(message, ex)  # type: ignore[misc]
         raise UserError(one_line(message, list(_names(self)))) from ex
 
 
 class Parser(OneLine, jsonargparse.ArgumentParser):
-    """The parser of every command but those that Lightning runs."""
+    """Parser of every command except those that Lightning runs."""
 
 
 def one_line(message: str, known: list[str]) -> str:
-    """A jsonargparse message as one line, with the nearest of the `known` names where a name was mistyped."""
+    """A jsonargparse message as one line, with the nearest of the `known` names if a name was mistyped."""
     key = re.search(r'Parser key "([^"]+)":', message)
-    given = re.search(r"Given value: (.*)", message)
+    value = re.search(r"Given value: (.*)", message)
     lines = [re.sub(r'^Parser key "[^"]+":', "", line.strip()).strip().removeprefix("- ") for line in message.splitlines()]
     lines = [line for line in lines if line and not line.startswith(_NOISE)]
     text = "; ".join(dict.fromkeys(_plain(line) for line in lines))
-    if given:  # said once, as it was written; the lines above show it half parsed
-        text = re.sub(r", got [^;]*", "", text) + f", got {given[1]}"
+    if value:  # shown once, as the user wrote it; the other lines show it half parsed
+        text = re.sub(r", got [^;]*", "", text) + f", got {value[1]}"
     text = f"{key[1]}: {text}" if key else text
     return text.replace('"<unicode string>"', "the file") + _suggestion(message, known)
 
@@ -58,23 +58,23 @@ def _suggestion(message: str, known: list[str]) -> str:
         near = difflib.get_close_matches(option[1], _arguments_of(owner[1]), n=1)
         return f"; did you mean {near[0]}?" if near else ""
     if "File does not exist" in message:
-        return "; give one that is there"
+        return "; give a file that exists"
     if found := re.search(r"[Ee]xpected a dot import path string: (\w+)", message):
         near = difflib.get_close_matches(found[1], _classes(), n=1)
-        return f"; did you mean {near[0]}?" if near else "; give a class by its name or its dotted path"
+        return f"; did you mean {near[0]}?" if near else "; name a class, or give its dotted path"
     for pattern in _UNKNOWN:
         if found := re.search(pattern, message):
             name = found[1]
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             dashes = "--" if f"--{name}" in message else ""
-            return f"; did you mean {dashes}{near[0]}?" if near else "; --help lists what there is"
+            return f"; did you mean {dashes}{near[0]}?" if near else "; --help lists all options"
     return ""
 
 
 def _classes() -> list[str]:
-    """Classes of ours that a recipe may name, as far as they are imported."""
-    ours = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("trainkit.")]
-    return sorted({name for names in ours for name, value in names.items() if isinstance(value, type) and name[0] != "_"})
+    """Names of the imported trainkit classes that a recipe may use."""
+    namespaces = [vars(module) for name, module in list(sys.modules.items()) if name.startswith("trainkit.")]
+    return sorted({name for names in namespaces for name, value in names.items() if isinstance(value, type) and name[0] != "_"})
 
 
 def _arguments_of(class_path: str) -> list[str]:
@@ -85,7 +85,7 @@ def _arguments_of(class_path: str) -> list[str]:
 
 
 def _names(parser: Any) -> Iterator[str]:
-    """Options and subcommands of a parser and of its subcommands, without dashes."""
+    """Names of options and subcommands of a parser and of its subcommands, without dashes."""
     for action in parser._actions:
         yield from (option.lstrip("-") for option in action.option_strings)
         for name, child in (getattr(action, "_name_parser_map", None) or {}).items():

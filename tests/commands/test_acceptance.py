@@ -60,9 +60,9 @@ def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed):
                 token = int(trace.draft.tokens_BN[row, d + 1])
                 accepted = d + 1 < int(trace.verdict.counts_B[row])
                 assert not accepted or emitted[d] == token
-                q_V, p_V = trace.draft.scores[d][row, 0].softmax(-1), trace.scores_BNV[row, d].softmax(-1)
+                q_V, p_V = trace.draft.logits[d][row, 0].softmax(-1), trace.scores_BNV[row, d].softmax(-1)
                 soft = verify == "residual" and temperature > 0
-                told = trace.draft.said[d]
+                told = trace.draft.signals[d]
                 best = told.tokens_BFW[row, 0].tolist()
                 assert best[0] == token and len(set(best)) == RANKS
                 label = [min(1.0, float(p_V[token] / q_V[token]))] if soft else [float(one == emitted[d]) for one in best]
@@ -98,8 +98,8 @@ def test_coupled_labels_are_settled_by_the_noise_that_the_signals_have_seen(seed
                     own = int((trace.scores_BNV[row, d] + noise).argmax())
                     accepted = d + 1 < int(trace.verdict.counts_B[row])
                     assert (own == int(trace.draft.tokens_BN[row, d + 1])) == accepted
-                    log_p = (trace.draft.scores[d][row, 0] + noise).log_softmax(-1).max()
-                    assert torch.allclose(trace.draft.said[d].signals_BFWC[row, 0, 0, 0], log_p.clamp(min=-20), atol=1e-5)
+                    log_p = (trace.draft.logits[d][row, 0] + noise).log_softmax(-1).max()
+                    assert torch.allclose(trace.draft.signals[d].signals_BFWC[row, 0, 0, 0], log_p.clamp(min=-20), atol=1e-5)
                     checked += 1
             positions[tuple(key.tolist())] += int(trace.verdict.counts_B[row])
 
@@ -175,7 +175,7 @@ MISTAKES = {
     ("--depth=0",): "--depth: 0 must be at least 1",
     ("--dtype=float16",): "give bfloat16 or float32",
     ("--acceptance=nowhere",): "nowhere: not a bundle",
-    ("--data=[a.jsonl,b.jsonl]",): "give one file",
+    ('--data=["a.jsonl","b.jsonl"]',): "give one file",
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.targets import make_target
-from trainkit.cli import _gathered, main
+from trainkit.cli import _gather, main
 from trainkit.commands.bench import bench
 from trainkit.drafters.lm import LMDraft
 from trainkit.drafters.medusa import Medusa
@@ -185,10 +185,10 @@ def test_drafters_of_one_name_are_told_apart_and_the_target_is_there_once(folder
 
 
 def test_flags_of_several_words_may_be_repeated():
-    gathered = _gathered(["--drafter", "a", "--x", "1", "--drafter=[b", "--drafter"], {"drafter"})
+    gathered = _gather(["--drafter", "a", "--x", "1", "--drafter=[b", "--drafter"], {"drafter"})
     assert gathered == ["--x", "1", "--drafter", '--drafter=["a", "[b"]']
-    assert _gathered(["--drafter", "[a,b]", "c"], {"drafter"}) == ["c", "--drafter=[a,b]"]
-    assert _gathered(["--drafter", "a"], {"drafter"}) == ['--drafter=["a"]']
+    assert _gather(["--drafter", '["a"]', "c"], {"drafter"}) == ["c", '--drafter=["a"]']
+    assert _gather(["--drafter", "a"], {"drafter"}) == ['--drafter=["a"]']
 
 
 def test_mistakes_in_a_list_of_drafters_or_trees_are_one_line(folders, capsys):

@@ -184,7 +184,7 @@ def test_the_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path
     flags += ["--prompts", str(texts), "--questions", "3", "--depth", "2", "--max-new-tokens", "12", "--temperatures", "[0,1]"]
     said = []
     for name in ("one", "two"):
-        given = ["--drafter", f"[{','.join(bundles)}]", "--json", str(tmp_path / f"{name}.json")]
+        given = ["--drafter", json.dumps(bundles), "--json", str(tmp_path / f"{name}.json")]
         assert main(["eval", *flags, *given]) == 0
         said.append(capsys.readouterr().out.splitlines())
     assert said[0][-8:] == said[1][-8:] and "0.00 GB" in said[0][0] and said[0][0].endswith(" 0 there")
@@ -207,7 +207,7 @@ def test_the_table_has_a_line_for_each_head_and_tau_for_each_drafter(tiny_target
     names = [bundles[0], str(tmp_path / "heads"), f"{tmp_path / 'heads'} head 2"]
     flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--temperatures", "[0]"]
     flags += ["--prompts", str(texts), "--questions", "2", "--max-new-tokens", "8", "--json", str(tmp_path / "eval.json")]
-    assert main(["eval", *flags, "--drafter", f"[{bundles[0]},{tmp_path / 'heads'}]"]) == 0
+    assert main(["eval", *flags, "--drafter", bundles[0], "--drafter", str(tmp_path / "heads")]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = json.loads((tmp_path / "eval.json").read_text())["drafters"]
     assert list(found) == names and [sum(line.startswith(f"{name} ") for line in lines) for name in names] == [1, 4, 2]
@@ -218,7 +218,7 @@ def test_the_table_has_a_line_for_each_head_and_tau_for_each_drafter(tiny_target
 
 def test_one_drafter_has_no_difference_and_the_paired_gap_to_itself_is_nothing(tiny_target, texts, bundles, capsys):
     flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--temperatures", "[1]"]
-    assert main(["eval", *flags, "--drafter", f"[{bundles[0]}]"]) == 0
+    assert main(["eval", *flags, "--drafter", bundles[0]]) == 0
     assert "difference" not in capsys.readouterr().out
     same = evaluate(target=str(tiny_target), data=str(texts), drafter=[bundles[0]] * 2, length=128, temperatures=(1.0,))
     assert same.splitlines()[-1].count("+0.0000 [+0.0000, +0.0000]") == 2
@@ -236,7 +236,7 @@ def test_one_drafter_has_no_difference_and_the_paired_gap_to_itself_is_nothing(t
     ],
 )
 def test_mistakes_are_one_line(flag, value, said, tiny_target, texts, bundles, capsys):
-    given = {"target": str(tiny_target), "data": str(texts), "length": "128", "drafter": f"[{bundles[0]}]"} | {flag: value}
+    given = {"target": str(tiny_target), "data": str(texts), "length": "128", "drafter": bundles[0]} | {flag: value}
     assert main(["eval", *(f"--{name}={one}" for name, one in given.items())]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("trainkit: error") and said in line

@@ -167,7 +167,7 @@ def assert_proposes(traces: list[Trace], ids: list[int]) -> None:
     assert len(traces) > 3
     for trace in traces:
         assert set(trace.draft.tokens_BN[:, 1:].flatten().tolist()) <= set(ids)
-        for scores in trace.draft.scores:
+        for scores in trace.draft.logits:
             assert scores.shape[-1] == 48 and (scores[..., outside] == float("-inf")).all()
             assert scores[..., ids].isfinite().all()
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.support.targets import make_target
-from trainkit.drafters.base import DraftBatch
+from trainkit.drafters.base import Chunk, DraftBatch
 from trainkit.drafters.eagle import Eagle, layouts
 from trainkit.drafters.eagle.unrolled import attend
 from trainkit.errors import UserError
@@ -33,7 +33,7 @@ def scrambled(teacher: FrozenTarget, **options: object) -> Eagle:
     made = Eagle(teacher.shape(), **options)  # type: ignore[arg-type]
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
-    made.find_target(teacher.folder)
+    made.use_target_folder(teacher.folder)
     return made
 
 
@@ -109,8 +109,8 @@ def test_a_step_reads_what_serving_would_have_in_its_cache(teacher, seed):
         for place in range(T):
             state = draft.init_state(1, 32, torch.device("cpu"), torch.float32)
             at = torch.arange(place + 1)[None]
-            text = tokens[:, : place + 1], tokens[:, 1 : place + 2]
-            draft.prefill(state, *text, at, taps[:, : place + 1], teacher.handle(), 32)
+            chunk = Chunk(tokens[:, : place + 1], tokens[:, 1 : place + 2], at, taps[:, : place + 1])
+            draft.prefill(state, chunk, teacher.handle(), 32)
             feature = state["root"]
             torch.testing.assert_close(feature[0, 0], seen[0][place], rtol=1e-4, atol=1e-5)
             for step in (1, 2):
@@ -189,7 +189,7 @@ def test_default_taps_are_those_readers_take_untold(teacher):
     assert layouts.default_taps(2) == (0, 1)
     deep = replace(teacher.shape(), decoder=replace(teacher.shape().decoder, num_layers=32))
     draft = Eagle(deep)
-    config = layouts.configuration(draft.shape, draft.taps, [], deep.decoder, 320, "flat", torch.float32, (), "")
+    config = layouts.configuration(draft.shape, draft.taps, deep, teacher.folder, 320, "flat", torch.float32)
     assert "eagle_config" not in config and "eagle_aux_hidden_state_layer_ids" not in config
 
 
@@ -240,7 +240,7 @@ def test_the_embedding_is_the_targets_whatever_folder_the_tokenizer_comes_from(t
     written = load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"]
     assert torch.equal(written, load_file(teacher.folder / "model.safetensors")["model.embed_tokens.weight"])
     draft.embedding_folder = None
-    with pytest.raises(UserError, match="name it by --target"):
+    with pytest.raises(UserError, match="name its folder with --target"):
         export_drafter(draft, tmp_path / "out", tokenizer=teacher.folder, target=tmp_path / "gone")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainkit.drafters.base import DraftBatch, Frontier, LossOutput
+from trainkit.drafters.base import Accepted, Chunk, DraftBatch, Frontier, LossOutput
 from trainkit.drafters.hydra import Hydra
 from trainkit.models.target import FrozenTarget
 
@@ -71,14 +71,14 @@ def test_the_prefix_layers_cache_gives_what_the_whole_text_gives(accepted, teach
     taps = torch.randn(2, 15, 1, D)
     state = draft.init_state(2, 32, torch.device("cpu"), torch.float32)
     ids, at = torch.zeros(2, 4, dtype=torch.long), torch.arange(15).expand(2, -1)
-    draft.prefill(state, ids[:, :3], ids[:, :3], at[:, :3], taps[:, :3], teacher.handle(), 32)
-    draft.prefill(state, ids, ids, at[:, 3:7], taps[:, 3:7], teacher.handle(), 32)
+    draft.prefill(state, Chunk(ids[:, :3], ids[:, :3], at[:, :3], taps[:, :3]), teacher.handle(), 32)
+    draft.prefill(state, Chunk(ids, ids, at[:, 3:7], taps[:, 3:7]), teacher.handle(), 32)
     kept = [taps[:, :7]]
     for root in (7, 7 + accepted):
         made = torch.cat([taps[:, root : root + accepted], torch.randn(2, 4 - accepted, 1, D)], dim=1)
         kept.append(made[:, :accepted])
         count, start = torch.tensor([accepted, accepted]), torch.tensor([root, root])
-        draft.commit(state, None, ids, ids, count, start, made, teacher.handle(), 32)
+        draft.commit(state, Accepted(None, ids, ids, count, start, made), teacher.handle(), 32)
     text = torch.cat(kept, dim=1)[:, :, 0]
     positions = torch.arange(text.shape[1]).expand(2, -1)
     bias = torch.full((2, text.shape[1], text.shape[1]), float("-inf")).triu(1)

@@ -68,7 +68,7 @@ def test_mistakes_are_named(tiny_target, tmp_path):
         LMDraft(shape, hidden_size=32, init="target").initialise(tiny_target)
     with pytest.raises(UserError, match="no config.json"):
         LMDraft(shape, init=str(tmp_path))
-    with pytest.raises(UserError, match="vocabulary of 300"):
+    with pytest.raises(UserError, match="vocabulary has 300 ids"):
         LMDraft(shape, init=str(make_target(tmp_path / "other", vocab_size=300, num_hidden_layers=1)))
     gelu = make_target(tmp_path / "gelu", num_hidden_layers=1, hidden_act="gelu")
     with pytest.raises(UserError, match="hidden_act"):
@@ -130,7 +130,7 @@ def test_training_loss_counts_labels_inside_documents_only(tiny_target, seed):
         seen.update(draft=draft_hidden_ND, target=target_hidden_ND, labels=labels_N, logits=draft_head(draft_hidden_ND))
         return LossOutput(draft_hidden_ND.sum(), torch.tensor(1.0))
 
-    handle = TargetHandle(target.embed, target.norm, target.head, 320)
+    handle = TargetHandle(target.embed, target.head, 320)
     draft(DraftBatch(tokens, positions, document, mask, None, hidden, handle), divergence)
     at = [1, 2, 3, 6, 7]  # t whose t + 1 counts, in the same document
     assert torch.equal(seen["target"], hidden[0, at])

@@ -33,7 +33,7 @@ def test_head_i_at_t_learns_what_the_target_says_of_the_token_at_t_plus_2_plus_i
     hidden = tokens[..., None].float().expand(-1, -1, D)
     document = torch.tensor([[0] * 5 + [1] * 4])
     counted = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 1]]).bool()
-    handle = TargetHandle(lambda ids: ids, lambda h: h, lambda h: h, 320)
+    handle = TargetHandle(lambda ids: ids, lambda h: h, 320)
     draft(DraftBatch(tokens, tokens, document, counted, hidden[:, :, None], hidden, handle), record)
     assert asked == [
         ([0.0, 1.0, 2.0, 5.0, 6.0], [1.0, 2.0, 3.0, 6.0, 7.0], [2, 3, 4, 7, 8]),

@@ -46,7 +46,7 @@ def shape(vocabulary: int, width: int) -> TargetShape:
 def batch_of(tokens: int, vocabulary: int, width: int, head: torch.nn.Linear) -> DraftBatch:
     """One document of random states, every token a label."""
     ids, places = torch.randint(vocabulary, (1, tokens)), torch.arange(tokens)[None]
-    handle = TargetHandle(lambda ids: ids, lambda hidden: hidden, head, vocabulary)
+    handle = TargetHandle(lambda ids: ids, head, vocabulary)
     hidden = torch.randn(1, tokens, width, dtype=head.weight.dtype)
     return DraftBatch(ids, places, torch.zeros_like(ids), places > 0, hidden[:, :, None], hidden, handle)
 
@@ -158,7 +158,7 @@ def test_only_counted_positions_reach_the_vocabulary(head, tiny_target, seed):
     places, document = torch.arange(30).expand(2, -1), torch.tensor([[0] * 17 + [1] * 9 + [-1] * 4, [0] * 30])
     mask = (torch.rand(2, 30) < 0.4) & (document >= 0)
     hidden, _ = teacher.forward(tokens, places, document)
-    handle: Any = TargetHandle(teacher.handle().embed, teacher.handle().final_norm, counting, 320)
+    handle: Any = TargetHandle(teacher.handle().embed, counting, 320)
     batch = DraftBatch(tokens, places, document, mask, hidden[:, :, None].clone(), hidden.clone(), handle)
     counted = [batch.label_mask(index + 2) for index in range(HEADS)]
     total = sum(int(counted_BT.sum()) for counted_BT in counted)

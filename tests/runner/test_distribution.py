@@ -15,7 +15,6 @@ import torch
 from tests.support import laws
 from tests.support.distribution import CASES, check_joint, laws_of, sample, skewed, tables
 from tests.support.models import SIBLINGS
-from trainkit.runner import round as decoder
 from trainkit.runner import verify
 from trainkit.runner.sampling import PROPOSAL
 from trainkit.runner.trees.static import chain
@@ -65,7 +64,7 @@ def test_round_law_of_the_right_rule_is_the_targets(seed):
 
 def share_noise(monkeypatch):
     monkeypatch.setattr(verify, "RESIDUAL", PROPOSAL)
-    monkeypatch.setattr(decoder, "mix", torch.zeros_like)
+    monkeypatch.setattr(verify, "mix", torch.zeros_like)
     return laws.sharing_noise
 
 
@@ -77,9 +76,9 @@ def keep_the_rejected(monkeypatch):
 
 
 def judge_at_another_temperature(monkeypatch):
-    original = decoder.residual
-    judged = lambda tree, draft, *rest: original(tree, replace(draft, scores=tuple(s / 1.25 for s in draft.scores)), *rest)
-    monkeypatch.setattr(decoder, "residual", judged)
+    original = verify.residual
+    judged = lambda draft, *rest: original(replace(draft, logits=tuple(s / 1.25 for s in draft.logits)), *rest)
+    monkeypatch.setattr(verify, "residual", judged)
 
     def law(p, q, width):
         warmer = q**0.8

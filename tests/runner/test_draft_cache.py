@@ -40,9 +40,9 @@ class CheckedDraft(LMDraft):
     def init_state(self, batch_size, slots, device, dtype):
         return super().init_state(batch_size, slots, device, dtype) | {"text": torch.full((batch_size, slots), -1)}
 
-    def prefill(self, state, tokens_BT, next_BT, positions_BT, taps_BTAD, handle, span):
-        super().prefill(state, tokens_BT, next_BT, positions_BT, taps_BTAD, handle, span)
-        state["text"].scatter_(1, positions_BT, tokens_BT)
+    def prefill(self, state, chunk, handle, span):
+        super().prefill(state, chunk, handle, span)
+        state["text"].scatter_(1, chunk.positions_BT, chunk.tokens_BT)
 
     def step(self, state, frontier, handle, span):
         out = super().step(state, frontier, handle, span)
@@ -61,10 +61,10 @@ class CheckedDraft(LMDraft):
                 self.checked += 1
         return out
 
-    def commit(self, state, path_BP, tokens_BP, next_BP, counts_B, root_B, taps_BPAD, handle, span):
-        super().commit(state, path_BP, tokens_BP, next_BP, counts_B, root_B, taps_BPAD, handle, span)
-        for b, count in enumerate(counts_B.tolist()):
-            state["text"][b, root_B[b] : root_B[b] + count] = tokens_BP[b, :count]
+    def commit(self, state, accepted, handle, span):
+        super().commit(state, accepted, handle, span)
+        for b, count in enumerate(accepted.counts_B.tolist()):
+            state["text"][b, accepted.root_B[b] : accepted.root_B[b] + count] = accepted.tokens_BP[b, :count]
 
 
 def checked_runner(noise, ends=(7,)):
@@ -89,7 +89,7 @@ def test_cached_logits_of_draft_and_target_equal_fresh_forwards(tree, noise, see
         lengths.update(trace.verdict.counts_B.tolist())
         for b in range(trace.scores_BNV.shape[0]):
             prefix = draft.text[b, : draft.root[b]].tolist()
-            for node in range(trace.tree.size):
+            for node in range(trace.draft.shape.size):
                 ancestors_BNN = trace.draft.topology.ancestors_BNN.expand(len(draft.root), -1, -1)
                 path = trace.draft.tokens_BN[b][ancestors_BNN[b, node].nonzero()[:, 0]].tolist()
                 worst = max(worst, float((fresh_logits(target, prefix + path) - trace.scores_BNV[b, node]).abs().max()))

@@ -80,7 +80,7 @@ def test_output_does_not_depend_on_batch_size_slot_or_company(temperature, seed)
     prompts = ragged_prompts(9)
     alone = []
     for max_batch in (1, 2, 3, 5, 8, 16):
-        runner.schedule.max_batch = max_batch
+        runner.scheduler.max_batch = max_batch
         outs = runner.generate(prompts, max_new_tokens=20, temperature=temperature, seed=seed, depth=4)
         alone = alone or outs
         compare(runner.rounds.target, prompts, [o.tokens for o in outs], [o.tokens for o in alone], Sampling(temperature), seed)

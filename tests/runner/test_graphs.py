@@ -61,7 +61,7 @@ def test_graphs_stay_valid_over_calls_updates_and_end_ids(seed):
         new = torch.randn_like(base.rounds.target.embed.weight).cuda() * 0.35
         for runner in (captured, eager):
             runner.update([("model.embed_tokens.weight", new)])
-    assert captured.schedule.graphs is not None and captured.schedule.graphs._captured
+    assert captured.scheduler.graphs is not None and captured.scheduler.graphs._captured
 
 
 @pytest.mark.parametrize("verify", ["residual", "typical"])
@@ -81,4 +81,4 @@ def test_one_capture_serves_dynamic_trees_of_any_shape(seed):
     runner = on_gpu(True, pair(ends=()))
     for count in range(4):
         runner.generate(ragged_prompts(1), max_new_tokens=40, temperature=1.0, seed=seed + count, tree=GROWING)
-    assert len(runner.schedule.graphs._captured) == 1
+    assert len(runner.scheduler.graphs._captured) == 1

@@ -17,14 +17,13 @@ from tests.support.replaying import replayed
 from trainkit.layers.attention import Packing, causal_bias
 from trainkit.models.predictor import FoldedPredictor
 from trainkit.runner import Runner, Stats, verify
-from trainkit.runner import round as decoder
 from trainkit.runner.policies import chain as adaptive
-from trainkit.runner.policies.chain import AdaptiveChain, RankedChain
+from trainkit.runner.policies.chain import PolicyChain, RankedChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts
 from trainkit.runner.policy import Policy, RoundOutcome
 from trainkit.runner.sampling import Sampling
-from trainkit.runner.trees.shape import Draft, grow
+from trainkit.runner.trees.shape import Draft, Steps
 from trainkit.runner.trees.static import build, chain
 
 CPU = torch.device("cpu")
@@ -72,23 +71,22 @@ def test_packed_rows_compute_what_padded_ones_do(more, seed):
 
 def packed_draft(tokens: list[list[int]], lengths: list[int]) -> Draft:
     tree = build(chain(len(tokens[0]) - 1), CPU)
-    return Draft(
-        torch.tensor(tokens), (), tree.topology, packing=Packing.from_lengths(torch.tensor(lengths), tree.size, sum(lengths))
-    )
+    packing = Packing.from_lengths(torch.tensor(lengths), tree.size, sum(lengths))
+    return Draft(tree, torch.tensor(tokens), tree.topology, tree.depth, packing=packing)
 
 
 def test_a_pad_is_not_accepted():
     """The first node's choice is the pad's token, and a pad repeats the root's logits, whose choice is the one after it."""
-    draft, tree = packed_draft([[9, 1, 2, 1], [9, 1, 2, 3]], [2, 4]), build(chain(3), CPU)
+    draft = packed_draft([[9, 1, 2, 1], [9, 1, 2, 3]], [2, 4])
     choices = torch.tensor([[1, 2, 1, 1], [1, 2, 3, 4]])
     logits = torch.nn.functional.one_hot(choices, 10).float()
-    verdict = verify.coupled(tree, draft, logits, None)
+    verdict = verify.coupled(draft, logits, None)
     assert verdict.counts_B.tolist() == [2, 4]
-    assert verify.coupled(tree, replace(draft, packing=None), logits, None).counts_B.tolist() == [4, 4]  # the planted fault
+    assert verify.coupled(replace(draft, packing=None), logits, None).counts_B.tolist() == [4, 4]  # the planted fault
 
 
 def sharing(runner, depth=4):
-    return {"tree": AdaptiveChain(Erratic(depth), runner.device)}
+    return {"tree": PolicyChain(Erratic(depth), runner.device)}
 
 
 def test_a_pad_that_were_accepted_would_change_the_text(monkeypatch, seed):
@@ -99,7 +97,7 @@ def test_a_pad_that_were_accepted_would_change_the_text(monkeypatch, seed):
     texts = [out.tokens for out in runner.generate(prompts, **sharing(runner), **options)]
     assert_few(compare(runner.rounds.target, prompts, texts, plain, Sampling(0.0)), 180)
     right = verify.coupled
-    monkeypatch.setattr(decoder, "coupled", lambda tree, draft, *rest: right(tree, replace(draft, packing=None), *rest))
+    monkeypatch.setattr(verify, "coupled", lambda draft, *rest: right(replace(draft, packing=None), *rest))
     assert [out.tokens for out in runner.generate(prompts, **sharing(runner), **options)] != plain
 
 
@@ -123,7 +121,7 @@ def test_the_text_of_shared_rounds_is_plain_decodings(batch, temperature, draft_
     """Rows end at different times, so that batches shrink; by costs and a predictor, and as a die falls."""
     runner = pair(max_batch=batch, draft_layers=draft_layers)
     runner.predictor = predicting(runner)
-    runner.pacer.costs = lambda *_: priced(0.05)
+    runner.policies.costs = lambda *_: priced(0.05)
     prompts, options = ragged_prompts(11), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     for paced in (sharing(runner), {"policy": "cost", "depth": 5}):
@@ -136,7 +134,7 @@ def test_the_text_of_shared_rounds_is_plain_decodings(batch, temperature, draft_
 def test_under_residual_rows_stay_equal_above_temperature_0(temperature, packings, seed):
     runner = pair(max_batch=3, ends=())
     runner.predictor = predicting(runner)
-    runner.pacer.costs = lambda *_: priced(0.05)
+    runner.policies.costs = lambda *_: priced(0.05)
     runner.generate(ragged_prompts(5), policy="cost", max_new_tokens=20, temperature=temperature, verify="residual")
     assert bool(packings) == (temperature == 0)
 
@@ -144,10 +142,10 @@ def test_under_residual_rows_stay_equal_above_temperature_0(temperature, packing
 class Halved(Policy):
     """Verifies half of what captured rounds draft."""
 
-    reads = "confidence"
+    signal = "confidence"
 
-    def tier(self, rows):
-        return self.most, self.most // 2
+    def captured_size(self, rows):
+        return self.max_depth, self.max_depth // 2
 
 
 @pytest.mark.parametrize("predicted", [True, False])
@@ -159,7 +157,7 @@ def test_the_text_of_captured_shared_rounds_is_plain_decodings(temperature, pred
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     replayed(runner, 1)
     word = FoldedPredictor(predicting(runner), temperature) if predicted else None
-    shape = AdaptiveChain(Halved(4), runner.device, word)
+    shape = PolicyChain(Halved(4), runner.device, word)
     outs = runner.generate(prompts, tree=shape, **options)
     assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 330)
     assert packings and all(sum(lengths) == 3 * len(lengths) for lengths in packings)
@@ -176,7 +174,7 @@ def test_shared_rounds_of_a_gpus_graphs_write_the_same_text(temperature, seed):
     runner = Runner.from_modules(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 8, 96, capture=True)
     prompts, options = ragged_prompts(11), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
-    shape = AdaptiveChain(Halved(4), runner.device)
+    shape = PolicyChain(Halved(4), runner.device)
     texts = [out.tokens for out in runner.generate(prompts, tree=shape, **options)]
     assert_few(compare(runner.rounds.target.cpu(), prompts, texts, plain, Sampling(temperature), seed), 330)
 
@@ -189,33 +187,21 @@ def test_a_captured_budget_goes_to_the_likeliest_and_not_to_the_done(seed):
     done_B, position_B = torch.tensor([False, False, False, True]), torch.ones(4, dtype=torch.long)
     for each, lengths in ((1, [4, 2, 1, 1]), (2, [4, 4, 3, 1])):
         # chances: .9 .81 .73, .6 .36 .22, .4 .16 .06, none of the last
-        draft = grow(
-            RankedChain(tree, each),
-            runner.drafter,
-            {},
-            runner.rounds.handle,
-            root_B,
-            position_B,
-            Sampling(),
-            None,
-            8,
-            False,
-            done_B=done_B,
-        )
+        steps = Steps(runner.drafter, {}, runner.rounds.handle, root_B, position_B, Sampling(), None, 8, done_B=done_B)
+        draft = RankedChain(tree, each).grow(steps)
         assert draft.packing is not None and draft.chances_BD is not None
         assert draft.packing.lengths_B.tolist() == lengths
         torch.testing.assert_close(draft.chances_BD[:2], torch.tensor([[0.9, 0.81, 0.729], [0.6, 0.36, 0.216]]))
         assert draft.chances_BD[3].tolist() == [0, 0, 0]
-    whole = grow(RankedChain(tree, 3), runner.drafter, {}, runner.rounds.handle, root_B, position_B, Sampling(), None, 8, False)
-    assert whole.packing is None
+    assert RankedChain(tree, 3).grow(steps).packing is None
 
 
 def told(policy: Cost, said_DB: list[list[float]]) -> list[int]:
     """What each row gets where all of this was drafted."""
     policy.begin(len(said_DB[0]))
     for said_B in said_DB:
-        policy.more(said_B)
-    return list(policy.share(len(said_DB)))
+        policy.continues(said_B)
+    return list(policy.verified_per_row(len(said_DB)))
 
 
 def worth(policy: Cost, said_DB: list[list[float]], lengths: tuple[int, ...] | list[int]) -> float:
@@ -235,7 +221,7 @@ def test_what_rows_get_is_the_best_of_all_ways_to_share(pack, pad, seed):
     shared = 0
     for _ in range(40):
         price = float(torch.rand(()) * 0.5)
-        policy = Cost(priced(price, pack=pack, pad=pad), 4, "predictor", shares=True)
+        policy = Cost(priced(price, pack=pack, pad=pad), 4, "predictor", per_row=True)
         said_DB = torch.rand(3, 3).tolist()
         ways = product(range(4), repeat=3) if not pad else ((n, n, n) for n in range(4))
         found = told(policy, said_DB)
@@ -247,32 +233,32 @@ def test_what_rows_get_is_the_best_of_all_ways_to_share(pack, pad, seed):
 
 def test_shares_by_hand():
     """At R = 1 a token in 1.1 seconds for two rows, 2 / 1.1, and a node at 0.1, a token needs a chance of 0.18."""
-    policy = Cost(priced(0.1), 4, "predictor", shares=True)
+    policy = Cost(priced(0.1), 4, "predictor", per_row=True)
     assert told(policy, [[0.9, 0.1], [0.9, 0.9], [0.2, 0.9]]) == [2, 0]
     assert told(policy, [[0.1, 0.1]]) == [0, 0]
     assert told(policy, [[0.9], [0.9]]) == []  # one text has nobody to share with
-    assert told(Cost(priced(0.1), 4, "nothing", shares=True), [[0.9, 0.1]]) == []
+    assert told(Cost(priced(0.1), 4, "none", per_row=True), [[0.9, 0.1]]) == []
     assert told(Cost(priced(0.1), 4, "predictor"), [[0.9, 0.1]]) == []
 
 
 def test_one_promising_row_is_drafted_for_only_while_it_pays():
     """Where rows are equal, another level is a node for all of them; where they share, for those alone that it pays for."""
     said = [0.95, *[0.02] * 7]
-    equal, shares = (Cost(priced(0.1, 0.02), 6, "predictor", shares=shares) for shares in (False, True))
+    equal, shares = (Cost(priced(0.1, 0.02), 6, "predictor", per_row=shares) for shares in (False, True))
     for policy in (equal, shares):
         policy.begin(8)
-    assert shares.more(said) and not equal.more(said)
-    dear = Cost(priced(0.1, 0.5), 6, "predictor", shares=True)
+    assert shares.continues(said) and not equal.continues(said)
+    dear = Cost(priced(0.1, 0.5), 6, "predictor", per_row=True)
     dear.begin(8)
-    assert not dear.more(said)
+    assert not dear.continues(said)
 
 
 @pytest.mark.parametrize("said, halves", [([0.95, 0.95, 0.05, 0.05], True), ([0.9] * 4, False)])
 def test_captured_rounds_learn_whether_sharing_pays(said, halves):
     """Two sure rows and two hopeless ones do with half the budget; four alike do not."""
-    policy = Cost(priced(0.1, 0.001), 4, "predictor", shares=True)
+    policy = Cost(priced(0.1, 0.001), 4, "predictor", per_row=True)
     for _ in range(60):
-        levels, each = policy.tier(4)
+        levels, each = policy.captured_size(4)
         if not levels:
             continue
         chances = [[p ** (level + 1) for p in said] for level in range(levels)]
@@ -280,18 +266,18 @@ def test_captured_rounds_learn_whether_sharing_pays(said, halves):
         verified = [sum(row == mine for _, mine in best) for row in range(4)]
         accepted = [sum(p ** (level + 1) for level in range(n)) for p, n in zip(said, verified, strict=True)]
         policy.learn(RoundOutcome(4, levels, verified, accepted, chances))
-    levels, each = policy.tier(4)
+    levels, each = policy.captured_size(4)
     assert (each < levels) == halves
 
 
 def test_captured_rounds_trust_a_draft_as_far_as_it_was_right():
     """The draft is sure and always wrong: after some rounds it is not drafted with."""
-    policy = Cost(priced(0.1, 0.2), 8, "confidence", shares=True)
+    policy = Cost(priced(0.1, 0.2), 8, "confidence", per_row=True)
     for _ in range(8):
-        levels, each = policy.tier(4)
+        levels, each = policy.captured_size(4)
         if levels:
             policy.learn(RoundOutcome(4, levels, [each] * 4, [0] * 4, [[0.99] * 4] * levels))
-    assert policy.tier(4) == (0, 0)
+    assert policy.captured_size(4) == (0, 0)
 
 
 class Unequal(Policy):
@@ -299,15 +285,15 @@ class Unequal(Policy):
 
     def begin(self, rows):
         self.rows = rows
-        return self.most
+        return self.max_depth
 
-    def share(self, levels):
+    def verified_per_row(self, levels):
         return [3, 1][: self.rows]
 
 
 def test_counts_are_each_rows_own(seed):
     runner = pair(noise=0.0, max_batch=2, ends=())
-    first, second = runner.generate([[1, 2], [3]], tree=AdaptiveChain(Unequal(4), CPU), max_new_tokens=17)
+    first, second = runner.generate([[1, 2], [3]], tree=PolicyChain(Unequal(4), CPU), max_new_tokens=17)
     # until the first ends, having 4 tokens a round, the second has 2 of each, and then rows are no longer two
     assert first.stats.offered == [0, 4, 4, 4] and first.stats.drafted == 16 and first.stats.alpha_k == [1, 1, 1]
     assert second.stats.offered[1] >= 4 and first.stats.tau == 4
@@ -320,7 +306,7 @@ class Resting(Policy):
 
     def begin(self, rows):
         self.turn += 1
-        return self.most if self.turn % 3 == 0 else 0
+        return self.max_depth if self.turn % 3 == 0 else 0
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -328,7 +314,7 @@ def test_rounds_without_a_draft_are_counted_as_paused(captured, seed):
     runner = pair(max_batch=2, ends=())
     if captured:
         replayed(runner, 1)
-    outs = runner.generate([[1, 2], [3]], tree=AdaptiveChain(Resting(2), CPU), max_new_tokens=40)
+    outs = runner.generate([[1, 2], [3]], tree=PolicyChain(Resting(2), CPU), max_new_tokens=40)
     for out in outs:
         assert 0 < out.stats.paused < out.stats.rounds
         assert out.stats.drafted == 2 * (out.stats.rounds - out.stats.paused)
@@ -339,7 +325,7 @@ def test_rounds_without_a_draft_are_counted_as_paused(captured, seed):
 def test_speculation_that_loses_is_switched_off_and_the_counts_say_so(seed):
     """Where a level costs as much as a plain step of the whole batch and the draft is another network altogether."""
     runner = pair(noise=3.0, max_batch=4, ends=())
-    runner.pacer.costs = lambda *_: priced(0.2, 2.0)
+    runner.policies.costs = lambda *_: priced(0.2, 2.0)
     runner.generate(ragged_prompts(4), policy="cost", max_new_tokens=60)
     assert runner.last.paused > 0.8 * runner.last.rounds
 
@@ -348,11 +334,11 @@ def test_speculation_that_loses_is_switched_off_and_the_counts_say_so(seed):
 def test_while_drafting_rests_the_drafter_reads_no_prompt(captured, seed):
     """It is read with what was decoded since, once drafting is tried again."""
     runner = pair(noise=3.0, max_batch=4, max_len=700, ends=())
-    runner.pacer.costs = lambda *_: priced(0.2, 2.0)
+    runner.policies.costs = lambda *_: priced(0.2, 2.0)
     if captured:
         replayed(runner, 1)
     read, prefill = [], runner.drafter.prefill
-    runner.drafter.prefill = lambda state, tokens, *rest: (read.append(tokens.tolist()), prefill(state, tokens, *rest))
+    runner.drafter.prefill = lambda state, chunk, *rest: (read.append(chunk.tokens_BT.tolist()), prefill(state, chunk, *rest))
     prompts = [[*range(n)] for n in range(8, 15)] + [[9] * 600]
     outs = runner.generate(prompts, policy="cost", max_new_tokens=30)
     at_once = [tokens[0] for tokens in read if tokens[0] in prompts]
@@ -371,6 +357,6 @@ def test_packing_is_priced_where_rows_are_unequal():
 def test_packing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
     runner = pair(max_batch=2)
-    found = runner.pacer.costs(3, None)
+    found = runner.policies.costs(3, None)
     assert found.pack_R[0] == found.pad_R[0] == 0 and found.pack_R[1] >= 0 and found.pad_R[1] >= 0
-    assert runner.pacer.costs(3, None) == found
+    assert runner.policies.costs(3, None) == found

@@ -20,10 +20,10 @@ def test_exact_alpha_at_the_judged_nodes_is_the_share_accepted(method, settings,
 
     def observe(trace):
         nonlocal kept
-        for depth in range(trace.tree.depth):
+        for depth in range(trace.draft.shape.depth):
             judged_B = trace.verdict.counts_B > depth
             p_BV = trace.scores_BNV[judged_B, depth].double().softmax(-1)
-            q_BV = trace.draft.scores[depth][judged_B, 0].double().softmax(-1)
+            q_BV = trace.draft.logits[depth][judged_B, 0].double().softmax(-1)
             alphas.append(EXACT[method](p_BV, q_BV))
             kept += int((trace.verdict.counts_B > depth + 1).sum())
 

@@ -121,8 +121,8 @@ def test_processing_is_its_definition(logits, temperature, top_k, top_p):
     import numpy as np
 
     values = torch.tensor(logits)
-    if len(set(logits)) < len(logits):
-        return  # ties have a test of their own
+    if len({round(value, 6) for value in logits}) < len(logits):
+        return  # ties have a test of their own, and subnormal differences are ties
     # a token at the very edge of the nucleus may fall on either side by rounding
     full = np.sort(processed(values.double().numpy(), temperature, 1.0, top_k))[::-1]
     if top_p < 1 and np.abs(np.cumsum(full) - top_p).min() < 1e-5:
@@ -176,6 +176,6 @@ def test_noise_made_when_asked_for_is_the_same():
     keys, roots, tokens = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), torch.tensor([5, 9]), torch.arange(6)
     whole = gumbel(keys, roots[:, None] + 1 + torch.arange(6), tokens, CHOICE)
     noise = Noise(keys, roots, tokens, CHOICE)
-    assert torch.equal(noise.first(3), whole[:, :3])
-    assert torch.equal(noise[:, 1:2], whole[:, 1:2]) and noise.made_BRV.shape[1] == 4
-    assert torch.equal(noise[:, :6], whole) and torch.equal(noise[:, 0:1], whole[:, :1]) and noise.made_BRV.shape[1] == 8
+    assert torch.equal(Noise(keys, roots, tokens, CHOICE, rows=3)[:, :3], whole[:, :3])
+    assert torch.equal(noise[:, 1:2], whole[:, 1:2]) and noise._noise_BRV.shape[1] == 4
+    assert torch.equal(noise[:, :6], whole) and torch.equal(noise[:, 0:1], whole[:, :1]) and noise._noise_BRV.shape[1] == 8

@@ -4,6 +4,8 @@ What a real capture fixes is fixed here too: the views, the span, the plan and t
 powers of two, warm-ups run over rows that are done, and the host reads a round behind.
 """
 
+import weakref
+
 import pytest
 import torch
 
@@ -25,11 +27,11 @@ def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
     prompts = ragged_prompts(11)
     for sampling in (Sampling(0.0), Sampling(0.8, top_p=0.9)):
         settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_new_tokens": 20, "seed": seed}
-        runner.schedule.graphs, runner.schedule.lag = None, 0
+        runner.scheduler.graphs, runner.scheduler.lag = None, 0
         eager = runner.generate(prompts, **settings, logprobs=True, **shaped)
         graphed = replayed(runner, lag).generate(prompts, **settings, logprobs=True, **shaped)
-        del runner.schedule._fetch
-        assert runner.schedule.graphs.replays > 2  # 8 rounds at least, unless rows end early
+        del runner.scheduler._fetch
+        assert runner.scheduler.graphs.replays > 2  # 8 rounds at least, unless rows end early
         ties = compare(runner.rounds.target, prompts, [o.tokens for o in graphed], [o.tokens for o in eager], sampling, seed)
         assert_few(ties, 220)
         for one, other in zip(graphed, eager, strict=True):
@@ -45,7 +47,7 @@ def test_padded_rows_left_far_beyond_the_span_do_no_harm(shaped, lag, seed):
     runner = replayed(pair(ends=(), max_len=600), lag)
     prompts = ragged_prompts(3) + [torch.randint(0, 48, (n,)).tolist() for n in (590, 595, 585)]
     outs = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, **shaped)
-    runner.schedule.graphs, runner.schedule.lag = None, 0
+    runner.scheduler.graphs, runner.scheduler.lag = None, 0
     plain = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, depth=0)
     ties = compare(runner.rounds.target, prompts, [o.tokens for o in outs], [o.tokens for o in plain], Sampling(1.0), seed)
     assert_few(ties, 160)
@@ -75,3 +77,15 @@ def test_stop_strings_seen_a_round_late_still_cut_in_place(tiny_target, seed):
     eager = runner.generate(prompts, **settings)
     late = replayed(runner, 1).generate(prompts, **settings)
     assert [(o.tokens, o.text, o.finish, o.stats) for o in late] == [(o.tokens, o.text, o.finish, o.stats) for o in eager]
+
+
+def test_graphs_keep_the_tables_they_read(seed):
+    """A longer text makes new rotary tables; a captured round still reads the old ones, which must stay alive."""
+    runner = replayed(pair(max_len=32, max_batch=1, ends=()), 1)
+    runner.generate([[1, 2]], max_new_tokens=20, tree=GROWING)
+    tables = [weakref.ref(runner.rounds.target.rope), weakref.ref(runner.drafter.decoder.rope)]
+    for decoder in (runner.rounds.target, runner.drafter.decoder):
+        decoder.reserve_positions(4096)
+    assert runner.rounds.target.rope is not tables[0]()
+    assert any(key[0] == GROWING for key in runner.scheduler.graphs.closures)
+    assert all(table() is not None for table in tables)

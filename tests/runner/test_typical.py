@@ -46,7 +46,7 @@ def test_the_longest_path_of_plausible_tokens_stays(paths, thresholds, seed):
     scores[torch.rand(B, tree.size, V) < 0.1] = float("-inf")
     scores[..., 0] = scores[..., 0].clamp(min=0)
     tokens, noise = torch.randint(V, (B, tree.size)), torch.randn(B, tree.depth + 1, V)
-    verdict = typical(tree, Draft(tokens, (), tree.topology), scores, noise, Typical(*thresholds))
+    verdict = typical(Draft(tree, tokens, tree.topology, tree.depth), scores, noise, *thresholds)
     lengths = set()
     for row in range(B):
         emitted = verdict.emitted_BP[row, : int(verdict.counts_B[row])].tolist()
@@ -120,8 +120,8 @@ def test_at_one_plausible_token_each_it_keeps_what_coupled_keeps():
     tree = build(SIBLINGS, CPU)
     tokens = torch.tensor([[0, 1, 2, 3, 4], [0, 2, 1, 4, 3], [0, 5, 4, 3, 2]])
     scores = torch.full((3, 5, 6), float("-inf")).scatter(2, torch.tensor([1, 4, 0, 0, 5]).expand(3, 5)[..., None], 0.0)
-    draft = Draft(tokens, (), tree.topology)
-    one, other = coupled(tree, draft, scores, None), typical(tree, draft, scores, None, Typical())
+    draft = Draft(tree, tokens, tree.topology, tree.depth)
+    one, other = coupled(draft, scores, None), typical(draft, scores, None, Typical.epsilon, Typical.scale)
     assert torch.equal(one.counts_B, other.counts_B) and one.counts_B.tolist() == [3, 2, 1]
     for row, count in enumerate(one.counts_B.tolist()):
         assert torch.equal(one.emitted_BP[row, :count], other.emitted_BP[row, :count])

@@ -31,7 +31,7 @@ def certain(*tokens, vocabulary=6):
 )
 def test_a_chain_keeps_what_the_target_chose_and_adds_its_choice(drafted, choices, emitted):
     tree = build(chain(3), CPU)
-    verdict = coupled(tree, Draft(torch.tensor([[9, *drafted]]), (), tree.topology), certain(*choices), None)
+    verdict = coupled(Draft(tree, torch.tensor([[9, *drafted]]), tree.topology, tree.depth), certain(*choices), None)
     assert verdict.emitted_BP[0, : int(verdict.counts_B)].tolist() == emitted
 
 
@@ -48,7 +48,7 @@ def test_a_chain_keeps_what_the_target_chose_and_adds_its_choice(drafted, choice
 )
 def test_a_tree_keeps_the_path_of_the_targets_choices(choices, path, emitted):
     tree = build(SIBLINGS, CPU)
-    verdict = coupled(tree, Draft(torch.tensor([[0, 1, 2, 3, 4]]), (), tree.topology), certain(*choices), None)
+    verdict = coupled(Draft(tree, torch.tensor([[0, 1, 2, 3, 4]]), tree.topology, tree.depth), certain(*choices), None)
     count = int(verdict.counts_B)
     assert verdict.path_BP is not None
     assert verdict.path_BP[0, :count].tolist() == path
@@ -61,7 +61,7 @@ def test_of_equal_tokens_the_lowest_id_is_chosen(vocabulary, seed):
     first = torch.tensor([[int(row.eq(row.max()).nonzero()[0]) for row in rows] for rows in logits])
     assert torch.equal(Sampling().process(logits).argmax(-1), first)
     tree = build(chain(2), CPU)
-    verdict = coupled(tree, Draft(torch.full((4, 3), -1), (), tree.topology), logits, None)
+    verdict = coupled(Draft(tree, torch.full((4, 3), -1), tree.topology, tree.depth), logits, None)
     assert torch.equal(verdict.emitted_BP, first)
 
 

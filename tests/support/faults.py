@@ -1,4 +1,4 @@
-"""Ends a process at its k-th change of the file system, as a kill would: just before it, or with it half done."""
+"""Ends a process at its k-th change of the file system, as a kill would: just before the change, or in the middle of it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Faults:
-    """Counts this process's changes of the file system from now on, for good; ends it at one of them.
+    """Counts this process's changes of the file system for the rest of its life, and ends it at one of them.
 
-    The audit hook sees what Python does; what compiled code does unseen, such as safetensors' writing and the swap of two names
-    through ctypes, `also` names. A kill just after the k-th change leaves what one just before the next leaves, as every change
-    is counted.
+    An audit hook sees the changes that Python makes; `also` names compiled functions that it does not see, such as safetensors'
+    writer. Every change is counted, so a kill just after the k-th leaves the same files as one just before the next.
 
     Args:
-        at: Number of the change to end at, from 1; 0 never.
-        torn: End not before it but, where it writes a file, with the file's first byte written.
-        also: More functions that change files, by their module and name.
+        at: Number of the change to end at, counted from 1; 0 for never.
+        torn: If that change writes a file, end after its first byte instead of before it.
+        also: Further functions that change files, as (module, name).
     """
 
     def __init__(self, at: int = 0, torn: bool = False, also: tuple[tuple[Any, str], ...] = ()) -> None:
@@ -61,7 +60,7 @@ def _is_file(path: Any) -> bool:
 
 
 def in_fork(work: Callable[[], Any]) -> tuple[int, str]:
-    """Runs `work` in a fork; its exit code (9 where a fault ended it), and what it returned, as text."""
+    """Exit code of `work` in a fork (9 if a fault ended it), and the text of its result."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -76,5 +75,5 @@ def in_fork(work: Callable[[], Any]) -> tuple[int, str]:
             os._exit(1)
     os.close(writing)
     with os.fdopen(reading, "rb") as stream:
-        said = stream.read().decode()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+        text = stream.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text

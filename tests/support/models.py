@@ -139,16 +139,7 @@ class TableDraft(Drafter):
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         return {}
 
-    def prefill(
-        self,
-        state: State,
-        tokens_BT: Tensor,
-        next_BT: Tensor,
-        positions_BT: Tensor,
-        taps_BTAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
+    def prefill(self, state: State, chunk: Any, handle: TargetHandle, span: int) -> None:
         pass
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:

@@ -41,6 +41,6 @@ def replayed(runner, lag):
         copied = replace(output, **{name: tensor.clone() for name, tensor in output.tensors.items()})
         return lambda: copied
 
-    schedule = runner.schedule
+    schedule = runner.scheduler
     schedule.graphs, schedule.lag, schedule._fetch = Replayed(), lag, fetch
     return runner

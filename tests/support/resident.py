@@ -1,7 +1,6 @@
-"""Memory of a step, measured on a process of its own: what is there before it, and the largest resident set since.
+"""Memory that a step needs, measured in a process of its own: largest resident set minus the resident set before the step.
 
-Large blocks are mapped and returned by malloc, so the difference is what the step needed on top. Linux only: /proc, and
-ru_maxrss in KiB.
+malloc maps large blocks and returns them, so the difference is the step's own memory. Linux only: /proc, and ru_maxrss in KiB.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from typing import Any
 
 
 def measured(step: Callable[[], Any]) -> tuple[int, float, Any]:
-    """Of one call in this process: bytes above what is there now, seconds of one core, and what it returns."""
+    """Bytes above the present resident set, CPU seconds, and the result of one call in this process."""
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1]) * resource.getpagesize()
     start = time.process_time()
-    made = step()
+    result = step()
     seconds = time.process_time() - start
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, seconds, made
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, seconds, result
 
 
 def alone(function: Callable[..., None], *arguments: Any) -> Any:
-    """What `function(*arguments, connection)` sends from a process that it has for itself."""
+    """The value that `function(*arguments, connection)` sends over its connection from a new process."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's peak
     ours, theirs = context.Pipe()
     process = context.Process(target=function, args=(*arguments, theirs))

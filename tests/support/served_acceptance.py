@@ -66,10 +66,10 @@ class _Nodes:
         self.accepted = 0
 
     def __call__(self, trace: Trace) -> None:
-        if not trace.tree.is_chain:
+        if not trace.draft.shape.is_chain:
             raise UserError("served acceptance is defined for chains; give depth instead of a tree")
         counts_B = trace.verdict.counts_B
-        for depth, draft_BFV in enumerate(trace.draft.scores):
+        for depth, draft_BFV in enumerate(trace.draft.logits):
             judged_B = counts_B > depth
             p_BV, q_BV = trace.scores_BNV[judged_B, depth], draft_BFV[judged_B, 0]
             if self.greedy:

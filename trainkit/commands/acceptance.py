@@ -48,23 +48,25 @@ class Recorder:
     def __call__(self, trace: Trace) -> None:
         """Adds the records of a round; a row that is done has none."""
         draft, counts_B = trace.draft, trace.verdict.counts_B
-        assert trace.tree.is_chain and len(draft.said) == trace.tree.depth == len(draft.scores)
-        places_D = torch.arange(trace.tree.depth, device=counts_B.device)
+        assert trace.draft.shape.is_chain and len(draft.signals) == trace.draft.shape.depth == len(draft.logits)
+        places_D = torch.arange(trace.draft.shape.depth, device=counts_B.device)
         rows_N, depth_N = (places_D < counts_B[:, None]).nonzero(as_tuple=True)
         if not len(rows_N):
             return
-        q_NV = torch.cat(draft.scores, 1)[rows_N, depth_N].softmax(-1)
+        q_NV = torch.cat(draft.logits, 1)[rows_N, depth_N].softmax(-1)
         if self.soft:
             token_N1 = draft.tokens_BN[rows_N, depth_N + 1][:, None]
             p_N1, q_N1 = trace.scores_BNV[rows_N, depth_N].softmax(-1).gather(1, token_N1), q_NV.gather(1, token_N1)
             label_NW = (p_N1 / q_N1).clamp(max=1.0)
         else:
             chosen_N1 = trace.verdict.emitted_BP[rows_N, depth_N][:, None]
-            label_NW = (torch.cat([said.tokens_BFW for said in draft.said], 1)[rows_N, depth_N] == chosen_N1).float()
+            label_NW = (torch.cat([said.tokens_BFW for said in draft.signals], 1)[rows_N, depth_N] == chosen_N1).float()
         numbers_B = [self.number_of.get((first, second), -1) for first, second in trace.keys_B2.tolist()]
         found = {
-            "hidden": torch.cat([said.hidden_BFD for said in draft.said], 1)[rows_N, depth_N].to(self.dtype),
-            "signals": torch.cat([said.signals_BFWC for said in draft.said], 1)[rows_N, depth_N, : label_NW.shape[1]].float(),
+            "hidden": torch.cat([said.hidden_BFD for said in draft.signals], 1)[rows_N, depth_N].to(self.dtype),
+            "signals": torch.cat([said.signals_BFWC for said in draft.signals], 1)[
+                rows_N, depth_N, : label_NW.shape[1]
+            ].float(),
             "depth": depth_N.short(),
             "label": label_NW,
             "max_q": q_NV.amax(-1),

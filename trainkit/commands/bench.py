@@ -49,18 +49,18 @@ def bench(
         trainkit bench --target models/target --drafter models/draft --drafter models/heads --prompts test.jsonl
         trainkit bench --target models/target --drafter models/draft --prompts test.jsonl --policy cost --policy confidence:0.6
         trainkit bench --synthetic llama3-8b --device cuda --dtype bfloat16 --baselines false
-        trainkit bench --synthetic llama3-8b --synthetic_kinds [medusa,hydra,eagle] --synthetic_tau 3.4 --device cuda
+        trainkit bench --synthetic llama3-8b --synthetic_kinds medusa --synthetic_kinds hydra --synthetic_tau 3.4 --device cuda
 
     Args:
         target: Hugging Face folder of the target.
-        drafter: Drafter bundles, or plain folders of small models with the same tokenizer; [one,another], or the flag again.
+        drafter: Drafter bundles, or plain folders of small models with the same tokenizer; repeat the flag for several.
         prompts: File of prompts or chats; the chat template is applied where the tokenizer has one.
         json: Where to write everything measured.
         plot: Where to write the figure, PNG.
         depths: Depths to draft to, as far as a drafter can; its own or recommended tree is added where it has one.
         trees: More trees to draft: a list of lists of rank paths, [[[0],[1],[0,0]]], or a JSON file of one.
         policy: Policies that choose the depth while decoding, up to the largest of `depths`: cost, predictor:P, confidence:P,
-            ema, cost-blind (cost without the predictor); [one,another], or the flag again. Held against the best fixed depth.
+            ema, cost-blind (cost without the predictor); repeat the flag for several. Held against the best fixed depth.
         max_new_tokens: Most tokens for each prompt.
         temperature: 0 is greedy. Above, transformers draws other texts, and only our outputs are held against plain decoding.
         verify: coupled or residual.
@@ -130,14 +130,14 @@ def read_trees(given: str | None) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """
     if given is None:
         return ()
-    from trainkit.drafters.base import rank_paths
+    from trainkit.drafters.base import parse_rank_paths
 
     is_file = not given.lstrip().startswith("[")
     try:
         trees = parse_json(Path(given).read_text(encoding="utf-8") if is_file else given)
         if not all(trees):
             raise ValueError("an empty tree is plain decoding")
-        return tuple(rank_paths(tree) for tree in trees)
+        return tuple(parse_rank_paths(tree) for tree in trees)
     except (ValueError, TypeError) as error:
         name = given if is_file else "given"
         raise UserError(f"trees {name}: must be a list of trees, each a list of rank paths: [[[0],[1],[0,0]]]") from error

@@ -51,12 +51,12 @@ def evaluate(
 
     Examples:
         trainkit distill --target models/target --prompts test.jsonl --out data/test_t1 --temperatures [1]
-        trainkit eval --target models/target --drafter [models/a,models/b] --data data/test_t1 --json eval.json
+        trainkit eval --target models/target --drafter models/a --drafter models/b --data data/test_t1 --json eval.json
 
     Args:
         target: Folder of the target, any Hugging Face causal LM.
         data: Texts with the tokens that count marked, as `data.train` takes them; best the target's own answers.
-        drafter: Drafter bundles, [one,another].
+        drafter: Drafter bundles; repeat the flag for several.
         temperatures: Of both distributions.
         length: Tokens in a packed row; longer texts are cut.
         batch: Packed rows at once.

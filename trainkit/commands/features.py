@@ -75,7 +75,7 @@ def features(
 
     Args:
         target: Folder of the target, any Hugging Face causal LM.
-        data: Training files, folders or hub names, as `data.train` takes them, [one,another]; with --acceptance one file or
+        data: Training files, folders or hub names, as `data.train` takes them, the flag repeated; with --acceptance one file or
             folder of prompts.
         out: Folder of the features.
         validation: Validation files; by default a share of the training rows is held out.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from time import perf_counter
+from typing import Any, Literal
 
 from trainkit.data.text.chat_template import Encoder
 from trainkit.data.text.sources import BadRow
 from trainkit.errors import UserError
 from trainkit.runner.engine import Runner
-from trainkit.runner.trees.dynamic import read_tree
-from trainkit.runner.verify import Typical
+from trainkit.runner.options import GenerateOptions
 
 
 def generate(
@@ -19,21 +19,13 @@ def generate(
     target: str,
     prompt: str,
     drafter: str | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-    depth: int | None = None,
+    verify: Literal["coupled", "residual", "typical"] = "coupled",
     tree: str | None = None,
-    policy: str | None = None,
-    verify: str = "coupled",
-    typical_epsilon: float = Typical.epsilon,
-    typical_scale: float = Typical.scale,
     stop: list[str] | None = None,
     raw: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
+    **options: Any,
 ) -> None:
     """Continues one prompt, streaming the text; with a drafter the text is the same and comes sooner.
 
@@ -47,70 +39,51 @@ def generate(
         target: Hugging Face folder of the target.
         prompt: The text; `-` reads standard input, `@FILE` a file.
         drafter: Drafter bundle, or a plain folder of a small model with the same tokenizer.
-        max_new_tokens: Most tokens to generate.
-        temperature: 0 takes the likeliest token.
-        top_p: Nucleus mass.
-        top_k: Likeliest tokens kept; 0 keeps all.
-        seed: Fixes every draw.
-        depth: Tokens drafted a round; 0 decodes plainly.
+        verify: coupled: the text of plain decoding with the same seed, token for token; residual: the same distribution;
+            typical: LOSSY above temperature 0, accepts drafted tokens that the target finds plausible, so the text is another.
         tree: Draft a tree instead of a chain. dynamic:DEPTH,TOP_K,NODES follows the draft's probabilities: on each of DEPTH
-            levels the TOP_K best nodes get TOP_K children, and of all these the best are verified, NODES rows with the root.
-            [[0],[1],[0,0]] is a fixed tree of rank paths: here the root's best two tokens and the best after the first.
-        policy: Choose the depth round by round, at most `depth` (10): cost drafts while the next token is worth more than it
-            costs on this machine; predictor:P and confidence:P until the chance of being kept, or the draft's own, falls below
-            P; ema by what was lately accepted. With a dynamic tree: fixed, which ranks its nodes by the predictor, or cost,
-            which also ends and prunes it. The text is the same under all of them.
-        verify: coupled: the text of plain decoding with the same seed, token for token; residual: equal in distribution;
-            typical: LOSSY above temperature 0, keeps drafted tokens that the target finds plausible and so writes other text.
-        typical_epsilon: typical keeps a token whose probability is above the lower of this,
-        typical_scale: and of this times exp(-entropy).
+            levels the TOP_K best nodes get TOP_K children, and the best NODES of all, root included, are verified.
+            [[0],[1],[0,0]] is a static tree of rank paths: the root's two likeliest children, and the first one's likeliest
+            child.
         stop: Strings that end the text.
-        raw: Give the prompt to the model as it is; otherwise it becomes a user turn where the tokenizer has a chat template.
+        raw: Give the prompt to the model as it is; otherwise it becomes a user turn if the tokenizer has a chat template.
         device: Torch device.
         dtype: float32, bfloat16 or float16.
+        **options: Sampling and drafting, as in `GenerateOptions`.
     """
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    elif prompt.startswith("@"):
-        if not Path(prompt[1:]).is_file():
-            raise UserError(f"prompt {prompt}: no such file; give one, or the text itself without @")
-        try:
-            prompt = Path(prompt[1:]).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"prompt {prompt}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+    chosen = GenerateOptions(verify=verify, tree=tree, stop=tuple(stop or ()), logprobs=False, ignore_end=False, **options)
     runner = Runner.load(target, drafter, device=device, dtype=dtype, max_batch=1)
+    text = _read_prompt(prompt)
     if not raw and runner.tokenizer.chat_template:
         try:
-            tokens = Encoder(runner.tokenizer).prompt([{"role": "user", "content": prompt}])
+            tokens = Encoder(runner.tokenizer).prompt([{"role": "user", "content": text}])
         except BadRow as reason:
-            raise UserError(f"{target}: {reason}; mend its chat template, or give --raw true") from None
+            raise UserError(f"{target}: {reason}; fix its chat template, or give --raw true") from None
     else:
-        tokens = runner.tokenizer.encode(prompt, add_special_tokens=False)
+        tokens = runner.tokenizer.encode(text, add_special_tokens=False)
     began = perf_counter()
-    stream = runner.stream(
-        tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        depth=depth,
-        tree=None if tree is None else read_tree(tree),
-        policy=policy,
-        verify=verify,
-        typical_epsilon=typical_epsilon,
-        typical_scale=typical_scale,
-        stop=stop or (),
-    )
-    for piece in stream:
+    for piece in runner.stream(tokens, chosen):
         print(piece, end="", flush=True)
     print()
-    spent = perf_counter() - began
-    stats = runner.last
-    speed = stats.tokens / spent
+    stats, seconds = runner.last, perf_counter() - began
     lossy = f"; LOSSY: {verify} verification, not the target's own text" if stats.lossy else ""
-    paused = f", {stats.paused} without a draft, which would not have paid" if stats.paused else ""
+    paused = f", {stats.paused} of them without a draft, which would not have paid" if stats.paused else ""
     print(
-        f"[{stats.tokens} tokens, {speed:.1f} tokens/s, tau {stats.tau:.2f} over {stats.rounds} rounds{paused}{lossy}]",
+        f"[{stats.tokens} tokens, {stats.tokens / seconds:.1f} tokens/s, tau {stats.tau:.2f} over {stats.rounds} rounds"
+        f"{paused}{lossy}]",
         file=sys.stderr,
     )
+
+
+def _read_prompt(prompt: str) -> str:
+    """The text of `--prompt`: as given, from standard input (-), or from a file (@FILE)."""
+    if prompt == "-":
+        return sys.stdin.read()
+    if not prompt.startswith("@"):
+        return prompt
+    if not Path(prompt[1:]).is_file():
+        raise UserError(f"prompt {prompt}: no such file; give one, or the text itself without @")
+    try:
+        return Path(prompt[1:]).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt {prompt}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None

@@ -1,1 +1,1 @@
-"""Drafters, one folder a kind; kinds are blind to one another."""
+"""Drafters, one folder per kind; no kind imports another."""

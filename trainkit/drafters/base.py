@@ -1,13 +1,12 @@
-"""The contract between drafters and the rest: what a drafter is given, what it returns, and how its kind is found.
+"""The contract between a drafter and the rest of trainkit: its inputs, its outputs, and how its kind is found.
 
-A drafter proposes continuations of a frozen target. Nothing outside `drafters/<kind>/` names a kind: trainer, exporter and
-runner speak to the classes below. Kinds are the sub-packages of `trainkit.drafters`, and of any package registered with
-`add_kinds_from`; each has exactly one `Drafter` subclass in its `__init__`, and the kind is called as the package.
+A drafter proposes continuations of a frozen target. Only `drafters/<kind>/` knows a kind by name; trainer, exporter and runner
+use the classes below. Kinds are the sub-packages of `trainkit.drafters` and of every package registered with `add_kinds_from`.
+Each exports exactly one `Drafter` subclass from its `__init__`, and the name of the package is the name of the kind.
 """
 
-# B batch rows  T positions  V target vocabulary  K draft vocabulary  D hidden  A taps  F frontier nodes
-# M drafted nodes, root first
-# P path length (depth + 1, root first)  N flattened tokens
+# B batch rows  T positions  V target vocabulary  K draft vocabulary  D hidden size  A taps  N flattened tokens
+# F frontier nodes  M numbered nodes of a round, root included  P nodes of a path, root included (depth + 1)
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +30,8 @@ from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 
 __all__ = [
+    "Accepted",
+    "Chunk",
     "Divergence",
     "DraftBatch",
     "Drafter",
@@ -45,18 +46,17 @@ __all__ = [
     "load_bundle",
     "load_kind",
     "load_outside",
-    "rank_paths",
+    "parse_rank_paths",
 ]
 
 State: TypeAlias = dict[str, Tensor]
-"""A drafter's static tensors, batch ALWAYS the first axis: the runner takes rows as views `tensor[a:b]`, and copies them."""
+"""A drafter's static tensors. The first axis is ALWAYS the batch: the runner takes views `tensor[a:b]` and copies rows."""
 
 
 class Divergence(Protocol):
-    """Compares draft and target over N flattened tokens without holding [N, V] logits.
+    """Compares draft and target over N flattened tokens; the logits [N, V] never exist as a whole.
 
-    Called as `divergence(draft_hidden_ND, draft_head, target_hidden_ND, target_head, ids_K=None, mask_N=None, labels_N=None)`;
-    a head maps hidden states [n, D] to logits [n, V] (draft: [n, K] when `ids_K` names its trimmed vocabulary).
+    A head maps hidden states [n, D] to logits: [n, V], or [n, K] for a draft head whose trimmed vocabulary is `ids_K`.
     """
 
     def __call__(
@@ -73,18 +73,18 @@ class Divergence(Protocol):
 
 @dataclass(frozen=True)
 class DraftBatch:
-    """One packed micro-batch with what the target says of it.
+    """One packed micro-batch together with the teacher's outputs for it.
 
     Attributes:
         tokens_BT: Token ids, int64.
         positions_BT: Positions, restarting at 0 with each document.
         document_BT: Document number within the row, ascending; -1 marks padding. No attention crosses documents.
         mask_BT: True where the token at t counts AS A LABEL (an assistant token).
-        taps_BTAD: The target's hidden states named by `Drafter.taps`, or None when it names none.
-        hidden_BTD: The teacher, for a divergence alone, with `teacher_head`: the target's last hidden state, after the final
-            norm, or rows of `losses.topk` in its place. A kind that reads the state itself names tap -1.
-        handle: The target's embedding, final norm and head.
-        stored_head: Reads `hidden_BTD` where it holds such rows.
+        taps_BTAD: The target's hidden states named by `Drafter.taps`; None if it names none.
+        hidden_BTD: Teacher output, only for the divergence and always with `teacher_head`: the target's last hidden state after
+            the final norm, or top-k rows of `losses.topk` instead. A kind that reads the last hidden state names tap -1.
+        handle: The target's embedding and head.
+        stored_head: Reads `hidden_BTD` if that contains top-k rows; otherwise None.
     """
 
     tokens_BT: Tensor
@@ -96,53 +96,120 @@ class DraftBatch:
     handle: TargetHandle
     stored_head: Any = None
 
+    @classmethod
+    def read(cls, teacher: Any, batch: Mapping[str, Tensor], taps: Sequence[int], store: Any = None) -> DraftBatch:
+        """A batch of the loader with the teacher's outputs for it.
+
+        Args:
+            teacher: A `data.teacher.live.Teacher`: runs the target, or reads stored outputs.
+            batch: `tokens_BT`, `positions_BT`, `document_BT` and `mask_BT`; `rows_B` too if there is a store.
+            taps: The drafter's `taps`.
+            store: What `teacher.store` returned for this set, or None.
+        """
+        hidden_BTD, taps_BTAD = teacher.read(batch, taps, store)
+        inputs = {name: batch[name] for name in ("tokens_BT", "positions_BT", "document_BT", "mask_BT")}
+        outputs = {"taps_BTAD": taps_BTAD, "hidden_BTD": hidden_BTD}
+        return cls(**inputs, **outputs, handle=teacher.handle(), stored_head=teacher.stored_head())
+
     @property
     def teacher_head(self) -> Any:
-        """What makes of `hidden_BTD` what the target says; `handle.head` is for a kind's own hidden states."""
+        """Maps `hidden_BTD` to teacher logits. For a kind's own hidden states use `handle.head` instead."""
         return self.handle.head if self.stored_head is None else self.stored_head
 
     def label_mask(self, offset: int = 1) -> Tensor:
-        """[B, T] bool: position t has a counted label at t + offset in its own document."""
+        """[B, T] bool: the token at t + offset counts as a label and is in the same document as the token at t."""
         mask = torch.zeros_like(self.mask_BT)
         if self.tokens_BT.shape[1] > offset:
             same = self.document_BT[:, offset:] == self.document_BT[:, :-offset]
             mask[:, :-offset] = self.mask_BT[:, offset:] & same & (self.document_BT[:, offset:] >= 0)
         return mask
 
-    def ahead(self, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What a prediction of the token `offset` places on is compared with.
+    def training_targets(self, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What to compare with a prediction, made at position t, of the token at t + offset.
 
-        Where it counts [B, T], N positions; the teacher's row that says that token [N, D]; the token itself [N].
+        Returns:
+            counted_BT: `label_mask(offset)`, True at the N positions t whose prediction counts.
+            target_ND: Teacher output from which `teacher_head` predicts the token at t + offset.
+            labels_N: The token at t + offset.
         """
         counted_BT = self.label_mask(offset)
         return counted_BT, self.hidden_BTD.roll(1 - offset, 1)[counted_BT], self.tokens_BT.roll(-offset, 1)[counted_BT]
 
 
 @dataclass(frozen=True)
-class Frontier:
-    """The nodes of one level of this round's draft, about to be expanded.
+class Chunk:
+    """Consecutive tokens of a text for the drafter to read: part of a prompt, or tokens decoded while drafting was paused.
 
     Attributes:
-        tokens_BF: Their tokens; at depth 0 the root alone, the last emitted token.
-        positions_BF: Their absolute positions; root_position + depth.
-        nodes_F: Their numbers within the round, 0 the root, ascending by level; node i has scratch slot `root_position + i`.
-            Fixed while a graph is reused, also where which token a number stands for depends on the draft (a dynamic tree).
-        parents_BF: Their parents' numbers; -1 at the root.
-        parent_places_BF: Where the parent stood in the previous level's frontier; 0 at the root.
-        ancestors_BFM: True at a node's ancestors and itself, over the M numbers of the round; in a dynamic tree only nodes that
-            are expanded have one.
-        depth: This level's depth, a Python integer fixed at capture.
-        chain: The tree is a chain: slots are positions, and a node sees every slot up to its own.
+        tokens_BT: Token ids.
+        next_BT: The token that follows each; after the last token of a prompt that is the first root.
+        positions_BT: Absolute positions, consecutive; reading continues where it stopped, at the start of the text it is 0.
+        taps_BTAD: The target's hidden states there, as named by `Drafter.taps`; None if it names none.
+    """
+
+    tokens_BT: Tensor
+    next_BT: Tensor
+    positions_BT: Tensor
+    taps_BTAD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The nodes of one level of this round's draft that `Drafter.step` expands.
+
+    Attributes:
+        tokens_BF: Their tokens; at depth 0 only the root, the last emitted token.
+        positions_BF: Their absolute positions: root position + depth.
+        nodes_F: Their numbers within the round, 0 for the root, ascending by level; the scratch slot of node i is root
+            position + i. Constant while a CUDA graph is reused, even if the draft decides which token a number belongs to (a
+            dynamic tree).
+        parents_BF: Numbers of their parents; -1 for the root.
+        parent_index_BF: Index of each parent within the previous level's frontier; 0 for the root.
+        ancestors_BFM: True at a node's ancestors and itself, over the M numbers of the round. In a dynamic tree only expanded
+            nodes have a number.
+        depth: Depth of this level, a Python integer that is fixed at capture.
+        is_chain: The draft is a chain: cache slots equal positions, and a node sees every slot up to its own.
     """
 
     tokens_BF: Tensor
     positions_BF: Tensor
     nodes_F: Tensor
     parents_BF: Tensor
-    parent_places_BF: Tensor
+    parent_index_BF: Tensor
     ancestors_BFM: Tensor
     depth: int
-    chain: bool
+    is_chain: bool
+
+    @classmethod
+    def chain(cls, tokens_B1: Tensor, positions_B1: Tensor, depth: int, size: int) -> Frontier:
+        """The one node of a chain at `depth`.
+
+        Args:
+            tokens_B1: Its token in each row.
+            positions_B1: Its absolute position in each row.
+            depth: Its depth, 0 for the root.
+            size: M, nodes of the whole chain, root included.
+        """
+        B, numbers_M = len(positions_B1), torch.arange(size, device=positions_B1.device)
+        parent_1 = numbers_M[depth - 1 : depth] if depth else numbers_M[:1] - 1
+        ancestors_BFM = (numbers_M <= depth).expand(B, 1, -1)
+        node_1, first_B1 = numbers_M[depth : depth + 1], numbers_M[:1].expand(B, 1)
+        return cls(tokens_B1, positions_B1, node_1, parent_1.expand(B, 1), first_B1, ancestors_BFM, depth, is_chain=True)
+
+    @property
+    def root_B(self) -> Tensor:
+        """Absolute position of each row's root."""
+        return self.positions_BF[:, 0] - self.depth
+
+    @property
+    def slots_BF(self) -> Tensor:
+        """Cache slots of the nodes, for a drafter that caches the token at position t in slot t."""
+        return self.positions_BF if self.is_chain else self.root_B[:, None] + self.nodes_F
+
+    def gather_parents(self, level: Tensor) -> Tensor:
+        """[B, F, ...]: each node's parent's entry of `level` [B, F', ...], which has one for each node of the level above."""
+        index = self.parent_index_BF.view(*self.parent_index_BF.shape, *[1] * (level.dim() - 2))
+        return level.gather(1, index.expand(-1, -1, *level.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -151,8 +218,8 @@ class StepOutput:
 
     Attributes:
         logits_BFK: Draft logits of each frontier node's children.
-        ids_K: Token ids the K columns stand for, or None when K is the whole vocabulary.
-        hidden_BFD: A state per node, for acceptance predictors.
+        ids_K: Token ids of the K columns; None if K is the whole vocabulary.
+        hidden_BFD: A hidden state per node, for acceptance predictors.
     """
 
     logits_BFK: Tensor
@@ -160,20 +227,55 @@ class StepOutput:
     hidden_BFD: Tensor
 
 
+@dataclass(frozen=True)
+class Accepted:
+    """The accepted path of a round, root first; on the P axis, entries at or past `counts_B` are undefined.
+
+    Attributes:
+        path_BP: Node numbers along the path, as in `Frontier`. The last node may never have been expanded: nothing was written
+            to the slot of its number. None if the draft was a chain: node numbers are depths, and no cache entry has to move.
+        tokens_BP: Tokens of the path.
+        next_BP: The token that follows each; the last of them is the next root.
+        counts_B: Nodes of the path, root included, 1..P; 0 for a finished row, whose state must not change.
+        root_B: Absolute position of the root.
+        taps_BPAD: The target's hidden states at these nodes, as named by `Drafter.taps`; None if it names none.
+    """
+
+    path_BP: Tensor | None
+    tokens_BP: Tensor
+    next_BP: Tensor
+    counts_B: Tensor
+    root_B: Tensor
+    taps_BPAD: Tensor | None = None
+
+    @property
+    def positions_BP(self) -> Tensor:
+        """Absolute positions of the path's nodes."""
+        return self.root_B[:, None] + torch.arange(self.tokens_BP.shape[1], device=self.root_B.device)
+
+    def last(self, values: Tensor, unchanged: Tensor) -> Tensor:
+        """[B, 1, ...]: the entry of `values` [B, P, ...] at the last accepted node; in a finished row that of `unchanged`."""
+        counts = self.counts_B.view(-1, *[1] * (values.dim() - 1))
+        index = (counts - 1).clamp(min=0).expand(-1, 1, *values.shape[2:])
+        return torch.where(counts > 0, values.gather(1, index), unchanged)
+
+
 class Drafter(nn.Module, ABC):
     """Proposes continuations of a frozen target. Hyper-parameters are plain constructor arguments after `target`.
 
-    The served half works on a `State`: the target has `root_position` tokens in its cache and one more emitted, the root.
-    A round is `step` for each level, then `commit` with the path the target accepted. All of it runs without reading a
-    tensor on the host, so that a round can be captured in a CUDA graph.
+    Serving works on a `State`. At the start of a round the target has cached the tokens before the root; the root is the last
+    emitted token. A round calls `step` once per level, then `commit` with the path that the target accepted. Neither may read a
+    tensor on the host: a round can be captured in a CUDA graph. `span` is a bound known on the host: no cache slot at or past
+    it is in use.
 
     Attributes:
-        taps: Target hidden states it needs, as indices of Hugging Face `hidden_states` (0 the embeddings, i after i layers;
-            the last index, also -1, is after the final norm); () for none.
-        default_tree: Rank paths of the tree it drafts when asked for none, or None for a chain; a bundle may recommend another.
+        taps: Hidden states of the target that it reads, as indices of Hugging Face `hidden_states` (0 the embeddings, i after i
+            layers; the last index, also -1, is after the final norm); () for none.
+        default_tree: Rank paths of the tree that it drafts if none is requested; None for a chain. A bundle may recommend
+            another.
         max_depth: Levels it can draft; None for any number.
         max_width: Nodes of one level it can expand; None for any number.
-        formats: Formats that `trainkit export --format` may ask for -> the layout that this kind writes for it.
+        formats: Format of `trainkit export --format` -> layout of files that this kind writes for it.
     """
 
     formats: ClassVar[Mapping[str, str]] = {"native": "native"}
@@ -186,121 +288,82 @@ class Drafter(nn.Module, ABC):
         super().__init__()
         self.target = target
 
+    # Training
+
     def initialise(self, target_folder: Path) -> None:
-        """Fills in what starts from the target's weights; the trainer calls it once, before the first step of a fresh run."""
+        """Copies what starts as the target's weights; the trainer calls it once, before the first step of a fresh run."""
 
     @abstractmethod
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
-        """The training loss as sums. In `forward`, so that ZeRO-3 and FSDP gather here."""
+        """The training loss as sums. It is computed in `forward` so that ZeRO-3 and FSDP gather the weights here."""
+
+    # Serving
 
     @abstractmethod
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         """Zeroed static tensors for `batch_size` rows of `slots` cache slots."""
 
     @abstractmethod
-    def prefill(
-        self,
-        state: State,
-        tokens_BT: Tensor,
-        next_BT: Tensor,
-        positions_BT: Tensor,
-        taps_BTAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        """Reads T more tokens at consecutive positions, with the target's taps there: a prompt chunk by chunk.
+    def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
+        """Reads a chunk of text into `state`: a prompt, chunk by chunk, or tokens decoded since the last round with a draft.
 
-        `next_BT` are the tokens that follow each; the last of a prompt's is the first root. `span` as in `step`.
+        Reading tokens later must leave the state that drafting would have left. Unlike `step` and `commit` it is never captured
+        in a CUDA graph.
         """
-
-    def catch_up(
-        self,
-        state: State,
-        tokens_BT: Tensor,
-        next_BT: Tensor,
-        positions_BT: Tensor,
-        taps_BTAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        """Reads what was decoded without drafting since the last round with a draft; arguments as in `prefill`."""
-        self.prefill(state, tokens_BT, next_BT, positions_BT, taps_BTAD, handle, span)
 
     @abstractmethod
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
-        """Expands one level. `span`: a host-side bound, no cache slot at or past it is in use."""
+        """Expands one level of the draft."""
 
     @abstractmethod
-    def commit(
-        self,
-        state: State,
-        path_BP: Tensor | None,
-        tokens_BP: Tensor,
-        next_BP: Tensor,
-        counts_B: Tensor,
-        root_B: Tensor,
-        taps_BPAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        """Keeps the accepted path: its cache entries (lm) or new ones made from the target's taps (eagle, hydra++).
-
-        Args:
-            state: This drafter's tensors, changed in place.
-            path_BP: Node numbers, as in `Frontier`, along the accepted path, root first; entries at or past `counts_B` are
-                meaningless. The last node may be one that was never expanded: its number points at nothing that was written.
-                None when the round drafted a chain: node numbers are depths, and nothing has to move.
-            tokens_BP: Their tokens.
-            next_BP: The token that follows each, the last of them the next root; meaningless as `path_BP`.
-            counts_B: Nodes on the path, root included, 1..P; 0 for a row that is finished and keeps what it has.
-            root_B: Absolute position of the root.
-            taps_BPAD: The target's taps at those nodes, or None.
-            handle: The target's shared parts.
-            span: As in `step`.
+    def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
+        """Updates `state` in place to the accepted path: retains its cache entries (lm), or makes new ones from the target's
+        hidden states (eagle, hydra++).
         """
 
-    def alone(self) -> Decoder | None:
-        """The decoder that it is when it writes by itself, for on-policy data; None for kinds that need the target."""
+    def standalone_decoder(self) -> Decoder | None:
+        """The decoder that writes text without the target, for on-policy data; None for kinds that need the target."""
         return None
 
     def step_bytes(self, head_bytes: int) -> int:
-        """Bytes of weights one draft step reads, for mbsu.
+        """Bytes of weights that one draft step reads; for the metric mbsu.
 
         Args:
-            head_bytes: Size of the target's output head, for drafters whose step reads it.
+            head_bytes: Bytes of the target's output head, for drafters whose step reads it.
         """
         return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    # Files
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape."""
 
-    def find_target(self, folder: Path) -> None:
-        """Told, before an export, where its target lies, if that is known; for kinds whose files hold weights of it."""
+    def use_target_folder(self, folder: Path) -> None:
+        """Receives the folder of the target before an export, if it is known; for kinds whose files contain target weights."""
 
     @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
-        """Writes its weights into `folder`, in one of the layouts of `formats`, in `dtype`; `load` tells layouts apart."""
+        """Writes the weights into `folder` in `dtype`, in one of the layouts of `formats`; `load` recognises the layout."""
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
-        """Every tensor that an outside program expects in model.safetensors, and its shape.
+        """Name -> shape of each tensor that other programs expect in model.safetensors; None if only trainkit reads the layout.
 
-        Computed from the configuration alone, never from `state_dict`: the exporter holds what `export` wrote against it. None
-        where the layout is ours alone.
+        Computed from the configuration alone, never from `state_dict`: the exporter compares the written file with it.
         """
         return None
 
     @classmethod
     def claims(cls, folder: Path) -> bool:
-        """Whether a folder that is no bundle of ours, but what an outside program wrote, loads as this kind."""
+        """Whether this kind loads a folder that is not a trainkit bundle but was written by another program."""
         return False
 
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Drafter:
-        """Rebuilds from what `export` wrote and the bundle's constructor arguments; weights keep their dtype.
+        """The drafter that `export` wrote, from the constructor arguments in its bundle; weights retain their dtype.
 
-        A folder that it `claims` comes without any: sizes are then read off its files, the fit with the target checked.
+        `config` is empty for a folder that the kind `claims`: sizes are then read from its files and compared with the target.
         """
 
 
@@ -317,7 +380,7 @@ def add_kinds_from(package: str) -> None:
 
 @cache
 def discover() -> Mapping[str, type[Drafter]]:
-    """Every drafter kind by name, found by walking the kind packages; no list is kept by hand."""
+    """Name -> class of every drafter kind in the registered packages."""
     kinds: dict[str, type[Drafter]] = {}
     for package in _PACKAGES:
         for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
@@ -334,56 +397,71 @@ def load_kind(kind: str) -> type[Drafter]:
     """The drafter class of a kind.
 
     Raises:
-        UserError: no such kind; the message lists those there are.
+        UserError: unknown kind; the message lists the known ones.
     """
-    kinds = discover()
-    if kind not in kinds:
-        raise UserError(f"unknown drafter kind {kind!r}; there are: {', '.join(sorted(kinds))}")
-    return kinds[kind]
+    if kind not in discover():
+        raise UserError(f"unknown drafter kind {kind!r}; choose from {', '.join(sorted(discover()))}")
+    return discover()[kind]
 
 
-def load_bundle(found: Bundle, target: TargetShape, **changes: Any) -> Drafter:
-    """The drafter of a bundle, for a target whose fit was checked; `changes` go before its constructor arguments.
+def kind_name(drafter: Drafter) -> str:
+    """The name of a drafter's kind.
+
+    Raises:
+        UserError: its class is not a discovered kind.
+    """
+    for name, kind in discover().items():
+        if type(drafter) is kind:
+            return name
+    raise UserError(f"{type(drafter).__name__} is not a known drafter kind; register its package with add_kinds_from")
+
+
+def load_bundle(bundle: Bundle, target: TargetShape, **changes: Any) -> Drafter:
+    """The drafter in a bundle. The caller has checked that the bundle fits the target.
 
     The tree that the bundle recommends (`runner.tree`, from `trainkit tree`) becomes its `default_tree`.
 
+    Args:
+        bundle: A checked bundle.
+        target: Sizes of the target that it will draft for.
+        changes: Constructor arguments that replace those of the bundle.
+
     Raises:
-        UserError: an unknown kind, arguments that it does not take, or a recommended tree that is none.
+        UserError: unknown kind, constructor arguments that the kind does not take, or a malformed recommended tree.
     """
-    manifest, arguments = found.path / MANIFEST, {**found.config, **changes}
+    manifest, arguments = bundle.path / MANIFEST, {**bundle.config, **changes}
     try:
-        kind = load_kind(found.kind)
+        kind = load_kind(bundle.kind)
     except UserError as error:
         raise UserError(f"{manifest}: {error}") from None
-    unknown = sorted(arguments.keys() - inspect.signature(kind).parameters.keys())
-    if unknown:
-        raise UserError(f"{manifest}: kind {found.kind!r} takes no {unknown[0]!r}; export it again")
-    drafter, tree = kind.load(found.path, target, arguments), found.runner.get("tree")
+    if unknown := sorted(arguments.keys() - inspect.signature(kind).parameters.keys()):
+        raise UserError(f"{manifest}: kind {bundle.kind!r} takes no argument {unknown[0]!r}; export it again")
+    drafter, tree = kind.load(bundle.path, target, arguments), bundle.runner.get("tree")
     if tree is not None:
         try:
-            drafter.default_tree = rank_paths(tree)
+            drafter.default_tree = parse_rank_paths(tree)
         except ValueError as error:
-            raise UserError(f"{manifest}: runner.tree is {error}; search it again") from None
+            raise UserError(f"{manifest}: runner.tree {error}; search it again with trainkit tree") from None
     return drafter
 
 
-def rank_paths(tree: Any) -> tuple[tuple[int, ...], ...]:
-    """The rank paths of a static tree from JSON's lists; whether they make a tree is for whoever builds it.
+def parse_rank_paths(tree: Any) -> tuple[tuple[int, ...], ...]:
+    """The rank paths of a static tree from JSON's lists; the builder of the tree checks whether they form one.
 
     Raises:
-        ValueError: it is something else; the message goes after "is".
+        ValueError: not such lists; the message continues a sentence that begins with the name of the value.
     """
     lists = isinstance(tree, list) and all(isinstance(path, list) and path for path in tree)
     if not lists or any(type(rank) is not int for path in tree for rank in path):
-        raise ValueError("no list of rank paths such as [[0], [1], [0, 0]]")
+        raise ValueError("must be a list of rank paths such as [[0], [1], [0, 0]]")
     return tuple(tuple(path) for path in tree)
 
 
 def load_outside(folder: Path, target: TargetShape) -> Drafter:
-    """The drafter in a folder that an outside program wrote, of the first kind that claims it.
+    """The drafter in a folder that another program wrote, loaded by the first kind that claims it.
 
     Raises:
-        UserError: no such folder, only a pickle in it, no kind claims it, or it does not fit the target.
+        UserError: no such folder, it holds only a pickle, no kind claims it, or it does not fit the target.
     """
     if not folder.exists():
         raise UserError(f"{folder}: no such folder; give a drafter bundle or a Hugging Face folder")
@@ -391,20 +469,8 @@ def load_outside(folder: Path, target: TargetShape) -> Drafter:
     pickle = next((path for path in files if path.suffix in _PICKLES), None)
     if pickle is not None and not any(path.suffix == ".safetensors" for path in files):
         convert = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
-        raise UserError(f"{pickle}: a pickle, which may run code and is not read; make safetensors of it with {convert}")
+        raise UserError(f"{pickle}: a pickle may run code and is not read; convert it to safetensors with {convert}")
     for kind in discover().values():
         if folder.is_dir() and kind.claims(folder):
             return kind.load(folder, target, {})
     raise UserError(f"{folder}: neither a trainkit bundle (no {MANIFEST}) nor a model folder that a drafter kind reads")
-
-
-def kind_name(drafter: Drafter) -> str:
-    """The kind's name of a drafter.
-
-    Raises:
-        UserError: its class is no discovered kind.
-    """
-    for name, kind in discover().items():
-        if type(drafter) is kind:
-            return name
-    raise UserError(f"{type(drafter).__name__} is no discovered drafter kind; register its package with add_kinds_from")

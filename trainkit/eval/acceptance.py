@@ -110,16 +110,7 @@ def measure(
 
 def _seen(reader: TargetReader, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str) -> DraftBatch:
     store: FeatureStore | None = reader.store(f"{name} eval", packed, taps)
-    hidden_BTD, taps_BTAD = reader.read(tensors, taps, store)
-    return DraftBatch(
-        tensors["tokens_BT"],
-        tensors["positions_BT"],
-        tensors["document_BT"],
-        tensors["mask_BT"],
-        taps_BTAD,
-        hidden_BTD,
-        reader.handle(),
-    )
+    return DraftBatch.read(reader, tensors, taps, store)
 
 
 def _values(drafter: Drafter, seen: DraftBatch, temperatures: Sequence[float]) -> list[tuple[Tensor, dict[str, Tensor]]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainkit import bundle
-from trainkit.drafters.base import Drafter, Frontier, TargetHandle, TargetShape, kind_name, load_kind
+from trainkit.drafters.base import Chunk, Drafter, Frontier, TargetHandle, TargetShape, kind_name, load_kind
 from trainkit.errors import UserError
 
 _TOKENIZER_FILES = (
@@ -82,7 +82,7 @@ def export_drafter(
     drafter, kind = drafter.to(dtype).eval(), kind_name(drafter)
     source, mark = Path(target or tokenizer), drafter.target.fingerprint or {}
     if (source / "config.json").is_file() and bundle.fingerprint(source)["config"] == mark.get("config"):
-        drafter.find_target(source)
+        drafter.use_target_folder(source)
 
     def fill(folder: Path) -> None:
         drafter.export(folder, dtype, layout)
@@ -157,12 +157,12 @@ def first_logits(drafter: Drafter) -> Tensor:
     if drafter.taps:
         taps = torch.randn(1, T, len(drafter.taps), shape.hidden_size, generator=generator).to(parameter.dtype)
     state = drafter.init_state(1, 64, parameter.device, parameter.dtype)
-    handle, zero = stand_in(drafter.target, parameter.dtype), torch.zeros(1, 1, dtype=torch.long)
-    drafter.prefill(state, tokens[:, :T], tokens[:, 1:], torch.arange(T)[None], taps, handle, T)
+    handle, position = stand_in(drafter.target, parameter.dtype), torch.tensor([[T]])
+    drafter.prefill(state, Chunk(tokens[:, :T], tokens[:, 1:], torch.arange(T)[None], taps), handle, T)
     token, logits = tokens[:, T:], []
-    for depth in range(drafter.max_depth or 2):
-        seen = torch.ones(1, 1, depth + 1, dtype=torch.bool)
-        node = Frontier(token, zero + T + depth, zero[0] + depth, zero + depth - 1, zero, seen, depth, True)
+    levels = drafter.max_depth or 2
+    for depth in range(levels):
+        node = Frontier.chain(token, position + depth, depth, levels + 1)
         logits.append(drafter.step(state, node, handle, 64).logits_BFK[0].float())
         token = logits[-1].argmax(-1, keepdim=True)  # as a column's number, whatever id it stands for
     return torch.cat(logits)
@@ -180,4 +180,4 @@ def stand_in(target: TargetShape, dtype: torch.dtype) -> TargetHandle:
         weight = torch.randn(shape.vocab_size, shape.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
         return hidden @ weight.T
 
-    return TargetHandle(embed, lambda hidden: hidden, head, shape.vocab_size)
+    return TargetHandle(embed, head, shape.vocab_size)

@@ -1,6 +1,6 @@
 """What heads are made of, and which tokens they may propose."""
 
-# B batch  P path  D hidden  K ids a head may propose  V vocabulary
+# D hidden  K ids a head may propose  V vocabulary
 
 from __future__ import annotations
 
@@ -55,12 +55,6 @@ class OutputHeads(nn.ModuleList):
     def of(self, index: int, shared: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Head number `index`, or what all share."""
         return self[index] if len(self) else shared
-
-
-def last_kept(hidden_BPD: Tensor, counts_B: Tensor, before_B1D: Tensor) -> Tensor:
-    """[B, 1, D] the state at the last accepted node of each path; what stood before where none was accepted."""
-    last_B1D = (counts_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden_BPD.shape[2])
-    return torch.where(counts_B[:, None, None] > 0, hidden_BPD.gather(1, last_B1D), before_B1D)
 
 
 def trim_rows(state: dict[str, Tensor], prefix: str, held_K: Tensor | None, wanted_K: Tensor | None) -> dict[str, Tensor]:

@@ -48,12 +48,10 @@ class TargetHandle:
 
     Attributes:
         embed: Token ids [...] -> embeddings [..., D].
-        final_norm: The norm before the output head, [..., D] -> [..., D].
         head: Hidden states after the final norm [..., D] -> logits [..., V].
         vocab_size: V.
     """
 
     embed: Callable[[Tensor], Tensor]
-    final_norm: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor]
     vocab_size: int

@@ -22,7 +22,6 @@ from trainkit.errors import UserError
 from trainkit.models.load import MODEL_FAULTS, check_finite, decoder_shape, first_lines, read_config, read_tokenizer
 from trainkit.models.shape import TargetHandle, TargetShape
 
-_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -144,7 +143,7 @@ class FrozenTarget:
         layers: Whether to load its decoder layers; without them there is a `handle`, and nothing to run.
 
     Raises:
-        UserError: no model there, its layers, final norm or head are not where they usually are, or its logits are not
+        UserError: no model there, its layers or head are not where they usually are, or its logits are not
             head(backbone).
     """
 
@@ -161,7 +160,6 @@ class FrozenTarget:
         self._head: Any = model.get_output_embeddings()
         check_head(model, str(folder))
         self._layers = self._find_layers() if layers else nn.ModuleList()
-        self._final_norm = self._find_final_norm()
 
     @property
     def device(self) -> torch.device:
@@ -217,8 +215,8 @@ class FrozenTarget:
         return target_shape(self.folder, self._trust)
 
     def handle(self) -> TargetHandle:
-        """Its embedding, final norm and output head, live."""
-        return TargetHandle(self._embedding, self._final_norm, self._logits, vocab_size=self._head.weight.shape[0])
+        """Its embedding and output head, live."""
+        return TargetHandle(self._embedding, self._logits, vocab_size=self._head.weight.shape[0])
 
     @torch.no_grad()
     def forward(
@@ -293,11 +291,3 @@ class FrozenTarget:
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
         raise UserError(f"{self.folder}: found no list of {count} decoder layers in {type(self.backbone).__name__}")
-
-    def _find_final_norm(self) -> nn.Module:
-        for holder in (self.backbone, getattr(self.backbone, "decoder", None)):
-            for name in _FINAL_NORMS:
-                norm = getattr(holder, name, None)
-                if isinstance(norm, nn.Module):
-                    return norm
-        raise UserError(f"{self.folder}: found no final norm in {type(self.backbone).__name__} under {', '.join(_FINAL_NORMS)}")

@@ -155,17 +155,7 @@ class DraftModule(TrainingModule):
         if self.target_shard == "none":
             self.teacher.to(self.device)
         store = self._store("train" if self.trainer.training else "validation") if "rows_B" in batch else None
-        hidden_BTD, taps_BTAD = self._reader.read(batch, self.drafter.taps, store)
-        return DraftBatch(
-            batch["tokens_BT"],
-            batch["positions_BT"],
-            batch["document_BT"],
-            batch["mask_BT"],
-            taps_BTAD,
-            hidden_BTD,
-            self._reader.handle(),
-            self._reader.stored_head(),
-        )
+        return DraftBatch.read(self._reader, batch, self.drafter.taps, store)
 
     def _store(self, split: str) -> Any:
         """Where what the target says of the rows of training or validation is kept, if anywhere."""

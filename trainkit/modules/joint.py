@@ -140,7 +140,7 @@ class JointModule(DraftModule):
     def target_loss(self, seen: DraftBatch, batch: Batch) -> LossOutput:
         """L_base of the target as it is now: its own head on every counted token."""
         assert self.tuned is not None
-        counted_BT, hidden_ND, labels_N = seen.ahead(1)
+        counted_BT, hidden_ND, labels_N = seen.training_targets(1)
         teacher_ND, head = hidden_ND, seen.handle.head
         if self.base_loss == "self_distillation":
             with self.tuned.off(), torch.no_grad():

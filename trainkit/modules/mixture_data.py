@@ -18,6 +18,7 @@ from trainkit.errors import UserError
 from trainkit.models.load import load_decoder
 from trainkit.modules.base import global_seed
 from trainkit.modules.draft import DraftModule
+from trainkit.modules.mixed_text import Mixed
 from trainkit.modules.text_data import TextData
 from trainkit.runner import Runner
 
@@ -152,7 +153,7 @@ class PolicyData(TextData):
         if not isinstance(module, DraftModule) or module.drafter is None or module.shape is None:
             raise UserError("data.weights: draft and mixed texts are for training a drafter; set model.class_path: DraftModule")
         drafter, room = copy.deepcopy(module.drafter), max(map(len, self._prompts)) + self.max_new_tokens
-        alone = drafter.alone() if name == "draft" else None
+        alone = drafter.standalone_decoder() if name == "draft" else None
         if alone is not None:
             return Runner.from_modules(alone, None, module.shape, None, self.sample_batch, room, capture=False)
         decoder = load_decoder(module.target, module.device, torch.float32, room + self.depth)
@@ -164,7 +165,7 @@ class PolicyData(TextData):
         if runner.drafter is not None:
             share = self.share if name == "mixed" else 1.0
             run = self.depth if share == 1 else max(1, round(share / (1 - share)))  # of the draft's tokens, in the mean
-            options |= {"verify": "mixed", "share": share, "depth": min(self.depth, run)}
+            options |= {"verify": Mixed(share, greedy=self.temperature == 0), "depth": min(self.depth, run)}
         draws = [(number, 0) for number, _ in asked]
         outputs = runner.generate_each([self._prompts[place] for _, place in asked], draws, seed=global_seed(), **options)
         return [(*asked[place], output.tokens) for place, output in outputs]

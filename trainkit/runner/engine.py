@@ -1,6 +1,6 @@
-"""The runner: folders in, text out. Loads target and drafter, turns prompts into requests and what comes of them into text.
+"""The runner: folders in, text out. Loads target and drafter, turns prompts into requests, and their tokens into text.
 
-Left out on purpose: paged caches and preemption; schedule.py gives each text a cache row of its own.
+Left out on purpose: paged caches and preemption; the scheduler gives each text a cache row of its own.
 """
 
 # B rows  P path length  T positions  V vocabulary
@@ -24,19 +24,18 @@ from trainkit.models.load import copy_weights, covered_positions, find_device, l
 from trainkit.models.predictor import AcceptancePredictor, load_predictor
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
-from trainkit.runner.policies.build import Pacer
-from trainkit.runner.policies.chain import Paced
-from trainkit.runner.request import Options, Output, Request, Stopping, strings
+from trainkit.runner.options import GenerateOptions
+from trainkit.runner.policies.build import Policies
+from trainkit.runner.request import Output, Request, Stopping
 from trainkit.runner.round import Plan, Rounds, Trace
-from trainkit.runner.sampling import Sampling, request_keys
-from trainkit.runner.scheduler import Schedule
+from trainkit.runner.sampling import request_keys
+from trainkit.runner.scheduler import Scheduler
 from trainkit.runner.stats import Stats
 from trainkit.runner.trees.shape import RankPath, Shape
 from trainkit.runner.trees.static import Tree, build, chain
-from trainkit.runner.verify import Typical
+from trainkit.runner.verify import Typical, Verification, build_verification
 
 Prompt = str | Sequence[int]
-VERIFICATIONS = ("coupled", "residual", "typical")
 DEFAULT_DEPTH = 4
 
 
@@ -44,8 +43,9 @@ class Runner:
     """Decodes with a target, and a drafter if there is one. Build it with `Runner.load`.
 
     Attributes:
-        observe: Set to a function to receive every round's `Trace`; runs eagerly then.
-        predictor: Says how likely the drafter's proposals are to be kept, or None.
+        observe: Set to a function to receive every round's `Trace`; rounds then run eagerly.
+        predictor: Predicts how likely the drafter's proposals are accepted, or None.
+        policies: The policies used so far, with what they have learned.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Runner:
         self.max_len = max_len
         self.device = rounds.target.embed.weight.device
         self.observe: Callable[[Trace], None] | None = None
-        self.schedule = Schedule(rounds, max_batch, max_len, capture)
+        self.scheduler = Scheduler(rounds, max_batch, max_len, capture)
         self.predictor = predictor
+        self.policies = Policies(rounds, self.scheduler, max_len)
         self._trees: dict[tuple[RankPath, ...], Tree] = {}
-        self.pacer = Pacer(rounds, self.schedule, max_len)
 
     @staticmethod
     def load(
@@ -81,12 +81,13 @@ class Runner:
 
         Args:
             target: Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3 model.
-            drafter: A bundle of ours, or a plain Hugging Face folder of a small model with the same tokenizer.
+            drafter: A trainkit bundle, or a plain Hugging Face folder of a small model with the same tokenizer.
             device: Torch device.
             dtype: float32, bfloat16 or float16.
-            max_batch: Most rows decoded together; longer lists of prompts queue.
-            max_len: Most tokens of prompt and continuation together; 2048, or what the model covers if less, by default.
-            capture: Capture rounds as CUDA graphs; where there is a GPU by default.
+            max_batch: Largest number of texts decoded together; further prompts wait.
+            max_len: Largest number of tokens of prompt and continuation together; by default 2048, or what the model covers if
+                that is less.
+            capture: Whether to capture rounds as CUDA graphs; by default where there is a GPU.
 
         Raises:
             UserError: a folder is missing or broken, the architecture is not covered, or drafter and target do not fit.
@@ -127,22 +128,22 @@ class Runner:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Where the last call's time went: prefill, draft, target, verify, host (eager), in seconds."""
-        return self.schedule.seconds
+        """Where the last call's time went, in seconds: prefill, draft, target, verify (eager rounds only), host."""
+        return self.scheduler.seconds
 
     @property
     def last(self) -> Stats:
         """Counts of the last call, its outputs added together."""
-        return self.schedule.last
+        return self.scheduler.last
 
     @property
     def rounds_run(self) -> int:
-        """Rounds the last call ran, each over all of its rows."""
-        return self.schedule.rounds_run
+        """Number of rounds of the last call, each over all of its rows."""
+        return self.scheduler.rounds_run
 
     @property
     def drafter(self) -> Drafter | None:
-        """What drafts, or None."""
+        """The drafter, or None."""
         return self.rounds.drafter
 
     @cached_property
@@ -159,118 +160,74 @@ class Runner:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        depth: int | None = None,
-        verify: str = "coupled",
-        stop: Sequence[str] = (),
+        max_new_tokens: int = GenerateOptions.max_new_tokens,
+        temperature: float = GenerateOptions.temperature,
+        *,
         n: int = 1,
-        logprobs: bool = False,
-        tree: Sequence[RankPath] | Shape | None = None,
-        policy: str | None = None,
-        ignore_end: bool = False,
         progress: bool = False,
-        typical_epsilon: float = Typical.epsilon,
-        typical_scale: float = Typical.scale,
+        **options: Any,
     ) -> list[Output]:
         """Continues every prompt; `n` outputs for each, in the order of the prompts.
 
         Args:
             prompts: Raw text (no template, nothing prepended) or token ids.
-            max_new_tokens: Most tokens for each, the end token included.
+            max_new_tokens: Largest number of new tokens for each, the end token included.
             temperature: 0 takes the likeliest token; above, samples.
-            top_p: Nucleus mass.
-            top_k: Likeliest tokens kept; 0 keeps all.
-            seed: With the prompt's place in the list it fixes every draw, whatever the batch, depth or drafter.
-            depth: Tokens drafted a round, a chain; 0 decodes plainly; the drafter's own tree, or a chain of 4, by default.
-            verify: `coupled` (equals plain seeded decoding token for token), `residual` (equal in distribution), or `typical`
-                (LOSSY above temperature 0: keeps what the target finds plausible; outputs say `lossy`).
-            stop: Strings that end a text; the text is cut before them.
-            n: Samples for each prompt.
-            logprobs: Also return each token's log-probability.
-            tree: Rank paths of a static draft tree, or a shape such as `DynamicTree`, instead of `depth`.
-            policy: How many of at most `depth` (10) tokens to draft, decided as it goes (runner/control.py): `cost`, by what
-                drafting and verifying cost here and how likely each token is to be kept; `predictor:P` or `confidence:P`, until
-                that chance, or the draft's own, falls below P; `ema`, by what was lately accepted; `fixed`. With a
-                `DynamicTree`: `fixed`, ranked by the predictor, or `cost`, which also ends its growth and prunes it.
-            ignore_end: Go on to `max_new_tokens` past end tokens; for measuring.
+            n: Number of samples for each prompt.
             progress: Show a progress bar.
-            typical_epsilon: `typical` keeps a token whose probability is above the lower of this,
-            typical_scale: and of this times exp(-entropy).
+            **options: The other fields of `GenerateOptions`: top_p, top_k, seed, depth, tree, policy, verify, stop, logprobs
+            ...
 
         Raises:
-            UserError: an argument out of range, an empty prompt, or one longer than the cache.
+            UserError: an option out of range, an empty prompt, or one longer than the cache.
         """
-        options = Options(
-            max_new_tokens,
-            temperature,
-            top_p,
-            top_k,
-            seed,
-            depth,
-            verify,
-            strings(stop),
-            logprobs,
-            tree,
-            policy,
-            ignore_end,
-            typical_epsilon,
-            typical_scale,
+        chosen = GenerateOptions.from_names(
+            "generate", options | {"max_new_tokens": max_new_tokens, "temperature": temperature}
         )
         if n < 1:
             raise UserError(f"n {n} must be at least 1")
-        each = [(prompt, (i, sample)) for i, prompt in enumerate(prompts) for sample in range(n)]
-        outputs: list[Output | None] = [None] * len(each)
-        bar = None
+        draws = [(index, sample) for index in range(len(prompts)) for sample in range(n)]
+        finished = self._finished([prompts[index] for index, _ in draws], draws, chosen)
         if progress:
             from tqdm import tqdm
 
-            bar = tqdm(total=len(each), desc="decoding", unit=" texts", disable=None)
-        for place, output in self._finished([prompt for prompt, _ in each], [draws for _, draws in each], options):
-            outputs[place] = output
-            if bar is not None:
-                bar.update()
-        if bar is not None:
-            bar.close()
-        return [output for output in outputs if output is not None]
+            finished = tqdm(finished, total=len(draws), desc="decoding", unit=" texts", disable=None)
+        outputs = dict(finished)
+        return [outputs[index] for index in range(len(draws))]
 
     def generate_each(
         self, prompts: Sequence[Prompt], draws: Sequence[tuple[int, int]] | None = None, **options: Any
     ) -> Iterator[tuple[int, Output]]:
-        """Continues every prompt and yields (its place in `prompts`, its output) as soon as it has ended.
+        """Continues every prompt and yields (its index in `prompts`, its output) as soon as it has ended.
 
         Args:
             prompts: As in `generate`.
-            draws: For each prompt the pair of numbers that, with `seed`, fixes its draws; (place, 0), as `generate` has it, by
-                default. A long job cut into calls gives each prompt the same pair in any cut.
-            **options: As in `generate`, but `n` and `progress`. `verify="mixed"` with `share` lets draft and target write
-                together (runner/verify.py): text to train on, not the target's.
+            draws: For each prompt the pair of numbers that, with `seed`, fixes its draws; by default (index, 0), as in
+                `generate`. A long job that is split into calls gives each prompt the same pair in any split.
+            **options: Fields of `GenerateOptions`.
         """
-        chosen = Options.of("generate_each", options)
-        pairs = [(place, 0) for place in range(len(prompts))] if draws is None else draws
+        chosen = GenerateOptions.from_names("generate_each", options)
+        pairs = [(index, 0) for index in range(len(prompts))] if draws is None else draws
         if len(pairs) != len(prompts):
             raise UserError(f"generate_each: {len(prompts)} prompts but {len(pairs)} draws")
         return self._finished(prompts, pairs, chosen)
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
-        """Yields the text of one prompt as rounds emit it; options as in `generate` (but `n` and `logprobs`)."""
-        chosen = Options.of("stream", options)
-        stop = chosen.stop
+    def stream(self, prompt: Prompt, options: GenerateOptions | None = None, **named: Any) -> Iterator[str]:
+        """Yields the text of one prompt as rounds emit it; options as an object or by name."""
+        chosen = options or GenerateOptions.from_names("stream", named)
         request = self._request(prompt, 0, (0, 0), chosen)
-        # a stop string may begin in text already decoded: hold back as many characters as it could still need
-        held = max((len(s) for s in stop), default=1) - 1
+        plan = self._plan(chosen)
+        # A stop string may begin in text already decoded: as many characters are held back as it could still need.
+        held_back = max((len(text) for text in chosen.stop), default=1) - 1
         shown = 0
-        for _, finished in self.schedule.decode([request], self._plan(chosen), self._stopping(chosen)):
+        for _, finished in self.scheduler.decode([request], plan, self._stopping(chosen)):
             text = self.tokenizer.decode(request.tokens, skip_special_tokens=True)
             if finished:
                 text = text if request.text_end is None else text[: request.text_end]
                 yield text[shown:]
-            elif not text.endswith("\ufffd") and len(text) - held > shown:
-                yield text[shown : len(text) - held]
-                shown = len(text) - held
+            elif not text.endswith("\ufffd") and len(text) - held_back > shown:
+                yield text[shown : len(text) - held_back]
+                shown = len(text) - held_back
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], chunk: int = 256) -> list[list[float]]:
@@ -281,15 +238,15 @@ class Runner:
         """
         if len(prompts) != len(continuations):
             raise UserError(f"score: {len(prompts)} prompts but {len(continuations)} continuations")
-        self.schedule.begin()
+        self.scheduler.begin()
         target, scores = self.rounds.target, []
         for i, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
             head, tail = self._encode(prompt, i), self._encode(continuation, i)
             if len(head) + len(tail) > self.max_len:
                 raise UserError(f"score: pair {i} has {len(head) + len(tail)} tokens, max_len is {self.max_len}")
-            state, _ = self.schedule.state(1, self.max_len)
+            state, _ = self.scheduler.state(1, self.max_len)
             tokens_T = torch.tensor(head + tail, device=self.device)
-            found: list[Tensor] = []
+            parts: list[Tensor] = []
             for start in range(0, len(tokens_T) - 1, chunk):
                 tokens = tokens_T[None, start : min(start + chunk, len(tokens_T) - 1)]
                 positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
@@ -299,8 +256,8 @@ class Runner:
                 if skip < tokens.shape[1]:
                     labels = tokens_T[start + skip + 1 : start + tokens.shape[1] + 1]
                     log_p = target.head(hidden[0, skip:]).float().log_softmax(-1)
-                    found.append(log_p.gather(1, labels[:, None])[:, 0])
-            scores.append(torch.cat(found).tolist())
+                    parts.append(log_p.gather(1, labels[:, None])[:, 0])
+            scores.append(torch.cat(parts).tolist())
         return scores
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -312,57 +269,60 @@ class Runner:
         copy_weights(self.rounds.target, named_tensors, "update", complete=False)
 
     def _finished(
-        self, prompts: Sequence[Prompt], draws: Sequence[tuple[int, int]], options: Options
+        self, prompts: Sequence[Prompt], draws: Sequence[tuple[int, int]], options: GenerateOptions
     ) -> Iterator[tuple[int, Output]]:
-        requests = [
-            self._request(prompt, place, pair, options) for place, (prompt, pair) in enumerate(zip(prompts, draws, strict=True))
-        ]
-        for request, finished in self.schedule.decode(requests, self._plan(options), self._stopping(options)):
+        pairs = enumerate(zip(prompts, draws, strict=True))
+        requests = [self._request(prompt, index, pair, options) for index, (prompt, pair) in pairs]
+        for request, finished in self.scheduler.decode(requests, self._plan(options), self._stopping(options)):
             if finished:
-                yield request.place, self._output(request, options.logprobs)
+                yield request.index, self._output(request, options.logprobs)
 
-    def _plan(self, options: Options) -> Plan:
-        tree, depth = options.tree, options.depth
-        if options.verify == "mixed":
-            if self.drafter is None or not depth or not 0 <= options.share <= 1:
-                raise UserError("mixed text needs a drafter, a depth of at least 1 and a share between 0 and 1")
-        elif options.verify not in VERIFICATIONS:
-            raise UserError(f"verify {options.verify!r}: must be one of {', '.join(VERIFICATIONS)}")
-        if tree is not None and depth is not None:
-            raise UserError("give depth or tree, not both")
+    def _plan(self, options: GenerateOptions) -> Plan:
+        # Shape: what is requested, as far as the drafter can draft it; a policy decides how much of it.
+        shape = self._shape(options)
+        spec = options.policy_spec
+        if spec is not None:  # which may measure what such a draft costs
+            shape = self.policies.chain(spec, options, self.predictor)
+        # Verification.
+        sampling, rule = options.sampling, options.verify
+        if not isinstance(rule, Verification):
+            thresholds = Typical(options.typical_epsilon, options.typical_scale)
+            rule = build_verification(rule, sampling.greedy, shape.ranked, thresholds)
+        if not (rule.verifies_last_level or (isinstance(shape, Tree) and shape.is_chain and shape.depth)):
+            raise UserError(f"{type(rule).__name__} needs a drafter and a chain of at least one token; give depth")
+        return Plan(sampling, shape, rule, options.logprobs, self.observe, can_pause=shape.policy is not None)
+
+    def _shape(self, options: GenerateOptions) -> Shape:
+        """The requested shape: a tree, a chain, or by default the drafter's own; the root alone without a drafter."""
+        tree, depth, drafter = options.tree, options.depth, self.drafter
+        assert not isinstance(tree, str)  # `GenerateOptions` has parsed it
         if depth is not None and not 0 <= depth < self.max_len:
-            raise UserError(f"depth {depth}: must be at least 0 and at most {self.max_len - 1}, what the cache holds")
-        if self.drafter is None and (depth or tree):
+            raise UserError(f"depth {depth}: must be at least 0 and at most {self.max_len - 1}, the cache's size")
+        if drafter is None and (depth or tree):
             raise UserError("depth or tree given, but this runner was loaded without a drafter; give one (--drafter)")
-        shape = tree if isinstance(tree, Shape) else self._static(tree, depth)
-        if self.drafter is not None:
-            deepest, widest = self.drafter.max_depth, self.drafter.max_width
+        if isinstance(tree, Shape):
+            shape = tree
+        else:
+            if tree is not None:
+                paths = tuple(tuple(path) for path in tree)
+            elif drafter is None or depth is not None:
+                paths = chain(depth or 0)
+            else:
+                paths = drafter.default_tree or chain(min(DEFAULT_DEPTH, drafter.max_depth or DEFAULT_DEPTH))
+            if paths not in self._trees:
+                self._trees[paths] = build(paths, self.device)
+            shape = self._trees[paths]
+        if drafter is not None:
+            deepest, widest = drafter.max_depth, drafter.max_width
             if deepest is not None and shape.depth > deepest:
                 raise UserError(f"depth {shape.depth}: this drafter has heads for {deepest} tokens; draft at most so many")
             if widest is not None and shape.widest > widest:
                 raise UserError(f"tree: {shape.widest} nodes on a level, this drafter expands at most {widest} together")
-        if options.policy is not None:  # which may measure what such a draft costs
-            shape = self.pacer.shape(options, self.predictor)
-        sampling = Sampling(options.temperature, options.top_k, options.top_p)
-        thresholds = Typical(options.typical_epsilon, options.typical_scale)
-        pauses = isinstance(shape, Paced)
-        return Plan(sampling, shape, options.verify, options.share, thresholds, options.logprobs, self.observe, pauses)
+        return shape
 
-    def _static(self, tree: Sequence[RankPath] | None, depth: int | None) -> Tree:
-        """The tree of these paths, or a chain of this depth, or what the drafter drafts by itself; the root without one."""
-        if tree is not None:
-            paths = tuple(tuple(path) for path in tree)
-        elif self.drafter is None or depth is not None:
-            paths = chain(depth or 0)
-        else:
-            paths = self.drafter.default_tree or chain(min(DEFAULT_DEPTH, self.drafter.max_depth or DEFAULT_DEPTH))
-        if paths not in self._trees:
-            self._trees[paths] = build(paths, self.device)
-        return self._trees[paths]
-
-    def _stopping(self, options: Options) -> Stopping:
+    def _stopping(self, options: GenerateOptions) -> Stopping:
         decode = (lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)) if options.stop else None
-        return Stopping(() if options.ignore_end else self.shape.end_ids, options.stop, decode)
+        return Stopping(() if options.ignore_end else self.shape.end_ids, tuple(options.stop), decode)
 
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
         if isinstance(prompt, str):
@@ -376,19 +336,19 @@ class Runner:
             raise UserError(f"prompt {index}: token id {worst} is outside the vocabulary of {self.shape.decoder.vocab_size}")
         return tokens
 
-    def _request(self, prompt: Prompt, place: int, draws: tuple[int, int], options: Options) -> Request:
-        tokens = self._encode(prompt, place)
+    def _request(self, prompt: Prompt, index: int, draws: tuple[int, int], options: GenerateOptions) -> Request:
+        tokens = self._encode(prompt, index)
         if len(tokens) >= self.max_len:
             raise UserError(
-                f"prompt {place} has {len(tokens)} tokens, and max_len {self.max_len} must hold one new one too; "
+                f"prompt {index} has {len(tokens)} tokens, and max_len {self.max_len} must hold one new one too; "
                 "shorten it or load with a larger max_len"
             )
         limit = min(len(tokens) + options.max_new_tokens, self.max_len)
-        return Request(place, tokens, request_keys(options.seed, *draws), limit, stats=Stats(lossy=options.lossy))
+        return Request(index, tokens, request_keys(options.seed, *draws), limit)
 
     def _output(self, request: Request, logprobs: bool) -> Output:
         text = ""
-        # token ids can be continued without a tokenizer, as with a folder of weights alone
+        # Token ids can be continued without a tokenizer, as with a folder of weights alone.
         if self.folder is not None and any(self.folder.glob("tokenizer*")):
             text = self.tokenizer.decode(request.tokens, skip_special_tokens=True)
             text = text if request.text_end is None else text[: request.text_end]
@@ -396,26 +356,26 @@ class Runner:
 
 
 def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Drafter:
-    """A drafter from a bundle of ours, or from a folder that an outside program wrote and a kind claims.
+    """A drafter from a trainkit bundle, or from a folder that another program wrote and a kind claims.
 
     Raises:
         UserError: no such folder, a broken bundle, or one made for another target.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a drafter bundle or a Hugging Face folder")
-    found = bundle.read(folder) if bundle.is_bundle(folder) else None
-    if found is not None and found.target:
-        reads_hidden = bool(found.extra.get("taps"))
-        bundle.check_fit(found.target, bundle.fingerprint(target_folder), shape.decoder.to_dict(), hidden=reads_hidden)
-        return load_bundle(found, shape)
+    manifest = bundle.read(folder) if bundle.is_bundle(folder) else None
+    if manifest is not None and manifest.target:
+        reads_hidden = bool(manifest.extra.get("taps"))
+        bundle.check_fit(manifest.target, bundle.fingerprint(target_folder), shape.decoder.to_dict(), hidden=reads_hidden)
+        return load_bundle(manifest, shape)
     return load_outside(folder, shape)
 
 
 def load_bundle_predictor(folder: Path, device: torch.device) -> AcceptancePredictor | None:
-    """The acceptance predictor in a drafter's bundle, if it has one; in float32 whatever the drafter is in.
+    """The acceptance predictor in a drafter's bundle, if it has one; in float32 whatever the drafter's dtype.
 
     Raises:
-        UserError: the bundle speaks of one that is missing or of other sizes.
+        UserError: the bundle names one that is missing or has other sizes.
     """
     config = bundle.read(folder, checksums=False).runner.get("predictor") if bundle.is_bundle(folder) else None
     return None if config is None else load_predictor(folder, config).to(device)

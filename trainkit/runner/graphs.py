@@ -1,10 +1,10 @@
-"""Capture of whole rounds as CUDA graphs, one for each (batch, tree, cache span, processing), and their replay."""
+"""Rounds captured as CUDA graphs, one for each (batch, tree, cache span, processing), and their replay."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,19 +12,40 @@ from torch import Tensor
 if TYPE_CHECKING:
     from trainkit.runner.round import RoundOutput
 
+T = TypeVar("T")
+
+
+def capture(function: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """The function as a CUDA graph, and its output; it runs twice before, so that nothing is compiled in the capture.
+
+    Args:
+        function: Works on static tensors.
+        pool: Memory pool shared with other graphs.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = function()
+    return graph, output
+
 
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
     output: RoundOutput
-    round_: Callable[[], RoundOutput]  # what it holds on to, the graph reads
+    round_: Callable[[], RoundOutput]  # keeps alive what the graph reads
 
 
 class Graphs:
     """Captured rounds by key.
 
-    All graphs share one memory pool: they never overlap in time, and their outputs are copied off before the next replay is
-    enqueued on the same stream, so temporaries of one may lie where another's lay.
+    All graphs share one memory pool. They never overlap in time, and outputs are copied before the next replay is enqueued on
+    the same stream, so temporaries of one may use the memory of another's.
     """
 
     def __init__(self) -> None:
@@ -32,33 +53,26 @@ class Graphs:
         self._pool: Any = None
 
     def clear(self) -> None:
-        """Forgets every graph; for when the static tensors they point to are replaced."""
+        """Forgets every graph, because the static tensors that they point to are replaced."""
         self._captured.clear()
         self._pool = None
 
     def run(self, key: Hashable, round_: Callable[[], RoundOutput], done_B: Tensor) -> RoundOutput:
-        """Replays the graph of `key`, captured at first use; the output's tensors are overwritten by the next replay.
+        """Replays the graph of `key`, captured at first use; the next replay overwrites the output's tensors.
 
         Args:
             key: All that the round's Python code depends on.
             round_: The round over static tensors.
-            done_B: Rows marked done change nothing but scratch slots; all are, while kernels warm up before the capture.
+            done_B: Rows whose text has ended, which change nothing but scratch slots. All rows are marked so while kernels warm
+                up before the capture.
         """
         if key not in self._captured:
-            kept = done_B.clone()
+            before_B = done_B.clone()
             done_B.fill_(True)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    round_()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                output = round_()
+            graph, output = capture(round_, self._pool)
             self._pool = self._pool or graph.pool()
             self._captured[key] = _Captured(graph, output, round_)
-            done_B.copy_(kept)
+            done_B.copy_(before_B)
         captured = self._captured[key]
         captured.graph.replay()
         return captured.output

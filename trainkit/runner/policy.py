@@ -1,11 +1,8 @@
-"""How much to draft, decided while decoding: stop a round's draft, or drafting altogether, where it no longer pays.
+"""How much to draft, decided while decoding: when to stop drafting in a round, and when to pause it altogether.
 
-A policy chooses how many tokens are drafted and how many of them are verified, and nothing else, so that the text stays the
-target's under every one of them. It looks only at what is known when it chooses: how the draft proposed, what an acceptance
-predictor makes of that, and what earlier rounds accepted.
-
-`confidence` (Kangaroo, arXiv 2404.18911) and `predictor` (SpecDec++, arXiv 2405.19715) stop below a threshold. `ema` follows
-the recent accepted length. `cost`, which needs no threshold, is in worth.py.
+A policy chooses how many tokens are drafted and how many of them are verified, and nothing else, so the text is the target's
+under every policy. It decides by what is known at that moment: the draft's probabilities, an acceptance predictor's, and what
+earlier rounds accepted. The policies themselves are in policies/.
 """
 
 # B rows
@@ -19,71 +16,24 @@ from typing import Literal
 
 from trainkit.errors import UserError
 
-MOST = 10
-"""Tokens a policy drafts at most where no depth says so."""
+MAX_DEPTH = 10
+"""Largest number of tokens that a policy drafts in a round unless `depth` gives another."""
 
-Signal = Literal["nothing", "confidence", "predictor"]
-
-
-class Policy:
-    """The same depth each round; the others choose it. One lives as long as its runner, and learns from call to call.
-
-    Args:
-        most: Levels of a round at most.
-
-    Attributes:
-        reads: What it is told of each level: nothing, the draft's probability of the token it took, or the predictor's.
-    """
-
-    reads: Signal = "nothing"
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-
-    def begin(self, rows: int) -> int:
-        """Levels of the coming round at most; 0 decodes it plainly.
-
-        Args:
-            rows: Texts that the round decodes.
-        """
-        return self.most
-
-    def rests(self, rows: int) -> bool:
-        """Whether the coming round of so many texts is decoded plainly, as far as is known before it."""
-        return False
-
-    def tier(self, rows: int) -> tuple[int, int]:
-        """Levels, and tokens verified in the mean of rows, of a round that cannot be stopped within; a captured graph."""
-        levels = self.begin(rows)
-        return levels, levels
-
-    def more(self, said_B: Sequence[float]) -> bool:
-        """Whether to draft another level, after one of which this was said, row by row."""
-        return True
-
-    def keep(self, levels: int) -> int:
-        """How many of the drafted levels to verify, where some may be left out (`AdaptiveChain.drops`)."""
-        return levels
-
-    def share(self, levels: int) -> Sequence[int]:
-        """How many to verify of each row, where they need not be equally many; none where they are to be (`keep`)."""
-        return ()
-
-    def learn(self, came: RoundOutcome) -> None:
-        """What came of a round."""
+Signal = Literal["none", "confidence", "predictor"]
+"""What a policy reads of each draft level: nothing, the draft's probability of its token, or the predicted acceptance."""
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What came of a round; lists have an item for each text that was not done.
+    """What a round accepted; each list has an item for every row whose text had not ended.
 
     Attributes:
-        rows: Texts that it decoded, done ones included.
-        levels: Draft levels run.
-        verified: Tokens verified.
-        accepted: Of them.
-        chances: How likely each drafted token was to be kept, by level, as a captured round read it; empty otherwise.
-        nodes: Of a tree, verified in each row beside the root.
+        rows: Number of rows that the round decoded, those with ended texts included.
+        levels: Number of draft levels run.
+        verified: Tokens verified in each row.
+        accepted: Tokens accepted in each row.
+        chances: For each level, the predicted probabilities that the tokens are accepted, as a captured round read them;
+            otherwise empty.
     """
 
     rows: int
@@ -91,20 +41,61 @@ class RoundOutcome:
     verified: Sequence[int]
     accepted: Sequence[int]
     chances: Sequence[Sequence[float]] = ()
-    nodes: int = 0
 
 
-_FORMS = "fixed, confidence:P, predictor:P, cost, cost-blind or ema"
+class Policy:
+    """Drafts the same depth in every round; subclasses choose it. A policy lives as long as its runner and learns from every
+    call.
+
+    Args:
+        max_depth: Largest number of draft levels in a round.
+
+    Attributes:
+        signal: What `continues` is given.
+    """
+
+    signal: Signal = "none"
+
+    def __init__(self, max_depth: int) -> None:
+        self.max_depth = max_depth
+
+    def begin(self, rows: int) -> int:
+        """The largest number of levels to draft in the next round, which decodes `rows` texts; 0 decodes it plainly."""
+        return self.max_depth
+
+    def is_paused(self, rows: int) -> bool:
+        """Whether the next round will be decoded plainly, as far as is known before it begins."""
+        return False
+
+    def captured_size(self, rows: int) -> tuple[int, int]:
+        """Draft depth and mean number of verified tokens per row, for captured rounds, which cannot stop early."""
+        levels = self.begin(rows)
+        return levels, levels
+
+    def continues(self, signal_B: Sequence[float]) -> bool:
+        """Whether to draft another level, given the signal of the level just drafted for each row."""
+        return True
+
+    def verified_levels(self, levels: int) -> int:
+        """How many of the drafted levels to verify, where some may be dropped."""
+        return levels
+
+    def verified_per_row(self, levels: int) -> Sequence[int]:
+        """How many tokens to verify in each row, where rows may differ; empty if all rows verify `verified_levels`."""
+        return ()
+
+    def learn(self, outcome: RoundOutcome) -> None:
+        """Takes in what a round accepted."""
 
 
 @dataclass(frozen=True)
-class PolicyName:
-    """A policy as it is asked for.
+class PolicySpec:
+    """A policy as the user names it.
 
     Attributes:
         name: fixed, confidence, predictor, cost or ema.
-        threshold: Of confidence and predictor.
-        blind: Of `cost`: without the predictor, where there is one.
+        threshold: Threshold of confidence and predictor.
+        blind: Whether `cost` ignores the predictor.
     """
 
     name: str
@@ -112,32 +103,22 @@ class PolicyName:
     blind: bool = False
 
     @staticmethod
-    def parse(text: str) -> PolicyName:
-        """Reads `confidence:0.6` and the like; 0.6 is confidence's threshold by default, 0.5 predictor's.
+    def parse(text: str) -> PolicySpec:
+        """Reads `cost`, `confidence:0.6` and so on; default thresholds are 0.6 for confidence and 0.5 for predictor.
 
         Raises:
-            UserError: no such policy, or a threshold outside 0..1.
+            UserError: unknown policy, or a threshold outside 0..1.
         """
-        if found := re.fullmatch(r"(confidence|predictor)(?::([0-9.]+))?", text):
+        if match := re.fullmatch(r"(confidence|predictor)(?::([0-9.]+))?", text):
             try:
-                threshold = float(found[2]) if found[2] else {"confidence": 0.6, "predictor": 0.5}[found[1]]
+                threshold = float(match[2]) if match[2] else {"confidence": 0.6, "predictor": 0.5}[match[1]]
             except ValueError:
                 threshold = -1.0
             if not 0 <= threshold <= 1:
-                raise UserError(f"policy {text}: its threshold must be a number between 0 and 1")
-            return PolicyName(found[1], threshold)
+                raise UserError(f"policy {text}: the threshold must be a number between 0 and 1")
+            return PolicySpec(match[1], threshold)
         if text == "cost-blind":
-            return PolicyName("cost", blind=True)
+            return PolicySpec("cost", blind=True)
         if text in ("fixed", "cost", "ema"):
-            return PolicyName(text)
-        raise UserError(f"policy {text}: must be {_FORMS}")
-
-    @property
-    def needs_predictor(self) -> bool:
-        """Whether it is nothing without one."""
-        return self.name == "predictor"
-
-    @property
-    def stops_within(self) -> bool:
-        """Whether stopping within a round is all it does, which a captured graph cannot."""
-        return self.name in ("confidence", "predictor")
+            return PolicySpec(text)
+        raise UserError(f"unknown policy {text!r}; choose from cost, cost-blind, confidence:P, predictor:P, ema, fixed")

@@ -1,8 +1,7 @@
 """Counter-based noise and the processing of logits: everything random in the runner, without generator state.
 
-Noise is a pure function of (key, position, token id, stream). A key stands for (seed, request); so the same request gives
-the same text in any batch slot, at any depth, with any drafter; and a replayed graph draws fresh numbers, since positions
-move on.
+Noise is a pure function of (key, position, token id, stream). A key identifies (seed, request), so the same request gives the
+same text in any batch slot, at any depth, with any drafter; and a replayed graph draws new numbers, since positions advance.
 """
 
 # B batch  R rows of noise (one a position)  V vocabulary  N nodes
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from trainkit.errors import UserError
 
-# streams: what each independent draw at one (key, position) is for
-CHOICE: Final = 0  # the target's own choice, and under `coupled` the drafter's too
+# Streams: the purpose of each independent draw at one (key, position).
+CHOICE: Final = 0  # the target's choice, and under `coupled` the drafter's too
 PROPOSAL: Final = 1  # the drafter's choice under `residual`, another in each round
 ACCEPT: Final = 2  # acceptance tests under `residual`
 RESIDUAL: Final = 3  # draws from what remains after rejections
@@ -33,8 +32,8 @@ class Sampling:
 
     Attributes:
         temperature: Softmax temperature; 0 takes the likeliest token.
-        top_k: Keeps the k likeliest tokens; 0 keeps all.
-        top_p: Keeps the smallest set of likeliest tokens whose probability reaches p; 1 keeps all.
+        top_k: Number of likeliest tokens kept; 0 keeps all.
+        top_p: The smallest set of likeliest tokens whose probability reaches this is kept; 1 keeps all.
     """
 
     temperature: float = 0.0
@@ -51,11 +50,11 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """No noise: the likeliest token each time."""
+        """Whether there is no noise: always the likeliest token."""
         return self.temperature == 0
 
     def process(self, logits: Tensor) -> Tensor:
-        """float32 logits of the distribution sampled from, -inf where it has no mass; applied to target and draft alike."""
+        """float32 logits of the distribution to sample from, -inf where it has no mass; the same for target and draft."""
         logits = logits.float()
         if self.greedy:
             return logits
@@ -64,7 +63,7 @@ class Sampling:
             floor = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < floor, float("-inf"))
         if self.top_p < 1:
-            # stable, so that of equal tokens the lowest ids stay, on every device
+            # Stable, so that among equal tokens the lowest ids are kept, on every device.
             ordered, order = logits.sort(dim=-1, descending=True, stable=True)
             probabilities = ordered.softmax(-1)
             cut = probabilities.cumsum(-1) - probabilities >= self.top_p
@@ -73,7 +72,7 @@ class Sampling:
 
 
 def request_keys(seed: int, prompt: int, sample: int = 0) -> tuple[int, int]:
-    """Two 32-bit integers (signed) that stand for a seed, a prompt's number in the call and a sample's number."""
+    """Two signed 32-bit integers that identify a seed, the index of a prompt in the call, and the number of a sample."""
     digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
 
@@ -93,8 +92,8 @@ def uniform(keys_B2: Tensor, positions_BR: Tensor, tokens_V: Tensor, stream: int
     Args:
         keys_B2: int32, from `request_keys`.
         positions_BR: Absolute position of the token being chosen.
-        tokens_V: Token ids; one hash each.
-        stream: Which independent draw this is.
+        tokens_V: Token ids, each with its own hash.
+        stream: Purpose of the draw; streams are independent.
     """
     salt = (stream * 0x9E3779B1 + 0x7F4A7C15) & 0x7FFFFFFF
     rows = mix(mix(positions_BR.int() ^ keys_B2[:, :1]) ^ salt)[..., None]
@@ -109,32 +108,25 @@ def gumbel(keys_B2: Tensor, positions_BR: Tensor, tokens_V: Tensor, stream: int)
 
 
 class Noise:
-    """`gumbel` at the positions after a round's root, sliced as a tensor [B, R, V]; rows are made when first asked for.
-
-    Four at a time, for who does not know how many: on a CPU one takes three quarters of the time of four.
+    """`gumbel` at the positions after a round's root, sliced like a tensor [B, R, V]; rows are computed when first read.
 
     Args:
         keys_B2: As in `uniform`.
-        root_B: The root's position.
+        root_B: Absolute position of the root.
         tokens_V: As in `uniform`.
-        stream: Likewise.
+        stream: As in `uniform`.
+        rows: Number of rows computed together; where it is not known how many are needed, four, since on a CPU one row takes
+            three quarters of the time of four.
     """
 
-    def __init__(self, keys_B2: Tensor, root_B: Tensor, tokens_V: Tensor, stream: int) -> None:
-        self.keys_B2, self.root_B, self.tokens_V, self.stream = keys_B2, root_B, tokens_V, stream
-        self.made_BRV = torch.empty(len(root_B), 0, len(tokens_V), device=root_B.device)
+    def __init__(self, keys_B2: Tensor, root_B: Tensor, tokens_V: Tensor, stream: int, rows: int = 4) -> None:
+        self.keys_B2, self.root_B, self.tokens_V, self.stream, self.rows = keys_B2, root_B, tokens_V, stream, rows
+        self._noise_BRV = torch.empty(len(root_B), 0, len(tokens_V), device=root_B.device)
 
     def __getitem__(self, index: tuple[slice, slice]) -> Tensor:
-        made = self.made_BRV.shape[1]
-        if (needed := index[1].stop) > made:
-            more_BRV = self._rows(made, -(-needed // 4) * 4)
-            self.made_BRV = torch.cat([self.made_BRV, more_BRV], dim=1) if made else more_BRV
-        return self.made_BRV[index]
-
-    def first(self, rows: int) -> Tensor:
-        """So many rows and no more."""
-        return self._rows(0, rows)
-
-    def _rows(self, start: int, stop: int) -> Tensor:
-        places_R = 1 + torch.arange(start, stop, device=self.root_B.device)
-        return gumbel(self.keys_B2, self.root_B[:, None] + places_R, self.tokens_V, self.stream)
+        known = self._noise_BRV.shape[1]
+        if (needed := index[1].stop) > known:
+            offsets_R = 1 + torch.arange(known, -(-needed // self.rows) * self.rows, device=self.root_B.device)
+            more_BRV = gumbel(self.keys_B2, self.root_B[:, None] + offsets_R, self.tokens_V, self.stream)
+            self._noise_BRV = torch.cat([self._noise_BRV, more_BRV], dim=1) if known else more_BRV
+        return self._noise_BRV[index]

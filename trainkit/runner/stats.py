@@ -1,4 +1,4 @@
-"""What decoding counted: rounds, accepted lengths, block efficiency; sums, so that outputs add up."""
+"""What decoding counted: rounds, accepted lengths, block efficiency. All are sums, so the counts of outputs add up."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 class Stats:
     """Counts of one output, or of several added together.
 
+    A round that an end token, a stop string or the length limit cuts short is no full round: it is counted in `cut_rounds` and
+    `tokens`, nowhere else.
+
     Attributes:
-        accepted: `accepted[k]` full rounds accepted exactly k drafted tokens.
-        cut_rounds: Last rounds cut by an end token, a stop string or the length; counted here and nowhere else.
-        tokens: Tokens emitted in all, the prefill's and the cut rounds' included.
-        offered: `offered[k]` full rounds came to draft position k and had a token there, counted from 1; of trees, those whose
-            tree is as deep, whether or not below the node that was reached.
-        drafted: Tokens drafted in full rounds, of chains those too that were not verified; of trees their verified nodes.
-        paused: Full rounds without a draft because a policy found that it would not pay.
-        lossy: The text is not what the target alone would have written, nor distributed as it (for any, if added together).
+        accepted: `accepted[k]` is the number of full rounds that accepted exactly k drafted tokens.
+        cut_rounds: Number of last rounds that were cut short.
+        tokens: Number of tokens emitted in all, those of prefill and of cut rounds included.
+        lossy: Whether the text (any, if added together) is neither the target's nor distributed like it.
+        offered: `offered[k]` is the number of full rounds that reached draft position k, from 1, and had a token there. A tree
+            as deep as k counts, whether or not it has a node below the one that was reached.
+        drafted: Number of tokens drafted in full rounds; for chains with those that were not verified, for trees the verified
+            nodes.
+        paused: Number of full rounds without a draft because a policy expected that it would not pay.
     """
 
     accepted: list[int] = field(default_factory=list)
@@ -33,59 +37,57 @@ class Stats:
         """Counts one full round.
 
         Args:
-            accepted: Drafted tokens that it kept.
-            depth: Of what was verified.
-            drafted: Tokens drafted; `depth` by default.
-            paused: A policy chose to draft nothing.
+            accepted: Number of drafted tokens that it accepted.
+            depth: Depth of what was verified.
+            drafted: Number of tokens drafted; `depth` by default.
+            paused: Whether a policy chose not to draft.
         """
-        _extend(self.accepted, accepted + 1)
-        self.accepted[accepted] += 1
-        came = min(accepted + 1, depth)
-        _extend(self.offered, came + 1)
-        for k in range(1, came + 1):
-            self.offered[k] += 1
+        _add(self.accepted, [0] * accepted + [1])
+        _add(self.offered, [0] + [1] * min(accepted + 1, depth))
         self.drafted += depth if drafted is None else drafted
         self.paused += paused
 
     @property
     def rounds(self) -> int:
-        """Full verification rounds; prefill is none."""
+        """Number of full verification rounds; prefill is none."""
         return sum(self.accepted)
+
+    @property
+    def _accepted_tokens(self) -> int:
+        return sum(k * rounds for k, rounds in enumerate(self.accepted))
 
     @property
     def tau(self) -> float:
         """Block efficiency: tokens emitted per full round, bonus token included; 1 for plain decoding, nan without a round."""
-        if not self.rounds:
-            return float("nan")
-        return sum((k + 1) * n for k, n in enumerate(self.accepted)) / self.rounds
+        return 1 + self._accepted_tokens / self.rounds if self.rounds else float("nan")
 
     @property
     def alpha_k(self) -> list[float]:
-        """For each draft position k from 1, the share of rounds that accepted it among those that came to it."""
+        """For each draft position k from 1, the share of rounds that accepted it among those that reached it."""
         return [sum(self.accepted[k:]) / offered for k, offered in enumerate(self.offered) if k]
 
     @property
     def wasted(self) -> float:
-        """Drafted tokens thrown away for each token that full rounds emitted; nan without a round."""
-        kept = sum(k * n for k, n in enumerate(self.accepted))
-        return (self.drafted - kept) / (kept + self.rounds) if self.rounds else float("nan")
+        """Number of drafted tokens that were not accepted, for each token that full rounds emitted; nan without a round."""
+        accepted = self._accepted_tokens
+        return (self.drafted - accepted) / (accepted + self.rounds) if self.rounds else float("nan")
 
     @staticmethod
-    def merge(many: Iterable[Stats]) -> Stats:
+    def merge(outputs: Iterable[Stats]) -> Stats:
         """The sum over outputs."""
         total = Stats()
-        for one in many:
-            for sums, more in ((total.accepted, one.accepted), (total.offered, one.offered)):
-                _extend(sums, len(more))
-                for k, n in enumerate(more):
-                    sums[k] += n
-            total.drafted += one.drafted
-            total.paused += one.paused
-            total.cut_rounds += one.cut_rounds
-            total.tokens += one.tokens
-            total.lossy |= one.lossy
+        for stats in outputs:
+            _add(total.accepted, stats.accepted)
+            _add(total.offered, stats.offered)
+            total.drafted += stats.drafted
+            total.paused += stats.paused
+            total.cut_rounds += stats.cut_rounds
+            total.tokens += stats.tokens
+            total.lossy |= stats.lossy
         return total
 
 
-def _extend(counts: list[int], length: int) -> None:
-    counts.extend([0] * (length - len(counts)))
+def _add(counts: list[int], more: list[int]) -> None:
+    counts.extend([0] * (len(more) - len(counts)))
+    for k, n in enumerate(more):
+        counts[k] += n

@@ -242,10 +242,10 @@ def test_the_bundle_carries_the_tree_to_the_runner(made, capsys):
     runner, seen = Runner.load(target, folder), []
     runner.observe = seen.append
     default = runner.generate([[1, 2, 3]], 16, ignore_end=True)[0].tokens
-    assert {trace.tree.paths for trace in seen} == {build(tree, torch.device("cpu")).paths}
+    assert {trace.draft.shape.paths for trace in seen} == {build(tree, torch.device("cpu")).paths}
     seen.clear()
     assert runner.generate([[1, 2, 3]], 16, depth=2, ignore_end=True)[0].tokens == default
-    assert {trace.tree.paths for trace in seen} == {chain(2)}, "depth goes before the recommended tree"
+    assert {trace.draft.shape.paths for trace in seen} == {chain(2)}, "depth goes before the recommended tree"
     assert len(describe(found)) < 3000
 
 
@@ -281,7 +281,7 @@ def test_mistakes_are_one_line_and_leave_the_bundle_alone(made, flags, words, ca
 
 def test_a_tree_in_the_manifest_that_is_none_is_refused(made, capsys):
     target, folder, _ = made
-    for tree, word in (([[0], "x"], "no list of rank paths"), ([[1]], "needs its parent")):
+    for tree, word in (([[0], "x"], "must be a list of rank paths"), ([[1]], "needs its parent")):
         bundle.amend(folder, runner={"tree": tree})
         assert main(["generate", "--target", str(target), "--drafter", str(folder), "--prompt", "x", "--raw", "true"]) == 2
         assert word in capsys.readouterr().err

@@ -22,13 +22,14 @@ from trainkit.models.predictor import SIGNALS, FoldedPredictor, signals
 from trainkit.models.shape import TargetShape
 from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.policies import cost_model as costs
-from trainkit.runner.policies.chain import AdaptiveChain
+from trainkit.runner.policies.chain import PolicyChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts
-from trainkit.runner.policies.simple import Recent, Threshold
-from trainkit.runner.policy import Policy, PolicyName, RoundOutcome
+from trainkit.runner.policies.simple import TIERS, Recent, Threshold
+from trainkit.runner.policy import Policy, PolicySpec, RoundOutcome
 from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import Sampling
+from trainkit.runner.verify import Residual
 
 POLICIES = ["fixed", "confidence:0.3", "confidence", "predictor:0.4", "cost", "cost-blind", "ema"]
 
@@ -80,16 +81,16 @@ def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, tem
     runner.predictor = predicting(runner)
     prompts, options = ragged_prompts(9), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
-    runner.pacer.costs(10, runner.predictor)  # as a GPU would have measured them
+    runner.policies.costs(10, runner.predictor)  # as a GPU would have measured them
     replayed(runner, 1)
     if policy.startswith("cost"):
-        runner.pacer.costs = lambda *_: flat(0.05, 0.1)
+        runner.policies.costs = lambda *_: flat(0.05, 0.1)
     outs = runner.generate(prompts, policy=policy, **options)
     assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 300)
-    keys = {key[0] for key in runner.schedule.graphs.closures}
+    keys = {key[0] for key in runner.scheduler.graphs.closures}
     shared = {key for key in keys if key and isinstance(key[-1], FoldedPredictor | None)}
     depths = {len(key[0] if key in shared else key) for key in keys}
-    assert depths and depths <= {0, *Recent.tiers}
+    assert depths and depths <= {0, *TIERS}
     assert bool(shared) == policy.startswith("cost") and all(0 < each <= len(paths) for paths, each, _ in shared)
 
 
@@ -107,21 +108,21 @@ def test_policies_write_the_same_text_from_captured_rounds(policy, seed):
 class Choosy(Policy):
     """Leaves token 0 unverified."""
 
-    reads = "confidence"
+    signal = "confidence"
     is_zero = False
 
-    def more(self, said_B):
-        self.is_zero = said_B[0] == 1
+    def continues(self, signal_B):
+        self.is_zero = signal_B[0] == 1
         return True
 
-    def keep(self, levels):
+    def verified_levels(self, levels):
         return levels - self.is_zero
 
 
-class Telling(AdaptiveChain):
+class Telling(PolicyChain):
     """Says which token was drafted."""
 
-    def _said(self, made, depth):
+    def _signal(self, made, depth):
         picked_B1 = made.noisy_BFK.argmax(-1)
         return (picked_B1 == 0)[:, 0].float(), picked_B1
 
@@ -132,7 +133,7 @@ BLOCKS = 1500
 
 def choosy_counts(drops: bool, seed: int) -> np.ndarray:
     runner = table_runner(torch.zeros(1, 4, 4), torch.tensor(LIKELY_ZERO).log().expand(1, 4, 4), 1, 4 * BLOCKS + 1)
-    shape = Telling(Choosy(1), torch.device("cpu"), drops=drops)
+    shape = Telling(Choosy(1), torch.device("cpu"), may_drop=drops)
     outs = runner.generate([[0]], max_new_tokens=4 * BLOCKS, seed=seed, tree=shape, verify="residual", temperature=1.0)
     tokens = np.array(outs[0].tokens).reshape(-1, 4)
     return np.bincount(tokens @ [64, 16, 4, 1], minlength=256).reshape(4, 4, 4, 4).astype(float)
@@ -146,8 +147,8 @@ def test_residual_verification_verifies_all_that_was_drafted():
         runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="residual", policy=policy)
         runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="coupled", policy=policy)
         runner.generate([[1, 2]], max_new_tokens=6, temperature=0.0, verify="residual", policy=policy)
-    for (_, _, warm, verify, *_), chain in runner.pacer.chains.items():
-        assert chain.drops == (verify == "coupled" or not warm)
+    for (_, _, warm, verify, *_), chain in runner.policies.chains.items():
+        assert chain.may_drop == (verify == "coupled" or not warm)
 
 
 def test_residual_text_is_the_targets_only_if_nothing_is_dropped_by_what_it_is(seed):
@@ -178,10 +179,10 @@ def test_what_a_level_says_by_hand():
 def test_thresholds_stop_where_they_should():
     confident = Threshold("confidence", 0.6, 9)
     confident.begin(2)
-    assert confident.more([0.9, 0.5]) and not confident.more([0.9, 0.2])
+    assert confident.continues([0.9, 0.5]) and not confident.continues([0.9, 0.2])
     chances = Threshold("predictor", 0.5, 9)
     chances.begin(1)
-    assert chances.more([0.8]) and chances.more([0.7]) and not chances.more([0.8])  # 0.8, 0.56, 0.448
+    assert chances.continues([0.8]) and chances.continues([0.7]) and not chances.continues([0.8])  # 0.8, 0.56, 0.448
 
 
 def drafted(policy: Cost, said: list[float], rows: int = 1) -> tuple[int, int]:
@@ -189,14 +190,14 @@ def drafted(policy: Cost, said: list[float], rows: int = 1) -> tuple[int, int]:
     most, level = policy.begin(rows), 0
     while level < most:
         level += 1
-        if not policy.more([said[level - 1]] * rows):
+        if not policy.continues([said[level - 1]] * rows):
             break
-    return level, policy.keep(level)
+    return level, policy.verified_levels(level)
 
 
 def test_cost_stops_where_the_next_token_costs_more_than_it_brings():
     """One row, R = 1 token in a plain step: at a price of 0.3 for a level and its row, chance 0.7 * S must be above 0.3."""
-    policy = Cost(flat(verify=0.2, level=0.1), 6, reads="predictor")
+    policy = Cost(flat(verify=0.2, level=0.1), 6, signal="predictor")
     assert policy.rate(1) == 1
     levels, kept = drafted(policy, [0.6, 0.6, 0.6, 0.6])
     assert levels == 2  # 0.6 * 0.7 = 0.42 pays, 0.36 * 0.7 = 0.25 does not
@@ -225,14 +226,14 @@ def run(policy: Policy, chance: float, rounds: int, rows: int, generator: np.ran
 
 def drafted_again(policy: Cost, chance: float, rows: int) -> tuple[int, int]:
     level = 0
-    while level < policy.most:
+    while level < policy.max_depth:
         level += 1
-        if not policy.more([chance] * rows):
+        if not policy.continues([chance] * rows):
             break
-    return level, policy.keep(level)
+    return level, policy.verified_levels(level)
 
 
-@pytest.mark.parametrize("reads", ["predictor", "nothing"])
+@pytest.mark.parametrize("reads", ["predictor", "none"])
 def test_cost_gives_up_a_useless_draft_and_loses_hardly_anything(reads, seed):
     generator = np.random.default_rng(seed)
     policy = Cost(flat(verify=0.1, level=0.3), 8, reads)
@@ -242,7 +243,7 @@ def test_cost_gives_up_a_useless_draft_and_loses_hardly_anything(reads, seed):
 
 def test_cost_takes_drafting_up_again_when_it_pays_again(seed):
     generator = np.random.default_rng(seed)
-    policy = Cost(flat(verify=0.05, level=0.1), 8, reads="predictor")
+    policy = Cost(flat(verify=0.05, level=0.1), 8, signal="predictor")
     run(policy, 0.0, 300, 1, generator)
     run(policy, 0.9, 600, 1, generator)
     seconds, plain = run(policy, 0.9, 300, 1, generator)
@@ -253,7 +254,7 @@ def told_rounds(policy: Cost, said: list[float], rounds: int, rows: int, tier: b
     """Tokens per second and row by the costs, where these are the chances by level, and the policy is told them."""
     seconds, tokens, truth = 0.0, 0, np.array(said)
     for _ in range(rounds):
-        levels, kept = policy.tier(rows) if tier else drafted(policy, said, rows)
+        levels, kept = policy.captured_size(rows) if tier else drafted(policy, said, rows)
         luck = draw.random((rows, kept)) < truth[:kept]
         accepted = luck.cumprod(1).sum(1).tolist()
         chances = [[float(one)] * rows for one in truth.cumprod()[:levels]] if tier else ()
@@ -263,7 +264,7 @@ def told_rounds(policy: Cost, said: list[float], rounds: int, rows: int, tier: b
     return tokens / seconds / rows
 
 
-@pytest.mark.parametrize(("reads", "tier"), [("nothing", False), ("predictor", False), ("confidence", True)])
+@pytest.mark.parametrize(("reads", "tier"), [("none", False), ("predictor", False), ("confidence", True)])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_cost_tries_a_level_that_failed_again(rows, reads, tier, seed):
     """After 300 rounds whose second token fails it comes to all eight levels of good ones, as one that never saw these."""
@@ -274,7 +275,7 @@ def test_cost_tries_a_level_that_failed_again(rows, reads, tier, seed):
     assert told_rounds(policy, good, 500, rows, tier, draw) > 0.9 * told_rounds(fresh, good, 500, rows, tier, draw)
 
 
-@pytest.mark.parametrize("reads", ["nothing", "predictor"])
+@pytest.mark.parametrize("reads", ["none", "predictor"])
 def test_to_try_again_costs_hardly_anything(reads, seed):
     """Against the best fixed depth, 2, which is never wrong: the first token is sure, the second good, and no other."""
     draw, said = np.random.default_rng(seed), [0.95, 0.8] + [0.05] * 6
@@ -289,7 +290,7 @@ def test_what_is_no_number_is_not_learnt(tier, seed):
     policy, fresh = (Cost(flat(0.05, 0.1), 6, "predictor") for _ in range(2))
     told_rounds(policy, good, 50, 2, tier, draw)
     if tier:
-        levels, kept = policy.tier(2)
+        levels, kept = policy.captured_size(2)
         policy.learn(RoundOutcome(2, levels, [kept] * 2, [0, 0], [[float("nan")] * 2] * levels))
     else:
         assert drafted(policy, [0.9, float("nan"), 0.9], 2) == (2, 1)
@@ -317,7 +318,7 @@ def test_cost_beats_every_fixed_depth_where_acceptance_varies(seed):
         levels, kept = drafted_again(policy, chance, 1)
         return levels, kept, lambda accepted: policy.learn(RoundOutcome(1, levels, [kept], [accepted]))
 
-    policy = Cost(price, 10, reads="predictor")
+    policy = Cost(price, 10, signal="predictor")
     fixed = max(rate(lambda chance, depth=depth: (depth, depth, lambda accepted: None)) for depth in range(1, 11))
     assert rate(told) > 1.1 * fixed
 
@@ -345,11 +346,11 @@ def test_rounds_in_between_are_counted_as_they_were():
 def test_costs_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
     runner = pair(max_batch=2)
-    first = runner.pacer.costs(4, None)
+    first = runner.policies.costs(4, None)
     assert first.rows == (1, 2) and first.verify(1, 1) > 0 and first.round(1, 4, 4) > first.round(1, 0, 0)
-    warm = runner.pacer.costs(4, None, Sampling(0.7))  # noise takes its time
+    warm = runner.policies.costs(4, None, Sampling(0.7))  # noise takes its time
     monkeypatch.setattr("trainkit.runner.policies.build.measure_chain_costs", lambda *_, **__: pytest.fail("measured again"))
-    assert runner.pacer.costs(4, None) == first != warm == runner.pacer.costs(4, None, Sampling(1.0))
+    assert runner.policies.costs(4, None) == first != warm == runner.policies.costs(4, None, Sampling(1.0))
 
 
 @pytest.mark.parametrize(
@@ -377,14 +378,14 @@ def test_a_file_of_costs_that_makes_no_sense_is_measured_anew(change, tmp_path, 
         calls.append(1)
         return made
 
-    assert costs.kept_costs({"a": 1}, measured) == made == costs.kept_costs({"a": 1}, measured) and len(calls) == 1
+    assert costs.cached_costs({"a": 1}, measured) == made == costs.cached_costs({"a": 1}, measured) and len(calls) == 1
     (path,) = tmp_path.iterdir()
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"costs": values["costs"] | change}) if change is not None else '{"setting":')
-    assert costs.kept_costs({"a": 1}, measured) == made == costs.kept_costs({"a": 1}, measured) and len(calls) == 2
+    assert costs.cached_costs({"a": 1}, measured) == made == costs.cached_costs({"a": 1}, measured) and len(calls) == 2
     path.unlink()
     path.mkdir()  # cannot be written over
-    assert costs.kept_costs({"a": 1}, measured) == made and list(tmp_path.iterdir()) == [path]
+    assert costs.cached_costs({"a": 1}, measured) == made and list(tmp_path.iterdir()) == [path]
 
 
 def test_costs_are_measured_in_two_states_whatever_the_number_of_shapes(tmp_path, monkeypatch):
@@ -392,8 +393,10 @@ def test_costs_are_measured_in_two_states_whatever_the_number_of_shapes(tmp_path
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
     made: list[int] = []
     new_state = Rounds.new_state
-    monkeypatch.setattr(Rounds, "new_state", lambda self, batch, slots: made.append(batch) or new_state(self, batch, slots))
-    pair(max_batch=2).pacer.costs(6, None)
+    monkeypatch.setattr(
+        Rounds, "new_state", lambda self, batch, *rest, **more: made.append(batch) or new_state(self, batch, *rest, **more)
+    )
+    pair(max_batch=2).policies.costs(6, None)
     assert made == [1, 1, 2, 2]
 
 
@@ -410,7 +413,7 @@ def test_costs_do_not_hold_what_slowed_the_machine_for_a_while(seed):
     for _ in range(20):
         slow = np.where(draw.random(15) < draw.random(), 1.7, 1.0)
         found = {depth: runs(*parts, slow) for depth, parts in truth.items()}
-        verify, first, level, pack, pad, rest, plain_rest = costs._fitted(found, (1, 2, 4), (1, 2, 3, 5), 1.0, 0)
+        verify, first, level, pack, pad, rest, plain_rest = costs._fit(found, (1, 2, 4), (1, 2, 3, 5), 1.0, 0)
         made = ChainCosts((1,), (1, 2, 3, 5), (verify,), (first,), (level,), (pack,), (pad,), (rest,), (plain_rest,))
         for depth in (1, 2, 4):
             assert made.round(1, depth, depth) / made.plain(1) == pytest.approx((sum(truth[depth]) + 0.5) / 10.5, rel=1e-6)
@@ -419,20 +422,20 @@ def test_costs_do_not_hold_what_slowed_the_machine_for_a_while(seed):
 def test_only_chains_that_rounds_come_to_are_built(seed):
     """A chain of 400 in each depth would take a minute before the first token."""
     runner = pair(max_len=512, noise=None)
-    shape = AdaptiveChain(Recent(400), runner.device)
+    shape = PolicyChain(Recent(400), runner.device)
     assert [shape.tree(depth).size for depth in (0, 3)] == [1, 4] and set(shape._trees) == {0, 3}
 
 
 def test_a_line_through_costs_by_hand():
     found = replace(flat(), nodes=(1, 3), verify_RN=((1.0, 2.0), (1.0, 4.0)))
     assert found.verify(1, 2) == 1.5 and found.verify(8, 3) == 4 and found.verify(1, 5) == 3 and found.verify(1, 0) == 1
-    assert costs._rising([1.0, 3.0, 2.0, 4.0]) == (1.0, 2.5, 2.5, 4.0)
+    assert costs.isotonic([1.0, 3.0, 2.0, 4.0]) == [1.0, 2.5, 2.5, 4.0]
 
 
 @pytest.mark.parametrize(
     "policy, options, said",
     [
-        ("often", {}, "must be fixed, confidence:P"),
+        ("often", {}, "unknown policy 'often'; choose from cost"),
         ("confidence:2", {}, "between 0 and 1"),
         ("confidence:.", {}, "between 0 and 1"),
         ("predictor", {}, "has no predictor"),
@@ -450,9 +453,9 @@ def test_what_cannot_be_done_is_said_in_a_line(policy, options, said):
 
 def test_names_are_read():
     assert (
-        PolicyName.parse("confidence") == PolicyName("confidence", 0.6) and PolicyName.parse("predictor:0.25").threshold == 0.25
+        PolicySpec.parse("confidence") == PolicySpec("confidence", 0.6) and PolicySpec.parse("predictor:0.25").threshold == 0.25
     )
-    assert PolicyName.parse("cost-blind").blind and not PolicyName.parse("cost").blind
+    assert PolicySpec.parse("cost-blind").blind and not PolicySpec.parse("cost").blind
 
 
 def test_a_predictor_of_another_depth_or_batch_says_the_same(seed):
@@ -472,10 +475,10 @@ def test_a_predictor_of_another_depth_or_batch_says_the_same(seed):
 class Told(Policy):
     """Remembers what was said of the last level; of each row, since here every row stands for a call of its own."""
 
-    reads = "confidence"
+    signal = "confidence"
 
-    def more(self, said_B):
-        self.said_B = torch.tensor(said_B)
+    def continues(self, signal_B):
+        self.said_B = torch.tensor(signal_B)
         return True
 
 
@@ -483,18 +486,18 @@ def test_a_policy_that_remembers_what_was_said_leaves_residual_text_the_targets(
     """The first of two proposals is rejected; whether a draft is made at the second's place hangs on what was said of it."""
     p, q, rows = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.6, 0.2, 0.1, 0.1]), 100_000
     rounds = table_runner(*(torch.tensor(x).log().expand(1, 4, 4).clone() for x in (p, q)), rows, 16).rounds
-    state, policy = rounds.new_state(rows, 16), Told(2)
-    shape = AdaptiveChain(policy, torch.device("cpu"), drops=False)
+    state, policy = rounds.new_state(rows, 16, can_pause=True), Told(2)
+    shape = PolicyChain(policy, torch.device("cpu"), may_drop=False)
     state["limit"].fill_(16)
     state["done"].fill_(False)
     state["keys"].copy_(torch.arange(2 * rows, dtype=torch.int32).view(rows, 2) * 0x9E3779B)
     with torch.inference_mode():
-        rejected_B = rounds(Plan(Sampling(1.0), shape, "residual", pauses=True), state, {}, 16).counts_B == 1
+        rejected_B = rounds(Plan(Sampling(1.0), shape, Residual(), can_pause=True), state, {}, 16).counts_B == 1
         first_B2 = []
         for way in (shape.tree(0), shape):
             copied = {name: value.clone() for name, value in state.items()}
             likely_B = policy.said_B > 0.6
-            first_B2.append(rounds(Plan(Sampling(1.0), way, "residual", pauses=True), copied, {}, 16).emitted_BP[:, 0])
+            first_B2.append(rounds(Plan(Sampling(1.0), way, Residual(), can_pause=True), copied, {}, 16).emitted_BP[:, 0])
     tokens = torch.where(likely_B, first_B2[1], first_B2[0])[rejected_B].numpy()
     assert chisquare(np.bincount(tokens, minlength=4), len(tokens) * p).pvalue > 1e-4
 

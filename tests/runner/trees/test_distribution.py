@@ -14,7 +14,6 @@ from tests.support import distribution, laws
 from tests.support.distribution import CASES, check_joint, laws_of, sample, skewed, tables
 from tests.support.models import SIBLINGS
 from trainkit.runner import DynamicTree, sampling, verify
-from trainkit.runner import round as decoder
 
 SLOW = pytest.mark.slow
 TREES = {"grown": DynamicTree(3, 2, 6), "wide": DynamicTree(2, 3, 7), "deep": DynamicTree(5, 2, 8)}
@@ -45,20 +44,20 @@ def test_law_of_the_right_rule_is_the_targets(seed):
 def one_by_one(accept, after):
     """A verification that judges siblings one after the other, with noise of its own, rightly or not."""
 
-    def verdict(tree, draft, scores_BNV, noise):
+    def verdict(draft, scores_BNV, noise):
         B, rows = len(scores_BNV), torch.arange(len(scores_BNV))
-        q_BMV, p_BNV = torch.cat(draft.scores, dim=1).softmax(-1), scores_BNV.softmax(-1)
+        q_BMV, p_BNV = torch.cat(draft.logits, dim=1).softmax(-1), scores_BNV.softmax(-1)
         here_B, p, q = torch.zeros(B, dtype=torch.long), p_BNV[:, 0], q_BMV[:, 0]
-        for node in range(1, tree.size):
+        for node in range(1, draft.shape.size):
             token_B = draft.tokens_BN[:, node]
             judged_B = draft.topology.parents_BN[:, node] == here_B
             stays_B = torch.rand(B) < accept(p[rows, token_B], q[rows, token_B])
             p_left, q_left = after(p, q, token_B)
             taken, left = (judged_B & stays_B)[:, None], (judged_B & ~stays_B)[:, None]
             p = torch.where(taken, p_BNV[:, node], torch.where(left, p_left, p))
-            q = torch.where(taken, q_BMV[rows, draft.numbers_BN[:, node]], torch.where(left, q_left, q))
+            q = torch.where(taken, q_BMV[rows, draft.drafter_numbers_BN[:, node]], torch.where(left, q_left, q))
             here_B = torch.where(taken[:, 0], node, here_B)
-        path = verify._path(tree, draft, draft.topology.ancestors_BNN[rows, here_B])
+        path = verify._path(draft, draft.topology.ancestors_BNN[rows, here_B])
         counts = 1 + draft.topology.depths_BN[rows, here_B]
         tokens = draft.tokens_BN.gather(1, path)
         emitted = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).scatter(1, (counts - 1)[:, None], torch.multinomial(p, 1))
@@ -93,7 +92,7 @@ def test_a_rule_is_caught_if_it_is_wrong(rule, tree, seed, monkeypatch):
         print(f"{rule}: {needed} samples for a noncentrality of 150")
         assert needed <= 200_000, "the suite's 2e5 samples would miss it"
         blocks = max(needed, 10_000)
-    monkeypatch.setattr(decoder, "coupled", written)
+    monkeypatch.setattr(verify, "coupled", written)
     made = distribution.table_runner
 
     def observed(*args):

@@ -13,8 +13,8 @@ from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.runner import DynamicTree, Stats
 from trainkit.runner.sampling import RESIDUAL, Sampling
 from trainkit.runner.trees import dynamic
-from trainkit.runner.trees.dynamic import read_tree
-from trainkit.runner.trees.shape import Steps, grow
+from trainkit.runner.trees.dynamic import parse_tree
+from trainkit.runner.trees.shape import Steps
 from trainkit.runner.trees.static import chain
 
 GROWING = DynamicTree(4, 3, 8)
@@ -29,9 +29,9 @@ def tau(runner, prompts, length, **options):
 def grown(tree, logits_PVV, roots, positions, sampling, noise=None):
     """The draft of a table of logits, [position modulo P, last token, next token]."""
     target = table_runner(logits_PVV, logits_PVV, 1, 8).rounds.target
-    draft, handle = Recorded(TargetShape(target.shape, ()), logits_PVV), TargetHandle(None, None, None, logits_PVV.shape[-1])
-    made = grow(tree, draft, {}, handle, torch.tensor(roots), torch.tensor(positions), sampling, noise, 99, True)
-    return made, draft.frontiers
+    draft, handle = Recorded(TargetShape(target.shape, ()), logits_PVV), TargetHandle(None, None, logits_PVV.shape[-1])
+    steps = Steps(draft, {}, handle, torch.tensor(roots), torch.tensor(positions), sampling, noise, 99, keep_logits=True)
+    return tree.grow(steps), draft.frontiers
 
 
 class Recorded(TableDraft):
@@ -84,7 +84,7 @@ def test_the_best_of_all_proposed_nodes_are_kept_with_their_topology(shape, temp
         paths, seen, numbers = [()], [{0}], [0]
         for depth, frontier in enumerate(frontiers):
             assert frontier.depth == depth and set(frontier.positions_BF[row].tolist()) == {positions[row] + depth}
-            places, tokens = frontier.parent_places_BF[row].tolist(), frontier.tokens_BF[row].tolist()
+            places, tokens = frontier.parent_index_BF[row].tolist(), frontier.tokens_BF[row].tolist()
             own = frontier.nodes_F.tolist()
             if depth:
                 assert frontier.parents_BF[row].tolist() == [numbers[place] for place in places]
@@ -115,7 +115,7 @@ def test_what_is_kept_is_a_tree_also_among_ties(shape, kind, seed):
         logits *= 1e6
     draft, _ = grown(tree, logits, list(range(8)), list(range(8)), Sampling(1.0))
     topology, N = draft.topology, tree.nodes
-    assert draft.numbers_BN is not None
+    assert draft.drafter_numbers_BN is not None
     assert draft.tokens_BN.shape == topology.depths_BN.shape == topology.parents_BN.shape == (8, N)
     for row in range(8):
         paths = paths_of(draft, row)
@@ -123,7 +123,7 @@ def test_what_is_kept_is_a_tree_also_among_ties(shape, kind, seed):
         assert [len(path) for path in paths] == topology.depths_BN[row].tolist()
         above = [[paths[i][: len(paths[j])] == paths[j] for j in range(N)] for i in range(N)]
         assert topology.ancestors_BNN[row].tolist() == above
-        numbers = draft.numbers_BN[row].tolist()
+        numbers = draft.drafter_numbers_BN[row].tolist()
         has_child = set(topology.parents_BN[row, 1:].tolist())
         assert all(numbers[node] > 0 for node in has_child - {0}), "a node with children was never expanded"
         expanded = [number for number in numbers if number]
@@ -265,13 +265,13 @@ def test_a_tree_that_does_not_fit_the_drafter_is_refused(seed):
     ],
 )
 def test_the_command_lines_spelling_of_a_tree(text, tree):
-    assert read_tree(text) == tree
+    assert parse_tree(text) == tree
 
 
 @pytest.mark.parametrize("text", ["", "dynamic:5,4", "dynamic:-1,2,3", "[[0],[x]]", "[0,1]", "[[0],]", "static"])
 def test_a_spelling_that_is_none_is_refused(text):
     with pytest.raises(UserError, match=r"give rank paths, as .* or dynamic:DEPTH,TOP_K,NODES"):
-        read_tree(text)
+        parse_tree(text)
 
 
 def test_the_cache_may_be_filled_to_its_last_token_with_more_expanded_than_kept(seed):
@@ -299,11 +299,11 @@ def test_an_observer_sees_the_topology_and_the_draft_logits_of_every_level(seed)
     runner.observe = seen.append
     for verify in ("coupled", "residual"):
         runner.generate(ragged_prompts(3), 8, temperature=1.0, seed=seed, tree=tree, verify=verify)
-    likeliest_B = seen[-1].draft.scores[0][:, 0].argmax(-1)
+    likeliest_B = seen[-1].draft.logits[0][:, 0].argmax(-1)
     assert (seen[-1].draft.tokens_BN == likeliest_B[:, None]).any(1).all(), "under residual children are picked without noise"
     for trace in seen:
-        assert [tuple(scores.shape[1:]) for scores in trace.draft.scores] == [(1, 48), (2, 48), (2, 48)]
-        assert trace.tree is tree and trace.draft.topology.parents_BN.shape == trace.draft.tokens_BN.shape
+        assert [tuple(scores.shape[1:]) for scores in trace.draft.logits] == [(1, 48), (2, 48), (2, 48)]
+        assert trace.draft.shape is tree and trace.draft.topology.parents_BN.shape == trace.draft.tokens_BN.shape
 
 
 @pytest.mark.parametrize("tree", [DynamicTree(3, 2, 4), DynamicTree(4, 3, 6)])

@@ -1,4 +1,4 @@
-"""Kind `eagle`: EAGLE-3, a decoder layer over the target's states that drafts from its own outputs."""
+"""Kind `eagle`: EAGLE-3, a decoder layer over the target's hidden states that drafts from its own outputs."""
 
 from trainkit.drafters.eagle.network import Eagle
 

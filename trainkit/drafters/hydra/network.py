@@ -1,11 +1,11 @@
-"""Hydra heads (Ankner et al. 2024, arXiv 2402.05109): head i reads the target's state and the tokens drafted up to its own.
+"""Hydra heads (Ankner et al. 2024, arXiv 2402.05109): head i reads the target's hidden state and all tokens drafted before it.
 
-At position t the target itself gives the root, the token at t + 1; head i reads [h_t; E(x_{t+1}); ...; E(x_{t+1+i})], E the
-target's embedding, and names the token at t + 2 + i. So siblings of a tree have children of their own. Hydra++ (`prefix`) reads
-instead of h_t what a decoder layer makes of the target's states up to t, with a key-value cache of its own.
+At position t the target itself predicts the root, the token at t + 1. Head i reads [h_t; E(x_{t+1}); ...; E(x_{t+1+i})],
+where E is the target's embedding, and predicts the token at t + 2 + i. So siblings in a tree have different children. Hydra++
+(`prefix`) replaces h_t by the output of a decoder layer over the target's hidden states up to t, with a key-value cache.
 """
 
-# B batch  T positions  D hidden  F frontier nodes  P path  H heads  K ids a head may propose  N counted positions
+# B batch  T positions  D hidden  F frontier nodes  P path  H heads  K ids a head may propose  N counted  I head inputs
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainkit.drafters.base import (
+    Accepted,
+    Chunk,
     Divergence,
     DraftBatch,
     Drafter,
@@ -32,14 +34,14 @@ from trainkit.drafters.base import (
 )
 from trainkit.layers.attention import causal_bias, document_bias, fold_bias, rotary_table, slot_index
 from trainkit.layers.blocks import DecoderLayer
-from trainkit.layers.heads import WIDEST, OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
+from trainkit.layers.heads import WIDEST, OutputHeads, ResidualBlock, checked_heads, trim_rows
 from trainkit.layers.linear import Linear
 from trainkit.losses.output import heads_together
 from trainkit.models.load import load_decoder
 
 
 class FirstBlock(nn.Module):
-    """R x + silu(W x + b) from several states to one; at first R keeps the first of them and W is zero."""
+    """R x + silu(W x + b), from several concatenated states to one; initially R selects the first of them and W, b are zero."""
 
     def __init__(self, inputs: int, hidden_size: int) -> None:
         super().__init__()
@@ -59,14 +61,14 @@ class Hydra(Drafter):
 
     Args:
         target: Sizes of the target.
-        num_heads: H, the most tokens it can draft.
-        num_layers: Blocks in a head; the first fuses its inputs, the others are residual.
-        prefix: Hydra++: a decoder layer over the target's states before the heads.
-        head: `own` gives each head its projection, copied from the target's; `target` uses the target's own, which it shares.
-        decay: Head i weighs decay^i in the loss.
-        dropout: Of the heads' inputs, in training.
+        num_heads: Number of heads H, the largest number of draft tokens.
+        num_layers: Blocks per head; the first fuses the inputs, the others are residual.
+        prefix: Whether a decoder layer over the target's hidden states precedes the heads (Hydra++).
+        head: `own` gives each head a projection of its own, copied from the target's; `target` shares the target's.
+        decay: Weight of head i in the loss is decay^i.
+        dropout: Dropout probability of the heads' inputs in training.
         draft_vocab: Token ids the heads may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
-            Needs `head: own`.
+            Requires `head: own`.
     """
 
     taps = (-1,)
@@ -100,8 +102,8 @@ class Hydra(Drafter):
         self.lm_heads.copy_from(load_decoder(target_folder, dtype=torch.float32, layers=False).head_weight.detach(), self.ids_K)
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
-        dtype = self.blocks[0][0].linear.weight.dtype  # the target's may be a narrower one
-        assert batch.taps_BTAD is not None  # the last hidden state; what the batch says beside it is the teacher
+        dtype = self.blocks[0][0].linear.weight.dtype  # the target may be bfloat16
+        assert batch.taps_BTAD is not None
         hidden_BTD = batch.taps_BTAD[:, :, 0].to(dtype)
         if self.prefix is not None:
             hidden_BTD = self.prefix(hidden_BTD, batch.positions_BT, document_bias(batch.document_BT, hidden_BTD.dtype))
@@ -109,18 +111,22 @@ class Hydra(Drafter):
         inputs_BTI, outputs, counted = hidden_BTD, [], []
         for index, block in enumerate(self.blocks):
             ahead = index + 2
-            inputs_BTI = torch.cat([inputs_BTI, embedded_BTD.roll(1 - ahead, 1)], dim=-1)  # and E of the token before the label
-            counted_BT, target_ND, labels_N = batch.ahead(ahead)
+            inputs_BTI = torch.cat(
+                [inputs_BTI, embedded_BTD.roll(1 - ahead, 1)], dim=-1
+            )  # adds E of the token at t + ahead - 1
+            counted_BT, target_ND, labels_N = batch.training_targets(ahead)
             hidden_ND = block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training))
             projection = self.lm_heads.of(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
         return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
 
+    # Serving
+
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         D = self.target.decoder.hidden_size
         state = {
-            "hidden": torch.zeros(batch_size, 1, D, device=device, dtype=dtype),
+            "hidden": torch.zeros(batch_size, 1, D, device=device, dtype=dtype),  # h_t, t the position before the root
             # the tokens from the root to each node of the level above
             "paths": torch.zeros(batch_size, WIDEST, len(self.blocks), dtype=torch.long, device=device),
         }
@@ -128,57 +134,36 @@ class Hydra(Drafter):
             state["cache"] = self.prefix.new_cache(batch_size, slots, device, dtype)
         return state
 
-    def prefill(
-        self,
-        state: State,
-        tokens_BT: Tensor,
-        next_BT: Tensor,
-        positions_BT: Tensor,
-        taps_BTAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        assert taps_BTAD is not None
-        hidden_BTD = taps_BTAD[:, :, 0]
-        if self.prefix is not None:
-            bias = causal_bias(positions_BT, span, hidden_BTD.dtype)
-            hidden_BTD = self.prefix(hidden_BTD, positions_BT, bias, state["cache"])
-        state["hidden"].copy_(hidden_BTD[:, -1:])
+    def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
+        state["hidden"].copy_(self._read(state, chunk.taps_BTAD, chunk.positions_BT, span)[:, -1:])
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         depth, nodes = frontier.depth, frontier.tokens_BF.shape[1]
-        above = frontier.parent_places_BF[..., None].expand(-1, -1, depth)
-        paths_BFL = torch.cat([state["paths"][:, :, :depth].gather(1, above), frontier.tokens_BF[..., None]], dim=-1)
+        paths_BFL = torch.cat([frontier.gather_parents(state["paths"][:, :, :depth]), frontier.tokens_BF[..., None]], dim=-1)
         state["paths"][:, :nodes, : depth + 1].copy_(paths_BFL)
         embedded_BFI = handle.embed(paths_BFL).flatten(2)
         inputs_BFI = torch.cat([state["hidden"].expand(-1, nodes, -1), embedded_BFI.to(state["hidden"].dtype)], dim=-1)
         hidden_BFD = self.blocks[depth](inputs_BFI)
         return StepOutput(self.lm_heads.of(depth, handle.head)(hidden_BFD), self.ids_K, hidden_BFD)
 
-    def commit(
-        self,
-        state: State,
-        path_BP: Tensor | None,
-        tokens_BP: Tensor,
-        next_BP: Tensor,
-        counts_B: Tensor,
-        root_B: Tensor,
-        taps_BPAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        assert taps_BPAD is not None
-        hidden_BPD = taps_BPAD[:, :, 0]
-        if self.prefix is not None:
-            # past the accepted path it writes what the next round writes over, before anything looks there
-            positions_BP = root_B[:, None] + torch.arange(hidden_BPD.shape[1], device=root_B.device)
-            bias = causal_bias(positions_BP, span, hidden_BPD.dtype)
-            hidden_BPD = self.prefix(hidden_BPD, positions_BP, bias, state["cache"])
-        state["hidden"].copy_(last_kept(hidden_BPD, counts_B, state["hidden"]))
+    def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
+        # nodes past the accepted path are cached too; the next rounds overwrite them before any query sees them
+        hidden_BPD = self._read(state, accepted.taps_BPAD, accepted.positions_BP, span)
+        state["hidden"].copy_(accepted.last(hidden_BPD, state["hidden"]))
+
+    def _read(self, state: State, taps_BTAD: Tensor | None, positions_BT: Tensor, span: int) -> Tensor:
+        """[B, T, D] the target's last hidden states, after the prefix layer if there is one."""
+        assert taps_BTAD is not None
+        hidden_BTD = taps_BTAD[:, :, 0]
+        if self.prefix is None:
+            return hidden_BTD
+        return self.prefix(hidden_BTD, positions_BT, causal_bias(positions_BT, span, hidden_BTD.dtype), state["cache"])
 
     def step_bytes(self, head_bytes: int) -> int:
-        own = sum(p.numel() * p.element_size() for p in self.parameters()) // len(self.blocks)  # a level reads one head
+        own = super().step_bytes(head_bytes) // len(self.blocks)  # a level reads one head
         return own if self.head == "own" else own + head_bytes
+
+    # Files: a layout of ours, which no other program reads
 
     def config(self) -> dict[str, Any]:
         return {
@@ -199,15 +184,15 @@ class Hydra(Drafter):
 
     @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Hydra:
-        made, tensors = cls(target, **config), load_file(folder / "model.safetensors")
-        held_K = tensors.pop("token_map", None)
+        drafter, tensors = cls(target, **config), load_file(folder / "model.safetensors")
+        ids_K = tensors.pop("token_map", None)
         dtype = next(iter(tensors.values())).dtype
-        made.to(dtype).load_state_dict(trim_rows(tensors, "lm_heads.", held_K, made.ids_K))
-        return made.eval()
+        drafter.to(dtype).load_state_dict(trim_rows(tensors, "lm_heads.", ids_K, drafter.ids_K))
+        return drafter.eval()
 
 
 class PrefixLayer(nn.Module):
-    """One decoder layer of the target's sizes over its last hidden states; at first it changes nothing."""
+    """One decoder layer of the target's sizes over its last hidden states; initially the identity."""
 
     def __init__(self, target: TargetShape) -> None:
         super().__init__()
@@ -231,7 +216,7 @@ class PrefixLayer(nn.Module):
         return torch.zeros(batch_size, 1, 2 * G, slots, E, device=device, dtype=dtype)
 
     def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, bias_BTS: Tensor, cache: Tensor | None = None) -> Tensor:
-        """[B, T, D]; with a cache, keys and values go to the slots of their positions."""
+        """[B, T, D]; with a cache, keys and values go to the slots that equal their positions."""
         if cache is None:
             self._reserve(hidden_BTD.shape[1], hidden_BTD)
         rope = F.embedding(positions_BT, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])

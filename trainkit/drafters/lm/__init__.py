@@ -1,4 +1,4 @@
-"""Kind `lm`: a small language model of its own that drafts for the target."""
+"""Kind `lm`: a small language model that drafts for the target."""
 
 from trainkit.drafters.lm.network import LMDraft
 

@@ -1,7 +1,7 @@
-"""Medusa heads (Cai et al. 2024, arXiv 2401.10774): head i reads the target's state and names the token i + 2 places on.
+"""Medusa heads (Cai et al. 2024, arXiv 2401.10774): head i reads the target's hidden state and predicts the token i + 2 ahead.
 
-At position t the target itself gives the token at t + 1, the root of a round; head 0 proposes its successor. Heads do not see
-each other's tokens, so every node of a level has the same children.
+At position t the target itself predicts the token at t + 1, the root of a round; head 0 proposes the token after the root. A
+head does not read what the other heads propose, so all nodes of a level have the same children.
 """
 
 # B batch  T positions  D hidden  F frontier nodes  P path  H heads  K ids a head may propose  N counted positions
@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainkit.drafters.base import (
+    Accepted,
+    Chunk,
     Divergence,
     DraftBatch,
     Drafter,
@@ -30,7 +32,7 @@ from trainkit.drafters.base import (
     TargetShape,
 )
 from trainkit.drafters.medusa.outside import check_heads, is_medusa, read_heads
-from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, last_kept, trim_rows
+from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, trim_rows
 from trainkit.losses.output import heads_together
 from trainkit.models.load import check_finite, load_decoder
 
@@ -38,16 +40,16 @@ _NAMES, _FILE_NAMES = re.compile(r"(blocks\.\d+)\.(\d+)\.linear\.(.*)"), re.comp
 
 
 class Medusa(Drafter):
-    """Heads of residual blocks, each with its own projection to the vocabulary or with the target's.
+    """Heads of residual blocks, each with a vocabulary projection of its own or with the target's.
 
     Args:
         target: Sizes of the target.
-        num_heads: H, the most tokens it can draft.
-        num_layers: Residual blocks in a head.
-        head: `own` gives each head its projection, copied from the target's; `target` uses the target's own, which it shares.
-        decay: Head i weighs decay^i in the loss.
+        num_heads: Number of heads H, the largest number of draft tokens.
+        num_layers: Residual blocks per head.
+        head: `own` gives each head a projection of its own, copied from the target's; `target` shares the target's.
+        decay: Weight of head i in the loss is decay^i.
         draft_vocab: Token ids the heads may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
-            Needs `head: own`.
+            Requires `head: own`.
     """
 
     formats: ClassVar[Mapping[str, str]] = {"native": "vllm", "vllm": "vllm"}
@@ -77,32 +79,24 @@ class Medusa(Drafter):
         self.lm_heads.copy_from(load_decoder(target_folder, dtype=torch.float32, layers=False).head_weight.detach(), self.ids_K)
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
-        assert batch.taps_BTAD is not None  # the last hidden state; what the batch says beside it is the teacher
-        hidden_BTD = batch.taps_BTAD[:, :, 0].to(self.blocks[0][0].linear.weight.dtype)  # the target's may be a narrower one
+        assert batch.taps_BTAD is not None
+        hidden_BTD = batch.taps_BTAD[:, :, 0].to(self.blocks[0][0].linear.weight.dtype)  # the target may be bfloat16
         outputs, counted = [], []
         for index, block in enumerate(self.blocks):
-            ahead = index + 2
-            counted_BT, target_ND, labels_N = batch.ahead(ahead)
+            counted_BT, target_ND, labels_N = batch.training_targets(index + 2)
             hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.of(index, batch.handle.head)
             outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
-            counted.append((counted_BT, ahead))
+            counted.append((counted_BT, index + 2))
         return heads_together(outputs, [self.decay**index for index in range(len(outputs))], counted)
+
+    # Serving: all that is cached is the target's hidden state before the root
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         return {"hidden": torch.zeros(batch_size, 1, self.target.decoder.hidden_size, device=device, dtype=dtype)}
 
-    def prefill(
-        self,
-        state: State,
-        tokens_BT: Tensor,
-        next_BT: Tensor,
-        positions_BT: Tensor,
-        taps_BTAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        assert taps_BTAD is not None
-        state["hidden"].copy_(taps_BTAD[:, -1])
+    def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
+        assert chunk.taps_BTAD is not None
+        state["hidden"].copy_(chunk.taps_BTAD[:, -1])
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         hidden_B1D = self.blocks[frontier.depth](state["hidden"])
@@ -110,24 +104,15 @@ class Medusa(Drafter):
         nodes = frontier.tokens_BF.shape[1]
         return StepOutput(logits_B1K.expand(-1, nodes, -1), self.ids_K, hidden_B1D.expand(-1, nodes, -1))
 
-    def commit(
-        self,
-        state: State,
-        path_BP: Tensor | None,
-        tokens_BP: Tensor,
-        next_BP: Tensor,
-        counts_B: Tensor,
-        root_B: Tensor,
-        taps_BPAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        assert taps_BPAD is not None
-        state["hidden"].copy_(last_kept(taps_BPAD[:, :, 0], counts_B, state["hidden"]))
+    def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
+        assert accepted.taps_BPAD is not None
+        state["hidden"].copy_(accepted.last(accepted.taps_BPAD[:, :, 0], state["hidden"]))
 
     def step_bytes(self, head_bytes: int) -> int:
-        own = sum(p.numel() * p.element_size() for p in self.parameters()) // len(self.blocks)
+        own = super().step_bytes(head_bytes) // len(self.blocks)  # a level reads one head
         return own if self.head == "own" else own + head_bytes
+
+    # Files: the layout that vLLM up to 0.32 loads
 
     def config(self) -> dict[str, Any]:
         return {
@@ -138,15 +123,13 @@ class Medusa(Drafter):
             "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
         }
 
-    # On disk: the layout that vLLM up to 0.32 loads
-
     def layout_shapes(self, layout: str) -> dict[str, tuple[int, ...]] | None:
-        if self.head == "target":  # which vLLM would look for in this file, and leave as noise
+        if self.head == "target":  # vLLM would look for the projections in this file and leave them uninitialised
             return None
         D, V, heads = self.target.decoder.hidden_size, self.target.decoder.vocab_size, range(self.max_depth or 0)
-        places = [f"blocks.{head}.layers.{layer}" for head in heads for layer in range(self.num_layers)]
-        shapes: dict[str, tuple[int, ...]] = {f"{place}.weight": (D, D) for place in places}
-        shapes |= {f"{place}.bias": (D,) for place in places}
+        blocks = [f"blocks.{head}.layers.{layer}" for head in heads for layer in range(self.num_layers)]
+        shapes: dict[str, tuple[int, ...]] = {f"{block}.weight": (D, D) for block in blocks}
+        shapes |= {f"{block}.bias": (D,) for block in blocks}
         shapes |= {f"lm_heads.{head}.weight": (V if self.ids_K is None else len(self.ids_K), D) for head in heads}
         return shapes if self.ids_K is None else shapes | {"token_map": (len(self.ids_K),)}
 
@@ -156,7 +139,7 @@ class Medusa(Drafter):
             tensors["token_map"] = self.ids_K.clone()
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         if self.head == "target":
-            return  # and no config.json by which vLLM would take it
+            return  # without config.json vLLM does not take the folder for Medusa heads
         vocabulary = self.target.decoder.vocab_size
         config = {
             "model_type": "medusa",
@@ -173,27 +156,23 @@ class Medusa(Drafter):
 
     @classmethod
     def claims(cls, folder: Path) -> bool:
-        """Heads of the original training code, or in vLLM's layout."""
+        """Whether the folder holds heads of the original training code, or in vLLM's layout."""
         return is_medusa(folder)
 
     @classmethod
-    def _from_outside(cls, folder: Path, target: TargetShape) -> Medusa:
-        found, heads, layers = read_heads(folder)
-        ids = found["token_map"].tolist() if "token_map" in found else None
-        made = cls(target, num_heads=heads, num_layers=layers, draft_vocab=ids)
-        check_heads(found, made.layout_shapes("vllm") or {}, folder)
-        check_finite(found.items(), str(folder))
-        found.pop("token_map", None)
-        state = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in found.items()}
-        made.to(next(iter(state.values())).dtype).load_state_dict(state)
-        return made.eval()
-
-    @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Medusa:
-        if not config:
-            return cls._from_outside(folder, target)
-        made, tensors = cls(target, **config), load_file(folder / "model.safetensors")
-        held_K = tensors.pop("token_map", None)
-        state = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()}
-        made.to(next(iter(state.values())).dtype).load_state_dict(trim_rows(state, "lm_heads.", held_K, made.ids_K))
-        return made.eval()
+        if config:
+            tensors = load_file(folder / "model.safetensors")
+            drafter, ids_K = cls(target, **config), tensors.pop("token_map", None)
+        else:  # written by another program
+            tensors, heads, layers = read_heads(folder)
+            ids = tensors["token_map"].tolist() if "token_map" in tensors else None
+            drafter = cls(target, num_heads=heads, num_layers=layers, draft_vocab=ids)
+            check_heads(tensors, drafter.layout_shapes("vllm") or {}, folder)
+            check_finite(tensors.items(), str(folder))
+            tensors.pop("token_map", None)
+            ids_K = drafter.ids_K
+        weights = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()}
+        weights = trim_rows(weights, "lm_heads.", ids_K, drafter.ids_K)
+        drafter.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+        return drafter.eval()

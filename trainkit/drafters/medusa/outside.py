@@ -1,11 +1,9 @@
-"""Medusa heads that other programs wrote, as the tensors of ours: the original layout, and vLLM's without our card.
+"""Reads Medusa heads that other programs wrote: the original layout, and vLLM's layout without a trainkit.json.
 
 The original training code names a head's blocks `{head}.{layer}.linear.weight` and `.bias`, and its projection
-`{head}.{layers}.weight`, at times under `medusa_heads.`. How many there are is read off these names: its config.json often says
-another number. Left out on purpose: pickles, and whole models with heads among their own weights.
+`{head}.{layers}.weight`, sometimes with the prefix `medusa_heads.`. The number of heads is read from these names, because the
+original config.json often has another number. Left out on purpose: pickles, and whole models that contain heads.
 """
-
-# D hidden  V vocabulary
 
 from __future__ import annotations
 
@@ -20,66 +18,68 @@ from trainkit.errors import UserError
 
 _BLOCK = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.linear\.(weight|bias)")
 _PROJECTION = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.weight")
-_OURS = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(?:weight|bias)|lm_heads\.(\d+)\.weight|token_map")
+_VLLM = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(?:weight|bias)|lm_heads\.(\d+)\.weight|token_map")
 
 
 def is_medusa(folder: Path) -> bool:
-    """Whether the safetensors files of a folder hold Medusa heads."""
+    """Whether the safetensors files of a folder contain Medusa heads."""
     files = sorted(folder.glob("*.safetensors"))
     return any(_BLOCK.fullmatch(name) or name == "blocks.0.layers.0.weight" for file in files for name in tensor_entries(file))
 
 
 def read_heads(folder: Path) -> tuple[dict[str, Tensor], int, int]:
-    """The tensors of a folder under vLLM's names, the number of heads, and of residual blocks in each.
+    """The tensors of a folder under vLLM's names, the number of heads, and the number of residual blocks per head.
 
     Raises:
-        UserError: a broken file, or a tensor that is no part of such heads.
+        UserError: a broken file, or a tensor that does not belong to Medusa heads.
     """
-    found: dict[str, Tensor] = {}
-    last: set[int] = set()  # a projection's place in its head comes after the blocks
+    tensors: dict[str, Tensor] = {}
+    projection_layers: set[int] = set()  # in the original layout a projection is numbered as the layer after the blocks
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
-                    ours = _renamed(name, file)
-                    if ours in found:
-                        raise UserError(f"{file}: tensor {name!r} is there twice; give a folder with one checkpoint")
-                    found[ours] = tensors.get_tensor(name)
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  safe_open is not iterable
+                    renamed = _vllm_name(name, file)
+                    if renamed in tensors:
+                        raise UserError(f"{file}: duplicate tensor {name!r}; give a folder with one checkpoint")
+                    tensors[renamed] = opened.get_tensor(name)
                     if match := _PROJECTION.fullmatch(name):
-                        last.add(int(match[2]))
+                        projection_layers.add(int(match[2]))
         except SafetensorError as error:
             raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
-    parts = [match for name in found if (match := _OURS.fullmatch(name))]
+    parts = [match for name in tensors if (match := _VLLM.fullmatch(name))]
     heads = 1 + max(int(match[1] or match[3] or 0) for match in parts)
     layers = 1 + max(int(match[2] or 0) for match in parts)
-    if max(heads, layers) > len(found) or last - {layers}:
-        raise UserError(f"{folder}: {len(found)} tensors are not {heads} heads of {layers} blocks each; copy it again")
-    return found, heads, layers
+    if max(heads, layers) > len(tensors) or projection_layers - {layers}:
+        raise UserError(f"{folder}: {len(tensors)} tensors are not {heads} heads of {layers} blocks each; copy it again")
+    return tensors, heads, layers
 
 
-def check_heads(found: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Holds what was read against what heads for this target have.
+def check_heads(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Compares the tensors that were read with those that heads for this target have.
 
     Raises:
-        UserError: they were made for another width or vocabulary, or a tensor is missing, too many or of another size.
+        UserError: trained for another hidden size or vocabulary; or a tensor is missing, unexpected or of another shape.
     """
-    for name, what, axis in (("blocks.0.layers.0.weight", "hidden_size", 1), ("lm_heads.0.weight", "vocab_size", 0)):
-        if name in found and (given := found[name].shape[axis]) != (wanted := shapes[name][axis]):
-            mend = "give the target that they were trained for"
-            raise UserError(f"{folder}: heads for {what} {given}, the target's is {wanted}; {mend}")
-    for name in [*(name for name in shapes if name not in found), *(name for name in found if name not in shapes)]:
-        fault = "is missing" if name in shapes else "has no head that it belongs to"
-        raise UserError(f"{folder}: of its heads {name!r} (as vLLM names it) {fault}; copy the checkpoint again")
-    for name, value in found.items():
+    for name, size, axis in (("blocks.0.layers.0.weight", "hidden_size", 1), ("lm_heads.0.weight", "vocab_size", 0)):
+        if name in tensors and (actual := tensors[name].shape[axis]) != (expected := shapes[name][axis]):
+            fix = "give the target that they were trained for"
+            raise UserError(f"{folder}: these heads have {size} {actual}, the target has {expected}; {fix}")
+    for name in [*(name for name in shapes if name not in tensors), *(name for name in tensors if name not in shapes)]:
+        fault = "is missing" if name in shapes else "is unexpected"
+        raise UserError(f"{folder}: tensor {name!r} (vLLM's name) {fault}; copy the checkpoint again")
+    for name, value in tensors.items():
         if tuple(value.shape) != shapes[name]:
-            raise UserError(f"{folder}: {name!r} is {list(value.shape)}, heads have {list(shapes[name])}; copy it again")
+            raise UserError(
+                f"{folder}: tensor {name!r} has shape {list(value.shape)}, expected {list(shapes[name])}; copy it again"
+            )
 
 
-def _renamed(name: str, file: Path) -> str:
+def _vllm_name(name: str, file: Path) -> str:
     if match := _BLOCK.fullmatch(name):
         return f"blocks.{match[1]}.layers.{match[2]}.{match[3]}"
     if match := _PROJECTION.fullmatch(name):
         return f"lm_heads.{match[1]}.weight"
-    if _OURS.fullmatch(name):
+    if _VLLM.fullmatch(name):
         return name
-    raise UserError(f"{file}: tensor {name!r} is no part of Medusa heads; give a checkpoint of the heads alone")
+    raise UserError(f"{file}: tensor {name!r} does not belong to Medusa heads; give a checkpoint with only the heads")

@@ -20,7 +20,7 @@ from trainkit.models.load import covered_positions, find_device
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
 from trainkit.runner.engine import load_bundle_predictor, load_drafter
-from trainkit.runner.policy import MOST
+from trainkit.runner.policy import MAX_DEPTH
 from trainkit.runner.trees.shape import RankPath
 from trainkit.runner.trees.static import build, chain
 
@@ -131,7 +131,7 @@ def _add_ours(field: Field, request: Request, prepare: Callable[[Any, int], Call
             field.contenders.append(made)
         if request.policies:
             assert draft.runner.drafter is not None
-            most = max(request.depths, default=MOST)
+            most = max(request.depths, default=MAX_DEPTH)
             most = min(most, draft.runner.drafter.max_depth or most)
             scripted = prepare and prepare(draft.runner.drafter, most)
             field.contenders += [

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainkit.drafters.base import (
+    Accepted,
+    Chunk,
     Divergence,
     DraftBatch,
     Drafter,
@@ -144,17 +145,8 @@ class ScriptedDrafter(Drafter):
         state = self.inner.init_state(batch_size, slots, device, dtype)
         return {**state, "round": torch.zeros(batch_size, dtype=torch.long, device=device)}
 
-    def prefill(
-        self,
-        state: State,
-        tokens_BT: Tensor,
-        next_BT: Tensor,
-        positions_BT: Tensor,
-        taps_BTAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        self.inner.prefill(state, tokens_BT, next_BT, positions_BT, taps_BTAD, handle, span)
+    def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
+        self.inner.prefill(state, chunk, handle, span)
         state["round"].zero_()
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
@@ -165,21 +157,10 @@ class ScriptedDrafter(Drafter):
         logits_BFV = out.logits_BFK.new_zeros(*choice_BF.shape, handle.vocab_size).scatter_(2, choice_BF[..., None], 1.0)
         return StepOutput(logits_BFV, None, out.hidden_BFD)
 
-    def commit(
-        self,
-        state: State,
-        path_BP: Tensor | None,
-        tokens_BP: Tensor,
-        next_BP: Tensor,
-        counts_B: Tensor,
-        root_B: Tensor,
-        taps_BPAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        assert path_BP is None, "a script is a chain"
-        self.inner.commit(state, path_BP, tokens_BP, next_BP, counts_B, root_B, taps_BPAD, handle, span)
-        state["round"].add_(counts_B > 0)
+    def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
+        assert accepted.path_BP is None, "a script is a chain"
+        self.inner.commit(state, accepted, handle, span)
+        state["round"].add_(accepted.counts_B > 0)
 
     def step_bytes(self, head_bytes: int) -> int:
         return self.inner.step_bytes(head_bytes)

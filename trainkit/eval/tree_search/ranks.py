@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainkit.drafters.base import Frontier, State
+from trainkit.drafters.base import Accepted, Chunk, Frontier, State
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.runner import Runner, Stats
@@ -105,15 +105,9 @@ class _Part:
         _, taps = target(tokens_1T, positions_1T, bias, taps=self.rounds.taps)
         view: State = {name: tensor[row : row + 1] for name, tensor in self.state.items()}
         seen = None if taps is None else taps[:, :prompt]
-        self.drafter.prefill(
-            view,
-            tokens_1T[:, :prompt],
-            self.tokens_BT[row : row + 1, 1 : prompt + 1],
-            positions_1T[:, :prompt],
-            seen,
-            self.rounds.handle,
-            prompt,
-        )
+        next_1T = self.tokens_BT[row : row + 1, 1 : prompt + 1]
+        chunk = Chunk(tokens_1T[:, :prompt], next_1T, positions_1T[:, :prompt], seen)
+        self.drafter.prefill(view, chunk, self.rounds.handle, prompt)
         if taps is None:
             return None
         padded = taps.new_zeros(self.tokens_BT.shape[1], *taps.shape[2:])
@@ -135,9 +129,8 @@ class _Part:
             if taps is not None:
                 taps = taps.gather(1, path_BP[..., None, None].expand(-1, -1, *taps.shape[2:]))
             next_BP = self.tokens_BT.gather(1, (path_BP + 1).clamp(max=self.tokens_BT.shape[1] - 1))
-            self.drafter.commit(
-                self.state, None, tokens_BP, next_BP, alive_B.long(), root_B, taps, self.rounds.handle, self.span
-            )
+            accepted = Accepted(None, tokens_BP, next_BP, alive_B.long(), root_B, taps)
+            self.drafter.commit(self.state, accepted, self.rounds.handle, self.span)
         if not found:
             return [np.zeros((0, self.depth), np.int64) for _ in self.lengths_B]
         ranks_BLD = torch.stack(found, 1)
@@ -147,24 +140,14 @@ class _Part:
 
     def _chain(self, root_B: Tensor, tokens_BP: Tensor) -> Tensor:
         """[B, D] ranks of the text's tokens after the root, each after those before it."""
-        B, D = len(root_B), self.depth
+        D = self.depth
         noise_BDV = None
         if not self.sampling.greedy:
             rows = root_B[:, None] + 1 + torch.arange(D, device=self.device)
             noise_BDV = gumbel(self.keys_B2, rows, self.rounds.vocabulary, CHOICE)
-        zero_B1, seen_M = torch.zeros_like(root_B)[:, None], torch.arange(D + 1, device=self.device)
         found = []
         for depth in range(D):
-            frontier = Frontier(
-                tokens_BF=tokens_BP[:, depth : depth + 1],
-                positions_BF=root_B[:, None] + depth,
-                nodes_F=seen_M[depth : depth + 1],
-                parents_BF=zero_B1 + depth - 1,
-                parent_places_BF=zero_B1,
-                ancestors_BFM=(seen_M <= depth).expand(B, 1, -1),
-                depth=depth,
-                chain=True,
-            )
+            frontier = Frontier.chain(tokens_BP[:, depth : depth + 1], root_B[:, None] + depth, depth, D + 1)
             out = self.drafter.step(self.state, frontier, self.rounds.handle, self.span)
             scores_BK, ids_K = self.sampling.process(out.logits_BFK)[:, 0], out.ids_K
             if scores_BK.shape[1] < self.width:

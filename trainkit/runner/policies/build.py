@@ -1,4 +1,4 @@
-"""From a policy's name to the chain or tree that it paces, with what it needs: the costs on this machine, the predictor."""
+"""From the policy that a user names to the chain whose length it decides, with the costs and the predictor that it needs."""
 
 from __future__ import annotations
 
@@ -8,143 +8,107 @@ import torch
 
 from trainkit.errors import UserError
 from trainkit.models.predictor import AcceptancePredictor, FoldedPredictor
-from trainkit.runner.policies.chain import AdaptiveChain, RankedChain
+from trainkit.runner.options import GenerateOptions
+from trainkit.runner.policies.chain import PolicyChain, RankedChain
 from trainkit.runner.policies.cost import Cost
-from trainkit.runner.policies.cost_model import ChainCosts, kept_costs, measure_chain_costs, sizes_of
-from trainkit.runner.policies.pruned import AdaptiveTree, PredictedTree, TreeCost
+from trainkit.runner.policies.cost_model import ChainCosts, cached_costs, measure_chain_costs, shapes_digest
 from trainkit.runner.policies.simple import Recent, Threshold
-from trainkit.runner.policy import MOST, Policy, PolicyName
-from trainkit.runner.request import Options
+from trainkit.runner.policy import MAX_DEPTH, Policy, PolicySpec
 from trainkit.runner.round import Rounds
 from trainkit.runner.sampling import Sampling
-from trainkit.runner.scheduler import Schedule
+from trainkit.runner.scheduler import Scheduler
 from trainkit.runner.timing import processor
-from trainkit.runner.trees.dynamic import DynamicTree
 from trainkit.runner.trees.shape import Shape
 from trainkit.runner.trees.static import build, chain
 
 
-class Pacer:
-    """A runner's policies, each kept with what it has learnt for the next call of the same kind.
+class Policies:
+    """A runner's policies, each kept with what it has learned for the next call of the same kind.
 
     Args:
-        rounds: Of the target and its drafter.
-        schedule: Whether rounds are captured, and how many texts are decoded together.
-        max_len: Of the runner.
+        rounds: Rounds of the target and its drafter.
+        scheduler: Knows whether rounds are captured, and how many texts are decoded together.
+        max_len: The runner's largest number of tokens of prompt and text.
     """
 
-    def __init__(self, rounds: Rounds, schedule: Schedule, max_len: int) -> None:
-        self.rounds, self.schedule, self.max_len = rounds, schedule, max_len
-        self.device = schedule.device
-        self.chains: dict[Hashable, AdaptiveChain] = {}
-        self.trees: dict[Hashable, Shape] = {}
+    def __init__(self, rounds: Rounds, scheduler: Scheduler, max_len: int) -> None:
+        self.rounds, self.scheduler, self.max_len = rounds, scheduler, max_len
+        self.chains: dict[Hashable, PolicyChain] = {}
 
-    def shape(self, options: Options, predictor: AcceptancePredictor | None) -> Shape:
-        """What `options.policy` paces.
+    def chain(self, spec: PolicySpec, options: GenerateOptions, predictor: AcceptancePredictor | None) -> PolicyChain:
+        """The chain whose length the policy decides.
 
         Raises:
-            UserError: no such policy, or one that does not go with the drafter, the other options or captured rounds.
+            UserError: the policy does not go with the drafter, the other options or captured rounds.
         """
-        assert options.policy is not None
-        asked, drafter, policy = PolicyName.parse(options.policy), self.rounds.drafter, f"policy {options.policy}"
+        drafter, name = self.rounds.drafter, f"policy {options.policy}"
         if drafter is None:
-            raise UserError(f"{policy}: this runner was loaded without a drafter; give one (--drafter)")
-        tree = options.tree
-        if (tree is not None and type(tree) is not DynamicTree) or options.depth == 0 or options.verify == "mixed":
-            raise UserError(f"{policy}: paces chains and dynamic trees; leave tree out, or give depth as the most it may draft")
-        if asked.needs_predictor and predictor is None:
-            raise UserError(f"{policy}: the drafter has no predictor; train one, or choose another policy")
-        if asked.stops_within and self.schedule.graphs is not None:
-            raise UserError(f"{policy}: stops within a round, which a captured graph cannot; take cost or ema")
-        predictor = None if asked.blind else predictor
-        sampling = Sampling(options.temperature, options.top_k, options.top_p)
-        if isinstance(tree, DynamicTree):
-            return self._tree(asked, tree, sampling, options, predictor)
-        most = options.depth or min(MOST, drafter.max_depth or MOST)
-        key = (asked, most, options.temperature, options.verify, torch.get_num_threads(), predictor, _parts(sampling))
+            raise UserError(f"{name}: this runner was loaded without a drafter; give one (--drafter)")
+        if options.tree is not None or options.depth == 0 or not isinstance(options.verify, str):
+            raise UserError(
+                f"{name}: a policy decides the length of chains; leave tree out, or give depth as the largest length"
+            )
+        if spec.name == "predictor" and predictor is None:
+            raise UserError(f"{name}: the drafter has no predictor; train one, or choose another policy")
+        if spec.name in ("confidence", "predictor") and self.scheduler.graphs is not None:
+            raise UserError(f"{name}: stops within a round, which a captured graph cannot; choose cost or ema")
+        predictor = None if spec.blind else predictor
+        max_depth, sampling = options.depth or min(MAX_DEPTH, drafter.max_depth or MAX_DEPTH), options.sampling
+        key = (spec, max_depth, sampling.temperature, options.verify, torch.get_num_threads(), predictor, _steps(sampling))
         if key not in self.chains:
-            drops = options.verify == "coupled" or options.temperature == 0
-            made = self._policy(asked, most, predictor, sampling, drops)
-            word = None if predictor is None else FoldedPredictor(predictor, options.temperature)
-            self.chains[key] = AdaptiveChain(made, self.device, word, drops)
+            may_drop = options.verify == "coupled" or sampling.greedy
+            policy = self._policy(spec, max_depth, predictor, sampling, may_drop)
+            folded = None if predictor is None else FoldedPredictor(predictor, sampling.temperature)
+            self.chains[key] = PolicyChain(policy, self.scheduler.device, folded, may_drop)
         return self.chains[key]
 
-    def _tree(
-        self, asked: PolicyName, tree: DynamicTree, sampling: Sampling, options: Options, predictor: AcceptancePredictor | None
-    ) -> Shape:
-        if asked.name not in ("fixed", "cost"):
-            raise UserError(f"policy {options.policy}: paces chains; for a dynamic tree take cost or fixed")
-        key = (asked, tree, options.temperature, options.verify, torch.get_num_threads(), predictor, _parts(sampling))
-        if key not in self.trees:
-            independent = options.verify == "residual" and options.temperature > 0  # of the noise that the predictor knows
-            word = None if predictor is None or independent else FoldedPredictor(predictor, options.temperature)
-            whole = PredictedTree(tree.depth, tree.top_k, tree.nodes, word)
-            if asked.name == "fixed":
-                self.trees[key] = whole
-            else:
-                costs = self.costs(tree.depth, predictor, sampling, whole)
-                self.trees[key] = AdaptiveTree(TreeCost(costs, whole), self.device)
-        return self.trees[key]
-
     def _policy(
-        self, asked: PolicyName, most: int, predictor: AcceptancePredictor | None, sampling: Sampling, drops: bool
+        self, spec: PolicySpec, max_depth: int, predictor: AcceptancePredictor | None, sampling: Sampling, may_drop: bool
     ) -> Policy:
-        if asked.name == "fixed":
-            return Policy(most)
-        if asked.name == "ema":
-            return Recent(most)
-        if asked.name == "cost":
-            blind = "nothing" if self.schedule.graphs is None else "confidence"
-            return Cost(self.costs(most, predictor, sampling), most, blind if predictor is None else "predictor", drops)
-        return Threshold("predictor" if asked.name == "predictor" else "confidence", asked.threshold, most)
+        if spec.name == "fixed":
+            return Policy(max_depth)
+        if spec.name == "ema":
+            return Recent(max_depth)
+        if spec.name == "cost":
+            without = "none" if self.scheduler.graphs is None else "confidence"
+            signal = without if predictor is None else "predictor"
+            return Cost(self.costs(max_depth, predictor, sampling), max_depth, signal, may_drop)
+        return Threshold("predictor" if spec.name == "predictor" else "confidence", spec.threshold, max_depth)
 
-    def costs(
-        self,
-        most: int,
-        predictor: AcceptancePredictor | None,
-        sampling: Sampling | None = None,
-        tree: PredictedTree | None = None,
-    ) -> ChainCosts:
-        """What drafting and verifying up to `most` tokens takes here, with as many threads as now; measured once a machine.
-
-        With `tree` what its levels and nodes take.
-        """
+    def costs(self, max_depth: int, predictor: AcceptancePredictor | None, sampling: Sampling | None = None) -> ChainCosts:
+        """Costs of drafting and verifying up to `max_depth` tokens with the present threads; measured once a machine."""
         assert self.rounds.drafter is not None
-        sampling = sampling or Sampling()
-        target, captured = self.rounds.target, self.schedule.graphs is not None
-        length, batch = min(256, self.max_len // 2), self.schedule.max_batch
+        sampling, device = sampling or Sampling(), self.scheduler.device
+        target, captured = self.rounds.target, self.scheduler.graphs is not None
+        length, batch = min(256, self.max_len // 2), self.scheduler.max_batch
         setting = {
-            "processor": processor(self.device),
-            "device": str(self.device),
+            "processor": processor(device),
+            "device": str(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "dtype": str(target.embed.weight.dtype),
-            "target": sizes_of(target),
-            "drafter": sizes_of(self.rounds.drafter),
-            "predictor": sizes_of(predictor),
+            "target": shapes_digest(target),
+            "drafter": shapes_digest(self.rounds.drafter),
+            "predictor": shapes_digest(predictor),
             "graphs": captured,
-            "most": most,
+            "max_depth": max_depth,
             "batch": batch,
             "length": length,
-            "sampling": _parts(sampling),
-            "parts": "draft, verify, packing, rest 4",
-            "tree": None if tree is None else [tree.depth, tree.top_k, tree.nodes],
+            "sampling": _steps(sampling),
+            "version": 5,  # raise it when measuring changes
         }
+        folded = None if predictor is None else FoldedPredictor(predictor, sampling.temperature)
 
-        word = None if predictor is None else FoldedPredictor(predictor, sampling.temperature)
-
-        def drafted(levels: int) -> Shape:
-            if tree is not None:  # numbers of nodes from few to all
-                return tree.cut(levels, max(2, round(tree.nodes * levels / most)))
+        def shape_at(levels: int) -> Shape:
             if captured:
-                return RankedChain(build(chain(levels), self.device), levels, word)
-            whole = Policy(levels)
-            whole.reads = "nothing" if predictor is None else "predictor"
-            return AdaptiveChain(whole, self.device, word)
+                return RankedChain(build(chain(levels), device), levels, folded)
+            policy = Policy(levels)
+            policy.signal = "none" if predictor is None else "predictor"
+            return PolicyChain(policy, device, folded)
 
-        return kept_costs(setting, lambda: measure_chain_costs(self.rounds, drafted, most, batch, length, sampling))
+        return cached_costs(setting, lambda: measure_chain_costs(self.rounds, shape_at, max_depth, batch, length, sampling))
 
 
-def _parts(sampling: Sampling) -> tuple[bool, bool, bool]:
-    """Which parts of processing it has, each with its time: noise, top-k, top-p."""
+def _steps(sampling: Sampling) -> tuple[bool, bool, bool]:
+    """Which steps of processing take time: noise, top-k, top-p."""
     return not sampling.greedy, not sampling.greedy and sampling.top_k > 0, not sampling.greedy and sampling.top_p < 1

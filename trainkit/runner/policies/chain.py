@@ -1,21 +1,19 @@
-"""A chain that is drafted level by level for as long as a policy asks for more, and verified in each row as far as it says.
+"""Chains whose length a policy decides: level by level on a CPU, and beforehand where rounds are captured as CUDA graphs.
 
-And what stands in for it where rounds are captured, so that none can be stopped within: a chain of a given depth, whose
-likeliest tokens are verified, over all rows a given number.
+A captured round cannot stop early. It drafts a chain of a given depth and verifies a given number of tokens over all rows:
+those that are likeliest to be accepted.
 """
 
-# B rows  D draft levels  K ids it may propose
+# B rows  D draft levels  K draft vocabulary
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainkit.drafters.base import Frontier
 from trainkit.layers.attention import Packing
 from trainkit.models.predictor import FoldedPredictor
 from trainkit.runner.policy import Policy
@@ -31,10 +29,6 @@ class Chain(Shape):
         return self.depth + 1
 
     @property
-    def slots(self) -> int:
-        return self.depth + 1
-
-    @property
     def widest(self) -> int:
         return 1
 
@@ -43,52 +37,29 @@ class Chain(Shape):
         return True
 
 
-class Paced(Shape):
-    """A shape that a policy decides round by round.
-
-    Attributes:
-        policy: What decides.
-        most: Levels of the coming round at most.
-    """
-
-    policy: Policy
-    most: int
-
-    @abstractmethod
-    def captured(self, levels: int, each: int) -> Shape:
-        """The shape of a round that drafts so many levels, decided beforehand, as a captured graph needs it.
-
-        Args:
-            levels: Draft levels; the root alone with none.
-            each: Tokens verified in the mean of rows, where that may be fewer than are drafted.
-        """
-
-
-class AdaptiveChain(Chain, Paced):
-    """Asks its policy after each level; for that the host reads a number a row, so no graph can hold it.
+class PolicyChain(Chain):
+    """Asks its policy after each level whether to draft another one. The host reads a number per row, so no graph can hold it.
 
     Args:
-        policy: What decides.
-        device: Of the tree tensors.
-        predictor: For a policy that reads one, at the temperature that is decoded with.
-        drops: Whether drafted tokens may go unverified. Under `residual` they must not: a token that is verified or not by
-            what it is was not drawn from q, as acceptance supposes, and the text would not be distributed as the target's.
-            Under `coupled` what is emitted is the target's choice whatever is verified.
-
-    Attributes:
-        most: Levels of the coming round at most.
+        policy: Decides.
+        device: Device of the tree tensors.
+        predictor: Predicts acceptance for a policy that reads it, at the temperature of decoding.
+        may_drop: Whether drafted tokens may stay unverified. Under `residual` they must not: acceptance supposes tokens drawn
+            from q, and a token that is verified or dropped by what it is was not, so the text would not have the target's
+            distribution. Under `coupled` the text is the target's choice whatever is verified.
     """
 
     def __init__(
-        self, policy: Policy, device: torch.device, predictor: FoldedPredictor | None = None, drops: bool = True
+        self, policy: Policy, device: torch.device, predictor: FoldedPredictor | None = None, may_drop: bool = True
     ) -> None:
-        assert policy.reads != "predictor" or predictor is not None
-        self.policy, self.predictor, self.device, self.drops = policy, predictor, device, drops
-        self.depth = self.most = policy.most
+        assert policy.signal != "predictor" or predictor is not None
+        self.policy: Policy = policy
+        self.predictor, self.device, self.may_drop = predictor, device, may_drop
+        self.depth = policy.max_depth
         self._trees: dict[int, Tree] = {}
 
     def tree(self, depth: int) -> Tree:
-        """The chain of a depth that a round has come to; built once."""
+        """The chain of this depth; built once."""
         if depth not in self._trees:
             self._trees[depth] = build(chain(depth), self.device)
         return self._trees[depth]
@@ -97,60 +68,54 @@ class AdaptiveChain(Chain, Paced):
     def key(self) -> Hashable:
         return None
 
-    def captured(self, levels: int, each: int) -> Shape:
+    def captured(self, levels: int, per_row: int) -> Shape:
         tree = self.tree(levels)
-        if not levels or self.policy.reads == "nothing":
+        if not levels or self.policy.signal == "none":
             return tree
-        return RankedChain(tree, each if self.drops else levels, self.predictor)
+        return RankedChain(tree, per_row if self.may_drop else levels, self.predictor)
 
     def grow(self, steps: Steps) -> Draft:
-        policy, whole = self.policy, self.tree(self.depth)
-        tokens = [steps.root_B[:, None]]
-        for depth, level in enumerate(whole.levels[: self.most]):
-            made = _step(steps, level, tokens[-1], depth)
-            said_B, picked_B1 = self._said(made, depth)
-            tokens.append(picked_B1 if made.ids_K is None else made.ids_K[picked_B1])
-            if not policy.more([] if said_B is None else said_B.tolist()):
+        # Draft for as long as the policy wants another level.
+        policy, tokens = self.policy, [steps.root_B[:, None]]
+        for depth, level in enumerate(self.tree(self.depth).levels[: steps.levels]):
+            proposals = _step(steps, level, tokens[-1], depth)
+            signal_B, columns_B1 = self._signal(proposals, depth)
+            tokens.append(proposals.tokens(columns_B1))
+            if not policy.continues([] if signal_B is None else signal_B.tolist()):
                 break
-        drafted = len(tokens) - 1
-        lengths = policy.share(drafted) if self.drops else ()
-        kept = max(lengths) if lengths else policy.keep(drafted) if self.drops else drafted
+        levels = len(tokens) - 1
+        # Keep the tokens that the policy verifies: as many in each row, or packed where rows differ.
+        lengths = policy.verified_per_row(levels) if self.may_drop else ()
+        depth = max(lengths) if lengths else policy.verified_levels(levels) if self.may_drop else levels
         packing = None
-        if lengths and min(lengths) < kept:
+        if lengths and min(lengths) < depth:
             nodes_B = 1 + torch.tensor(lengths, device=self.device)
-            packing = Packing.from_lengths(nodes_B, kept + 1, sum(lengths) + len(lengths))
-        reached = self.tree(kept)
-        return Draft(
-            torch.cat(tokens[: kept + 1], dim=1),
-            tuple(steps.scores[:kept]),
-            reached.topology,
-            said=tuple(steps.said[:kept]),
-            shape=reached,
-            levels=drafted,
-            packing=packing,
-        )
+            packing = Packing.from_lengths(nodes_B, depth + 1, sum(lengths) + len(lengths))
+        tree = self.tree(depth)
+        logits, signals = tuple(steps.logits[:depth]), tuple(steps.signals[:depth])
+        return Draft(tree, torch.cat(tokens[: depth + 1], dim=1), tree.topology, levels, logits, signals, packing=packing)
 
-    def _said(self, made: Proposals, depth: int) -> tuple[Tensor | None, Tensor]:
-        """[B] what the policy reads of a level, if it does; and the columns of the best proposals [B, 1]."""
-        if self.policy.reads == "nothing":
-            return None, made.noisy_BFK.argmax(-1)
-        return _chance(made, depth, None if self.policy.reads == "confidence" else self.predictor)
+    def _signal(self, proposals: Proposals, depth: int) -> tuple[Tensor | None, Tensor]:
+        """[B] the policy's signal of a level, if it reads one; and the columns of the best proposals [B, 1]."""
+        if self.policy.signal == "none":
+            return None, proposals.noisy_BFK.argmax(-1)
+        return _chance(proposals, depth, None if self.policy.signal == "confidence" else self.predictor)
 
 
 @dataclass(frozen=True, eq=False)
 class RankedChain(Chain):
-    """Drafts a chain in every row; of all tokens those likeliest to be kept are verified. Nothing is read on the host.
+    """Drafts a chain in every row and verifies the tokens that are likeliest to be accepted; nothing is read on the host.
 
-    What is likelier than others is so with its whole path, since a token is never likelier than the one before it.
+    A token is never likelier to be accepted than the one before it, so the likeliest tokens form chains.
 
     Attributes:
-        tree: The chain.
-        each: Tokens verified in the mean of rows; those that are done take none while others have any.
-        predictor: Says how likely they are; without one, the draft's own probabilities do.
+        tree: The chain that is drafted.
+        per_row: Mean number of tokens verified in a row; rows whose text has ended take none while others have any.
+        predictor: Predicts acceptance; without one the draft's own probabilities are used.
     """
 
     tree: Tree
-    each: int
+    per_row: int
     predictor: FoldedPredictor | None = None
 
     @property
@@ -159,31 +124,33 @@ class RankedChain(Chain):
 
     @property
     def key(self) -> Hashable:
-        return self.tree.paths, self.each, self.predictor
+        return self.tree.paths, self.per_row, self.predictor
 
     def grow(self, steps: Steps) -> Draft:
+        # Draft every level, with each token's probability of being accepted.
         B, D = steps.root_B.shape[0], self.depth
-        tokens, said = [steps.root_B[:, None]], []
+        tokens, chances = [steps.root_B[:, None]], []
         for depth, level in enumerate(self.tree.levels):
-            made = _step(steps, level, tokens[-1], depth)
-            said_B, picked_B1 = _chance(made, depth, self.predictor)
-            tokens.append(picked_B1 if made.ids_K is None else made.ids_K[picked_B1])
-            said.append(said_B)
-        chances_BD = torch.stack(said, 1).clamp(max=1.0).cumprod(1)
+            proposals = _step(steps, level, tokens[-1], depth)
+            chance_B, columns_B1 = _chance(proposals, depth, self.predictor)
+            tokens.append(proposals.tokens(columns_B1))
+            chances.append(chance_B)
+        chances_BD = torch.stack(chances, 1).clamp(max=1.0).cumprod(1)
         if steps.done_B is not None:
             chances_BD = chances_BD.masked_fill(steps.done_B[:, None], 0.0)
+        # Give the budget of verified tokens to the likeliest; stable, so that of equal tokens of a row the first come first.
         packing = None
-        if self.each < D:
-            # stable, so that of equally likely tokens of a row the first come first
-            best = chances_BD.flatten().sort(descending=True, stable=True).indices[: B * self.each]
+        if self.per_row < D:
+            best = chances_BD.flatten().sort(descending=True, stable=True).indices[: B * self.per_row]
             nodes_B = torch.ones_like(steps.root_B).scatter_add(0, best // D, torch.ones_like(best))
-            packing = Packing.from_lengths(nodes_B, D + 1, B * (1 + self.each))
+            packing = Packing.from_lengths(nodes_B, D + 1, B * (1 + self.per_row))
         return Draft(
+            self.tree,
             torch.cat(tokens, dim=1),
-            tuple(steps.scores),
             self.tree.topology,
-            said=tuple(steps.said),
-            shape=self.tree,
+            D,
+            tuple(steps.logits),
+            tuple(steps.signals),
             packing=packing,
             chances_BD=chances_BD,
         )
@@ -191,24 +158,13 @@ class RankedChain(Chain):
 
 def _step(steps: Steps, level: Level, token_B1: Tensor, depth: int) -> Proposals:
     """What a chain's level proposes after a token."""
-    B = token_B1.shape[0]
-    frontier = Frontier(
-        tokens_BF=token_B1,
-        positions_BF=(steps.position_B + depth)[:, None],
-        nodes_F=level.nodes_F,
-        parents_BF=level.parents_F.expand(B, -1),
-        parent_places_BF=level.parent_places_F.expand(B, -1),
-        ancestors_BFM=level.ancestors_FN.expand(B, -1, -1),
-        depth=depth,
-        chain=True,
-    )
-    return steps.expand(frontier, 1)
+    return steps.expand(level.frontier(token_B1, steps.position_B, depth, is_chain=True), 1)
 
 
-def _chance(made: Proposals, depth: int, predictor: FoldedPredictor | None) -> tuple[Tensor, Tensor]:
-    """[B] how likely a level's best proposal is to be kept, by the predictor or else by the draft; its column [B, 1]."""
+def _chance(proposals: Proposals, depth: int, predictor: FoldedPredictor | None) -> tuple[Tensor, Tensor]:
+    """[B] probability that a level's best proposal is accepted, by the predictor or else the draft; its column [B, 1]."""
     if predictor is not None:
-        said_B11, picked_B11 = predictor(made.hidden_BFD, made.noisy_BFK, 1, depth)
-        return said_B11[:, 0, 0], picked_B11[:, 0]
-    best_B1 = made.noisy_BFK.softmax(-1).max(-1)
+        chance_B11, columns_B11 = predictor(proposals.hidden_BFD, proposals.noisy_BFK, 1, depth)
+        return chance_B11[:, 0, 0], columns_B11[:, 0]
+    best_B1 = proposals.noisy_BFK.softmax(-1).max(-1)
     return best_B1.values[:, 0], best_B1.indices

@@ -1,14 +1,14 @@
-"""The policy `cost`: draft while the next token is worth more than it costs, verify those that are worth their rows.
+"""The policy `cost`: draft while the next token is worth more than it costs, and verify the tokens that are worth their row.
 
-With R the tokens per second that decoding makes, a draft token is worth its chance of being kept, and costs R times the seconds
-of a draft step and of one more row to verify. R is what the rounds so far have made (Dinkelbach's iteration for a ratio of
-expectations), and plain decoding's at least; where speculation makes less than that, it rests and is tried again ever more
-seldom. What is known of a level fades, so that one that failed is tried again too. Of several texts, those whose tokens are
-likelier to be kept get more of them verified.
-Left out on purpose: learning a policy (bandits); there are three numbers to know, and they are measured.
+With R the tokens per second that decoding makes, a drafted token is worth its probability of being accepted, and costs R times
+the seconds of a draft level and of one more row to verify. R is what recent rounds made (Dinkelbach's iteration for a ratio of
+expectations), and at least what plain decoding makes. Where speculation makes less than plain decoding, drafting is paused and
+tried again at growing intervals. What is known of a level fades, so a level that failed is tried again too. Of several texts,
+those whose tokens are likelier to be accepted get more of them verified.
+Left out on purpose: learning a policy (bandits). There are three numbers to know, and they are measured.
 """
 
-# B rows  D tokens by level
+# B rows  D draft levels
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from operator import mul
-from typing import Any
 
 from trainkit.runner.policies.cost_model import ChainCosts
-from trainkit.runner.policies.simple import Recent
+from trainkit.runner.policies.simple import TIERS
 from trainkit.runner.policy import Policy, RoundOutcome, Signal
 
 FADE = 0.98
-"""Weight of past rounds against a new one: some fifty count."""
+"""Weight of past rounds against a new one: about fifty rounds count."""
 
 PRIOR = 0.7
-"""Acceptance of a level that has not been tried."""
+"""Assumed acceptance of a level that was never tried."""
 
-SOME = 10.0
-"""Rounds that the prior counts for at first."""
+PRIOR_ROUNDS = 10.0
+"""Number of rounds that the prior counts for at first."""
 
-DOUBT = 0.25
-"""Rounds for which the level before counts, and for good. A level that failed is not come to any more, and what is known of it
-fades: after some 150 rounds it passes for as good as the one before again and is tried, once. More is sooner, and dearer."""
+NEIGHBOUR_ROUNDS = 0.25
+"""Number of rounds for which the level before counts, always. A level that failed is no longer reached, and what is known of it
+fades: after about 150 rounds it is assumed to be as good as the level before and is tried once. A larger value tries sooner and
+costs more."""
 
 _TRIAL = 4
-"""Rounds after which speculation that loses is given up."""
+"""Number of rounds after which speculation that loses is paused."""
 
-_REST, _LONGEST_REST = 32, 2048
-"""Plain rounds until it is tried again; twice as many after each trial that failed."""
+_PAUSE, _LONGEST_PAUSE = 32, 2048
+"""Number of plain rounds until drafting is tried again; doubled after each trial that failed."""
 
 
 @dataclass
-class _Book:
-    """What drafted rounds of about so many rows took, and what plain decoding would have taken; older ones fade.
+class _Account:
+    """Seconds that drafted rounds of about so many rows took, and that plain decoding would have taken; older rounds fade.
 
     Attributes:
-        seconds: As they were.
-        plain: For the same tokens.
-        trial: Rounds since drafting began or was taken up again.
-        resting: Plain rounds still to come.
-        rest: How many the next rest will have.
+        seconds: Seconds of the rounds.
+        plain: Seconds of plain decoding for the same tokens.
+        trial: Number of rounds since drafting began or was resumed.
+        paused: Number of plain rounds left in this pause.
+        pause: Number of rounds of the next pause.
     """
 
     seconds: float = 0.0
     plain: float = 0.0
     trial: int = 0
-    resting: int = 0
-    rest: int = _REST
+    paused: int = 0
+    pause: int = _PAUSE
 
     @property
     def speedup(self) -> float:
@@ -69,103 +69,108 @@ class _Book:
         self.seconds, self.plain = FADE * self.seconds + seconds, FADE * self.plain + plain
         self.trial += 1
         if self.trial >= _TRIAL and self.speedup < 1:
-            self.resting, self.rest = self.rest, min(2 * self.rest, _LONGEST_REST)
+            self.paused, self.pause = self.pause, min(2 * self.pause, _LONGEST_PAUSE)
             self.seconds = self.plain = 0.0
             self.trial = 0
         elif self.trial > 8 * _TRIAL:
-            self.rest = _REST
+            self.pause = _PAUSE
 
 
-class Fading:
-    """Means by level of what was kept of what came to it, older rounds fading; of numbers, or of arrays of them.
+class FadingMeans:
+    """For each level the share of tokens accepted among those that reached it; older rounds fade.
 
     Args:
-        levels: How many.
-        prior: What is taken for a level's mean at first, and stands before the first level.
+        levels: Number of levels.
+        prior: Mean assumed at first, and for the level before the first.
 
     Attributes:
-        means: As of the last `fade`.
+        means: The means as of the last `fade`.
     """
 
-    def __init__(self, levels: int, prior: Any) -> None:
+    def __init__(self, levels: int, prior: float) -> None:
         self.prior, self.means = prior, [prior] * levels
-        self._came, self._kept = [SOME] * levels, [SOME * prior] * levels
+        self._reached, self._accepted = [PRIOR_ROUNDS] * levels, [PRIOR_ROUNDS * prior] * levels
 
     def fade(self) -> None:
-        """Before each round."""
+        """Called before each round."""
         before = self.prior
-        for level, (came, kept) in enumerate(zip(self._came, self._kept, strict=True)):
-            self._came[level], self._kept[level] = FADE * came, FADE * kept
-            before = self.means[level] = (FADE * kept + DOUBT * before) / (FADE * came + DOUBT)
+        for level, (reached, accepted) in enumerate(zip(self._reached, self._accepted, strict=True)):
+            self._reached[level], self._accepted[level] = FADE * reached, FADE * accepted
+            before = (FADE * accepted + NEIGHBOUR_ROUNDS * before) / (FADE * reached + NEIGHBOUR_ROUNDS)
+            self.means[level] = before
 
-    def add(self, level: int, came: float, kept: Any) -> None:
-        """The shares of a round's rows that came to a level, and that kept its token."""
-        self._came[level] += came
-        self._kept[level] = self._kept[level] + kept
+    def add(self, level: int, reached: float, accepted: float) -> None:
+        """Adds the shares of a round's rows that reached a level, and that accepted its token."""
+        self._reached[level] += reached
+        self._accepted[level] += accepted
 
 
 class Cost(Policy):
     """Drafts while the next token is worth more than it costs.
 
-    Seconds are the measured costs of what a round did, not a clock's, so that a call decides alike on a busy machine.
+    Seconds are the measured costs of what a round did, not a clock's, so decisions are the same on a busy machine.
 
     Args:
-        costs: Of a round's parts.
-        most: Levels at most.
-        reads: What says how likely each proposal is to be kept; with `nothing`, the mean of its level is taken for it.
-        shares: Whether tokens may go unverified by what was said of them, so that rows need not verify equally many.
+        costs: Seconds of a round's parts.
+        max_depth: Largest number of levels.
+        signal: Tells how likely each proposal is accepted; with `none`, the mean of its level is used.
+        per_row: Whether tokens may stay unverified by their signal, so that rows may verify different numbers of them.
     """
 
-    def __init__(self, costs: ChainCosts, most: int, reads: Signal = "nothing", shares: bool = False) -> None:
-        super().__init__(most)
-        self.costs, self.reads, self.shares = costs, reads, shares and reads != "nothing"
-        self.known = Fading(most, PRIOR)
-        self.accept: list[float] = self.known.means  # of each level, given those before it
-        self._books: dict[int, _Book] = {}
+    def __init__(self, costs: ChainCosts, max_depth: int, signal: Signal = "none", per_row: bool = False) -> None:
+        super().__init__(max_depth)
+        self.costs, self.signal, self.per_row = costs, signal, per_row and signal != "none"
+        self.known = FadingMeans(max_depth, PRIOR)
+        self.accept: list[float] = self.known.means  # of each level, given that those before it were accepted
+        self._accounts: dict[int, _Account] = {}
         self._rows = 1
-        self._chances: list[list[float]] = []  # by level, of each row's token to be kept
-        # looked up many times a round, beside which a small model's levels are short
-        self._plain, self._drafted, self._rest, self._price = map(cache, (costs.plain, costs.drafted, costs.rest, costs.packed))
+        self._chances: list[list[float]] = []  # by level, the probability that each row's token is accepted
+        # Costs are looked up many times a round, and a small model's levels are short.
+        self._plain, self._draft, self._rest, self._packed = map(cache, (costs.plain, costs.draft, costs.rest, costs.packed))
         self._ahead = cache(self._further)
-        # of captured rounds: tokens a row is expected to keep by tier, and those kept and expected of all, older ones fading
+        # Captured rounds: by tier the tokens that a row is expected to accept; accepted and expected tokens of all, fading.
         self._gains: dict[tuple[int, int], float] = {}
-        self._kept = self._expected = 0.0
+        self._accepted = self._expected = 0.0
 
     def rate(self, rows: int) -> float:
-        """R: tokens per second that decoding makes, plain decoding's at least."""
-        return max(1.0, self._book(rows).speedup) * rows / self._plain(rows)
+        """R: tokens per second that decoding makes, at least plain decoding's."""
+        return max(1.0, self._account(rows).speedup) * rows / self._plain(rows)
 
-    def _book(self, rows: int) -> _Book:
-        return self._books.setdefault((rows - 1).bit_length(), _Book())
+    def _account(self, rows: int) -> _Account:
+        return self._accounts.setdefault((rows - 1).bit_length(), _Account())
 
-    def rests(self, rows: int) -> bool:
-        return self._book(rows).resting > 0
+    def is_paused(self, rows: int) -> bool:
+        return self._account(rows).paused > 0
 
     def begin(self, rows: int) -> int:
         self._rows, self._chances = rows, []
-        book = self._book(rows)
-        if book.resting:
-            book.resting -= 1
+        account = self._account(rows)
+        if account.paused:
+            account.paused -= 1
             return 0
         self.known.fade()
-        return self.most
+        return self.max_depth
 
-    def more(self, said_B: Sequence[float]) -> bool:
+    def continues(self, signal_B: Sequence[float]) -> bool:
+        # Probability that each row's token, and so all before it, is accepted.
         level, rows, rate = len(self._chances), self._rows, self.rate(self._rows)
-        if self.reads == "nothing":
-            said_B = [self.accept[level]] * rows
+        if self.signal == "none":
+            signal_B = [self.accept[level]] * rows
         before_B = self._chances[-1] if level else [1.0] * rows
-        # what is no number says nothing good, and would stay in all means
-        chances_B = [chance * said if said == said else 0.0 for chance, said in zip(before_B, said_B, strict=True)]
+        # NaN counts as 0, since it would stay in all means.
+        chances_B = [before * now if now == now else 0.0 for before, now in zip(before_B, signal_B, strict=True)]
         self._chances.append(chances_B)
-        if self.reads != "nothing":
+        if self.signal != "none":
             self.known.add(level, sum(before_B) / rows, sum(chances_B) / rows)
-        if level + 1 >= self.most:
+        if level + 1 >= self.max_depth:
             return False
-        if self.shares and rows > 1:
+        # Rows that may differ: is the next level worth more than it costs, verified where it pays?
+        if self.per_row and rows > 1:
             next_B = [chance * self.accept[level + 1] for chance in chances_B]
-            return self._shared([*self._chances, next_B])[0] - self._shared(self._chances)[0] > rate * self.costs.level(rows)
-        # further levels, however many: a row to verify may cost next to nothing beside the one before it, or a lot
+            gain = self._best_per_row([*self._chances, next_B])[0] - self._best_per_row(self._chances)[0]
+            return gain > rate * self.costs.level(rows)
+        # Equal rows: are any number of further levels? A row to verify may cost next to nothing beside the one before, or a
+        # lot.
         gained, chance = 0.0, sum(chances_B)
         for accept, seconds in zip(self.accept[level + 1 :], self._ahead(rows, level), strict=True):
             chance *= accept
@@ -175,93 +180,96 @@ class Cost(Policy):
         return False
 
     def _further(self, rows: int, level: int) -> list[float]:
-        """Seconds that 1, 2, 3 ... levels after this one take, with a row to verify for each."""
+        """Seconds that 1, 2, 3 ... levels after this one take, with one more row to verify for each."""
         so_far, step = self.costs.verify(rows, level + 2), self.costs.level(rows)
-        return [more * step + self.costs.verify(rows, level + 2 + more) - so_far for more in range(1, self.most - level)]
+        return [more * step + self.costs.verify(rows, level + 2 + more) - so_far for more in range(1, self.max_depth - level)]
 
-    def keep(self, levels: int) -> int:
-        return self._equal(self._chances[:levels])[1]
+    def verified_levels(self, levels: int) -> int:
+        return self._best_equal(self._chances[:levels])[1]
 
-    def share(self, levels: int) -> Sequence[int]:
-        return self._shared(self._chances[:levels])[1] if self.shares and self._rows > 1 else ()
+    def verified_per_row(self, levels: int) -> Sequence[int]:
+        return self._best_per_row(self._chances[:levels])[1] if self.per_row and self._rows > 1 else ()
 
-    def _equal(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, int]:
-        """What verifying equally many tokens of each row is worth at best, less what it costs; and how many."""
+    def _best_equal(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, int]:
+        """The best value, tokens minus cost, of verifying equally many tokens in each row; and that number."""
         rows, rate, gained = self._rows, self.rate(self._rows), 0.0
-        values = [(-rate * self._price(rows, rows, 1), 0)]
+        values = [(-rate * self._packed(rows, rows, 1), 0)]
         for level, chances_B in enumerate(chances_DB, 1):
             gained += sum(chances_B)
-            values.append((gained - rate * self._price(rows, rows * (level + 1), level + 1), level))
+            values.append((gained - rate * self._packed(rows, rows * (level + 1), level + 1), level))
         return max(values, key=lambda value: value[0])
 
-    def _shared(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, list[int]]:
-        """As `_equal`, of the likeliest of all rows' tokens, as many as pay; none is likelier than the one before it."""
+    def _best_per_row(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, list[int]]:
+        """The same for verifying the likeliest tokens of all rows; none is likelier than the one before it in its row."""
         rows, rate, gained = self._rows, self.rate(self._rows), 0.0
         ranked = sorted(((chance, row) for chances_B in chances_DB for row, chance in enumerate(chances_B)), reverse=True)
-        best, depth = self._equal(chances_DB)
-        found, lengths, longest = [depth] * rows, [0] * rows, 0
+        best, depth = self._best_equal(chances_DB)
+        best_lengths, lengths, longest = [depth] * rows, [0] * rows, 0
         for count, (chance, row) in enumerate(ranked, 1):
             gained += chance
             lengths[row] += 1
             longest = max(longest, lengths[row])
-            value = gained - rate * self._price(rows, rows + count, 1 + longest)
+            value = gained - rate * self._packed(rows, rows + count, 1 + longest)
             if value > best:
-                best, found = value, lengths.copy()
-        return best, found
+                best, best_lengths = value, lengths.copy()
+        return best, best_lengths
 
-    def tier(self, rows: int) -> tuple[int, int]:
-        """Among few, so that few graphs are captured: all that is drafted is verified, or about half of it."""
+    def captured_size(self, rows: int) -> tuple[int, int]:
+        """One of a few sizes, so that few graphs are captured: all that is drafted is verified, or about half of it."""
         if not self.begin(rows):
             return 0, 0
         rate, values = self.rate(rows), {}
-        for levels, each in self._tiers(rows):
-            gained = self._gains.get((levels, each))
+        for levels, per_row in self._tiers(rows):
+            gained = self._gains.get((levels, per_row))
             if gained is None:
-                gained = sum(accumulate(self.accept[:each], mul))
+                gained = sum(accumulate(self.accept[:per_row], mul))
             elif self._expected:
-                gained *= self._kept / self._expected
-            values[levels, each] = rows * gained - rate * self._seconds(rows, levels, rows * (1 + each), 1 + levels)
+                gained *= self._accepted / self._expected
+            seconds = self._seconds(rows, levels, rows * (1 + per_row), 1 + levels)
+            values[levels, per_row] = rows * gained - rate * seconds
         return max(values, key=lambda tier: values[tier])
 
     def _tiers(self, rows: int) -> list[tuple[int, int]]:
-        fitting = [tier for tier in Recent.tiers if tier <= self.most]
-        whole = [(tier, tier) for tier in fitting]
-        if not self.shares or rows == 1:
+        depths = [tier for tier in TIERS if tier <= self.max_depth]
+        whole = [(depth, depth) for depth in depths]
+        if not self.per_row or rows == 1:
             return whole
-        return whole + [(tier, max(each for each in fitting if 2 * each <= tier)) for tier in fitting if tier > 1]
+        return whole + [(depth, max(half for half in depths if 2 * half <= depth)) for depth in depths if depth > 1]
 
     def _seconds(self, rows: int, levels: int, total: int, longest: int) -> float:
-        return self._drafted(rows, levels) + self._price(rows, total, longest) + self._rest(rows)
+        return self._draft(rows, levels) + self._packed(rows, total, longest) + self._rest(rows)
 
-    def learn(self, came: RoundOutcome) -> None:
-        rows, live = came.rows, len(came.accepted)
-        if not came.levels or not live:
+    def learn(self, outcome: RoundOutcome) -> None:
+        rows, live = outcome.rows, len(outcome.accepted)
+        if not outcome.levels or not live:
             return
-        # done rows take part as the others do in the mean
-        total = rows + round(sum(came.verified) * rows / live)
-        longest = 1 + (came.levels if came.chances else max(came.verified))
-        tokens = sum(came.accepted) + live
-        self._book(rows).add(self._seconds(rows, came.levels, total, longest), tokens * self._plain(rows) / rows)
-        if came.chances:
-            self._learn_tiers(came)
-        elif self.reads == "nothing":
-            for level in range(max(came.verified)):
-                offered = [n for n, most in zip(came.accepted, came.verified, strict=True) if n >= level and most > level]
-                self.known.add(level, len(offered) / rows, sum(n > level for n in offered) / rows)
+        # Time: rows whose text has ended count as the mean of the others.
+        total = rows + round(sum(outcome.verified) * rows / live)
+        longest = 1 + (outcome.levels if outcome.chances else max(outcome.verified))
+        tokens = sum(outcome.accepted) + live
+        self._account(rows).add(self._seconds(rows, outcome.levels, total, longest), tokens * self._plain(rows) / rows)
+        # Acceptance by level, where no signal told it while drafting.
+        if outcome.chances:
+            self._learn_tiers(outcome)
+        elif self.signal == "none":
+            for level in range(max(outcome.verified)):
+                pairs = zip(outcome.accepted, outcome.verified, strict=True)
+                reached = [accepted for accepted, verified in pairs if accepted >= level and verified > level]
+                self.known.add(level, len(reached) / rows, sum(accepted > level for accepted in reached) / rows)
 
-    def _learn_tiers(self, came: RoundOutcome) -> None:
-        """What each tier would have been expected to keep of a round, deeper levels by their mean."""
-        live = len(came.accepted)
-        levels = [[chance if chance == chance else 0.0 for chance in level] for level in came.chances]
+    def _learn_tiers(self, outcome: RoundOutcome) -> None:
+        """Updates what each tier would have been expected to accept in this round; deeper levels by their mean."""
+        live = len(outcome.accepted)
+        levels = [[chance if chance == chance else 0.0 for chance in level] for level in outcome.chances]
         reached = [float(live), *map(sum, levels)]
         for level in range(len(levels)):
             self.known.add(level, reached[level] / live, reached[level + 1] / live)
-        expected = sum(levels[level][row] for row, count in enumerate(came.verified) for level in range(count))
-        self._kept = FADE * self._kept + sum(came.accepted)
+        expected = sum(levels[level][row] for row, count in enumerate(outcome.verified) for level in range(count))
+        self._accepted = FADE * self._accepted + sum(outcome.accepted)
         self._expected = FADE * self._expected + expected
         for accept in self.accept[len(levels) :]:
             levels.append([chance * accept for chance in levels[-1]])
-        for depth, each in self._tiers(live):
-            best = sorted((chance for level in levels[:depth] for chance in level), reverse=True)[: live * each]
-            before = self._gains.setdefault((depth, each), sum(best) / live)
-            self._gains[depth, each] += (1 - FADE) * (sum(best) / live - before)
+        for depth, per_row in self._tiers(live):
+            best = sorted((chance for level in levels[:depth] for chance in level), reverse=True)[: live * per_row]
+            before = self._gains.setdefault((depth, per_row), sum(best) / live)
+            self._gains[depth, per_row] += (1 - FADE) * (sum(best) / live - before)

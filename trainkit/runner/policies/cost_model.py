@@ -1,6 +1,6 @@
-"""What a policy decides by: the seconds of a round's parts on this machine, by numbers of texts and of nodes.
+"""What the policy `cost` decides by: seconds of a round's parts on this machine, by number of texts and of nodes.
 
-Kept in a small file, since a process should not have to measure what the one before has measured.
+Costs are measured once for a machine and a pair of models, and cached in a small file.
 """
 
 # R numbers of texts  N numbers of nodes
@@ -12,40 +12,41 @@ import json
 import math
 import os
 import statistics
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import nn
 
-from trainkit.files import cache_folder
+from trainkit.errors import UserError
+from trainkit.files import cache_folder, write_json
 from trainkit.runner.round import Rounds
 from trainkit.runner.sampling import Sampling
-from trainkit.runner.timing import median, timed
+from trainkit.runner.timing import Part, median, time_parts
 from trainkit.runner.trees.shape import Shape
-from trainkit.runner.trees.static import Tree, build, chain
+from trainkit.runner.trees.static import build, chain
 
 CACHE = cache_folder("costs")
 
 
 @dataclass(frozen=True)
 class ChainCosts:
-    """Seconds of a chain's parts by how many texts are decoded together; straight lines between what was measured.
+    """Seconds of a chain's parts by the number of texts decoded together; linear between the measured numbers.
 
     Attributes:
-        rows: Numbers of texts measured, ascending.
-        nodes: Numbers of rows verified for each, ascending.
-        verify_RN: The target's forward with output head, by texts, then by nodes.
-        first_R: A draft's first level, predictor and taking in what is accepted included.
+        rows: Numbers of texts that were measured, ascending.
+        nodes: Numbers of nodes verified in each text that were measured, ascending.
+        verify_RN: The target's forward with output head, by texts and nodes.
+        first_R: The draft's first level, with the predictor and the commit of what is accepted.
         level_R: Each level after it.
-        pack_R: Packing nodes, where texts have unequally many, beyond what verifying them would take alone.
-        pad_R: Each pad that they need beside.
-        rest_R: What a round with a draft takes beside its parts: keeping what is accepted, ends, the loop itself; less what
-            they have in common, such as noise.
-        plain_rest_R: Likewise one without.
+        pack_R: Packing the nodes where texts have different numbers of them, beyond verifying them.
+        pad_R: Each padding node that packing needs.
+        rest_R: The rest of a round with a draft: keeping what is accepted, end tokens, the loop itself. Work that parts share,
+            such as noise, counts once.
+        plain_rest_R: The rest of a plain round.
     """
 
     rows: tuple[int, ...]
@@ -67,128 +68,135 @@ class ChainCosts:
         if min(self.plain(rows) for rows in self.rows) <= 0:
             raise ValueError("a round must take some time")
 
+    def _at(self, rows: int, values_R: Sequence[float]) -> float:
+        return interpolate(rows, self.rows, values_R)
+
     def verify(self, rows: int, nodes: float) -> float:
-        """Seconds to verify `nodes` rows of each of so many texts."""
-        return _between(rows, self.rows, [_between(nodes, self.nodes, line) for line in self.verify_RN])
+        """Seconds to verify `nodes` nodes in each of `rows` texts."""
+        return self._at(rows, [interpolate(nodes, self.nodes, line) for line in self.verify_RN])
 
     def packed(self, rows: int, total: int, longest: int) -> float:
-        """Seconds to verify `total` nodes of so many texts, at most `longest` of each."""
+        """Seconds to verify `total` nodes of `rows` texts, at most `longest` in each."""
         pads = rows * longest - total
-        more = _between(rows, self.rows, self.pack_R) + pads * _between(rows, self.rows, self.pad_R) if pads else 0.0
-        return self.verify(rows, total / rows) + more
+        packing = self._at(rows, self.pack_R) + pads * self._at(rows, self.pad_R) if pads else 0.0
+        return self.verify(rows, total / rows) + packing
 
     def level(self, rows: int) -> float:
         """Seconds of a draft level after the first."""
-        return _between(rows, self.rows, self.level_R)
+        return self._at(rows, self.level_R)
 
-    def drafted(self, rows: int, levels: int) -> float:
-        """Seconds of drafting so many levels."""
-        return _between(rows, self.rows, self.first_R) + (levels - 1) * self.level(rows) if levels else 0.0
-
-    def round(self, rows: int, levels: int, verified: int) -> float:
-        """Seconds of a round that drafts so many levels and verifies so many tokens beside the root."""
-        rest = self.rest(rows) if levels else _between(rows, self.rows, self.plain_rest_R)
-        return self.drafted(rows, levels) + self.verify(rows, verified + 1) + rest
+    def draft(self, rows: int, levels: int) -> float:
+        """Seconds of drafting `levels` levels."""
+        return self._at(rows, self.first_R) + (levels - 1) * self.level(rows) if levels else 0.0
 
     def rest(self, rows: int) -> float:
         """Seconds of a round with a draft beside drafting and verifying."""
-        return _between(rows, self.rows, self.rest_R)
+        return self._at(rows, self.rest_R)
+
+    def round(self, rows: int, levels: int, verified: int) -> float:
+        """Seconds of a round that drafts `levels` levels and verifies `verified` tokens beside the root."""
+        rest = self.rest(rows) if levels else self._at(rows, self.plain_rest_R)
+        return self.draft(rows, levels) + self.verify(rows, verified + 1) + rest
 
     def plain(self, rows: int) -> float:
         """Seconds of a round without a draft."""
         return self.round(rows, 0, 0)
 
 
-def _between(x: float, at: Sequence[int], values: Sequence[float]) -> float:
-    """The line through the values at places ascending; level before the first, on from the last two after the last."""
-    place = min(bisect_left(at, x), len(values) - 1)
-    if place == 0:
+def interpolate(x: float, at: Sequence[float], values: Sequence[float]) -> float:
+    """The line through `values` at ascending `at`: constant before the first, continued from the last two after the last."""
+    if len(values) == 1:
         return values[0]
-    low, high = at[place - 1], at[place]
-    return values[place - 1] + (x - low) * (values[place] - values[place - 1]) / (high - low)
+    if x <= at[-1]:
+        return float(np.interp(x, at, values))
+    return values[-1] + (x - at[-1]) * (values[-1] - values[-2]) / (at[-1] - at[-2])
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The nearest values (least squares) that do not decrease: neighbours that do are averaged (pool adjacent violators)."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        total, size = float(value), 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / size:
+            before, count = blocks.pop()
+            total, size = total + before, size + count
+        blocks.append((total, size))
+    return [total / size for total, size in blocks for _ in range(size)]
 
 
 def measure_chain_costs(
-    rounds: Rounds, drafted: Callable[[int], Shape], most: int, batch: int, length: int, sampling: Sampling, repeats: int = 15
+    rounds: Rounds,
+    shape_at: Callable[[int], Shape],
+    max_depth: int,
+    batch: int,
+    length: int,
+    sampling: Sampling,
+    repeats: int = 15,
 ) -> ChainCosts:
-    """Times chains of up to `most` levels for 1, 2, 4 ... `batch` texts at `length` cached tokens.
+    """Times chains of up to `max_depth` levels for 1, 2, 4 ... `batch` texts.
 
     Args:
-        rounds: Of a target and a drafter.
-        drafted: The shape that drafts a number of levels as decoding will. As many rows as it has nodes are verified, a chain
-            or a root with children: how they hang does not change what they cost.
-        most: Levels.
-        batch: Texts.
-        length: Cached tokens.
-        sampling: Of drafting and verifying; noise and top-p take their time.
-        repeats: Of each.
+        rounds: Rounds of a target and a drafter.
+        shape_at: The chain that drafts a number of levels as decoding will.
+        max_depth: Largest number of levels.
+        batch: Largest number of texts.
+        length: Number of cached tokens.
+        sampling: Sampling of drafting and verifying; noise and top-p take their time.
+        repeats: Number of repeats of each measurement.
     """
     device = rounds.target.embed.weight.device
     sizes = sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
-    depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < most} | {most})
-    shapes = {depth: drafted(depth) for depth in depths}
-    nodes = (1, *(_judged(shape, device).size for shape in shapes.values()))
-    found = []
+    depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < max_depth} | {max_depth})
+    shapes = {depth: shape_at(depth) for depth in depths}
+    trees = {depth: build(chain(depth), device) for depth in (0, *depths)}
+    nodes = tuple(depth + 1 for depth in (0, *depths))
+    measured = []
     for rows in sizes:
-        plain = build(chain(0), device)
-        parts: dict[Any, tuple[Shape, Tree, Sequence[int]]] = {0: (plain, plain, ())}
-        parts |= {depth: (shape, _judged(shape, device), ()) for depth, shape in shapes.items()}
-        # packed though equal, which costs packing alone; and every other text without a draft
-        ragged = [1 if row % 2 else most + 1 for row in range(rows)]
-        unequal = {"full": [most + 1] * rows, "half": ragged} if rows > 1 and shapes[most].is_chain else {}
-        parts |= {name: (*parts[most][:2], lengths) for name, lengths in unequal.items()}
-        runs = timed(rounds, parts, length, rows, repeats, sampling)
-        found.append(_fitted(runs, depths, nodes, sum(ragged) / rows, rows * (most + 1) - sum(ragged)))
-    verify, first, level, pack, pad, rest, plain_rest = zip(*found, strict=True)
+        parts: dict[Any, Part] = {0: Part(trees[0], trees[0])}
+        parts |= {depth: Part(shape, trees[depth]) for depth, shape in shapes.items()}
+        # Packed though all rows are equal, which costs packing alone; and with every other text without a draft.
+        ragged = [1 if row % 2 else max_depth + 1 for row in range(rows)]
+        if rows > 1:
+            parts["full"] = Part(shapes[max_depth], trees[max_depth], [max_depth + 1] * rows)
+            parts["half"] = Part(shapes[max_depth], trees[max_depth], ragged)
+        runs = time_parts(rounds, parts, length, rows, repeats, sampling)
+        measured.append(_fit(runs, depths, nodes, sum(ragged) / rows, rows * (max_depth + 1) - sum(ragged)))
+    verify, first, level, pack, pad, rest, plain_rest = zip(*measured, strict=True)
     return ChainCosts(tuple(sizes), nodes, verify, first, level, pack, pad, rest, plain_rest)
 
 
-def _fitted(
+def _fit(
     runs: Mapping[Any, Sequence[Sequence[float]]],
     depths: Sequence[int],
     nodes: Sequence[int],
     half_nodes: float,
     half_pads: int,
 ) -> tuple[tuple[float, ...], float, float, float, float, float, float]:
-    """The costs of so many rows, from `timed`: of verifying by nodes, first level, level, packing, pad, rest, plain rest.
+    """Costs for one number of texts: verifying by nodes, first level, level, packing, pad, rest, rest of a plain round.
 
-    What a repeat says counts by its own plain round, since what slows the machine for a while slows both; and the parts add up
-    to what whole rounds took.
+    Each repeat counts relative to its own plain round, since what slows the machine for a while slows both; and the parts add
+    up to what whole rounds took.
     """
     plain = median(runs[0], 2)
 
-    def took(name: Any, part: int) -> float:
+    def seconds(name: Any, part: int) -> float:
         return plain * statistics.median(run[part] / beside[2] for run, beside in zip(runs[name], runs[0], strict=True))
 
-    verify = _rising([took(depth, 1) for depth in (0, *depths)])
-    first = took(1, 0)
-    steps = [(took(depth, 0) - first) / (depth - 1) for depth in depths if depth > 1]
+    verify = isotonic([seconds(depth, 1) for depth in (0, *depths)])
+    first = seconds(1, 0)
+    steps = [(seconds(depth, 0) - first) / (depth - 1) for depth in depths if depth > 1]
     level = max(0.0, statistics.median(steps)) if steps else first
     pack = pad = 0.0
     if "full" in runs:
-        pack = max(0.0, took("full", 1) - took(depths[-1], 1))
-        pad = max(0.0, took("half", 1) - _between(half_nodes, nodes, verify) - pack) / half_pads
-    parts = [first + (depth - 1) * level + judged for depth, judged in zip(depths, verify[1:], strict=True)]
-    rest = statistics.median(took(depth, 2) - part for depth, part in zip(depths, parts, strict=True))
-    return verify, first, level, pack, pad, rest, plain - verify[0]
+        pack = max(0.0, seconds("full", 1) - seconds(depths[-1], 1))
+        pad = max(0.0, seconds("half", 1) - interpolate(half_nodes, nodes, verify) - pack) / half_pads
+    sums = [first + (depth - 1) * level + verified for depth, verified in zip(depths, verify[1:], strict=True)]
+    rest = statistics.median(seconds(depth, 2) - total for depth, total in zip(depths, sums, strict=True))
+    return tuple(verify), first, level, pack, pad, rest, plain - verify[0]
 
 
-def _judged(shape: Shape, device: torch.device) -> Tree:
-    """A tree to verify of as many nodes."""
-    return build(chain(shape.depth) if shape.is_chain else [(rank,) for rank in range(shape.size - 1)], device)
-
-
-def _rising(values: Sequence[float]) -> tuple[float, ...]:
-    """The values with none below one before it: the mean from above and from below."""
-    up, down = list(values), list(values)
-    for place in range(1, len(values)):
-        up[place] = max(up[place], up[place - 1])
-        down[-1 - place] = min(down[-1 - place], down[-place])
-    return tuple((a + b) / 2 for a, b in zip(up, down, strict=True))
-
-
-def kept_costs(setting: Mapping[str, Any], measure: Callable[[], ChainCosts]) -> ChainCosts:
-    """The costs measured under a setting, from a file where they were measured before; TRAINKIT_COSTS names its folder.
+def cached_costs(setting: Mapping[str, Any], measure: Callable[[], ChainCosts]) -> ChainCosts:
+    """The costs under a setting, from the cache if they were measured before; TRAINKIT_COSTS names its folder.
 
     Args:
         setting: All that costs depend on, JSON-able: machine, threads, versions, sizes.
@@ -197,29 +205,19 @@ def kept_costs(setting: Mapping[str, Any], measure: Callable[[], ChainCosts]) ->
     text = json.dumps(setting, sort_keys=True)
     folder = Path(os.environ.get("TRAINKIT_COSTS") or CACHE)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # not measured yet, or by another version
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["setting"] == json.loads(text):
             costs = values["costs"]
             verify = tuple(tuple(line) for line in costs.pop("verify_RN"))
             return ChainCosts(verify_RN=verify, **{name: tuple(value) for name, value in costs.items()})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass  # not measured yet, or by another version
     costs = measure()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_ = path.with_suffix(f".{os.getpid()}")
-        try:
-            partial_.write_text(json.dumps({"setting": setting, "costs": asdict(costs)}, indent=1) + "\n", encoding="utf-8")
-            partial_.replace(path)
-        finally:
-            partial_.unlink(missing_ok=True)
-    except OSError:
-        pass  # a read-only home costs a second at each start, no more
+    with suppress(OSError, UserError):  # a folder that cannot be written costs a second at each start, no more
+        write_json(path, {"setting": setting, "costs": asdict(costs)})
     return costs
 
 
-def sizes_of(module: nn.Module | None) -> str:
-    """Digest of a module's class and the shapes of its weights: what of it costs depend on."""
+def shapes_digest(module: nn.Module | None) -> str:
+    """Digest of a module's class and the shapes of its weights, on which its costs depend."""
     shapes = {} if module is None else {name: list(value.shape) for name, value in module.named_parameters()}
     return hashlib.sha256(json.dumps([type(module).__name__, shapes]).encode()).hexdigest()[:16]

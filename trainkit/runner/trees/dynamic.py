@@ -1,13 +1,12 @@
 """Draft trees that grow where the draft is sure: EAGLE-2 (Li et al. 2024, arXiv 2406.16858), DySpec (arXiv 2410.11744).
 
-A node's score is the sum along its path of log softmax(log q + G), G the noise its children are picked by: none at temperature
-0 and under `residual`. With the noise it says how likely the target is to choose the node given that noise; log q alone would
-rank by a chance that has already been drawn. Each level expands the best nodes of the one before; at the end all that were
-proposed are ranked together and the best are kept. No term is above 0, so an ancestor never ranks below its descendant, and
-what is kept is a tree.
+A node's score is the sum along its path of log softmax(log q + G). G is the noise that its children are picked by; there is
+none at temperature 0 and under `residual`. With the noise the score estimates how likely the target chooses the node given that
+noise; log q alone would rank by a probability whose draw has already happened. Each level expands the best nodes of the level
+before. At the end all proposed nodes are ranked together and the best are kept. No term is above 0, so an ancestor never ranks
+below its descendant, and the kept nodes form a tree.
 
-Shapes are static and nothing is read on the host: which node hangs where is data, so one captured graph serves every tree.
-A `Guide` may score children otherwise, or end the growth early.
+Shapes are static and nothing is read on the host: how nodes are connected is data, so one captured graph serves every tree.
 """
 
 # B batch  N nodes kept, root first  F frontier nodes  K children of a node  M nodes expanded, root first  V vocabulary
@@ -24,25 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainkit.drafters.base import Frontier, rank_paths
+from trainkit.drafters.base import Frontier, parse_rank_paths
 from trainkit.errors import UserError
-from trainkit.runner.trees.shape import Draft, Proposals, RankPath, Shape, Steps, Topology
-
-
-class Guide:
-    """Steers the growth of a dynamic tree: this one by the draft's word alone, to the full size."""
-
-    def terms(self, made: Proposals, depth: int, width: int) -> tuple[Tensor, Tensor]:
-        """Each node's best children [B, F, K]: the logarithm of each one's chance, at most 0, and their columns."""
-        return likeliest(made.noisy_BFK, width)
-
-    def goes_on(self, terms_BFK: Tensor) -> bool:
-        """Whether to expand another level, after one that gave these terms."""
-        return True
-
-    def keeps(self, most: int) -> int:
-        """How many nodes stay beside the root, at most so many."""
-        return most
+from trainkit.runner.trees.shape import Draft, RankPath, Shape, Steps, Topology
 
 
 @dataclass(frozen=True)
@@ -50,9 +33,9 @@ class DynamicTree(Shape):
     """A tree whose shape follows the draft's probabilities.
 
     Args:
-        depth: Levels; the most tokens a round can accept.
-        top_k: Children of an expanded node, and nodes expanded on a level.
-        nodes: Nodes kept, root included: rows the target verifies.
+        depth: Number of levels: the most tokens that a round can accept.
+        top_k: Number of children of an expanded node, and of nodes expanded on a level.
+        nodes: Number of nodes kept, root included: rows that the target verifies.
     """
 
     depth: int = 5
@@ -73,7 +56,7 @@ class DynamicTree(Shape):
 
     @property
     def proposed(self) -> int:
-        """Nodes that it chooses among, root included."""
+        """Number of nodes that it chooses from, root included."""
         return 1 + self.top_k + (self.depth - 1) * self.top_k**2
 
     @property
@@ -93,56 +76,50 @@ class DynamicTree(Shape):
         return 1 if self.depth == 1 else self.top_k
 
     @property
-    def is_chain(self) -> bool:
-        return False
-
-    @property
     def key(self) -> Hashable:
         return self
 
     def grow(self, steps: Steps) -> Draft:
         """Expands the best nodes of each level and keeps the best of all; kept nodes are numbered by rank, best first."""
-        return self.guided(steps, Guide())
-
-    def guided(self, steps: Steps, guide: Guide) -> Draft:
-        """As `grow`, steered."""
         root_B, device, width = steps.root_B, steps.root_B.device, self.top_k
         B, M = root_B.shape[0], self._expanded
-        # of the frontier: token, score, number, place among the proposed, parent's number and place in its frontier, ancestors
+        # The frontier: tokens, scores, numbers, indices among the proposed nodes, parents' indices and numbers, ancestors.
         tokens_BF, scores_BF = root_B[:, None], torch.zeros(B, 1, device=device)
         numbers_F = torch.zeros(1, dtype=torch.long, device=device)
         proposed_BF = above_BF = torch.zeros(B, 1, dtype=torch.long, device=device)
         parents_BF = above_BF - 1
         ancestors_BFM = torch.zeros(B, 1, M, dtype=torch.bool, device=device)
         ancestors_BFM[..., 0] = True
-        # of all that is proposed, level by level
+        # All proposed nodes, level by level: tokens, scores, parents' indices, ancestors; numbers of the expanded ones.
         tokens, scores, parents, rows = [tokens_BF], [], [proposed_BF], [ancestors_BFM]
         numbers_BC = torch.zeros(B, self.proposed, dtype=torch.long, device=device)
         for depth in range(self.depth):
+            # Expand the frontier.
             F, first = tokens_BF.shape[1], 1 if depth == 0 else 1 + width + (depth - 1) * width**2
             frontier = Frontier(
                 tokens_BF=tokens_BF,
                 positions_BF=(steps.position_B + depth)[:, None].expand(B, F),
                 nodes_F=numbers_F,
                 parents_BF=parents_BF,
-                parent_places_BF=above_BF,
+                parent_index_BF=above_BF,
                 ancestors_BFM=ancestors_BFM,
                 depth=depth,
-                chain=False,
+                is_chain=False,
             )
-            made = steps.expand(frontier, width)
-            terms_BFK, picked_BFK = guide.terms(made, depth, width)
-            children_BC = (picked_BFK if made.ids_K is None else made.ids_K[picked_BFK]).flatten(1)
-            # a child of unknown chance must not rank before its parent, which would then not stay
-            found_BC = (scores_BF[..., None] + terms_BFK).flatten(1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+            proposals = steps.expand(frontier, width)
+            terms_BFK, columns_BFK = likeliest(proposals.noisy_BFK, width)
+            children_BC = proposals.tokens(columns_BFK).flatten(1)
+            # A child of unknown score must not rank before its parent, which would then not be kept.
+            scores_BC = (scores_BF[..., None] + terms_BFK).flatten(1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
             tokens.append(children_BC)
-            scores.append(found_BC)
+            scores.append(scores_BC)
             parents.append(proposed_BF.repeat_interleave(width, 1))
-            if not guide.goes_on(terms_BFK) or depth + 1 == self.depth:
+            if depth + 1 == self.depth:
                 break
-            best_BF = best(found_BC, width)
+            # The best children are the next frontier.
+            best_BF = best(scores_BC, width)
             above_BF = best_BF // width
-            tokens_BF, scores_BF = children_BC.gather(1, best_BF), found_BC.gather(1, best_BF)
+            tokens_BF, scores_BF = children_BC.gather(1, best_BF), scores_BC.gather(1, best_BF)
             proposed_BF = first + best_BF
             parents_BF = numbers_F[above_BF]
             numbers_F = 1 + depth * width + torch.arange(width, device=device)
@@ -151,30 +128,30 @@ class DynamicTree(Shape):
                 2, numbers_F.expand(B, -1)[..., None], True
             )
             rows.append(ancestors_BFM)
-        found_BC = torch.cat(scores, 1)
-        kept = guide.keeps(min(self.nodes - 1, found_BC.shape[1]))
-        kept_BN = torch.cat([torch.zeros_like(above_BF[:, :1]), 1 + best(found_BC, kept)], dim=1)
+        # Keep the best of all.
+        kept_BN = torch.cat([torch.zeros_like(above_BF[:, :1]), 1 + best(torch.cat(scores, 1), self.nodes - 1)], dim=1)
         numbers_BN = numbers_BC.gather(1, kept_BN)
         topology = self._topology(kept_BN, numbers_BN, torch.cat(parents, 1), numbers_BC, torch.cat(rows, 1))
-        return Draft(torch.cat(tokens, 1).gather(1, kept_BN), tuple(steps.scores), topology, numbers_BN)
+        tokens_BN = torch.cat(tokens, 1).gather(1, kept_BN)
+        return Draft(self, tokens_BN, topology, self.depth, tuple(steps.logits), tuple(steps.signals), numbers_BN)
 
     def _topology(
         self, kept_BN: Tensor, numbers_BN: Tensor, parents_BC: Tensor, numbers_BC: Tensor, ancestors_BMM: Tensor
     ) -> Topology:
-        """Where the kept nodes hang, from where all that were proposed hang.
+        """How the kept nodes are connected.
 
         Args:
-            kept_BN: Places of the kept nodes among the proposed.
+            kept_BN: Indices of the kept nodes among the proposed ones.
             numbers_BN: Their numbers among the expanded nodes, 0 where never expanded.
-            parents_BC: Place of each proposed node's parent.
-            numbers_BC: Numbers of all proposed.
+            parents_BC: Index of each proposed node's parent.
+            numbers_BC: Numbers of all proposed nodes.
             ancestors_BMM: True at ancestors and self, over the expanded nodes.
         """
         N, device = kept_BN.shape[1], kept_BN.device
         order_N = torch.arange(N, device=device)
         rank_BC = torch.zeros_like(parents_BC).scatter(1, kept_BN, order_N.expand_as(kept_BN))
         above_BN = parents_BC.gather(1, kept_BN)
-        # an ancestor was expanded: i sees j where j is among what i's parent saw, or is i
+        # Every ancestor was expanded: i sees j if j is among what i's parent saw, or is i.
         seen_BNM = ancestors_BMM.gather(1, numbers_BC.gather(1, above_BN)[..., None].expand(-1, -1, ancestors_BMM.shape[2]))
         seen_BNN = seen_BNM.gather(2, numbers_BN[:, None].expand(-1, N, -1))
         expanded_BN = (numbers_BN > 0) | (order_N == 0)
@@ -189,20 +166,20 @@ def likeliest(noisy_BFV: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def best(scores_BC: Tensor, count: int) -> Tensor:
-    """Places of the highest scores, best first; of equal ones the first, so that a parent stays before its children."""
+    """Indices of the highest scores, best first; among equals the first, so that a parent comes before its children."""
     return scores_BC.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
-def read_tree(text: str) -> DynamicTree | list[RankPath]:
-    """A tree as the command line spells it: rank paths [[0],[1],[0,0]], or dynamic:DEPTH,TOP_K,NODES.
+def parse_tree(text: str) -> DynamicTree | list[RankPath]:
+    """A tree as the command line writes it: rank paths [[0],[1],[0,0]], or dynamic:DEPTH,TOP_K,NODES.
 
     Raises:
         UserError: it is neither.
     """
     if text == "dynamic":
         return DynamicTree()
-    if found := re.fullmatch(r"dynamic:(\d+),(\d+),(\d+)", text.replace(" ", "")):
-        return DynamicTree(*map(int, found.groups()))
+    if match := re.fullmatch(r"dynamic:(\d+),(\d+),(\d+)", text.replace(" ", "")):
+        return DynamicTree(*map(int, match.groups()))
     with suppress(ValueError):
-        return list(rank_paths(json.loads(text)))
+        return list(parse_rank_paths(json.loads(text)))
     raise UserError(f"tree {text}: give rank paths, as [[0],[1],[0,0]], or dynamic:DEPTH,TOP_K,NODES, as dynamic:5,4,16")

@@ -1,12 +1,12 @@
-"""The shape of a round's draft and its growth level by level: what chains, static trees and dynamic trees share."""
+"""What the shapes of a round's draft share: the draft, its topology, and the drafter's steps that grow it level by level."""
 
-# B batch  N nodes, root first  F frontier nodes  C children of one level  K draft vocabulary  V vocabulary  D levels
+# B batch  N nodes, root first  F frontier nodes  K draft vocabulary  V vocabulary  D levels  W proposals of a node
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -14,19 +14,21 @@ from trainkit.drafters.base import Drafter, Frontier, State, TargetHandle
 from trainkit.errors import UserError
 from trainkit.layers.attention import Packing
 from trainkit.models.predictor import RANKS, signals
+from trainkit.runner.policy import Policy
 from trainkit.runner.sampling import Noise, Sampling
 
 RankPath = tuple[int, ...]
+"""A node of a tree: (0,) is the root's likeliest child, (0, 1) the second child of that one."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Where the nodes that the target judges hang; one row stands for all where their shape is the same.
+    """How the nodes that the target verifies are connected; one row serves the whole batch where all rows are alike.
 
     Attributes:
-        depths_BN: Depth of each node.
-        parents_BN: Parent's number, 0 for the root itself; a parent's number is lower than its children's.
-        ancestors_BNN: True at [b, i, j] where j is an ancestor of i, or i.
+        depths_BN: Depth of each node; the root has 0.
+        parents_BN: Number of each node's parent, lower than the node's own; 0 for the root.
+        ancestors_BNN: True at [b, i, j] if j is an ancestor of i, or i itself.
     """
 
     depths_BN: Tensor
@@ -35,36 +37,14 @@ class Topology:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A drafted tree.
+class LevelSignals:
+    """What an acceptance predictor reads of one draft level.
 
     Attributes:
-        tokens_BN: Tokens, root first.
-        scores: Per level, the processed draft logits [B, F, V] over the whole vocabulary (-inf where it proposes nothing);
-            kept only when asked for.
-        topology: Where the nodes hang.
-        numbers_BN: What the drafter calls each node, 0 for one it never expanded; None where it calls them as they are here.
-        said: Per level, what an acceptance predictor reads; kept only when asked for.
-        shape: What it came to, where the shape asked for decides that while it drafts; it grows nothing itself.
-        levels: Draft levels run for it, if more than it has.
-        packing: Nodes of a chain that are verified, where some rows have more than others; the rest are pads.
-        chances_BD: How likely each token is to be kept, where that was asked of a draft that no host followed.
+        hidden_BFD: Hidden state of each node that was expanded.
+        tokens_BFW: Token ids of its best proposals, best first.
+        signals_BFWC: Their `signals` (models/predictor.py).
     """
-
-    tokens_BN: Tensor
-    scores: tuple[Tensor, ...]
-    topology: Topology
-    numbers_BN: Tensor | None = None
-    said: tuple[Said, ...] = ()
-    shape: Shape | None = None
-    levels: int | None = None
-    packing: Packing | None = None
-    chances_BD: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a level says: the states that propose, and of each node's best proposals, best first, tokens and `signals`."""
 
     hidden_BFD: Tensor
     tokens_BFW: Tensor
@@ -72,32 +52,71 @@ class Said:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """The drafted tree of a round.
+
+    Attributes:
+        shape: Its shape. A shape that is decided while drafting (by a policy) puts the final one here.
+        tokens_BN: Token ids, root first.
+        topology: How the nodes are connected.
+        levels: Draft levels that were run; more than the depth where a policy dropped some.
+        logits: For each level the processed draft logits [B, F, V] over the whole vocabulary, -inf where the drafter proposes
+            nothing; empty unless `Steps.keep_logits`.
+        signals: For each level what an acceptance predictor reads; empty unless `Steps.keep_signals`.
+        drafter_numbers_BN: The drafter's number of each node, 0 for one that it never expanded; None if equal to ours.
+        packing: The nodes of a chain to verify, where rows verify different numbers of them; the rest is padding.
+        chances_BD: Predicted probability that each token is accepted, from captured rounds of a policy; otherwise None.
+    """
+
+    shape: Shape
+    tokens_BN: Tensor
+    topology: Topology
+    levels: int
+    logits: tuple[Tensor, ...] = ()
+    signals: tuple[LevelSignals, ...] = ()
+    drafter_numbers_BN: Tensor | None = None
+    packing: Packing | None = None
+    chances_BD: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Proposals:
-    """A level's processed draft logits, noise added, the ids of their columns as in `StepOutput`, and the nodes' states."""
+    """What the drafter proposes on one level.
+
+    Attributes:
+        noisy_BFK: Processed draft logits of each node's children, noise added.
+        ids_K: Token ids of the columns, or None if they are the whole vocabulary.
+        hidden_BFD: Hidden state of each node.
+    """
 
     noisy_BFK: Tensor
     ids_K: Tensor | None
     hidden_BFD: Tensor
 
+    def tokens(self, columns: Tensor) -> Tensor:
+        """The token ids of these columns."""
+        return columns if self.ids_K is None else self.ids_K[columns]
+
 
 @dataclass(frozen=True)
 class Steps:
-    """The drafter's steps of one round, and what all of them share.
+    """The drafter's steps in one round, with what all of them share.
 
     Attributes:
-        drafter: Whose steps they are.
-        state: Its tensors.
+        drafter: The drafter.
+        state: Its static tensors.
         handle: The target's shared parts.
-        root_B: The root's token.
-        position_B: Its absolute position.
-        sampling: Processing, the same as the target's.
-        noise_BDV: A row of Gumbel noise for each level, or None to take the likeliest.
-        span: No cache slot at or past it is in use.
-        keep_scores: Keep each level's processed logits, for `residual`,
-        keep_said: and what a predictor reads, for measuring.
+        root_B: Token id of the root.
+        position_B: Absolute position of the root.
+        sampling: Temperature, top-k and top-p, the same as the target's.
+        noise_BDV: Gumbel noise for each level, or None to propose the likeliest tokens.
+        span: Upper bound of the cache slots in use.
+        levels: Largest number of levels to draft in this round; None for the shape's depth.
+        keep_logits: Keep each level's processed logits, for `residual` verification and for observers.
+        keep_signals: Keep what an acceptance predictor reads.
         done_B: Rows whose text has ended.
-        scores: Those kept so far.
-        said: Likewise.
+        logits: The logits kept so far.
+        signals: The signals kept so far.
     """
 
     drafter: Drafter
@@ -108,97 +127,95 @@ class Steps:
     sampling: Sampling
     noise_BDV: Tensor | Noise | None
     span: int
-    keep_scores: bool
-    keep_said: bool = False
+    levels: int | None = None
+    keep_logits: bool = False
+    keep_signals: bool = False
     done_B: Tensor | None = None
-    scores: list[Tensor] = field(default_factory=list)
-    said: list[Said] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    signals: list[LevelSignals] = field(default_factory=list)
 
     def expand(self, frontier: Frontier, width: int) -> Proposals:
-        """What a level proposes.
+        """Runs one level.
 
         Raises:
-            UserError: `width` children are wanted of a node, and the drafter proposes among fewer tokens.
+            UserError: a node shall have `width` children, and the drafter proposes among fewer tokens.
         """
         out = self.drafter.step(self.state, frontier, self.handle, self.span)
         if width > (known := out.logits_BFK.shape[-1]):
             raise UserError(f"tree: {width} children of a node, but this drafter proposes among {known} tokens only")
         logits_BFK = self.sampling.process(out.logits_BFK)
-        if self.keep_scores:
+        if self.keep_logits:
             whole = logits_BFK if out.ids_K is None else _widen(logits_BFK, out.ids_K, self.handle.vocab_size)
-            self.scores.append(whole)
+            self.logits.append(whole)
         if self.noise_BDV is not None:
             row = self.noise_BDV[:, frontier.depth : frontier.depth + 1]
             logits_BFK = logits_BFK + (row if out.ids_K is None else row[:, :, out.ids_K])
-        if self.keep_said:
+        proposals = Proposals(logits_BFK, out.ids_K, out.hidden_BFD)
+        if self.keep_signals:
             width = min(RANKS, known)
-            best_BFW = logits_BFK.topk(width, dim=-1).indices
-            tokens_BFW = best_BFW if out.ids_K is None else out.ids_K[best_BFW]
-            self.said.append(Said(out.hidden_BFD, tokens_BFW, signals(logits_BFK, width, self.sampling.temperature)))
-        return Proposals(logits_BFK, out.ids_K, out.hidden_BFD)
-
-
-class Shape(ABC):
-    """What a round drafts.
-
-    Attributes:
-        depth: Longest path; the most tokens a round can accept.
-        ranked: A node's children are the likeliest, not draws from the draft's distribution, whatever the verification.
-    """
-
-    depth: int
-    ranked = False
-
-    @property
-    @abstractmethod
-    def size(self) -> int:
-        """Nodes, root included: rows the target verifies."""
-
-    @property
-    @abstractmethod
-    def slots(self) -> int:
-        """Scratch cache slots, the larger of what target and drafter need."""
-
-    @property
-    @abstractmethod
-    def widest(self) -> int:
-        """Nodes of its widest frontier."""
-
-    @property
-    @abstractmethod
-    def is_chain(self) -> bool:
-        """Each node has at most one child."""
-
-    @property
-    @abstractmethod
-    def key(self) -> Hashable:
-        """All that tells it from other shapes."""
-
-    @abstractmethod
-    def grow(self, steps: Steps) -> Draft:
-        """Drafts, with one step for each level."""
-
-
-def grow(
-    tree: Shape,
-    drafter: Drafter,
-    state: State,
-    handle: TargetHandle,
-    root_B: Tensor,
-    position_B: Tensor,
-    sampling: Sampling,
-    noise_BDV: Tensor | Noise | None,
-    span: int,
-    keep_scores: bool,
-    keep_said: bool = False,
-    done_B: Tensor | None = None,
-) -> Draft:
-    """Drafts a tree of this shape; the other arguments as in `Steps`."""
-    steps = Steps(drafter, state, handle, root_B, position_B, sampling, noise_BDV, span, keep_scores, keep_said, done_B)
-    return tree.grow(steps)
+            tokens_BFW = proposals.tokens(logits_BFK.topk(width, dim=-1).indices)
+            self.signals.append(LevelSignals(out.hidden_BFD, tokens_BFW, signals(logits_BFK, width, self.sampling.temperature)))
+        return proposals
 
 
 def _widen(logits_BFK: Tensor, ids_K: Tensor, vocab_size: int) -> Tensor:
     """Logits of a trimmed vocabulary over the whole one, -inf elsewhere."""
     full = logits_BFK.new_full((*logits_BFK.shape[:2], vocab_size), float("-inf"))
     return full.index_copy(2, ids_K, logits_BFK)
+
+
+class Shape(ABC):
+    """What a round drafts.
+
+    Attributes:
+        depth: Longest path: the largest number of drafted tokens that a round can accept.
+        ranked: Under every verification a node's children are the likeliest tokens, never draws from the draft's distribution.
+        policy: Decides in each round how much of the shape is drafted; None where that is fixed.
+    """
+
+    depth: int
+    ranked = False
+    policy: Policy | None = None
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of nodes, root included: rows that the target verifies."""
+
+    @property
+    def slots(self) -> int:
+        """Scratch cache slots, the larger of what target and drafter need."""
+        return self.size
+
+    @property
+    @abstractmethod
+    def widest(self) -> int:
+        """Number of nodes of the widest frontier."""
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each node has at most one child."""
+        return False
+
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """What distinguishes it from other shapes in a captured round; None for a shape that cannot be captured."""
+
+    @abstractmethod
+    def grow(self, steps: Steps) -> Draft:
+        """Drafts, with one step for each level."""
+
+    def captured(self, levels: int, per_row: int) -> Shape:
+        """For a shape with a policy, the shape of a round that is decided beforehand, as a captured graph needs it.
+
+        Args:
+            levels: Draft levels; 0 for plain decoding.
+            per_row: Mean number of tokens verified in a row, where that may be fewer than are drafted.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no policy")
+
+
+def without_last_level(draft: Draft, shorter: Shape, topology: Topology) -> Draft:
+    """The draft without its last level, whose shape is `shorter`."""
+    return replace(draft, shape=shorter, tokens_BN=draft.tokens_BN[:, : shorter.size], topology=topology)

@@ -1,6 +1,6 @@
-"""Chains and static draft trees, given as rank paths: (0,) is the root's likeliest child, (0, 1) that child's second."""
+"""Chains and static draft trees, built from rank paths."""
 
-# B batch  N nodes, root first  F frontier nodes  C children of one level  K draft vocabulary  V vocabulary  D levels
+# B batch  N nodes, root first  F frontier nodes  C children of one level  W largest number of children
 
 from __future__ import annotations
 
@@ -18,29 +18,43 @@ from trainkit.runner.trees.shape import Draft, RankPath, Shape, Steps, Topology
 
 @dataclass(frozen=True)
 class Level:
-    """One expansion: the nodes that have children, and where each child comes from.
+    """One expansion: the nodes that have children, and which child comes from where.
 
     Attributes:
-        nodes_F: The frontier's node numbers.
-        parents_F: Their parents' numbers, -1 at the root.
-        parent_places_F: Where each parent stood in the level above.
+        nodes_F: Numbers of the frontier's nodes.
+        parents_F: Numbers of their parents, -1 at the root.
+        parent_index_F: Index of each parent in the frontier of the level above.
         ancestors_FN: True at a frontier node's ancestors and itself.
-        children: Node numbers of the children; a slice, since nodes are numbered level by level.
-        places_C: Which frontier node each is a child of.
-        ranks_C: Which of its proposals each is.
-        width: Proposals asked for: 1 + the largest rank.
-        single: Every frontier node has one child, so that child i comes from node i.
+        children: Numbers of the children: a slice, since nodes are numbered level by level.
+        parents_C: Index in the frontier of each child's parent.
+        ranks_C: Rank of each child among its parent's proposals.
+        width: Proposals needed of each node: 1 + the largest rank.
+        single: Whether every frontier node has one child, so that child i comes from node i.
     """
 
     nodes_F: Tensor
     parents_F: Tensor
-    parent_places_F: Tensor
+    parent_index_F: Tensor
     ancestors_FN: Tensor
     children: slice
-    places_C: Tensor
+    parents_C: Tensor
     ranks_C: Tensor
     width: int
     single: bool
+
+    def frontier(self, tokens_BF: Tensor, position_B: Tensor, depth: int, is_chain: bool) -> Frontier:
+        """The frontier with these tokens, `depth` below a root at `position_B`."""
+        B = tokens_BF.shape[0]
+        return Frontier(
+            tokens_BF=tokens_BF,
+            positions_BF=(position_B + depth)[:, None].expand_as(tokens_BF),
+            nodes_F=self.nodes_F,
+            parents_BF=self.parents_F.expand(B, -1),
+            parent_index_BF=self.parent_index_F.expand(B, -1),
+            ancestors_BFM=self.ancestors_FN.expand(B, -1, -1),
+            depth=depth,
+            is_chain=is_chain,
+        )
 
 
 @dataclass(frozen=True)
@@ -49,10 +63,10 @@ class Tree(Shape):
 
     Attributes:
         paths: Rank paths of the nodes after the root, parents before children, level by level.
-        levels: Its expansions, root's first.
-        depth: Longest path; the most tokens a round can accept.
-        topology: Where its nodes hang.
-        children_NW: The number of each node's child by rank, -1 where there is none.
+        levels: Its expansions, the root's first.
+        depth: Longest path.
+        topology: How its nodes are connected.
+        children_NW: Number of each node's child by rank, -1 where it has none.
     """
 
     paths: tuple[RankPath, ...]
@@ -64,10 +78,6 @@ class Tree(Shape):
     @property
     def size(self) -> int:
         return len(self.paths) + 1
-
-    @property
-    def slots(self) -> int:
-        return self.size
 
     @property
     def widest(self) -> int:
@@ -83,35 +93,24 @@ class Tree(Shape):
 
     @cached_property
     def shortened(self) -> Tree:
-        """Without its last level."""
+        """The tree without its last level."""
         return build([path for path in self.paths if len(path) < self.depth], self.children_NW.device)
 
     def grow(self, steps: Steps) -> Draft:
-        """Each level's proposals are the best by draft log-probability plus noise."""
-        B = steps.root_B.shape[0]
+        """Proposes on each level the tokens with the highest draft log-probability plus noise."""
         tokens_BN = steps.root_B[:, None].repeat(1, self.size)
         frontier_BF = steps.root_B[:, None]
         for depth, level in enumerate(self.levels):
-            frontier = Frontier(
-                tokens_BF=frontier_BF,
-                positions_BF=(steps.position_B + depth)[:, None].expand(B, len(level.nodes_F)),
-                nodes_F=level.nodes_F,
-                parents_BF=level.parents_F.expand(B, -1),
-                parent_places_BF=level.parent_places_F.expand(B, -1),
-                ancestors_BFM=level.ancestors_FN.expand(B, -1, -1),
-                depth=depth,
-                chain=self.is_chain,
-            )
-            made = steps.expand(frontier, level.width)
-            noisy = made.noisy_BFK
-            picked = noisy.argmax(-1, keepdim=True) if level.width == 1 else noisy.topk(level.width, dim=-1).indices
-            if made.ids_K is not None:
-                picked = made.ids_K[picked]
-            children_BC = picked[..., 0] if level.single else picked[:, level.places_C, level.ranks_C]
+            frontier = level.frontier(frontier_BF, steps.position_B, depth, self.is_chain)
+            proposals = steps.expand(frontier, level.width)
+            noisy = proposals.noisy_BFK
+            columns = noisy.argmax(-1, keepdim=True) if level.width == 1 else noisy.topk(level.width, dim=-1).indices
+            tokens_BFW = proposals.tokens(columns)
+            children_BC = tokens_BFW[..., 0] if level.single else tokens_BFW[:, level.parents_C, level.ranks_C]
             tokens_BN[:, level.children] = children_BC
             if depth + 1 < self.depth:
                 frontier_BF = children_BC if self.is_chain else tokens_BN[:, self.levels[depth + 1].nodes_F]
-        return Draft(tokens_BN, tuple(steps.scores), self.topology, said=tuple(steps.said))
+        return Draft(self, tokens_BN, self.topology, self.depth, tuple(steps.logits), tuple(steps.signals))
 
 
 def chain(depth: int) -> tuple[RankPath, ...]:
@@ -125,6 +124,7 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
     Raises:
         UserError: a path is given twice, or its parent or a lower rank beside it is missing.
     """
+    # Number the nodes level by level, and check that no parent or lower rank is missing.
     ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
     number: dict[RankPath, int] = {(): 0} | {path: i + 1 for i, path in enumerate(ordered)}
     if len(number) != len(ordered) + 1:
@@ -138,10 +138,13 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
     def tensor(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
+    # Ancestors of every node.
     ancestors = torch.zeros(len(nodes), len(nodes), dtype=torch.bool, device=device)
     for path in nodes:
         for length in range(len(path) + 1):
             ancestors[number[path], number[path[:length]]] = True
+
+    # One expansion for each depth that has children.
     levels: list[Level] = []
     above: list[RankPath] = [()]
     for depth in range(max(map(len, nodes))):
@@ -151,25 +154,20 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
             Level(
                 nodes_F=tensor([number[p] for p in frontier]),
                 parents_F=tensor([number[p[:-1]] if p else -1 for p in frontier]),
-                parent_places_F=tensor([above.index(p[:-1]) if p else 0 for p in frontier]),
+                parent_index_F=tensor([above.index(p[:-1]) if p else 0 for p in frontier]),
                 ancestors_FN=ancestors[tensor([number[p] for p in frontier])],
                 children=slice(number[children[0]], number[children[-1]] + 1),
-                places_C=tensor([frontier.index(p[:-1]) for p in children]),
+                parents_C=tensor([frontier.index(p[:-1]) for p in children]),
                 ranks_C=tensor([p[-1] for p in children]),
                 width=1 + max(p[-1] for p in children),
                 single=len(children) == len(frontier),
             )
         )
         above = frontier
-    width = 1 + max((p[-1] for p in ordered), default=0)
-    children_NW = torch.full((len(nodes), width), -1, dtype=torch.long, device=device)
-    for path in nodes:
-        if path:
-            children_NW[number[path[:-1]], path[-1]] = number[path]
-    return Tree(
-        paths=tuple(ordered),
-        levels=tuple(levels),
-        depth=len(levels),
-        children_NW=children_NW,
-        topology=Topology(tensor([[len(p) for p in nodes]]), tensor([[number[p[:-1]] for p in nodes]]), ancestors[None]),
-    )
+
+    # Children by rank.
+    children_NW = tensor([[-1] * (1 + max((p[-1] for p in ordered), default=0))] * len(nodes))
+    for path in ordered:
+        children_NW[number[path[:-1]], path[-1]] = number[path]
+    topology = Topology(tensor([[len(p) for p in nodes]]), tensor([[number[p[:-1]] for p in nodes]]), ancestors[None])
+    return Tree(tuple(ordered), tuple(levels), len(levels), topology, children_NW)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainkit.drafters.base import (
+    Accepted,
+    Chunk,
     Divergence,
     DraftBatch,
     Drafter,
@@ -60,7 +62,7 @@ class Twig(Drafter):
         outputs, counted = [], []
         for step in (1, 2):
             # after reading x_{t+step}, position t predicts x_{t+step+1}
-            counted_BT, target_ND, labels_N = batch.ahead(step + 1)
+            counted_BT, target_ND, labels_N = batch.training_targets(step + 1)
             hidden_BTD = self._grow(hidden_BTD, batch.tokens_BT.roll(-step, 1), batch.handle)
             outputs.append(
                 divergence(hidden_BTD[counted_BT], batch.handle.head, target_ND, batch.teacher_head, labels_N=labels_N)
@@ -71,49 +73,24 @@ class Twig(Drafter):
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         D = self.target.decoder.hidden_size
         return {
-            "feature": torch.zeros(batch_size, D, device=device, dtype=dtype),
+            "feature": torch.zeros(batch_size, 1, D, device=device, dtype=dtype),
             "level": torch.zeros(batch_size, WIDEST, D, device=device, dtype=dtype),
         }
 
-    def prefill(
-        self,
-        state: State,
-        tokens_BT: Tensor,
-        next_BT: Tensor,
-        positions_BT: Tensor,
-        taps_BTAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        assert taps_BTAD is not None
-        state["feature"].copy_(self.fuse(taps_BTAD[:, -1].flatten(1)))
+    def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
+        assert chunk.taps_BTAD is not None
+        state["feature"].copy_(self.fuse(chunk.taps_BTAD[:, -1:].flatten(2)))
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
-        if frontier.depth == 0:
-            parents = state["feature"][:, None]
-        else:
-            places = frontier.parent_places_BF[..., None].expand(-1, -1, state["level"].shape[2])
-            parents = state["level"].gather(1, places)
+        parents = frontier.gather_parents(state["level"]) if frontier.depth else state["feature"]
         hidden = self._grow(parents, frontier.tokens_BF, handle)
         state["level"][:, : hidden.shape[1]].copy_(hidden)
         return StepOutput(handle.head(hidden), None, hidden)
 
-    def commit(
-        self,
-        state: State,
-        path_BP: Tensor | None,
-        tokens_BP: Tensor,
-        next_BP: Tensor,
-        counts_B: Tensor,
-        root_B: Tensor,
-        taps_BPAD: Tensor | None,
-        handle: TargetHandle,
-        span: int,
-    ) -> None:
-        assert taps_BPAD is not None
-        last = (counts_B - 1).clamp(min=0)[:, None, None, None].expand(-1, 1, *taps_BPAD.shape[2:])
-        feature = self.fuse(taps_BPAD.gather(1, last)[:, 0].flatten(1))
-        state["feature"].copy_(torch.where(counts_B[:, None] > 0, feature, state["feature"]))
+    def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
+        assert accepted.taps_BPAD is not None
+        feature_BPD = self.fuse(accepted.taps_BPAD.flatten(2))
+        state["feature"].copy_(accepted.last(feature_BPD, state["feature"]))
 
     def step_bytes(self, head_bytes: int) -> int:
         return self.mix.weight.numel() * self.mix.weight.element_size() + head_bytes

@@ -8,6 +8,8 @@ from tests.support import laws
 from tests.support.distribution import tables
 from tests.support.models import pair, ragged_prompts, table_runner
 from trainkit.errors import UserError
+from trainkit.modules.mixed_text import Mixed
+from trainkit.runner.verify import Verdict
 
 ROWS = 2048
 
@@ -15,7 +17,7 @@ ROWS = 2048
 def counts_of(p, q, share: float, depth: int, seed: int, blocks: int) -> np.ndarray:
     each = -(-blocks // ROWS)
     runner = table_runner(torch.tensor(p), torch.tensor(q), ROWS, 4 * each + 5)
-    options = {"temperature": 1.0, "max_new_tokens": 4 * each + 4, "verify": "mixed", "share": share, "depth": depth}
+    options = {"temperature": 1.0, "max_new_tokens": 4 * each + 4, "verify": Mixed(share), "depth": depth}
     tokens = np.array([out.tokens[4:] for _, out in runner.generate_each([[0]] * ROWS, seed=seed, **options)]).reshape(-1, 4)
     return np.bincount(tokens @ [64, 16, 4, 1], minlength=256).reshape(4, 4, 4, 4).astype(float)
 
@@ -35,18 +37,15 @@ def test_joint_of_four_tokens_is_the_mixtures(share: float, depth: int, seed: in
 
 def test_the_test_sees_a_bonus_token_of_the_target(seed: int, monkeypatch) -> None:
     """Planted fault: a round that kept all its drafted tokens also emits one of the target's."""
-    from trainkit.runner import round as decoder
-    from trainkit.runner import verify
+    right = Mixed.verify
 
-    right = verify.mixed
-
-    def with_bonus(draft, scores, *options):
-        verdict = right(draft, scores, *options)
+    def with_bonus(self, draft, scores, *options):
+        verdict = right(self, draft, scores, *options)
         full = (verdict.emitted_BP == draft.tokens_BN[:, 1:]).all(1) & (verdict.counts_B == scores.shape[1])
         emitted = torch.cat([verdict.emitted_BP, scores[:, -1:].argmax(-1)], dim=1)
-        return verify.Verdict(None, verdict.counts_B + full.long(), emitted)
+        return Verdict(None, verdict.counts_B + full.long(), emitted)
 
-    monkeypatch.setattr(decoder, "mixed", with_bonus)
+    monkeypatch.setattr(Mixed, "verify", with_bonus)
     p, q = tables("generic", np.random.default_rng(5))
     assert laws.p_value(counts_of(p, q, 0.7, 2, seed, 40_000), law_of(p, q, 0.7)) < 1e-6
 
@@ -56,8 +55,8 @@ def test_without_a_share_greedy_text_is_the_targets(seed: int) -> None:
     runner = pair(noise=0.3, ends=())
     prompts = ragged_prompts(5)
     plain = [out.tokens for out in runner.generate(prompts, 24, depth=0)]
-    options = {"max_new_tokens": 24, "verify": "mixed", "depth": 3}
-    own = dict(runner.generate_each(prompts, share=0.0, **options))
+    options = {"max_new_tokens": 24, "depth": 3}
+    own = dict(runner.generate_each(prompts, verify=Mixed(0.0, greedy=True), **options))
     assert [own[place].tokens for place in range(5)] == plain
 
 
@@ -66,14 +65,15 @@ def test_all_of_the_drafts_is_the_drafts_own_text_after_the_first_token(seed: in
 
     runner = pair(noise=0.3, ends=())
     prompts = ragged_prompts(5)
-    written = dict(runner.generate_each(prompts, share=1.0, max_new_tokens=24, verify="mixed", depth=3))
+    written = dict(runner.generate_each(prompts, max_new_tokens=24, verify=Mixed(1.0, greedy=True), depth=3))
     alone = Runner.from_modules(runner.drafter.decoder, None, runner.shape, max_batch=8, max_len=96)
     firsts = [[*prompt, written[place].tokens[0]] for place, prompt in enumerate(prompts)]
     assert [written[place].tokens[1:] for place in range(5)] == [out.tokens for out in alone.generate(firsts, 23)]
 
 
 def test_mixed_text_needs_a_depth_and_a_share() -> None:
-    runner = pair()
-    for options in ({"depth": 0, "share": 0.5}, {"depth": 2, "share": 1.5}, {"share": 0.5}):
-        with pytest.raises(UserError, match="mixed text needs"):
-            list(runner.generate_each([[1]], verify="mixed", **options))
+    with pytest.raises(UserError, match="share 1.5: must be between 0 and 1"):
+        Mixed(1.5)
+    for runner, options in ((pair(), {"depth": 0}), (pair(noise=None), {})):
+        with pytest.raises(UserError, match="Mixed needs a drafter and a chain of at least one token"):
+            list(runner.generate_each([[1]], verify=Mixed(0.5), **options))
