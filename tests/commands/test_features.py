@@ -277,7 +277,7 @@ def test_two_processes_at_once_the_second_is_refused(command, straight, tmp_path
 
     def slow() -> int:
         real = feature_set._shard_tensors
-        feature_set._shard_tensors = lambda *given: time.sleep(1.5) or real(*given)
+        feature_set._shard_tensors = lambda *given: time.sleep(3600) or real(*given)
         return command(out)
 
     pid = fork(slow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -262,11 +263,20 @@ def test_other_things_are_left_alone(tmp_path):
 
 
 def test_two_processes_at_once_the_second_is_refused(tmp_path, straight):
-    pid = fork(lambda: write(tmp_path, completing(0.02)))
+    count, checked = itertools.count(), tmp_path.with_name("checked")
+
+    def waiting(rows: Sequence[PlannedRow], temperature: float) -> Iterator[Completion]:
+        for answer in completing()(rows, temperature):
+            if next(count) == 2:
+                wait_until(checked.exists)
+            yield answer
+
+    pid = fork(lambda: write(tmp_path, waiting))
     wait_until(lambda: rows_in(tmp_path) > 1, pid)
     with pytest.raises(UserError, match="another process is writing") as caught:
         write(tmp_path)
     assert "part-00000.partial" in str(caught.value) and "\n" not in str(caught.value)
+    checked.touch()
     assert ended(pid) == 0 and files_of(tmp_path) == straight
 
 

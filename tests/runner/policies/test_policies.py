@@ -128,7 +128,7 @@ class Telling(PolicyChain):
 
 
 LIKELY_ZERO = np.array([0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3])  # the draft's law everywhere; the target's is uniform
-BLOCKS = 2500
+BLOCKS = 1500
 
 
 def choosy_counts(drops: bool, seed: int) -> np.ndarray:
@@ -142,7 +142,7 @@ def choosy_counts(drops: bool, seed: int) -> np.ndarray:
 def test_residual_verification_verifies_all_that_was_drafted():
     """Through the engine: no policy may leave a token unverified there, by what it is."""
     runner = pair()
-    runner.predictor = predicting(runner)
+    runner.predictor, runner.pacer.costs = predicting(runner), lambda *_: flat(0.05, 0.1)
     for policy in POLICIES:
         runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="residual", policy=policy)
         runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="coupled", policy=policy)
