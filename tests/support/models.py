@@ -67,7 +67,7 @@ def pair(
     target = random_decoder(shape, std)
     told = TargetShape(shape, tuple(ends))
     draft = None if noise is None else lm_draft(told, near(target, noise, draft_layers))
-    return Runner.from_modules(target, draft, told, max_batch=max_batch, max_len=max_len)
+    return Runner(target, draft, told, max_batch=max_batch, max_len=max_len)
 
 
 def predicting(runner: Runner, max_depth: int = 16) -> AcceptancePredictor:
@@ -164,4 +164,4 @@ def table_runner(target_PVV: Tensor, draft_PVV: Tensor, max_batch: int, max_len:
     """The real rounds over two tables of logits, [position modulo P, last token, next token]."""
     target = TableTarget(target_PVV)
     told = TargetShape(target.shape, ())
-    return Runner.from_modules(target, TableDraft(told, draft_PVV), told, max_batch=max_batch, max_len=max_len)
+    return Runner(target, TableDraft(told, draft_PVV), told, max_batch=max_batch, max_len=max_len)

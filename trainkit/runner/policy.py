@@ -25,7 +25,7 @@ Signal = Literal["none", "confidence", "predictor"]
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round accepted; each list has an item for every row whose text had not ended.
+    """What a round accepted; `verified`, `accepted` and each level of `chances` have an item per row whose text had not ended.
 
     Attributes:
         rows: Number of rows that the round decoded, those with ended texts included.
@@ -51,7 +51,7 @@ class Policy:
         max_depth: Largest number of draft levels in a round.
 
     Attributes:
-        signal: What `continues` is given.
+        signal: What `continues` receives for each row.
     """
 
     signal: Signal = "none"
@@ -76,16 +76,12 @@ class Policy:
         """Whether to draft another level, given the signal of the level just drafted for each row."""
         return True
 
-    def verified_levels(self, levels: int) -> int:
-        """How many of the drafted levels to verify, where some may be dropped."""
-        return levels
-
-    def verified_per_row(self, levels: int) -> Sequence[int]:
-        """How many tokens to verify in each row, where rows may differ; empty if all rows verify `verified_levels`."""
-        return ()
+    def verified(self, levels: int, rows: int) -> Sequence[int]:
+        """For each row, the number of tokens to verify of the `levels` that were drafted, where some may be dropped."""
+        return [levels] * rows
 
     def learn(self, outcome: RoundOutcome) -> None:
-        """Takes in what a round accepted."""
+        """Updates the policy with what a round accepted."""
 
 
 @dataclass(frozen=True)

@@ -184,11 +184,9 @@ class Cost(Policy):
         so_far, step = self.costs.verify(rows, level + 2), self.costs.level(rows)
         return [more * step + self.costs.verify(rows, level + 2 + more) - so_far for more in range(1, self.max_depth - level)]
 
-    def verified_levels(self, levels: int) -> int:
-        return self._best_equal(self._chances[:levels])[1]
-
-    def verified_per_row(self, levels: int) -> Sequence[int]:
-        return self._best_per_row(self._chances[:levels])[1] if self.per_row and self._rows > 1 else ()
+    def verified(self, levels: int, rows: int) -> Sequence[int]:
+        chances_DB = self._chances[:levels]
+        return self._best_per_row(chances_DB)[1] if self.per_row and rows > 1 else [self._best_equal(chances_DB)[1]] * rows
 
     def _best_equal(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, int]:
         """The best value, tokens minus cost, of verifying equally many tokens in each row; and that number."""

@@ -144,7 +144,7 @@ def measure_chain_costs(
         sampling: Sampling of drafting and verifying; noise and top-p take their time.
         repeats: Number of repeats of each measurement.
     """
-    device = rounds.target.embed.weight.device
+    device = rounds.device
     sizes = sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
     depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < max_depth} | {max_depth})
     shapes = {depth: shape_at(depth) for depth in depths}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 from trainkit.layers.attention import Packing
 from trainkit.models.predictor import RANKS, signals
 from trainkit.runner.policy import Policy
-from trainkit.runner.sampling import Noise, Sampling
+from trainkit.runner.sampling import AnyNoise, Sampling
 
 RankPath = tuple[int, ...]
 """A node of a tree: (0,) is the root's likeliest child, (0, 1) the second child of that one."""
@@ -125,7 +125,7 @@ class Steps:
     root_B: Tensor
     position_B: Tensor
     sampling: Sampling
-    noise_BDV: Tensor | Noise | None
+    noise_BDV: AnyNoise
     span: int
     levels: int | None = None
     keep_logits: bool = False
@@ -214,8 +214,3 @@ class Shape(ABC):
             per_row: Mean number of tokens verified in a row, where that may be fewer than are drafted.
         """
         raise NotImplementedError(f"{type(self).__name__} has no policy")
-
-
-def without_last_level(draft: Draft, shorter: Shape, topology: Topology) -> Draft:
-    """The draft without its last level, whose shape is `shorter`."""
-    return replace(draft, shape=shorter, tokens_BN=draft.tokens_BN[:, : shorter.size], topology=topology)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,7 +29,6 @@ class Level:
         parents_C: Index in the frontier of each child's parent.
         ranks_C: Rank of each child among its parent's proposals.
         width: Proposals needed of each node: 1 + the largest rank.
-        single: Whether every frontier node has one child, so that child i comes from node i.
     """
 
     nodes_F: Tensor
@@ -40,7 +39,6 @@ class Level:
     parents_C: Tensor
     ranks_C: Tensor
     width: int
-    single: bool
 
     def frontier(self, tokens_BF: Tensor, position_B: Tensor, depth: int, is_chain: bool) -> Frontier:
         """The frontier with these tokens, `depth` below a root at `position_B`."""
@@ -106,11 +104,18 @@ class Tree(Shape):
             noisy = proposals.noisy_BFK
             columns = noisy.argmax(-1, keepdim=True) if level.width == 1 else noisy.topk(level.width, dim=-1).indices
             tokens_BFW = proposals.tokens(columns)
-            children_BC = tokens_BFW[..., 0] if level.single else tokens_BFW[:, level.parents_C, level.ranks_C]
+            children_BC = tokens_BFW[..., 0] if self.is_chain else tokens_BFW[:, level.parents_C, level.ranks_C]
             tokens_BN[:, level.children] = children_BC
             if depth + 1 < self.depth:
                 frontier_BF = children_BC if self.is_chain else tokens_BN[:, self.levels[depth + 1].nodes_F]
         return Draft(self, tokens_BN, self.topology, self.depth, tuple(steps.logits), tuple(steps.signals))
+
+
+def without_last_level(draft: Draft) -> Draft:
+    """The draft of a static tree without its last level."""
+    assert isinstance(draft.shape, Tree)
+    tree = draft.shape.shortened
+    return replace(draft, shape=tree, tokens_BN=draft.tokens_BN[:, : tree.size], topology=tree.topology)
 
 
 def chain(depth: int) -> tuple[RankPath, ...]:
@@ -160,7 +165,6 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
                 parents_C=tensor([frontier.index(p[:-1]) for p in children]),
                 ranks_C=tensor([p[-1] for p in children]),
                 width=1 + max(p[-1] for p in children),
-                single=len(children) == len(frontier),
             )
         )
         above = frontier
