@@ -1,4 +1,4 @@
-"""The runner: folders in, text out. Loads target and drafter, turns prompts into requests, and their tokens into text.
+"""The runner: loads target and drafter from folders, turns prompts into requests, and decoded tokens into text.
 
 Left out on purpose: paged caches and preemption; the scheduler gives each text a cache row of its own.
 """
@@ -72,7 +72,7 @@ class Runner:
         if drafter is not None:
             drafter.requires_grad_(False).eval()
         stream_weights(target, *([] if drafter is None else [drafter]))
-        self.rounds = Rounds(target, drafter, shape.end_ids)
+        self.rounds = Rounds(target, drafter)
         self.device = self.rounds.device
         capture = self.device.type == "cuda" if capture is None else capture
         self.scheduler = Scheduler(self.rounds, max_batch, max_len, capture)
@@ -151,18 +151,16 @@ class Runner:
         Args:
             prompts: Raw text (no template, nothing prepended) or token ids.
             max_new_tokens: Largest number of new tokens for each, the end token included.
-            temperature: 0 takes the likeliest token; above, samples.
+            temperature: 0 takes the likeliest token; above 0, tokens are sampled.
             n: Number of samples for each prompt.
             progress: Show a progress bar.
-            **options: The other fields of `GenerateOptions`: top_p, top_k, seed, depth, tree, policy, verify, stop, logprobs
-            ...
+            **options: The other fields of `GenerateOptions`.
 
         Raises:
             UserError: an option out of range, an empty prompt, or one longer than the cache.
         """
-        chosen = GenerateOptions.from_names(
-            "generate", options | {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        )
+        options |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        chosen = GenerateOptions.from_names("generate", options)
         if n < 1:
             raise UserError(f"n {n} must be at least 1")
         draws = [(index, sample) for index in range(len(prompts)) for sample in range(n)]

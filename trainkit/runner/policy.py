@@ -89,14 +89,12 @@ class PolicySpec:
     """A policy as the user names it.
 
     Attributes:
-        name: fixed, confidence, predictor, cost or ema.
+        name: fixed, confidence, predictor, cost, cost-blind (`cost` without the predictor) or ema.
         threshold: Threshold of confidence and predictor.
-        blind: Whether `cost` ignores the predictor.
     """
 
     name: str
     threshold: float = 0.0
-    blind: bool = False
 
     @staticmethod
     def parse(text: str) -> PolicySpec:
@@ -113,8 +111,6 @@ class PolicySpec:
             if not 0 <= threshold <= 1:
                 raise UserError(f"policy {text}: the threshold must be a number between 0 and 1")
             return PolicySpec(match[1], threshold)
-        if text == "cost-blind":
-            return PolicySpec("cost", blind=True)
-        if text in ("fixed", "cost", "ema"):
+        if text in ("fixed", "cost", "cost-blind", "ema"):
             return PolicySpec(text)
         raise UserError(f"unknown policy {text!r}; choose from cost, cost-blind, confidence:P, predictor:P, ema, fixed")

@@ -146,40 +146,34 @@ class RoundOutput:
 
 
 class Rounds:
-    """Runs rounds over the static tensors of a target and a drafter. Knows nothing of requests or text beyond end ids and
-    length.
+    """Runs rounds over the static tensors of a target and a drafter; of requests and texts it knows end ids and length limits.
 
     Args:
         target: The decoder that verifies.
         drafter: The drafter, or None.
-        end_ids: Token ids that end a row.
 
     Attributes:
-        seconds: Time spent in eager rounds since it was last cleared: draft, target, verify.
+        seconds: Time spent in eager rounds since the scheduler last set it to 0: draft, target, verify.
     """
 
-    def __init__(self, target: Decoder, drafter: Drafter | None, end_ids: tuple[int, ...]) -> None:
+    def __init__(self, target: Decoder, drafter: Drafter | None) -> None:
         self.target, self.drafter = target, drafter
         self.taps = () if drafter is None else drafter.taps
         self.device = target.embed.weight.device
         # Every tensor of end ids ever used is retained, because captured graphs point to them.
         self._ends: dict[tuple[int, ...], Tensor] = {}
-        self.set_end_ids(end_ids)
+        self.set_end_ids(())
         self.vocabulary = torch.arange(target.shape.vocab_size, device=self.device)
         self.handle = TargetHandle(target.embed, target.head, target.shape.vocab_size)
-        self.clear_seconds()
-
-    def clear_seconds(self) -> None:
-        """Starts measuring again."""
         self.seconds = {"draft": 0.0, "target": 0.0, "verify": 0.0}
 
     def set_end_ids(self, end_ids: Sequence[int]) -> None:
-        """Replaces the tokens that end a row; part of a graph's key."""
+        """Replaces the token ids that end a text; they are part of a graph's key."""
         self.end_key = tuple(end_ids)
         self.end_ids = self._ends.setdefault(self.end_key, torch.tensor(self.end_key, dtype=torch.long, device=self.device))
 
     def new_state(self, batch_size: int, slots: int, can_pause: bool = False) -> RoundState:
-        """Static tensors for so many rows and cache slots, all rows free; `can_pause` adds the buffer of missed tokens."""
+        """Static tensors for `batch_size` free rows of `slots` cache slots; `can_pause` adds the buffer of missed tokens."""
         B, weight, device, missed = batch_size, self.target.embed.weight, self.device, {}
         if can_pause:
             missed["count"] = torch.zeros(B, dtype=torch.long, device=device)

@@ -78,7 +78,7 @@ class Scheduler:
         began = perf_counter()
         call = self.begin()
         self.rounds.set_end_ids(stopping.end_ids)
-        self.rounds.clear_seconds()
+        self.rounds.seconds = dict.fromkeys(self.rounds.seconds, 0.0)
         step = plan.shape.depth + 1
         batch = min(self.max_batch, len(requests))
         slots = self.max_len + plan.shape.slots + (self.lag + 1) * step

@@ -222,28 +222,16 @@ class Typical(Verification):
         return _verdict(draft, path_BP, counts_B, choice_BN.gather(1, last_B1))
 
 
-VERIFICATIONS = ("coupled", "residual", "typical")
-
-
 def build_verification(name: str, greedy: bool, ranked: bool, typical: Typical) -> Verification:
-    """The rule of a name.
-
-    Args:
-        name: coupled, residual or typical.
-        greedy: Temperature 0, where every rule is `coupled` without noise.
-        ranked: The shape's children are the likeliest tokens (`Shape.ranked`).
-        typical: The rule of that name, with its thresholds.
+    """The rule of this name; `greedy` at temperature 0, where every rule is `coupled`, `ranked` as in `Shape`.
 
     Raises:
         UserError: unknown name.
     """
-    if name not in VERIFICATIONS:
-        raise UserError(f"unknown verify {name!r}; choose from {', '.join(VERIFICATIONS)}")
-    if greedy or name == "coupled":
-        return Coupled()
-    if name == "typical":
-        return typical
-    return PointMassResidual() if ranked else Residual()
+    rules = {"coupled": Coupled(), "residual": PointMassResidual() if ranked else Residual(), "typical": typical}
+    if name not in rules:
+        raise UserError(f"unknown verify {name!r}; choose from {', '.join(rules)}")
+    return Coupled() if greedy else rules[name]
 
 
 def after_rejection(p_BV: Tensor, q_BV: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -413,7 +413,7 @@ def test_costs_do_not_hold_what_slowed_the_machine_for_a_while(seed):
     for _ in range(20):
         slow = np.where(draw.random(15) < draw.random(), 1.7, 1.0)
         found = {depth: runs(*parts, slow) for depth, parts in truth.items()}
-        verify, first, level, pack, pad, rest, plain_rest = costs._fit(found, (1, 2, 4), (1, 2, 3, 5), 1.0, 0)
+        verify, first, level, pack, pad, rest, plain_rest = costs._fit(found, (1, 2, 4), 1.0, 0)
         made = ChainCosts((1,), (1, 2, 3, 5), (verify,), (first,), (level,), (pack,), (pad,), (rest,), (plain_rest,))
         for depth in (1, 2, 4):
             assert made.round(1, depth, depth) / made.plain(1) == pytest.approx((sum(truth[depth]) + 0.5) / 10.5, rel=1e-6)
@@ -455,7 +455,7 @@ def test_names_are_read():
     assert (
         PolicySpec.parse("confidence") == PolicySpec("confidence", 0.6) and PolicySpec.parse("predictor:0.25").threshold == 0.25
     )
-    assert PolicySpec.parse("cost-blind").blind and not PolicySpec.parse("cost").blind
+    assert PolicySpec.parse("cost-blind") == PolicySpec("cost-blind") != PolicySpec.parse("cost")
 
 
 def test_a_predictor_of_another_depth_or_batch_says_the_same(seed):

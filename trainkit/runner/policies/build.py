@@ -49,7 +49,7 @@ class Policies:
             raise UserError(f"{name}: the drafter has no predictor; train one, or choose another policy")
         if spec.name in ("confidence", "predictor") and self.scheduler.graphs is not None:
             raise UserError(f"{name}: stops within a round, which a captured graph cannot; choose cost or ema")
-        predictor = None if spec.blind else predictor
+        predictor = None if spec.name == "cost-blind" else predictor
         max_depth, sampling = options.depth or min(MAX_DEPTH, drafter.max_depth or MAX_DEPTH), options.sampling
         key = (spec, max_depth, sampling.temperature, options.verify, torch.get_num_threads(), predictor, _steps(sampling))
         if key not in self.chains:
@@ -66,7 +66,7 @@ class Policies:
             return Policy(max_depth)
         if spec.name == "ema":
             return Recent(max_depth)
-        if spec.name == "cost":
+        if spec.name.startswith("cost"):
             without = "none" if self.scheduler.graphs is None else "confidence"
             signal = without if predictor is None else "predictor"
             return Cost(self.costs(max_depth, predictor, sampling), max_depth, signal, may_drop)

@@ -20,23 +20,7 @@ from trainkit.runner.trees.shape import Draft, Proposals, Shape, Steps
 from trainkit.runner.trees.static import Level, Tree, build, chain
 
 
-class Chain(Shape):
-    """What chains have in common."""
-
-    @property
-    def size(self) -> int:
-        return self.depth + 1
-
-    @property
-    def widest(self) -> int:
-        return 1
-
-    @property
-    def is_chain(self) -> bool:
-        return True
-
-
-class PolicyChain(Chain):
+class PolicyChain(Shape):
     """Asks its policy after each level whether to draft another one. The host reads a number per row, so no graph can hold it.
 
     Args:
@@ -100,7 +84,7 @@ class PolicyChain(Chain):
         return _chance(proposals, depth, None if self.policy.signal == "confidence" else self.predictor)
 
 
-class RankedChain(Chain):
+class RankedChain(Shape):
     """Drafts a chain in every row and verifies the tokens that are likeliest to be accepted; nothing is read on the host.
 
     A token is never likelier to be accepted than the one before it, so the likeliest tokens form chains.

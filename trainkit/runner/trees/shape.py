@@ -145,8 +145,11 @@ class Steps:
             raise UserError(f"tree: {width} children of a node, but this drafter proposes among {known} tokens only")
         logits_BFK = self.sampling.process(out.logits_BFK)
         if self.keep_logits:
-            whole = logits_BFK if out.ids_K is None else _widen(logits_BFK, out.ids_K, self.handle.vocab_size)
-            self.logits.append(whole)
+            whole_BFV = logits_BFK
+            if out.ids_K is not None:  # a trimmed vocabulary
+                whole_BFV = logits_BFK.new_full((*logits_BFK.shape[:2], self.handle.vocab_size), float("-inf"))
+                whole_BFV = whole_BFV.index_copy(2, out.ids_K, logits_BFK)
+            self.logits.append(whole_BFV)
         if self.noise_BDV is not None:
             row = self.noise_BDV[:, frontier.depth : frontier.depth + 1]
             logits_BFK = logits_BFK + (row if out.ids_K is None else row[:, :, out.ids_K])
@@ -158,14 +161,8 @@ class Steps:
         return proposals
 
 
-def _widen(logits_BFK: Tensor, ids_K: Tensor, vocab_size: int) -> Tensor:
-    """Logits of a trimmed vocabulary over the whole one, -inf elsewhere."""
-    full = logits_BFK.new_full((*logits_BFK.shape[:2], vocab_size), float("-inf"))
-    return full.index_copy(2, ids_K, logits_BFK)
-
-
 class Shape(ABC):
-    """What a round drafts.
+    """What a round drafts; unless a subclass overrides its properties, a chain of `depth` tokens.
 
     Attributes:
         depth: Longest path: the largest number of drafted tokens that a round can accept.
@@ -178,9 +175,9 @@ class Shape(ABC):
     policy: Policy | None = None
 
     @property
-    @abstractmethod
     def size(self) -> int:
         """Number of nodes, root included: rows that the target verifies."""
+        return self.depth + 1
 
     @property
     def slots(self) -> int:
@@ -188,19 +185,19 @@ class Shape(ABC):
         return self.size
 
     @property
-    @abstractmethod
     def widest(self) -> int:
         """Number of nodes of the widest frontier."""
+        return 1
 
     @property
     def is_chain(self) -> bool:
         """Whether each node has at most one child."""
-        return False
+        return True
 
     @property
-    @abstractmethod
     def key(self) -> Hashable:
         """What distinguishes it from other shapes in a captured round; None for a shape that cannot be captured."""
+        return self
 
     @abstractmethod
     def grow(self, steps: Steps) -> Draft:
