@@ -65,8 +65,8 @@ class RoundState:
         return RoundState(**{name: mapped(value) for name, value in vars(self).items()})
 
     def rows(self, start: int, stop: int) -> RoundState:
-        """A view of some rows."""
-        return self.map(lambda tensor: tensor[start:stop])
+        """A view of some rows; for all rows the state itself."""
+        return self if stop - start == len(self.done_B) else self.map(lambda tensor: tensor[start:stop])
 
 
 @dataclass(frozen=True)

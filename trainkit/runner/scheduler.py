@@ -1,6 +1,6 @@
-"""Which text owns which cache row, round after round, and how far the host reads behind the device.
+"""Assigns texts to cache rows and runs rounds; the host may read a round's output while the device runs the next one.
 
-A text owns one row of a static cache from its prompt to its end; the row of a finished text goes to the next one that waits.
+A text owns one row of a static cache from its prompt to its end; then the next waiting text gets the row.
 """
 
 # B rows  P path length  T positions
@@ -50,7 +50,7 @@ class Scheduler:
         self._state: RoundState | None = None
 
     def begin(self) -> int:
-        """Takes the rows for a new call; a stream left open cannot continue after it."""
+        """Takes the rows for a new call, and returns its number; a stream that is still open cannot continue after it."""
         self._call += 1
         return self._call
 
@@ -70,7 +70,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[Request], plan: Plan, stopping: Stopping) -> Iterator[tuple[Request, bool]]:
-        """Decodes over at most `max_batch` rows; yields a request whenever it got tokens, and whether it is finished.
+        """Decodes all requests; yields a request whenever it received tokens, and whether it is finished.
 
         The host reads `lag` rounds behind the device, so a GPU never waits for the host.
         """
@@ -93,7 +93,7 @@ class Scheduler:
             while waiting and len(rows) < batch:
                 coming = min(len(rows) + len(waiting), batch)
                 request = waiting.popleft()
-                mark = perf_counter()
+                started = perf_counter()
                 policy = plan.shape.policy
                 if policy is not None and policy.is_paused(coming) and len(request.prompt) < MISSED:
                     request.missed = len(request.prompt)
@@ -101,7 +101,7 @@ class Scheduler:
                 first = self._prefill(request, plan, state.rows(len(rows), len(rows) + 1))
                 rows.append(request)
                 request.take(first, 0, stopping, prefill=True)
-                prefill_seconds += perf_counter() - mark
+                prefill_seconds += perf_counter() - started
                 yield request, bool(request.finish)
                 self._check_call(call)
                 if request.finish:

@@ -1,4 +1,4 @@
-"""What the shapes of a round's draft share: the draft, its topology, and the drafter's steps that grow it level by level."""
+"""The base of all draft shapes; the draft, its topology, and the drafter's steps that grow it level by level."""
 
 # B batch  N nodes, root first  F frontier nodes  K draft vocabulary  V vocabulary  D levels  W proposals of a node
 
@@ -138,7 +138,7 @@ class Steps:
         """Runs one level.
 
         Raises:
-            UserError: a node shall have `width` children, and the drafter proposes among fewer tokens.
+            UserError: a node needs `width` children, but the drafter proposes among fewer tokens.
         """
         out = self.drafter.step(self.state, frontier, self.handle, self.span)
         if width > (known := out.logits_BFK.shape[-1]):
