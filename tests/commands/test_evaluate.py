@@ -159,7 +159,7 @@ def test_tau_is_what_the_runner_counts(temperature, tiny_target, seed):
     prompts = [torch.randint(5, 320, (n,)).tolist() for n in (2, 5, 9, 3)]
     found = decode_tau(str(tiny_target), draft, prompts, [temperature], 3, 24)
     runner = Runner.load(tiny_target, max_len=64)
-    runner = Runner.from_modules(runner.rounds.target, draft, target_shape(tiny_target), tiny_target, 16, 64)
+    runner = Runner(runner.rounds.target, draft, target_shape(tiny_target), tiny_target, 16, 64)
     for verify in ("coupled", "residual") if temperature else ("coupled",):
         outputs = runner.generate(prompts, 24, temperature, depth=3, verify=verify)
         emitted, rounds = found.pop(f"tau_{verify}@{temperature:g}")

@@ -125,7 +125,7 @@ def trimmed_pair(ids: list[int] | None, noise: float = 0.03) -> Runner:
         trimmed = LMDraft(told, num_layers=SHAPE.num_layers, init="scratch", draft_vocab=ids)
         trimmed.decoder = draft.decoder
         draft = trimmed
-    return Runner.from_modules(target, draft, told, max_batch=4, max_len=96)
+    return Runner(target, draft, told, max_batch=4, max_len=96)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_all_of_the_drafts_is_the_drafts_own_text_after_the_first_token(seed: in
     runner = pair(noise=0.3, ends=())
     prompts = ragged_prompts(5)
     written = dict(runner.generate_each(prompts, max_new_tokens=24, verify=Mixed(1.0, greedy=True), depth=3))
-    alone = Runner.from_modules(runner.drafter.decoder, None, runner.shape, max_batch=8, max_len=96)
+    alone = Runner(runner.drafter.decoder, None, runner.shape, max_batch=8, max_len=96)
     firsts = [[*prompt, written[place].tokens[0]] for place, prompt in enumerate(prompts)]
     assert [written[place].tokens[1:] for place in range(5)] == [out.tokens for out in alone.generate(firsts, 23)]
 

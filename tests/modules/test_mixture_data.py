@@ -63,7 +63,7 @@ def test_draft_texts_are_the_drafts_own_answers_at_that_time(tiny_target, chats,
         draft.initialise(tiny_target)
         if chapter:
             draft.load_state_dict(kept[chapter])
-        runner = Runner.from_modules(draft.decoder, None, shape, max_batch=4, max_len=128)
+        runner = Runner(draft.decoder, None, shape, max_batch=4, max_len=128)
         pairs = [pair for batch in batches for pair in documents(batch)]
         assert pairs
         written = [out.tokens for out in runner.generate([prompt for prompt, _ in pairs], 24)]

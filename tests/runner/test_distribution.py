@@ -76,9 +76,9 @@ def keep_the_rejected(monkeypatch):
 
 
 def judge_at_another_temperature(monkeypatch):
-    original = verify.residual
-    judged = lambda draft, *rest: original(replace(draft, logits=tuple(s / 1.25 for s in draft.logits)), *rest)
-    monkeypatch.setattr(verify, "residual", judged)
+    original = verify.Residual.verify
+    warmed = lambda draft: replace(draft, logits=tuple(s / 1.25 for s in draft.logits))
+    monkeypatch.setattr(verify.Residual, "verify", lambda self, draft, *rest: original(self, warmed(draft), *rest))
 
     def law(p, q, width):
         warmer = q**0.8

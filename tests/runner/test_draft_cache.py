@@ -72,7 +72,7 @@ def checked_runner(noise, ends=(7,)):
     told = TargetShape(target.shape, ends)
     draft = CheckedDraft(told, num_layers=2, init="scratch")
     draft.decoder = near(target, noise)
-    return Runner.from_modules(target, draft, told, max_batch=4, max_len=64)
+    return Runner(target, draft, told, max_batch=4, max_len=64)
 
 
 @pytest.mark.parametrize("tree", TREES, ids=["chain1", "chain3", "siblings", "bushy", "dynamic", "wide"])
@@ -128,7 +128,7 @@ def test_a_draft_used_by_a_runner_can_still_be_trained(seed):
     target = random_decoder()
     told = TargetShape(target.shape, ())
     draft = lm_draft(told, near(target, 0.1))
-    Runner.from_modules(target, draft, told, max_len=64).generate([[1, 2, 3]], max_new_tokens=4, depth=2)
+    Runner(target, draft, told, max_len=64).generate([[1, 2, 3]], max_new_tokens=4, depth=2)
     draft.requires_grad_(True)
     positions = torch.arange(5)[None]
     hidden, _ = draft.decoder(torch.tensor([[1, 2, 3, 4, 5]]), positions, causal_bias(positions, 5, torch.float32))

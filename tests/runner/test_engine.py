@@ -251,7 +251,7 @@ def test_other_mistakes_are_named(runner, tiny_target, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no config.json"):
         Runner.load(tmp_path)
-    with pytest.raises(UserError, match=r"vocabulary has 300 ids.*320"):
+    with pytest.raises(UserError, match=r"vocabulary of 300 ids.*320"):
         Runner.load(tiny_target, make_target(tmp_path / "small", vocab_size=300))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA"):

@@ -15,7 +15,7 @@ GROWING = DynamicTree(4, 3, 8)
 def on_gpu(capture: bool, runner: Runner, max_len: int = 600) -> Runner:
     target = copy.deepcopy(runner.rounds.target).cuda()
     draft = None if runner.drafter is None else lm_draft(runner.shape, copy.deepcopy(runner.drafter.decoder)).cuda()
-    return Runner.from_modules(target, draft, runner.shape, max_batch=5, max_len=max_len, capture=capture)
+    return Runner(target, draft, runner.shape, max_batch=5, max_len=max_len, capture=capture)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.support.pauses import Erratic
 from tests.support.replaying import replayed
 from trainkit.layers.attention import Packing, causal_bias
 from trainkit.models.predictor import FoldedPredictor
-from trainkit.runner import Runner, Stats, verify
+from trainkit.runner import Runner, Stats
 from trainkit.runner.policies import chain as adaptive
 from trainkit.runner.policies.chain import PolicyChain, RankedChain
 from trainkit.runner.policies.cost import Cost
@@ -25,6 +25,7 @@ from trainkit.runner.policy import Policy, RoundOutcome
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.trees.shape import Draft, Steps
 from trainkit.runner.trees.static import build, chain
+from trainkit.runner.verify import Coupled
 
 CPU = torch.device("cpu")
 
@@ -80,9 +81,9 @@ def test_a_pad_is_not_accepted():
     draft = packed_draft([[9, 1, 2, 1], [9, 1, 2, 3]], [2, 4])
     choices = torch.tensor([[1, 2, 1, 1], [1, 2, 3, 4]])
     logits = torch.nn.functional.one_hot(choices, 10).float()
-    verdict = verify.coupled(draft, logits, None)
-    assert verdict.counts_B.tolist() == [2, 4]
-    assert verify.coupled(replace(draft, packing=None), logits, None).counts_B.tolist() == [4, 4]  # the planted fault
+    unread, fault = (torch.empty(0), torch.empty(0)), replace(draft, packing=None)
+    assert Coupled().verify(draft, logits, None, *unread).counts_B.tolist() == [2, 4]
+    assert Coupled().verify(fault, logits, None, *unread).counts_B.tolist() == [4, 4]
 
 
 def sharing(runner, depth=4):
@@ -96,8 +97,8 @@ def test_a_pad_that_were_accepted_would_change_the_text(monkeypatch, seed):
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     texts = [out.tokens for out in runner.generate(prompts, **sharing(runner), **options)]
     assert_few(compare(runner.rounds.target, prompts, texts, plain, Sampling(0.0)), 180)
-    right = verify.coupled
-    monkeypatch.setattr(verify, "coupled", lambda draft, *rest: right(replace(draft, packing=None), *rest))
+    right = Coupled.verify
+    monkeypatch.setattr(Coupled, "verify", lambda self, draft, *rest: right(self, replace(draft, packing=None), *rest))
     assert [out.tokens for out in runner.generate(prompts, **sharing(runner), **options)] != plain
 
 
@@ -173,7 +174,7 @@ def test_the_text_of_captured_shared_rounds_is_plain_decodings(temperature, pred
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_shared_rounds_of_a_gpus_graphs_write_the_same_text(temperature, seed):
     runner = pair(max_batch=8)
-    runner = Runner.from_modules(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 8, 96, capture=True)
+    runner = Runner(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 8, 96, capture=True)
     prompts, options = ragged_prompts(11), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     shape = PolicyChain(Halved(4), runner.device)
@@ -203,7 +204,7 @@ def told(policy: Cost, said_DB: list[list[float]]) -> list[int]:
     policy.begin(len(said_DB[0]))
     for said_B in said_DB:
         policy.continues(said_B)
-    return list(policy.verified_per_row(len(said_DB)))
+    return list(policy.verified(len(said_DB), len(said_DB[0])))
 
 
 def worth(policy: Cost, said_DB: list[list[float]], lengths: tuple[int, ...] | list[int]) -> float:
@@ -238,9 +239,9 @@ def test_shares_by_hand():
     policy = Cost(priced(0.1), 4, "predictor", per_row=True)
     assert told(policy, [[0.9, 0.1], [0.9, 0.9], [0.2, 0.9]]) == [2, 0]
     assert told(policy, [[0.1, 0.1]]) == [0, 0]
-    assert told(policy, [[0.9], [0.9]]) == []  # one text has nobody to share with
-    assert told(Cost(priced(0.1), 4, "none", per_row=True), [[0.9, 0.1]]) == []
-    assert told(Cost(priced(0.1), 4, "predictor"), [[0.9, 0.1]]) == []
+    assert told(policy, [[0.9], [0.9]]) == [2]  # one text has nobody to share with
+    assert told(Cost(priced(0.1), 4, "none", per_row=True), [[0.9, 0.1]]) == [1, 1]
+    assert told(Cost(priced(0.1), 4, "predictor"), [[0.9, 0.1]]) == [1, 1]
 
 
 def test_one_promising_row_is_drafted_for_only_while_it_pays():
@@ -285,12 +286,8 @@ def test_captured_rounds_trust_a_draft_as_far_as_it_was_right():
 class Unequal(Policy):
     """Three tokens of the first row, one of the second."""
 
-    def begin(self, rows):
-        self.rows = rows
-        return self.max_depth
-
-    def verified_per_row(self, levels):
-        return [3, 1][: self.rows]
+    def verified(self, levels, rows):
+        return [3, 1][:rows]
 
 
 def test_counts_are_each_rows_own(seed):

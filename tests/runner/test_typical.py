@@ -18,9 +18,10 @@ from trainkit.runner import DynamicTree, Stats
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.trees.shape import Draft
 from trainkit.runner.trees.static import build, chain
-from trainkit.runner.verify import Typical, coupled, typical
+from trainkit.runner.verify import Coupled, Typical
 
 CPU = torch.device("cpu")
+UNREAD = torch.empty(0), torch.empty(0)  # keys and positions, which these rules do not read
 SHAPED = {"chain": {"depth": 3}, "tree": {"tree": SIBLINGS}, "dynamic": {"tree": DynamicTree(4, 3, 8)}}
 
 
@@ -46,7 +47,7 @@ def test_the_longest_path_of_plausible_tokens_stays(paths, thresholds, seed):
     scores[torch.rand(B, tree.size, V) < 0.1] = float("-inf")
     scores[..., 0] = scores[..., 0].clamp(min=0)
     tokens, noise = torch.randint(V, (B, tree.size)), torch.randn(B, tree.depth + 1, V)
-    verdict = typical(Draft(tree, tokens, tree.topology, tree.depth), scores, noise, *thresholds)
+    verdict = Typical(*thresholds).verify(Draft(tree, tokens, tree.topology, tree.depth), scores, noise, *UNREAD)
     lengths = set()
     for row in range(B):
         emitted = verdict.emitted_BP[row, : int(verdict.counts_B[row])].tolist()
@@ -81,7 +82,7 @@ def test_what_it_writes_says_that_it_is_lossy(shaped, seed):
     options = {"max_new_tokens": 16, "seed": seed}
     for verify, temperature, lossy in (("typical", 1.0, True), ("typical", 0.0, False), ("coupled", 1.0, False)):
         outs = runner.generate(ragged_prompts(3), verify=verify, temperature=temperature, **shaped, **options)
-        assert [out.lossy for out in outs] == [lossy] * 3
+        assert [out.stats.lossy for out in outs] == [lossy] * 3
         assert runner.last.lossy == Stats.merge(out.stats for out in outs).lossy == lossy
 
 
@@ -121,7 +122,7 @@ def test_at_one_plausible_token_each_it_keeps_what_coupled_keeps():
     tokens = torch.tensor([[0, 1, 2, 3, 4], [0, 2, 1, 4, 3], [0, 5, 4, 3, 2]])
     scores = torch.full((3, 5, 6), float("-inf")).scatter(2, torch.tensor([1, 4, 0, 0, 5]).expand(3, 5)[..., None], 0.0)
     draft = Draft(tree, tokens, tree.topology, tree.depth)
-    one, other = coupled(draft, scores, None), typical(draft, scores, None, Typical.epsilon, Typical.scale)
+    one, other = (rule.verify(draft, scores, None, *UNREAD) for rule in (Coupled(), Typical()))
     assert torch.equal(one.counts_B, other.counts_B) and one.counts_B.tolist() == [3, 2, 1]
     for row, count in enumerate(one.counts_B.tolist()):
         assert torch.equal(one.emitted_BP[row, :count], other.emitted_BP[row, :count])

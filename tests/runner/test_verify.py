@@ -10,9 +10,15 @@ from trainkit.errors import UserError
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.trees.shape import Draft
 from trainkit.runner.trees.static import build, chain
-from trainkit.runner.verify import after_rejection, coupled
+from trainkit.runner.verify import Coupled, after_rejection
 
 CPU = torch.device("cpu")
+
+
+def coupled(tree, tokens, scores):
+    """The verdict on these tokens at temperature 0."""
+    draft = Draft(tree, tokens, tree.topology, tree.depth)
+    return Coupled().verify(draft, scores, None, torch.empty(0), torch.empty(0))  # keys and positions are not read
 
 
 def certain(*tokens, vocabulary=6):
@@ -31,7 +37,7 @@ def certain(*tokens, vocabulary=6):
 )
 def test_a_chain_keeps_what_the_target_chose_and_adds_its_choice(drafted, choices, emitted):
     tree = build(chain(3), CPU)
-    verdict = coupled(Draft(tree, torch.tensor([[9, *drafted]]), tree.topology, tree.depth), certain(*choices), None)
+    verdict = coupled(tree, torch.tensor([[9, *drafted]]), certain(*choices))
     assert verdict.emitted_BP[0, : int(verdict.counts_B)].tolist() == emitted
 
 
@@ -48,7 +54,7 @@ def test_a_chain_keeps_what_the_target_chose_and_adds_its_choice(drafted, choice
 )
 def test_a_tree_keeps_the_path_of_the_targets_choices(choices, path, emitted):
     tree = build(SIBLINGS, CPU)
-    verdict = coupled(Draft(tree, torch.tensor([[0, 1, 2, 3, 4]]), tree.topology, tree.depth), certain(*choices), None)
+    verdict = coupled(tree, torch.tensor([[0, 1, 2, 3, 4]]), certain(*choices))
     count = int(verdict.counts_B)
     assert verdict.path_BP is not None
     assert verdict.path_BP[0, :count].tolist() == path
@@ -61,7 +67,7 @@ def test_of_equal_tokens_the_lowest_id_is_chosen(vocabulary, seed):
     first = torch.tensor([[int(row.eq(row.max()).nonzero()[0]) for row in rows] for rows in logits])
     assert torch.equal(Sampling().process(logits).argmax(-1), first)
     tree = build(chain(2), CPU)
-    verdict = coupled(Draft(tree, torch.full((4, 3), -1), tree.topology, tree.depth), logits, None)
+    verdict = coupled(tree, torch.full((4, 3), -1), logits)
     assert torch.equal(verdict.emitted_BP, first)
 
 

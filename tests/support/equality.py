@@ -1,8 +1,8 @@
-"""Token equality of two decodings, with the one exception that floating point forces: ties, each shown to be one.
+"""Token equality of two decodings, except for ties, which floating point makes unavoidable; each tie is proved to be one.
 
 Rows computed one at a time and several at a time differ by up to about 1e-5 in float32. Where two decodings first differ, the
-text so far is read afresh in float64 and both choices must lie within `TIE` of each other: by the target's perturbed scores, or
-because the edge of top-k or top-p is within `TIE` of moving by a token.
+text up to there is computed again in float64. Either the scores (noise included) of both choices differ by less than `TIE`, or
+a change of less than `TIE` would add or remove a token at the edge of top-k or top-p.
 """
 
 # T positions  V vocabulary
@@ -25,7 +25,7 @@ TIE = 1e-4
 
 @dataclass(frozen=True)
 class Tie:
-    """A place where two decodings differ though both are right."""
+    """A position where two decodings differ although both are right."""
 
     request: int
     position: int
@@ -49,7 +49,7 @@ def tie_gap(logits_V: Tensor, sampling: Sampling, noise_V: Tensor | None, one: i
     if sampling.greedy or noise_V is None:
         return float((logits_V.max() - torch.stack([logits_V[one], logits_V[other]]).min()).abs())
     warm = logits_V / sampling.temperature
-    edge = float("inf")  # how near the edge of what is kept comes to moving by a token
+    edge = float("inf")  # smallest change that moves the edge of top-k or top-p by a token
     if 0 < sampling.top_k < len(warm):
         last, first_out = warm.sort(descending=True).values[sampling.top_k - 1 : sampling.top_k + 1]
         edge = float(last - first_out)
@@ -73,21 +73,23 @@ def compare(
     seed: int = 0,
     n: int = 1,
 ) -> list[Tie]:
-    """The ties among requests that differ; fails with the first difference that is none. `prompts[i // n]` is request i's."""
+    """The ties among requests that differ; fails at the first difference that is not a tie. Request i has `prompts[i // n]`."""
     assert len(ours) == len(theirs) == n * len(prompts)
     ties = []
     for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         at = next((k for k, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), None)
         if at is None:
-            assert len(mine) == len(other), f"request {i}: {len(mine)} tokens against {len(other)}, equal as far as they go"
+            assert len(mine) == len(other), (
+                f"request {i}: {len(mine)} tokens against {len(other)}; one is a prefix of the other"
+            )
             continue
         prompt = list(prompts[i // n])
         logits = exact_logits(decoder, prompt + list(mine[:at]))[-1]
         noise = None
         if not sampling.greedy:
             keys = torch.tensor([request_keys(seed, i // n, i % n)], dtype=torch.int32)
-            place = torch.tensor([[len(prompt) + at]])
-            noise = gumbel(keys, place, torch.arange(logits.shape[0]), CHOICE)[0, 0].double()
+            position = torch.tensor([[len(prompt) + at]])
+            noise = gumbel(keys, position, torch.arange(logits.shape[0]), CHOICE)[0, 0].double()
         gap = tie_gap(logits, sampling, noise, mine[at], other[at])
         assert gap < TIE, f"request {i} differs at new token {at}: {mine[at]} against {other[at]}, gap {gap:.3g}; {sampling}"
         ties.append(Tie(i, at, gap, (mine[at], other[at])))
@@ -95,7 +97,7 @@ def compare(
 
 
 def assert_few(ties: Sequence[Tie], decisions: int) -> None:
-    """At most one tie in 1e5 decisions, and one more for luck in small runs; each is printed."""
+    """At most one tie in 1e5 decisions, and one more because small runs may have one by chance; each is printed."""
     for tie in ties:
         print(f"tie: {tie}")
     assert len(ties) <= 1 + decisions / 1e5, f"{len(ties)} ties in {decisions} decisions"

@@ -1,11 +1,12 @@
-"""Exact laws of what a round emits, worked out by enumeration: right ones, and ones with a fault planted.
+"""Exact distributions ("laws") of the text that rounds emit, by enumeration: of the right rules, and of rules with a fault.
 
-A text is cut into blocks of four tokens. Target and draft know the token's place in its block and the token before it, and at a
-block's start not even that; so blocks are independent and their joint law over 4^4 outcomes is exact. Rounds run across blocks.
-A round is a little machine: its state is the node it stands at. `Node.law` gives P(token, state after) at a node.
+A text is cut into blocks of four tokens. The distributions of target and draft depend on the position in the block and on the
+token before, and at a block's first position on neither. So blocks are independent, and their joint distribution over 4^4
+outcomes can be enumerated. A round may cross the border of blocks. It is modelled as a Markov chain whose state is the node
+reached so far: a `Law` gives the probabilities of each token and of the next state at a node.
 """
 
-# V vocabulary, 4  P places in a block, 4  S states of a round
+# V vocabulary, 4  P positions in a block, 4  S states of a round
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def processed(logits: Array, temperature: float, top_p: float = 1.0, top_k: int 
 
 @dataclass(frozen=True)
 class Step:
-    """What happens at one node: `accepted[rank, v]` emits v as the child of that rank, `rejected[v]` ends the round with v."""
+    """Probabilities at one node: `accepted[rank, v]` of v as the child of that rank, `rejected[v]` of v as the round's end."""
 
     accepted: Array
     rejected: Array
@@ -60,7 +61,10 @@ def siblings(
     judged_as: Array | None = None,
     after: Callable[[Array, Array, int], tuple[Array, Array]] | None = None,
 ) -> Step:
-    """The law when siblings are drawn from `q` without replacement and judged as if from `judged_as`; `after`: a rejection."""
+    """The law of siblings drawn from `q` without replacement and verified as if drawn from `judged_as`.
+
+    `after` returns target and draft distribution after a rejection.
+    """
     accepted, rejected = np.zeros((width, V)), np.zeros(V)
     after = after or residue
 
@@ -102,7 +106,7 @@ def residue(p: Array, q: Array, x: int) -> tuple[Array, Array]:
 
 
 def residue_keeping_the_rejected(p: Array, q: Array, x: int) -> tuple[Array, Array]:
-    """Fault: the rejected token stays in q, which so is not renormalised either."""
+    """Fault: the rejected token stays in q, which therefore is not renormalised either."""
     return residue(p, q, x)[0], q
 
 
@@ -131,11 +135,11 @@ def block_law(p: Array, q: Array, paths: tuple[tuple[int, ...], ...], law: Law, 
     """[4, 4, 4, 4] law of a block drawn at random from the first `blocks`, when decoding starts with one token from p.
 
     Args:
-        p: Target [place, last token, V]; place 0 must not depend on the last token.
-        q: Draft, likewise.
+        p: Target probabilities [position, last token, V]; position 0 must not depend on the last token.
+        q: Draft probabilities, likewise.
         paths: Rank paths of the tree.
-        law: What happens at a node.
-        blocks: Blocks of a text.
+        law: Law of a node.
+        blocks: Number of blocks in a text.
     """
     nodes = [(), *sorted(paths, key=lambda path: (len(path), path))]
     children = {node: [path for path in nodes if path and path[:-1] == node] for node in nodes}
@@ -153,7 +157,7 @@ def block_law(p: Array, q: Array, paths: tuple[tuple[int, ...], ...], law: Law, 
                 for rank, child in enumerate(children[node]):
                     move[place, s, last, :, nodes.index(child)] += step.accepted[rank]
     state = np.zeros(len(nodes))
-    state[leaf] = 1  # the prefill's token is drawn as a bonus is
+    state[leaf] = 1  # the first token after the prompt is drawn like a bonus token
     total = np.zeros((V,) * PLACES)
     for _ in range(blocks):
         joint = np.einsum("s,sat->at", state, move[0, :, 0])
@@ -171,7 +175,7 @@ def plain_law(p: Array) -> Array:
 
 
 def noncentrality(wrong: Array, truth: Array, samples: int) -> float:
-    """Of the chi-square statistic against `truth` for `samples` from `wrong`; inf where only wrong has mass."""
+    """Noncentrality of chi-square against `truth` for `samples` from `wrong`; inf where only wrong has mass."""
     inside = truth > 1e-15
     if wrong[~inside].sum() > 1e-12:
         return float("inf")
@@ -179,7 +183,7 @@ def noncentrality(wrong: Array, truth: Array, samples: int) -> float:
 
 
 def p_value(counts: Array, truth: Array) -> float:
-    """Pearson's chi-square, cells expected fewer than 5 times pooled; 0 where something impossible happened."""
+    """P-value of Pearson's chi-square test; cells expected fewer than 5 times are pooled; 0 after an impossible outcome."""
     expected = truth.ravel() * counts.sum()
     observed = counts.ravel()
     if observed[expected < 1e-9].sum():
@@ -198,13 +202,13 @@ def p_value(counts: Array, truth: Array) -> float:
     return float(stats.chi2.sf(statistic, len(expected) - 1))
 
 
-# Dynamic trees under residual verification: a node's children are fixed by what stands before it, and judged as point masses.
+# Dynamic trees under residual verification: a node's children are fixed by the text before it, and verified as point masses.
 
 PointLaw = Callable[[Array, Array, list[int]], Step]
 
 
 def points(p: Array, q: Array, children: list[int]) -> Step:
-    """The right law: x stays with probability p(x), otherwise p(x) = 0, renormalised, and the next sibling is judged."""
+    """The right law: x is accepted with probability p(x); else p(x) = 0, renormalised, and the next sibling is verified."""
     return _one_by_one(p, q, children, lambda p, q, x: p[x], lambda p, q, x: (_renormalised(_without(p, x)), q))
 
 
@@ -214,7 +218,7 @@ def points_kept(p: Array, q: Array, children: list[int]) -> Step:
 
 
 def points_as_draws(p: Array, q: Array, children: list[int]) -> Step:
-    """Fault: judged by min(1, p / q), as if they had been drawn from q."""
+    """Fault: children are accepted with min(1, p / q), as if they had been drawn from q."""
     return _one_by_one(p, q, children, lambda p, q, x: min(1.0, p[x] / q[x]) if q[x] > 0 else 0.0, residue)
 
 

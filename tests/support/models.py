@@ -1,4 +1,4 @@
-"""What the runner's tests decode with: random decoders in memory, and toys whose distributions are given by a table."""
+"""Models of the runner's tests: random decoders in memory, and toy models whose distributions are given by a table."""
 
 # B batch  T positions  V vocabulary  D hidden  F frontier nodes
 
@@ -65,9 +65,9 @@ def pair(
 ) -> Runner:
     """A random target with a draft near it (`noise` None: no drafter)."""
     target = random_decoder(shape, std)
-    told = TargetShape(shape, tuple(ends))
-    draft = None if noise is None else lm_draft(told, near(target, noise, draft_layers))
-    return Runner.from_modules(target, draft, told, max_batch=max_batch, max_len=max_len)
+    full_shape = TargetShape(shape, tuple(ends))
+    draft = None if noise is None else lm_draft(full_shape, near(target, noise, draft_layers))
+    return Runner(target, draft, full_shape, max_batch=max_batch, max_len=max_len)
 
 
 def predicting(runner: Runner, max_depth: int = 16) -> AcceptancePredictor:
@@ -163,5 +163,5 @@ class TableDraft(Drafter):
 def table_runner(target_PVV: Tensor, draft_PVV: Tensor, max_batch: int, max_len: int) -> Runner:
     """The real rounds over two tables of logits, [position modulo P, last token, next token]."""
     target = TableTarget(target_PVV)
-    told = TargetShape(target.shape, ())
-    return Runner.from_modules(target, TableDraft(told, draft_PVV), told, max_batch=max_batch, max_len=max_len)
+    shape = TargetShape(target.shape, ())
+    return Runner(target, TableDraft(shape, draft_PVV), shape, max_batch=max_batch, max_len=max_len)

@@ -1,4 +1,4 @@
-"""Small packed sets of rows, and the comparison of two batches."""
+"""Small packed training sets, and the comparison of two batches."""
 
 from __future__ import annotations
 

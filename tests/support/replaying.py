@@ -1,4 +1,4 @@
-"""Captured rounds without a GPU: what may go wrong in replaying them that does not need one."""
+"""Captured rounds without a GPU: a stand-in for CUDA graphs that shows the mistakes of replaying which need no GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainkit.runner.graphs import Graphs
 
 
 class Replayed(Graphs):
-    """Keeps each key's first closure and writes every replay's output into the same tensors."""
+    """Calls the first closure of each key again at every replay, and writes all its outputs into the same tensors."""
 
     def __init__(self):
         super().__init__()
@@ -20,12 +20,12 @@ class Replayed(Graphs):
 
     def run(self, key, round_, done_B):
         if key not in self.closures:
-            kept = done_B.clone()
+            before_B = done_B.clone()
             done_B.fill_(True)
             for _ in range(2):
                 assert (round_().counts_B == 0).all()
             self.closures[key] = round_, round_()
-            done_B.copy_(kept)
+            done_B.copy_(before_B)
         closure, static = self.closures[key]
         output = closure()
         for name, tensor in output.tensors.items():
@@ -35,7 +35,7 @@ class Replayed(Graphs):
 
 
 def replayed(runner, lag):
-    """This runner as on a GPU: replaying, and reading `lag` rounds behind from copies made at once."""
+    """This runner with the schedule of a GPU: it replays rounds, and reads copies of their outputs `lag` rounds later."""
 
     def fetch(output):
         copied = replace(output, **{name: tensor.clone() for name, tensor in output.tensors.items()})

@@ -1,4 +1,4 @@
-"""`trainkit generate`: one prompt in, text out as it is decoded, and what it took."""
+"""`trainkit generate`: continues one prompt, prints the text while it is decoded, and then its speed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def generate(
     print()
     stats, seconds = runner.last, perf_counter() - began
     lossy = f"; LOSSY: {verify} verification, not the target's own text" if stats.lossy else ""
-    paused = f", {stats.paused} of them without a draft, which would not have paid" if stats.paused else ""
+    paused = f", {stats.paused} of them without a draft, because drafting would have been slower" if stats.paused else ""
     print(
         f"[{stats.tokens} tokens, {stats.tokens / seconds:.1f} tokens/s, tau {stats.tau:.2f} over {stats.rounds} rounds"
         f"{paused}{lossy}]",

@@ -44,7 +44,7 @@ def decode_tau(
     """
     decoder = load_decoder(Path(target), torch.device(device), torch.float32)
     max_len, depth = max(map(len, prompts)) + max_new_tokens, min(depth, drafter.max_depth or depth)
-    runner = Runner.from_modules(decoder, drafter, drafter.target, Path(target), 16, max_len)
+    runner = Runner(decoder, drafter, drafter.target, Path(target), 16, max_len)
     sums: Sums = {}
     for temperature in temperatures:
         for verify in ("coupled", "residual") if temperature else ("coupled",):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import UserError
-from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, Noise, gumbel, uniform
+from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, AnyNoise, gumbel, uniform
 from trainkit.runner.trees.shape import Draft
 from trainkit.runner.verify import Verdict, Verification
 
@@ -40,7 +40,7 @@ class Mixed(Verification):
         if not 0 <= self.share <= 1:
             raise UserError(f"share {self.share}: must be between 0 and 1")
 
-    def verify(self, draft: Draft, scores_BNV: Tensor, noise: Noise | None, keys_B2: Tensor, position_B: Tensor) -> Verdict:
+    def verify(self, draft: Draft, scores_BNV: Tensor, noise: AnyNoise, keys_B2: Tensor, position_B: Tensor) -> Verdict:
         D = scores_BNV.shape[1]
         steps_D = torch.arange(D, device=position_B.device)
         coins_BD = uniform(keys_B2, position_B[:, None] + 1 + steps_D, steps_D[:1], ACCEPT)[..., 0]

@@ -191,9 +191,9 @@ class MixtureData(TextData):
         drafter, room = copy.deepcopy(module.drafter), max(map(len, self._prompts)) + self.max_new_tokens
         alone = drafter.standalone_decoder() if name == "draft" else None
         if alone is not None:
-            return Runner.from_modules(alone, None, module.shape, None, self.sample_batch, room, capture=False)
+            return Runner(alone, None, module.shape, None, self.sample_batch, room, capture=False)
         decoder = load_decoder(module.target, module.device, torch.float32, room + self.depth)
-        return Runner.from_modules(decoder, drafter, module.shape, None, self.sample_batch, room, capture=False)
+        return Runner(decoder, drafter, module.shape, None, self.sample_batch, room, capture=False)
 
     def _answers(self, runner: Runner, name: str, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
         """Answers to (number, index of the prompt) requests, as (number, index of the prompt, new tokens).

@@ -1,4 +1,4 @@
-"""The runner: folders in, text out. Loads target and drafter, turns prompts into requests, and their tokens into text.
+"""The runner: loads target and drafter from folders, turns prompts into requests, and decoded tokens into text.
 
 Left out on purpose: paged caches and preemption; the scheduler gives each text a cache row of its own.
 """
@@ -40,31 +40,44 @@ DEFAULT_DEPTH = 4
 
 
 class Runner:
-    """Decodes with a target, and a drafter if there is one. Build it with `Runner.load`.
+    """Decodes with a target, and a drafter if there is one. `Runner.load` builds it from folders.
+
+    Args:
+        target: The decoder, on its device.
+        drafter: The drafter on the same device, or None.
+        shape: Shape of the target, with its end tokens.
+        folder: Folder of the target, for its tokenizer; without one, prompts must be token ids.
+        max_batch: As in `load`.
+        max_len: As in `load`.
+        capture: As in `load`.
+        predictor: Predicts how likely the drafter's proposals are accepted, or None.
 
     Attributes:
         observe: Set to a function to receive every round's `Trace`; rounds then run eagerly.
-        predictor: Predicts how likely the drafter's proposals are accepted, or None.
         policies: The policies used so far, with what they have learned.
     """
 
     def __init__(
         self,
-        rounds: Rounds,
+        target: Any,
+        drafter: Drafter | None,
         shape: TargetShape,
-        folder: Path | None,
-        max_batch: int,
-        max_len: int,
-        capture: bool,
+        folder: Path | None = None,
+        max_batch: int = 8,
+        max_len: int = 2048,
+        capture: bool | None = None,
         predictor: AcceptancePredictor | None = None,
     ) -> None:
-        self.rounds, self.shape, self.folder = rounds, shape, folder
-        self.max_len = max_len
-        self.device = rounds.target.embed.weight.device
+        self.drafter, self.shape, self.folder, self.max_len, self.predictor = drafter, shape, folder, max_len, predictor
+        if drafter is not None:
+            drafter.requires_grad_(False).eval()
+        stream_weights(target, *([] if drafter is None else [drafter]))
+        self.rounds = Rounds(target, drafter)
+        self.device = self.rounds.device
+        capture = self.device.type == "cuda" if capture is None else capture
+        self.scheduler = Scheduler(self.rounds, max_batch, max_len, capture)
+        self.policies = Policies(self.scheduler)
         self.observe: Callable[[Trace], None] | None = None
-        self.scheduler = Scheduler(rounds, max_batch, max_len, capture)
-        self.predictor = predictor
-        self.policies = Policies(rounds, self.scheduler, max_len)
         self._trees: dict[tuple[RankPath, ...], Tree] = {}
 
     @staticmethod
@@ -101,57 +114,23 @@ class Runner:
             raise UserError(f"max_batch {max_batch}: must be at least 1")
         length = max_len or min(2048, covered_positions(folder))
         decoder = load_decoder(folder, where, kind, length)
-        shape = target_shape(folder)
-        draft = None if drafter is None else load_drafter(Path(drafter), folder, shape).to(device=where, dtype=kind)
-        predictor = None if drafter is None else load_bundle_predictor(Path(drafter), where)
-        return Runner.from_modules(decoder, draft, shape, folder, max_batch, length, capture, predictor)
-
-    @staticmethod
-    def from_modules(
-        target: Any,
-        drafter: Drafter | None,
-        shape: TargetShape,
-        folder: Path | None = None,
-        max_batch: int = 8,
-        max_len: int = 2048,
-        capture: bool | None = None,
-        predictor: AcceptancePredictor | None = None,
-    ) -> Runner:
-        """A runner over modules that are already in memory."""
-        device = target.embed.weight.device
+        shape, draft, predictor = target_shape(folder), None, None
         if drafter is not None:
-            drafter.requires_grad_(False).eval()
-        stream_weights(target, *([] if drafter is None else [drafter]))
-        rounds = Rounds(target, drafter, shape.end_ids)
-        captures = device.type == "cuda" if capture is None else capture
-        return Runner(rounds, shape, folder, max_batch, max_len, captures, predictor)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Where the last call's time went, in seconds: prefill, draft, target, verify (eager rounds only), host."""
-        return self.scheduler.seconds
+            draft = load_drafter(Path(drafter), folder, shape).to(device=where, dtype=kind)
+            predictor = load_bundle_predictor(Path(drafter), where)
+        return Runner(decoder, draft, shape, folder, max_batch, length, capture, predictor)
 
     @property
     def last(self) -> Stats:
         """Counts of the last call, its outputs added together."""
         return self.scheduler.last
 
-    @property
-    def rounds_run(self) -> int:
-        """Number of rounds of the last call, each over all of its rows."""
-        return self.scheduler.rounds_run
-
-    @property
-    def drafter(self) -> Drafter | None:
-        """The drafter, or None."""
-        return self.rounds.drafter
-
     @cached_property
     def tokenizer(self) -> Any:
         """The target folder's tokenizer.
 
         Raises:
-            UserError: there is none.
+            UserError: the runner was built without a folder.
         """
         if self.folder is None:
             raise UserError("this runner was built without a folder, so it has no tokenizer; give prompts as token ids")
@@ -172,18 +151,16 @@ class Runner:
         Args:
             prompts: Raw text (no template, nothing prepended) or token ids.
             max_new_tokens: Largest number of new tokens for each, the end token included.
-            temperature: 0 takes the likeliest token; above, samples.
+            temperature: 0 takes the likeliest token; above 0, tokens are sampled.
             n: Number of samples for each prompt.
             progress: Show a progress bar.
-            **options: The other fields of `GenerateOptions`: top_p, top_k, seed, depth, tree, policy, verify, stop, logprobs
-            ...
+            **options: The other fields of `GenerateOptions`.
 
         Raises:
             UserError: an option out of range, an empty prompt, or one longer than the cache.
         """
-        chosen = GenerateOptions.from_names(
-            "generate", options | {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        )
+        options |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        chosen = GenerateOptions.from_names("generate", options)
         if n < 1:
             raise UserError(f"n {n} must be at least 1")
         draws = [(index, sample) for index in range(len(prompts)) for sample in range(n)]
@@ -244,14 +221,14 @@ class Runner:
             head, tail = self._encode(prompt, i), self._encode(continuation, i)
             if len(head) + len(tail) > self.max_len:
                 raise UserError(f"score: pair {i} has {len(head) + len(tail)} tokens, max_len is {self.max_len}")
-            state, _ = self.scheduler.state(1, self.max_len)
+            cache = self.scheduler.state(1, self.max_len).cache[:1]
             tokens_T = torch.tensor(head + tail, device=self.device)
             parts: list[Tensor] = []
             for start in range(0, len(tokens_T) - 1, chunk):
                 tokens = tokens_T[None, start : min(start + chunk, len(tokens_T) - 1)]
                 positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
-                bias = causal_bias(positions, start + tokens.shape[1], state["cache"].dtype)
-                hidden, _ = target(tokens, positions, bias, state["cache"][:1], positions)
+                bias = causal_bias(positions, start + tokens.shape[1], cache.dtype)
+                hidden, _ = target(tokens, positions, bias, cache, positions)
                 skip = max(0, len(head) - 1 - start)
                 if skip < tokens.shape[1]:
                     labels = tokens_T[start + skip + 1 : start + tokens.shape[1] + 1]
@@ -278,12 +255,11 @@ class Runner:
                 yield request.index, self._output(request, options.logprobs)
 
     def _plan(self, options: GenerateOptions) -> Plan:
-        # Shape: what is requested, as far as the drafter can draft it; a policy decides how much of it.
+        # What to draft: the shape that is requested, or the chain of a policy; both are checked against the drafter.
         shape = self._shape(options)
-        spec = options.policy_spec
-        if spec is not None:  # which may measure what such a draft costs
-            shape = self.policies.chain(spec, options, self.predictor)
-        # Verification.
+        if options.policy is not None:
+            shape = self.policies.chain(options.policy, options, self.predictor)
+        # How to verify it.
         sampling, rule = options.sampling, options.verify
         if not isinstance(rule, Verification):
             thresholds = Typical(options.typical_epsilon, options.typical_scale)
@@ -315,7 +291,7 @@ class Runner:
         if drafter is not None:
             deepest, widest = drafter.max_depth, drafter.max_width
             if deepest is not None and shape.depth > deepest:
-                raise UserError(f"depth {shape.depth}: this drafter has heads for {deepest} tokens; draft at most so many")
+                raise UserError(f"depth {shape.depth}: this drafter has heads for {deepest} tokens; draft at most {deepest}")
             if widest is not None and shape.widest > widest:
                 raise UserError(f"tree: {shape.widest} nodes on a level, this drafter expands at most {widest} together")
         return shape

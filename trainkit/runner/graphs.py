@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,10 +15,10 @@ T = TypeVar("T")
 
 
 def capture(function: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
-    """The function as a CUDA graph, and its output; it runs twice before, so that nothing is compiled in the capture.
+    """The function as a CUDA graph, and its output; two warm-up runs come first, so that nothing is compiled in the capture.
 
     Args:
-        function: Works on static tensors.
+        function: Reads and writes static tensors only.
         pool: Memory pool shared with other graphs.
     """
     stream = torch.cuda.Stream()
@@ -34,13 +33,6 @@ def capture(function: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUD
     return graph, output
 
 
-@dataclass(frozen=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    output: RoundOutput
-    round_: Callable[[], RoundOutput]  # keeps alive what the graph reads
-
-
 class Graphs:
     """Captured rounds by key.
 
@@ -49,7 +41,8 @@ class Graphs:
     """
 
     def __init__(self) -> None:
-        self._captured: dict[Hashable, _Captured] = {}
+        # Graph, output, and the round itself, which keeps alive what the graph reads.
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, RoundOutput, Callable[[], RoundOutput]]] = {}
         self._pool: Any = None
 
     def clear(self) -> None:
@@ -71,8 +64,8 @@ class Graphs:
             done_B.fill_(True)
             graph, output = capture(round_, self._pool)
             self._pool = self._pool or graph.pool()
-            self._captured[key] = _Captured(graph, output, round_)
+            self._captured[key] = graph, output, round_
             done_B.copy_(before_B)
-        captured = self._captured[key]
-        captured.graph.replay()
-        return captured.output
+        graph, output, _ = self._captured[key]
+        graph.replay()
+        return output

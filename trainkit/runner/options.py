@@ -1,4 +1,4 @@
-"""What a user may ask of decoding: one set of options for Python, the command line and the runner's plan."""
+"""The options of decoding: one set for Python, the command line and the runner's plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from trainkit.errors import UserError
-from trainkit.runner.policy import PolicySpec
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.trees.dynamic import parse_tree
 from trainkit.runner.trees.shape import RankPath, Shape
@@ -76,7 +75,7 @@ class GenerateOptions:
 
     @staticmethod
     def from_names(caller: str, options: dict[str, Any]) -> GenerateOptions:
-        """The options given by name to `caller`.
+        """The options passed by name to the function `caller`.
 
         Raises:
             UserError: unknown option.
@@ -90,8 +89,3 @@ class GenerateOptions:
     def sampling(self) -> Sampling:
         """Temperature, top-k and top-p."""
         return Sampling(self.temperature, self.top_k, self.top_p)
-
-    @cached_property
-    def policy_spec(self) -> PolicySpec | None:
-        """The policy, if one is requested."""
-        return None if self.policy is None else PolicySpec.parse(self.policy)

@@ -25,7 +25,7 @@ Signal = Literal["none", "confidence", "predictor"]
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round accepted; each list has an item for every row whose text had not ended.
+    """What a round accepted; `verified`, `accepted` and each level of `chances` have an item per row whose text had not ended.
 
     Attributes:
         rows: Number of rows that the round decoded, those with ended texts included.
@@ -51,7 +51,7 @@ class Policy:
         max_depth: Largest number of draft levels in a round.
 
     Attributes:
-        signal: What `continues` is given.
+        signal: What `continues` receives for each row.
     """
 
     signal: Signal = "none"
@@ -76,16 +76,12 @@ class Policy:
         """Whether to draft another level, given the signal of the level just drafted for each row."""
         return True
 
-    def verified_levels(self, levels: int) -> int:
-        """How many of the drafted levels to verify, where some may be dropped."""
-        return levels
-
-    def verified_per_row(self, levels: int) -> Sequence[int]:
-        """How many tokens to verify in each row, where rows may differ; empty if all rows verify `verified_levels`."""
-        return ()
+    def verified(self, levels: int, rows: int) -> Sequence[int]:
+        """For each row, the number of tokens to verify of the `levels` that were drafted, where some may be dropped."""
+        return [levels] * rows
 
     def learn(self, outcome: RoundOutcome) -> None:
-        """Takes in what a round accepted."""
+        """Updates the policy with what a round accepted."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +89,12 @@ class PolicySpec:
     """A policy as the user names it.
 
     Attributes:
-        name: fixed, confidence, predictor, cost or ema.
+        name: fixed, confidence, predictor, cost, cost-blind (`cost` without the predictor) or ema.
         threshold: Threshold of confidence and predictor.
-        blind: Whether `cost` ignores the predictor.
     """
 
     name: str
     threshold: float = 0.0
-    blind: bool = False
 
     @staticmethod
     def parse(text: str) -> PolicySpec:
@@ -117,8 +111,6 @@ class PolicySpec:
             if not 0 <= threshold <= 1:
                 raise UserError(f"policy {text}: the threshold must be a number between 0 and 1")
             return PolicySpec(match[1], threshold)
-        if text == "cost-blind":
-            return PolicySpec("cost", blind=True)
-        if text in ("fixed", "cost", "ema"):
+        if text in ("fixed", "cost", "cost-blind", "ema"):
             return PolicySpec(text)
         raise UserError(f"unknown policy {text!r}; choose from cost, cost-blind, confidence:P, predictor:P, ema, fixed")

@@ -29,11 +29,6 @@ class Output:
     stats: Stats
     logprobs: list[float] | None = None
 
-    @property
-    def lossy(self) -> bool:
-        """Whether verification accepted tokens that the target would not have chosen."""
-        return self.stats.lossy
-
 
 @dataclass(frozen=True)
 class Stopping:

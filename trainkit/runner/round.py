@@ -4,13 +4,14 @@ A round touches only device tensors, has static shapes and reads nothing on the 
 replayed as one captured graph on a GPU. Plain decoding is the round whose tree is the root alone.
 """
 
-# B batch  T positions  N tree nodes  P path length, depth + 1  V vocabulary  A taps  D hidden
+# B batch  T positions  N tree nodes  P path length, depth + 1  V vocabulary  A taps  D hidden  M buffered tokens
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,53 @@ from trainkit.drafters.base import Accepted, Chunk, Drafter, State, TargetHandle
 from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
 from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
-from trainkit.runner.trees.shape import Draft, Shape, Steps, without_last_level
-from trainkit.runner.trees.static import Tree
+from trainkit.runner.trees.shape import Draft, Shape, Steps
+from trainkit.runner.trees.static import Tree, without_last_level
 from trainkit.runner.verify import Coupled, Verdict, Verification
+
+MISSED = 512
+"""Capacity of the buffer of tokens decoded while drafting is paused.
+
+Few texts are decoded that long without a draft, and if a text ends before drafting resumes, the drafter need not read it.
+"""
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """The static tensors of a batch, one row per text; rounds change them in place.
+
+    Attributes:
+        cache: The target's keys and values.
+        position_B: Absolute position of the root, the last emitted token.
+        token_B: Token id of the root.
+        keys_B2: Noise keys of the text's request.
+        limit_B: Number of tokens, prompt included, at which the text ends.
+        done_B: True where the text has ended.
+        draft: The drafter's tensors; empty without a drafter.
+        missed: Tokens decoded since the drafter last read: `count` [B], `tokens` [B, M] and the target's `taps` [B, M, A, D];
+            empty if drafting never pauses.
+    """
+
+    cache: Tensor
+    position_B: Tensor
+    token_B: Tensor
+    keys_B2: Tensor
+    limit_B: Tensor
+    done_B: Tensor
+    draft: State
+    missed: State
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RoundState:
+        """The state that holds the function's output for each tensor."""
+
+        def mapped(value: Any) -> Any:
+            return {name: function(tensor) for name, tensor in value.items()} if isinstance(value, dict) else function(value)
+
+        return RoundState(**{name: mapped(value) for name, value in vars(self).items()})
+
+    def rows(self, start: int, stop: int) -> RoundState:
+        """A view of some rows; for all rows the state itself."""
+        return self if stop - start == len(self.done_B) else self.map(lambda tensor: tensor[start:stop])
 
 
 @dataclass(frozen=True)
@@ -52,7 +97,7 @@ class Plan:
         shape: Shape of the draft; the root alone decodes plainly.
         verification: Decides which tokens are accepted.
         logprobs: Also return the log-probability of each emitted token.
-        observe: Called after each round with its trace; rounds then run eagerly.
+        observe: Called in each round with its trace; rounds then run eagerly.
         can_pause: Rounds without a draft may come between others; their tokens are stored for the drafter to read later.
     """
 
@@ -71,7 +116,7 @@ class RoundOutput:
     Attributes:
         emitted_BP: Token ids.
         counts_B: Number of tokens that each row emitted.
-        logprobs_BP: Their log-probabilities, if requested.
+        logprobs_BP: Log-probabilities of the emitted tokens, if requested.
         depth: Depth of the verified draft.
         drafted: Number of tokens drafted in each row, verified or not.
         levels: Number of draft levels run.
@@ -100,72 +145,178 @@ class RoundOutput:
         return self.depth if self.verified_B is None else int(self.verified_B[row])
 
 
-MISSED = 512
-"""Capacity of the buffer of tokens decoded while drafting is paused.
-
-Few texts are decoded that long without a draft, and if a text ends before drafting resumes, the drafter need not read it.
-"""
-
-
 class Rounds:
-    """Runs rounds over the static tensors of a target and a drafter. Knows nothing of requests or text beyond end ids and
-    length.
+    """Runs rounds over the static tensors of a target and a drafter; of requests and texts it knows end ids and length limits.
 
     Args:
         target: The decoder that verifies.
         drafter: The drafter, or None.
-        end_ids: Token ids that end a row.
 
     Attributes:
-        seconds: Time spent in eager rounds since it was last cleared: draft, target, verify.
+        seconds: Time spent in eager rounds since the scheduler last set it to 0: draft, target, verify.
     """
 
-    def __init__(self, target: Decoder, drafter: Drafter | None, end_ids: tuple[int, ...]) -> None:
+    def __init__(self, target: Decoder, drafter: Drafter | None) -> None:
         self.target, self.drafter = target, drafter
         self.taps = () if drafter is None else drafter.taps
-        # Every tensor of end ids ever used is kept: captured graphs point to them.
+        self.device = target.embed.weight.device
+        # Every tensor of end ids ever used is retained, because captured graphs point to them.
         self._ends: dict[tuple[int, ...], Tensor] = {}
-        self.set_end_ids(end_ids)
-        self.vocabulary = torch.arange(target.shape.vocab_size, device=target.embed.weight.device)
+        self.set_end_ids(())
+        self.vocabulary = torch.arange(target.shape.vocab_size, device=self.device)
         self.handle = TargetHandle(target.embed, target.head, target.shape.vocab_size)
-        self.clear_seconds()
-
-    def clear_seconds(self) -> None:
-        """Starts measuring again."""
         self.seconds = {"draft": 0.0, "target": 0.0, "verify": 0.0}
 
     def set_end_ids(self, end_ids: Sequence[int]) -> None:
-        """Replaces the tokens that end a row; part of a graph's key."""
+        """Replaces the token ids that end a text; they are part of a graph's key."""
         self.end_key = tuple(end_ids)
-        device = self.target.embed.weight.device
-        self.end_ids = self._ends.setdefault(self.end_key, torch.tensor(self.end_key, dtype=torch.long, device=device))
+        self.end_ids = self._ends.setdefault(self.end_key, torch.tensor(self.end_key, dtype=torch.long, device=self.device))
 
-    def new_state(self, batch_size: int, slots: int, can_pause: bool = False) -> State:
-        """The target's static tensors: cache, the root's position and token, noise keys, length limit, and which rows have
-        ended.
-
-        With `can_pause` also a buffer of tokens decoded since the drafter last read: how many, which, and the target's taps.
-        """
-        weight = self.target.embed.weight
-        device = weight.device
-        state = {
-            "cache": self.target.new_cache(batch_size, slots, device, weight.dtype),
-            "position": torch.ones(batch_size, dtype=torch.long, device=device),
-            "token": torch.zeros(batch_size, dtype=torch.long, device=device),
-            "keys": torch.zeros(batch_size, 2, dtype=torch.int32, device=device),
-            "limit": torch.zeros(batch_size, dtype=torch.long, device=device),
-            "done": torch.ones(batch_size, dtype=torch.bool, device=device),
-        }
+    def new_state(self, batch_size: int, slots: int, can_pause: bool = False) -> RoundState:
+        """Static tensors for `batch_size` free rows of `slots` cache slots; `can_pause` adds the buffer of missed tokens."""
+        B, weight, device, missed = batch_size, self.target.embed.weight, self.device, {}
         if can_pause:
-            state["missed"] = torch.zeros(batch_size, dtype=torch.long, device=device)
-            state["missed_tokens"] = torch.zeros(batch_size, MISSED, dtype=torch.long, device=device)
-            state["missed_taps"] = weight.new_zeros(batch_size, MISSED, len(self.taps), weight.shape[1])
-        return state
+            missed["count"] = torch.zeros(B, dtype=torch.long, device=device)
+            missed["tokens"] = torch.zeros(B, MISSED, dtype=torch.long, device=device)
+            missed["taps"] = weight.new_zeros(B, MISSED, len(self.taps), weight.shape[1])
+        return RoundState(
+            cache=self.target.new_cache(B, slots, device, weight.dtype),
+            position_B=torch.ones(B, dtype=torch.long, device=device),
+            token_B=torch.zeros(B, dtype=torch.long, device=device),
+            keys_B2=torch.zeros(B, 2, dtype=torch.int32, device=device),
+            limit_B=torch.zeros(B, dtype=torch.long, device=device),
+            done_B=torch.ones(B, dtype=torch.bool, device=device),
+            draft={} if self.drafter is None else self.drafter.init_state(B, slots, device, weight.dtype),
+            missed=missed,
+        )
 
-    def prefill(
-        self, plan: Plan, state: State, draft_state: State, tokens_T: Tensor, later: bool = False, chunk: int = 512
-    ) -> RoundOutput:
-        """Reads one row's prompt and emits the first token; `state` and `draft_state` are views of that row.
+    def __call__(self, plan: Plan, state: RoundState, span: int, levels: int | None = None) -> RoundOutput:
+        """Runs one round of every row; a row whose text has ended emits nothing and keeps its root.
+
+        Args:
+            plan: What kind of round.
+            state: From `new_state`, or a view of its first rows; changed in place.
+            span: Upper bound of the cache slots in use in this round, the tree's scratch slots included.
+            levels: Largest number of levels to draft; None for the shape's depth.
+        """
+        rule, started = plan.verification, perf_counter()
+        # Step 1: draft, level by level.
+        noise = self.noise(plan, state)
+        draft = self.draft(plan, state, noise, span, levels)
+        drafted = perf_counter()
+        # Step 2: verify. One target forward over all nodes.
+        verified = draft if rule.verifies_last_level else without_last_level(draft)
+        logits, taps = self.evaluate(verified, state, span)
+        evaluated = perf_counter()
+        # Step 3: accept the longest path that the rule allows; nothing in rows whose text has ended.
+        scores = plan.sampling.process(logits)
+        verdict = rule.verify(draft, scores, noise, state.keys_B2, state.position_B)
+        verdict = replace(verdict, counts_B=verdict.counts_B.masked_fill(state.done_B, 0))
+        if plan.observe is not None:
+            plan.observe(Trace(verified, scores, verdict, state.keys_B2.clone(), state.position_B.clone()))
+        # Step 4: commit the path to both caches; its last token is the next root.
+        self._commit_caches(plan, state, verified, verdict, taps, span)
+        self._move_root(state, verdict)
+        logprobs = _logprobs(verdict.along_path(logits), verdict.emitted_BP) if plan.logprobs else None
+        self.seconds["draft"] += drafted - started
+        self.seconds["target"] += evaluated - drafted
+        self.seconds["verify"] += perf_counter() - evaluated
+        return RoundOutput(
+            verdict.emitted_BP,
+            verdict.counts_B,
+            logprobs,
+            depth=verified.shape.depth,
+            drafted=draft.levels if draft.shape.is_chain else verified.shape.size - 1,
+            levels=draft.levels,
+            paused=plan.can_pause and not draft.levels,
+            verified_B=None if draft.packing is None else draft.packing.lengths_B - 1,
+            chances_BD=draft.chances_BD,
+        )
+
+    def noise(self, plan: Plan, state: RoundState) -> Noise | None:
+        """The round's Gumbel noise, or None at temperature 0: a hash of request and position, so replays draw new numbers."""
+        rule, shape, position_B = plan.verification, plan.shape, state.position_B
+        if plan.sampling.greedy:
+            return None
+        rows = 4 if shape.key is None else shape.depth + 1
+        return Noise(rule.noise_keys(state.keys_B2, position_B), position_B, self.vocabulary, rule.stream, rows)
+
+    def draft(self, plan: Plan, state: RoundState, noise: Noise | None, span: int, levels: int | None = None) -> Draft:
+        """The tree that the drafter proposes; the root alone where nothing is drafted."""
+        shape, rule = plan.shape, plan.verification
+        if self.drafter is None or not shape.depth:
+            assert isinstance(shape, Tree)
+            return Draft(shape, state.token_B[:, None], shape.topology, 0)
+        steps = Steps(
+            self.drafter,
+            state.draft,
+            self.handle,
+            state.token_B,
+            state.position_B,
+            plan.sampling,
+            noise if rule.draft_sees_noise else None,
+            span,
+            levels,
+            keep_logits=rule.needs_logits or plan.observe is not None,
+            keep_signals=plan.observe is not None,
+            done_B=state.done_B,
+        )
+        draft = shape.grow(steps)
+        assert draft.packing is None or rule.may_drop
+        return draft
+
+    def evaluate(self, draft: Draft, state: RoundState, span: int) -> tuple[Tensor, Tensor | None]:
+        """The target's logits [B, N, V] at every node and its taps; the nodes' keys and values go to scratch slots.
+
+        A chain's nodes lie in the slots of their positions, so a causal mask is enough. Where rows verify different numbers of
+        nodes, logits and taps of the padding are those of the row's root.
+        """
+        position, topology, packing = state.position_B, draft.topology, draft.packing
+        positions = position[:, None] + topology.depths_BN
+        if draft.shape.is_chain:
+            slots, bias = positions, causal_bias(positions, span, state.cache.dtype)
+        else:
+            slots = position[:, None] + torch.arange(draft.shape.size, device=position.device)
+            bias = tree_bias(position, topology.ancestors_BNN.expand(position.shape[0], -1, -1), span, state.cache.dtype)
+        tokens = draft.tokens_BN if packing is None else packing.pack(draft.tokens_BN)
+        hidden, taps = self.target(tokens, positions, bias, state.cache, slots, self.taps, packing)
+        logits = self.target.head(hidden)
+        if packing is None:
+            return logits, taps
+        return packing.pad(logits), None if taps is None else packing.pad(taps)
+
+    def _commit_caches(
+        self, plan: Plan, state: RoundState, draft: Draft, verdict: Verdict, taps: Tensor | None, span: int
+    ) -> None:
+        """Compacts the accepted path in both caches; in a pause, stores the root for the drafter to read later."""
+        path, position, counts = verdict.path_BP, state.position_B, verdict.counts_B
+        if path is not None:
+            move_slots(state.cache, position[:, None] + path, position)
+        if self.drafter is not None and draft.levels:
+            numbers = path if draft.drafter_numbers_BN is None else verdict.along_path(draft.drafter_numbers_BN)
+            taps = None if taps is None else verdict.along_path(taps)
+            tokens = verdict.along_path(draft.tokens_BN)
+            accepted = Accepted(numbers, tokens, verdict.emitted_BP, counts, position, taps)
+            self.drafter.commit(state.draft, accepted, self.handle, span)
+        elif self.drafter is not None and plan.can_pause:  # `catch_up` has made room
+            index_B1 = state.missed["count"].clamp(max=MISSED - 1)[:, None]
+            state.missed["tokens"].scatter_(1, index_B1, draft.tokens_BN)
+            if taps is not None:
+                state.missed["taps"].scatter_(1, index_B1[..., None, None].expand_as(taps), taps)
+            state.missed["count"].add_(counts.clamp(max=1))
+
+    def _move_root(self, state: RoundState, verdict: Verdict) -> None:
+        """Makes the last emitted token the root, and marks the rows whose text has ended."""
+        emitted, counts = verdict.emitted_BP, verdict.counts_B
+        last = emitted.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+        state.token_B.copy_(torch.where(counts > 0, last, state.token_B))
+        state.position_B.add_(counts)
+        inside = torch.arange(emitted.shape[1], device=emitted.device) < counts[:, None]
+        ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
+        state.done_B.logical_or_(ended | (state.position_B + 1 >= state.limit_B))
+
+    def prefill(self, plan: Plan, state: RoundState, tokens_T: Tensor, later: bool = False, chunk: int = 512) -> RoundOutput:
+        """Reads the prompt of the one row of `state` and emits the first token, which becomes the root.
 
         With `later` the drafter does not read the prompt now: it is stored, at most `MISSED` tokens, for `catch_up`.
         """
@@ -174,184 +325,51 @@ class Rounds:
             tokens, following = tokens_T[None, start : start + chunk], tokens_T[None, start + 1 : start + chunk + 1]
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
             span = start + tokens.shape[1]
-            bias = causal_bias(positions, span, state["cache"].dtype)
-            hidden, taps = self.target(tokens, positions, bias, state["cache"], positions, self.taps)
+            bias = causal_bias(positions, span, state.cache.dtype)
+            hidden, taps = self.target(tokens, positions, bias, state.cache, positions, self.taps)
             if span == T:
                 output = self._first_token(plan, state, hidden[:, -1:], T)
                 following = torch.cat([following, output.emitted_BP], dim=1)
             if later:
-                state["missed_tokens"][:, :T] = tokens
+                state.missed["tokens"][:, :T] = tokens
                 if taps is not None:
-                    state["missed_taps"][:, :T] = taps
-                state["missed"].fill_(T)
+                    state.missed["taps"][:, :T] = taps
+                state.missed["count"].fill_(T)
             elif self.drafter is not None and plan.shape.depth:
-                self.drafter.prefill(draft_state, Chunk(tokens, following, positions, taps), self.handle, span)
+                self.drafter.prefill(state.draft, Chunk(tokens, following, positions, taps), self.handle, span)
         assert output is not None
         return output
 
-    def _first_token(self, plan: Plan, state: State, hidden_11D: Tensor, length: int) -> RoundOutput:
-        """The token after a prompt of this length, which becomes the root."""
+    def _first_token(self, plan: Plan, state: RoundState, hidden_11D: Tensor, length: int) -> RoundOutput:
+        """The token after a prompt of this length; initialises the row."""
         logits = self.target.head(hidden_11D)
-        state["position"].fill_(length)
-        if "missed" in state:
-            state["missed"].zero_()
+        state.position_B.fill_(length - 1)
+        state.done_B.fill_(False)
+        if state.missed:
+            state.missed["count"].zero_()
         scores = plan.sampling.process(logits)
         if not plan.sampling.greedy:
-            scores = scores + gumbel(state["keys"], state["position"][:, None], self.vocabulary, CHOICE)
+            scores = scores + gumbel(state.keys_B2, state.position_B[:, None] + 1, self.vocabulary, CHOICE)
         token = scores.argmax(-1)
-        state["token"].copy_(token[:, 0])
-        state["done"].copy_(torch.isin(token[:, 0], self.end_ids) | (state["position"] + 1 >= state["limit"]))
-        logprobs = logits.float().log_softmax(-1).gather(2, token[..., None])[..., 0] if plan.logprobs else None
-        return RoundOutput(token, torch.ones_like(token[:, 0]), logprobs)
+        verdict = Verdict(None, torch.ones_like(token[:, 0]), token)
+        self._move_root(state, verdict)
+        return RoundOutput(token, verdict.counts_B, _logprobs(logits, token) if plan.logprobs else None)
 
-    def __call__(self, plan: Plan, state: State, draft_state: State, span: int, levels: int | None = None) -> RoundOutput:
-        """Runs one round of every row; a row whose text has ended emits nothing and stays where it is.
-
-        Args:
-            plan: What kind of round.
-            state: From `new_state`, or a view of its first rows; changed in place.
-            draft_state: The drafter's tensors of the same rows.
-            span: Upper bound of the cache slots in use in this round, the tree's scratch slots included.
-            levels: Largest number of levels to draft; None for the shape's depth.
-        """
-        started = perf_counter()
-        # Step 1: draft. Noise is a hash of request and position, so a replayed graph draws new numbers.
-        rule, position = plan.verification, state["position"]
-        noise = None
-        if not plan.sampling.greedy:
-            rows = 4 if plan.shape.key is None else plan.shape.depth + 1
-            noise = Noise(rule.noise_keys(state["keys"], position), position, self.vocabulary, rule.stream, rows)
-        draft = self._draft(plan, state, draft_state, noise, span, levels)
-        assert draft.packing is None or rule.may_drop
-        drafted = perf_counter()
-        # Step 2: verify. One target forward over all nodes.
-        verified = draft
-        if not rule.verifies_last_level:
-            assert isinstance(draft.shape, Tree)
-            verified = without_last_level(draft, draft.shape.shortened, draft.shape.shortened.topology)
-        logits, taps = self.evaluate(verified, state, span)
-        evaluated = perf_counter()
-        # Step 3: accept the longest path that the rule allows.
-        scores = plan.sampling.process(logits)
-        verdict = rule.verify(draft, scores, noise, state["keys"], position)
-        root = position.clone() if plan.observe is not None else position
-        # Step 4: commit the path to both caches; its last token is the next root.
-        output = self._commit(plan, state, draft_state, verified, verdict, logits, taps, span)
-        if plan.observe is not None:
-            counted = Verdict(verdict.path_BP, output.counts_B, verdict.emitted_BP)
-            plan.observe(Trace(verified, scores, counted, state["keys"].clone(), root))
-        self.seconds["draft"] += drafted - started
-        self.seconds["target"] += evaluated - drafted
-        self.seconds["verify"] += perf_counter() - evaluated
-        return output
-
-    def _draft(self, plan: Plan, state: State, draft_state: State, noise: Noise | None, span: int, levels: int | None) -> Draft:
-        shape, rule = plan.shape, plan.verification
-        if self.drafter is None or not shape.depth:
-            assert isinstance(shape, Tree)
-            return Draft(shape, state["token"][:, None], shape.topology, 0)
-        steps = Steps(
-            self.drafter,
-            draft_state,
-            self.handle,
-            state["token"],
-            state["position"],
-            plan.sampling,
-            noise if rule.draft_sees_noise else None,
-            span,
-            levels,
-            keep_logits=rule.needs_logits or plan.observe is not None,
-            keep_signals=plan.observe is not None,
-            done_B=state["done"],
-        )
-        return shape.grow(steps)
-
-    def evaluate(self, draft: Draft, state: State, span: int) -> tuple[Tensor, Tensor | None]:
-        """The target's logits [B, N, V] at every node and its taps; the nodes' keys and values go to scratch slots.
-
-        A chain's nodes lie in the slots of their positions, so a causal mask is enough. Where rows verify different numbers of
-        nodes, logits and taps of the padding are those of the row's root.
-        """
-        position, topology, packing = state["position"], draft.topology, draft.packing
-        positions = position[:, None] + topology.depths_BN
-        if draft.shape.is_chain:
-            slots, bias = positions, causal_bias(positions, span, state["cache"].dtype)
-        else:
-            slots = position[:, None] + torch.arange(draft.shape.size, device=position.device)
-            bias = tree_bias(position, topology.ancestors_BNN.expand(position.shape[0], -1, -1), span, state["cache"].dtype)
-        tokens = draft.tokens_BN if packing is None else packing.pack(draft.tokens_BN)
-        hidden, taps = self.target(tokens, positions, bias, state["cache"], slots, self.taps, packing)
-        logits = self.target.head(hidden)
-        if packing is None:
-            return logits, taps
-        return packing.pad(logits), None if taps is None else packing.pad(taps)
-
-    def _commit(
-        self,
-        plan: Plan,
-        state: State,
-        draft_state: State,
-        draft: Draft,
-        verdict: Verdict,
-        logits: Tensor,
-        taps: Tensor | None,
-        span: int,
-    ) -> RoundOutput:
-        position, path = state["position"], verdict.path_BP
-        counts, emitted = verdict.counts_B.masked_fill(state["done"], 0), verdict.emitted_BP
-        # The target's cache: the path's keys and values move to the slots of their positions.
-        if path is not None:
-            move_slots(state["cache"], position[:, None] + path, position)
-        # The drafter's cache; or, while drafting is paused, the buffer of what it has to read later.
-        if self.drafter is not None and draft.levels:
-            tokens, numbers = draft.tokens_BN, path
-            if path is not None:
-                tokens = tokens.gather(1, path)
-                taps = None if taps is None else taps.gather(1, path[..., None, None].expand(-1, -1, *taps.shape[2:]))
-                numbers = path if draft.drafter_numbers_BN is None else draft.drafter_numbers_BN.gather(1, path)
-            self.drafter.commit(draft_state, Accepted(numbers, tokens, emitted, counts, position, taps), self.handle, span)
-        elif plan.can_pause and self.drafter is not None:
-            self._store_missed(state, draft.tokens_BN, taps, counts)
-        # The next root, and which rows have ended.
-        logprobs = None
-        if plan.logprobs:
-            at_nodes = logits if path is None else logits.gather(1, path[..., None].expand(-1, -1, logits.shape[-1]))
-            logprobs = at_nodes.float().log_softmax(-1).gather(2, emitted[..., None])[..., 0]
-        last = emitted.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
-        state["token"].copy_(torch.where(counts > 0, last, state["token"]))
-        position.add_(counts)
-        inside = torch.arange(emitted.shape[1], device=emitted.device) < counts[:, None]
-        ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
-        state["done"].logical_or_(ended | (position + 1 >= state["limit"]))
-        return RoundOutput(
-            emitted,
-            counts,
-            logprobs,
-            depth=draft.shape.depth,
-            drafted=draft.levels if draft.shape.is_chain else draft.shape.size - 1,
-            levels=draft.levels,
-            paused=plan.can_pause and not draft.levels,
-            verified_B=None if draft.packing is None else draft.packing.lengths_B - 1,
-            chances_BD=draft.chances_BD,
-        )
-
-    def _store_missed(self, state: State, tokens_B1: Tensor, taps_B1AD: Tensor | None, counts_B: Tensor) -> None:
-        """Stores a root that was decoded without a draft; `catch_up` has made room."""
-        index_B1 = state["missed"].clamp(max=MISSED - 1)[:, None]
-        state["missed_tokens"].scatter_(1, index_B1, tokens_B1)
-        if taps_B1AD is not None:
-            state["missed_taps"].scatter_(1, index_B1[..., None, None].expand_as(taps_B1AD), taps_B1AD)
-        state["missed"].add_(counts_B.clamp(max=1))
-
-    def catch_up(self, state: State, draft_state: State) -> None:
+    def catch_up(self, state: RoundState) -> None:
         """Lets the drafter read what each row decoded without it. Reads counts on the host, so not in every round."""
         assert self.drafter is not None
-        for row, (missed, position) in enumerate(zip(state["missed"].tolist(), state["position"].tolist(), strict=True)):
+        pairs = zip(state.missed["count"].tolist(), state.position_B.tolist(), strict=True)
+        for row, (missed, position) in enumerate(pairs):
             if missed:
-                positions = torch.arange(position - missed, position, device=state["missed"].device)[None]
-                taps = state["missed_taps"][row : row + 1, :missed] if self.taps else None
-                tokens = state["missed_tokens"][row : row + 1, :missed]
-                following = torch.cat([tokens[:, 1:], state["token"][row : row + 1, None]], dim=1)
-                own = {name: tensor[row : row + 1] for name, tensor in draft_state.items()}
-                self.drafter.prefill(own, Chunk(tokens, following, positions, taps), self.handle, position)
-        state["missed"].zero_()
+                own = state.rows(row, row + 1)
+                positions = torch.arange(position - missed, position, device=self.device)[None]
+                tokens = own.missed["tokens"][:, :missed]
+                following = torch.cat([tokens[:, 1:], own.token_B[:, None]], dim=1)
+                taps = own.missed["taps"][:, :missed] if self.taps else None
+                self.drafter.prefill(own.draft, Chunk(tokens, following, positions, taps), self.handle, position)
+        state.missed["count"].zero_()
+
+
+def _logprobs(logits_BPV: Tensor, tokens_BP: Tensor) -> Tensor:
+    """[B, P] log-probabilities of the tokens at temperature 1."""
+    return logits_BPV.float().log_softmax(-1).gather(2, tokens_BP[..., None])[..., 0]

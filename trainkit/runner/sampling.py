@@ -4,13 +4,13 @@ Noise is a pure function of (key, position, token id, stream). A key identifies 
 same text in any batch slot, at any depth, with any drafter; and a replayed graph draws new numbers, since positions advance.
 """
 
-# B batch  R rows of noise (one a position)  V vocabulary  N nodes
+# B batch  R rows of noise (one per position)  V vocabulary  N nodes
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -115,8 +115,8 @@ class Noise:
         root_B: Absolute position of the root.
         tokens_V: As in `uniform`.
         stream: As in `uniform`.
-        rows: Number of rows computed together; where it is not known how many are needed, four, since on a CPU one row takes
-            three quarters of the time of four.
+        rows: Number of rows computed together. By default four, for drafts of unknown length, because on a CPU four rows take
+            only a third more time than one.
     """
 
     def __init__(self, keys_B2: Tensor, root_B: Tensor, tokens_V: Tensor, stream: int, rows: int = 4) -> None:
@@ -130,3 +130,7 @@ class Noise:
             more_BRV = gumbel(self.keys_B2, self.root_B[:, None] + offsets_R, self.tokens_V, self.stream)
             self._noise_BRV = torch.cat([self._noise_BRV, more_BRV], dim=1) if known else more_BRV
         return self._noise_BRV[index]
+
+
+AnyNoise: TypeAlias = Noise | Tensor | None
+"""Gumbel noise [B, R, V] of a round; None at temperature 0."""

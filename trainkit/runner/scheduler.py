@@ -1,6 +1,6 @@
-"""Which text owns which cache row, round after round, and how far the host reads behind the device.
+"""Assigns texts to cache rows and runs rounds; the host may read a round's output while the device runs the next one.
 
-A text owns one row of a static cache from its prompt to its end; the row of a finished text goes to the next one that waits.
+A text owns one row of a static cache from its prompt to its end; then the next waiting text gets the row.
 """
 
 # B rows  P path length  T positions
@@ -11,27 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 
-from trainkit.drafters.base import State
 from trainkit.errors import UserError
 from trainkit.runner.graphs import Graphs
 from trainkit.runner.policy import RoundOutcome
 from trainkit.runner.request import Request, Stopping
-from trainkit.runner.round import MISSED, Plan, RoundOutput, Rounds
+from trainkit.runner.round import MISSED, Plan, RoundOutput, Rounds, RoundState
 from trainkit.runner.stats import Stats
-
-
-class _States(NamedTuple):
-    """The static tensors of target and drafter, and what they were made for."""
-
-    rows: int
-    slots: int
-    can_pause: bool
-    target: State
-    draft: State
 
 
 class Scheduler:
@@ -45,46 +33,44 @@ class Scheduler:
 
     Attributes:
         lag: Number of rounds that the host reads behind the device: none on a CPU, one on a GPU.
-        seconds: Where the last call's time went, as `Runner.seconds`.
+        seconds: Where the last call's time went, in seconds: prefill, draft, target, verify (eager rounds only), host.
         rounds_run: Number of rounds of the last call, each over all of its rows.
         last: Counts of the last call.
     """
 
     def __init__(self, rounds: Rounds, max_batch: int, max_len: int, capture: bool) -> None:
         self.rounds, self.max_batch, self.max_len = rounds, max_batch, max_len
-        self.device = rounds.target.embed.weight.device
+        self.device = rounds.device
         self.lag = 1 if self.device.type == "cuda" else 0
         self.graphs = Graphs() if capture else None
         self.seconds: dict[str, float] = {}
         self.rounds_run = 0
         self.last = Stats()
         self._call = 0
-        self._states: _States | None = None
+        self._state: RoundState | None = None
 
     def begin(self) -> int:
-        """Takes the rows for a new call; a stream left open cannot continue after it."""
+        """Takes the rows for a new call, and returns its number; a stream that is still open cannot continue after it."""
         self._call += 1
         return self._call
 
-    def state(self, batch_size: int, slots: int, can_pause: bool = False) -> tuple[State, State]:
-        """Static tensors of target and drafter for at least this many rows and slots; made again only to grow."""
-        rows, size, old = batch_size, -(-slots // 64) * 64, self._states
-        if old is None or old.rows < rows or old.slots < slots or old.can_pause < can_pause:
+    def state(self, batch_size: int, slots: int, can_pause: bool = False) -> RoundState:
+        """Static tensors for at least this many rows and slots, allocated again only to grow."""
+        old = self._state
+        rows, size, could_pause = (0, 0, False) if old is None else (len(old.done_B), old.cache.shape[3], bool(old.missed))
+        if old is None or rows < batch_size or size < slots or can_pause > could_pause:
             if self.graphs is not None:
                 self.graphs.clear()
-            if old is not None:
-                rows, size, can_pause = max(rows, old.rows), max(size, old.slots), can_pause or old.can_pause
-            self._states = old = None  # frees the old tensors first
+            rows, size, can_pause = max(rows, batch_size), max(size, -(-slots // 64) * 64), can_pause or could_pause
+            self._state = old = None  # frees the old tensors first
             self.rounds.target.reserve_positions(size)
-            dtype, drafter = self.rounds.target.embed.weight.dtype, self.rounds.drafter
-            draft = {} if drafter is None else drafter.init_state(rows, size, self.device, dtype)
-            self._states = _States(rows, size, can_pause, self.rounds.new_state(rows, size, can_pause), draft)
-        assert self._states is not None
-        return self._states.target, self._states.draft
+            self._state = self.rounds.new_state(rows, size, can_pause)
+        assert self._state is not None
+        return self._state
 
     @torch.inference_mode()
     def decode(self, requests: Sequence[Request], plan: Plan, stopping: Stopping) -> Iterator[tuple[Request, bool]]:
-        """Decodes over at most `max_batch` rows; yields a request whenever it got tokens, and whether it is finished.
+        """Decodes all requests; yields a request whenever it received tokens, and whether it is finished.
 
         The host reads `lag` rounds behind the device, so a GPU never waits for the host.
         """
@@ -92,12 +78,12 @@ class Scheduler:
         began = perf_counter()
         call = self.begin()
         self.rounds.set_end_ids(stopping.end_ids)
-        self.rounds.clear_seconds()
+        self.rounds.seconds = dict.fromkeys(self.rounds.seconds, 0.0)
         step = plan.shape.depth + 1
         batch = min(self.max_batch, len(requests))
         slots = self.max_len + plan.shape.slots + (self.lag + 1) * step
-        state, draft_state = self.state(batch, slots, plan.can_pause)
-        state["done"].fill_(True)
+        state = self.state(batch, slots, plan.can_pause)
+        state.done_B.fill_(True)
         waiting, rows = deque(requests), []
         flight: deque[tuple[list[Request], Callable[[], RoundOutput]]] = deque()
         prefill_seconds, rounds_run = 0.0, 0
@@ -107,15 +93,15 @@ class Scheduler:
             while waiting and len(rows) < batch:
                 coming = min(len(rows) + len(waiting), batch)
                 request = waiting.popleft()
-                mark = perf_counter()
+                started = perf_counter()
                 policy = plan.shape.policy
                 if policy is not None and policy.is_paused(coming) and len(request.prompt) < MISSED:
                     request.missed = len(request.prompt)
                 request.stats.lossy = plan.verification.lossy
-                first = self._prefill(request, len(rows), plan, state, draft_state)
+                first = self._prefill(request, plan, state.rows(len(rows), len(rows) + 1))
                 rows.append(request)
                 request.take(first, 0, stopping, prefill=True)
-                prefill_seconds += perf_counter() - mark
+                prefill_seconds += perf_counter() - started
                 yield request, bool(request.finish)
                 self._check_call(call)
                 if request.finish:
@@ -125,9 +111,9 @@ class Scheduler:
             # Run a round of all rows.
             ahead = (len(flight) + 1) * step
             longest = max(len(r.prompt) + len(r.tokens) for r in rows)
-            span = self._span(longest + ahead + plan.shape.slots)
-            round_plan, levels = self._next_round(plan, rows, state, draft_state)
-            output = self._run(round_plan, state, draft_state, len(rows), span, levels)
+            span = self._span(longest + ahead + plan.shape.slots, state)
+            round_plan, levels = self._next_round(plan, rows, state)
+            output = self._run(round_plan, state, len(rows), span, levels)
             rounds_run += 1
             flight.append((list(rows), self._fetch(output)))
             # Read the oldest round in flight.
@@ -142,7 +128,7 @@ class Scheduler:
                     request.take(emitted, slot, stopping)
                     yield request, bool(request.finish)
                     self._check_call(call)
-            self._release(rows, state, draft_state)
+            self._release(rows, state)
         self.rounds_run, self.seconds = rounds_run, {"prefill": prefill_seconds, **self.rounds.seconds}
         self.seconds["host"] = perf_counter() - began - sum(self.seconds.values())
         self.last = Stats.merge(request.stats for request in requests)
@@ -154,21 +140,19 @@ class Scheduler:
                 "this stream cannot continue: its runner has begun another generate, stream or score; finish one first"
             )
 
-    def _prefill(self, request: Request, slot: int, plan: Plan, state: State, draft_state: State) -> RoundOutput:
+    def _prefill(self, request: Request, plan: Plan, row: RoundState) -> RoundOutput:
         """Reads a prompt into a free row and returns its first token."""
-        row, draft_row = _rows(state, slot, slot + 1), _rows(draft_state, slot, slot + 1)
-        row["keys"].copy_(torch.tensor([request.keys], dtype=torch.int32))
-        row["limit"].fill_(request.limit)
-        output = self.rounds.prefill(plan, row, draft_row, torch.tensor(request.prompt, device=self.device), request.missed > 0)
+        row.keys_B2.copy_(torch.tensor([request.keys], dtype=torch.int32))
+        row.limit_B.fill_(request.limit)
+        output = self.rounds.prefill(plan, row, torch.tensor(request.prompt, device=self.device), later=request.missed > 0)
         return replace(output, **{name: tensor.cpu() for name, tensor in output.tensors.items()})
 
-    def _span(self, needed: int) -> int:
-        """Number of cache slots that a round reads: few sizes, so that few graphs are captured; no more than there are."""
-        assert self._states is not None
+    def _span(self, needed: int, state: RoundState) -> int:
+        """Number of cache slots that a round reads, at most all; one of a few sizes, so that few graphs are captured."""
         size = -(-needed // 64) * 64 if self.graphs is None else max(256, 1 << (needed - 1).bit_length())
-        return min(size, self._states.slots)
+        return min(size, state.cache.shape[3])
 
-    def _next_round(self, plan: Plan, requests: Sequence[Request], state: State, draft_state: State) -> tuple[Plan, int | None]:
+    def _next_round(self, plan: Plan, requests: Sequence[Request], state: RoundState) -> tuple[Plan, int | None]:
         """The plan of the next round and the largest number of levels to draft; with a policy, as deep as it decides."""
         policy, rows = plan.shape.policy, len(requests)
         if policy is None:
@@ -178,7 +162,7 @@ class Scheduler:
         # After a pause the drafter reads what it missed.
         missed = max(request.missed for request in requests)
         if missed and (levels or missed >= MISSED):
-            self.rounds.catch_up(_rows(state, 0, rows), _rows(draft_state, 0, rows))
+            self.rounds.catch_up(state.rows(0, rows))
             for request in requests:
                 request.missed = 0
         if not levels:
@@ -188,33 +172,24 @@ class Scheduler:
             return plan, levels
         return replace(plan, shape=plan.shape.captured(levels, per_row)), None
 
-    def _run(self, plan: Plan, state: State, draft_state: State, active: int, span: int, levels: int | None) -> RoundOutput:
+    def _run(self, plan: Plan, state: RoundState, active: int, span: int, levels: int | None) -> RoundOutput:
         """Runs a round of the first `active` rows: eagerly, or as the replay of a captured graph."""
         if self.graphs is None or plan.observe is not None:
-            return self.rounds(plan, _rows(state, 0, active), _rows(draft_state, 0, active), span, levels)
-        batch = min(1 << (active - 1).bit_length(), state["done"].shape[0])
-        state["done"][active:batch].fill_(True)
-        state["position"][active:batch].fill_(1)  # a padded row's old position may lie past this round's span
-        views = _rows(state, 0, batch), _rows(draft_state, 0, batch)
-        key = (
-            plan.shape.key,
-            plan.sampling,
-            plan.verification,
-            plan.logprobs,
-            plan.can_pause,
-            batch,
-            span,
-            self.rounds.end_key,
-        )
+            return self.rounds(plan, state.rows(0, active), span, levels)
+        batch = min(1 << (active - 1).bit_length(), len(state.done_B))
+        state.done_B[active:batch].fill_(True)
+        state.position_B[active:batch].fill_(1)  # a padded row's old position may lie past this round's span
+        view, end_key = state.rows(0, batch), self.rounds.end_key
+        key = (plan.shape.key, plan.sampling, plan.verification, plan.logprobs, plan.can_pause, batch, span, end_key)
         modules = [module for module in (self.rounds.target, self.rounds.drafter) if module is not None]
         tables: list[torch.Tensor] = []
 
         def captured() -> RoundOutput:
             # Keeps the rotary tables that the graph reads, since another runner may replace them by longer ones.
             tables[:] = [table for module in modules for table in module.buffers()]
-            return self.rounds(plan, *views, span)
+            return self.rounds(plan, view, span)
 
-        return self.graphs.run(key, captured, views[0]["done"])
+        return self.graphs.run(key, captured, view.done_B)
 
     def _fetch(self, output: RoundOutput) -> Callable[[], RoundOutput]:
         """Starts copying a round's output to the host; the returned function waits for the copy."""
@@ -233,17 +208,16 @@ class Scheduler:
 
         return wait
 
-    def _release(self, rows: list[Request], state: State, draft_state: State) -> None:
+    def _release(self, rows: list[Request], state: RoundState) -> None:
         """Frees the rows of finished requests: the last active row moves into the gap."""
         for slot in reversed(range(len(rows))):
             if rows[slot].finish:
                 last = len(rows) - 1
                 if slot != last:
-                    for tensor in (*state.values(), *draft_state.values()):
-                        tensor[slot].copy_(tensor[last])
+                    state.map(lambda tensor, slot=slot, last=last: tensor[slot].copy_(tensor[last]))
                 rows[slot] = rows[last]
                 rows.pop()
-                state["done"][last].fill_(True)
+                state.done_B[last].fill_(True)
 
 
 def _outcome(output: RoundOutput, rows: int) -> RoundOutcome:
@@ -253,7 +227,3 @@ def _outcome(output: RoundOutput, rows: int) -> RoundOutcome:
     verified, accepted = [output.verified(row) for row in live], [counts[row] - 1 for row in live]
     chances = () if output.chances_BD is None else output.chances_BD[live].T.tolist()
     return RoundOutcome(rows, output.levels, verified, accepted, chances)
-
-
-def _rows(state: State, start: int, stop: int) -> State:
-    return {name: tensor[start:stop] for name, tensor in state.items()}

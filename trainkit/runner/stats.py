@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 class Stats:
     """Counts of one output, or of several added together.
 
-    A round that an end token, a stop string or the length limit cuts short is no full round: it is counted in `cut_rounds` and
-    `tokens`, nowhere else.
+    A round that an end token, a stop string or the length limit cuts short is not a full round: it counts in `cut_rounds` and
+    `tokens` only.
 
     Attributes:
         accepted: `accepted[k]` is the number of full rounds that accepted exactly k drafted tokens.
         cut_rounds: Number of last rounds that were cut short.
         tokens: Number of tokens emitted in all, those of prefill and of cut rounds included.
         lossy: Whether the text (any, if added together) is neither the target's nor distributed like it.
-        offered: `offered[k]` is the number of full rounds that reached draft position k, from 1, and had a token there. A tree
-            as deep as k counts, whether or not it has a node below the one that was reached.
+        offered: `offered[k]`, from k = 1, is the number of full rounds that accepted at least k - 1 drafted tokens and verified
+            a token at draft position k. A tree of depth k or more counts even if the last accepted node has no child.
         drafted: Number of tokens drafted in full rounds; for chains with those that were not verified, for trees the verified
             nodes.
         paused: Number of full rounds without a draft because a policy expected that it would not pay.
@@ -49,7 +49,7 @@ class Stats:
 
     @property
     def rounds(self) -> int:
-        """Number of full verification rounds; prefill is none."""
+        """Number of full verification rounds; prefill is not counted."""
         return sum(self.accepted)
 
     @property

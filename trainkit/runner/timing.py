@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from trainkit.drafters.base import Accepted, State
+from trainkit.drafters.base import Accepted
 from trainkit.layers.attention import Packing
 from trainkit.runner.graphs import capture
-from trainkit.runner.round import Plan, Rounds
-from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
-from trainkit.runner.trees.shape import Draft, RankPath, Shape, Steps
+from trainkit.runner.round import Plan, Rounds, RoundState
+from trainkit.runner.sampling import CHOICE, Sampling, gumbel
+from trainkit.runner.trees.shape import Draft, RankPath, Shape
 from trainkit.runner.trees.static import Tree, build, chain
-from trainkit.runner.verify import coupled
+from trainkit.runner.verify import Coupled
 
 
 def synchronize(device: torch.device) -> None:
@@ -83,8 +83,7 @@ def round_costs(
     Plain decoding is the empty tree: its `verify` is the time of one row. Trees are interleaved, and each drafts before it
     verifies, as in a round, so what the target evicts from the processor's cache is evicted here too.
     """
-    device = rounds.target.embed.weight.device
-    trees = {paths: build(paths, device) for paths in dict.fromkeys([chain(0), *shapes])}
+    trees = {paths: build(paths, rounds.device) for paths in dict.fromkeys([chain(0), *shapes])}
     runs = time_parts(rounds, {paths: Part(tree, tree) for paths, tree in trees.items()}, length, batch, repeats)
     return {paths: RoundCost(median(seconds, 0), median(seconds, 1)) for paths, seconds in runs.items()}
 
@@ -95,22 +94,25 @@ def time_parts(
 ) -> dict[Any, list[list[float]]]:
     """For each part by name and each repeat the seconds of drafting, of verifying, and with `sampling` of the whole round.
 
-    With `sampling`, noise, processing and the target's choice are included: each level makes a row of noise, verifying another.
-    The whole round is measured where all nodes are verified.
+    With `sampling`, noise, processing and the target's choice are included: each draft level computes a row of noise, and
+    verifying another. The whole round is measured where all nodes are verified.
     """
-    device = rounds.target.embed.weight.device
+    device = rounds.device
     slots = max(max(2 * part.drafted.slots, part.verified.size) for part in parts.values())
     span = -(-(length + slots) // 64) * 64
     rounds.target.reserve_positions(span)
     # One state for all parts, as in decoding, and one for whole rounds, which change theirs.
-    state, whole_state = _new_state(rounds, batch, span, length), _new_state(rounds, batch, span, length)
+    state, whole_state = (rounds.new_state(batch, span, can_pause=True) for _ in range(2))
+    for new in (state, whole_state):
+        new.position_B.fill_(length)
+        new.limit_B.fill_(1 << 40)
     probes: dict[Hashable, list[Callable[[], object]]] = {}
     for name, part in parts.items():
-        probe = [_draft(rounds, part.drafted, state, span, sampling), _verify(rounds, part, state[0], span, sampling)]
+        probe = [_draft(rounds, part.drafted, state, span, sampling), _verify(rounds, part, state, span, sampling)]
         if sampling is not None and not part.lengths:
-            probe.append(_whole(rounds, sampling, part.drafted, whole_state, span, length))
+            probe.append(_whole(rounds, part.drafted, whole_state, span, sampling))
         probes[name] = [_graphed(step, device) for step in probe]
-    # Interleaved repeats; the first two are for warmth.
+    # Interleaved repeats; the first two are for warm-up.
     seconds: dict[Hashable, list[list[float]]] = {name: [] for name in probes}
     for _ in range(repeats + 2):
         for name, probe in probes.items():
@@ -128,20 +130,31 @@ def median(runs: Sequence[Sequence[float]], part: int) -> float:
     return statistics.median(run[part] for run in runs)
 
 
-def _new_state(rounds: Rounds, batch: int, span: int, length: int) -> tuple[State, State]:
-    """The target's and the drafter's static tensors at `length` cached tokens."""
-    weight, drafter = rounds.target.embed.weight, rounds.drafter
-    state = rounds.new_state(batch, span, can_pause=True)
-    state["position"].fill_(length)
-    state["limit"].fill_(1 << 40)
-    return state, {} if drafter is None else drafter.init_state(batch, span, weight.device, weight.dtype)
+def _draft(rounds: Rounds, shape: Shape, state: RoundState, span: int, sampling: Sampling | None) -> Callable[[], object]:
+    """Drafting a shape and committing its root."""
+    drafter, plan, weight = rounds.drafter, Plan(sampling or Sampling(), shape), rounds.target.embed.weight
+    if drafter is None or not shape.depth:
+        return lambda: None
+    batch, length = len(state.position_B), shape.depth + 1
+    counts_B = torch.ones_like(state.position_B)
+    path_BP = None if shape.is_chain else counts_B.new_zeros(batch, length)
+    taps = weight.new_zeros(batch, length, len(rounds.taps), weight.shape[1]) if rounds.taps else None
+
+    def draft() -> object:
+        drafted = rounds.draft(plan, state, rounds.noise(plan, state), span)
+        tokens = drafted.tokens_BN[:, :length]
+        accepted = Accepted(path_BP, tokens, tokens, counts_B, state.position_B, taps)
+        drafter.commit(state.draft, accepted, rounds.handle, span)
+        return drafted
+
+    return draft
 
 
-def _verify(rounds: Rounds, part: Part, state: State, span: int, sampling: Sampling | None) -> Callable[[], object]:
+def _verify(rounds: Rounds, part: Part, state: RoundState, span: int, sampling: Sampling | None) -> Callable[[], object]:
     """Verifying a tree, or a number of nodes of each row; with `sampling` up to the target's choice."""
-    tree, device, batch = part.verified, rounds.target.embed.weight.device, state["position"].shape[0]
-    tokens = torch.zeros(batch, tree.size, dtype=torch.long, device=device)
-    lengths_B = torch.tensor(part.lengths, device=device) if part.lengths else None
+    tree = part.verified
+    tokens = state.position_B.new_zeros(len(state.position_B), tree.size)
+    lengths_B = torch.tensor(part.lengths, device=rounds.device) if part.lengths else None
 
     def verify() -> object:
         packing = None if lengths_B is None else Packing.from_lengths(lengths_B, tree.size, sum(part.lengths))
@@ -151,48 +164,22 @@ def _verify(rounds: Rounds, part: Part, state: State, span: int, sampling: Sampl
             return logits, taps
         noise = None
         if not sampling.greedy:
-            ahead = torch.arange(1 if tree.is_chain else tree.depth + 1, device=device)
-            noise = gumbel(state["keys"], state["position"][:, None] + 1 + ahead, rounds.vocabulary, CHOICE)
-        return coupled(draft, sampling.process(logits), noise)
+            ahead = torch.arange(1 if tree.is_chain else tree.depth + 1, device=rounds.device)
+            noise = gumbel(state.keys_B2, state.position_B[:, None] + 1 + ahead, rounds.vocabulary, CHOICE)
+        return Coupled().verify(draft, sampling.process(logits), noise, state.keys_B2, state.position_B)
 
     return verify
 
 
-def _draft(
-    rounds: Rounds, shape: Shape, states: tuple[State, State], span: int, sampling: Sampling | None
-) -> Callable[[], object]:
-    """Drafting a shape and committing its root."""
-    (state, draft_state), drafter, weight = states, rounds.drafter, rounds.target.embed.weight
-    if drafter is None or not shape.depth:
-        return lambda: None
-    batch, length = state["position"].shape[0], shape.depth + 1
-    counts_B = torch.ones(batch, dtype=torch.long, device=weight.device)
-    path_BP = None if shape.is_chain else torch.zeros(batch, length, dtype=torch.long, device=weight.device)
-    taps = weight.new_zeros(batch, length, len(rounds.taps), weight.shape[1]) if rounds.taps else None
-    process = sampling or Sampling()
-
-    def draft() -> object:
-        token, position = state["token"], state["position"]
-        noise = None if process.greedy else Noise(state["keys"], position, rounds.vocabulary, CHOICE)
-        drafted = shape.grow(Steps(drafter, draft_state, rounds.handle, token, position, process, noise, span))
-        tokens = drafted.tokens_BN[:, :length]
-        drafter.commit(draft_state, Accepted(path_BP, tokens, tokens, counts_B, position, taps), rounds.handle, span)
-        return drafted
-
-    return draft
-
-
-def _whole(
-    rounds: Rounds, sampling: Sampling, shape: Shape, states: tuple[State, State], span: int, length: int
-) -> Callable[[], object]:
-    """A whole round of this shape."""
-    (state, draft_state), plan = states, Plan(sampling, shape, can_pause=True)
+def _whole(rounds: Rounds, shape: Shape, state: RoundState, span: int, sampling: Sampling) -> Callable[[], object]:
+    """A whole round of this shape, always from the same position."""
+    plan, start_B = Plan(sampling, shape, can_pause=True), state.position_B.clone()
 
     def whole() -> object:
-        state["position"].fill_(length)
-        state["done"].fill_(False)
-        state["missed"].zero_()
-        return rounds(plan, state, draft_state, span)
+        state.position_B.copy_(start_B)
+        state.done_B.fill_(False)
+        state.missed["count"].zero_()
+        return rounds(plan, state, span)
 
     return whole
 
@@ -203,7 +190,7 @@ def _graphed(step: Callable[[], object], device: torch.device) -> Callable[[], o
         return step
     graph, output = capture(step)
 
-    def replay(kept: object = (step, output)) -> None:  # what the graph reads and writes stays alive with the replay
+    def replay(alive: object = (step, output)) -> None:  # what the graph reads and writes stays alive with the replay
         graph.replay()
 
     return replay

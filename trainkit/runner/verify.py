@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import UserError
-from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, RESIDUAL, Noise, gumbel, mix, uniform
+from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, RESIDUAL, AnyNoise, gumbel, mix, uniform
 from trainkit.runner.trees.shape import Draft
 from trainkit.runner.trees.static import Tree
 
@@ -46,6 +46,13 @@ class Verdict:
     path_BP: Tensor | None
     counts_B: Tensor
     emitted_BP: Tensor
+
+    def along_path(self, values: Tensor) -> Tensor:
+        """[B, P, ...]: the entries of `values` [B, N, ...] at the path's nodes."""
+        if self.path_BP is None:
+            return values
+        index = self.path_BP.view(*self.path_BP.shape, *[1] * (values.dim() - 2))
+        return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
 
 
 class Verification(ABC):
@@ -72,13 +79,13 @@ class Verification(ABC):
         return keys_B2
 
     @abstractmethod
-    def verify(self, draft: Draft, scores_BNV: Tensor, noise: Noise | None, keys_B2: Tensor, position_B: Tensor) -> Verdict:
+    def verify(self, draft: Draft, scores_BNV: Tensor, noise: AnyNoise, keys_B2: Tensor, position_B: Tensor) -> Verdict:
         """The accepted path of each row and its bonus token.
 
         Args:
             draft: The draft.
             scores_BNV: The target's processed logits at every verified node.
-            noise: The round's Gumbel noise; None at temperature 0.
+            noise: The round's Gumbel noise, one row for each depth and one more.
             keys_B2: Noise keys of the requests.
             position_B: Absolute position of the root.
         """
@@ -86,10 +93,22 @@ class Verification(ABC):
 
 @dataclass(frozen=True)
 class Coupled(Verification):
-    """Accepts the children that equal the target's own choice under the noise that the draft proposed with."""
+    """Accepts the longest path of children that equal the target's own choice under the noise that the draft proposed with.
 
-    def verify(self, draft: Draft, scores_BNV: Tensor, noise: Noise | None, keys_B2: Tensor, position_B: Tensor) -> Verdict:
-        return coupled(draft, scores_BNV, None if noise is None else noise[:, : draft.shape.depth + 1])
+    The target's choice at the path's end is the bonus token.
+    """
+
+    def verify(self, draft: Draft, scores_BNV: Tensor, noise: AnyNoise, keys_B2: Tensor, position_B: Tensor) -> Verdict:
+        choice_BN = _choice(draft, scores_BNV, noise)
+        if draft.shape.is_chain:
+            equal = draft.tokens_BN[:, 1:] == choice_BN[:, :-1]
+            if draft.packing is not None:  # padding is not verified: it repeats its root's logits
+                equal &= torch.arange(1, draft.shape.size, device=equal.device) < draft.packing.lengths_B[:, None]
+            return Verdict(None, 1 + equal.cumprod(1).sum(1), choice_BN)
+        parents_BN = draft.topology.parents_BN.expand_as(choice_BN)
+        on_path_BN = _reached(draft, draft.tokens_BN == choice_BN.gather(1, parents_BN))
+        path_BP = _path(draft, on_path_BN)
+        return Verdict(path_BP, on_path_BN.sum(1), choice_BN.gather(1, path_BP))
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,11 @@ class PointMassResidual(Coupled):
 
 @dataclass(frozen=True)
 class Residual(Verification):
-    """Accepts x with probability min(1, p(x) / q(x)); continues from norm(max(0, p - q)) after a rejection."""
+    """Accepts x with probability min(1, p(x) / q(x)); continues from norm(max(0, p - q)) after a rejection.
+
+    Siblings are verified in the order they were drawn. A rejected one leaves q as well, which is renormalised, since it cannot
+    be drawn again. Child counts never depend on drawn identities: that would bias the text. Needs a static tree.
+    """
 
     stream = PROPOSAL
     needs_logits = True
@@ -113,13 +136,56 @@ class Residual(Verification):
         # A policy may have read proposals that no round verified, so each round draws others.
         return keys_B2 ^ mix(position_B.int())[:, None]
 
-    def verify(self, draft: Draft, scores_BNV: Tensor, noise: Noise | None, keys_B2: Tensor, position_B: Tensor) -> Verdict:
-        return residual(draft, scores_BNV, keys_B2, position_B)
+    def verify(self, draft: Draft, scores_BNV: Tensor, noise: AnyNoise, keys_B2: Tensor, position_B: Tensor) -> Verdict:
+        # Start at the root, with nothing accepted.
+        tree = draft.shape
+        assert isinstance(tree, Tree)
+        rows = torch.arange(scores_BNV.shape[0], device=scores_BNV.device)
+        node = torch.zeros_like(position_B)
+        alive = torch.ones_like(position_B, dtype=torch.bool)
+        on_path = torch.zeros_like(draft.tokens_BN, dtype=torch.bool)
+        on_path[:, 0] = True
+        p = scores_BNV[:, 0].softmax(-1)
+        siblings_W = torch.arange(tree.children_NW.shape[1], device=node.device)
+        for depth, level in enumerate(tree.levels):
+            # q: the draft distribution that the children of the path's last node were drawn from.
+            index = (level.nodes_F == node[:, None]).int().argmax(1)
+            q = draft.logits[depth].softmax(-1)[rows, index]
+            u_BW = uniform(keys_B2, (position_B + depth + 1)[:, None], siblings_W, ACCEPT)[:, 0]
+            moved = torch.zeros_like(alive)
+            next_node = node
+            for rank in range(level.width):
+                child = tree.children_NW[node, rank]
+                # A proposal without mass was not drawn: q had fewer tokens than siblings were wanted.
+                token = draft.tokens_BN[rows, child.clamp(min=0)]
+                q_token = q[rows, token]
+                verified = alive & ~moved & (child >= 0) & (q_token > 0)
+                accepted = verified & (u_BW[:, rank] * q_token < p[rows, token])
+                rejected = verified & ~accepted
+                p_left, q_left = after_rejection(p, q, token)
+                p, q = torch.where(rejected[:, None], p_left, p), torch.where(rejected[:, None], q_left, q)
+                moved |= accepted
+                on_path[rows, child.clamp(min=0)] |= accepted
+                p = torch.where(accepted[:, None], scores_BNV[rows, child.clamp(min=0)].softmax(-1), p)
+                next_node = torch.where(accepted, child, next_node)
+            node = next_node
+            alive = moved
+        # The bonus token comes from what is left of p at the path's end.
+        counts_B = on_path.sum(1)
+        vocabulary = torch.arange(p.shape[1], device=p.device)
+        noise_B1V = gumbel(keys_B2, (position_B + counts_B)[:, None], vocabulary, RESIDUAL)
+        bonus_B1 = (p.log()[:, None] + noise_B1V).argmax(-1)
+        return _verdict(draft, None if tree.is_chain else _path(draft, on_path), counts_B, bonus_B1)
 
 
 @dataclass(frozen=True)
 class Typical(Verification):
-    """LOSSY: accepts x if p(x) > min(epsilon, scale * exp(-H(p))), H in nats.
+    """LOSSY: accepts the longest path of tokens that the target finds plausible; its own choice is the bonus token.
+
+    A child x is accepted if p(x) > min(epsilon, scale exp(-H(p))), p the target's processed distribution at its parent, H in
+    nats: the bound is lower where p is flat. Of equally long paths the one that ends in the lowest node number is taken. Cai et
+    al. 2024, arXiv 2401.10774. Proposals are those of `coupled`, noise included, so temperature still has a meaning where the
+    draft is accepted. At temperature 0, where p is one at the likeliest token, this is `coupled`.
 
     Args:
         epsilon: Upper bound of the threshold.
@@ -136,168 +202,64 @@ class Typical(Verification):
         if not 0 <= self.scale < float("inf"):
             raise UserError(f"typical_scale {self.scale}: must be a finite number of at least 0")
 
-    def verify(self, draft: Draft, scores_BNV: Tensor, noise: Noise | None, keys_B2: Tensor, position_B: Tensor) -> Verdict:
-        noise_BRV = None if noise is None else noise[:, : draft.shape.depth + 1]
-        return typical(draft, scores_BNV, noise_BRV, self.epsilon, self.scale)
-
-
-VERIFICATIONS = ("coupled", "residual", "typical")
-
-
-def build_verification(name: str, greedy: bool, ranked: bool, typical: Typical) -> Verification:
-    """The rule of a name.
-
-    Args:
-        name: coupled, residual or typical.
-        greedy: Temperature 0, where every rule is `coupled` without noise.
-        ranked: The shape's children are the likeliest tokens (`Shape.ranked`).
-        typical: The rule of that name, with its thresholds.
-
-    Raises:
-        UserError: unknown name.
-    """
-    if name not in VERIFICATIONS:
-        raise UserError(f"unknown verify {name!r}; choose from {', '.join(VERIFICATIONS)}")
-    if greedy or name == "coupled":
-        return Coupled()
-    if name == "typical":
-        return typical
-    return PointMassResidual() if ranked else Residual()
-
-
-def coupled(draft: Draft, scores_BNV: Tensor, noise_BRV: Tensor | None) -> Verdict:
-    """The longest path of children that equal the target's choice at their parent; the choice at its end is the bonus token.
-
-    Args:
-        draft: The draft.
-        scores_BNV: The target's processed logits at every node.
-        noise_BRV: The noise that the draft was made with, one row for each depth and one more; None at temperature 0.
-    """
-    choice_BN = _choice(draft, scores_BNV, noise_BRV)
-    if draft.shape.is_chain:
-        equal = draft.tokens_BN[:, 1:] == choice_BN[:, :-1]
-        if draft.packing is not None:  # padding is not verified: it repeats its root's logits
-            equal &= torch.arange(1, draft.shape.size, device=equal.device) < draft.packing.lengths_B[:, None]
-        return Verdict(None, 1 + equal.cumprod(1).sum(1), choice_BN)
-    parents_BN = draft.topology.parents_BN.expand_as(choice_BN)
-    on_path_BN = _reached(draft, draft.tokens_BN == choice_BN.gather(1, parents_BN))
-    path_BP = _path(draft, on_path_BN)
-    return Verdict(path_BP, on_path_BN.sum(1), choice_BN.gather(1, path_BP))
-
-
-def typical(draft: Draft, scores_BNV: Tensor, noise_BRV: Tensor | None, epsilon: float, scale: float) -> Verdict:
-    """LOSSY: the longest path of tokens that the target finds plausible, then the target's own choice.
-
-    A child x is accepted if p(x) > min(epsilon, scale exp(-H(p))), p the target's processed distribution at its parent: the
-    bound is lower where p is flat. Of equally long paths the one that ends in the lowest node number is taken. Cai et al. 2024,
-    arXiv 2401.10774. Proposals are those of `coupled`, noise included, so temperature still has a meaning where the draft is
-    accepted. At temperature 0, where p is one at the likeliest token, this is `coupled`.
-
-    Args:
-        draft: The draft.
-        scores_BNV: The target's processed logits at every node.
-        noise_BRV: As in `coupled`.
-        epsilon: As in `Typical`.
-        scale: As in `Typical`.
-    """
-    choice_BN = _choice(draft, scores_BNV, noise_BRV)
-    p_BNV = scores_BNV.softmax(-1)
-    bound_BN = (scale * (-torch.special.entr(p_BNV).sum(-1)).exp()).clamp(max=epsilon)
-    if draft.shape.is_chain:
-        path_BP, tokens_BP = None, draft.tokens_BN
-        plausible_BD = p_BNV[:, :-1].gather(2, tokens_BP[:, 1:, None])[..., 0] > bound_BN[:, :-1]
-        counts_B = 1 + plausible_BD.cumprod(1).sum(1)
-        last_B1 = (counts_B - 1)[:, None]
-    else:
+    def verify(self, draft: Draft, scores_BNV: Tensor, noise: AnyNoise, keys_B2: Tensor, position_B: Tensor) -> Verdict:
+        choice_BN = _choice(draft, scores_BNV, noise)
+        p_BNV = scores_BNV.softmax(-1)
+        bound_BN = (self.scale * (-torch.special.entr(p_BNV).sum(-1)).exp()).clamp(max=self.epsilon)
+        if draft.shape.is_chain:
+            plausible_BD = p_BNV[:, :-1].gather(2, draft.tokens_BN[:, 1:, None])[..., 0] > bound_BN[:, :-1]
+            counts_B = 1 + plausible_BD.cumprod(1).sum(1)
+            return _verdict(draft, None, counts_B, choice_BN.gather(1, (counts_B - 1)[:, None]))
+        # The deepest node that is reached; among equals the lowest number.
         B, N = choice_BN.shape
         rows_B1, nodes_N = torch.arange(B, device=p_BNV.device)[:, None], torch.arange(N, device=p_BNV.device)
         parents_BN = draft.topology.parents_BN.expand_as(choice_BN)
         plausible_BN = p_BNV[rows_B1, parents_BN, draft.tokens_BN] > bound_BN.gather(1, parents_BN)
-        # The deepest node that is reached; among equals the lowest number.
         order_BN = torch.where(_reached(draft, plausible_BN), draft.topology.depths_BN * N - nodes_N, -N)
         last_B1 = order_BN.argmax(1, keepdim=True)
         path_BP = _path(draft, draft.topology.ancestors_BNN.expand(B, -1, -1)[rows_B1[:, 0], last_B1[:, 0]])
         counts_B = 1 + draft.topology.depths_BN.expand_as(choice_BN).gather(1, last_B1)[:, 0]
-        tokens_BP = draft.tokens_BN.gather(1, path_BP)
-    return Verdict(path_BP, counts_B, _emitted(tokens_BP, counts_B, choice_BN.gather(1, last_B1)))
+        return _verdict(draft, path_BP, counts_B, choice_BN.gather(1, last_B1))
 
 
-def residual(draft: Draft, scores_BNV: Tensor, keys_B2: Tensor, position_B: Tensor) -> Verdict:
-    """Accepts x with probability min(1, p(x) / q(x)), continues from norm(max(0, p - q)) after a rejection.
+def build_verification(name: str, greedy: bool, ranked: bool, typical: Typical) -> Verification:
+    """The rule of this name; `greedy` at temperature 0, where every rule is `coupled`, `ranked` as in `Shape`.
 
-    Siblings are verified in the order they were drawn. A rejected one leaves q as well, which is renormalised, since it cannot
-    be drawn again. Child counts never depend on drawn identities: that would bias the text.
-
-    Args:
-        draft: A static tree's draft, with the processed logits that proposed it.
-        scores_BNV: The target's processed logits at every node.
-        keys_B2: Noise keys of the requests.
-        position_B: Absolute position of the root.
+    Raises:
+        UserError: unknown name.
     """
-    tree = draft.shape
-    assert isinstance(tree, Tree)
-    rows = torch.arange(scores_BNV.shape[0], device=scores_BNV.device)
-    node = torch.zeros_like(position_B)
-    alive = torch.ones_like(position_B, dtype=torch.bool)
-    on_path = torch.zeros_like(draft.tokens_BN, dtype=torch.bool)
-    on_path[:, 0] = True
-    p = scores_BNV[:, 0].softmax(-1)
-    siblings_W = torch.arange(tree.children_NW.shape[1], device=node.device)
-    for depth, level in enumerate(tree.levels):
-        index = (level.nodes_F == node[:, None]).int().argmax(1)
-        q = draft.logits[depth].softmax(-1)[rows, index]
-        u_BW = uniform(keys_B2, (position_B + depth + 1)[:, None], siblings_W, ACCEPT)[:, 0]
-        moved = torch.zeros_like(alive)
-        next_node = node
-        for rank in range(level.width):
-            child = tree.children_NW[node, rank]
-            # A proposal without mass was not drawn: q had fewer tokens than siblings were wanted.
-            token = draft.tokens_BN[rows, child.clamp(min=0)]
-            q_token = q[rows, token]
-            verified = alive & ~moved & (child >= 0) & (q_token > 0)
-            accepted = verified & (u_BW[:, rank] * q_token < p[rows, token])
-            rejected = verified & ~accepted
-            p_left, q_left = after_rejection(p, q, token)
-            p, q = torch.where(rejected[:, None], p_left, p), torch.where(rejected[:, None], q_left, q)
-            moved |= accepted
-            on_path[rows, child.clamp(min=0)] |= accepted
-            p = torch.where(accepted[:, None], scores_BNV[rows, child.clamp(min=0)].softmax(-1), p)
-            next_node = torch.where(accepted, child, next_node)
-        node = next_node
-        alive = moved
-    # The bonus token comes from what is left of p at the path's end.
-    counts_B = on_path.sum(1)
-    noise = gumbel(keys_B2, (position_B + counts_B)[:, None], torch.arange(p.shape[1], device=p.device), RESIDUAL)[:, 0]
-    bonus_B = (p.log() + noise).argmax(-1)
-    path_BP = None if tree.is_chain else _path(draft, on_path)
-    tokens_BP = draft.tokens_BN if path_BP is None else draft.tokens_BN.gather(1, path_BP)
-    return Verdict(path_BP, counts_B, _emitted(tokens_BP, counts_B, bonus_B[:, None]))
+    rules = {"coupled": Coupled(), "residual": PointMassResidual() if ranked else Residual(), "typical": typical}
+    if name not in rules:
+        raise UserError(f"unknown verify {name!r}; choose from {', '.join(rules)}")
+    return Coupled() if greedy else rules[name]
 
 
 def after_rejection(p_BV: Tensor, q_BV: Tensor, token_B: Tensor) -> tuple[Tensor, Tensor]:
     """Target and draft distribution once `token_B`, drawn from q, is rejected: norm(max(0, p - q)), and q without it."""
     p = (p_BV - q_BV).clamp(min=0)
     mass = p.sum(-1, keepdim=True)
-    # No mass is left only by rounding, where p equals q and nothing is rejected but by rounding: keep p.
+    # Only rounding can leave no mass, since a token is rejected only if q > p there; then p equals q, and p is kept.
     p = torch.where(mass > 0, p / mass, p_BV)
     q = q_BV.scatter(1, token_B[:, None], 0.0)
     return p, q / q.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
-def _emitted(tokens_BP: Tensor, counts_B: Tensor, bonus_B1: Tensor) -> Tensor:
-    """[B, P] the accepted tokens after the root, then the bonus token."""
+def _verdict(draft: Draft, path_BP: Tensor | None, counts_B: Tensor, bonus_B1: Tensor) -> Verdict:
+    """The verdict that emits the path's tokens after the root, then the bonus token."""
+    tokens_BP = draft.tokens_BN if path_BP is None else draft.tokens_BN.gather(1, path_BP)
     shifted_BP = torch.cat([tokens_BP[:, 1:], tokens_BP[:, :1]], dim=1)
-    return shifted_BP.scatter(1, (counts_B - 1)[:, None], bonus_B1)
+    return Verdict(path_BP, counts_B, shifted_BP.scatter(1, (counts_B - 1)[:, None], bonus_B1))
 
 
-def _choice(draft: Draft, scores_BNV: Tensor, noise_BRV: Tensor | None) -> Tensor:
+def _choice(draft: Draft, scores_BNV: Tensor, noise: AnyNoise) -> Tensor:
     """[B, N] the target's own choice after each node: the best score, with the noise of the next position."""
-    if noise_BRV is None:
+    if noise is None:
         return scores_BNV.argmax(-1)
+    noise_BNV = noise[:, : draft.shape.depth + 1]
     if not draft.shape.is_chain:
         rows_B1 = torch.arange(scores_BNV.shape[0], device=scores_BNV.device)[:, None]
-        noise_BRV = noise_BRV[rows_B1, draft.topology.depths_BN]
-    return (scores_BNV + noise_BRV).argmax(-1)
+        noise_BNV = noise_BNV[rows_B1, draft.topology.depths_BN]
+    return (scores_BNV + noise_BNV).argmax(-1)
 
 
 def _reached(draft: Draft, accepted_BN: Tensor) -> Tensor:
@@ -309,7 +271,7 @@ def _reached(draft: Draft, accepted_BN: Tensor) -> Tensor:
 def _path(draft: Draft, on_path_BN: Tensor) -> Tensor:
     """[B, P] node numbers by depth; 0 past the path's end."""
     depth = draft.shape.depth
-    places = torch.where(on_path_BN, draft.topology.depths_BN, depth + 1)
-    nodes = torch.arange(draft.shape.size, device=on_path_BN.device).expand_as(places)
-    path = torch.zeros(places.shape[0], depth + 2, dtype=torch.long, device=places.device)
-    return path.scatter(1, places, nodes)[:, :-1]
+    columns = torch.where(on_path_BN, draft.topology.depths_BN, depth + 1)
+    nodes = torch.arange(draft.shape.size, device=on_path_BN.device).expand_as(columns)
+    path = torch.zeros(columns.shape[0], depth + 2, dtype=torch.long, device=columns.device)
+    return path.scatter(1, columns, nodes)[:, :-1]

@@ -27,11 +27,11 @@ def scripted_runner(new_tokens: int, max_batch: int = 1, kind: str = "lm"):
     decoder = random_target("tiny", device, cpu)
     shape = TargetShape(decoder.shape)
     prompts = random_prompts(decoder.shape.vocab_size, 3, 20)
-    plain = Runner.from_modules(decoder, None, shape, max_batch=1, max_len=20 + new_tokens)
+    plain = Runner(decoder, None, shape, max_batch=1, max_len=20 + new_tokens)
     text = plain.generate(prompts[:1], max_new_tokens=new_tokens)[0].tokens
     drafter = ScriptedDrafter.build(kind, shape, device, cpu, head_rows=100)
     drafter.set_text(prompts[0] + text)
-    return Runner.from_modules(decoder, drafter, shape, max_batch=max_batch, max_len=20 + new_tokens), drafter, prompts, text
+    return Runner(decoder, drafter, shape, max_batch=max_batch, max_len=20 + new_tokens), drafter, prompts, text
 
 
 @pytest.mark.parametrize(("max_batch", "kind"), [(1, "lm"), (3, "lm"), (1, "medusa"), (3, "hydra"), (3, "eagle")])

@@ -61,7 +61,7 @@ def medusa_runner(ends=()) -> Runner:
     with torch.no_grad():
         for parameter in heads.blocks.parameters():
             parameter.normal_(0.0, 0.05)
-    return Runner.from_modules(runner.rounds.target, heads, runner.shape, max_batch=8, max_len=96)
+    return Runner(runner.rounds.target, heads, runner.shape, max_batch=8, max_len=96)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the replay
@@ -310,7 +310,7 @@ def test_near_is_a_draft_with_another_accuracy(seed):
     runner = pair(noise=None, ends=())
     for noise, perfect in ((0.0, True), (0.3, False)):
         draft = lm_draft(runner.shape, near(runner.rounds.target, noise))
-        other = Runner.from_modules(runner.rounds.target, draft, runner.shape, max_len=96)
+        other = Runner(runner.rounds.target, draft, runner.shape, max_len=96)
         texts = [output.tokens for output in other.generate([[1, 2]], 20, depth=0)]
         ranks = replay_ranks(other, [[1, 2]], texts, 2, 4)[0]
         assert bool((ranks[ranks != PAST_END] == 0).all()) == perfect

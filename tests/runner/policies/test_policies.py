@@ -98,7 +98,7 @@ def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, tem
 @pytest.mark.parametrize("policy", ["cost-blind", "ema"])
 def test_policies_write_the_same_text_from_captured_rounds(policy, seed):
     runner = pair(max_batch=4)
-    runner = Runner.from_modules(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 4, 96, capture=True)
+    runner = Runner(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 4, 96, capture=True)
     prompts = ragged_prompts(9)
     plain = [out.tokens for out in runner.generate(prompts, max_new_tokens=30, depth=0, seed=seed)]
     for _ in range(2):
@@ -115,8 +115,8 @@ class Choosy(Policy):
         self.is_zero = signal_B[0] == 1
         return True
 
-    def verified_levels(self, levels):
-        return levels - self.is_zero
+    def verified(self, levels, rows):
+        return [levels - self.is_zero] * rows
 
 
 class Telling(PolicyChain):
@@ -142,7 +142,7 @@ def choosy_counts(drops: bool, seed: int) -> np.ndarray:
 def test_residual_verification_verifies_all_that_was_drafted():
     """Through the engine: no policy may leave a token unverified there, by what it is."""
     runner = pair()
-    runner.predictor, runner.pacer.costs = predicting(runner), lambda *_: flat(0.05, 0.1)
+    runner.predictor, runner.policies.costs = predicting(runner), lambda *_: flat(0.05, 0.1)
     for policy in POLICIES:
         runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="residual", policy=policy)
         runner.generate([[1, 2]], max_new_tokens=6, temperature=1.0, verify="coupled", policy=policy)
@@ -192,7 +192,7 @@ def drafted(policy: Cost, said: list[float], rows: int = 1) -> tuple[int, int]:
         level += 1
         if not policy.continues([said[level - 1]] * rows):
             break
-    return level, policy.verified_levels(level)
+    return level, policy.verified(level, rows)[0]
 
 
 def test_cost_stops_where_the_next_token_costs_more_than_it_brings():
@@ -230,7 +230,7 @@ def drafted_again(policy: Cost, chance: float, rows: int) -> tuple[int, int]:
         level += 1
         if not policy.continues([chance] * rows):
             break
-    return level, policy.verified_levels(level)
+    return level, policy.verified(level, rows)[0]
 
 
 @pytest.mark.parametrize("reads", ["predictor", "none"])
@@ -413,7 +413,7 @@ def test_costs_do_not_hold_what_slowed_the_machine_for_a_while(seed):
     for _ in range(20):
         slow = np.where(draw.random(15) < draw.random(), 1.7, 1.0)
         found = {depth: runs(*parts, slow) for depth, parts in truth.items()}
-        verify, first, level, pack, pad, rest, plain_rest = costs._fit(found, (1, 2, 4), (1, 2, 3, 5), 1.0, 0)
+        verify, first, level, pack, pad, rest, plain_rest = costs._fit(found, (1, 2, 4), 1.0, 0)
         made = ChainCosts((1,), (1, 2, 3, 5), (verify,), (first,), (level,), (pack,), (pad,), (rest,), (plain_rest,))
         for depth in (1, 2, 4):
             assert made.round(1, depth, depth) / made.plain(1) == pytest.approx((sum(truth[depth]) + 0.5) / 10.5, rel=1e-6)
@@ -455,7 +455,7 @@ def test_names_are_read():
     assert (
         PolicySpec.parse("confidence") == PolicySpec("confidence", 0.6) and PolicySpec.parse("predictor:0.25").threshold == 0.25
     )
-    assert PolicySpec.parse("cost-blind").blind and not PolicySpec.parse("cost").blind
+    assert PolicySpec.parse("cost-blind") == PolicySpec("cost-blind") != PolicySpec.parse("cost")
 
 
 def test_a_predictor_of_another_depth_or_batch_says_the_same(seed):
@@ -488,16 +488,15 @@ def test_a_policy_that_remembers_what_was_said_leaves_residual_text_the_targets(
     rounds = table_runner(*(torch.tensor(x).log().expand(1, 4, 4).clone() for x in (p, q)), rows, 16).rounds
     state, policy = rounds.new_state(rows, 16, can_pause=True), Told(2)
     shape = PolicyChain(policy, torch.device("cpu"), may_drop=False)
-    state["limit"].fill_(16)
-    state["done"].fill_(False)
-    state["keys"].copy_(torch.arange(2 * rows, dtype=torch.int32).view(rows, 2) * 0x9E3779B)
+    state.limit_B.fill_(16)
+    state.done_B.fill_(False)
+    state.keys_B2.copy_(torch.arange(2 * rows, dtype=torch.int32).view(rows, 2) * 0x9E3779B)
     with torch.inference_mode():
-        rejected_B = rounds(Plan(Sampling(1.0), shape, Residual(), can_pause=True), state, {}, 16).counts_B == 1
+        rejected_B = rounds(Plan(Sampling(1.0), shape, Residual(), can_pause=True), state, 16).counts_B == 1
         first_B2 = []
         for way in (shape.tree(0), shape):
-            copied = {name: value.clone() for name, value in state.items()}
-            likely_B = policy.said_B > 0.6
-            first_B2.append(rounds(Plan(Sampling(1.0), way, Residual(), can_pause=True), copied, {}, 16).emitted_BP[:, 0])
+            likely_B, copied = policy.said_B > 0.6, state.map(torch.Tensor.clone)
+            first_B2.append(rounds(Plan(Sampling(1.0), way, Residual(), can_pause=True), copied, 16).emitted_BP[:, 0])
     tokens = torch.where(likely_B, first_B2[1], first_B2[0])[rejected_B].numpy()
     assert chisquare(np.bincount(tokens, minlength=4), len(tokens) * p).pvalue > 1e-4
 
@@ -505,6 +504,6 @@ def test_a_policy_that_remembers_what_was_said_leaves_residual_text_the_targets(
 @pytest.mark.parametrize("way", [{"depth": 6}, {"tree": DynamicTree(5, 2, 8)}])
 def test_cost_refuses_more_levels_than_there_are_heads(way, seed):
     told = TargetShape(SHAPE, ())
-    runner = Runner.from_modules(random_decoder(), load_kind("medusa")(told, num_heads=3), told, max_batch=1, max_len=64)
+    runner = Runner(random_decoder(), load_kind("medusa")(told, num_heads=3), told, max_batch=1, max_len=64)
     with pytest.raises(UserError, match="heads for 3 tokens"):
         runner.generate([[1]], max_new_tokens=4, policy="cost", **way)

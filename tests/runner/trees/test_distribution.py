@@ -44,7 +44,7 @@ def test_law_of_the_right_rule_is_the_targets(seed):
 def one_by_one(accept, after):
     """A verification that judges siblings one after the other, with noise of its own, rightly or not."""
 
-    def verdict(draft, scores_BNV, noise):
+    def verdict(self, draft, scores_BNV, *_):
         B, rows = len(scores_BNV), torch.arange(len(scores_BNV))
         q_BMV, p_BNV = torch.cat(draft.logits, dim=1).softmax(-1), scores_BNV.softmax(-1)
         here_B, p, q = torch.zeros(B, dtype=torch.long), p_BNV[:, 0], q_BMV[:, 0]
@@ -92,7 +92,7 @@ def test_a_rule_is_caught_if_it_is_wrong(rule, tree, seed, monkeypatch):
         print(f"{rule}: {needed} samples for a noncentrality of 150")
         assert needed <= 200_000, "the suite's 2e5 samples would miss it"
         blocks = max(needed, 10_000)
-    monkeypatch.setattr(verify, "coupled", written)
+    monkeypatch.setattr(verify.Coupled, "verify", written)
     made = distribution.table_runner
 
     def observed(*args):

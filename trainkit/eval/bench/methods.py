@@ -58,7 +58,7 @@ def checkpoint_setup(arguments: BenchArguments) -> BenchSetup:
     for name, folder in zip(_short_names(arguments.drafters), arguments.drafters, strict=True):
         drafter = load_drafter(Path(folder), target, shape).to(device=runner.device, dtype=dtype)
         predictor = load_bundle_predictor(Path(folder), runner.device)
-        drafting = Runner.from_modules(decoder, drafter, shape, target, batch, longest, predictor=predictor)
+        drafting = Runner(decoder, drafter, shape, target, batch, longest, predictor=predictor)
         setup.drafters.append(BenchDrafter(name, drafting))
     # the methods
     if arguments.baselines:
@@ -88,9 +88,9 @@ def synthetic_setup(arguments: BenchArguments) -> BenchSetup:
     shape = TargetShape(decoder.shape)
     prompts = random_prompts(decoder.shape.vocab_size, arguments.limit, arguments.prompt_length, arguments.seed)
     longest = arguments.prompt_length + arguments.max_new_tokens
-    build_runner = partial(Runner.from_modules, shape=shape, folder=None, max_batch=arguments.batch, max_len=longest)
+    build_runner = partial(Runner, shape=shape, folder=None, max_batch=arguments.batch, max_len=longest)
     # the text that scripted drafters propose is the target's own
-    plain = Runner.from_modules(decoder, None, shape, max_batch=1, max_len=longest)
+    plain = Runner(decoder, None, shape, max_batch=1, max_len=longest)
     text = prompts[0] + plain.generate(prompts[:1], arguments.max_new_tokens)[0].tokens
     setup = BenchSetup(build_runner(decoder, None), prompts, f"synthetic {arguments.synthetic}")
     for kind in arguments.synthetic_kinds or sorted(discover()):

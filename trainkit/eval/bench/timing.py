@@ -31,7 +31,7 @@ class Generated:
         tokens: New tokens of each prompt, end token included.
         stats: Rounds and accepted lengths; None for transformers.
         rounds: Rounds run, each over the whole batch; 0 where unknown.
-        split: Seconds by part of the work, as `Runner.seconds`.
+        split: Seconds by part of the work, as `Scheduler.seconds`.
     """
 
     tokens: list[list[int]]
@@ -138,7 +138,7 @@ def trainkit_method(
         outputs = dict(runner.generate_each(prompts, draws, max_new_tokens=max_new_tokens, **draft, **options))
         stats = Stats.merge(output.stats for output in outputs.values())
         tokens = [outputs[index].tokens for index in range(len(prompts))]
-        return Generated(tokens, stats, runner.rounds_run, dict(runner.seconds))
+        return Generated(tokens, stats, runner.scheduler.rounds_run, dict(runner.scheduler.seconds))
 
     return Method(name, "trainkit", max(map(len, paths), default=max_depth), run, paths, drafter, policy)
 

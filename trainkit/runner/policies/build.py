@@ -14,7 +14,6 @@ from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts, cached_costs, measure_chain_costs, shapes_digest
 from trainkit.runner.policies.simple import Recent, Threshold
 from trainkit.runner.policy import MAX_DEPTH, Policy, PolicySpec
-from trainkit.runner.round import Rounds
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.scheduler import Scheduler
 from trainkit.runner.timing import processor
@@ -26,22 +25,20 @@ class Policies:
     """A runner's policies, each kept with what it has learned for the next call of the same kind.
 
     Args:
-        rounds: Rounds of the target and its drafter.
-        scheduler: Knows whether rounds are captured, and how many texts are decoded together.
-        max_len: The runner's largest number of tokens of prompt and text.
+        scheduler: Runs the rounds, captured or not, of the target and its drafter.
     """
 
-    def __init__(self, rounds: Rounds, scheduler: Scheduler, max_len: int) -> None:
-        self.rounds, self.scheduler, self.max_len = rounds, scheduler, max_len
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler, self.rounds = scheduler, scheduler.rounds
         self.chains: dict[Hashable, PolicyChain] = {}
 
-    def chain(self, spec: PolicySpec, options: GenerateOptions, predictor: AcceptancePredictor | None) -> PolicyChain:
-        """The chain whose length the policy decides.
+    def chain(self, policy: str, options: GenerateOptions, predictor: AcceptancePredictor | None) -> PolicyChain:
+        """The chain whose length the policy of this name decides.
 
         Raises:
-            UserError: the policy does not go with the drafter, the other options or captured rounds.
+            UserError: unknown policy, or one that does not go with the drafter, the other options or captured rounds.
         """
-        drafter, name = self.rounds.drafter, f"policy {options.policy}"
+        spec, drafter, name = PolicySpec.parse(policy), self.rounds.drafter, f"policy {policy}"
         if drafter is None:
             raise UserError(f"{name}: this runner was loaded without a drafter; give one (--drafter)")
         if options.tree is not None or options.depth == 0 or not isinstance(options.verify, str):
@@ -52,14 +49,14 @@ class Policies:
             raise UserError(f"{name}: the drafter has no predictor; train one, or choose another policy")
         if spec.name in ("confidence", "predictor") and self.scheduler.graphs is not None:
             raise UserError(f"{name}: stops within a round, which a captured graph cannot; choose cost or ema")
-        predictor = None if spec.blind else predictor
+        predictor = None if spec.name == "cost-blind" else predictor
         max_depth, sampling = options.depth or min(MAX_DEPTH, drafter.max_depth or MAX_DEPTH), options.sampling
         key = (spec, max_depth, sampling.temperature, options.verify, torch.get_num_threads(), predictor, _steps(sampling))
         if key not in self.chains:
             may_drop = options.verify == "coupled" or sampling.greedy
-            policy = self._policy(spec, max_depth, predictor, sampling, may_drop)
             folded = None if predictor is None else FoldedPredictor(predictor, sampling.temperature)
-            self.chains[key] = PolicyChain(policy, self.scheduler.device, folded, may_drop)
+            decides = self._policy(spec, max_depth, predictor, sampling, may_drop)
+            self.chains[key] = PolicyChain(decides, self.scheduler.device, folded, may_drop)
         return self.chains[key]
 
     def _policy(
@@ -69,18 +66,18 @@ class Policies:
             return Policy(max_depth)
         if spec.name == "ema":
             return Recent(max_depth)
-        if spec.name == "cost":
+        if spec.name.startswith("cost"):
             without = "none" if self.scheduler.graphs is None else "confidence"
             signal = without if predictor is None else "predictor"
             return Cost(self.costs(max_depth, predictor, sampling), max_depth, signal, may_drop)
         return Threshold("predictor" if spec.name == "predictor" else "confidence", spec.threshold, max_depth)
 
     def costs(self, max_depth: int, predictor: AcceptancePredictor | None, sampling: Sampling | None = None) -> ChainCosts:
-        """Costs of drafting and verifying up to `max_depth` tokens with the present threads; measured once a machine."""
+        """Costs of drafting and verifying up to `max_depth` tokens with the current threads; measured once per machine."""
         assert self.rounds.drafter is not None
         sampling, device = sampling or Sampling(), self.scheduler.device
         target, captured = self.rounds.target, self.scheduler.graphs is not None
-        length, batch = min(256, self.max_len // 2), self.scheduler.max_batch
+        length, batch = min(256, self.scheduler.max_len // 2), self.scheduler.max_batch
         setting = {
             "processor": processor(device),
             "device": str(device),
@@ -95,7 +92,7 @@ class Policies:
             "batch": batch,
             "length": length,
             "sampling": _steps(sampling),
-            "version": 5,  # raise it when measuring changes
+            "version": 6,  # raise it when measuring changes
         }
         folded = None if predictor is None else FoldedPredictor(predictor, sampling.temperature)
 

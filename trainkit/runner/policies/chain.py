@@ -9,7 +9,6 @@ those that are likeliest to be accepted.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,23 +20,7 @@ from trainkit.runner.trees.shape import Draft, Proposals, Shape, Steps
 from trainkit.runner.trees.static import Level, Tree, build, chain
 
 
-class Chain(Shape):
-    """What chains have in common."""
-
-    @property
-    def size(self) -> int:
-        return self.depth + 1
-
-    @property
-    def widest(self) -> int:
-        return 1
-
-    @property
-    def is_chain(self) -> bool:
-        return True
-
-
-class PolicyChain(Chain):
+class PolicyChain(Shape):
     """Asks its policy after each level whether to draft another one. The host reads a number per row, so no graph can hold it.
 
     Args:
@@ -78,22 +61,21 @@ class PolicyChain(Chain):
         # Draft for as long as the policy wants another level.
         policy, tokens = self.policy, [steps.root_B[:, None]]
         for depth, level in enumerate(self.tree(self.depth).levels[: steps.levels]):
-            proposals = _step(steps, level, tokens[-1], depth)
+            proposals = _propose(steps, level, tokens[-1], depth)
             signal_B, columns_B1 = self._signal(proposals, depth)
             tokens.append(proposals.tokens(columns_B1))
             if not policy.continues([] if signal_B is None else signal_B.tolist()):
                 break
-        levels = len(tokens) - 1
-        # Keep the tokens that the policy verifies: as many in each row, or packed where rows differ.
-        lengths = policy.verified_per_row(levels) if self.may_drop else ()
-        depth = max(lengths) if lengths else policy.verified_levels(levels) if self.may_drop else levels
-        packing = None
-        if lengths and min(lengths) < depth:
+        levels, rows = len(tokens) - 1, len(steps.root_B)
+        # Verify the tokens that the policy chooses; pack them where rows differ.
+        lengths = policy.verified(levels, rows) if self.may_drop else [levels] * rows
+        depth, packing = max(lengths), None
+        if min(lengths) < depth:
             nodes_B = 1 + torch.tensor(lengths, device=self.device)
-            packing = Packing.from_lengths(nodes_B, depth + 1, sum(lengths) + len(lengths))
-        tree = self.tree(depth)
+            packing = Packing.from_lengths(nodes_B, depth + 1, sum(lengths) + rows)
+        tree, tokens_BN = self.tree(depth), torch.cat(tokens[: depth + 1], dim=1)
         logits, signals = tuple(steps.logits[:depth]), tuple(steps.signals[:depth])
-        return Draft(tree, torch.cat(tokens[: depth + 1], dim=1), tree.topology, levels, logits, signals, packing=packing)
+        return Draft(tree, tokens_BN, tree.topology, levels, logits, signals, packing=packing)
 
     def _signal(self, proposals: Proposals, depth: int) -> tuple[Tensor | None, Tensor]:
         """[B] the policy's signal of a level, if it reads one; and the columns of the best proposals [B, 1]."""
@@ -102,25 +84,20 @@ class PolicyChain(Chain):
         return _chance(proposals, depth, None if self.policy.signal == "confidence" else self.predictor)
 
 
-@dataclass(frozen=True, eq=False)
-class RankedChain(Chain):
+class RankedChain(Shape):
     """Drafts a chain in every row and verifies the tokens that are likeliest to be accepted; nothing is read on the host.
 
     A token is never likelier to be accepted than the one before it, so the likeliest tokens form chains.
 
-    Attributes:
+    Args:
         tree: The chain that is drafted.
         per_row: Mean number of tokens verified in a row; rows whose text has ended take none while others have any.
         predictor: Predicts acceptance; without one the draft's own probabilities are used.
     """
 
-    tree: Tree
-    per_row: int
-    predictor: FoldedPredictor | None = None
-
-    @property
-    def depth(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.tree.depth
+    def __init__(self, tree: Tree, per_row: int, predictor: FoldedPredictor | None = None) -> None:
+        self.tree, self.per_row, self.predictor = tree, per_row, predictor
+        self.depth = tree.depth
 
     @property
     def key(self) -> Hashable:
@@ -131,7 +108,7 @@ class RankedChain(Chain):
         B, D = steps.root_B.shape[0], self.depth
         tokens, chances = [steps.root_B[:, None]], []
         for depth, level in enumerate(self.tree.levels):
-            proposals = _step(steps, level, tokens[-1], depth)
+            proposals = _propose(steps, level, tokens[-1], depth)
             chance_B, columns_B1 = _chance(proposals, depth, self.predictor)
             tokens.append(proposals.tokens(columns_B1))
             chances.append(chance_B)
@@ -144,20 +121,12 @@ class RankedChain(Chain):
             best = chances_BD.flatten().sort(descending=True, stable=True).indices[: B * self.per_row]
             nodes_B = torch.ones_like(steps.root_B).scatter_add(0, best // D, torch.ones_like(best))
             packing = Packing.from_lengths(nodes_B, D + 1, B * (1 + self.per_row))
-        return Draft(
-            self.tree,
-            torch.cat(tokens, dim=1),
-            self.tree.topology,
-            D,
-            tuple(steps.logits),
-            tuple(steps.signals),
-            packing=packing,
-            chances_BD=chances_BD,
-        )
+        tree, tokens_BN, logits, signals = self.tree, torch.cat(tokens, dim=1), tuple(steps.logits), tuple(steps.signals)
+        return Draft(tree, tokens_BN, tree.topology, D, logits, signals, packing=packing, chances_BD=chances_BD)
 
 
-def _step(steps: Steps, level: Level, token_B1: Tensor, depth: int) -> Proposals:
-    """What a chain's level proposes after a token."""
+def _propose(steps: Steps, level: Level, token_B1: Tensor, depth: int) -> Proposals:
+    """The proposals of a chain's level after a token."""
     return steps.expand(level.frontier(token_B1, steps.position_B, depth, is_chain=True), 1)
 
 

@@ -1,11 +1,11 @@
-"""The policy `cost`: draft while the next token is worth more than it costs, and verify the tokens that are worth their row.
+"""The policy `cost`: draft while the next token is worth more than it costs, and verify the tokens that are worth their cost.
 
-With R the tokens per second that decoding makes, a drafted token is worth its probability of being accepted, and costs R times
-the seconds of a draft level and of one more row to verify. R is what recent rounds made (Dinkelbach's iteration for a ratio of
-expectations), and at least what plain decoding makes. Where speculation makes less than plain decoding, drafting is paused and
-tried again at growing intervals. What is known of a level fades, so a level that failed is tried again too. Of several texts,
+Let R be the decoding speed in tokens per second. A drafted token is worth its probability of being accepted. It costs R times
+the seconds of a draft level and of verifying one more node. R is the speed of recent rounds (Dinkelbach's iteration for a ratio
+of expectations), and at least that of plain decoding. While speculation is slower than plain decoding, drafting is paused and
+tried again at growing intervals. Statistics of a level fade, so a level that failed is tried again too. With several texts,
 those whose tokens are likelier to be accepted get more of them verified.
-Left out on purpose: learning a policy (bandits). There are three numbers to know, and they are measured.
+Left out on purpose: learning a policy (bandits). The decision depends on three numbers, and all three are measured.
 """
 
 # B rows  D draft levels
@@ -32,9 +32,9 @@ PRIOR_ROUNDS = 10.0
 """Number of rounds that the prior counts for at first."""
 
 NEIGHBOUR_ROUNDS = 0.25
-"""Number of rounds for which the level before counts, always. A level that failed is no longer reached, and what is known of it
-fades: after about 150 rounds it is assumed to be as good as the level before and is tried once. A larger value tries sooner and
-costs more."""
+"""Weight, in rounds, of the level before in each level's mean. A level that failed is no longer reached, and its statistics
+fade: after about 150 rounds it is assumed to be as good as the level before, and is tried once. A larger value retries sooner
+and costs more."""
 
 _TRIAL = 4
 """Number of rounds after which speculation that loses is paused."""
@@ -45,7 +45,7 @@ _PAUSE, _LONGEST_PAUSE = 32, 2048
 
 @dataclass
 class _Account:
-    """Seconds that drafted rounds of about so many rows took, and that plain decoding would have taken; older rounds fade.
+    """Time of drafted rounds, for batches of about one size, compared with plain decoding; older rounds fade.
 
     Attributes:
         seconds: Seconds of the rounds.
@@ -113,7 +113,7 @@ class Cost(Policy):
     Args:
         costs: Seconds of a round's parts.
         max_depth: Largest number of levels.
-        signal: Tells how likely each proposal is accepted; with `none`, the mean of its level is used.
+        signal: Source of each proposal's probability of being accepted; with `none`, the mean of its level is used.
         per_row: Whether tokens may stay unverified by their signal, so that rows may verify different numbers of them.
     """
 
@@ -128,12 +128,12 @@ class Cost(Policy):
         # Costs are looked up many times a round, and a small model's levels are short.
         self._plain, self._draft, self._rest, self._packed = map(cache, (costs.plain, costs.draft, costs.rest, costs.packed))
         self._ahead = cache(self._further)
-        # Captured rounds: by tier the tokens that a row is expected to accept; accepted and expected tokens of all, fading.
+        # Captured rounds: by tier, accepted tokens expected per row; fading sums of accepted and of expected tokens.
         self._gains: dict[tuple[int, int], float] = {}
         self._accepted = self._expected = 0.0
 
     def rate(self, rows: int) -> float:
-        """R: tokens per second that decoding makes, at least plain decoding's."""
+        """R: decoding speed in tokens per second, at least that of plain decoding."""
         return max(1.0, self._account(rows).speedup) * rows / self._plain(rows)
 
     def _account(self, rows: int) -> _Account:
@@ -169,8 +169,7 @@ class Cost(Policy):
             next_B = [chance * self.accept[level + 1] for chance in chances_B]
             gain = self._best_per_row([*self._chances, next_B])[0] - self._best_per_row(self._chances)[0]
             return gain > rate * self.costs.level(rows)
-        # Equal rows: are any number of further levels? A row to verify may cost next to nothing beside the one before, or a
-        # lot.
+        # Equal rows: is any number of further levels? The cost of one more verified node varies, from almost nothing to a lot.
         gained, chance = 0.0, sum(chances_B)
         for accept, seconds in zip(self.accept[level + 1 :], self._ahead(rows, level), strict=True):
             chance *= accept
@@ -184,11 +183,9 @@ class Cost(Policy):
         so_far, step = self.costs.verify(rows, level + 2), self.costs.level(rows)
         return [more * step + self.costs.verify(rows, level + 2 + more) - so_far for more in range(1, self.max_depth - level)]
 
-    def verified_levels(self, levels: int) -> int:
-        return self._best_equal(self._chances[:levels])[1]
-
-    def verified_per_row(self, levels: int) -> Sequence[int]:
-        return self._best_per_row(self._chances[:levels])[1] if self.per_row and self._rows > 1 else ()
+    def verified(self, levels: int, rows: int) -> Sequence[int]:
+        chances_DB = self._chances[:levels]
+        return self._best_per_row(chances_DB)[1] if self.per_row and rows > 1 else [self._best_equal(chances_DB)[1]] * rows
 
     def _best_equal(self, chances_DB: Sequence[Sequence[float]]) -> tuple[float, int]:
         """The best value, tokens minus cost, of verifying equally many tokens in each row; and that number."""
@@ -248,7 +245,7 @@ class Cost(Policy):
         longest = 1 + (outcome.levels if outcome.chances else max(outcome.verified))
         tokens = sum(outcome.accepted) + live
         self._account(rows).add(self._seconds(rows, outcome.levels, total, longest), tokens * self._plain(rows) / rows)
-        # Acceptance by level, where no signal told it while drafting.
+        # Acceptance by level, where no signal gave it while drafting.
         if outcome.chances:
             self._learn_tiers(outcome)
         elif self.signal == "none":

@@ -125,13 +125,7 @@ def isotonic(values: Sequence[float]) -> list[float]:
 
 
 def measure_chain_costs(
-    rounds: Rounds,
-    shape_at: Callable[[int], Shape],
-    max_depth: int,
-    batch: int,
-    length: int,
-    sampling: Sampling,
-    repeats: int = 15,
+    rounds: Rounds, shape_at: Callable[[int], Shape], max_depth: int, batch: int, length: int, sampling: Sampling
 ) -> ChainCosts:
     """Times chains of up to `max_depth` levels for 1, 2, 4 ... `batch` texts.
 
@@ -142,9 +136,8 @@ def measure_chain_costs(
         batch: Largest number of texts.
         length: Number of cached tokens.
         sampling: Sampling of drafting and verifying; noise and top-p take their time.
-        repeats: Number of repeats of each measurement.
     """
-    device = rounds.target.embed.weight.device
+    device = rounds.device
     sizes = sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
     depths = sorted({depth for depth in (1, 2, 3, 4, 6, 8, 12, 16) if depth < max_depth} | {max_depth})
     shapes = {depth: shape_at(depth) for depth in depths}
@@ -159,18 +152,14 @@ def measure_chain_costs(
         if rows > 1:
             parts["full"] = Part(shapes[max_depth], trees[max_depth], [max_depth + 1] * rows)
             parts["half"] = Part(shapes[max_depth], trees[max_depth], ragged)
-        runs = time_parts(rounds, parts, length, rows, repeats, sampling)
-        measured.append(_fit(runs, depths, nodes, sum(ragged) / rows, rows * (max_depth + 1) - sum(ragged)))
+        runs = time_parts(rounds, parts, length, rows, repeats=15, sampling=sampling)
+        measured.append(_fit(runs, depths, sum(ragged) / rows, rows * (max_depth + 1) - sum(ragged)))
     verify, first, level, pack, pad, rest, plain_rest = zip(*measured, strict=True)
     return ChainCosts(tuple(sizes), nodes, verify, first, level, pack, pad, rest, plain_rest)
 
 
 def _fit(
-    runs: Mapping[Any, Sequence[Sequence[float]]],
-    depths: Sequence[int],
-    nodes: Sequence[int],
-    half_nodes: float,
-    half_pads: int,
+    runs: Mapping[Any, Sequence[Sequence[float]]], depths: Sequence[int], half_nodes: float, half_pads: int
 ) -> tuple[tuple[float, ...], float, float, float, float, float, float]:
     """Costs for one number of texts: verifying by nodes, first level, level, packing, pad, rest, rest of a plain round.
 
@@ -189,7 +178,10 @@ def _fit(
     pack = pad = 0.0
     if "full" in runs:
         pack = max(0.0, seconds("full", 1) - seconds(depths[-1], 1))
-        pad = max(0.0, seconds("half", 1) - interpolate(half_nodes, nodes, verify) - pack) / half_pads
+        pad = (
+            max(0.0, seconds("half", 1) - interpolate(half_nodes, [1, *(depth + 1 for depth in depths)], verify) - pack)
+            / half_pads
+        )
     sums = [first + (depth - 1) * level + verified for depth, verified in zip(depths, verify[1:], strict=True)]
     rest = statistics.median(seconds(depth, 2) - total for depth, total in zip(depths, sums, strict=True))
     return tuple(verify), first, level, pack, pad, rest, plain - verify[0]

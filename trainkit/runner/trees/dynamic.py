@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -76,8 +75,8 @@ class DynamicTree(Shape):
         return 1 if self.depth == 1 else self.top_k
 
     @property
-    def key(self) -> Hashable:
-        return self
+    def is_chain(self) -> bool:
+        return False
 
     def grow(self, steps: Steps) -> Draft:
         """Expands the best nodes of each level and keeps the best of all; kept nodes are numbered by rank, best first."""
@@ -90,23 +89,15 @@ class DynamicTree(Shape):
         parents_BF = above_BF - 1
         ancestors_BFM = torch.zeros(B, 1, M, dtype=torch.bool, device=device)
         ancestors_BFM[..., 0] = True
-        # All proposed nodes, level by level: tokens, scores, parents' indices, ancestors; numbers of the expanded ones.
-        tokens, scores, parents, rows = [tokens_BF], [], [proposed_BF], [ancestors_BFM]
+        # All proposed nodes, level by level: tokens, scores, parents' indices, and the numbers of those that are expanded.
+        tokens, scores, parents = [tokens_BF], [], [proposed_BF]
         numbers_BC = torch.zeros(B, self.proposed, dtype=torch.long, device=device)
         for depth in range(self.depth):
             # Expand the frontier.
             F, first = tokens_BF.shape[1], 1 if depth == 0 else 1 + width + (depth - 1) * width**2
-            frontier = Frontier(
-                tokens_BF=tokens_BF,
-                positions_BF=(steps.position_B + depth)[:, None].expand(B, F),
-                nodes_F=numbers_F,
-                parents_BF=parents_BF,
-                parent_index_BF=above_BF,
-                ancestors_BFM=ancestors_BFM,
-                depth=depth,
-                is_chain=False,
-            )
-            proposals = steps.expand(frontier, width)
+            positions_BF = (steps.position_B + depth)[:, None].expand(B, F)
+            links = (numbers_F, parents_BF, above_BF, ancestors_BFM)
+            proposals = steps.expand(Frontier(tokens_BF, positions_BF, *links, depth, is_chain=False), width)
             terms_BFK, columns_BFK = likeliest(proposals.noisy_BFK, width)
             children_BC = proposals.tokens(columns_BFK).flatten(1)
             # A child of unknown score must not rank before its parent, which would then not be kept.
@@ -127,36 +118,23 @@ class DynamicTree(Shape):
             ancestors_BFM = ancestors_BFM.gather(1, above_BF[..., None].expand(-1, -1, M)).scatter(
                 2, numbers_F.expand(B, -1)[..., None], True
             )
-            rows.append(ancestors_BFM)
-        # Keep the best of all.
+        # Keep the best of all: indices among the proposed nodes.
         kept_BN = torch.cat([torch.zeros_like(above_BF[:, :1]), 1 + best(torch.cat(scores, 1), self.nodes - 1)], dim=1)
-        numbers_BN = numbers_BC.gather(1, kept_BN)
-        topology = self._topology(kept_BN, numbers_BN, torch.cat(parents, 1), numbers_BC, torch.cat(rows, 1))
-        tokens_BN = torch.cat(tokens, 1).gather(1, kept_BN)
+        topology = self._topology(kept_BN, torch.cat(parents, 1))
+        tokens_BN, numbers_BN = torch.cat(tokens, 1).gather(1, kept_BN), numbers_BC.gather(1, kept_BN)
         return Draft(self, tokens_BN, topology, self.depth, tuple(steps.logits), tuple(steps.signals), numbers_BN)
 
-    def _topology(
-        self, kept_BN: Tensor, numbers_BN: Tensor, parents_BC: Tensor, numbers_BC: Tensor, ancestors_BMM: Tensor
-    ) -> Topology:
-        """How the kept nodes are connected.
-
-        Args:
-            kept_BN: Indices of the kept nodes among the proposed ones.
-            numbers_BN: Their numbers among the expanded nodes, 0 where never expanded.
-            parents_BC: Index of each proposed node's parent.
-            numbers_BC: Numbers of all proposed nodes.
-            ancestors_BMM: True at ancestors and self, over the expanded nodes.
-        """
+    def _topology(self, kept_BN: Tensor, parents_BC: Tensor) -> Topology:
+        """How the kept nodes are connected, from the indices of all parents among the proposed nodes."""
         N, device = kept_BN.shape[1], kept_BN.device
-        order_N = torch.arange(N, device=device)
-        rank_BC = torch.zeros_like(parents_BC).scatter(1, kept_BN, order_N.expand_as(kept_BN))
-        above_BN = parents_BC.gather(1, kept_BN)
-        # Every ancestor was expanded: i sees j if j is among what i's parent saw, or is i.
-        seen_BNM = ancestors_BMM.gather(1, numbers_BC.gather(1, above_BN)[..., None].expand(-1, -1, ancestors_BMM.shape[2]))
-        seen_BNN = seen_BNM.gather(2, numbers_BN[:, None].expand(-1, N, -1))
-        expanded_BN = (numbers_BN > 0) | (order_N == 0)
-        ancestors_BNN = (seen_BNN & expanded_BN[:, None]) | torch.eye(N, dtype=torch.bool, device=device)
-        return Topology(ancestors_BNN.sum(-1) - 1, rank_BC.gather(1, above_BN), ancestors_BNN)
+        rank_BC = torch.zeros_like(parents_BC).scatter(1, kept_BN, torch.arange(N, device=device).expand_as(kept_BN))
+        parents_BN = rank_BC.gather(1, parents_BC.gather(1, kept_BN))
+        # A node's ancestors are itself and those of its parent; after `depth` repeats all are reached.
+        itself_NN = torch.eye(N, dtype=torch.bool, device=device)
+        ancestors_BNN, parents_BNN = itself_NN.expand(len(kept_BN), N, N), parents_BN[..., None].expand(-1, -1, N)
+        for _ in range(self.depth):
+            ancestors_BNN = itself_NN | ancestors_BNN.gather(1, parents_BNN)
+        return Topology(ancestors_BNN.sum(-1) - 1, parents_BN, ancestors_BNN)
 
 
 def likeliest(noisy_BFV: Tensor, width: int) -> tuple[Tensor, Tensor]:

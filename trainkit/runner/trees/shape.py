@@ -1,4 +1,4 @@
-"""What the shapes of a round's draft share: the draft, its topology, and the drafter's steps that grow it level by level."""
+"""The base of all draft shapes; the draft, its topology, and the drafter's steps that grow it level by level."""
 
 # B batch  N nodes, root first  F frontier nodes  K draft vocabulary  V vocabulary  D levels  W proposals of a node
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 from trainkit.layers.attention import Packing
 from trainkit.models.predictor import RANKS, signals
 from trainkit.runner.policy import Policy
-from trainkit.runner.sampling import Noise, Sampling
+from trainkit.runner.sampling import AnyNoise, Sampling
 
 RankPath = tuple[int, ...]
 """A node of a tree: (0,) is the root's likeliest child, (0, 1) the second child of that one."""
@@ -125,7 +125,7 @@ class Steps:
     root_B: Tensor
     position_B: Tensor
     sampling: Sampling
-    noise_BDV: Tensor | Noise | None
+    noise_BDV: AnyNoise
     span: int
     levels: int | None = None
     keep_logits: bool = False
@@ -138,15 +138,18 @@ class Steps:
         """Runs one level.
 
         Raises:
-            UserError: a node shall have `width` children, and the drafter proposes among fewer tokens.
+            UserError: a node needs `width` children, but the drafter proposes among fewer tokens.
         """
         out = self.drafter.step(self.state, frontier, self.handle, self.span)
         if width > (known := out.logits_BFK.shape[-1]):
             raise UserError(f"tree: {width} children of a node, but this drafter proposes among {known} tokens only")
         logits_BFK = self.sampling.process(out.logits_BFK)
         if self.keep_logits:
-            whole = logits_BFK if out.ids_K is None else _widen(logits_BFK, out.ids_K, self.handle.vocab_size)
-            self.logits.append(whole)
+            whole_BFV = logits_BFK
+            if out.ids_K is not None:  # a trimmed vocabulary
+                whole_BFV = logits_BFK.new_full((*logits_BFK.shape[:2], self.handle.vocab_size), float("-inf"))
+                whole_BFV = whole_BFV.index_copy(2, out.ids_K, logits_BFK)
+            self.logits.append(whole_BFV)
         if self.noise_BDV is not None:
             row = self.noise_BDV[:, frontier.depth : frontier.depth + 1]
             logits_BFK = logits_BFK + (row if out.ids_K is None else row[:, :, out.ids_K])
@@ -158,14 +161,8 @@ class Steps:
         return proposals
 
 
-def _widen(logits_BFK: Tensor, ids_K: Tensor, vocab_size: int) -> Tensor:
-    """Logits of a trimmed vocabulary over the whole one, -inf elsewhere."""
-    full = logits_BFK.new_full((*logits_BFK.shape[:2], vocab_size), float("-inf"))
-    return full.index_copy(2, ids_K, logits_BFK)
-
-
 class Shape(ABC):
-    """What a round drafts.
+    """What a round drafts; unless a subclass overrides its properties, a chain of `depth` tokens.
 
     Attributes:
         depth: Longest path: the largest number of drafted tokens that a round can accept.
@@ -178,9 +175,9 @@ class Shape(ABC):
     policy: Policy | None = None
 
     @property
-    @abstractmethod
     def size(self) -> int:
         """Number of nodes, root included: rows that the target verifies."""
+        return self.depth + 1
 
     @property
     def slots(self) -> int:
@@ -188,19 +185,19 @@ class Shape(ABC):
         return self.size
 
     @property
-    @abstractmethod
     def widest(self) -> int:
         """Number of nodes of the widest frontier."""
+        return 1
 
     @property
     def is_chain(self) -> bool:
         """Whether each node has at most one child."""
-        return False
+        return True
 
     @property
-    @abstractmethod
     def key(self) -> Hashable:
         """What distinguishes it from other shapes in a captured round; None for a shape that cannot be captured."""
+        return self
 
     @abstractmethod
     def grow(self, steps: Steps) -> Draft:
@@ -214,8 +211,3 @@ class Shape(ABC):
             per_row: Mean number of tokens verified in a row, where that may be fewer than are drafted.
         """
         raise NotImplementedError(f"{type(self).__name__} has no policy")
-
-
-def without_last_level(draft: Draft, shorter: Shape, topology: Topology) -> Draft:
-    """The draft without its last level, whose shape is `shorter`."""
-    return replace(draft, shape=shorter, tokens_BN=draft.tokens_BN[:, : shorter.size], topology=topology)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,7 +18,7 @@ from trainkit.runner.trees.shape import Draft, RankPath, Shape, Steps, Topology
 
 @dataclass(frozen=True)
 class Level:
-    """One expansion: the nodes that have children, and which child comes from where.
+    """One expansion: the nodes of a level that have children, and the parent of each child.
 
     Attributes:
         nodes_F: Numbers of the frontier's nodes.
@@ -28,8 +28,7 @@ class Level:
         children: Numbers of the children: a slice, since nodes are numbered level by level.
         parents_C: Index in the frontier of each child's parent.
         ranks_C: Rank of each child among its parent's proposals.
-        width: Proposals needed of each node: 1 + the largest rank.
-        single: Whether every frontier node has one child, so that child i comes from node i.
+        width: Number of proposals needed per node: 1 + the largest rank.
     """
 
     nodes_F: Tensor
@@ -40,21 +39,13 @@ class Level:
     parents_C: Tensor
     ranks_C: Tensor
     width: int
-    single: bool
 
     def frontier(self, tokens_BF: Tensor, position_B: Tensor, depth: int, is_chain: bool) -> Frontier:
         """The frontier with these tokens, `depth` below a root at `position_B`."""
-        B = tokens_BF.shape[0]
-        return Frontier(
-            tokens_BF=tokens_BF,
-            positions_BF=(position_B + depth)[:, None].expand_as(tokens_BF),
-            nodes_F=self.nodes_F,
-            parents_BF=self.parents_F.expand(B, -1),
-            parent_index_BF=self.parent_index_F.expand(B, -1),
-            ancestors_BFM=self.ancestors_FN.expand(B, -1, -1),
-            depth=depth,
-            is_chain=is_chain,
-        )
+        B, positions_BF = tokens_BF.shape[0], (position_B + depth)[:, None].expand_as(tokens_BF)
+        parents = self.parents_F.expand(B, -1), self.parent_index_F.expand(B, -1)
+        ancestors_BFM = self.ancestors_FN.expand(B, -1, -1)
+        return Frontier(tokens_BF, positions_BF, self.nodes_F, *parents, ancestors_BFM, depth, is_chain)
 
 
 @dataclass(frozen=True)
@@ -106,11 +97,18 @@ class Tree(Shape):
             noisy = proposals.noisy_BFK
             columns = noisy.argmax(-1, keepdim=True) if level.width == 1 else noisy.topk(level.width, dim=-1).indices
             tokens_BFW = proposals.tokens(columns)
-            children_BC = tokens_BFW[..., 0] if level.single else tokens_BFW[:, level.parents_C, level.ranks_C]
+            children_BC = tokens_BFW[..., 0] if self.is_chain else tokens_BFW[:, level.parents_C, level.ranks_C]
             tokens_BN[:, level.children] = children_BC
             if depth + 1 < self.depth:
                 frontier_BF = children_BC if self.is_chain else tokens_BN[:, self.levels[depth + 1].nodes_F]
         return Draft(self, tokens_BN, self.topology, self.depth, tuple(steps.logits), tuple(steps.signals))
+
+
+def without_last_level(draft: Draft) -> Draft:
+    """The draft of a static tree without its last level."""
+    assert isinstance(draft.shape, Tree)
+    tree = draft.shape.shortened
+    return replace(draft, shape=tree, tokens_BN=draft.tokens_BN[:, : tree.size], topology=tree.topology)
 
 
 def chain(depth: int) -> tuple[RankPath, ...]:
@@ -122,7 +120,7 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
     """The tree of these rank paths.
 
     Raises:
-        UserError: a path is given twice, or its parent or a lower rank beside it is missing.
+        UserError: a path is repeated, or its parent or a sibling of lower rank is missing.
     """
     # Number the nodes level by level, and check that no parent or lower rank is missing.
     ordered = sorted((tuple(path) for path in paths), key=lambda path: (len(path), path))
@@ -130,8 +128,7 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
     if len(number) != len(ordered) + 1:
         raise UserError("tree: a rank path is given twice or is empty")
     for path in ordered:
-        elder = path[:-1] + (path[-1] - 1,)
-        if path[:-1] not in number or (path[-1] > 0 and elder not in number) or path[-1] < 0:
+        if path[:-1] not in number or path[-1] < 0 or (path[-1] and (*path[:-1], path[-1] - 1) not in number):
             raise UserError(f"tree: path {list(path)} needs its parent and every lower rank beside it")
     nodes = [(), *ordered]
 
@@ -160,7 +157,6 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
                 parents_C=tensor([frontier.index(p[:-1]) for p in children]),
                 ranks_C=tensor([p[-1] for p in children]),
                 width=1 + max(p[-1] for p in children),
-                single=len(children) == len(frontier),
             )
         )
         above = frontier
