@@ -33,7 +33,7 @@ from torch import Tensor
 
 from trainkit.bundle import Bundle
 from trainkit.data.manifest import ACCEPTANCE
-from trainkit.data.sets.writer import SetStats, SetWriter, Worker, comparable
+from trainkit.data.sets.writer import SetJob, SetStats, SetWriter, comparable
 from trainkit.errors import UserError
 from trainkit.models.predictor import FILE
 
@@ -59,21 +59,11 @@ class AcceptanceLayout:
     temperatures: tuple[float, ...]
     part_prompts: int = 64
 
-    @property
-    def parts(self) -> int:
-        """Number of parts in the set."""
-        return -(-self.prompts // self.part_prompts) * len(self.temperatures)
-
-    def part(self, number: int) -> tuple[range, float]:
-        """Indices of a part's prompts, and its temperature."""
-        block, index = divmod(number, len(self.temperatures))
-        first = block * self.part_prompts
-        return range(first, min(first + self.part_prompts, self.prompts)), self.temperatures[index]
-
-
-def part_name(number: int) -> str:
-    """File name of a complete part."""
-    return f"part-{number:05d}.safetensors"
+    def parts(self) -> dict[str, tuple[range, float]]:
+        """File name of each part, with the indices of its prompts, and its temperature."""
+        blocks = [range(self.prompts)[start : start + self.part_prompts] for start in range(0, self.prompts, self.part_prompts)]
+        pairs = [(block, temperature) for block in blocks for temperature in self.temperatures]
+        return {ACCEPTANCE.part_name(number): pair for number, pair in enumerate(pairs)}
 
 
 def drafter_fingerprint(drafter: Bundle) -> dict[str, Any]:
@@ -82,34 +72,29 @@ def drafter_fingerprint(drafter: Bundle) -> dict[str, Any]:
     return {"name": drafter.path.resolve().name, "kind": drafter.kind, "files": files}
 
 
-def write_acceptance(
-    out: Path, layout: AcceptanceLayout, record: Record, provenance: Mapping[str, Any], worker: Worker
-) -> SetStats:
-    """Writes this process's share of the parts into `out`; continues where an earlier call stopped.
+def write_acceptance(job: SetJob, layout: AcceptanceLayout, record: Record) -> SetStats:
+    """Writes this process's share of the parts; continues where an earlier call stopped.
 
     Args:
-        out: Folder of the set.
+        job: Folder, provenance and process.
         layout: Parts of the set.
-        record: Makes the records of a part; equal arguments must give equal records.
-        provenance: Everything else that determines the records, JSON-able. `versions`, and inside other entries `name` and
-            `path`, may differ when the set is continued.
-        worker: This process.
+        record: Generates the records of a part; equal arguments must give equal records.
 
     Raises:
-        UserError: `out` holds another set or something else, or another process writes there.
+        UserError: the folder holds another set or something else, or another process writes there.
     """
+    parts = layout.parts()
     manifest = {
         "format": ACCEPTANCE.format,
-        **provenance,
+        **job.provenance,
         "prompt_count": layout.prompts,
         "temperatures": list(layout.temperatures),
         "part_prompts": layout.part_prompts,
-        "parts": layout.parts,
+        "parts": len(parts),
     }
     manifest["id"] = hashlib.sha256(json.dumps(comparable(manifest), sort_keys=True).encode()).hexdigest()
-    parts = {part_name(number): layout.part(number) for number in range(layout.parts)}
     sizes = {name: len(prompts) for name, (prompts, _) in parts.items()}
-    with SetWriter(out, ACCEPTANCE, manifest, sizes, "texts", worker) as writer:
+    with SetWriter(job, ACCEPTANCE, manifest, sizes, "texts") as writer:
 
         def tensors(name: str) -> Records:
             records = record(*parts[name], lambda tokens: writer.advance(1, tokens))
@@ -117,8 +102,7 @@ def write_acceptance(
             writer.stats.accepted += float(records["label"][:, 0].sum())
             return {column: records[column].contiguous() for column in COLUMNS}
 
-        for name in writer.missing:
-            writer.write_tensors(name, lambda name=name: tensors(name))
+        writer.write_tensors(tensors)
     return writer.stats
 
 
@@ -150,7 +134,7 @@ class AcceptanceSet:
         if manifest is None:
             raise UserError(f"{folder}: no acceptance set (no {ACCEPTANCE.manifest}); make one with `{ACCEPTANCE.command}`")
         parts = []
-        for file in ACCEPTANCE.part_files(folder, map(part_name, range(manifest["parts"]))):
+        for file in ACCEPTANCE.part_files(folder, map(ACCEPTANCE.part_name, range(manifest["parts"]))):
             with ACCEPTANCE.open_part(file, manifest["id"]) as opened:
                 if len(opened.get_tensor("label")):
                     parts.append({name: opened.get_tensor(name) for name in COLUMNS})
