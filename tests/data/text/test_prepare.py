@@ -221,9 +221,10 @@ def test_two_processes_prepare_once_and_a_kill_leaves_nothing_half_done(
     assert equal(prepare([path], None, tokenizer, 64, cache_dir=cache), prepare([path], None, tokenizer, 64))
 
 
-def test_a_report_with_unread_columns_and_bad_rows_survives_the_cache() -> None:
-    from trainkit.data.text.report import Report, SetReport
-
-    train = SetReport("train", rows=3, skipped={"no text": 1}, unused={"id": 2, "score": 1})
-    report = Report(train, SetReport("validation"))
-    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+def test_a_report_with_unread_columns_and_bad_rows_survives_the_cache(
+    tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any
+) -> None:
+    path = rows_file({"text": ""}, *({**row, "id": 1, "score": 2} for row in chat_rows(3)))
+    reports = [prepare([path], None, tokenizer, 64, on_bad_row="skip", cache_dir=cache).report for cache in (None, tmp_path)]
+    assert reports[0] == reports[1] and reports[0].train.unused == {"id": 3, "score": 3}
+    assert reports[0].train.skipped == {"text must be text, not empty": 1}

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -224,8 +224,9 @@ def _cached(cache_dir: Path, fingerprint: str, work: Callable[[], Prepared]) -> 
             def fill(folder: Path) -> None:
                 prepared.train.save(folder / "train")
                 prepared.validation.save(folder / "validation")
-                write_json(folder / "report.json", prepared.report.to_dict())
+                write_json(folder / "report.json", asdict(prepared.report))
 
             write_folder(entry, fill)
-    report = Report.from_dict(json.loads((entry / "report.json").read_text(encoding="utf-8")))
+    values = json.loads((entry / "report.json").read_text(encoding="utf-8"))
+    report = Report(SetReport(**values["train"]), SetReport(**values["validation"]))
     return Prepared(PackedSet.load(entry / "train"), PackedSet.load(entry / "validation"), report, fingerprint)
