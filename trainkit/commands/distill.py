@@ -168,4 +168,4 @@ def _remote(
                 file=sys.stderr,
             )
 
-    return complete, {"server": client.describe()}
+    return complete, {"server": {"model": client.model, "base_url": client.base_url}}

@@ -17,22 +17,21 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from math import isfinite
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import httpx
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type, wait_exponential
 
+from trainkit.data.text.chat_template import Tokenizer
 from trainkit.data.text.prompts import Completion
 from trainkit.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 _Choice = dict[str, Any]
@@ -65,32 +64,30 @@ class CompletionClient:
         UserError: the URL or the API key, which is read from OPENAI_API_KEY, is invalid.
     """
 
-    def __init__(
-        self, base_url: str, model: str | None = None, *, tokenizer: PreTrainedTokenizerBase, concurrency: int = 32
-    ) -> None:
+    def __init__(self, base_url: str, model: str | None = None, *, tokenizer: Tokenizer, concurrency: int = 32) -> None:
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()  # it appears in no message and in no provenance
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError("the API key (OPENAI_API_KEY) has characters that are not allowed in a key; set it again")
         self._url = _check_url(base_url)
         self.base_url = str(httpx.URL(self._url).copy_with(userinfo=b""))  # messages and provenance show no password
-        self.tokenizer, self.concurrency, self._model = tokenizer, concurrency, model
+        self.tokenizer, self.concurrency = tokenizer, concurrency
+        if model is not None:
+            self.model = model
         self.encoded = 0
         self._request_ids = True  # whether to request token ids
         self._has_replied = False
         self._random = random.Random()  # jitter must not change the caller's random state
         self._exponential = wait_exponential(multiplier=BACKOFF, max=MAX_PAUSE)
 
-    def describe(self) -> dict[str, str]:
-        """Model and URL, for provenance; asks the server for its model if none was named.
+    @cached_property
+    def model(self) -> str:
+        """Name of the model; if none was given, the first that the server lists.
 
         Raises:
             UserError: as in `complete`.
         """
-        if self._model is None:
-            with self._open() as (portal, pool):
-                portal.call(self._find_model, pool)
-        assert self._model is not None
-        return {"model": self._model, "base_url": self.base_url}
+        with self._open() as (portal, pool):
+            return portal.call(self._find_model, pool)
 
     def complete(
         self,
@@ -129,9 +126,7 @@ class CompletionClient:
                 for id, tokens in islice(waiting, 2 * self.concurrency - len(pending)):
                     assert id not in seen, f"request {id} is sent twice"
                     seen.add(id)
-                    if self._model is None:  # only when there is a prompt
-                        portal.call(self._find_model, pool)
-                    body = {"model": self._model, "prompt": [int(t) for t in tokens], "seed": request_seed(seed, id)}
+                    body = {"model": self.model, "prompt": [int(t) for t in tokens], "seed": request_seed(seed, id)}
                     future = portal.start_task_soon(self._request, pool, id, body | sampling)
                     pending[future] = id
                     future.add_done_callback(done.put)
@@ -164,7 +159,7 @@ class CompletionClient:
                 pool.put_nowait(await stack.enter_async_context(client))
             yield pool
 
-    async def _find_model(self, pool: ClientPool) -> None:
+    async def _find_model(self, pool: ClientPool) -> str:
         async def attempt(client: httpx.AsyncClient) -> str:
             models = _json(self._check(await client.get(f"{self._url}/models"), "the list of models")).get("data")
             if not isinstance(models, list) or not models:
@@ -174,7 +169,7 @@ class CompletionClient:
                 raise _TransientError("a list of models without an id")
             return name
 
-        self._model = await self._retry(f"{self.base_url}/models", pool, attempt)
+        return await self._retry(f"{self.base_url}/models", pool, attempt)
 
     async def _request(self, pool: ClientPool, id: int, body: dict[str, Any]) -> _Choice:
         url = f"{self._url}/completions"

@@ -69,16 +69,6 @@ class PackedSet:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    @property
-    def efficiency(self) -> float:
-        """Share of the packed positions that are not padding."""
-        return len(self.tokens_N) / (len(self) * self.length) if len(self) else 0.0
-
-    def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, mask) of each document, in stored order."""
-        bounds = self.documents_D.tolist()
-        return [(self.tokens_N[a:b], self.mask_N[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-
     def batch(self, rows: Sequence[int], size: int) -> dict[str, Tensor]:
         """Tensors of `size` rows: the given ones, then rows that are only padding.
 

@@ -9,21 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from trainkit.data.manifest import DISTILLED
-from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer, tokenizer_hash, vocabulary_hash
+from trainkit.data.text.chat_template import Document, Encoder, Tokenizer, load_tokenizer, tokenizer_hash, vocabulary_hash
 from trainkit.data.text.formats import check_columns, parse_row
 from trainkit.data.text.packing import PackedSet, pack
 from trainkit.data.text.report import Report, SetReport
 from trainkit.data.text.sources import RowError, content_hash, read_rows
 from trainkit.errors import UserError
 from trainkit.files import cache_folder, write_folder, write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CACHE = cache_folder("data")
 """Default folder for prepared sets."""
@@ -44,7 +41,7 @@ class Prepared:
 def prepare(
     train: Sequence[str],
     validation: Sequence[str] | None,
-    tokenizer: str | PreTrainedTokenizerBase,
+    tokenizer: str | Tokenizer,
     length: int,
     *,
     columns: Mapping[str, str] | None = None,
@@ -126,7 +123,7 @@ def prepare(
     return work() if cache_dir is None else _cached(Path(cache_dir), fingerprint, work)
 
 
-def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(source: str, tokenizer: Tokenizer) -> None:
     """Raises UserError for a distillation set whose token ids are from another tokenizer."""
     manifest = DISTILLED.read(Path(source)) if Path(source).is_dir() else None
     if manifest is not None and manifest.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):

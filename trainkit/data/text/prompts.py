@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainkit.data.text.chat_template import Encoder, load_tokenizer
+from trainkit.data.text.chat_template import Encoder, Tokenizer, load_tokenizer
 from trainkit.data.text.formats import (
     PROMPT_FORMATS,
     QUESTION_SEPARATOR,
@@ -19,9 +19,6 @@ from trainkit.data.text.formats import (
 )
 from trainkit.data.text.sources import RowError, read_rows
 from trainkit.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,14 @@ class Completion:
 
 
 def read_prompts(
-    path: str, tokenizer: str | PreTrainedTokenizerBase, limit: int | None = None, columns: Mapping[str, str] | None = None
+    path: str, tokenizer: str | Tokenizer, limit: int | None = None, columns: Mapping[str, str] | None = None
 ) -> list[list[int]]:
     """Token ids of each prompt in a file; arguments as in `read_prompt_rows`."""
     return [prompt.tokens for prompt in read_prompt_rows(path, tokenizer, limit, columns)]
 
 
 def read_prompt_rows(
-    path: str, tokenizer: str | PreTrainedTokenizerBase, limit: int | None = None, columns: Mapping[str, str] | None = None
+    path: str, tokenizer: str | Tokenizer, limit: int | None = None, columns: Mapping[str, str] | None = None
 ) -> list[Prompt]:
     """The prompt of each row, rendered by the chat template if the tokenizer has one.
 

@@ -62,7 +62,8 @@ class SetReport:
         """Sets the sizes to those of the packed set."""
         self.documents, self.tokens = len(packed.documents_D) - 1, len(packed.tokens_N)
         self.counted = int(packed.labels_R.sum())
-        self.packed_rows, self.length, self.efficiency = len(packed), packed.length, packed.efficiency
+        self.packed_rows, self.length = len(packed), packed.length
+        self.efficiency = self.tokens / max(1, self.packed_rows * self.length)
 
     def __str__(self) -> str:
         origin = "held out of train" if self.held_out else "read"
