@@ -68,7 +68,7 @@ def acceptance(
         max_new_tokens: Maximum length of a text in tokens.
         seed: Seed for sampling; with a prompt's index, it determines the prompt's text.
         limit: Number of prompts to use, from the beginning; all by default.
-        columns: Maps our column names to the file's.
+        columns: Column mapping, from trainkit's names to the file's.
         batch: Texts decoded at the same time.
         device: Torch device; under torchrun, `cuda` is each process's own GPU.
         dtype: Dtype of the stored hidden states; float16 is not offered, because hidden states may exceed its range.

@@ -66,7 +66,7 @@ def distill(
         top_k: Number of most probable tokens to sample from; 0 uses all.
         seed: Seed for sampling; with a row's number in the set, it determines the row's text.
         limit: Number of prompts to use, from the beginning; all by default.
-        columns: Maps our column names to the file's.
+        columns: Column mapping, from trainkit's names to the file's.
         drafter: Drafter bundle for speculative decoding.
         depth: Tokens drafted in each round.
         batch: Completions generated at the same time.

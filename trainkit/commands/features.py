@@ -75,7 +75,7 @@ def features(
         seed: Seed for drawing the held-out rows.
         limit: Number of training rows to read, from the beginning; all by default.
         limit_validation: Number of validation rows to read; all by default.
-        columns: Maps our column names to the files'.
+        columns: Column mapping, from trainkit's names to the files'.
         on_bad_row: Stop at a bad row, or skip and count it.
         on_long_row: A row longer than `length` that is not plain text: truncate it, skip and count it, or stop.
         batch: Packed rows in each forward pass; with the value of `data.batch_size`, float32 features are bit-identical to

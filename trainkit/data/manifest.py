@@ -1,4 +1,4 @@
-"""Manifests of generated data sets (the JSON file beside a set's parts), and digests of the weights that made a set."""
+"""Manifests of generated data sets (the JSON file beside a set's parts), and the digest of the weights of their target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainkit.errors import UserError
 
 @dataclass(frozen=True)
 class SetKind:
-    """One kind of generated data set: how its folder is recognised, and the command that writes it.
+    """One kind of generated data set: its manifest, its parts, and the command that writes it.
 
     Attributes:
         title: Name of the kind, with its article.

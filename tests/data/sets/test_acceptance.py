@@ -47,13 +47,13 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(straight, tmp_path, se
         there = {name: content for name, content in files_of(out).items() if not name.endswith(".partial")}
         assert there.items() <= files_of(straight).items()
     stats, there = write(out), parts_in(out)
-    assert stats.written + stats.found == there == len(LAYOUT.parts()) and stats.found >= 3
+    assert stats.written + stats.existing == there == len(LAYOUT.parts()) and stats.existing >= 3
     assert files_of(out) == files_of(straight)
 
 
 def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(straight, tmp_path):
     first = write(tmp_path / "set", rank=1, world_size=2)
-    assert first.written == len(LAYOUT.parts()) // 2 and first.found == 0
+    assert first.written == len(LAYOUT.parts()) // 2 and first.existing == 0
     with pytest.raises(UserError, match=r"5 of 10 parts are missing; run the same trainkit acceptance again"):
         AcceptanceSet.read(tmp_path / "set")
     second = write(tmp_path / "set", rank=0, world_size=2)

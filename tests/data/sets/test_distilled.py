@@ -89,7 +89,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a set that was written without interruption."""
     out = tmp_path_factory.mktemp("straight")
     stats = write(out)
-    assert (stats.written, stats.found) == (LAYOUT.rows, 0) and stats.tokens > 0
+    assert (stats.written, stats.existing) == (LAYOUT.rows, 0) and stats.tokens > 0
     return files_of(out)
 
 
@@ -119,7 +119,7 @@ def test_killed_three_times_it_gives_the_same_bytes(tmp_path, straight, seed):
         assert ended(pid) == -signal.SIGKILL
     there, log = rows_in(tmp_path), []
     stats = write(tmp_path, completing(log=log))
-    assert stats.found == there and stats.written == len(log) == len(set(log)) == LAYOUT.rows - there
+    assert stats.existing == there and stats.written == len(log) == len(set(log)) == LAYOUT.rows - there
     assert files_of(tmp_path) == straight
 
 
@@ -169,7 +169,7 @@ def test_a_torn_last_line_is_made_again(limit, share, torn):
         kept = kept if not torn or kept.endswith(b"\n") or not kept else kept + b" "  # torn bytes of its own or of another row
         partial.write_bytes(kept + torn)
         stats = write(Path(other), layout=layout)
-        assert stats.found == kept.count(b"\n") and stats.written == layout.rows - stats.found
+        assert stats.existing == kept.count(b"\n") and stats.written == layout.rows - stats.existing
         assert files_of(Path(other)) == files_of(Path(one))
 
 
@@ -187,9 +187,9 @@ def test_any_number_of_ranks_goes_on(tmp_path, straight):
     begin(tmp_path, 2, rank=2, world_size=3)
     before = rows_in(tmp_path)
     stats = [write(tmp_path, rank=rank, world_size=2) for rank in (1, 0)]
-    assert sum(one.found for one in stats) == before and sum(one.written for one in stats) == LAYOUT.rows - before
+    assert sum(one.existing for one in stats) == before and sum(one.written for one in stats) == LAYOUT.rows - before
     assert files_of(tmp_path) == straight
-    assert write(tmp_path).found == LAYOUT.rows
+    assert write(tmp_path).existing == LAYOUT.rows
 
 
 def is_complete(folder: Path) -> bool:

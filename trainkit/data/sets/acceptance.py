@@ -4,16 +4,19 @@ A set is a folder with the manifest `acceptance.json` and safetensors parts (`tr
 prompts at one temperature. Each part carries the set's id, a digest of everything that determines the records, so that a part
 of another set is recognised.
 
-The records are those of real decoding, so they have the distribution that the predictor meets when it serves: positions that
-verification reached, and no others. SpecDec++ (arXiv 2405.19715) approximates this without decoding, by one pass over the text
-with the draft's own token in place of 85 of 100 of the target's tokens; that is not implemented here.
+The records are from real decoding: positions that verification reached, and no others. So they have the distribution that the
+predictor meets when it serves. SpecDec++ (arXiv 2405.19715) approximates this without decoding: it passes once over the text,
+with 85 % of the target's tokens replaced by the draft's own; that is not implemented here.
 Left out on purpose: the tokens. A predictor does not read them, and they can be generated again from the prompts.
 
-Tensors of a part, ordered by prompt, round and position: `hidden` [N, D], the hidden state that proposed; `signals` [N, W, C]
-float32 of its W most probable proposals, most probable first, the last signal being the temperature; `depth` [N] int16, 0 for
-the first position of a round; `label` [N, W] float32, whether the target chose each proposal, or the probability of that;
-`max_q` [N] float32, the draft's highest probability; `prompt` [N] int32, the prompt's index. A chain drafts the first
-proposal. W is 1 under `residual`.
+Tensors of a part, ordered by prompt, round and position:
+- `hidden` [N, D]: the draft's hidden state from which the token was proposed
+- `signals` [N, W, C] float32: signals of the W most probable proposals, most probable first; the last one is the temperature
+- `depth` [N] int16: position in the round, 0 for the first
+- `label` [N, W] float32: whether the target chose each proposal, or the probability of that; a chain drafts the first proposal
+- `max_q` [N] float32: the draft's highest probability
+- `prompt` [N] int32: the prompt's index
+W is 1 under `residual`.
 """
 
 # N records of a part  R records of a set  B batch  W proposals of a position  D hidden  C signals
@@ -148,7 +151,7 @@ class AcceptanceSet:
 
     @property
     def labels_R(self) -> np.ndarray:
-        """Counted labels of each record, which is one; int64."""
+        """Number of labels of each record, which is one; int64."""
         return np.ones(len(self), np.int64)
 
     @property
@@ -201,24 +204,16 @@ class AcceptanceSet:
         return train, validation
 
     def batch(self, rows: Sequence[int], size: int) -> dict[str, Tensor]:
-        """Tensors of `size` records: the given ones, then zeros as padding.
+        """Tensors of `size` records: those at `rows`, then zeros as padding.
 
         Returns:
             hidden_BD, signals_BWC, depth_B int64, label_BW, max_q_B; document_BT [B, 1], which is 0, and -1 on padding.
         """
         chosen_R = torch.from_numpy(self.rows_R[np.asarray(rows, np.int64)])
-
-        def padded(name: str) -> Tensor:
+        document_B = torch.where(torch.arange(size) < len(chosen_R), 0, -1)
+        batch = {"document_BT": document_B[:, None]}
+        for key in ("hidden_BD", "signals_BWC", "depth_B", "label_BW", "max_q_B"):
+            name, _ = key.rsplit("_", 1)  # without the axes
             values = self.tensors[name][chosen_R]
-            return torch.cat([values, values.new_zeros(size - len(values), *values.shape[1:])])
-
-        document_B = torch.zeros(size, dtype=torch.long)
-        document_B[len(chosen_R) :] = -1
-        return {
-            "hidden_BD": padded("hidden"),
-            "signals_BWC": padded("signals"),
-            "depth_B": padded("depth").long(),
-            "label_BW": padded("label"),
-            "max_q_B": padded("max_q"),
-            "document_BT": document_B[:, None],
-        }
+            batch[key] = torch.cat([values, values.new_zeros(size - len(values), *values.shape[1:])])
+        return batch | {"depth_B": batch["depth_B"].long()}

@@ -105,7 +105,7 @@ def write_distilled(job: SetJob, layout: DistilledLayout, prompts: Sequence[Prom
     }
     with SetWriter(job, DISTILLED, manifest, {name: len(rows) for name, rows in ids.items()}, "rows") as writer:
         stats = writer.stats
-        stats.found = sum(len(ids[name]) for name in writer.existing)
+        stats.existing = sum(len(ids[name]) for name in writer.existing)
         for name in writer.existing:  # left by a process that was killed after it renamed the part
             (job.out / name).with_suffix(".partial").unlink(missing_ok=True)
         for start in range(0, len(writer.missing), OPEN_PARTS):
@@ -115,7 +115,7 @@ def write_distilled(job: SetJob, layout: DistilledLayout, prompts: Sequence[Prom
                 for name in writer.missing[start : start + OPEN_PARTS]:
                     part = _PartialPart(ids[name], stack.enter_context(lock_partial(job.out / name)))
                     parts |= dict.fromkeys(ids[name], part)
-                    stats.found += len(part.done)
+                    stats.existing += len(part.done)
                     writer.advance(len(part.done))
                 # Generate the other rows, one temperature at a time.
                 for temperature in layout.temperatures:

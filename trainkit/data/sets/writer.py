@@ -58,17 +58,17 @@ class SetStats:
 
     Attributes:
         written: Rows (distillation sets) or parts (other sets) written by this call.
-        found: Rows or parts of this process's share that already existed.
+        existing: Rows or parts of this process's share that already existed.
         tokens: Tokens generated, or read by the target.
         seconds: Duration of the call.
         bytes: Size of the parts written.
-        ended: Rows whose text ended with an end token.
+        ended: Rows written whose text ended with an end token.
         records: Acceptance records written.
-        accepted: Sum of their labels: how many proposals were accepted.
+        accepted: Sum of the labels of their first proposals; divided by `records`, the share accepted.
     """
 
     written: int = 0
-    found: int = 0
+    existing: int = 0
     tokens: int = 0
     seconds: float = 0.0
     bytes: int = 0
@@ -85,7 +85,7 @@ class SetStats:
         """One line for the user; `total` counts the `unit`s of the whole set, `details` is inserted before the speed."""
         process = f" by process {job.rank} of {job.world_size}" if job.world_size > 1 else ""
         return (
-            f"{job.out}: {self.written:,} of {total:,} {unit} written{process}, {self.found:,} already existed; "
+            f"{job.out}: {self.written:,} of {total:,} {unit} written{process}, {self.existing:,} already existed; "
             f"{details}{self.tokens:,} tokens in {self.seconds:.0f} s, {self.speed}"
         )
 
@@ -128,7 +128,7 @@ class SetWriter:
         share = list(sizes)[job.rank :: job.world_size]
         self.missing = [name for name in share if not (self.out / name).exists()]
         self.existing = [name for name in share if name not in set(self.missing)]
-        self.stats, self._start = SetStats(found=len(self.existing)), perf_counter()
+        self.stats, self._start = SetStats(existing=len(self.existing)), perf_counter()
         total, initial = (sum(sizes[name] for name in names) for names in (share, self.existing))
         label, hidden = kind.command.split()[-1], None if job.progress else True  # None hides the bar in a log file
         self._bar = tqdm(total=total, initial=initial, desc=label, unit=f" {unit}", smoothing=0.05, disable=hidden)
@@ -163,7 +163,7 @@ class SetWriter:
                 partial = Path(stream.name)
                 try:
                     if path.exists():  # completed by the previous holder of the lock
-                        self.stats.found += 1
+                        self.stats.existing += 1
                         continue
                     # one metadata key only: safetensors writes several in random order
                     metadata = {Path(self.kind.manifest).stem: self.manifest["id"]}
@@ -220,7 +220,7 @@ def lock_partial(path: Path) -> Iterator[IO[bytes]]:
 
 
 def check_positive(**counts: int | None) -> None:
-    """Raises UserError for a command's option below 1; None is an option that was not given."""
+    """Raises UserError for a command's option below 1; None is an option that is not set."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name}: {value} must be at least 1")

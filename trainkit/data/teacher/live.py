@@ -1,10 +1,10 @@
 """A teacher that runs the frozen target during training, and can cache its hidden states for later epochs and runs.
 
-A cache is one memory-mapped file of [rows, positions, channels] and one byte per row that tells whether the row is stored; it
-is filled as training meets the rows. Values are written before that byte, so a kill loses at most the rows in progress, and
-several processes may share a cache. The key of a cache (data, packing, target, precision, what is stored) decides what may be
-stored in it. For features computed before training, which can be moved to another machine and do not need the target's layers,
-see `trainkit.data.sets.features`.
+A cache is one memory-mapped file of [rows, positions, channels], and one byte per row that is 1 if the row is stored. Training
+stores a row when it first reads it. The values are written before that byte, so a kill loses at most the rows in progress, and
+several processes may share a cache. The key of a cache (data, packing, target, precision, what is stored) determines its
+values. For features that are computed before training, can be moved to another machine and do not need the target's layers, see
+`trainkit.data.sets.features`.
 """
 
 # R packed rows  B batch rows  T positions  C channels  D hidden  A taps
@@ -94,7 +94,7 @@ class FeatureCache:
 
 
 class Teacher(ABC):
-    """Gives the target's hidden states (or top-k rows) for packed batches, from a running target or from disk."""
+    """Reads the target's hidden states (or top-k rows) for packed batches, from a running target or from disk."""
 
     target: FrozenTarget
     top_k: int | None
@@ -104,12 +104,12 @@ class Teacher(ABC):
         return self.target.handle()
 
     def stored_head(self) -> TopKHead | None:
-        """The head that decodes the top-k rows which `read` returns in place of last hidden states; None for hidden states."""
+        """The head that reads top-k rows; None if `read` returns last hidden states instead of top-k rows."""
         return None if self.top_k is None else TopKHead(self.top_k, self.target.handle().vocab_size)
 
     @abstractmethod
     def open_store(self, name: str, packed: PackedSet, taps: Sequence[int]) -> Any:
-        """What is stored on disk for a packed set, opened once; `name` identifies the set, e.g. its fingerprint and split."""
+        """Stored values of a packed set, opened at the first call; `name` identifies the set, e.g. its data and split."""
 
     @abstractmethod
     def read(self, batch: Mapping[str, Tensor], taps: Sequence[int] = (), store: Any = None) -> tuple[Tensor, Tensor | None]:

@@ -37,7 +37,7 @@ class PackedSet:
         rows_R: Start of each row in `documents_D`, and the end of the last one: R + 1 entries, int64.
         length: Tokens in a padded row.
         pad_id: Id of padding.
-        fingerprint: Digest of the data and settings that it was made from.
+        fingerprint: Digest of the data and settings that determine the set.
     """
 
     tokens_N: np.ndarray
@@ -70,7 +70,7 @@ class PackedSet:
         return digest.hexdigest()
 
     def batch(self, rows: Sequence[int], size: int) -> dict[str, Tensor]:
-        """Tensors of `size` rows: the given ones, then rows that are only padding.
+        """Tensors of `size` rows: those at `rows`, then rows that are only padding.
 
         Returns:
             tokens_BT and positions_BT, int64; document_BT, int64, numbered from 0 in each row and -1 on padding; mask_BT, bool;

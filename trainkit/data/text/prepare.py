@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from trainkit.data.manifest import DISTILLED
 from trainkit.data.text.chat_template import Document, Encoder, Tokenizer, load_tokenizer, tokenizer_hash, vocabulary_hash
@@ -25,7 +26,7 @@ from trainkit.files import cache_folder, write_folder, write_json
 CACHE = cache_folder("data")
 """Default folder for prepared sets."""
 CODE_VERSION = 1
-"""Part of every fingerprint. Increase it with any change that gives another result for the same files."""
+"""Part of every fingerprint. Increase it with any change of the code that changes the result for the same files."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def prepare(
 
     Args:
         train: Files, folders or hub names.
-        validation: Files, folders or hub names; None holds out a share of the training rows, whole rows drawn with `seed`.
+        validation: Files, folders or hub names; None holds out a share of the training rows, drawn with `seed`.
         tokenizer: A loaded tokenizer, or its folder or hub name.
         length: Tokens in a packed row, and the maximum length of a document. Longer plain text is cut into several documents.
-        columns: Maps our column names to the files', e.g. `{"prompt": "instruction", "response": "output"}`.
+        columns: Column mapping, from trainkit's names to the files', e.g. `{"prompt": "instruction", "response": "output"}`.
         on_bad_row: Stop at a bad row, or skip and count it.
         on_long_row: A row longer than `length` that is not plain text: truncate it (counted), skip it (counted), or stop.
         validation_share: Share of the rows to hold out if there are no validation files; 0 holds out none.
@@ -73,17 +74,15 @@ def prepare(
         cache_dir: Folder for prepared sets; None prepares in memory, without a cache.
 
     Raises:
-        UserError: a file or row cannot be used, or no token or every token of the chats counts as a label.
+        UserError: a file or row cannot be used, or either none or all of the tokens in chats are labels.
     """
     # Check the settings.
     if length < 2:
         raise UserError(f"length: {length} must be at least 2")
     if not 0 <= validation_share < 1:
         raise UserError(f"validation_share: {validation_share} must be at least 0 and below 1")
-    for name, value, known in (
-        ("on_bad_row", on_bad_row, ("error", "skip")),
-        ("on_long_row", on_long_row, ("truncate", "skip", "error")),
-    ):
+    choices = {"on_bad_row": (on_bad_row, "error", "skip"), "on_long_row": (on_long_row, "truncate", "skip", "error")}
+    for name, (value, *known) in choices.items():
         if value not in known:
             raise UserError(f"{name}: {value!r} is unknown; choose from {', '.join(known)}")
     if not train:
@@ -135,9 +134,7 @@ def _check_tokenizer(source: str, tokenizer: Tokenizer) -> None:
 def _encode(
     name: str, files: Sequence[str], encoder: Encoder, limit: int | None, policy: Mapping[str, Any]
 ) -> tuple[list[list[Document]], SetReport]:
-    """The documents of each row that has any."""
-    from tqdm import tqdm
-
+    """The documents of each row that has any with labels, and the counts."""
     report, rows = SetReport(name), []
     chat_tokens = chat_labels = 0
     for file in files:
@@ -163,7 +160,7 @@ def _encode(
             chat_labels += sum(int(document.mask.sum()) for document in chats)
             if fitted := [piece for document in documents for piece in _fit(document, location, policy, report)]:
                 rows.append(fitted)
-    # Refuse a mask that cannot be right, and a set without rows.
+    # Refuse masks that cannot be right, and a set without rows.
     if chat_tokens and chat_labels in (0, chat_tokens):
         share = "every token" if chat_labels else "no token"
         raise UserError(f"{name}: {share} of the chats is a label; the chat template must mark the assistant's tokens only")
@@ -210,7 +207,7 @@ def _hold_out(
 
 
 def _cached(cache_dir: Path, fingerprint: str, work: Callable[[], Prepared]) -> Prepared:
-    """The cache entry of this fingerprint, made by `work` if it does not exist."""
+    """The cache entry of this fingerprint; if it does not exist, `work` computes it."""
     entry = cache_dir / fingerprint
     cache_dir.mkdir(parents=True, exist_ok=True)
     with (cache_dir / f"{fingerprint}.lock").open("w") as lock:

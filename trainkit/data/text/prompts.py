@@ -1,4 +1,4 @@
-"""Prompts for generation, distillation and benchmarks, as token ids, and the completions that a model gives to them."""
+"""Prompts for generation, distillation and benchmarks, as token ids, and the completions that a model generates for them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Prompt:
 
     Attributes:
         tokens: Token ids.
-        messages: The chat that it came from, which ends with a user turn; None for raw text and for token rows.
+        messages: The chat, which ends with a user turn; None for raw text and for token rows.
         text: The raw text; empty for chats and token rows.
     """
 
@@ -41,7 +41,7 @@ class Completion:
     """The continuation of a prompt.
 
     Attributes:
-        id: Id that the request was given.
+        id: Id of the request.
         tokens: New token ids, with the end token if the text ended with one.
         text: The text of these tokens without special tokens.
         finish: `end` (the text ended with an end token) or `length`.
@@ -72,7 +72,7 @@ def read_prompt_rows(
         path: File, folder or hub name, as in `read_rows`.
         tokenizer: A loaded tokenizer, or its folder or hub name.
         limit: Number of rows to read, from the beginning; None reads all.
-        columns: Maps our column names to the file's.
+        columns: Column mapping, from trainkit's names to the file's.
 
     Raises:
         UserError: the file has no row, or a row has no prompt; the message names the row and the reason.
