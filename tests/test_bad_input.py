@@ -531,7 +531,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "read-only folder for a set": (
         lambda it: failing(it, errno.EROFS, "out") or it.distill(),
-        ("out", "Read-only file system", "another folder"),
+        ("out", "Read-only file system", "another path"),
     ),
     "no permission for a run": (
         lambda it: failing(it, errno.EACCES, "run") or it.fit(),

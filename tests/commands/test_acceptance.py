@@ -13,7 +13,8 @@ from tests.support.models import pair, ragged_prompts
 from tests.support.targets import make_target
 from trainkit import bundle
 from trainkit.cli import main
-from trainkit.commands.acceptance import Recorder, recording
+from trainkit.commands import acceptance
+from trainkit.commands.acceptance import recording
 from trainkit.data.sets.acceptance import COLUMNS, AcceptanceSet
 from trainkit.drafters.lm import LMDraft
 from trainkit.export.drafter import export_drafter
@@ -28,19 +29,19 @@ def recorder_of(runner, prompts, verify, seed=5):
     return recording(runner, prompts, torch.float32, depth=DEPTH, verify=verify, max_new_tokens=24, seed=seed)
 
 
+def watch(monkeypatch, look):
+    """Calls `look` with the trace of every round that is recorded."""
+    original = acceptance.round_records
+    monkeypatch.setattr(acceptance, "round_records", lambda trace, *more: (look(trace), original(trace, *more))[1])
+
+
 @pytest.mark.parametrize(("verify", "temperature"), [("coupled", 0.0), ("coupled", 1.0), ("residual", 0.0), ("residual", 0.8)])
-def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed):
+def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed, monkeypatch):
     """For each row and round: follow the chain, read the values at each position, stop after the first rejected token."""
-    runner, prompts = pair(noise=0.05), ragged_prompts(5)
-    traces = []
-    record = recorder_of(runner, prompts, verify)
-    original = Recorder.__call__
-    try:
-        Recorder.__call__ = lambda self, trace: (traces.append(trace), original(self, trace))[1]
-        lengths = []
-        records = record(range(5), temperature, lengths.append)
-    finally:
-        Recorder.__call__ = original
+    runner, prompts = pair(noise=0.05, ends=()), ragged_prompts(5)  # no text ends early, so there are many records
+    traces, lengths = [], []
+    watch(monkeypatch, traces.append)
+    records = recorder_of(runner, prompts, verify)(range(5), temperature, lengths.append)
     texts = {
         i: out.tokens
         for i, out in runner.generate_each(
@@ -83,7 +84,7 @@ def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed):
     assert 0.1 < share < 0.95 and (soft or others > 3), "too few of one kind for a test"
 
 
-def test_coupled_labels_are_settled_by_the_noise_that_the_signals_have_seen(seed):
+def test_coupled_labels_are_settled_by_the_noise_that_the_signals_have_seen(seed, monkeypatch):
     """The target's own choice, recomputed here with the same noise, is the drafted token exactly where the label is 1."""
     runner, prompts, temperature = pair(noise=0.05, ends=()), ragged_prompts(4), 1.0
     checked = 0
@@ -104,12 +105,8 @@ def test_coupled_labels_are_settled_by_the_noise_that_the_signals_have_seen(seed
             positions[tuple(key.tolist())] += int(trace.verdict.counts_B[row])
 
     positions = {request_keys(5, i, 0): len(prompt) for i, prompt in enumerate(prompts)}
-    original = Recorder.__call__
-    try:
-        Recorder.__call__ = lambda self, trace: (look(trace), original(self, trace))[1]
-        records = recorder_of(runner, prompts, "coupled")(range(4), temperature, lambda tokens: None)
-    finally:
-        Recorder.__call__ = original
+    watch(monkeypatch, look)
+    records = recorder_of(runner, prompts, "coupled")(range(4), temperature, lambda tokens: None)
     assert checked == len(records["label"]) > 20 and set(records["label"].unique().tolist()) == {0.0, 1.0}
 
 

@@ -191,6 +191,7 @@ def test_another_setting_is_one_line(key, command, straight, tiny_target, prompt
         ("temperatures", "[0,0]"),
         ("temperatures", "[]"),
         ("batch", 0),
+        ("concurrency", 0),
         ("depth", 2),
     ],
 )

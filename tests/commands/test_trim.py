@@ -99,7 +99,7 @@ def test_a_trimmed_bundle_keeps_the_whole_head_and_serves_less(tied, tiny_target
     assert len(ids) == 80 and set(target_shape(target).end_ids) <= set(ids)
     assert ids == most_frequent(np.bincount(counted, minlength=320), 80, target_shape(target).end_ids)
     share = np.isin(counted, ids).mean()
-    assert f"kept 80 of 320 ids, which are {share:.2%} of the {len(counted):,} tokens counted" in said
+    assert f"kept 80 of 320 ids, which cover {share:.2%} of the {len(counted):,} labels" in said
     assert "[80 entries]" in said and max(map(len, said.splitlines())) < 400, "long lists are abbreviated"
     found = bundle.read(tmp_path / "trimmed")
     assert (found.recipe, found.seed, found.data, found.extra["format"]) == ("some.yaml", 5, "digest", "vllm")
@@ -217,7 +217,7 @@ def test_to_keep_everything_is_to_propose_the_same(temperature, tiny_target, tex
     assert len(drafts[0]) == len(drafts[1]) > 3
     for one, other in zip(*drafts, strict=True):
         assert torch.equal(one.tokens_BN, other.tokens_BN)
-        assert all(torch.equal(a, b) for a, b in zip(one.scores, other.scores, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.logits, other.logits, strict=True))
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL().measuring(), TVDpp(normalise="position")], ids=["kl", "tvdpp"])

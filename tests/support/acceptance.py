@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainkit.data.sets.acceptance import AcceptanceLayout, write_acceptance
-from trainkit.data.sets.writer import SetStats, Worker
+from trainkit.data.sets.writer import SetJob, SetStats
 
 LAYOUT = AcceptanceLayout(prompts=40, temperatures=(0.0, 1.0), part_prompts=8)
 D = 12
@@ -51,7 +51,7 @@ def provenance(**changes: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, record: Any = synthetic, rank: int = 0, world_size: int = 1, **changes: Any) -> SetStats:
-    return write_acceptance(folder, LAYOUT, record, provenance(**changes), Worker(rank, world_size, progress=False))
+    return write_acceptance(SetJob(folder, provenance(**changes), rank, world_size, progress=False), LAYOUT, record)
 
 
 def make_set(folder: Path, **changes: Any) -> Path:

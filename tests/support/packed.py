@@ -18,6 +18,12 @@ def packed_set(rows: int, seed: int = 0) -> PackedSet:
     return pack(documents, 8, 0, "fingerprint")
 
 
+def documents_of(packed: PackedSet) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, mask) of each document, in stored order."""
+    bounds = packed.documents_D.tolist()
+    return [(packed.tokens_N[a:b], packed.mask_N[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
 def same_batch(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two batches hold equal tensors, those of their windows included."""
     return a.keys() == b.keys() and all(

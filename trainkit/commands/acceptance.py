@@ -15,7 +15,7 @@ from trainkit import __version__, bundle
 from trainkit.commands.distill import check_sampling, needed_positions
 from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.acceptance import AcceptanceLayout, Record, drafter_fingerprint, write_acceptance
-from trainkit.data.sets.writer import Worker, check_positive, local_device, quiet_libraries
+from trainkit.data.sets.writer import SetJob, check_positive, local_device, quiet_libraries
 from trainkit.data.text.chat_template import load_tokenizer
 from trainkit.data.text.prompts import read_prompts
 from trainkit.data.text.sources import content_hash
@@ -68,7 +68,7 @@ def acceptance(
         max_new_tokens: Maximum length of a text in tokens.
         seed: Seed for sampling; with a prompt's index, it determines the prompt's text.
         limit: Number of prompts to use, from the beginning; all by default.
-        columns: Maps our column names to the file's.
+        columns: Column mapping, from trainkit's names to the file's.
         batch: Texts decoded at the same time.
         device: Torch device; under torchrun, `cuda` is each process's own GPU.
         dtype: Dtype of the stored hidden states; float16 is not offered, because hidden states may exceed its range.
@@ -79,7 +79,6 @@ def acceptance(
     check_sampling(temperatures)
     check_positive(depth=depth, max_new_tokens=max_new_tokens, part_prompts=part_prompts)
     quiet_libraries()
-    worker = Worker.from_environment()
     read_config(target)  # first, since a missing folder would be taken for a tokenizer's name on the hub
     # Read the prompts, and load target and drafter.
     drafter_bundle = bundle.read(drafter)
@@ -100,82 +99,10 @@ def acceptance(
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
         "versions": {"trainkit": __version__, "torch": torch.__version__},
     }
-    layout = AcceptanceLayout(len(tokens), tuple(temperatures), part_prompts)
-    stats = write_acceptance(
-        Path(out), layout, recording(runner, tokens, getattr(torch, dtype), **settings), provenance, worker
-    )
+    job, layout = SetJob.from_environment(out, provenance), AcceptanceLayout(len(tokens), tuple(temperatures), part_prompts)
+    stats = write_acceptance(job, layout, recording(runner, tokens, getattr(torch, dtype), **settings))
     share = f"{stats.records:,} records, {stats.accepted / stats.records:.3f} of them accepted; " if stats.records else ""
-    return stats.summary(out, layout.parts, "parts", worker, share)
-
-
-class Recorder:
-    """Observer of a runner that records every verified draft position: those accepted, and the first that is not.
-
-    The label is whether the target accepted the proposal. Under `coupled`, and at temperature 0, this is determined by the
-    noise that draft and target share, which the signals contain; a probability averaged over the noise would be wrong. There,
-    the other proposals, which a tree would have drafted too, also have labels: whether the target chose them. Under `residual`
-    above temperature 0, acceptance is a random draw that is independent of everything the predictor sees. Its probability
-    min(1, p/q) at the drafted token has the same expectation and less variance, so that is the label.
-
-    Args:
-        soft: Whether labels are min(1, p/q).
-        dtype: Dtype of the hidden states.
-        prompt_of_key: Prompt index by noise keys.
-    """
-
-    def __init__(self, soft: bool, dtype: torch.dtype, prompt_of_key: Mapping[tuple[int, int], int]) -> None:
-        self.soft, self.dtype, self.prompt_of_key = soft, dtype, prompt_of_key
-        self._rounds: list[dict[str, Tensor]] = []
-
-    def __call__(self, trace: Trace) -> None:
-        """Adds the records of a round; a row that has finished has none."""
-        draft, counts_B = trace.draft, trace.verdict.counts_B
-        assert trace.draft.shape.is_chain and len(draft.signals) == trace.draft.shape.depth == len(draft.logits)
-        # Find the verified positions.
-        positions_D = torch.arange(trace.draft.shape.depth, device=counts_B.device)
-        rows_N, depth_N = (positions_D < counts_B[:, None]).nonzero(as_tuple=True)
-        if not len(rows_N):
-            return
-        # Compute their labels.
-        q_NV = torch.cat(draft.logits, 1)[rows_N, depth_N].softmax(-1)
-        if self.soft:
-            token_N1 = draft.tokens_BN[rows_N, depth_N + 1][:, None]
-            p_N1, q_N1 = trace.scores_BNV[rows_N, depth_N].softmax(-1).gather(1, token_N1), q_NV.gather(1, token_N1)
-            label_NW = (p_N1 / q_N1).clamp(max=1.0)
-        else:
-            chosen_N1 = trace.verdict.emitted_BP[rows_N, depth_N][:, None]
-            proposed_NW = torch.cat([step.tokens_BFW for step in draft.signals], 1)[rows_N, depth_N]
-            label_NW = (proposed_NW == chosen_N1).float()
-        # Take what the predictor reads.
-        prompt_B = [self.prompt_of_key.get((first, second), -1) for first, second in trace.keys_B2.tolist()]
-        signals_NWC = torch.cat([step.signals_BFWC for step in draft.signals], 1)[rows_N, depth_N, : label_NW.shape[1]]
-        records = {
-            "hidden": torch.cat([step.hidden_BFD for step in draft.signals], 1)[rows_N, depth_N].to(self.dtype),
-            "signals": signals_NWC.float(),
-            "depth": depth_N.short(),
-            "label": label_NW,
-            "max_q": q_NV.amax(-1),
-            "prompt": torch.tensor(prompt_B, dtype=torch.int32, device=rows_N.device)[rows_N],
-        }
-        self._rounds.append({name: value.cpu() for name, value in records.items()})
-
-    def take(self) -> dict[str, Tensor]:
-        """Removes and returns the records so far, sorted by prompt and then by time.
-
-        Raises:
-            UserError: a value is not finite.
-        """
-        rounds, self._rounds = self._rounds, []
-        if not rounds:
-            shapes = {"hidden": ((0, 0), self.dtype), "signals": ((0, 1, SIGNALS), torch.float32), "depth": ((0,), torch.int16)}
-            shapes |= {"label": ((0, 1), torch.float32), "max_q": ((0,), torch.float32), "prompt": ((0,), torch.int32)}
-            return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-        records = {name: torch.cat([one[name] for one in rounds]) for name in rounds[0]}
-        assert int(records["prompt"].min()) >= 0
-        if not all(bool(records[name].isfinite().all()) for name in ("hidden", "signals", "label")):
-            raise UserError("acceptance: hidden states or logits of drafter or target are NaN or infinite; use other weights")
-        order_N = records["prompt"].argsort(stable=True)
-        return {name: value[order_N] for name, value in records.items()}
+    return stats.summary(job, len(layout.parts()), "parts", share)
 
 
 def recording(runner: Runner, prompts: Sequence[Sequence[int]], dtype: torch.dtype, **settings: Any) -> Record:
@@ -192,16 +119,71 @@ def recording(runner: Runner, prompts: Sequence[Sequence[int]], dtype: torch.dty
     def record(numbers: Sequence[int], temperature: float, on_text: Callable[[int], None]) -> dict[str, Tensor]:
         prompt_of_key = {request_keys(settings["seed"], number, 0): number for number in numbers}
         assert len(prompt_of_key) == len(numbers)
-        recorder = Recorder(settings["verify"] == "residual" and temperature > 0, dtype, prompt_of_key)
-        # sorted, so that rows decoded side by side have prompts of similar length
+        soft, rounds = settings["verify"] == "residual" and temperature > 0, []
+        # Decode; sorted, so that rows decoded side by side have prompts of similar length.
         order = sorted(numbers, key=lambda number: -len(prompts[number]))
-        before, runner.observe = runner.observe, recorder
+        texts, draws = [prompts[number] for number in order], [(number, 0) for number in order]
+        before, runner.observe = runner.observe, lambda trace: rounds.append(round_records(trace, soft, dtype, prompt_of_key))
         try:
-            texts, draws = [prompts[number] for number in order], [(number, 0) for number in order]
             for _, output in runner.generate_each(texts, draws, temperature=temperature, **settings):
                 on_text(len(output.tokens))
         finally:
             runner.observe = before
-        return recorder.take()
+        # Join the rounds, and sort by prompt and then by time.
+        if not rounds:
+            shapes = {"hidden": ((0, 0), dtype), "signals": ((0, 1, SIGNALS), torch.float32), "depth": ((0,), torch.int16)}
+            shapes |= {"label": ((0, 1), torch.float32), "max_q": ((0,), torch.float32), "prompt": ((0,), torch.int32)}
+            return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        records = {name: torch.cat([values[name] for values in rounds]) for name in rounds[0]}
+        if not all(bool(records[name].isfinite().all()) for name in ("hidden", "signals", "label")):
+            raise UserError("acceptance: hidden states or logits of drafter or target are NaN or infinite; use other weights")
+        order_N = records["prompt"].argsort(stable=True)
+        return {name: value[order_N] for name, value in records.items()}
 
     return record
+
+
+def round_records(
+    trace: Trace, soft: bool, dtype: torch.dtype, prompt_of_key: Mapping[tuple[int, int], int]
+) -> dict[str, Tensor]:
+    """Records of a round's verified draft positions: those accepted, and the first that is not. A finished row has none.
+
+    The label is whether the target accepted the proposal. Under `coupled`, and at temperature 0, this is determined by the
+    noise that draft and target share, which the signals contain; a probability averaged over the noise would be wrong. There,
+    the other proposals, which a tree would have drafted too, also have labels: whether the target chose them. Under `residual`
+    above temperature 0, acceptance is a random draw that is independent of everything the predictor sees. Its probability
+    min(1, p/q) at the drafted token has the same expectation and less variance, so that is the label.
+
+    Args:
+        trace: The round.
+        soft: Whether labels are min(1, p/q).
+        dtype: Dtype of the hidden states.
+        prompt_of_key: Prompt index by noise keys.
+    """
+    draft, counts_B = trace.draft, trace.verdict.counts_B
+    assert draft.shape.is_chain and len(draft.signals) == draft.shape.depth == len(draft.logits)
+    # Find the verified positions.
+    positions_D = torch.arange(draft.shape.depth, device=counts_B.device)
+    rows_N, depth_N = (positions_D < counts_B[:, None]).nonzero(as_tuple=True)
+    # Compute their labels.
+    q_NV = torch.cat(draft.logits, 1)[rows_N, depth_N].softmax(-1)
+    if soft:
+        token_N1 = draft.tokens_BN[rows_N, depth_N + 1][:, None]
+        p_N1, q_N1 = trace.scores_BNV[rows_N, depth_N].softmax(-1).gather(1, token_N1), q_NV.gather(1, token_N1)
+        label_NW = (p_N1 / q_N1).clamp(max=1.0)
+    else:
+        chosen_N1 = trace.verdict.emitted_BP[rows_N, depth_N][:, None]
+        proposed_NW = torch.cat([step.tokens_BFW for step in draft.signals], 1)[rows_N, depth_N]
+        label_NW = (proposed_NW == chosen_N1).float()
+    # Take what the predictor reads.
+    prompt_B = [prompt_of_key.get((first, second), -1) for first, second in trace.keys_B2.tolist()]  # -1: an empty row
+    signals_NWC = torch.cat([step.signals_BFWC for step in draft.signals], 1)[rows_N, depth_N, : label_NW.shape[1]]
+    records = {
+        "hidden": torch.cat([step.hidden_BFD for step in draft.signals], 1)[rows_N, depth_N].to(dtype),
+        "signals": signals_NWC.float(),
+        "depth": depth_N.short(),
+        "label": label_NW,
+        "max_q": q_NV.amax(-1),
+        "prompt": torch.tensor(prompt_B, dtype=torch.int32, device=rows_N.device)[rows_N],
+    }
+    return {name: value.cpu() for name, value in records.items()}

@@ -10,7 +10,7 @@ from typing import Any
 from trainkit import __version__, bundle
 from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.distilled import Complete, DistilledLayout, PlannedRow, write_distilled
-from trainkit.data.sets.writer import Worker, check_positive, local_device, quiet_libraries
+from trainkit.data.sets.writer import SetJob, check_positive, local_device, quiet_libraries
 from trainkit.data.text.chat_template import load_tokenizer, vocabulary_hash
 from trainkit.data.text.prompts import Completion, Prompt, read_prompt_rows
 from trainkit.data.text.sources import content_hash
@@ -66,7 +66,7 @@ def distill(
         top_k: Number of most probable tokens to sample from; 0 uses all.
         seed: Seed for sampling; with a row's number in the set, it determines the row's text.
         limit: Number of prompts to use, from the beginning; all by default.
-        columns: Maps our column names to the file's.
+        columns: Column mapping, from trainkit's names to the file's.
         drafter: Drafter bundle for speculative decoding.
         depth: Tokens drafted in each round.
         batch: Completions generated at the same time.
@@ -81,11 +81,10 @@ def distill(
     """
     # Check every option before the folder is created, since a set is continued only with the options that started it.
     check_sampling(temperatures, top_k, top_p)
-    check_positive(n=n, part_rows=part_rows, max_new_tokens=max_new_tokens)
+    check_positive(n=n, part_rows=part_rows, max_new_tokens=max_new_tokens, concurrency=concurrency)
     if base_url is not None and (drafter is not None or depth is not None):
         raise UserError("--drafter and --depth: only for decoding on this machine; leave them out with --base-url")
     quiet_libraries()
-    worker = Worker.from_environment()
     read_config(target)  # first, since a missing folder would be taken for a tokenizer's name on the hub
     # Read the prompts.
     tokenizer = load_tokenizer(target)
@@ -109,9 +108,10 @@ def distill(
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
         "versions": {"trainkit": __version__},
     }
-    stats = write_distilled(Path(out), layout, rows, complete, provenance, worker)
+    job = SetJob.from_environment(out, provenance)
+    stats = write_distilled(job, layout, rows, complete)
     ended = f"{stats.ended / stats.written:.0%} ended with an end token; " if stats.written else ""
-    return stats.summary(out, layout.rows, "rows", worker, ended)
+    return stats.summary(job, layout.rows, "rows", ended)
 
 
 def check_sampling(temperatures: Sequence[float], top_k: int = 0, top_p: float = 1.0) -> None:
@@ -155,7 +155,7 @@ def _remote(
 ) -> tuple[Complete, dict[str, Any]]:
     from trainkit.data.openai_client import CompletionClient
 
-    client = CompletionClient(base_url, model, tokenizer=tokenizer, end_id=tokenizer.eos_token_id, concurrency=concurrency)
+    client = CompletionClient(base_url, model, tokenizer=tokenizer, concurrency=concurrency)
 
     def complete(rows: Sequence[PlannedRow], temperature: float) -> Iterator[Completion]:
         before = client.encoded
@@ -163,9 +163,9 @@ def _remote(
         yield from client.complete(requests, temperature=temperature, **sampling)
         if encoded := client.encoded - before:
             print(
-                f"{encoded:,} completions came without token ids; their text was encoded, which may give other tokens than the "
-                "model sampled",
+                f"{encoded:,} completions came without token ids; their text was encoded, which may give other tokens than "
+                "those that the model sampled",
                 file=sys.stderr,
             )
 
-    return complete, {"server": client.describe()}
+    return complete, {"server": {"model": client.model, "base_url": client.base_url}}

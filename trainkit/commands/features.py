@@ -1,21 +1,17 @@
-"""`trainkit features`: hidden states or top-k probabilities of the target over training data, stored on disk.
-
-Training then runs without the target's layers.
-"""
+"""`trainkit features`: stores a target's hidden states or top-k probabilities, so that training runs without its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from trainkit import __version__, bundle
 from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.features import FeatureLayout, write_features
-from trainkit.data.sets.writer import Worker, check_positive, local_device, quiet_libraries
+from trainkit.data.sets.writer import SetJob, check_positive, local_device, quiet_libraries
 from trainkit.data.teacher.live import LiveTeacher
 from trainkit.data.text.chat_template import load_tokenizer
 from trainkit.data.text.prepare import CACHE, prepare
@@ -79,7 +75,7 @@ def features(
         seed: Seed for drawing the held-out rows.
         limit: Number of training rows to read, from the beginning; all by default.
         limit_validation: Number of validation rows to read; all by default.
-        columns: Maps our column names to the files'.
+        columns: Column mapping, from trainkit's names to the files'.
         on_bad_row: Stop at a bad row, or skip and count it.
         on_long_row: A row longer than `length` that is not plain text: truncate it, skip and count it, or stop.
         batch: Packed rows in each forward pass; with the value of `data.batch_size`, float32 features are bit-identical to
@@ -94,25 +90,15 @@ def features(
     if taps is not None and kind is not None:
         raise UserError("--taps and --kind: both select the states to store; give only one of them")
     quiet_libraries()
-    worker, on = Worker.from_environment(), find_device(local_device(device))
+    on = find_device(local_device(device))
     read_config(target, trust_remote_code)  # first, since a missing folder would be taken for a tokenizer's name on the hub
     # Prepare the rows exactly as training does.
     train = [data] if isinstance(data, str) else data
     validation = [validation] if isinstance(validation, str) else validation
-    prepared = prepare(
-        train,
-        validation,
-        load_tokenizer(target),
-        length,
-        columns=columns,
-        on_bad_row=on_bad_row,
-        on_long_row=on_long_row,
-        seed=seed,
-        validation_share=validation_share,
-        limit=limit,
-        limit_validation=limit_validation,
-        cache_dir=cache or CACHE,
-    )
+    options: dict[str, Any] = {"columns": columns, "on_bad_row": on_bad_row, "on_long_row": on_long_row}
+    options |= {"limit": limit, "limit_validation": limit_validation}
+    split = {"validation_share": validation_share, "seed": seed}
+    prepared = prepare(train, validation, load_tokenizer(target), length, **options, **split, cache_dir=cache or CACHE)
     # Load the target and check the options against it.
     model = FrozenTarget(target, getattr(torch, target_dtype), trust_remote_code)
     shape = model.shape()
@@ -123,7 +109,6 @@ def features(
         raise UserError(f"--data: token id {largest} is outside the target's vocabulary of {vocabulary}; use its own tokenizer")
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise UserError(f"--top_k: {top_k} must be between 1 and the target's vocabulary size, {vocabulary}")
-    teacher = LiveTeacher(model.to(on), top_k=top_k)
     # Decide what to store.
     if kind is not None:
         with torch.device("meta"):  # only its taps are needed, no weights
@@ -132,35 +117,20 @@ def features(
     sets = {name: packed for name in ("train", "validation") if len(packed := getattr(prepared, name))}
     rows = {name: len(packed) for name, packed in sets.items()}
     layout = FeatureLayout(rows, length, tuple(states), model.hidden_size, top_k, getattr(torch, dtype), shard_rows)
-
-    @torch.inference_mode()
-    def read(tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        hidden_or_top, states_BTAD = teacher.read({name: value.to(on) for name, value in tensors.items()}, states)
-        return states_BTAD, None if top_k is None else hidden_or_top
-
     # Write the set.
+    hashes = {"train": _hashes(train), "validation": None if validation is None else _hashes(validation)}
     provenance = {
         "target": bundle.fingerprint(target),
         "weights": weights_digest(target),
         "precision": target_dtype,
-        "data": {
-            "train": _hashes(train),
-            "validation": _hashes(validation),
-            "validation_share": None if validation else validation_share,
-            "seed": None if validation else seed,
-            "limit": limit,
-            "limit_validation": limit_validation,
-            "columns": columns,
-            "on_bad_row": on_bad_row,
-            "on_long_row": on_long_row,
-            "fingerprint": prepared.fingerprint,
-        },
+        "data": hashes | (dict.fromkeys(split) if validation else split) | options | {"fingerprint": prepared.fingerprint},
         "versions": {"trainkit": __version__, "torch": torch.__version__},
     }
-    stats = write_features(Path(out), layout, sets, read, provenance, batch, worker)
-    return stats.summary(out, len(layout.shards()), "shards", worker, f"{stats.bytes / 1e9:.2f} GB, ")
+    job = SetJob.from_environment(out, provenance)
+    stats = write_features(job, layout, sets, LiveTeacher(model.to(on), top_k=top_k), batch)
+    return stats.summary(job, len(layout.shards()), "shards", f"{stats.bytes / 1e9:.2f} GB, ")
 
 
-def _hashes(files: Sequence[str] | None) -> list[str] | None:
+def _hashes(files: Sequence[str]) -> list[str]:
     """Name and first digits of the digest of each file."""
-    return None if files is None else [f"{Path(file).name}:{content_hash(file)[:12]}" for file in files]
+    return [f"{Path(file).name}:{content_hash(file)[:12]}" for file in files]

@@ -1,8 +1,8 @@
-"""`trainkit trim`: restricts a drafter's proposals to the token ids that the target often writes.
+"""`trainkit trim`: restricts a drafter's proposals to the token ids that the target generates most often.
 
-VocabTrim, arXiv 2506.22694. Nothing is trained: serving leaves rows of the head out, so a draft step reads fewer bytes.
-Verification still covers the whole vocabulary, so the output does not change; tau falls the more often the target writes ids
-that were left out.
+VocabTrim, arXiv 2506.22694. Nothing is trained: at serving, the other rows of the head are not used, so a draft step reads
+fewer bytes. Verification still covers the whole vocabulary, so the output does not change. tau is lower, the more often the
+target generates an id that was removed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
 
 _REMEDIES = {"tree": "search a tree for it (trainkit tree)", "predictor": "train an acceptance predictor on it"}
-"""Runner settings that were made for the whole vocabulary -> how to make them for the trimmed one."""
+"""Runner settings that fit only the whole vocabulary -> how to get them for the trimmed one."""
 
 
 def trim(
@@ -32,10 +32,10 @@ def trim(
     limit: int | None = None,
     columns: dict[str, str] | None = None,
 ) -> str:
-    """Trims a drafter's output vocabulary to the ids most often counted in TEXT, and writes it as a new bundle.
+    """Trims a drafter's output vocabulary to the most frequent token ids of TEXT, and writes it as a new bundle.
 
     The files contain the whole head, so other programs load them as before; the ids are in trainkit.json. A searched tree and
-    an acceptance predictor were made for the whole vocabulary and are not copied.
+    an acceptance predictor fit only the whole vocabulary, so they are not copied.
 
     Examples:
         trainkit trim models/draft models/draft-trimmed --target models/target --text data/distilled --keep 0.25
@@ -44,12 +44,12 @@ def trim(
         drafter: Bundle to trim.
         out: Bundle to write.
         target: Folder of its target.
-        text: Text that the target wrote, best a set of `trainkit distill`; assistant tokens are counted.
+        text: File, folder or hub name of text that the target generated, such as a set of `trainkit distill`.
         keep: Share of the vocabulary to keep, or a number of ids if above 1.
-        limit: Number of rows of the text to read, from the first; all by default.
-        columns: Our column names -> the file's.
+        limit: Number of rows of the text to read, from the beginning; all by default.
+        columns: Column mapping, from trainkit's names to the file's.
     """
-    # Refuse what cannot be trimmed
+    # Refuse bundles that cannot be trimmed.
     source = bundle.read(Path(drafter))
     if not source.target:
         raise UserError(f"{drafter}: kind {source.kind!r} is not a drafter; give the bundle of a drafter")
@@ -58,14 +58,14 @@ def trim(
     shape = target_shape(target)
     reads_hidden = bool(source.extra.get("taps"))
     bundle.check_fit(source.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)
-    # The same weights with another `draft_vocab`
+    # Load the same weights with another `draft_vocab`, and export them.
     ids, coverage, summary = frequent_ids(target, shape, text, keep, limit, columns)
     network = load_bundle(source, shape, draft_vocab=ids)
     origin = {name: getattr(source, name) for name in ("recipe", "seed", "data")}
     format, dtype = source.extra.get("format", "native"), next(network.parameters()).dtype
     metrics = {"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)}
-    made = export_drafter(network, out, tokenizer=target, dtype=dtype, format=format, metrics=metrics, **origin)
-    lines = [describe(made), summary]
+    trimmed = export_drafter(network, out, tokenizer=target, dtype=dtype, format=format, metrics=metrics, **origin)
+    lines = [describe(trimmed), summary]
     if names := [name for name in _REMEDIES if name in source.runner]:
         remedies = ", ".join(_REMEDIES[name] for name in names)
         lines.append(f"not copied: the {' and the '.join(names)} of {source.path}; {remedies}")

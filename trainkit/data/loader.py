@@ -1,16 +1,18 @@
 """Packed batches for one rank: sharded, shuffled in each epoch, resumable at any batch, with the label count of each step.
 
-Replaces a torch DataLoader in Lightning, which uses `__iter__`, `__len__`, `state_dict` and `load_state_dict`
-(`loops/fetchers.py`, `loops/fit_loop.py` of 2.6). Three properties of Lightning matter here. It requests exactly `len` batches
-from a loader that has a length, so an epoch ends with its last batch and not with StopIteration. It does not prefetch from such
-a loader, so every batch that was returned has been trained on. It saves the state of rank 0 only, so the state must be the same
-on all ranks. Save checkpoints in `on_train_batch_end`: in a checkpoint from after the end of an epoch, Lightning takes the
-first batch of the next epoch for the last one, and runs an optimiser step there.
+Takes the place of a torch DataLoader: Lightning 2.6 calls `__iter__`, `__len__`, `state_dict` and `load_state_dict`
+(`loops/fetchers.py`, `loops/fit_loop.py`), and its behaviour matters here in four ways:
+- It requests exactly `len` batches of a loader with a length, so an epoch ends with its last batch, not by StopIteration.
+- It does not prefetch from such a loader, so every batch that was returned has been trained on.
+- It saves the state of rank 0 only, so the state must be the same on all ranks.
+- After a resume from a checkpoint that was saved after the end of an epoch, it treats the first batch of the next epoch as the
+  last one of that epoch, and runs an optimiser step there. So save checkpoints in `on_train_batch_end`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,10 @@ from trainkit.errors import UserError
 
 Batch = dict[str, Any]
 Rows = PackedSet | AcceptanceSet
-"""The rows to load; in a `batch` of them, `document_BT` is -1 at padding."""
+"""The rows to load; in the result of their `batch`, `document_BT` is -1 at padding."""
 
 
+@dataclass(eq=False)
 class PackedLoader:
     """Micro-batches of a set: the tensors of its `batch`, plus `window_count` (and `window`).
 
@@ -37,7 +40,7 @@ class PackedLoader:
     it, each `iter` starts from the beginning, except the first after `load_state_dict`. To train on less data, prepare fewer
     rows (`limit`): Lightning's `limit_train_batches` ignores windows and may end an epoch inside one.
 
-    Args:
+    Attributes:
         packed: The rows.
         batch_size: Rows per micro-batch and rank.
         rank: Rank of this process.
@@ -49,29 +52,22 @@ class PackedLoader:
             the window, itself first, for losses with statistics over the whole step.
     """
 
-    def __init__(
-        self,
-        packed: Rows,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        shuffle: bool = True,
-        seed: int = 0,
-        attach_window: bool = False,
-    ) -> None:
-        for name, value in (("batch_size", batch_size), ("accumulate", accumulate)):
-            if value < 1:
-                raise UserError(f"{name}: {value} must be at least 1")
-        assert 0 <= rank < world_size
-        self.packed, self.batch_size = packed, batch_size
-        self.rank, self.world_size = rank, world_size
-        self.accumulate, self.attach_window = accumulate, attach_window
-        self.shuffle, self.seed = shuffle, seed
-        self._epoch = 0
-        self._returned = 0
-        self._resuming = False
+    packed: Rows
+    batch_size: int
+    _: KW_ONLY
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+    shuffle: bool = True
+    seed: int = 0
+    attach_window: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} must be at least 1")
+        assert 0 <= self.rank < self.world_size
+        self._epoch, self._returned, self._resuming = 0, 0, False
 
     def __len__(self) -> int:
         """Number of micro-batches per rank and epoch, also just after a resume."""
@@ -107,15 +103,8 @@ class PackedLoader:
         self._resuming = True
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "data_fingerprint": self.packed.fingerprint,
-            "packed_rows": len(self.packed),
-            "batch_size": self.batch_size,
-            "world_size": self.world_size,
-            "accumulate": self.accumulate,
-            "shuffle": self.shuffle,
-            "seed": self.seed,
-        }
+        data = {"data_fingerprint": self.packed.fingerprint, "packed_rows": len(self.packed)}
+        return data | {name: getattr(self, name) for name in ("batch_size", "world_size", "accumulate", "shuffle", "seed")}
 
     def _batch(self, order: np.ndarray, micro: int) -> Batch:
         batch = self._micro_batch(order, micro)

@@ -1,4 +1,4 @@
-"""Manifests of generated data sets (the JSON file beside a set's parts), and digests of the weights that made a set."""
+"""Manifests of generated data sets (the JSON file beside a set's parts), and the digest of the weights of their target."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from trainkit.errors import UserError
 
 @dataclass(frozen=True)
 class SetKind:
-    """One kind of generated data set: how its folder is recognised, and the command that writes it.
+    """One kind of generated data set: its manifest, its parts, and the command that writes it.
 
     Attributes:
         title: Name of the kind, with its article.
         manifest: File name of the manifest; its stem is also the metadata key under which a safetensors part has the set's id.
         command: Command that writes such sets.
         format: Version of the file format.
-        required: A key that the manifest must have, and the type of its value.
+        suffix: Suffix of the parts' file names.
     """
 
     title: str
     manifest: str
     command: str
     format: int
-    required: tuple[str, type]
+    suffix: str = ".safetensors"
 
     def read(self, folder: Path) -> dict[str, Any] | None:
         """The manifest in a folder, or None if there is none.
@@ -38,16 +38,20 @@ class SetKind:
         Raises:
             UserError: the manifest is not readable, or has another format.
         """
-        path, (key, kind) = folder / self.manifest, self.required
+        path = folder / self.manifest
         if not path.is_file():
             return None
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not JSON ({error}); remove the folder and run {self.command} again") from None
-        if not isinstance(values, dict) or values.get("format") != self.format or not isinstance(values.get(key), kind):
+        if not isinstance(values, dict) or values.get("format") != self.format:
             raise UserError(f"{path}: not {self.title} of format {self.format}; use the trainkit version that wrote it")
         return values
+
+    def part_name(self, number: int) -> str:
+        """File name of a complete part, for kinds whose parts are numbered."""
+        return f"part-{number:05d}{self.suffix}"
 
     def part_files(self, folder: Path, names: Iterable[str]) -> list[Path]:
         """Paths of the parts, all of which exist.
@@ -77,14 +81,9 @@ class SetKind:
         raise UserError(f"{path}: {reason}; remove the file and run the same {self.command} again")
 
 
-DISTILLED = SetKind("a distillation set", "distill.json", "trainkit distill", 1, ("parts", int))
-FEATURES = SetKind("a feature set", "features.json", "trainkit features", 1, ("sets", dict))
-ACCEPTANCE = SetKind("an acceptance set", "acceptance.json", "trainkit acceptance", 2, ("parts", int))
-
-
-def distilled_part(number: int) -> str:
-    """File name of a complete part of a distillation set."""
-    return f"part-{number:05d}.jsonl"
+DISTILLED = SetKind("a distillation set", "distill.json", "trainkit distill", 1, ".jsonl")
+FEATURES = SetKind("a feature set", "features.json", "trainkit features", 1)
+ACCEPTANCE = SetKind("an acceptance set", "acceptance.json", "trainkit acceptance", 2)
 
 
 def distilled_files(folder: Path) -> list[Path]:
@@ -94,7 +93,7 @@ def distilled_files(folder: Path) -> list[Path]:
         UserError: parts are missing.
     """
     values = DISTILLED.read(folder)
-    return [] if values is None else DISTILLED.part_files(folder, map(distilled_part, range(values["parts"])))
+    return [] if values is None else DISTILLED.part_files(folder, map(DISTILLED.part_name, range(values["parts"])))
 
 
 def weights_digest(folder: str | Path) -> str:

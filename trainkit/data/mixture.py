@@ -32,11 +32,9 @@ class MixedLoader:
         weights: Relative share of the rows, by name.
         batch_size: Rows per micro-batch and rank.
         refresh: Optimiser steps in a chapter.
-        rank: Rank of this process; the generators must give the same rows on all ranks.
-        world_size: Number of processes that share each chapter.
-        accumulate: Micro-batches per optimiser step.
         seed: Seed for the order of rows.
-        attach_window: As in `PackedLoader`.
+        **options: `rank`, `world_size`, `accumulate` and `attach_window` of `PackedLoader`. The generators must return the
+            same rows on all ranks.
     """
 
     def __init__(
@@ -47,19 +45,14 @@ class MixedLoader:
         batch_size: int,
         *,
         refresh: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
         seed: int = 0,
-        attach_window: bool = False,
+        **options: Any,
     ) -> None:
         self.stored, self.generators = stored, generators
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         assert self.weights and all(name in stored or name in generators for name in self.weights)
-        self.rows = refresh * accumulate * batch_size * world_size
-        self.seed = seed
-        self._options = {"rank": rank, "world_size": world_size, "accumulate": accumulate, "attach_window": attach_window}
-        self._batch_size, self._refresh = batch_size, refresh
+        self._options: dict[str, Any] = {"world_size": 1, "accumulate": 1} | options
+        self._batch_size, self._refresh, self._seed = batch_size, refresh, seed
         self._chapter = -1
         self._before: dict[str, int] = {}  # rows or prompts of each source that were used before this chapter
         self._used = dict.fromkeys(self.weights, 0)  # ... up to now
@@ -113,29 +106,22 @@ class MixedLoader:
 
     def _settings(self) -> dict[str, Any]:
         sets = {name: self.stored[name].fingerprint for name in self.weights if name in self.stored}
-        return {
-            "weights": self.weights,
-            "sets": sets,
-            "batch_size": self._batch_size,
-            "refresh": self._refresh,
-            "world_size": self._options["world_size"],
-            "accumulate": self._options["accumulate"],
-            "seed": self.seed,
-        }
+        settings = {"weights": self.weights, "sets": sets, "batch_size": self._batch_size, "refresh": self._refresh}
+        return settings | {name: self._options[name] for name in ("world_size", "accumulate")} | {"seed": self._seed}
 
     def _open(self, packed: PackedSet) -> PackedLoader:
-        return PackedLoader(packed, self._batch_size, seed=self.seed * 1_000_003 + self._chapter, **self._options)
+        return PackedLoader(packed, self._batch_size, seed=self._seed * 1_000_003 + self._chapter, **self._options)
 
     def _draw(self) -> PackedSet:
         """Draws the rows of the next chapter, and counts what they use."""
-        self._before = dict(self._used)
-        parts = []
-        for name, count in apportion(self.weights, self.rows).items():
+        self._before, parts = dict(self._used), []
+        total = len(self) * self._batch_size * self._options["world_size"]
+        for name, count in apportion(self.weights, total).items():
             if not count:
                 continue
             if name in self.stored:
                 packed = self.stored[name]
-                rows = sequence(len(packed), self._used[name], count, self.seed)
+                rows = sequence(len(packed), self._used[name], count, self._seed)
                 self._used[name] += count
             else:
                 packed, used = self.generators[name](count, self._used[name])

@@ -17,22 +17,21 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from math import isfinite
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import httpx
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type, wait_exponential
 
+from trainkit.data.text.chat_template import Tokenizer
 from trainkit.data.text.prompts import Completion
 from trainkit.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 _Choice = dict[str, Any]
@@ -40,9 +39,12 @@ _Choice = dict[str, Any]
 ClientPool = asyncio.LifoQueue[httpx.AsyncClient]
 """One client, which keeps one connection, for each request that may be in flight."""
 
+ATTEMPTS = 8  # how often a request is sent before the run stops
+CONNECT_ATTEMPTS = 3  # ... while connections are refused and the server has never replied
+BACKOFF = 0.5  # seconds before the second attempt, doubled for each further attempt; half of each pause is random jitter
 MAX_PAUSE = 60.0  # seconds between attempts, unless the server asks for more
-CONNECT_SECONDS = 10.0
-CONNECT_ATTEMPTS = 3  # while connections are refused and the server has never replied
+TIMEOUT = 600.0  # seconds without a byte after which a request counts as lost
+CONNECT_TIMEOUT = 10.0
 TRANSIENT_STATUSES = {408, 409, 425, 429}  # and every 5xx
 
 
@@ -52,64 +54,40 @@ class CompletionClient:
     Args:
         base_url: URL that ends in /v1, such as `http://localhost:8000/v1`; a trailing slash is allowed.
         model: Name of the model to request; None uses the first model that the server lists.
-        tokenizer: Tokenizer that encodes the text if the server returns no token ids.
-        end_id: Token that ends a text; None appends none.
+        tokenizer: Tokenizer of the model; encodes the text if the server returns no token ids.
         concurrency: Maximum number of requests in flight.
-        api_key: Bearer token; None reads OPENAI_API_KEY. It appears in no message and in no provenance.
-        attempts: How often a request is sent before the run stops.
-        timeout: Seconds without a byte after which a request counts as lost.
-        backoff: Seconds before the second attempt, doubled for each further attempt; half of each pause is random jitter.
 
     Attributes:
         encoded: Completions whose tokens were encoded from the text, which need not be the tokens that the model sampled.
 
     Raises:
-        UserError: an argument is out of range, or the URL is invalid.
+        UserError: the URL or the API key, which is read from OPENAI_API_KEY, is invalid.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str | None = None,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        end_id: int | None,
-        concurrency: int = 32,
-        api_key: str | None = None,
-        attempts: int = 8,
-        timeout: float = 600.0,
-        backoff: float = 0.5,
-    ) -> None:
-        for name, value, minimum in (("concurrency", concurrency, 1), ("attempts", attempts, 1), ("backoff", backoff, 0)):
-            if value < minimum:
-                raise UserError(f"{name} {value}: must be at least {minimum}")
-        if not timeout > 0:
-            raise UserError(f"timeout {timeout}: must be more than 0 seconds")
-        key = (api_key if api_key is not None else os.environ.get("OPENAI_API_KEY", "")).strip()
-        if not (key.isascii() and key.isprintable()):
+    def __init__(self, base_url: str, model: str | None = None, *, tokenizer: Tokenizer, concurrency: int = 32) -> None:
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()  # it appears in no message and in no provenance
+        if not (self._key.isascii() and self._key.isprintable()):
             raise UserError("the API key (OPENAI_API_KEY) has characters that are not allowed in a key; set it again")
         self._url = _check_url(base_url)
         self.base_url = str(httpx.URL(self._url).copy_with(userinfo=b""))  # messages and provenance show no password
-        self.tokenizer, self.end_id = tokenizer, end_id
-        self.attempts, self.backoff, self.concurrency = attempts, backoff, concurrency
+        self.tokenizer, self.concurrency = tokenizer, concurrency
+        if model is not None:
+            self.model = model
         self.encoded = 0
-        self._model, self._key, self._timeout = model, key, timeout
         self._request_ids = True  # whether to request token ids
         self._has_replied = False
         self._random = random.Random()  # jitter must not change the caller's random state
-        self._exponential = wait_exponential(multiplier=backoff, max=MAX_PAUSE)
+        self._exponential = wait_exponential(multiplier=BACKOFF, max=MAX_PAUSE)
 
-    def describe(self) -> dict[str, str]:
-        """Model and URL, for provenance; asks the server for its model if none was named.
+    @cached_property
+    def model(self) -> str:
+        """Name of the model; if none was given, the first that the server lists.
 
         Raises:
             UserError: as in `complete`.
         """
-        if self._model is None:
-            with self._open() as (portal, pool):
-                portal.call(self._find_model, pool)
-        assert self._model is not None
-        return {"model": self._model, "base_url": self.base_url}
+        with self._open() as (portal, pool):
+            return portal.call(self._find_model, pool)
 
     def complete(
         self,
@@ -148,9 +126,7 @@ class CompletionClient:
                 for id, tokens in islice(waiting, 2 * self.concurrency - len(pending)):
                     assert id not in seen, f"request {id} is sent twice"
                     seen.add(id)
-                    if self._model is None:  # only when there is a prompt
-                        portal.call(self._find_model, pool)
-                    body = {"model": self._model, "prompt": [int(t) for t in tokens], "seed": request_seed(seed, id)}
+                    body = {"model": self.model, "prompt": [int(t) for t in tokens], "seed": request_seed(seed, id)}
                     future = portal.start_task_soon(self._request, pool, id, body | sampling)
                     pending[future] = id
                     future.add_done_callback(done.put)
@@ -174,7 +150,7 @@ class CompletionClient:
     @asynccontextmanager
     async def _clients(self) -> AsyncIterator[ClientPool]:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else None
-        timeout = httpx.Timeout(self._timeout, connect=min(CONNECT_SECONDS, self._timeout))
+        timeout = httpx.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT)
         certificates = httpx.create_ssl_context()  # slow to make, so all clients share it
         pool = ClientPool()
         async with AsyncExitStack() as stack:
@@ -183,7 +159,7 @@ class CompletionClient:
                 pool.put_nowait(await stack.enter_async_context(client))
             yield pool
 
-    async def _find_model(self, pool: ClientPool) -> None:
+    async def _find_model(self, pool: ClientPool) -> str:
         async def attempt(client: httpx.AsyncClient) -> str:
             models = _json(self._check(await client.get(f"{self._url}/models"), "the list of models")).get("data")
             if not isinstance(models, list) or not models:
@@ -193,7 +169,7 @@ class CompletionClient:
                 raise _TransientError("a list of models without an id")
             return name
 
-        self._model = await self._retry(f"{self.base_url}/models", pool, attempt)
+        return await self._retry(f"{self.base_url}/models", pool, attempt)
 
     async def _request(self, pool: ClientPool, id: int, body: dict[str, Any]) -> _Choice:
         url = f"{self._url}/completions"
@@ -234,13 +210,13 @@ class CompletionClient:
     def _stop(self, state: RetryCallState) -> bool:
         # nobody listens at that address, unless the server has replied before and is just restarting
         refused = isinstance(state.outcome and state.outcome.exception(), httpx.ConnectError) and not self._has_replied
-        return state.attempt_number >= (min(CONNECT_ATTEMPTS, self.attempts) if refused else self.attempts)
+        return state.attempt_number >= (CONNECT_ATTEMPTS if refused else ATTEMPTS)
 
     def _wait(self, state: RetryCallState) -> float:
         """Seconds before the next attempt: what the server asked for, or exponential; with jitter, to spread the requests."""
         seconds = getattr(state.outcome and state.outcome.exception(), "retry_after", None)
         if seconds is not None:
-            return seconds + self._random.uniform(0, self.backoff)
+            return seconds + self._random.uniform(0, BACKOFF)
         return self._exponential(state) * self._random.uniform(0.5, 1)
 
     def _check(self, response: httpx.Response, subject: str) -> httpx.Response:
@@ -272,9 +248,9 @@ class CompletionClient:
             tokens = self.tokenizer.encode(written, add_special_tokens=False) if written else []
             self.encoded += 1
         # vLLM gives an end token other than the tokenizer's as `stop_reason`.
-        ends = (self.end_id, self.tokenizer.eos_token_id, choice.get("stop_reason"))
-        if ended and self.end_id is not None and not (tokens and tokens[-1] in ends):
-            tokens = [*tokens, self.end_id]
+        end_id = self.tokenizer.eos_token_id
+        if ended and end_id is not None and not (tokens and tokens[-1] in (end_id, choice.get("stop_reason"))):
+            tokens = [*tokens, end_id]
         return Completion(id, tokens, text, "end" if ended else "length")
 
 

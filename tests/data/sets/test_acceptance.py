@@ -15,7 +15,8 @@ import torch
 from tests.support.acceptance import LAYOUT, D, make_set, synthetic, write
 from tests.support.processes import ended, files_of, fork, wait_until
 from trainkit.data.loader import PackedLoader
-from trainkit.data.sets.acceptance import AcceptanceSet, part_name
+from trainkit.data.manifest import ACCEPTANCE
+from trainkit.data.sets.acceptance import AcceptanceSet
 from trainkit.errors import UserError
 
 
@@ -38,7 +39,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(straight, tmp_path, se
 
     for _ in range(3):
         pid = fork(lambda: write(out, slowly))
-        wanted = min(LAYOUT.parts - 1, parts_in(out) + draw.randint(1, 2))
+        wanted = min(len(LAYOUT.parts()) - 1, parts_in(out) + draw.randint(1, 2))
         wait_until(lambda wanted=wanted: parts_in(out) >= wanted, pid)
         time.sleep(draw.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
@@ -46,13 +47,13 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(straight, tmp_path, se
         there = {name: content for name, content in files_of(out).items() if not name.endswith(".partial")}
         assert there.items() <= files_of(straight).items()
     stats, there = write(out), parts_in(out)
-    assert stats.written + stats.found == there == LAYOUT.parts and stats.found >= 3
+    assert stats.written + stats.existing == there == len(LAYOUT.parts()) and stats.existing >= 3
     assert files_of(out) == files_of(straight)
 
 
 def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(straight, tmp_path):
     first = write(tmp_path / "set", rank=1, world_size=2)
-    assert first.written == LAYOUT.parts // 2 and first.found == 0
+    assert first.written == len(LAYOUT.parts()) // 2 and first.existing == 0
     with pytest.raises(UserError, match=r"5 of 10 parts are missing; run the same trainkit acceptance again"):
         AcceptanceSet.read(tmp_path / "set")
     second = write(tmp_path / "set", rank=0, world_size=2)
@@ -62,7 +63,7 @@ def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(straight, tmp_pat
 
 def test_what_is_read_is_what_was_made(straight):
     records = AcceptanceSet.read(straight)
-    written = [synthetic(*LAYOUT.part(number), lambda tokens: None) for number in range(LAYOUT.parts)]
+    written = [synthetic(*part, lambda tokens: None) for part in LAYOUT.parts().values()]
     for name, values in records.tensors.items():
         assert torch.equal(values, torch.cat([part[name] for part in written])), name
     assert records.prompts == 40 and records.hidden_size == D and set(records.temperature.tolist()) == {0.0, 1.0}
@@ -103,12 +104,13 @@ def test_parts_and_sets_are_not_taken_for_anothers(straight, tmp_path):
     other = make_set(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="was started with seed 1, but now it is 0"):
         write(other)
-    os.replace(other / part_name(0), straight.parent / "aside")
-    (other / part_name(0)).write_bytes((straight / part_name(0)).read_bytes())
-    with pytest.raises(UserError, match=f"{part_name(0)}: belongs to another set .*; remove the file"):
+    name = ACCEPTANCE.part_name(0)
+    os.replace(other / name, straight.parent / "aside")
+    (other / name).write_bytes((straight / name).read_bytes())
+    with pytest.raises(UserError, match=f"{name}: belongs to another set .*; remove the file"):
         AcceptanceSet.read(other)
-    (other / part_name(0)).write_bytes((straight / part_name(0)).read_bytes()[:-5])
-    with pytest.raises(UserError, match=f"{part_name(0)}: not a complete safetensors file"):
+    (other / name).write_bytes((straight / name).read_bytes()[:-5])
+    with pytest.raises(UserError, match=f"{name}: not a complete safetensors file"):
         AcceptanceSet.read(other)
     with pytest.raises(UserError, match="no acceptance set"):
         AcceptanceSet.read(tmp_path)

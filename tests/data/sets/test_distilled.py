@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from tests.support.processes import ended, files_of, fork, rows_in, wait_until
 from tests.support.targets import make_tokenizer
-from trainkit.data.manifest import DISTILLED, SetKind, distilled_files, distilled_part
+from trainkit.data.manifest import DISTILLED, SetKind, distilled_files
 from trainkit.data.sets.distilled import Complete, DistilledLayout, PlannedRow, write_distilled
-from trainkit.data.sets.writer import SetStats, Worker
+from trainkit.data.sets.writer import SetJob, SetStats
 from trainkit.data.text.chat_template import vocabulary_hash
 from trainkit.data.text.prepare import prepare
 from trainkit.data.text.prompts import Completion, Prompt, read_prompt_rows
@@ -75,8 +75,8 @@ def write(
     world_size: int = 1,
     **more: Any,
 ) -> SetStats:
-    worker = Worker(rank, world_size, progress=False)
-    return write_distilled(out, layout, make_prompts(layout.prompts), complete or completing(), SETTINGS | more, worker)
+    job = SetJob(out, SETTINGS | more, rank, world_size, progress=False)
+    return write_distilled(job, layout, make_prompts(layout.prompts), complete or completing())
 
 
 def begin(out: Path, limit: int, layout: DistilledLayout = LAYOUT, **more: Any) -> None:
@@ -89,15 +89,15 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a set that was written without interruption."""
     out = tmp_path_factory.mktemp("straight")
     stats = write(out)
-    assert (stats.written, stats.found) == (LAYOUT.rows, 0) and stats.tokens > 0
+    assert (stats.written, stats.existing) == (LAYOUT.rows, 0) and stats.tokens > 0
     return files_of(out)
 
 
 @given(st.integers(1, 9), st.lists(st.floats(0, 2), min_size=1, max_size=4, unique=True), st.integers(1, 3), st.integers(1, 20))
 def test_parts_hold_every_prompt_temperature_and_sample_once(prompts, temperatures, samples, part_rows):
     layout = DistilledLayout(prompts, tuple(temperatures), samples, part_rows)
-    numbers = [number for part in range(layout.parts) for number in layout.row_ids(part)]
-    assert numbers == list(range(layout.rows)) and all(len(layout.row_ids(part)) for part in range(layout.parts))
+    numbers = [number for ids in layout.parts().values() for number in ids]
+    assert numbers == list(range(layout.rows)) and all(0 < len(ids) <= part_rows for ids in layout.parts().values())
     rows = [layout.row(number) for number in numbers]
     assert [row.id for row in rows] == numbers
     assert len({row[1:] for row in rows}) == prompts * len(temperatures) * samples
@@ -119,7 +119,7 @@ def test_killed_three_times_it_gives_the_same_bytes(tmp_path, straight, seed):
         assert ended(pid) == -signal.SIGKILL
     there, log = rows_in(tmp_path), []
     stats = write(tmp_path, completing(log=log))
-    assert stats.found == there and stats.written == len(log) == len(set(log)) == LAYOUT.rows - there
+    assert stats.existing == there and stats.written == len(log) == len(set(log)) == LAYOUT.rows - there
     assert files_of(tmp_path) == straight
 
 
@@ -127,7 +127,7 @@ def test_killed_three_times_it_gives_the_same_bytes(tmp_path, straight, seed):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_while_a_part_gets_its_name(call, when, tmp_path, straight, seed):
     """Killed before or after sync, rename and removal of the partial file, at a random part."""
-    at = random.Random(seed).randint(1, LAYOUT.parts)
+    at = random.Random(seed).randint(1, len(LAYOUT.parts()))
     module, name = (Path, "unlink") if call == "unlink" else (os, call)
 
     def die() -> None:
@@ -145,7 +145,7 @@ def test_killed_while_a_part_gets_its_name(call, when, tmp_path, straight, seed)
         write(tmp_path)
 
     assert ended(fork(die)) == 9
-    assert not all((tmp_path / distilled_part(part)).exists() for part in range(LAYOUT.parts)) or at == LAYOUT.parts
+    assert not all((tmp_path / name).exists() for name in LAYOUT.parts()) or at == len(LAYOUT.parts())
     write(tmp_path)
     assert files_of(tmp_path) == straight
 
@@ -169,7 +169,7 @@ def test_a_torn_last_line_is_made_again(limit, share, torn):
         kept = kept if not torn or kept.endswith(b"\n") or not kept else kept + b" "  # torn bytes of its own or of another row
         partial.write_bytes(kept + torn)
         stats = write(Path(other), layout=layout)
-        assert stats.found == kept.count(b"\n") and stats.written == layout.rows - stats.found
+        assert stats.existing == kept.count(b"\n") and stats.written == layout.rows - stats.existing
         assert files_of(Path(other)) == files_of(Path(one))
 
 
@@ -187,9 +187,9 @@ def test_any_number_of_ranks_goes_on(tmp_path, straight):
     begin(tmp_path, 2, rank=2, world_size=3)
     before = rows_in(tmp_path)
     stats = [write(tmp_path, rank=rank, world_size=2) for rank in (1, 0)]
-    assert sum(one.found for one in stats) == before and sum(one.written for one in stats) == LAYOUT.rows - before
+    assert sum(one.existing for one in stats) == before and sum(one.written for one in stats) == LAYOUT.rows - before
     assert files_of(tmp_path) == straight
-    assert write(tmp_path).found == LAYOUT.rows
+    assert write(tmp_path).existing == LAYOUT.rows
 
 
 def is_complete(folder: Path) -> bool:
@@ -243,7 +243,7 @@ def test_a_key_left_out_is_another_setting_but_versions_are_not(tmp_path, straig
     begin(tmp_path, 5, versions={"trainkit": "0"})
     without = {key: value for key, value in SETTINGS.items() if key != "seed"}
     with pytest.raises(UserError, match="seed 4, but now it is null"):
-        write_distilled(tmp_path, LAYOUT, make_prompts(), completing(), without, Worker(progress=False))
+        write_distilled(SetJob(tmp_path, without, progress=False), LAYOUT, make_prompts(), completing())
     write(tmp_path, versions={"trainkit": "1"})
     assert {k: v for k, v in files_of(tmp_path).items() if "part" in k} == {k: v for k, v in straight.items() if "part" in k}
 
@@ -300,7 +300,7 @@ def test_a_broken_partial_is_named_and_its_lock_given_back(line, message, tmp_pa
     with partial.open("ab") as stream:
         stream.write(rows[0] if line is None else line)
     if line is None and json.loads(rows[0])["id"] > 2:
-        message = "of another part"
+        message = "from another part"
     before = partial.read_bytes()
     with pytest.raises(UserError, match=message) as caught:
         write(tmp_path)
@@ -318,7 +318,7 @@ def test_a_prompt_without_an_answer_is_said_and_asked_again(tmp_path, straight):
 
     with pytest.raises(UserError, match=r"part-00001.partial: some prompts got no completion"):
         write(tmp_path, forgetful)
-    assert not (tmp_path / distilled_part(1)).exists()
+    assert not (tmp_path / DISTILLED.part_name(1)).exists()
     write(tmp_path)
     assert files_of(tmp_path) == straight
 
@@ -349,9 +349,8 @@ def made_with(tokenizer: Any, rows_file: Callable[..., str], out: Path, limit: f
     """Writes a set as the command does; its prompts are a chat, a raw text and a token row."""
     given = {"input_ids": [5, 6, 7], "loss_mask": [0, 0, 1]}
     prompts = read_prompt_rows(rows_file({"prompt": "Wie viele?"}, {"text": "Once"}, given), tokenizer)
-    provenance = {"vocabulary": vocabulary_hash(tokenizer)}
-    layout, worker = DistilledLayout(3, (0.0, 1.0), 2, 5), Worker(progress=False)
-    write_distilled(out, layout, prompts, completing(limit=limit), provenance, worker)
+    job = SetJob(out, {"vocabulary": vocabulary_hash(tokenizer)}, progress=False)
+    write_distilled(job, DistilledLayout(3, (0.0, 1.0), 2, 5), prompts, completing(limit=limit))
     return prompts
 
 
@@ -383,6 +382,6 @@ def test_an_unfinished_set_or_another_tokenizers_is_refused(tokenizer, rows_file
     assert "\n" not in str(caught.value) and str(tmp_path / "set") in str(caught.value)
     manifest = DISTILLED.read(tmp_path / "set")
     assert manifest is not None and manifest["parts"] == 3 and DISTILLED.read(tmp_path) is None
-    (tmp_path / "set" / distilled_part(2)).unlink()
+    (tmp_path / "set" / DISTILLED.part_name(2)).unlink()
     with pytest.raises(UserError, match="1 of 3 parts"):
         list(read_rows(str(tmp_path / "set"), limit=1))

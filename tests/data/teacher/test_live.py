@@ -26,7 +26,7 @@ from trainkit.models.target import FrozenTarget
 
 
 def store(folder: Path, dtype: torch.dtype = torch.float32, **key: Any) -> FeatureCache:
-    return FeatureCache(folder, {"set": "a"} | key, 5, 3, 4, dtype)
+    return FeatureCache(folder, {"set": "a"} | key, (5, 3, 4), dtype)
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ def test_any_other_key_is_another_store(tmp_path):
         store(tmp_path, torch.bfloat16),
         store(tmp_path, set="b"),
         store(tmp_path, top_k=3),
-        FeatureCache(tmp_path, {"set": "a"}, 6, 3, 4, torch.float32),
-        FeatureCache(tmp_path, {"set": "a"}, 5, 4, 3, torch.float32),
+        FeatureCache(tmp_path, {"set": "a"}, (6, 3, 4), torch.float32),
+        FeatureCache(tmp_path, {"set": "a"}, (5, 4, 3), torch.float32),
     ]
     first.put(torch.arange(5), torch.ones(5, 3, 4))
     assert len({one.path for one in (first, *others)}) == 6 and not any(one.filled for one in others)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.packed import documents_of
 from trainkit.data.text.formats import Chat, PlainText, PromptResponse, TokenRow, check_columns, parse_row
 from trainkit.data.text.prepare import prepare
 from trainkit.data.text.sources import RowError, read_rows
@@ -112,7 +113,7 @@ def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path: Path) -> None:
 def test_limit_takes_the_first_rows_over_all_files(rows_file: Callable[..., str], tokenizer: Any) -> None:
     files = [rows_file(*({"text": f"{name} {n}"} for n in range(5)), name=name) for name in ("a.jsonl", "b.jsonl")]
     prepared = prepare(files, None, tokenizer, 16, limit=7, validation_share=0)
-    texts = sorted(tokenizer.decode(tokens[:-1]) for tokens, _ in prepared.train.documents())
+    texts = sorted(tokenizer.decode(tokens[:-1]) for tokens, _ in documents_of(prepared.train))
     assert texts == sorted([f"a.jsonl {n}" for n in range(5)] + [f"b.jsonl {n}" for n in range(2)])
 
 

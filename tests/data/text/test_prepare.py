@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import trainkit.data.text.prepare as module
+from tests.support.packed import documents_of
 from tests.support.tiny_data import TINY
 from trainkit.data.text.prepare import Prepared, prepare
 from trainkit.errors import UserError
@@ -23,7 +24,7 @@ TOKENIZER = str(TINY / "tokenizer")
 
 
 def texts(packed: Any, tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(tokens) for tokens, _ in packed.documents()]
+    return [tokenizer.decode(tokens) for tokens, _ in documents_of(packed)]
 
 
 def chat_rows(count: int) -> list[dict[str, Any]]:
@@ -70,9 +71,9 @@ def test_long_plain_text_is_cut_into_documents_without_loss(rows_file: Callable[
     text = " ".join(str(n) for n in range(200))
     prepared = prepare([rows_file({"text": text})], None, tokenizer, 32, validation_share=0)
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    assert np.concatenate([tokens for tokens, _ in prepared.train.documents()]).tolist() == ids
+    assert np.concatenate([tokens for tokens, _ in documents_of(prepared.train)]).tolist() == ids
     assert prepared.report.train.cut == 1 and prepared.report.train.counted == len(ids) - len(prepared.train)
-    assert all(not mask[0] and mask[1:].all() for _, mask in prepared.train.documents())
+    assert all(not mask[0] and mask[1:].all() for _, mask in documents_of(prepared.train))
 
 
 def test_the_report_adds_up_on_the_bundled_corpus(tokenizer: Any) -> None:
@@ -221,9 +222,10 @@ def test_two_processes_prepare_once_and_a_kill_leaves_nothing_half_done(
     assert equal(prepare([path], None, tokenizer, 64, cache_dir=cache), prepare([path], None, tokenizer, 64))
 
 
-def test_a_report_with_unread_columns_and_bad_rows_survives_the_cache() -> None:
-    from trainkit.data.text.report import Report, SetReport
-
-    train = SetReport("train", rows=3, skipped={"no text": 1}, unused={"id": 2, "score": 1})
-    report = Report(train, SetReport("validation"))
-    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+def test_a_report_with_unread_columns_and_bad_rows_survives_the_cache(
+    tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any
+) -> None:
+    path = rows_file({"text": ""}, *({**row, "id": 1, "score": 2} for row in chat_rows(3)))
+    reports = [prepare([path], None, tokenizer, 64, on_bad_row="skip", cache_dir=cache).report for cache in (None, tmp_path)]
+    assert reports[0] == reports[1] and reports[0].train.unused == {"id": 3, "score": 3}
+    assert reports[0].train.skipped == {"text must be text, not empty": 1}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.packed import documents_of
 from tests.support.tiny_data import TINY
 from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
@@ -50,7 +51,7 @@ def test_the_prompt_is_the_beginning_of_the_training_document(rows_file: Callabl
     from trainkit.data.text.prepare import prepare
 
     path = rows_file({"question": "What is 6 * 7?", "answer": "It is 42."})
-    ((tokens, mask),) = prepare([path], None, tokenizer, 64, validation_share=0).train.documents()
+    ((tokens, mask),) = documents_of(prepare([path], None, tokenizer, 64, validation_share=0).train)
     assert read_prompts(path, tokenizer) == [tokens[~mask].tolist()]
 
 

@@ -4,16 +4,19 @@ A set is a folder with the manifest `acceptance.json` and safetensors parts (`tr
 prompts at one temperature. Each part carries the set's id, a digest of everything that determines the records, so that a part
 of another set is recognised.
 
-The records are those of real decoding, so they have the distribution that the predictor meets when it serves: positions that
-verification reached, and no others. SpecDec++ (arXiv 2405.19715) approximates this without decoding, by one pass over the text
-with the draft's own token in place of 85 of 100 of the target's tokens; that is not implemented here.
+The records are from real decoding: positions that verification reached, and no others. So they have the distribution that the
+predictor meets when it serves. SpecDec++ (arXiv 2405.19715) approximates this without decoding: it passes once over the text,
+with 85 % of the target's tokens replaced by the draft's own; that is not implemented here.
 Left out on purpose: the tokens. A predictor does not read them, and they can be generated again from the prompts.
 
-Tensors of a part, ordered by prompt, round and position: `hidden` [N, D], the hidden state that proposed; `signals` [N, W, C]
-float32 of its W most probable proposals, most probable first, the last signal being the temperature; `depth` [N] int16, 0 for
-the first position of a round; `label` [N, W] float32, whether the target chose each proposal, or the probability of that;
-`max_q` [N] float32, the draft's highest probability; `prompt` [N] int32, the prompt's index. A chain drafts the first
-proposal. W is 1 under `residual`.
+Tensors of a part, ordered by prompt, round and position:
+- `hidden` [N, D]: the draft's hidden state from which the token was proposed
+- `signals` [N, W, C] float32: signals of the W most probable proposals, most probable first; the last one is the temperature
+- `depth` [N] int16: position in the round, 0 for the first
+- `label` [N, W] float32: whether the target chose each proposal, or the probability of that; a chain drafts the first proposal
+- `max_q` [N] float32: the draft's highest probability
+- `prompt` [N] int32: the prompt's index
+W is 1 under `residual`.
 """
 
 # N records of a part  R records of a set  B batch  W proposals of a position  D hidden  C signals
@@ -33,7 +36,7 @@ from torch import Tensor
 
 from trainkit.bundle import Bundle
 from trainkit.data.manifest import ACCEPTANCE
-from trainkit.data.sets.writer import SetStats, SetWriter, Worker, comparable
+from trainkit.data.sets.writer import SetJob, SetStats, SetWriter, comparable
 from trainkit.errors import UserError
 from trainkit.models.predictor import FILE
 
@@ -59,21 +62,11 @@ class AcceptanceLayout:
     temperatures: tuple[float, ...]
     part_prompts: int = 64
 
-    @property
-    def parts(self) -> int:
-        """Number of parts in the set."""
-        return -(-self.prompts // self.part_prompts) * len(self.temperatures)
-
-    def part(self, number: int) -> tuple[range, float]:
-        """Indices of a part's prompts, and its temperature."""
-        block, index = divmod(number, len(self.temperatures))
-        first = block * self.part_prompts
-        return range(first, min(first + self.part_prompts, self.prompts)), self.temperatures[index]
-
-
-def part_name(number: int) -> str:
-    """File name of a complete part."""
-    return f"part-{number:05d}.safetensors"
+    def parts(self) -> dict[str, tuple[range, float]]:
+        """File name of each part, with the indices of its prompts, and its temperature."""
+        blocks = [range(self.prompts)[start : start + self.part_prompts] for start in range(0, self.prompts, self.part_prompts)]
+        pairs = [(block, temperature) for block in blocks for temperature in self.temperatures]
+        return {ACCEPTANCE.part_name(number): pair for number, pair in enumerate(pairs)}
 
 
 def drafter_fingerprint(drafter: Bundle) -> dict[str, Any]:
@@ -82,34 +75,29 @@ def drafter_fingerprint(drafter: Bundle) -> dict[str, Any]:
     return {"name": drafter.path.resolve().name, "kind": drafter.kind, "files": files}
 
 
-def write_acceptance(
-    out: Path, layout: AcceptanceLayout, record: Record, provenance: Mapping[str, Any], worker: Worker
-) -> SetStats:
-    """Writes this process's share of the parts into `out`; continues where an earlier call stopped.
+def write_acceptance(job: SetJob, layout: AcceptanceLayout, record: Record) -> SetStats:
+    """Writes this process's share of the parts; continues where an earlier call stopped.
 
     Args:
-        out: Folder of the set.
+        job: Folder, provenance and process.
         layout: Parts of the set.
-        record: Makes the records of a part; equal arguments must give equal records.
-        provenance: Everything else that determines the records, JSON-able. `versions`, and inside other entries `name` and
-            `path`, may differ when the set is continued.
-        worker: This process.
+        record: Generates the records of a part; equal arguments must give equal records.
 
     Raises:
-        UserError: `out` holds another set or something else, or another process writes there.
+        UserError: the folder holds another set or something else, or another process writes there.
     """
+    parts = layout.parts()
     manifest = {
         "format": ACCEPTANCE.format,
-        **provenance,
+        **job.provenance,
         "prompt_count": layout.prompts,
         "temperatures": list(layout.temperatures),
         "part_prompts": layout.part_prompts,
-        "parts": layout.parts,
+        "parts": len(parts),
     }
     manifest["id"] = hashlib.sha256(json.dumps(comparable(manifest), sort_keys=True).encode()).hexdigest()
-    parts = {part_name(number): layout.part(number) for number in range(layout.parts)}
     sizes = {name: len(prompts) for name, (prompts, _) in parts.items()}
-    with SetWriter(out, ACCEPTANCE, manifest, sizes, "texts", worker) as writer:
+    with SetWriter(job, ACCEPTANCE, manifest, sizes, "texts") as writer:
 
         def tensors(name: str) -> Records:
             records = record(*parts[name], lambda tokens: writer.advance(1, tokens))
@@ -117,8 +105,7 @@ def write_acceptance(
             writer.stats.accepted += float(records["label"][:, 0].sum())
             return {column: records[column].contiguous() for column in COLUMNS}
 
-        for name in writer.missing:
-            writer.write_tensors(name, lambda name=name: tensors(name))
+        writer.write_tensors(tensors)
     return writer.stats
 
 
@@ -150,7 +137,7 @@ class AcceptanceSet:
         if manifest is None:
             raise UserError(f"{folder}: no acceptance set (no {ACCEPTANCE.manifest}); make one with `{ACCEPTANCE.command}`")
         parts = []
-        for file in ACCEPTANCE.part_files(folder, map(part_name, range(manifest["parts"]))):
+        for file in ACCEPTANCE.part_files(folder, map(ACCEPTANCE.part_name, range(manifest["parts"]))):
             with ACCEPTANCE.open_part(file, manifest["id"]) as opened:
                 if len(opened.get_tensor("label")):
                     parts.append({name: opened.get_tensor(name) for name in COLUMNS})
@@ -164,7 +151,7 @@ class AcceptanceSet:
 
     @property
     def labels_R(self) -> np.ndarray:
-        """Counted labels of each record, which is one; int64."""
+        """Number of labels of each record, which is one; int64."""
         return np.ones(len(self), np.int64)
 
     @property
@@ -217,24 +204,16 @@ class AcceptanceSet:
         return train, validation
 
     def batch(self, rows: Sequence[int], size: int) -> dict[str, Tensor]:
-        """Tensors of `size` records: the given ones, then zeros as padding.
+        """Tensors of `size` records: those at `rows`, then zeros as padding.
 
         Returns:
             hidden_BD, signals_BWC, depth_B int64, label_BW, max_q_B; document_BT [B, 1], which is 0, and -1 on padding.
         """
         chosen_R = torch.from_numpy(self.rows_R[np.asarray(rows, np.int64)])
-
-        def padded(name: str) -> Tensor:
+        document_B = torch.where(torch.arange(size) < len(chosen_R), 0, -1)
+        batch = {"document_BT": document_B[:, None]}
+        for key in ("hidden_BD", "signals_BWC", "depth_B", "label_BW", "max_q_B"):
+            name, _ = key.rsplit("_", 1)  # without the axes
             values = self.tensors[name][chosen_R]
-            return torch.cat([values, values.new_zeros(size - len(values), *values.shape[1:])])
-
-        document_B = torch.zeros(size, dtype=torch.long)
-        document_B[len(chosen_R) :] = -1
-        return {
-            "hidden_BD": padded("hidden"),
-            "signals_BWC": padded("signals"),
-            "depth_B": padded("depth").long(),
-            "label_BW": padded("label"),
-            "max_q_B": padded("max_q"),
-            "document_BT": document_B[:, None],
-        }
+            batch[key] = torch.cat([values, values.new_zeros(size - len(values), *values.shape[1:])])
+        return batch | {"depth_B": batch["depth_B"].long()}

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from trainkit.data.manifest import DISTILLED, distilled_part
-from trainkit.data.sets.writer import SetStats, SetWriter, Worker, lock_partial
+from trainkit.data.manifest import DISTILLED
+from trainkit.data.sets.writer import SetJob, SetStats, SetWriter, lock_partial
 from trainkit.data.text.prompts import Completion, Prompt
 from trainkit.errors import UserError
 from trainkit.files import put_in_place
 
 OPEN_PARTS = 8
-"""Parts in progress at the same time, so that batches are seldom short of rows."""
+"""Number of parts in progress at the same time; their rows together fill the batches of the generator."""
 
 
 class PlannedRow(NamedTuple):
@@ -34,7 +34,7 @@ class PlannedRow(NamedTuple):
     Attributes:
         id: Number of the row in the set.
         prompt: Index of its prompt.
-        sample: Which of the prompt's completions it is, counted over all temperatures; selects the random draws.
+        sample: Index of the completion among all of its prompt, over all temperatures; it selects the random draws.
         temperature: Sampling temperature.
     """
 
@@ -69,14 +69,10 @@ class DistilledLayout:
         """Number of rows in the set."""
         return self.prompts * len(self.temperatures) * self.samples
 
-    @property
-    def parts(self) -> int:
-        """Number of parts in the set."""
-        return -(-self.rows // self.part_rows)
-
-    def row_ids(self, part: int) -> range:
-        """Ids of the rows in a part."""
-        return range(part * self.part_rows, min((part + 1) * self.part_rows, self.rows))
+    def parts(self) -> dict[str, range]:
+        """File name of each part, with the ids of its rows."""
+        starts = range(0, self.rows, self.part_rows)
+        return {DISTILLED.part_name(n): range(self.rows)[start : start + self.part_rows] for n, start in enumerate(starts)}
 
     def row(self, id: int) -> PlannedRow:
         """The row with this id."""
@@ -84,52 +80,42 @@ class DistilledLayout:
         return PlannedRow(id, prompt, sample, self.temperatures[sample // self.samples])
 
 
-def write_distilled(
-    out: Path,
-    layout: DistilledLayout,
-    prompts: Sequence[Prompt],
-    complete: Complete,
-    provenance: Mapping[str, Any],
-    worker: Worker,
-) -> SetStats:
-    """Writes this process's share of a set into `out`; continues where an earlier call stopped.
+def write_distilled(job: SetJob, layout: DistilledLayout, prompts: Sequence[Prompt], complete: Complete) -> SetStats:
+    """Writes this process's share of a set; continues where an earlier call stopped.
 
     Args:
-        out: Folder of the set.
+        job: Folder, provenance and process.
         layout: Rows and parts of the set.
-        prompts: Prompts by index.
+        prompts: All prompts.
         complete: Generates completions.
-        provenance: Everything else that determines the rows, JSON-able; a set with another provenance is not continued.
-        worker: This process.
 
     Raises:
-        UserError: `out` holds another set or something else, a partial file is damaged, another process writes it, or a prompt
-            got no completion.
+        UserError: the folder holds another set or something else, a partial file is damaged, another process writes it, or a
+            prompt got no completion.
     """
+    ids = layout.parts()
     manifest = {  # causes before consequences, see SetWriter
         "format": DISTILLED.format,
         "temperatures": list(layout.temperatures),
         "samples": layout.samples,
         "part_rows": layout.part_rows,
-        **provenance,
+        **job.provenance,
         "rows": layout.rows,
-        "parts": layout.parts,
+        "parts": len(ids),
     }
-    ids = {distilled_part(part): layout.row_ids(part) for part in range(layout.parts)}
-    sizes = {name: len(rows) for name, rows in ids.items()}
-    with SetWriter(out, DISTILLED, manifest, sizes, "rows", worker) as writer:
+    with SetWriter(job, DISTILLED, manifest, {name: len(rows) for name, rows in ids.items()}, "rows") as writer:
         stats = writer.stats
-        stats.found = sum(sizes[name] for name in writer.existing)
+        stats.existing = sum(len(ids[name]) for name in writer.existing)
         for name in writer.existing:  # left by a process that was killed after it renamed the part
-            (out / name).with_suffix(".partial").unlink(missing_ok=True)
+            (job.out / name).with_suffix(".partial").unlink(missing_ok=True)
         for start in range(0, len(writer.missing), OPEN_PARTS):
             with ExitStack() as stack:
                 # Open a few parts, and count the rows that are already in them.
                 parts = {}
                 for name in writer.missing[start : start + OPEN_PARTS]:
-                    part = _PartialPart(out / name, ids[name], stack.enter_context(lock_partial(out / name)))
+                    part = _PartialPart(ids[name], stack.enter_context(lock_partial(job.out / name)))
                     parts |= dict.fromkeys(ids[name], part)
-                    stats.found += len(part.done)
+                    stats.existing += len(part.done)
                     writer.advance(len(part.done))
                 # Generate the other rows, one temperature at a time.
                 for temperature in layout.temperatures:
@@ -150,7 +136,6 @@ class _PartialPart:
     """A part in progress: rows are appended in any order; when all exist, they are sorted and the part gets its name.
 
     Args:
-        path: Path of the complete part.
         ids: Ids of its rows.
         stream: The locked partial file.
 
@@ -161,8 +146,8 @@ class _PartialPart:
         UserError: the partial file is damaged, or has rows of another part.
     """
 
-    def __init__(self, path: Path, ids: range, stream: IO[bytes]) -> None:
-        self.path, self.ids, self.stream = path, ids, stream
+    def __init__(self, ids: range, stream: IO[bytes]) -> None:
+        self.ids, self.stream = ids, stream
         self.done: set[int] = set()
         end = 0  # bytes of complete lines
         stream.seek(0)
@@ -174,7 +159,9 @@ class _PartialPart:
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{stream.name}: damaged at byte {end}; remove the file to generate its rows again") from None
             if id in self.done or id not in ids:
-                raise UserError(f"{stream.name}: row {id} is of another part or there twice; remove the file to continue")
+                raise UserError(
+                    f"{stream.name}: row {id} is from another part or there twice; remove the file to generate its rows again"
+                )
             self.done.add(id)
             end += len(line)
         stream.truncate(end)
@@ -191,11 +178,12 @@ class _PartialPart:
         if len(self.done) < len(self.ids):
             raise UserError(f"{self.stream.name}: some prompts got no completion; run the same command again")
         self.stream.seek(0)
-        lines = sorted(self.stream.readlines(), key=lambda line: json.loads(bytes(line))["id"])
-        temporary = self.path.with_suffix(".sorted")
+        lines = sorted(self.stream.readlines(), key=lambda line: json.loads(line)["id"])
+        partial = Path(self.stream.name)
+        temporary = partial.with_suffix(".sorted")
         temporary.write_bytes(b"".join(lines))
-        put_in_place(temporary, self.path)
-        Path(self.stream.name).unlink(missing_ok=True)
+        put_in_place(temporary, partial.with_suffix(DISTILLED.suffix))
+        partial.unlink(missing_ok=True)
 
 
 def _columns(row: PlannedRow, prompt: Prompt, completion: Completion) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import safetensors.torch
 from torch import Tensor
+from tqdm import tqdm
 
 from trainkit.data.manifest import SetKind
 from trainkit.errors import UserError
@@ -26,24 +27,29 @@ from trainkit.files import put_in_place, write_json
 
 
 @dataclass(frozen=True)
-class Worker:
-    """One of the processes that write a set together.
+class SetJob:
+    """Which set is written, and by which of the processes that write it together.
 
     Attributes:
+        out: Folder of the set.
+        provenance: Everything that determines the contents and is not part of the set's layout, JSON-able. An existing set is
+            continued only if its provenance is the same; `versions`, and in nested dictionaries names and paths, may differ.
         rank: Number of this process.
         world_size: Number of processes.
         progress: Whether this process shows a progress bar.
     """
 
+    out: Path
+    provenance: Mapping[str, Any]
     rank: int = 0
     world_size: int = 1
     progress: bool = True
 
     @staticmethod
-    def from_environment() -> Worker:
-        """This process as torchrun started it, or the only process; rank 0 shows the progress bar."""
+    def from_environment(out: str, provenance: Mapping[str, Any]) -> SetJob:
+        """The job of this process as torchrun started it, or of the only process; rank 0 shows the progress bar."""
         rank = int(os.environ.get("RANK", "0"))
-        return Worker(rank, int(os.environ.get("WORLD_SIZE", "1")), progress=rank == 0)
+        return SetJob(Path(out), provenance, rank, int(os.environ.get("WORLD_SIZE", "1")), progress=rank == 0)
 
 
 @dataclass
@@ -52,17 +58,17 @@ class SetStats:
 
     Attributes:
         written: Rows (distillation sets) or parts (other sets) written by this call.
-        found: Rows or parts of this process's share that already existed.
+        existing: Rows or parts of this process's share that already existed.
         tokens: Tokens generated, or read by the target.
         seconds: Duration of the call.
         bytes: Size of the parts written.
-        ended: Rows whose text ended with an end token.
+        ended: Rows written whose text ended with an end token.
         records: Acceptance records written.
-        accepted: Sum of their labels: how many proposals were accepted.
+        accepted: Sum of the labels of their first proposals; divided by `records`, the share accepted.
     """
 
     written: int = 0
-    found: int = 0
+    existing: int = 0
     tokens: int = 0
     seconds: float = 0.0
     bytes: int = 0
@@ -75,17 +81,17 @@ class SetStats:
         """Tokens per second, with the unit."""
         return f"{self.tokens / self.seconds if self.seconds else 0.0:,.0f} tokens/s"
 
-    def summary(self, folder: str | Path, total: int, unit: str, worker: Worker, details: str = "") -> str:
+    def summary(self, job: SetJob, total: int, unit: str, details: str = "") -> str:
         """One line for the user; `total` counts the `unit`s of the whole set, `details` is inserted before the speed."""
-        process = f" by process {worker.rank} of {worker.world_size}" if worker.world_size > 1 else ""
+        process = f" by process {job.rank} of {job.world_size}" if job.world_size > 1 else ""
         return (
-            f"{folder}: {self.written:,} of {total:,} {unit} written{process}, {self.found:,} already existed; "
+            f"{job.out}: {self.written:,} of {total:,} {unit} written{process}, {self.existing:,} already existed; "
             f"{details}{self.tokens:,} tokens in {self.seconds:.0f} s, {self.speed}"
         )
 
 
 def comparable(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest without library versions and without names, paths and addresses, which do not change a set's contents."""
+    """The manifest without library versions, names, paths and addresses, which do not change a set's contents."""
     ignored = ("name", "path", "base_url")
     return {
         key: {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
@@ -100,13 +106,12 @@ class SetWriter:
     A context manager. If it is left by an error before anything is written, a set that this call started is removed again.
 
     Args:
-        out: Folder of the set.
+        job: Folder and process.
         kind: Kind of the set.
         manifest: Contents of the manifest, JSON-able, causes before their consequences: the first key that differs from an
-            existing set is reported. `versions` may differ.
+            existing set is reported.
         sizes: File name of each part of the whole set, with its number of units for the progress bar.
         unit: Name of these units, in the plural.
-        worker: This process.
 
     Attributes:
         missing: File names of this process's parts that must be written.
@@ -114,33 +119,26 @@ class SetWriter:
         stats: What this call has done so far.
 
     Raises:
-        UserError: `out` holds another set or something else.
+        UserError: the folder holds another set or something else.
     """
 
-    def __init__(
-        self, out: Path, kind: SetKind, manifest: Mapping[str, Any], sizes: Mapping[str, int], unit: str, worker: Worker
-    ) -> None:
-        self.out, self.kind, self.manifest = out, kind, manifest
-        self._removable = self._begin() and worker.world_size == 1
-        share = list(sizes)[worker.rank :: worker.world_size]
-        self.missing = [name for name in share if not (out / name).exists()]
+    def __init__(self, job: SetJob, kind: SetKind, manifest: Mapping[str, Any], sizes: Mapping[str, int], unit: str) -> None:
+        self.out, self.kind, self.manifest = job.out, kind, manifest
+        self._removable = self._begin() and job.world_size == 1
+        share = list(sizes)[job.rank :: job.world_size]
+        self.missing = [name for name in share if not (self.out / name).exists()]
         self.existing = [name for name in share if name not in set(self.missing)]
-        self.stats, self._start = SetStats(found=len(self.existing)), perf_counter()
-        self._bar: Any = None
-        if worker.progress:
-            from tqdm import tqdm
-
-            label, done = kind.command.split()[-1], sum(sizes[name] for name in self.existing)
-            total = sum(sizes[name] for name in share)
-            self._bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", smoothing=0.05, disable=None)
+        self.stats, self._start = SetStats(existing=len(self.existing)), perf_counter()
+        total, initial = (sum(sizes[name] for name in names) for names in (share, self.existing))
+        label, hidden = kind.command.split()[-1], None if job.progress else True  # None hides the bar in a log file
+        self._bar = tqdm(total=total, initial=initial, desc=label, unit=f" {unit}", smoothing=0.05, disable=hidden)
 
     def __enter__(self) -> SetWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         self.stats.seconds = perf_counter() - self._start
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         if error is not None and self._removable and not self.stats.written:
             for path in (*self.out.glob("*.partial"), self.out / self.kind.manifest):
                 path.unlink(missing_ok=True)
@@ -150,36 +148,33 @@ class SetWriter:
     def advance(self, units: int, tokens: int = 0) -> None:
         """Moves the progress bar by `units`, and counts tokens."""
         self.stats.tokens += tokens
-        if self._bar is not None:
-            self.stats.seconds = perf_counter() - self._start
-            self._bar.set_postfix_str(self.stats.speed, refresh=False)
-            self._bar.update(units)
+        self.stats.seconds = perf_counter() - self._start
+        self._bar.set_postfix_str(self.stats.speed, refresh=False)
+        self._bar.update(units)
 
-    def write_tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Writes the part called `name` with the tensors that `make` returns, unless another process has completed it.
+    def write_tensors(self, make: Callable[[str], Mapping[str, Tensor]]) -> None:
+        """Writes every missing part with the tensors that `make` returns for its name.
 
         Raises:
-            UserError: another process is writing it.
+            UserError: another process is writing the same part.
         """
-        path = self.out / name
-        with lock_partial(path) as stream:
-            partial = Path(stream.name)
-            try:
-                if path.exists():  # completed by the previous holder of the lock
+        for path in (self.out / name for name in self.missing):
+            with lock_partial(path) as stream:
+                partial = Path(stream.name)
+                try:
+                    if path.exists():  # completed by the previous holder of the lock
+                        self.stats.existing += 1
+                        continue
+                    # one metadata key only: safetensors writes several in random order
+                    metadata = {Path(self.kind.manifest).stem: self.manifest["id"]}
+                    content = safetensors.torch.save(dict(make(path.name)), metadata)
+                    stream.truncate(0)  # what a killed process left
+                    stream.write(content)
+                    stream.flush()
+                    put_in_place(partial, path)
+                finally:
                     partial.unlink(missing_ok=True)
-                    self.stats.found += 1
-                    return
-                # one metadata key only: safetensors writes several in random order
-                metadata = {Path(self.kind.manifest).stem: self.manifest["id"]}
-                content = safetensors.torch.save(dict(make()), metadata)
-                stream.truncate(0)  # what a killed process left
-                stream.write(content)
-                stream.flush()
-                put_in_place(partial, path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-        self.stats.written, self.stats.bytes = self.stats.written + 1, self.stats.bytes + len(content)
+            self.stats.written, self.stats.bytes = self.stats.written + 1, self.stats.bytes + len(content)
 
     def _begin(self) -> bool:
         """Writes the manifest, or compares it with the existing one; returns whether the folder is new."""
@@ -193,14 +188,7 @@ class SetWriter:
             if foreign:
                 raise UserError(f"--out {out}: holds something else; use a new folder, or one that {self.kind.command} started")
             new = not out.exists()
-            out.mkdir(parents=True, exist_ok=True)
-            try:
-                write_json(out / file, now)
-            except BaseException:
-                if new:
-                    with suppress(OSError):  # another process has started the set
-                        out.rmdir()
-                raise
+            write_json(out / file, now)
             return new
         before, now = comparable(before), comparable(now)
         for key in {**now, **before}:
@@ -232,7 +220,7 @@ def lock_partial(path: Path) -> Iterator[IO[bytes]]:
 
 
 def check_positive(**counts: int | None) -> None:
-    """Raises UserError for a command's option below 1; None is an option that was not given."""
+    """Raises UserError for a command's option below 1; None is an option that is not set."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name}: {value} must be at least 1")

@@ -1,10 +1,10 @@
 """A teacher that runs the frozen target during training, and can cache its hidden states for later epochs and runs.
 
-A cache is one memory-mapped file of [rows, positions, channels] and one byte per row that tells whether the row is stored; it
-is filled as training meets the rows. Values are written before that byte, so a kill loses at most the rows in progress, and
-several processes may share a cache. The key of a cache (data, packing, target, precision, what is stored) decides what may be
-stored in it. For features computed before training, which can be moved to another machine and do not need the target's layers,
-see `trainkit.data.sets.features`.
+A cache is one memory-mapped file of [rows, positions, channels], and one byte per row that is 1 if the row is stored. Training
+stores a row when it first reads it. The values are written before that byte, so a kill loses at most the rows in progress, and
+several processes may share a cache. The key of a cache (data, packing, target, precision, what is stored) determines its
+values. For features that are computed before training, can be moved to another machine and do not need the target's layers, see
+`trainkit.data.sets.features`.
 """
 
 # R packed rows  B batch rows  T positions  C channels  D hidden  A taps
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -39,29 +40,24 @@ class FeatureCache:
     Args:
         folder: Folder of all caches; each has a subfolder named by the digest of its key.
         key: Everything that determines the values, JSON-able.
-        rows: Number of packed rows (R).
-        length: Tokens in a packed row (T).
-        width: Number of values per token (C).
+        shape: Number of packed rows (R), tokens in each (T) and values per token (C).
         dtype: Dtype of the values.
 
     Raises:
         UserError: the disk has no space for the whole cache.
     """
 
-    def __init__(
-        self, folder: str | Path, key: Mapping[str, Any], rows: int, length: int, width: int, dtype: torch.dtype
-    ) -> None:
-        described = {**key, "rows": rows, "length": length, "width": width, "dtype": str(dtype)}
+    def __init__(self, folder: str | Path, key: Mapping[str, Any], shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        described = {**key, **dict(zip(("rows", "length", "width"), shape, strict=True)), "dtype": str(dtype)}
         self.path = Path(folder) / hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
         self.path.mkdir(parents=True, exist_ok=True)
-        self.size = rows * length * width * dtype.itemsize
+        self.size = math.prod(shape) * dtype.itemsize
         values = self.path / "values.bin"
         if not values.exists():
             self._reserve(values)
         write_json(self.path / "key.json", described)
-        self._values_RTC = torch.from_file(str(values), shared=True, size=rows * length * width, dtype=dtype)
-        self._values_RTC = self._values_RTC.view(rows, length, width)
-        self._stored_R = torch.from_file(str(self.path / "there.bin"), shared=True, size=rows, dtype=torch.uint8)
+        self._values_RTC = torch.from_file(str(values), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        self._stored_R = torch.from_file(str(self.path / "there.bin"), shared=True, size=shape[0], dtype=torch.uint8)
 
     def _reserve(self, values: Path) -> None:
         """Allocates the whole file: if the disk filled up later, writing to the mapped file would kill the process silently."""
@@ -98,7 +94,7 @@ class FeatureCache:
 
 
 class Teacher(ABC):
-    """Gives the target's hidden states (or top-k rows) for packed batches, from a running target or from disk."""
+    """Reads the target's hidden states (or top-k rows) for packed batches, from a running target or from disk."""
 
     target: FrozenTarget
     top_k: int | None
@@ -108,12 +104,12 @@ class Teacher(ABC):
         return self.target.handle()
 
     def stored_head(self) -> TopKHead | None:
-        """The head that decodes the top-k rows which `read` returns in place of last hidden states; None for hidden states."""
+        """The head that reads top-k rows; None if `read` returns last hidden states instead of top-k rows."""
         return None if self.top_k is None else TopKHead(self.top_k, self.target.handle().vocab_size)
 
     @abstractmethod
     def open_store(self, name: str, packed: PackedSet, taps: Sequence[int]) -> Any:
-        """What is stored on disk for a packed set, opened once; `name` identifies the set, e.g. its fingerprint and split."""
+        """Stored values of a packed set, opened at the first call; `name` identifies the set, e.g. its data and split."""
 
     @abstractmethod
     def read(self, batch: Mapping[str, Tensor], taps: Sequence[int] = (), store: Any = None) -> tuple[Tensor, Tensor | None]:
@@ -154,16 +150,11 @@ class LiveTeacher(Teacher):
         if (name, tuple(taps)) not in self._caches:
             others, hidden, device = self._other_taps(taps), self.target.hidden_size, self.target.device.type
             autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-            key = {
-                "set": name,
-                "target": self._digests,
-                "taps": others,
-                "top_k": self.top_k,
-                "precision": [str(self.target.dtype), autocast],
-            }
+            key = {"set": name, "target": self._digests, "taps": others, "top_k": self.top_k}
+            key["precision"] = [str(self.target.dtype), autocast]
             width = (hidden if self.top_k is None else 2 * self.top_k + 1) + hidden * len(others)
             dtype = self.target.dtype if self.top_k is None else torch.float32
-            cache = FeatureCache(self.folder, key, len(packed), packed.length, width, dtype)
+            cache = FeatureCache(self.folder, key, (len(packed), packed.length, width), dtype)
             print(
                 f"hidden states of {len(packed):,} packed rows: {cache.size / 1e9:.2f} GB in {cache.path}, "
                 f"{cache.filled:,} rows already cached"

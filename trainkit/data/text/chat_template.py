@@ -1,8 +1,8 @@
-"""Rows to token ids with a loss mask that covers assistant tokens only, found by means of the chat template.
+"""Encodes rows as token ids with a loss mask; in a chat, the mask covers only the tokens that the assistant writes.
 
-A template with `{% generation %}` spans marks what the assistant wrote. Without these spans, each assistant turn becomes a
-document of its own: the template renders the turns before it (with `add_generation_prompt`), and then also the turn itself; the
-difference between the two is what counts. So a template that removes the thinking of earlier turns is followed exactly.
+A chat template with `{% generation %}` spans marks these tokens. Without such spans, each assistant turn becomes a document of
+its own: the template renders the turns before it (with `add_generation_prompt`), and then the same turns and itself; the mask
+covers what was added. So a template that removes the thinking of earlier turns is followed exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from trainkit.errors import UserError
 from trainkit.models.load import read_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # transformers takes seconds to import
 
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 
@@ -34,7 +36,8 @@ class Document:
     Attributes:
         tokens: Token ids, int32.
         mask: True where the token counts as a label.
-        chat: Whether the mask comes from a template or a prompt, so that over a set it must be neither all True nor all False.
+        chat: Whether the mask is from a template or a prompt. Over all such documents of a set, some tokens must be labels
+            and some must not.
         divisible: Whether it is plain text, which may be cut anywhere.
     """
 
@@ -44,7 +47,7 @@ class Document:
     divisible: bool = False
 
 
-def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def load_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer:
     """The tokenizer of a folder or hub name; a loaded tokenizer is returned unchanged.
 
     Raises:
@@ -53,18 +56,18 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
     return read_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
 
-def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def vocabulary_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of everything in a tokenizer that turns text into ids."""
     return hashlib.sha256(json.dumps(_core(tokenizer), sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 of everything in a tokenizer that affects training rows: vocabulary, chat template, end and padding token."""
     parts = [_core(tokenizer), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _core(tokenizer: PreTrainedTokenizerBase) -> Any:
+def _core(tokenizer: Tokenizer) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     core: Any = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
     if isinstance(core, dict):  # truncation and padding are settings of the last call, not of the tokenizer
@@ -80,12 +83,9 @@ class Encoder:
         has_spans: Whether the template marks the assistant's tokens with generation spans.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        template = tokenizer.chat_template
-        if isinstance(template, dict):
-            template = tokenizer.get_chat_template()
-        self.template: str | None = template or None
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, template = tokenizer, tokenizer.chat_template
+        self.template: str | None = (tokenizer.get_chat_template() if isinstance(template, dict) else template) or None
         self.has_spans = bool(self.template and _GENERATION.search(self.template)) and tokenizer.is_fast
 
     @cached_property

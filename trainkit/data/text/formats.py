@@ -1,7 +1,7 @@
 """Row formats: a dictionary read from a file becomes a chat, a prompt with its response, plain text or token ids.
 
 The first format in `FORMATS` whose columns a row has is used. Columns that it does not use are returned to the caller, which
-counts them. A column mapping gives our name for each of the file's: `{"prompt": "instruction", "response": "output"}`.
+counts them. A column mapping gives the file's name for some of our columns: `{"prompt": "instruction", "response": "output"}`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
 def pick_format(
     values: Mapping[str, Any], columns: Mapping[str, str], formats: tuple[tuple[str, ...], ...] = FORMATS
 ) -> tuple[str, ...]:
-    """The first format whose columns the row has; with a mapping, the first of those that use a mapped name.
+    """The first format whose columns the row has; with a mapping, only formats with a mapped column are considered.
 
     Raises:
         RowError: the row has the columns of no format.
@@ -112,33 +112,24 @@ def parse_row(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Ro
 
 def parse_messages(messages: Any) -> list[dict[str, Any]]:
     """Turns with `role` and `content`, checked."""
-    turns = []
-    for n, message in enumerate(_check_turns("messages", messages)):
-        if not isinstance(message, Mapping):
-            raise RowError(f"messages[{n}] must be an object with role and content, not {_describe(message)}")
-        role, content = message.get("role"), message.get("content")
+    for n, (role, content) in enumerate(_check_turns(messages, "messages", "role", "content")):
         if not isinstance(role, str) or not role:
             raise RowError(f"messages[{n}].role must be a name, not {_describe(role)}")
         if not isinstance(content, str):
             raise RowError(f"messages[{n}].content must be text, not {_describe(content)}")
-        # Parquet gives every turn the union of all keys, with null where a turn has no value
-        turns.append({key: value for key, value in message.items() if value is not None})
-    return turns
+    # Parquet gives every turn the union of all keys, with null where a turn has no value
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def parse_sharegpt(conversations: Any) -> list[dict[str, Any]]:
     """ShareGPT turns (`from`, `value`) as turns with `role` and `content`."""
-    turns = []
-    for n, turn in enumerate(_check_turns("conversations", conversations)):
-        if not isinstance(turn, Mapping):
-            raise RowError(f"conversations[{n}] must be an object with from and value, not {_describe(turn)}")
-        speaker, value = turn.get("from"), turn.get("value")
+    turns = _check_turns(conversations, "conversations", "from", "value")
+    for n, (speaker, value) in enumerate(turns):
         if not isinstance(speaker, str) or speaker not in _ROLES:
             raise RowError(f"conversations[{n}].from is {speaker!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(value, str):
             raise RowError(f"conversations[{n}].value must be text, not {_describe(value)}")
-        turns.append({"role": _ROLES[speaker], "content": value})
-    return turns
+    return [{"role": _ROLES[speaker], "content": value} for speaker, value in turns]
 
 
 def check_text(name: str, value: Any) -> str:
@@ -160,10 +151,14 @@ def parse_token_row(input_ids: Any, loss_mask: Any) -> TokenRow:
     return TokenRow(input_ids, [int(x) for x in loss_mask])
 
 
-def _check_turns(name: str, turns: Any) -> list[Any]:
+def _check_turns(turns: Any, column: str, *keys: str) -> list[tuple[Any, ...]]:
+    """The values of two keys in each turn of a column, None if a turn does not have the key."""
     if not isinstance(turns, list) or not turns:
-        raise RowError(f"{name} must be a list of turns, not {_describe(turns)}")
-    return turns
+        raise RowError(f"{column} must be a list of turns, not {_describe(turns)}")
+    for n, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise RowError(f"{column}[{n}] must be an object with {' and '.join(keys)}, not {_describe(turn)}")
+    return [tuple(turn.get(key) for key in keys) for turn in turns]
 
 
 def _chat(messages: list[dict[str, Any]]) -> Chat:

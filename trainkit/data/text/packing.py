@@ -37,7 +37,7 @@ class PackedSet:
         rows_R: Start of each row in `documents_D`, and the end of the last one: R + 1 entries, int64.
         length: Tokens in a padded row.
         pad_id: Id of padding.
-        fingerprint: Digest of the data and settings that it was made from.
+        fingerprint: Digest of the data and settings that determine the set.
     """
 
     tokens_N: np.ndarray
@@ -54,8 +54,6 @@ class PackedSet:
     @cached_property
     def labels_R(self) -> np.ndarray:
         """Number of labels in each row, int64."""
-        if not len(self):
-            return np.zeros(0, np.int64)
         return np.add.reduceat(self.mask_N, self.documents_D[self.rows_R[:-1]], dtype=np.int64)
 
     @cached_property
@@ -71,18 +69,8 @@ class PackedSet:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    @property
-    def efficiency(self) -> float:
-        """Share of the packed positions that are not padding."""
-        return len(self.tokens_N) / (len(self) * self.length) if len(self) else 0.0
-
-    def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, mask) of each document, in stored order."""
-        bounds = self.documents_D.tolist()
-        return [(self.tokens_N[a:b], self.mask_N[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-
     def batch(self, rows: Sequence[int], size: int) -> dict[str, Tensor]:
-        """Tensors of `size` rows: the given ones, then rows that are only padding.
+        """Tensors of `size` rows: those at `rows`, then rows that are only padding.
 
         Returns:
             tokens_BT and positions_BT, int64; document_BT, int64, numbered from 0 in each row and -1 on padding; mask_BT, bool;
@@ -115,18 +103,14 @@ class PackedSet:
         folder.mkdir()
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name))
-        others = {"length": self.length, "pad_id": self.pad_id, "fingerprint": self.fingerprint}
-        write_json(folder / "packed.json", others)
+        write_json(folder / "packed.json", {name: getattr(self, name) for name in ("length", "pad_id", "fingerprint")})
 
     @staticmethod
     def load(folder: Path) -> PackedSet:
         """The set that `save` wrote, memory-mapped, so that processes share the memory."""
-        # an empty array cannot be mapped
-        arrays = {
-            name: np.load(file, mmap_mode="r" if file.stat().st_size > 128 else None, allow_pickle=False)
-            for name in ARRAYS
-            for file in [folder / f"{name}.npy"]
-        }
+        files = {name: folder / f"{name}.npy" for name in ARRAYS}
+        # a file of 128 bytes has only a header, and an empty array cannot be mapped
+        arrays = {name: np.load(file, "r" if file.stat().st_size > 128 else None) for name, file in files.items()}
         return PackedSet(**arrays, **json.loads((folder / "packed.json").read_text(encoding="utf-8")))
 
 
@@ -142,14 +126,8 @@ def join(parts: Sequence[tuple[PackedSet, Sequence[int]]]) -> PackedSet:
             masks.append(packed.mask_N[bounds[0] : bounds[-1]])
             sizes.extend(np.diff(bounds).tolist())
             rows.append(rows[-1] + len(bounds) - 1)
-    return PackedSet(
-        tokens_N=np.concatenate(tokens),
-        mask_N=np.concatenate(masks),
-        documents_D=np.cumsum(sizes, dtype=np.int64),
-        rows_R=np.asarray(rows, np.int64),
-        length=first.length,
-        pad_id=first.pad_id,
-    )
+    arrays = np.concatenate(tokens), np.concatenate(masks), np.cumsum(sizes, dtype=np.int64), np.asarray(rows, np.int64)
+    return PackedSet(*arrays, first.length, first.pad_id)
 
 
 def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: str = "") -> PackedSet:
@@ -169,12 +147,12 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: s
     for d in order:
         size = len(documents[d].tokens)
         assert 0 < size <= length
-        at = bisect_left(room, size)
-        if at < len(room):
-            space = room[at]
+        index = bisect_left(room, size)
+        if index < len(room):
+            space = room[index]
             chosen = open_bins[space].pop()
             if not open_bins[space]:
-                del open_bins[space], room[at]
+                del open_bins[space], room[index]
         else:
             space, chosen = length, len(bins)
             bins.append([])
@@ -184,17 +162,10 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: s
                 insort(room, left)
             open_bins.setdefault(left, []).append(chosen)
 
-    # Lay the documents out row by row.
+    # Lay the documents out row by row; the empty arrays are for a set without documents.
     placed = [documents[d] for row in bins for d in row]
     starts = np.cumsum([0, *(len(document.tokens) for document in placed)], dtype=np.int64)
-    mask_N = np.concatenate([document.mask for document in placed]) if placed else np.zeros(0, np.bool_)
+    mask_N = np.concatenate([np.zeros(0, np.bool_), *(document.mask for document in placed)])
     mask_N[starts[:-1]] = False
-    return PackedSet(
-        tokens_N=np.concatenate([document.tokens for document in placed]) if placed else np.zeros(0, np.int32),
-        mask_N=mask_N,
-        documents_D=starts,
-        rows_R=np.cumsum([0, *map(len, bins)], dtype=np.int64),
-        length=length,
-        pad_id=pad_id,
-        fingerprint=fingerprint,
-    )
+    tokens_N = np.concatenate([np.zeros(0, np.int32), *(document.tokens for document in placed)])
+    return PackedSet(tokens_N, mask_N, starts, np.cumsum([0, *map(len, bins)], dtype=np.int64), length, pad_id, fingerprint)

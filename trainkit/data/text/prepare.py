@@ -6,15 +6,16 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from trainkit.data.manifest import DISTILLED
-from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer, tokenizer_hash, vocabulary_hash
+from trainkit.data.text.chat_template import Document, Encoder, Tokenizer, load_tokenizer, tokenizer_hash, vocabulary_hash
 from trainkit.data.text.formats import check_columns, parse_row
 from trainkit.data.text.packing import PackedSet, pack
 from trainkit.data.text.report import Report, SetReport
@@ -22,13 +23,10 @@ from trainkit.data.text.sources import RowError, content_hash, read_rows
 from trainkit.errors import UserError
 from trainkit.files import cache_folder, write_folder, write_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 CACHE = cache_folder("data")
 """Default folder for prepared sets."""
 CODE_VERSION = 1
-"""Part of every fingerprint. Increase it with any change that gives another result for the same files."""
+"""Part of every fingerprint. Increase it with any change of the code that changes the result for the same files."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Prepared:
 def prepare(
     train: Sequence[str],
     validation: Sequence[str] | None,
-    tokenizer: str | PreTrainedTokenizerBase,
+    tokenizer: str | Tokenizer,
     length: int,
     *,
     columns: Mapping[str, str] | None = None,
@@ -63,10 +61,10 @@ def prepare(
 
     Args:
         train: Files, folders or hub names.
-        validation: Files, folders or hub names; None holds out a share of the training rows, whole rows drawn with `seed`.
+        validation: Files, folders or hub names; None holds out a share of the training rows, drawn with `seed`.
         tokenizer: A loaded tokenizer, or its folder or hub name.
         length: Tokens in a packed row, and the maximum length of a document. Longer plain text is cut into several documents.
-        columns: Maps our column names to the files', e.g. `{"prompt": "instruction", "response": "output"}`.
+        columns: Column mapping, from trainkit's names to the files', e.g. `{"prompt": "instruction", "response": "output"}`.
         on_bad_row: Stop at a bad row, or skip and count it.
         on_long_row: A row longer than `length` that is not plain text: truncate it (counted), skip it (counted), or stop.
         validation_share: Share of the rows to hold out if there are no validation files; 0 holds out none.
@@ -76,17 +74,15 @@ def prepare(
         cache_dir: Folder for prepared sets; None prepares in memory, without a cache.
 
     Raises:
-        UserError: a file or row cannot be used, or no token or every token of the chats counts as a label.
+        UserError: a file or row cannot be used, or either none or all of the tokens in chats are labels.
     """
     # Check the settings.
     if length < 2:
         raise UserError(f"length: {length} must be at least 2")
     if not 0 <= validation_share < 1:
         raise UserError(f"validation_share: {validation_share} must be at least 0 and below 1")
-    for name, value, known in (
-        ("on_bad_row", on_bad_row, ("error", "skip")),
-        ("on_long_row", on_long_row, ("truncate", "skip", "error")),
-    ):
+    choices = {"on_bad_row": (on_bad_row, "error", "skip"), "on_long_row": (on_long_row, "truncate", "skip", "error")}
+    for name, (value, *known) in choices.items():
         if value not in known:
             raise UserError(f"{name}: {value!r} is unknown; choose from {', '.join(known)}")
     if not train:
@@ -126,7 +122,7 @@ def prepare(
     return work() if cache_dir is None else _cached(Path(cache_dir), fingerprint, work)
 
 
-def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(source: str, tokenizer: Tokenizer) -> None:
     """Raises UserError for a distillation set whose token ids are from another tokenizer."""
     manifest = DISTILLED.read(Path(source)) if Path(source).is_dir() else None
     if manifest is not None and manifest.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):
@@ -138,9 +134,7 @@ def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
 def _encode(
     name: str, files: Sequence[str], encoder: Encoder, limit: int | None, policy: Mapping[str, Any]
 ) -> tuple[list[list[Document]], SetReport]:
-    """The documents of each row that has any."""
-    from tqdm import tqdm
-
+    """The documents of each row that has any with labels, and the counts."""
     report, rows = SetReport(name), []
     chat_tokens = chat_labels = 0
     for file in files:
@@ -166,7 +160,7 @@ def _encode(
             chat_labels += sum(int(document.mask.sum()) for document in chats)
             if fitted := [piece for document in documents for piece in _fit(document, location, policy, report)]:
                 rows.append(fitted)
-    # Refuse a mask that cannot be right, and a set without rows.
+    # Refuse masks that cannot be right, and a set without rows.
     if chat_tokens and chat_labels in (0, chat_tokens):
         share = "every token" if chat_labels else "no token"
         raise UserError(f"{name}: {share} of the chats is a label; the chat template must mark the assistant's tokens only")
@@ -213,7 +207,7 @@ def _hold_out(
 
 
 def _cached(cache_dir: Path, fingerprint: str, work: Callable[[], Prepared]) -> Prepared:
-    """The cache entry of this fingerprint, made by `work` if it does not exist."""
+    """The cache entry of this fingerprint; if it does not exist, `work` computes it."""
     entry = cache_dir / fingerprint
     cache_dir.mkdir(parents=True, exist_ok=True)
     with (cache_dir / f"{fingerprint}.lock").open("w") as lock:
@@ -224,8 +218,9 @@ def _cached(cache_dir: Path, fingerprint: str, work: Callable[[], Prepared]) -> 
             def fill(folder: Path) -> None:
                 prepared.train.save(folder / "train")
                 prepared.validation.save(folder / "validation")
-                write_json(folder / "report.json", prepared.report.to_dict())
+                write_json(folder / "report.json", asdict(prepared.report))
 
             write_folder(entry, fill)
-    report = Report.from_dict(json.loads((entry / "report.json").read_text(encoding="utf-8")))
+    values = json.loads((entry / "report.json").read_text(encoding="utf-8"))
+    report = Report(SetReport(**values["train"]), SetReport(**values["validation"]))
     return Prepared(PackedSet.load(entry / "train"), PackedSet.load(entry / "validation"), report, fingerprint)

@@ -1,12 +1,12 @@
-"""Prompts for generation, distillation and benchmarks, as token ids, and the completions that a model gives to them."""
+"""Prompts for generation, distillation and benchmarks, as token ids, and the completions that a model generates for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainkit.data.text.chat_template import Encoder, load_tokenizer
+from trainkit.data.text.chat_template import Encoder, Tokenizer, load_tokenizer
 from trainkit.data.text.formats import (
     PROMPT_FORMATS,
     QUESTION_SEPARATOR,
@@ -20,9 +20,6 @@ from trainkit.data.text.formats import (
 from trainkit.data.text.sources import RowError, read_rows
 from trainkit.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -30,7 +27,7 @@ class Prompt:
 
     Attributes:
         tokens: Token ids.
-        messages: The chat that it came from, which ends with a user turn; None for raw text and for token rows.
+        messages: The chat, which ends with a user turn; None for raw text and for token rows.
         text: The raw text; empty for chats and token rows.
     """
 
@@ -44,7 +41,7 @@ class Completion:
     """The continuation of a prompt.
 
     Attributes:
-        id: Id that the request was given.
+        id: Id of the request.
         tokens: New token ids, with the end token if the text ended with one.
         text: The text of these tokens without special tokens.
         finish: `end` (the text ended with an end token) or `length`.
@@ -57,14 +54,14 @@ class Completion:
 
 
 def read_prompts(
-    path: str, tokenizer: str | PreTrainedTokenizerBase, limit: int | None = None, columns: Mapping[str, str] | None = None
+    path: str, tokenizer: str | Tokenizer, limit: int | None = None, columns: Mapping[str, str] | None = None
 ) -> list[list[int]]:
     """Token ids of each prompt in a file; arguments as in `read_prompt_rows`."""
     return [prompt.tokens for prompt in read_prompt_rows(path, tokenizer, limit, columns)]
 
 
 def read_prompt_rows(
-    path: str, tokenizer: str | PreTrainedTokenizerBase, limit: int | None = None, columns: Mapping[str, str] | None = None
+    path: str, tokenizer: str | Tokenizer, limit: int | None = None, columns: Mapping[str, str] | None = None
 ) -> list[Prompt]:
     """The prompt of each row, rendered by the chat template if the tokenizer has one.
 
@@ -75,7 +72,7 @@ def read_prompt_rows(
         path: File, folder or hub name, as in `read_rows`.
         tokenizer: A loaded tokenizer, or its folder or hub name.
         limit: Number of rows to read, from the beginning; None reads all.
-        columns: Maps our column names to the file's.
+        columns: Column mapping, from trainkit's names to the file's.
 
     Raises:
         UserError: the file has no row, or a row has no prompt; the message names the row and the reason.

@@ -1,10 +1,9 @@
-"""What preparation did to the rows: every row read is either packed, or counted here with the reason why not."""
+"""What preparation did to the rows: every row is either packed, or counted here by the reason why it is not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from trainkit.data.text.packing import PackedSet
 
@@ -15,13 +14,13 @@ class SetReport:
 
     Attributes:
         name: `train` or `validation`.
-        rows: Rows read; for a held-out set, the rows that it got.
-        held_out: Whether the rows were taken from the training rows, whose own `rows` include them.
+        rows: Rows read; for a held-out set, the rows held out.
+        held_out: Whether the rows are a share of the training rows; the `rows` of the training set then include them.
         skipped: Number of bad rows, by reason.
         examples: Location of the first bad row, by reason.
         truncated: Documents that lost their end.
         too_long: Documents left out because they are longer than a packed row.
-        cut: Plain texts cut into several documents.
+        cut: Plain texts that were cut into several documents.
         unlabelled: Documents left out because none of their tokens counts as a label, often after truncation.
         unused: Number of rows that have a column that was not read, by column.
         documents: Documents packed.
@@ -60,10 +59,11 @@ class SetReport:
             self.unused[column] = self.unused.get(column, 0) + 1
 
     def measure(self, packed: PackedSet) -> None:
-        """Stores the sizes of the packed set."""
+        """Sets the sizes to those of the packed set."""
         self.documents, self.tokens = len(packed.documents_D) - 1, len(packed.tokens_N)
         self.counted = int(packed.labels_R.sum())
-        self.packed_rows, self.length, self.efficiency = len(packed), packed.length, packed.efficiency
+        self.packed_rows, self.length = len(packed), packed.length
+        self.efficiency = self.tokens / max(1, self.packed_rows * self.length)
 
     def __str__(self) -> str:
         origin = "held out of train" if self.held_out else "read"
@@ -71,16 +71,15 @@ class SetReport:
             f"{self.name}: {self.rows:,} rows {origin}, {self.documents:,} documents, {self.tokens:,} tokens, "
             f"{self.counted:,} labels; {self.packed_rows:,} packed rows of {self.length}, {self.efficiency:.1%} full"
         ]
-        for count, effect in (
+        counts = [
             (self.truncated, f"truncated to {self.length} tokens"),
             (self.too_long, f"left out, longer than {self.length} tokens"),
             (self.cut, f"plain texts cut into pieces of {self.length}"),
             (self.unlabelled, "left out, no token is a label"),
-        ):
-            if count:
-                lines.append(f"  {count:,} {effect}")
+        ]
         for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1]):
-            lines.append(f"  {count:,} skipped: {reason} (first: {self.examples[reason]})")
+            counts.append((count, f"skipped: {reason} (first: {self.examples[reason]})"))
+        lines += [f"  {count:,} {effect}" for count, effect in counts if count]
         if self.unused:
             lines.append("  columns not read: " + ", ".join(f"{key} ({count:,})" for key, count in sorted(self.unused.items())))
         return "\n".join(lines)
@@ -95,12 +94,3 @@ class Report:
 
     def __str__(self) -> str:
         return f"{self.train}\n{self.validation}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able copy."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> Report:
-        """The report of which `values` is the `to_dict`."""
-        return Report(SetReport(**values["train"]), SetReport(**values["validation"]))

@@ -18,7 +18,7 @@ def frequent_ids(
     """Ids to keep, ascending; the share of the text's labels that they cover; and a line for the user about both.
 
     Raises:
-        UserError: `keep` is neither a share nor a number of ids.
+        UserError: `keep` is not a possible share or number of ids.
     """
     size = shape.decoder.vocab_size
     number = round(keep * size) if keep <= 1 else int(keep) if float(keep).is_integer() else 0
