@@ -25,6 +25,12 @@ def _seed_line() -> str:
     return f"random inputs: TRAINKIT_TEST_SEED={SEED} draws the same again"
 
 
+def pytest_configure() -> None:
+    import hypothesis.core
+
+    hypothesis.core.global_force_seed = SEED  # so that the printed seed repeats its examples too
+
+
 def pytest_report_header() -> str:
     return _seed_line()
 

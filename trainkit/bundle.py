@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from trainkit import __version__
 from trainkit.errors import UserError
 from trainkit.files import tidy, write_folder, write_text
 
@@ -168,8 +169,8 @@ def _write(bundle: Bundle, fill: Callable[[Path], Mapping[str, str]]) -> Bundle:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("trainkit", "torch", "transformers", "lightning", "safetensors"):
+    found = {"trainkit": __version__}  # the installed metadata stays old after an update of a checkout
+    for name in ("torch", "transformers", "lightning", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

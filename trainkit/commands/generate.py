@@ -19,6 +19,7 @@ def generate(
     target: str,
     prompt: str,
     drafter: str | None = None,
+    max_new_tokens: int = 256,
     verify: Literal["coupled", "residual", "typical"] = "coupled",
     tree: str | None = None,
     stop: list[str] | None = None,
@@ -39,6 +40,7 @@ def generate(
         target: Hugging Face folder of the target.
         prompt: The text; `-` reads standard input, `@FILE` a file.
         drafter: Drafter bundle, or a plain folder of a small model with the same tokenizer.
+        max_new_tokens: Largest number of new tokens, the end token included.
         verify: coupled: the text of plain decoding with the same seed, token for token; residual: the same distribution;
             typical: LOSSY above temperature 0, accepts drafted tokens that the target finds plausible, so the text is another.
         tree: Draft a tree instead of a chain. dynamic:DEPTH,TOP_K,NODES follows the draft's probabilities: on each of DEPTH
@@ -51,7 +53,9 @@ def generate(
         dtype: float32, bfloat16 or float16.
         **options: Sampling and drafting, as in `GenerateOptions`.
     """
-    chosen = GenerateOptions(verify=verify, tree=tree, stop=tuple(stop or ()), logprobs=False, ignore_end=False, **options)
+    chosen = GenerateOptions(
+        max_new_tokens, verify=verify, tree=tree, stop=tuple(stop or ()), logprobs=False, ignore_end=False, **options
+    )
     runner = Runner.load(target, drafter, device=device, dtype=dtype, max_batch=1)
     text = _read_prompt(prompt)
     if not raw and runner.tokenizer.chat_template:

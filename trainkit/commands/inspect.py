@@ -14,7 +14,7 @@ def inspect(bundle: Path, *, target: Path | None = None) -> str:
 
     Args:
         bundle: Folder with a trainkit.json.
-        target: Hugging Face folder of the target that it shall draft for.
+        target: Hugging Face folder of the target that it is to draft for.
 
     Example:
         trainkit inspect runs/draft/bundle

@@ -45,7 +45,8 @@ class SetKind:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not JSON ({error}); remove the folder and run {self.command} again") from None
-        if not isinstance(values, dict) or values.get("format") != self.format:
+        known = isinstance(values, dict) and values.get("format") == self.format
+        if not known or not (isinstance(values.get("parts"), int) or isinstance(values.get("sets"), dict)):
             raise UserError(f"{path}: not {self.title} of format {self.format}; use the trainkit version that wrote it")
         return values
 

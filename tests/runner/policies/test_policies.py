@@ -26,7 +26,8 @@ from trainkit.runner.policies.chain import PolicyChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts
 from trainkit.runner.policies.simple import TIERS, Recent, Threshold
-from trainkit.runner.policy import Policy, PolicySpec, RoundOutcome
+from trainkit.runner.policies.spec import PolicySpec
+from trainkit.runner.policy import Policy, RoundOutcome
 from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.verify import Residual

@@ -13,7 +13,8 @@ from trainkit.runner.policies.chain import PolicyChain, RankedChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts, cached_costs, measure_chain_costs, shapes_digest
 from trainkit.runner.policies.simple import Recent, Threshold
-from trainkit.runner.policy import MAX_DEPTH, Policy, PolicySpec
+from trainkit.runner.policies.spec import PolicySpec
+from trainkit.runner.policy import MAX_DEPTH, Policy
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.scheduler import Scheduler
 from trainkit.runner.timing import processor
