@@ -159,7 +159,8 @@ def _bandwidth(result: BenchResult, method: Method) -> Summary:
     token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * weight.element_size()  # keys and values
     cache_bytes = min(result.arguments.batch, len(setup.prompts)) * setup.mean_length * token_bytes
     step_bytes = target.step_bytes() + levels * draft_bytes + cache_bytes
-    seconds = method.decode_seconds / max(1, method.last.rounds)
+    decode_seconds = median(output.seconds - output.split["prefill"] for output in method.outputs)
+    seconds = decode_seconds / max(1, method.last.rounds)
     return {
         "bytes": step_bytes,
         "step_seconds": seconds,

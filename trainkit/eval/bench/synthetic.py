@@ -11,17 +11,15 @@ trained or exported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from trainkit.drafters.base import Accepted, Chunk, Divergence, DraftBatch, Drafter, Frontier, State, StepOutput, load_kind
+from trainkit.drafters.base import Accepted, Chunk, Drafter, Frontier, State, StepOutput, load_kind
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
-from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 
 
@@ -125,9 +123,6 @@ class ScriptedDrafter(Drafter):
         assert len(lengths) == self.ROUNDS
         self.accepts_R.copy_(torch.tensor(lengths))
 
-    def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
-        raise NotImplementedError("a scripted drafter cannot be trained")
-
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         count_B = torch.zeros(batch_size, dtype=torch.long, device=device)
         return {**self.inner.init_state(batch_size, slots, device, dtype), "round": count_B}
@@ -152,12 +147,8 @@ class ScriptedDrafter(Drafter):
     def step_bytes(self, head_bytes: int) -> int:
         return self.inner.step_bytes(head_bytes)
 
-    def config(self) -> dict[str, Any]:
-        return self.inner.config()
+    @staticmethod
+    def _refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("a scripted drafter can be neither trained nor exported")
 
-    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
-        raise NotImplementedError("a scripted drafter cannot be exported")
-
-    @classmethod
-    def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> ScriptedDrafter:
-        raise NotImplementedError("a scripted drafter cannot be exported")
+    forward = config = export = load = _refuse

@@ -107,11 +107,6 @@ class Method:
         """The last repeat's output; all repeats give the same tokens."""
         return self.outputs[-1]
 
-    @property
-    def decode_seconds(self) -> float:
-        """Median wall-clock seconds without prefill; trainkit only."""
-        return statistics.median(output.seconds - output.split.get("prefill", 0.0) for output in self.outputs)
-
     def timed(self, prompts: Prompts, max_new_tokens: int, first: int = 0) -> Generated:
         """The output of `run`, with its wall-clock seconds."""
         began = perf_counter()
@@ -159,13 +154,7 @@ def warm_up(
     """Sets each method's fastest thread count, captures every graph, and returns the estimated seconds of one repeat.
 
     Each thread count decodes at most `PROBE_TOKENS` tokens of the first prompt, after an untimed run of a few tokens.
-
-    Args:
-        methods: Methods; their `threads` are set.
-        prompts: Token ids of each prompt.
-        max_new_tokens: Number of new tokens that will be measured.
-        threads: Thread counts to choose from.
-        whole: Run the whole load once before; on a GPU this captures a graph for every cache size.
+    With `whole` the whole load is run once before; on a GPU this captures a graph for every cache size.
     """
     estimate = 0.0
     # largest need of cache slots first: static tensors that grow later would drop the graphs captured before
@@ -194,15 +183,7 @@ def measure(
 
     This number is below `repeats`, but at least 1, if another repeat would end after `max_seconds` of wall-clock time. With
     `turn_size` 1 the methods alternate prompt by prompt: other load on the machine then affects all of them alike, and the
-    ratios of one repeat compare times that lie close together.
-
-    Args:
-        methods: Methods whose threads are chosen.
-        prompts: Token ids of each prompt.
-        max_new_tokens: Maximum number of new tokens for each prompt.
-        repeats: Number of times that every method decodes all prompts.
-        max_seconds: Limit for all repeats, in seconds.
-        turn_size: Number of prompts that a method decodes before the next one's turn; all by default.
+    ratios of one repeat compare times that lie close together. Without `turn_size` a method decodes all prompts in a turn.
     """
     began, turn_size = perf_counter(), turn_size or len(prompts)
     starts = range(0, len(prompts), turn_size)

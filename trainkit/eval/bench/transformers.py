@@ -72,16 +72,9 @@ def transformers_method(
 ) -> Method:
     """A method that decodes with transformers' `generate`, or with its assisted generation if there is an assistant.
 
-    Above temperature 0 its text differs from trainkit's, because transformers draws other noise.
-
-    Args:
-        name: Name in tables.
-        arguments: Arguments of the bench: temperature, seed and batch apply.
-        shape: Target whose end and padding ids apply.
-        model: Target, a transformers model.
-        assistant: Draft model; it drafts `depth` tokens per round on a constant schedule, without a confidence threshold.
-        depth: Number of tokens drafted per round; 0 without an assistant.
-        drafter: Name of the draft model; empty without an assistant.
+    Above temperature 0 its text differs from trainkit's, because transformers draws other noise. The temperature, the seed and
+    the batch come from `arguments`, the end and padding ids from `shape`. The assistant, a draft model, drafts `depth` tokens
+    per round on a constant schedule, without a confidence threshold; `drafter` is its name.
     """
 
     def run(prompts: Prompts, max_new_tokens: int, first: int) -> Generated:

@@ -24,7 +24,8 @@ class BenchArguments:
         target: Hugging Face folder of the target.
         drafters: Folders of the drafters.
         prompts: File of prompts or chats; the tokenizer's chat template is applied, if it has one.
-        depths: Draft depths to measure, up to the drafter's own limit; the tree in a drafter's bundle is measured too.
+        depths: Draft depths to measure, as a JSON list; those above a drafter's own limit are left out. The tree in a drafter's
+            bundle is measured too.
         trees: Rank paths of each additional tree.
         policies: Policies that choose the depth during decoding.
         max_new_tokens: Maximum number of new tokens for each prompt.

@@ -25,6 +25,8 @@ from trainkit.runner.policies.cost_model import isotonic
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 from trainkit.runner.trees.shape import RankPath
 
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt, and those of its answer."""
 PAST_END = -1
 """Stands for a rank where the text has ended."""
 
@@ -76,13 +78,7 @@ class _Replay:
     """A batch of (prompt, text) pairs, with a drafter state that has read the prompts."""
 
     def __init__(
-        self,
-        runner: Runner,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        depth: int,
-        width: int,
-        sampling: Sampling,
-        keys_B2: Tensor,
+        self, runner: Runner, pairs: Sequence[Pair], depth: int, width: int, sampling: Sampling, keys_B2: Tensor
     ) -> None:
         assert runner.drafter is not None
         self.rounds, self.drafter, self.device = runner.rounds, runner.drafter, runner.device
