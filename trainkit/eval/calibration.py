@@ -86,8 +86,7 @@ def fit_scale(logits_N: Tensor, labels_N: Tensor) -> tuple[float, float]:
         theta = theta - length * step
         if float(step.abs().max()) < 1e-9:
             break
-    scale, shift = theta.tolist()
-    return scale, shift
+    return float(theta[0]), float(theta[1])
 
 
 def fit_scales(logits_N: Tensor, labels_N: Tensor, temperature_N: Tensor) -> Scales:

@@ -65,8 +65,7 @@ def _plot_depths(axes: Any, drafts: Drafts) -> None:
             axes.plot(*points, style, color=colour, markersize=4, label=key + suffix)
     axes.axhline(1.0, color="black", linewidth=0.7)
     axes.set_xticks(sorted({chain["depth"] for _, _, methods in drafts for chain in _by_size(methods)}))
-    axes.set_xlabel("depth of the chain")
-    axes.set_ylabel("times plain decoding (tau: tokens per round)")
+    axes.set(xlabel="depth of the chain", ylabel="times plain decoding (tau: tokens per round)")
 
 
 def _plot_sizes(axes: Any, drafts: Drafts) -> None:
@@ -74,8 +73,7 @@ def _plot_sizes(axes: Any, drafts: Drafts) -> None:
         for kind, shown, style, size in (("chains", True, "o-", 6), ("trees", False, "*", 12)):
             if points := [(method["nodes"], method["tau"]) for method in _by_size(methods, shown)]:
                 axes.plot(*zip(*points, strict=True), style, color=colour, markersize=size, label=f"{name}, {kind}")
-    axes.set_xlabel("nodes verified, root included")
-    axes.set_ylabel("tau: tokens per round")
+    axes.set(xlabel="nodes verified, root included", ylabel="tau: tokens per round")
 
 
 def _plot_positions(axes: Any, drafts: Drafts) -> None:
@@ -87,7 +85,4 @@ def _plot_positions(axes: Any, drafts: Drafts) -> None:
                 positions = range(1, len(deepest["alpha_k"]) + 1)
                 longest = max(longest, len(positions))
                 axes.plot(positions, deepest["alpha_k"], style, color=colour, label=f"{name}, {label(deepest)}")
-    axes.set_xticks(range(1, longest + 1))
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("position k")
-    axes.set_ylabel("alpha_k: accepted, given k - 1 were")
+    axes.set(xticks=range(1, longest + 1), ylim=(0, 1.02), xlabel="position k", ylabel="alpha_k: accepted, given k - 1 were")
