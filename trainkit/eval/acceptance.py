@@ -20,6 +20,7 @@ from trainkit.data.teacher.live import LiveTeacher
 from trainkit.data.text.packing import PackedSet
 from trainkit.drafters.base import DraftBatch, Drafter
 from trainkit.errors import UserError
+from trainkit.eval.bench.timing import Prompts
 from trainkit.losses.divergence import ForwardKL
 from trainkit.losses.output import LossOutput
 from trainkit.models.load import load_decoder
@@ -30,16 +31,11 @@ Sums = dict[str, np.ndarray]
 
 
 def decode_tau(
-    target: str,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    temperatures: Sequence[float],
-    depth: int,
-    max_new_tokens: int,
+    target: str, drafter: Drafter, prompts: Prompts, temperatures: Sequence[float], depth: int, max_new_tokens: int
 ) -> Sums:
     """`tau_coupled@T` and `tau_residual@T` [2, Q]: tokens emitted and rounds of each question; tau is the ratio of their sums.
 
-    Counted as in `Stats.tau`: without prefill's token, and without a last round cut by length or end token.
+    As in `Stats.tau`, prefill's token and a last round cut by length or end token are not counted.
     """
     decoder = load_decoder(Path(target), next(drafter.parameters()).device, torch.float32)
     max_len, depth = max(map(len, prompts)) + max_new_tokens, min(depth, drafter.max_depth or depth)
@@ -64,15 +60,9 @@ def measure(
 ) -> list[list[Sums]]:
     """For each drafter the `Sums` of each of its heads: `tokens`, `alpha@T` and `alpha_coupled@T` for T > 0, `agreement@0`.
 
-    A drafter that makes one prediction per position, whatever its depth, has a single entry.
-
-    Args:
-        reader: Reader of the target; caches hidden states under `name` if it has a folder.
-        drafters: Drafters for this target; all are measured in one pass.
-        packed: Texts; its documents are the questions, in stored order.
-        temperatures: Temperatures of target and draft distribution.
-        batch: Packed rows per forward pass.
-        name: Name of the packed set in the cache.
+    A drafter that makes one prediction per position, whatever its depth, has a single entry. All drafters are measured in one
+    pass over the texts. The documents of `packed` are the questions, in stored order; `batch` packed rows are read together. If
+    the reader has a cache folder, it caches the target's hidden states under `name`.
 
     Raises:
         UserError: a drafter kind whose loss gives no values per token.

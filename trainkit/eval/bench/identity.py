@@ -68,14 +68,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class IdentityChecker:
-    """Compares texts, and scores their first differences with the target.
-
-    Attributes:
-        target: Decoder that both texts should come from.
-        sampling: How logits become scores.
-        seed: Seed of the sampling noise.
-        tolerance: Largest gap that counts as a tie; `tie_tolerance` measures one for half precision.
-    """
+    """Compares texts of the decoder `target`, sampled with noise of `seed`; score gaps below `tolerance` count as ties."""
 
     target: Decoder
     sampling: Sampling

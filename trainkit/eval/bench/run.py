@@ -39,7 +39,7 @@ def run(arguments: BenchArguments, setup: BenchSetup) -> BenchResult:
             file=sys.stderr,
         )
         # time whole decodings, and the parts of a round
-        turn_size = 1 if arguments.batch == 1 else None
+        turn_size = 1 if arguments.batch == 1 else 0
         done = measure(methods, prompts, max_new_tokens, arguments.repeats, max_seconds, turn_size)
         if done < arguments.repeats:
             setup.notes.append(f"{done} of {arguments.repeats} repeats, to stay within max_seconds {max_seconds:.0f}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from time import perf_counter
 
 import torch
@@ -172,18 +173,13 @@ def warm_up(
 
 
 def measure(
-    methods: Sequence[Method],
-    prompts: Prompts,
-    max_new_tokens: int,
-    repeats: int,
-    max_seconds: float = float("inf"),
-    turn_size: int | None = None,
+    methods: Sequence[Method], prompts: Prompts, max_new_tokens: int, repeats: int, max_seconds: float = inf, turn_size: int = 0
 ) -> int:
     """Times every method `repeats` times, interleaved, appends to its `outputs`, and returns the number of repeats done.
 
     This number is below `repeats`, but at least 1, if another repeat would end after `max_seconds` of wall-clock time. With
     `turn_size` 1 the methods alternate prompt by prompt: other load on the machine then affects all of them alike, and the
-    ratios of one repeat compare times that lie close together. Without `turn_size` a method decodes all prompts in a turn.
+    ratios of one repeat compare times that lie close together. With 0 a method decodes all prompts in a turn.
     """
     began, turn_size = perf_counter(), turn_size or len(prompts)
     starts = range(0, len(prompts), turn_size)

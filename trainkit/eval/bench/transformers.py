@@ -62,34 +62,28 @@ def why_not_assistant(folder: str | Path, vocab_size: int) -> str:
 
 
 def transformers_method(
-    name: str,
-    arguments: BenchArguments,
-    shape: TargetShape,
-    model: Any,
-    assistant: Any = None,
-    depth: int = 0,
-    drafter: str = "",
+    name: str, options: BenchArguments, shape: TargetShape, model: Any, assistant: Any = None, depth: int = 0, drafter: str = ""
 ) -> Method:
     """A method that decodes with transformers' `generate`, or with its assisted generation if there is an assistant.
 
     Above temperature 0 its text differs from trainkit's, because transformers draws other noise. The temperature, the seed and
-    the batch come from `arguments`, the end and padding ids from `shape`. The assistant, a draft model, drafts `depth` tokens
+    the batch come from `options`, the end and padding ids from `shape`. The assistant, a draft model, drafts `depth` tokens
     per round on a constant schedule, without a confidence threshold; `drafter` is its name.
     """
 
     def run(prompts: Prompts, max_new_tokens: int, first: int) -> Generated:
-        model.generation_config, extra = _generation_config(arguments.temperature, shape, max_new_tokens), {}
+        model.generation_config, extra = _generation_config(options.temperature, shape, max_new_tokens), {}
         if assistant is not None:
-            assistant.generation_config = _generation_config(arguments.temperature, shape, max_new_tokens)
+            assistant.generation_config = _generation_config(options.temperature, shape, max_new_tokens)
             assistant.generation_config.update(
                 num_assistant_tokens=depth, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
             )
             extra["assistant_model"] = assistant
         tokens: list[list[int]] = []
         with _quiet():
-            for start in range(0, len(prompts), arguments.batch):
-                torch.manual_seed(arguments.seed + first + start)
-                tokens += _generate(model, prompts[start : start + arguments.batch], shape.end_ids, extra)
+            for start in range(0, len(prompts), options.batch):
+                torch.manual_seed(options.seed + first + start)
+                tokens += _generate(model, prompts[start : start + options.batch], shape.end_ids, extra)
             synchronize(model.device)
         return Generated(tokens)
 

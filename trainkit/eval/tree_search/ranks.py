@@ -7,7 +7,7 @@ rounds of every tree (`simulate_decoding`) and the accuracies that trees are sea
 whether or not its heads read their parents' tokens.
 """
 
-# B rows  T positions  A taps  D levels  V vocabulary  K ids it may propose  W ranks told apart  L text length  P path length
+# B rows  T positions  A taps  D levels  V vocabulary  K ids it may propose  W ranks  L text length  P path length
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def replay_ranks(
         runner: Runner with a drafter.
         prompts: Token ids of each prompt.
         texts: The runner's answer to each prompt, at this temperature and seed.
-        depth: Levels to draft, D; at most the drafter's `max_depth`.
-        width: Ranks told apart, W.
+        depth: Number of levels to draft, D; at most the drafter's `max_depth`.
+        width: Number of ranks that are distinguished, W.
         temperature: Sampling temperature; above 0, draft and target are ranked with the noise that they share.
         seed: Seed of that noise; the prompt's index is part of its key, as in `Runner.generate`.
-        batch: Texts replayed together.
+        batch: Number of texts replayed together.
 
     Raises:
         UserError: the drafter proposes among fewer than `width` ids.
@@ -126,18 +126,18 @@ def _chain_ranks(
     sampling: Sampling,
     root_B: Tensor,
     tokens_BP: Tensor,
-    noise_BDV: Tensor | None,
+    noise: Tensor | None,
     width: int,
 ) -> Tensor:
-    """[B, D] ranks of the text's tokens after the root, each drafted after the text's earlier tokens."""
+    """[B, D] ranks of the text's tokens after the root, each drafted after the text's earlier tokens; noise is [B, D, V]."""
     ranks, P = [], tokens_BP.shape[1]
     for depth in range(P - 1):
         out = step(Frontier.chain(tokens_BP[:, depth : depth + 1], root_B[:, None] + depth, depth, P))
         scores_BK, ids_K = sampling.process(out.logits_BFK)[:, 0], out.ids_K
         if scores_BK.shape[1] < width:
             raise UserError(f"width {width}: the drafter proposes among {scores_BK.shape[1]} ids; lower width")
-        if noise_BDV is not None:
-            scores_BK = scores_BK + (noise_BDV[:, depth] if ids_K is None else noise_BDV[:, depth][:, ids_K])
+        if noise is not None:
+            scores_BK = scores_BK + (noise[:, depth] if ids_K is None else noise[:, depth][:, ids_K])
         ranks.append(rank_of(tokens_BP[:, depth + 1], scores_BK, ids_K, width))
     return torch.stack(ranks, 1)
 
@@ -181,10 +181,10 @@ def simulate_decoding(ranks: Sequence[Ranks], paths: Collection[RankPath]) -> St
 
 
 PRIOR = 16
-"""Pseudo-count: weight, in observations, of a depth's accuracies after any parent in those after a parent of one rank."""
+"""Pseudo-count, in observations: weight of a depth's accuracies over all parents in those after a parent of one rank."""
 
 Accuracies = np.ndarray
-"""[D, W, W]: at [d, q, r] the probability that the child of rank r is the target's choice, if its parent was and had rank q.
+"""[D, W, W]: [d, q, r] is the probability that the child of rank r is the target's choice, if its parent was and had rank q.
 
 Depth 0 has the root as parent, at q = 0. Rows do not increase with r.
 """
@@ -195,9 +195,9 @@ def accuracies(ranks: Sequence[Ranks], width: int) -> Accuracies:
 
     The product along a path is the probability that the whole path is correct, if a node's rank depends on the past only
     through its parent's rank. Cai et al. 2024 (arXiv 2401.10774) use one row per depth for all parents, a product of shares.
-    That ignores that after a correct first proposal the next first proposal is correct more often, which holds for heads that
-    do not read their parents too, because easy positions are easy for every head. Rows with few observations are shrunk
-    towards the row over all parents of their depth (`PRIOR`).
+    But after a correct first proposal, the next first proposal is correct more often. This also holds for heads that do not
+    read their parents, because easy positions are easy for every head. Rows with few observations are shrunk towards the row
+    over all parents of their depth (`PRIOR`).
 
     Raises:
         UserError: every text is shorter than the tree's depth.

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from trainkit.errors import UserError
@@ -37,7 +36,7 @@ Paths = tuple[RankPath, ...]
 def path_probability(path: RankPath, table_DWW: Accuracies) -> float:
     """Probability that every node of a path is correct: the product of its accuracies, each given the parent's rank."""
     parents = (0, *path)
-    return float(np.prod([table_DWW[d, parents[d], rank] for d, rank in enumerate(path)]))
+    return math.prod(float(table_DWW[d, parents[d], rank]) for d, rank in enumerate(path))
 
 
 def expected_tau(paths: Iterable[RankPath], table_DWW: Accuracies) -> float:
@@ -55,24 +54,21 @@ def best_paths(table_DWW: Accuracies, nodes: int, depth: int, max_frontier: int 
         max_frontier: Maximum number of nodes per level that have children; paths beyond it are skipped. None for no limit.
     """
     width = table_DWW.shape[2]
-    # entries: negative probability of the path, path, probability of its parent
-    heap: list[tuple[float, RankPath, float]] = [(-table_DWW[0, 0, 0], (0,), 1.0)]
+    heap: list[tuple[float, RankPath]] = [(-path_probability((0,), table_DWW), (0,))]
     paths: list[RankPath] = []
     expanded_by_level = [set[RankPath]() for _ in range(depth)]
     while heap and len(paths) < nodes - 1:
-        negative, path, parent_probability = heapq.heappop(heap)
-        level, parent = len(path), path[:-1]
-        expanded = expanded_by_level[level - 1]
+        _, path = heapq.heappop(heap)
+        parent, rank = path[:-1], path[-1]
+        expanded = expanded_by_level[len(parent)]
         if parent not in expanded and max_frontier is not None and len(expanded) >= max_frontier:
             continue
         expanded.add(parent)
         paths.append(path)
-        if path[-1] + 1 < width:  # the next sibling
-            parent_rank = path[-2] if level > 1 else 0
-            probability = parent_probability * table_DWW[level - 1, parent_rank, path[-1] + 1]
-            heapq.heappush(heap, (-probability, (*parent, path[-1] + 1), parent_probability))
-        if level < depth:  # the first child
-            heapq.heappush(heap, (negative * table_DWW[level, path[-1], 0], (*path, 0), -negative))
+        # its next sibling and its first child are at most as probable
+        next_paths = ([(*parent, rank + 1)] if rank + 1 < width else []) + ([(*path, 0)] if len(path) < depth else [])
+        for next_path in next_paths:
+            heapq.heappush(heap, (-path_probability(next_path, table_DWW), next_path))
     return paths
 
 
