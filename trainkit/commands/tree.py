@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
@@ -112,6 +111,7 @@ def tree(
         tau_full = simulate_decoding(ranks, full_tree(candidate.nodes, depth, width, frontier)).tau
         step, verify, draft = costs.plain_step_seconds, costs.verify(candidate.nodes), costs.draft(candidate.paths)
         rows.append(candidate.to_dict() | {"tau_full": tau_full, "v": verify / step, "draft": draft / step})
+    decoded = _decode(runner, unseen, chosen, costs, table_DWW, options) if unseen else []
     record = chosen.to_dict() | {
         "prompts": len(seen),
         "places": sum(map(len, ranks)),
@@ -121,10 +121,7 @@ def tree(
         "shares": shares(ranks, width).round(5).tolist(),
         "accuracies": table_DWW.round(5).tolist(),
         "by_nodes": rows,
-        "held_out": {
-            "prompts": len(unseen),
-            "trees": _decode(runner, unseen, chosen, costs, table_DWW, options) if unseen else [],
-        },
+        "held_out": {"prompts": len(unseen), "trees": decoded},
         "costs": asdict(costs),
         "device": str(runner.device),
         "dtype": dtype,
@@ -163,13 +160,12 @@ def _report(drafter: str, chosen: Candidate, record: dict[str, Any]) -> str:
         f"cached tokens takes {1e3 * costs['plain_step_seconds']:.2f} ms",
         "",
     ]
-    header = ("nodes", "depth", "expected tau", "tau", "of a full tree", "v(N)", "draft", "expected speed-up")
-    rows: list[Sequence[str]] = [header]
+    rows = [["nodes", "depth", "expected tau", "tau", "of a full tree", "v(N)", "draft", "expected speed-up"]]
     for row in record["by_nodes"]:
         if row["nodes"] in SHOWN or row["nodes"] == chosen.nodes:
             pointer = " <" if row["nodes"] == chosen.nodes else ""
             figures = [ratio(row[key]) for key in ("expected_tau", "tau", "tau_full", "v", "draft")]
-            rows.append((str(row["nodes"]), str(row["depth"]), *figures, f"{row['expected_speedup']:.2f}{pointer}"))
+            rows.append([str(row["nodes"]), str(row["depth"]), *figures, f"{row['expected_speedup']:.2f}{pointer}"])
     lines += [grid(rows), ""]
     lines += [
         f"{held_out['prompts']} held-out prompts, {row['tree']} ({row['nodes']} nodes, depth {row['depth']}): expected tau "

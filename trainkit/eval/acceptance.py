@@ -51,12 +51,7 @@ def decode_tau(
 
 @torch.inference_mode()
 def measure(
-    reader: LiveTeacher,
-    drafters: Sequence[Drafter],
-    packed: PackedSet,
-    temperatures: Sequence[float],
-    batch: int = 8,
-    name: str = "",
+    reader: LiveTeacher, drafters: Sequence[Drafter], packed: PackedSet, temperatures: Sequence[float], batch: int, name: str
 ) -> list[list[Sums]]:
     """For each drafter the `Sums` of each of its heads: `tokens`, `alpha@T` and `alpha_coupled@T` for T > 0, `agreement@0`.
 

@@ -29,14 +29,7 @@ class Interval:
 
 
 def mean(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Ratio of sums to counts, averaged over training seeds, with its interval over questions.
-
-    Args:
-        sums: Sum for each question, [Q] or [S, Q].
-        counts: Divisor of each sum, in the same shape.
-        resamples: Number of resamples, R.
-        seed: Seed for resampling.
-    """
+    """Ratio of sums to counts (as in `Measured`), averaged over training seeds, with its interval over questions."""
     return _bootstrap(lambda weights_RQ: _ratio((sums, counts), weights_RQ), np.shape(sums)[-1], resamples, seed)
 
 

@@ -50,11 +50,8 @@ def reliability(probability_N: Tensor, label_N: Tensor, bins: int = BINS) -> lis
     bin_N = (p_N * bins).long().clamp(max=bins - 1)
     counts_M = torch.bincount(bin_N, minlength=bins)
     p_M, label_M = torch.bincount(bin_N, p_N, bins), torch.bincount(bin_N, label_N, bins)
-    return [
-        Bin(p / count, label / count, count)
-        for p, label, count in zip(p_M.tolist(), label_M.tolist(), counts_M.tolist(), strict=True)
-        if count
-    ]
+    bins_M = zip(p_M.tolist(), label_M.tolist(), counts_M.tolist(), strict=True)
+    return [Bin(p / count, label / count, count) for p, label, count in bins_M if count]
 
 
 def expected_calibration_error(probability_N: Tensor, label_N: Tensor, bins: int = BINS) -> float:

@@ -108,26 +108,16 @@ def _speed_cells(method: Values) -> Sequence[str]:
         ties = f", {identity['ties']} tied" if identity["ties"] else ""
         wrong = f", {identity['mismatches']} WRONG" if identity["mismatches"] else ""
         identical = f"{identity['equal']}/{identity['total']}{ties}{wrong}"
-    return (
-        str(method["tokens"]),
-        str(method["threads"]),
-        _rate(rate["median"]),
-        f"{_rate(rate['min'])}..{_rate(rate['max'])}",
-        ratio(method["x_plain"]),
-        ratio(method["x_transformers"]),
-        "-" if bandwidth is None else "in cache" if bandwidth["in_cache"] else _percent(bandwidth["share"]),
-        identical,
-    )
+    share = "-" if bandwidth is None else "in cache" if bandwidth["in_cache"] else _percent(bandwidth["share"])
+    rates = (_rate(rate["median"]), f"{_rate(rate['min'])}..{_rate(rate['max'])}")
+    ratios = (ratio(method["x_plain"]), ratio(method["x_transformers"]))
+    return (str(method["tokens"]), str(method["threads"]), *rates, *ratios, share, identical)
 
 
 def _draft_cells(method: Values) -> Sequence[str]:
-    return (
-        f"{method['bandwidth']['bytes'] / 1e6:.3g}",
-        *(ratio(method[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
-        _percent(method["speedup_over_roof"]),
-        _percent(method["efficiency"]),
-        str(method["cut_rounds"]),
-    )
+    ratios = (ratio(method[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup"))
+    shares = (_percent(method[key]) for key in ("speedup_over_roof", "efficiency"))
+    return (f"{method['bandwidth']['bytes'] / 1e6:.3g}", *ratios, *shares, str(method["cut_rounds"]))
 
 
 def _policy_cells(method: Values) -> Sequence[str]:
