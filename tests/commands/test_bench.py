@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from trainkit.eval.bench.types import BenchArguments
 from trainkit.export.drafter import export_drafter
 from trainkit.files import write_json
 from trainkit.models.target import target_shape
+from trainkit.runner.timing import RoundCost
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +49,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 
 def bench_arguments(**values) -> BenchArguments:
-    defaults = {
-        "target": None,
-        "drafters": (),
-        "prompts": None,
-        "depths": (1, 3),
-        "trees": (),
-        "policies": (),
-        "max_new_tokens": 25,
-        "temperature": 0.0,
-        "verify": "coupled",
-        "limit": 2,
-        "repeats": 1,
-        "batch": 1,
-        "device": "cpu",
-        "dtype": "float32",
-        "baselines": False,
-        "seed": 0,
-        "max_seconds": 100.0,
-        "synthetic": "tiny",
-        "synthetic_tau": 2.5,
-        "synthetic_kinds": ("lm",),
-        "prompt_length": 16,
-    }
-    return BenchArguments(**(defaults | values))  # pyright: ignore[reportArgumentType]
+    common = {"depths": (1, 3), "max_new_tokens": 25, "limit": 2, "repeats": 1, "device": "cpu", "baselines": False}
+    synthetic = {"synthetic": "tiny", "synthetic_tau": 2.5, "synthetic_kinds": ("lm",), "prompt_length": 16}
+    return BenchArguments(**(common | synthetic | values))
 
 
 def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, tmp_path, capsys, seed):
@@ -181,7 +162,7 @@ def test_drafters_of_one_name_are_told_apart_and_the_target_is_there_once(folder
         bench_arguments(target=str(target), drafters=twice, prompts=str(prompts), synthetic=None, depths=(1,), max_new_tokens=8)
     )
     assert [method.name for method in setup.methods] == ["trainkit plain", "a/draft depth 1", "b/draft depth 1"]
-    assert all(drafter.runner.rounds.target is setup.runner.rounds.target for drafter in setup.drafters)
+    assert all(runner.rounds.target is setup.runner.rounds.target for runner in setup.drafters.values())
 
 
 def test_flags_of_several_words_may_be_repeated():
@@ -242,9 +223,9 @@ def test_a_wrong_contender_is_a_mismatch_and_is_named():
         good = setup.plain.run(prompts, max_new_tokens, first)
         return Generated([[*text[:-1], (text[-1] + 1) % 512] for text in good.tokens], good.stats, good.rounds, good.split)
 
-    setup.methods.append(Method("planted", "trainkit", 0, wrong, ((0,),), setup.drafters[0].name))
+    setup.methods.append(Method("planted", "trainkit", 0, wrong, ((0,),), *setup.drafters))
     result = run(arguments, setup)
-    assert result.mismatches == 2 and result.identity["trainkit depth 3"].equal == 2
+    assert result.mismatches == 2 and not result.identity["trainkit depth 3"].differences
     printed = table(summarise(result))
     assert "MISMATCH: planted, prompt 1, new token 24" in printed and "2 WRONG" in printed
 
@@ -254,14 +235,19 @@ def test_synthetic_realises_its_tau_and_the_figures_follow_by_hand():
     arguments = bench_arguments(max_new_tokens=1 + 50, synthetic_tau=2.5)  # 20 rounds of 2.5 after the prefill's token
     result = run(arguments, synthetic_setup(arguments))
     plain, deep = result.setup.plain, result.setup.methods[-1]
-    plain.seconds, deep.seconds = [4.0], [2.0]
+    plain.outputs, deep.outputs = [replace(plain.last, seconds=4.0)], [replace(deep.last, seconds=2.0)]
     found = summarise(result)["methods"][-1]
     assert found["tau"] == 2.5 and found["cut_rounds"] == 0 and found["accepted"] == [0, 20, 20]
     assert found["alpha_k"] == [1.0, 0.5, 0.0]
     assert found["speedup"] == 2.0 and found["efficiency"] == 0.8 and found["x_plain"] == 2.0
+    costs = {(1, *rest): RoundCost(0.005, 0.015 if rest[1] else 0.01) for _, *rest in result.costs}  # by hand too
+    plain.threads = deep.threads = 1
+    values = summarise(replace(result, costs=costs))["methods"][-1]
+    assert values["roof"] == pytest.approx(1.25) and values["mbsu"] == pytest.approx(2.5 / (1 + 3 * values["c"]))
     cached = 16 + 51 // 2
     cache_bytes = 2 * 2 * 2 * 16 * 4 * cached  # keys and values, layers, heads, width, float32
-    target, draft = result.setup.runner.rounds.target, result.setup.drafters[0].runner.drafter
+    target, (drafting,) = result.setup.runner.rounds.target, result.setup.drafters.values()
+    draft = drafting.drafter
     assert draft is not None
     needed = target.step_bytes() + 3 * draft.step_bytes(0) + cache_bytes
     step = (2.0 - deep.last.split["prefill"]) / 40

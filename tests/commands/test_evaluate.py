@@ -77,7 +77,7 @@ def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
         draft_of(tiny_target, 3, 0.02),
         draft_of(tiny_target, 4, 0.02, draft_vocab=list(range(0, 320, 2))),
     ]
-    found = measure(LiveTeacher(FrozenTarget(tiny_target)), drafts, made.train, [0, 0.7, 1], 2, progress=False)
+    found = measure(LiveTeacher(FrozenTarget(tiny_target)), drafts, made.train, [0, 0.7, 1], 2, "")
     for draft, (sums,) in zip(drafts, found, strict=True):
         expected = naive(tiny_target, draft, made, [0, 0.7, 1])
         assert sums.keys() == expected.keys() and len(sums["tokens"]) == 7 == len(made.train.documents_D) - 1
@@ -92,8 +92,8 @@ def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
 def test_temperature_0_alone_gives_agreement_and_neither_batch_nor_order_matters(tiny_target, made, seed):
     draft = draft_of(tiny_target, 4, 0.02)
     reader = LiveTeacher(FrozenTarget(tiny_target))
-    ((alone,),) = measure(reader, [draft], made.train, [0], 3, progress=False)
-    ((many,),) = measure(reader, [draft], made.train, [0.5, 0], 1, progress=False)
+    ((alone,),) = measure(reader, [draft], made.train, [0], 3, "")
+    ((many,),) = measure(reader, [draft], made.train, [0.5, 0], 1, "")
     assert list(alone) == ["tokens", "agreement@0"] and set(many) == {"tokens", "agreement@0", "alpha@0.5", "alpha_coupled@0.5"}
     assert np.abs(alone["agreement@0"] - many["agreement@0"]).sum() <= 1  # a tie, at most
 
@@ -103,12 +103,12 @@ def test_the_target_is_run_once_for_all_drafters_and_not_again_where_it_is_kept(
     drafts = [draft_of(tiny_target, n, 0.02) for n in (1, 4)]
     calls, forward = [], FrozenTarget.forward
     monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
-    plain = measure(LiveTeacher(FrozenTarget(tiny_target)), drafts, made.train, [1], 2, "set", progress=False)
+    plain = measure(LiveTeacher(FrozenTarget(tiny_target)), drafts, made.train, [1], 2, "set")
     batches = -(-len(made.train) // 2)
     assert len(calls) == batches
-    first = measure(LiveTeacher(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set", progress=False)
+    first = measure(LiveTeacher(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set")
     assert len(calls) == 2 * batches
-    second = measure(LiveTeacher(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set", progress=False)
+    second = measure(LiveTeacher(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set")
     assert len(calls) == 2 * batches
     for (one,), (two,), (three,) in zip(plain, first, second, strict=True):
         assert all(np.array_equal(one[name], two[name]) and np.array_equal(one[name], three[name]) for name in one)
@@ -121,7 +121,7 @@ def test_each_head_is_measured_where_it_says_a_token(tiny_target, made, tmp_path
     """
     drafts = [draft_of(tiny_target, 1, 0.0), Medusa(target_shape(tiny_target), num_heads=3, head="target").eval()]
     reader = LiveTeacher(FrozenTarget(tiny_target), str(tmp_path))
-    alone, heads = measure(reader, drafts, made.train, [0, 0.7], 2, progress=False)
+    alone, heads = measure(reader, drafts, made.train, [0, 0.7], 2, "")
     assert len(alone) == 1 and len(heads) == 3
     packed, teacher = made.train, load_decoder(tiny_target)
     documents = list(itertools.pairwise(packed.documents_D.tolist()))
@@ -149,7 +149,7 @@ def test_a_kind_whose_loss_does_not_tell_tokens_apart_is_refused(tiny_target, ma
 
     draft = Silent(target_shape(tiny_target), num_layers=1)
     with pytest.raises(UserError, match="Silent: its loss gives no values per token") as caught:
-        measure(LiveTeacher(FrozenTarget(tiny_target)), [draft], made.train, [0.0], progress=False)
+        measure(LiveTeacher(FrozenTarget(tiny_target)), [draft], made.train, [0.0], 8, "")
     assert "\n" not in str(caught.value)
 
 

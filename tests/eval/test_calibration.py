@@ -75,7 +75,7 @@ def test_baselines_are_those_of_the_records_they_were_fitted_on(tmp_path):
     train, held = AcceptanceSet.read(make_set(tmp_path / "set")).split(0.2, 0)
     baselines = Baselines.fit(train)
     assert baselines.constant == pytest.approx(float(train.accepted.mean()), abs=1e-5)
-    assert baselines == Baselines.from_dict(baselines.to_dict())
+    assert baselines == Baselines(**baselines.to_dict())
     predictions = baselines.probabilities(held)
     assert torch.equal(predictions["max_q"], held.column("max_q"))
     # max_q is independent of these labels: recalibrated it is close to the constant, uncalibrated it is far off

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +56,25 @@ def evaluate(
         target: Folder of the target, any Hugging Face causal LM.
         data: Texts with a loss mask, in the formats of `data.train`; preferably the target's own answers.
         drafter: Drafter bundles; repeat the flag for several.
-        temperatures: Temperatures of target and draft distribution.
+        temperatures: Temperatures of target and draft distribution, as a JSON list.
         length: Tokens in a packed row; longer texts are cut.
         batch: Packed rows per forward pass.
         limit: Number of rows of the data to use, from the start.
         columns: Column mapping, from trainkit's names to the file's.
         prompts: File of prompts to decode for tau.
         questions: Number of prompts to decode, from the start of the file.
-        depth: Tokens drafted per round, at most the drafter's number of heads.
+        depth: Number of tokens drafted per round, at most the drafter's number of heads.
         max_new_tokens: Maximum number of tokens of a decoded answer.
         teacher_cache: Folder that caches the target's hidden states for later runs on the same data.
         device: Torch device; `auto` uses a GPU if there is one.
         json: File for all figures, including those of each question.
     """
     # check the arguments
-    for temperature in temperatures:
-        if temperature < 0:
-            raise UserError(f"--temperatures: {temperature} must be at least 0")
     if not temperatures or not drafter:
-        raise UserError("give at least one of --temperatures and of --drafter")
-    for name, value in (("batch", batch), ("depth", depth)):
-        if value < 1:
-            raise UserError(f"--{name}: {value} must be at least 1")
+        raise UserError("--temperatures and --drafter: give at least one temperature and one drafter")
+    for name, value, minimum in (("temperatures", min(temperatures), 0), ("batch", batch, 1), ("depth", depth, 1)):
+        if value < minimum:
+            raise UserError(f"--{name}: {value} must be at least {minimum}")
     if json is not None and not Path(json).resolve().parent.is_dir():
         raise UserError(f"--json {json}: its folder does not exist; make it first")
     # load texts, target and drafters
@@ -95,7 +92,7 @@ def evaluate(
     if prompts is not None:
         rows = read_prompts(prompts, tokenizer, questions, columns)
         for (first_head, *_), network in zip(measured, networks, strict=True):
-            first_head |= decode_tau(target, network, rows, temperatures, depth, max_new_tokens, str(torch_device))
+            first_head |= decode_tau(target, network, rows, temperatures, depth, max_new_tokens)
     by_head = [
         (folder if number == 1 else f"{folder} head {number}", sums)
         for folder, heads in zip(drafter, measured, strict=True)
@@ -125,22 +122,23 @@ def _ratio(sums: Sums, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _means(sums: Sums) -> dict[str, dict[str, float]]:
     intervals = {name: bootstrap.mean(*_ratio(sums, name)) for name in sums if name != "tokens"}
-    return {name: {"mean": one.value, "low": one.low, "high": one.high} for name, one in intervals.items()}
+    return {name: {"mean": interval.value, "low": interval.low, "high": interval.high} for name, interval in intervals.items()}
 
 
 def _report(by_head: Sequence[tuple[str, Sums]], values: dict[str, Any]) -> str:
     (first_name, first), *others = by_head
     measures = [name for name in first if name != "tokens"]
-    means = [["", *measures]]
-    for name, sums in by_head:
-        intervals = values["drafters"][name]["means"]
-        cells = ["{mean:.4f} [{low:.4f}, {high:.4f}]".format(**intervals[m]) if m in sums else "" for m in measures]
-        means.append([name, *cells])
-    differences = [["", *measures]]
-    for name, sums in others:
-        cells = [str(bootstrap.gap(_ratio(sums, m), _ratio(first, m))) if m in sums else "" for m in measures]
-        differences.append([name, *cells])
-    lines = [f"{values['questions']:,} texts, {values['tokens']:,} tokens; mean [95 % interval over texts]", grid(means)]
+
+    def table(heads: Sequence[tuple[str, Sums]], cell: Callable[[str, Sums, str], str]) -> str:
+        rows = [[name, *(cell(name, sums, measure) if measure in sums else "" for measure in measures)] for name, sums in heads]
+        return grid([["", *measures], *rows])
+
+    mean = lambda name, _, measure: "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**values["drafters"][name]["means"][measure])
+    lines = [
+        f"{values['questions']:,} texts, {values['tokens']:,} tokens; mean [95 % interval over texts]",
+        table(by_head, mean),
+    ]
     if others:
-        lines += [f"difference from {first_name}, on the same texts:", grid(differences)]
+        gap = lambda _, sums, measure: str(bootstrap.gap(_ratio(sums, measure), _ratio(first, measure)))
+        lines += [f"difference from {first_name}, on the same texts:", table(others, gap)]
     return "\n\n".join(lines)

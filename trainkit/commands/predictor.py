@@ -34,24 +34,23 @@ def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | 
     Raises:
         UserError: a bundle without a predictor, a set of another drafter, or a file that cannot be written.
     """
-    found, records = bundles.read(bundle), AcceptanceSet.read(data)
-    if "predictor" not in found.runner:
+    manifest, records = bundles.read(bundle), AcceptanceSet.read(data)
+    if "predictor" not in manifest.runner:
         raise UserError(f"{bundle}: has no acceptance predictor; train one and `trainkit export CHECKPOINT {bundle}`")
-    if records.manifest["drafter"]["files"] != drafter_fingerprint(found)["files"]:
+    if records.manifest["drafter"]["files"] != drafter_fingerprint(manifest)["files"]:
         raise UserError(f"{data}: made with another drafter, {records.manifest['drafter']['name']}; make one with {bundle}")
-    network = load_predictor(Path(bundle), found.runner["predictor"])
+    network = load_predictor(bundle, manifest.runner["predictor"])
     if network.hidden_size != records.hidden_size:
-        raise UserError(
-            f"{data}: hidden states of size {records.hidden_size}, the predictor reads {network.hidden_size}; train it again"
-        )
+        sizes = f"hidden states of size {records.hidden_size}, the predictor reads {network.hidden_size}"
+        raise UserError(f"{data}: {sizes}; train it again")
     if "baselines" not in network.seen:
         raise UserError(f"{bundle}: its predictor lacks the record of its training data; train and export it again")
     total_prompts = records.prompts
     if network.seen.get("set") == records.manifest["id"]:
         records = records.split(network.seen["validation_share"], network.seen["split_seed"])[1]
     values = {
-        "bundle": found.path.resolve().name,
-        "kind": found.kind,
+        "bundle": manifest.path.resolve().name,
+        "kind": manifest.kind,
         "set": records.manifest["id"],
         "verify": records.manifest["verify"],
         "prompts": records.prompts,
@@ -86,20 +85,14 @@ def _report(values: Mapping[str, Any]) -> str:
 def _rows(tables: Sequence[Table]) -> str:
     """A row for each group of records, with log-loss and calibration error of each source."""
     sources = list(tables[0]["log_loss"])
-    cells = [
-        [
-            table["group"],
-            f"{table['records']:,}",
-            f"{table['accepted']:.3f}",
-            *(f"{table['log_loss'][name]:.4f} / {table['ece'][name]:.3f}" for name in sources),
-        ]
-        for table in tables
-    ]
-    header = ["", "records", "accepted", *(name.replace("_", " ") for name in sources)]
-    return grid([header, *cells])
+    rows = [["", "records", "accepted", *(name.replace("_", " ") for name in sources)]]
+    for table in tables:
+        qualities = (f"{table['log_loss'][name]:.4f} / {table['ece'][name]:.3f}" for name in sources)
+        rows.append([table["group"], f"{table['records']:,}", f"{table['accepted']:.3f}", *qualities])
+    return grid(rows)
 
 
-def _reliability_figure(values: Mapping[str, Any], path: str | Path) -> None:
+def _reliability_figure(values: Mapping[str, Any], path: str) -> None:
     """Writes a PNG: mean label by mean probability at each temperature; a point's area grows with its number of records."""
     from matplotlib.figure import Figure
 
@@ -114,10 +107,7 @@ def _reliability_figure(values: Mapping[str, Any], path: str | Path) -> None:
             axes.plot(probabilities, labels, color=f"C{index}", linewidth=0.8)
             axes.scatter(probabilities, labels, areas, color=f"C{index}", label=legend)
         axes.set_title(f"{table['group']}, {table['records']:,} draft positions", fontsize=9)
-        axes.set_xlabel("probability of acceptance, predicted")
-        axes.set_ylabel("share accepted")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
+        axes.set(xlabel="probability of acceptance, predicted", ylabel="share accepted", xlim=(0, 1), ylim=(0, 1))
         axes.legend(fontsize=7, title="calibration error", title_fontsize=7)
     canvas.suptitle(f"{values['bundle']} ({values['kind']}), verification {values['verify']}", fontsize=10)
     write_file(path, lambda temporary: canvas.savefig(temporary, format="png", dpi=130))

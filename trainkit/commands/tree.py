@@ -4,15 +4,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import Any
 
+from trainkit import bundle
+from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
-
-if TYPE_CHECKING:
-    from trainkit.eval.tree_search.search import Candidate, Costs, Paths
-    from trainkit.runner import Runner
+from trainkit.eval.bench.hardware import examine
+from trainkit.eval.bench.table import grid, ratio
+from trainkit.eval.tree_search.ranks import accuracies, replay_ranks, shares, simulate_decoding
+from trainkit.eval.tree_search.search import Candidate, Costs, expected_tau, full_tree, measure_costs, search
+from trainkit.files import finite
+from trainkit.models.load import covered_positions
+from trainkit.runner import Runner, Stats
+from trainkit.runner.trees.static import chain
 
 SHOWN = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Sizes that the printed table shows, besides the chosen one."""
@@ -70,14 +76,6 @@ def tree(
         if flags[name] is not None and flags[name] < minimum:
             note = ": the root and one drafted token" if "nodes" in name else ""
             raise UserError(f"{name} {flags[name]}: must be at least {minimum}{note}")
-    from trainkit import bundle
-    from trainkit.data.text.prompts import read_prompts
-    from trainkit.eval.bench.hardware import examine
-    from trainkit.eval.tree_search.ranks import accuracies, replay_ranks, shares, simulate_decoding
-    from trainkit.eval.tree_search.search import fastest, full_tree, measure_costs, search
-    from trainkit.files import finite
-    from trainkit.models.load import covered_positions
-    from trainkit.runner import Runner
 
     # check everything before the long part
     bundle.read(drafter)
@@ -90,7 +88,8 @@ def tree(
     runner = Runner.load(target, drafter, device, dtype, max(batch, 8), longest)
     assert runner.drafter is not None
     depth, frontier = min(depth, runner.drafter.max_depth or depth), runner.drafter.max_width
-    size = min(max_nodes, _capacity(depth, width, frontier)) if nodes is None else nodes
+    levels = accumulate(range(depth), lambda count, _: min(count, frontier or count) * width, initial=1)
+    size = min(max_nodes, sum(levels)) if nodes is None else nodes  # the largest possible tree has all nodes of all levels
     full_tree(size, depth, width, frontier)  # raises if so many nodes do not fit
 
     # replay the drafter along the target's answers, measure costs, search
@@ -99,47 +98,31 @@ def tree(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "progress": True}
     texts = [output.tokens for output in runner.generate(seen, **options)]
     ranks = replay_ranks(runner, seen, texts, depth, width, temperature, seed)
-    table = accuracies(ranks, width)
+    table_DWW = accuracies(ranks, width)
     cached = sum(len(prompt) + len(text) // 2 for prompt, text in zip(seen, texts, strict=True)) // len(seen)
     costs = measure_costs(runner, cached, batch, size, depth, width)
-    candidates = search(table, ranks, costs, size, frontier)
-    chosen = candidates[-1] if nodes is not None else fastest(candidates)
+    candidates = search(table_DWW, ranks, costs, size, frontier)
+    # candidates are sorted by size, so the smallest of equally fast ones is chosen
+    chosen = candidates[-1] if nodes is not None else max(candidates, key=lambda candidate: candidate.speedup)
 
     # record the search in the bundle
-    record = {
-        "nodes": chosen.nodes,
-        "depth": chosen.depth,
-        "expected_tau": chosen.expected_tau,
-        "tau": chosen.tau,
-        "expected_speedup": chosen.speedup,
+    rows = []
+    for candidate in candidates:
+        tau_full = simulate_decoding(ranks, full_tree(candidate.nodes, depth, width, frontier)).tau
+        step, verify, draft = costs.plain_step_seconds, costs.verify(candidate.nodes), costs.draft(candidate.paths)
+        rows.append(candidate.to_dict() | {"tau_full": tau_full, "v": verify / step, "draft": draft / step})
+    decoded = _decode(runner, unseen, chosen, costs, table_DWW, options) if unseen else []
+    record = chosen.to_dict() | {
         "prompts": len(seen),
         "places": sum(map(len, ranks)),
         "temperature": temperature,
         "batch": batch,
         "cached_tokens": cached,
         "shares": shares(ranks, width).round(5).tolist(),
-        "accuracies": table.round(5).tolist(),
-        "by_nodes": [
-            {
-                "nodes": candidate.nodes,
-                "depth": candidate.depth,
-                "expected_tau": candidate.expected_tau,
-                "tau": candidate.tau,
-                "tau_full": simulate_decoding(ranks, full_tree(candidate.nodes, depth, width, frontier)).tau,
-                "v": costs.verify(candidate.nodes) / costs.plain,
-                "draft": costs.draft(candidate.paths) / costs.plain,
-                "expected_speedup": candidate.speedup,
-            }
-            for candidate in candidates
-        ],
-        "held_out": {"prompts": len(unseen), "trees": _decode(runner, unseen, chosen, costs, table, options) if unseen else []},
-        "costs": {
-            "plain_step_seconds": costs.plain,
-            "verify_seconds": {str(rows): seconds for rows, seconds in costs.verify_T.items()},
-            "first_level_seconds": costs.first,
-            "level_seconds": {str(count): seconds for count, seconds in costs.level_F.items()},
-            "threads": costs.threads,
-        },
+        "accuracies": table_DWW.round(5).tolist(),
+        "by_nodes": rows,
+        "held_out": {"prompts": len(unseen), "trees": decoded},
+        "costs": asdict(costs),
         "device": str(runner.device),
         "dtype": dtype,
         "machine": asdict(examine(runner.device)),
@@ -150,49 +133,26 @@ def tree(
     return _report(drafter, chosen, record)
 
 
-def _capacity(depth: int, width: int, max_frontier: int | None) -> int:
-    """Number of nodes of the largest possible tree, root included."""
-    total, level = 1, 1
-    for _ in range(depth):
-        level = min(level, max_frontier or level) * width
-        total += level
-    return total
-
-
 def _decode(
     runner: Runner, prompts: list[list[int]], chosen: Candidate, costs: Costs, table_DWW: Any, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Figures of decoding with the searched tree, the full tree of the same size, and the chain with the best speed-up."""
-    from trainkit.eval.tree_search.search import expected_tau, full_tree
-    from trainkit.runner import Stats
-    from trainkit.runner.trees.static import chain
-
     assert runner.drafter is not None
     depth, width = table_DWW.shape[:2]
-    chains: list[Paths] = [chain(levels) for levels in range(1, depth + 1)]
+    chains = [chain(levels) for levels in range(1, depth + 1)]
     best = max(chains, key=lambda paths: costs.speedup(expected_tau(paths, table_DWW), paths))
     full = full_tree(chosen.nodes, depth, width, runner.drafter.max_width)
     figures = []
     for name, paths in {"searched": chosen.paths, "full": full, f"chain of {len(best)}": best}.items():
         stats = Stats.merge(output.stats for output in runner.generate(prompts, tree=paths, **options))
-        figures.append(
-            {
-                "tree": name,
-                "nodes": len(paths) + 1,
-                "depth": max(map(len, paths)),
-                "expected_tau": expected_tau(paths, table_DWW),
-                "tau": stats.tau,
-                "rounds": stats.rounds,
-                "roof": costs.speedup(stats.tau, paths),
-            }
-        )
+        expected, levels = expected_tau(paths, table_DWW), max(map(len, paths))
+        shape = {"tree": name, "nodes": len(paths) + 1, "depth": levels, "expected_tau": expected}
+        figures.append(shape | {"tau": stats.tau, "rounds": stats.rounds, "roof": costs.speedup(stats.tau, paths)})
     return figures
 
 
 def _report(drafter: str, chosen: Candidate, record: dict[str, Any]) -> str:
-    from trainkit.eval.bench.table import grid, ratio
-
-    machine, held, costs = record["machine"], record["held_out"], record["costs"]
+    machine, held_out, costs = record["machine"], record["held_out"], record["costs"]
     lines = [
         f"{drafter}: searched on {record['prompts']} prompts, {record['places']:,} positions, temperature "
         f"{record['temperature']:g}, batch {record['batch']}",
@@ -200,19 +160,17 @@ def _report(drafter: str, chosen: Candidate, record: dict[str, Any]) -> str:
         f"cached tokens takes {1e3 * costs['plain_step_seconds']:.2f} ms",
         "",
     ]
-    rows: list[Sequence[str] | str] = [
-        ("nodes", "depth", "expected tau", "tau", "of a full tree", "v(N)", "draft", "expected speed-up")
-    ]
+    rows = [["nodes", "depth", "expected tau", "tau", "of a full tree", "v(N)", "draft", "expected speed-up"]]
     for row in record["by_nodes"]:
         if row["nodes"] in SHOWN or row["nodes"] == chosen.nodes:
-            mark = " <" if row["nodes"] == chosen.nodes else ""
+            pointer = " <" if row["nodes"] == chosen.nodes else ""
             figures = [ratio(row[key]) for key in ("expected_tau", "tau", "tau_full", "v", "draft")]
-            rows.append((str(row["nodes"]), str(row["depth"]), *figures, f"{row['expected_speedup']:.2f}{mark}"))
+            rows.append([str(row["nodes"]), str(row["depth"]), *figures, f"{row['expected_speedup']:.2f}{pointer}"])
     lines += [grid(rows), ""]
     lines += [
-        f"{held['prompts']} held-out prompts, {one['tree']} ({one['nodes']} nodes, depth {one['depth']}): expected tau "
-        f"{one['expected_tau']:.2f}, decoded {ratio(one['tau'])} over {one['rounds']} rounds; roof {ratio(one['roof'])}"
-        for one in held["trees"]
+        f"{held_out['prompts']} held-out prompts, {row['tree']} ({row['nodes']} nodes, depth {row['depth']}): expected tau "
+        f"{row['expected_tau']:.2f}, decoded {ratio(row['tau'])} over {row['rounds']} rounds; roof {ratio(row['roof'])}"
+        for row in held_out["trees"]
     ]
     lines.append(f"recommended: {chosen.nodes} nodes, depth {chosen.depth}: {[list(path) for path in chosen.paths]}")
     return "\n".join(lines)

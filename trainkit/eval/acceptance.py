@@ -20,62 +20,44 @@ from trainkit.data.teacher.live import LiveTeacher
 from trainkit.data.text.packing import PackedSet
 from trainkit.drafters.base import DraftBatch, Drafter
 from trainkit.errors import UserError
+from trainkit.eval.bench.timing import Prompts
 from trainkit.losses.divergence import ForwardKL
 from trainkit.losses.output import LossOutput
 from trainkit.models.load import load_decoder
 from trainkit.runner import Runner
 
 Sums = dict[str, np.ndarray]
-"""For a drafter or one of its heads: `tokens`, the counted tokens of each question [Q], and sums over them by measure [Q]."""
+"""For a drafter or one of its heads: `tokens`, the number of counted tokens of each question [Q]; sums by measure [Q]."""
 
 
 def decode_tau(
-    target: str,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    temperatures: Sequence[float],
-    depth: int,
-    max_new_tokens: int,
-    device: str = "cpu",
+    target: str, drafter: Drafter, prompts: Prompts, temperatures: Sequence[float], depth: int, max_new_tokens: int
 ) -> Sums:
     """`tau_coupled@T` and `tau_residual@T` [2, Q]: tokens emitted and rounds of each question; tau is the ratio of their sums.
 
-    Counted as in `Stats.tau`: without prefill's token, and without a last round cut by length or end token.
+    As in `Stats.tau`, prefill's token and a last round cut by length or end token are not counted.
     """
-    decoder = load_decoder(Path(target), torch.device(device), torch.float32)
+    decoder = load_decoder(Path(target), next(drafter.parameters()).device, torch.float32)
     max_len, depth = max(map(len, prompts)) + max_new_tokens, min(depth, drafter.max_depth or depth)
     runner = Runner(decoder, drafter, drafter.target, Path(target), 16, max_len)
     sums: Sums = {}
     for temperature in temperatures:
         for verify in ("coupled", "residual") if temperature else ("coupled",):
             outputs = runner.generate(prompts, max_new_tokens, temperature, depth=depth, verify=verify, progress=True)
-            emitted = [output.stats.rounds * output.stats.tau if output.stats.rounds else 0.0 for output in outputs]
-            sums[f"tau_{verify}@{temperature:g}"] = np.array([emitted, [float(o.stats.rounds) for o in outputs]])
+            counts = [(s.rounds * s.tau if s.rounds else 0.0, float(s.rounds)) for s in (output.stats for output in outputs)]
+            sums[f"tau_{verify}@{temperature:g}"] = np.array(counts).T
     return sums
 
 
 @torch.inference_mode()
 def measure(
-    reader: LiveTeacher,
-    drafters: Sequence[Drafter],
-    packed: PackedSet,
-    temperatures: Sequence[float],
-    batch: int = 8,
-    name: str = "",
-    progress: bool = True,
+    reader: LiveTeacher, drafters: Sequence[Drafter], packed: PackedSet, temperatures: Sequence[float], batch: int, name: str
 ) -> list[list[Sums]]:
     """For each drafter the `Sums` of each of its heads: `tokens`, `alpha@T` and `alpha_coupled@T` for T > 0, `agreement@0`.
 
-    A drafter that makes one prediction per position, whatever its depth, has a single entry.
-
-    Args:
-        reader: Reader of the target; caches hidden states under `name` if it has a folder.
-        drafters: Drafters for this target; all are measured in one pass.
-        packed: Texts; its documents are the questions, in stored order.
-        temperatures: Temperatures of target and draft distribution.
-        batch: Packed rows per forward pass.
-        name: Name of the packed set in the cache.
-        progress: Whether to show a progress bar.
+    A drafter that makes one prediction per position, whatever its depth, has a single entry. All drafters are measured in one
+    pass over the texts. The documents of `packed` are the questions, in stored order; `batch` packed rows are read together. If
+    the reader has a cache folder, it caches the target's hidden states under `name`.
 
     Raises:
         UserError: a drafter kind whose loss gives no values per token.
@@ -85,7 +67,8 @@ def measure(
     questions, device = len(packed.documents_D) - 1, reader.target.device
     sums: list[list[Sums]] = [[] for _ in drafters]
     starts = range(0, len(packed), batch)
-    for start in tqdm(starts, desc="eval", unit=" batches", disable=not progress or None, delay=2):
+    for start in tqdm(starts, desc="eval", unit=" batches", disable=None, delay=2):
+        # read the batch, and the target's states for it
         rows = list(range(start, min(start + batch, len(packed))))
         tensors = {key: value.to(device) for key, value in packed.batch(rows, len(rows)).items()}
         first_question_B = torch.as_tensor(packed.rows_R[rows], device=device)
@@ -93,7 +76,7 @@ def measure(
         for heads, drafter in zip(sums, drafters, strict=True):
             taps = tuple(drafter.taps)
             if taps not in batches:
-                batches[taps] = _draft_batch(reader, tensors, taps, packed, name)
+                batches[taps] = DraftBatch.read(reader, tensors, taps, reader.open_store(f"{name} eval", packed, taps))
             question_BT = (batches[taps].document_BT + first_question_B[:, None]).cpu()
             # add the values of each head's counted tokens to the sums of their questions
             for number, (counted_BT, values) in enumerate(_values(drafter, batches[taps], temperatures)):
@@ -104,15 +87,6 @@ def measure(
                     total_Q = np.bincount(question_N, value_N.double().numpy(), questions)
                     heads[number][key] = heads[number].get(key, 0) + total_Q
     return sums
-
-
-def _draft_batch(
-    reader: LiveTeacher, tensors: Mapping[str, Tensor], taps: Sequence[int], packed: PackedSet, name: str
-) -> DraftBatch:
-    hidden_BTD, taps_BTAD = reader.read(tensors, taps, reader.open_store(f"{name} eval", packed, taps))
-    tokens_BT, positions_BT = tensors["tokens_BT"], tensors["positions_BT"]
-    document_BT, mask_BT = tensors["document_BT"], tensors["mask_BT"]
-    return DraftBatch(tokens_BT, positions_BT, document_BT, mask_BT, taps_BTAD, hidden_BTD, reader.handle())
 
 
 def _values(drafter: Drafter, batch: DraftBatch, temperatures: Sequence[float]) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -137,11 +111,8 @@ def _by_head(drafter: Drafter, batch: DraftBatch, output: LossOutput) -> list[tu
     """The per-token values of a loss, separated by head."""
     per_token = {name.removesuffix("_HBT"): value.cpu() for name, value in output.per_token.items()}
     if "counted" in per_token:
-        counted_HBT = per_token.pop("counted")
-        return [
-            (counted_BT, {name: value[head][counted_BT] for name, value in per_token.items()})
-            for head, counted_BT in enumerate(counted_HBT)
-        ]
+        heads = enumerate(per_token.pop("counted"))
+        return [(mask_BT, {name: value[head][mask_BT] for name, value in per_token.items()}) for head, mask_BT in heads]
     counted_BT = batch.label_mask(1).cpu()
     if len(per_token.get("agreement", ())) != int(counted_BT.sum()):
         raise UserError(f"{type(drafter).__name__}: its loss gives no values per token; eval needs them for each question")

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,16 +29,8 @@ class Interval:
 
 
 def mean(sums: np.ndarray, counts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Ratio of sums to counts, averaged over training seeds, with its interval over questions.
-
-    Args:
-        sums: Sum for each question, [Q] or [S, Q].
-        counts: Divisor of each sum, in the same shape.
-        resamples: Number of resamples, R.
-        seed: Seed for resampling.
-    """
-    draws = [_ratio((sums, counts), weights_RQ) for weights_RQ in _weights(np.shape(sums)[-1], resamples, seed)]
-    return _interval(_ratio((sums, counts)), draws)
+    """Ratio of sums to counts (as in `Measured`), averaged over training seeds, with its interval over questions."""
+    return _bootstrap(lambda weights_RQ: _ratio((sums, counts), weights_RQ), np.shape(sums)[-1], resamples, seed)
 
 
 def gap(first: Measured, second: Measured, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -47,31 +39,25 @@ def gap(first: Measured, second: Measured, resamples: int = RESAMPLES, seed: int
     Efron and Tibshirani 1993, chapter 13. Training seeds are averaged, not resampled, because three seeds are too few to
     estimate their spread; report it separately. The two sides may have different numbers of seeds.
     """
-    assert np.shape(first[0])[-1] == np.shape(second[0])[-1]
-    weights = _weights(np.shape(first[0])[-1], resamples, seed)
-    draws = [_ratio(first, weights_RQ) - _ratio(second, weights_RQ) for weights_RQ in weights]
-    return _interval(_ratio(first) - _ratio(second), draws)
+    questions = np.shape(first[0])[-1]
+    assert questions == np.shape(second[0])[-1]
+    return _bootstrap(lambda w_RQ: _ratio(first, w_RQ) - _ratio(second, w_RQ), questions, resamples, seed)
 
 
-def _interval(value: np.ndarray, draws: list[np.ndarray]) -> Interval:
-    ratios = np.concatenate(draws)
-    ratios = ratios[~np.isnan(ratios)]  # a resample of questions whose counts are all 0 has no ratio
-    low, high = np.quantile(ratios, [0.025, 0.975]) if len(ratios) else (np.nan, np.nan)
-    return Interval(float(value), float(low), float(high))
+def _bootstrap(statistic_R: Callable[[np.ndarray], np.ndarray], questions: int, resamples: int, seed: int) -> Interval:
+    """The statistic of all questions, and its interval; weights [R, Q] state how often each resample takes each question."""
+    generator, draws = np.random.default_rng(seed), []
+    for start in range(0, resamples, 1000):  # in blocks, to limit memory
+        size = min(1000, resamples - start)
+        draws.append(statistic_R(generator.multinomial(questions, [1 / questions] * questions, size=size).astype(np.float64)))
+    values_R = np.concatenate(draws)
+    values_R = values_R[~np.isnan(values_R)]  # a resample of questions whose counts are all 0 has no ratio
+    low, high = np.quantile(values_R, [0.025, 0.975]) if len(values_R) else (np.nan, np.nan)
+    return Interval(float(statistic_R(np.ones((1, questions)))[0]), float(low), float(high))
 
 
-def _ratio(measured: Measured, weights_RQ: np.ndarray | None = None) -> np.ndarray:
-    """Weighted sum of sums / weighted sum of counts over questions, averaged over seeds; [R], or a scalar without weights."""
+def _ratio(measured: Measured, weights_RQ: np.ndarray) -> np.ndarray:
+    """[R] weighted sum of sums / weighted sum of counts over questions, averaged over seeds."""
     sums_SQ, counts_SQ = np.atleast_2d(measured[0]), np.atleast_2d(measured[1])
     with np.errstate(invalid="ignore"):
-        if weights_RQ is None:
-            return (sums_SQ.sum(1) / counts_SQ.sum(1)).mean()
         return ((weights_RQ @ sums_SQ.T) / (weights_RQ @ counts_SQ.T)).mean(1)
-
-
-def _weights(questions: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each resample takes each question, in blocks of at most a thousand resamples."""
-    generator = np.random.default_rng(seed)
-    for start in range(0, resamples, 1000):
-        size = min(1000, resamples - start)
-        yield generator.multinomial(questions, [1 / questions] * questions, size=size).astype(np.float64)

@@ -8,8 +8,8 @@ bundle would have to store that curve, and a predictor that needs it has another
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +25,8 @@ RIDGE = 1e-2
 _MIN_PROBABILITY = 1e-6
 """Probabilities are clamped to [this, 1 - this], because a wrong prediction of exactly 0 or 1 would cost infinite log-loss."""
 
-Scale = tuple[float, float]
-"""(scale, shift) of logit -> scale * logit + shift."""
-Scales = tuple[Scale, Scale]
-"""The scale at temperature 0, and the scale above it."""
+Scales = Sequence[Sequence[float]]
+"""(scale, shift) of logit -> scale * logit + shift, at temperature 0 and above it."""
 UNSCALED: Scales = ((1.0, 0.0), (1.0, 0.0))
 
 
@@ -47,26 +45,22 @@ def log_loss(probability_N: Tensor, label_N: Tensor) -> float:
 
 
 def reliability(probability_N: Tensor, label_N: Tensor, bins: int = BINS) -> list[Bin]:
-    """The non-empty ones of `bins` probability bins of equal width, lowest first."""
+    """The records in `bins` probability bins of equal width, lowest first, without empty bins."""
     p_N, label_N = probability_N.double(), label_N.double()
     bin_N = (p_N * bins).long().clamp(max=bins - 1)
     counts_M = torch.bincount(bin_N, minlength=bins)
     p_M, label_M = torch.bincount(bin_N, p_N, bins), torch.bincount(bin_N, label_N, bins)
-    return [
-        Bin(p / count, label / count, count)
-        for p, label, count in zip(p_M.tolist(), label_M.tolist(), counts_M.tolist(), strict=True)
-        if count
-    ]
+    bins_M = zip(p_M.tolist(), label_M.tolist(), counts_M.tolist(), strict=True)
+    return [Bin(p / count, label / count, count) for p, label, count in bins_M if count]
 
 
 def expected_calibration_error(probability_N: Tensor, label_N: Tensor, bins: int = BINS) -> float:
     """Mean over records of |mean probability - mean label| in their bin of equal width (Guo et al. 2017, arXiv 1706.04599)."""
-    filled = reliability(probability_N, label_N, bins)
-    total = sum(bin.count for bin in filled)
+    filled, total = reliability(probability_N, label_N, bins), len(label_N)
     return sum(bin.count * abs(bin.probability - bin.label) for bin in filled) / total if total else float("nan")
 
 
-def fit_scale(logits_N: Tensor, labels_N: Tensor) -> Scale:
+def fit_scale(logits_N: Tensor, labels_N: Tensor) -> tuple[float, float]:
     """(scale, shift) that minimise the log-loss of scale * logit + shift: Platt scaling, by Newton's method.
 
     Labels may be probabilities. Without records the result is (1, 0), and with few records it is close to it.
@@ -89,14 +83,12 @@ def fit_scale(logits_N: Tensor, labels_N: Tensor) -> Scale:
         theta = theta - length * step
         if float(step.abs().max()) < 1e-9:
             break
-    scale, shift = theta.tolist()
-    return scale, shift
+    return float(theta[0]), float(theta[1])
 
 
 def fit_scales(logits_N: Tensor, labels_N: Tensor, temperature_N: Tensor) -> Scales:
     """`fit_scale` of the records at temperature 0, and of those above it."""
-    greedy_N = temperature_N == 0
-    return fit_scale(logits_N[greedy_N], labels_N[greedy_N]), fit_scale(logits_N[~greedy_N], labels_N[~greedy_N])
+    return [fit_scale(logits_N[rows_N], labels_N[rows_N]) for rows_N in (temperature_N == 0, temperature_N > 0)]
 
 
 def scaled(logits_N: Tensor, temperature_N: Tensor, scales: Scales) -> Tensor:
@@ -122,17 +114,12 @@ class Baselines:
         """Fits the baselines; rounded, so that a run resumed on another machine finds equal ones."""
         label_N = train.accepted
         scales = fit_scales(_logit(train.column("max_q")), label_N, train.temperature)
-        (a, b), (c, d) = (tuple(round(value, 5) for value in scale) for scale in scales)
-        return Baselines(round(label_N.double().mean().item(), 5), ((a, b), (c, d)))
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> Baselines:
-        (a, b), (c, d) = values["max_q"]
-        return Baselines(float(values["constant"]), ((a, b), (c, d)))
+        rounded = [[round(value, 5) for value in scale] for scale in scales]
+        return Baselines(round(label_N.double().mean().item(), 5), rounded)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able values that `from_dict` reads."""
-        return {"constant": self.constant, "max_q": [list(scale) for scale in self.max_q]}
+        """The fields, JSON-able."""
+        return asdict(self)
 
     def probabilities(self, records: AcceptanceSet) -> dict[str, Tensor]:
         """The predictions for each record: `constant`, `max_q` (the draft's own), `max_q_fitted` (recalibrated)."""
@@ -172,7 +159,7 @@ def measure(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]
     """Tables of all records, of those at each temperature, and of those at each draft position, counted from 1."""
     logits_N, label_N, temperature_N = predicted(network, records)[:, 0], records.accepted, records.temperature
     sources = {"predictor": network.calibrated(logits_N, temperature_N), "raw": logits_N.sigmoid()}
-    sources |= Baselines.from_dict(network.seen["baselines"]).probabilities(records)
+    sources |= Baselines(**network.seen["baselines"]).probabilities(records)
     position_N = records.column("depth").long() + 1
     groups = {"all": torch.ones_like(temperature_N, dtype=torch.bool)}
     groups |= {f"temperature {value:g}": temperature_N == value for value in temperature_N.unique().tolist()}

@@ -31,21 +31,21 @@ QUESTIONS, NEW_TOKENS = int(os.environ.get("QUESTIONS", "100")), 128
 
 def shapes(folder: Path, depth: int) -> dict[str, dict[str, Any]]:
     """Draft shapes to measure: a chain, the tree searched for this bundle, and two other trees of as many nodes."""
-    found: dict[str, dict[str, Any]] = {"chain": {"depth": depth}}
+    options: dict[str, dict[str, Any]] = {"chain": {"depth": depth}}
     tree = bundle.read(folder).runner.get("tree")
     if tree:
         nodes = len(tree) + 1
-        found["static tree, searched"] = {"tree": [tuple(path) for path in tree]}
-        found["static tree, full"] = {"tree": full_tree(nodes, depth, 8)}
+        options["static tree, searched"] = {"tree": [tuple(path) for path in tree]}
+        options["static tree, full"] = {"tree": full_tree(nodes, depth, 8)}
         width = max(2, -(-nodes // depth))
-        found["dynamic tree"] = {"tree": DynamicTree(depth=depth, top_k=min(width, 4), nodes=nodes)}
-    return found
+        options["dynamic tree"] = {"tree": DynamicTree(depth=depth, top_k=min(width, 4), nodes=nodes)}
+    return options
 
 
 def measure(target: Path, prompts: Path, out: Path, depth: int, drafters: list[Path]) -> None:
     """Adds missing measurements to OUT: tau, number of texts equal to plain decoding, acceptance by position."""
     done = json.loads(out.read_text()) if out.is_file() else {}
-    given = [prompt for prompt in read_prompts(str(prompts), str(target), QUESTIONS + 20) if len(prompt) < 380][:QUESTIONS]
+    prompt_ids = [prompt for prompt in read_prompts(str(prompts), str(target), QUESTIONS + 20) if len(prompt) < 380][:QUESTIONS]
     plain: dict[float, list[list[int]]] = {}
     for folder in drafters:
         runner = Runner.load(target, folder, max_batch=8, max_len=512)
@@ -56,20 +56,20 @@ def measure(target: Path, prompts: Path, out: Path, depth: int, drafters: list[P
                 if key in done:
                     continue
                 if temperature not in plain:
-                    plain[temperature] = [output.tokens for output in runner.generate(given, depth=0, **options)]
-                outputs = runner.generate(given, **shape, **options)
+                    plain[temperature] = [output.tokens for output in runner.generate(prompt_ids, depth=0, **options)]
+                outputs = runner.generate(prompt_ids, **shape, **options)
                 stats = Stats.merge(output.stats for output in outputs)
-                same = sum(one.tokens == other for one, other in zip(outputs, plain[temperature], strict=True))
+                equal = sum(output.tokens == text for output, text in zip(outputs, plain[temperature], strict=True))
                 done[key] = {
                     "tau": stats.tau,
                     "rounds": stats.rounds,
                     "alpha_k": list(stats.alpha_k),
-                    "equal": same,
-                    "of": len(given),
+                    "equal": equal,
+                    "of": len(prompt_ids),
                     "nodes": len(shape["tree"]) + 1 if isinstance(shape.get("tree"), list) else 0,
                 }
                 if name == "chain" and temperature == 0:
-                    done[key]["in_training"] = simulated(runner, target, given, plain[temperature], depth)
+                    done[key]["in_training"] = simulated(runner, target, prompt_ids, plain[temperature], depth)
                 print(key, done[key])
                 partial = out.with_suffix(".partial")
                 partial.write_text(json.dumps(done, indent=1))
@@ -79,20 +79,20 @@ def measure(target: Path, prompts: Path, out: Path, depth: int, drafters: list[P
 def simulated(runner: Runner, target: Path, prompts: list[list[int]], texts: list[list[int]], depth: int) -> dict[str, Any]:
     """Alpha by position and tau of the same texts, computed as validation does: by the forward pass of the loss."""
     assert runner.drafter is not None
-    teacher, found = FrozenTarget(target), dict[str, int]()
+    teacher, counts = FrozenTarget(target), dict[str, int]()
     for prompt, text in zip(prompts, texts, strict=True):
         tokens = torch.tensor([[*prompt, *text]])
         positions, document = torch.arange(tokens.shape[1])[None], torch.zeros_like(tokens)
         hidden, taps = teacher.forward(tokens, positions, document, runner.drafter.taps)
-        label = positions > len(prompt)  # prefill gives the first
+        label = positions > len(prompt)  # prefill emits the first token
         batch = DraftBatch(tokens, positions, document, label, taps, hidden, teacher.handle())
         with torch.no_grad():
             agreement = agreement_by_position(runner.drafter(batch, ForwardKL()), batch, depth)
         assert agreement is not None
         for name, value in rounds(agreement, label, document).items():
-            found[name] = found.get(name, 0) + value
-    alpha = [found[f"accepted_{k}"] / max(1, found[f"offered_{k}"]) for k in range(1, depth + 1)]
-    return {"tau": found["emitted"] / found["rounds"], "alpha_k": alpha}
+            counts[name] = counts.get(name, 0) + value
+    alpha = [counts[f"accepted_{k}"] / max(1, counts[f"offered_{k}"]) for k in range(1, depth + 1)]
+    return {"tau": counts["emitted"] / counts["rounds"], "alpha_k": alpha}
 
 
 def table(out: Path) -> None:
@@ -114,7 +114,7 @@ def table(out: Path) -> None:
     for key, row in done.items():
         if "in_training" in row:
             other = row["in_training"]
-            pairs = [" ".join(f"{value:.3f}" for value in one["alpha_k"]) for one in (row, other)]
+            pairs = [" ".join(f"{value:.3f}" for value in values["alpha_k"]) for values in (row, other)]
             print(f"| {key.split('|')[0]} | {row['tau']:.3f} | {other['tau']:.3f} | {pairs[0]} | {pairs[1]} |")
 
 

@@ -43,56 +43,58 @@ def prompts(test: Path, code: Path, seen: int, out: Path) -> None:
     programs = [json.loads(line)["prompt"] for line in code.read_text(encoding="utf-8").splitlines()]
     questions = [{"prompt": row["question"]} for row in rows]
     later = questions[seen:]
-    timed, held = later[:60], later[60:260]
+    timed, held_out = later[:60], later[60:260]
     rng, mixed = random.Random(0), []
     for plain, other, program in zip(timed[0::2], timed[1::2], programs, strict=False):
         mixed += [plain, {"prompt": altered(other["prompt"], rng)}, {"prompt": program}]
-    for name, found in {"seen": questions[:seen], "held": held, "gsm8k": timed, "mixed": mixed}.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    for name, rows in {"seen": questions[:seen], "held": held_out, "gsm8k": timed, "mixed": mixed}.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def altered(question: str, rng: random.Random) -> str:
     """The question with other numbers, and with other names in place of capitalised words within a sentence."""
-    given: dict[str, str] = {}
-    question = re.sub(r"\d+", lambda found: str(rng.randint(2, 10 ** min(5, len(found[0]) + 2))), question)
-    word = r"(?<=[a-z,] )[A-Z][a-z]+"
-    return re.sub(word, lambda found: given.setdefault(found[0], rng.choice(NAMES + OTHERS)), question)
+    new_names: dict[str, str] = {}
+    question = re.sub(r"\d+", lambda match: str(rng.randint(2, 10 ** min(5, len(match[0]) + 2))), question)
+    capitalised = r"(?<=[a-z,] )[A-Z][a-z]+"
+    return re.sub(capitalised, lambda match: new_names.setdefault(match[0], rng.choice(NAMES + OTHERS)), question)
 
 
 def oracle(target: Path, drafter: Path, file: Path, temperature: float, limit: int, out: Path) -> None:
     """Speed computed from this machine's costs, as a multiple of plain decoding: of fixed depths, and of the oracle."""
     torch.set_num_threads(1)
-    given = read_prompts(str(file), str(target), limit)
-    runner = Runner.load(target, drafter, max_batch=8, max_len=max(map(len, given)) + 128 + MAX_DEPTH + 1)
-    texts = [one.tokens for one in runner.generate(given, max_new_tokens=128, temperature=temperature, progress=True)]
-    ranks = replay_ranks(runner, given, texts, MAX_DEPTH, 1, temperature)
+    prompt_ids = read_prompts(str(file), str(target), limit)
+    runner = Runner.load(target, drafter, max_batch=8, max_len=max(map(len, prompt_ids)) + 128 + MAX_DEPTH + 1)
+    texts = [
+        output.tokens for output in runner.generate(prompt_ids, max_new_tokens=128, temperature=temperature, progress=True)
+    ]
+    ranks = replay_ranks(runner, prompt_ids, texts, MAX_DEPTH, 1, temperature)
     alone = Runner.load(target, drafter, max_batch=1, max_len=512)
     costs = alone.policies.costs(MAX_DEPTH, None, Sampling(temperature))
-    runs = [[accepted_tokens(place) for place in text if place[0] != PAST_END] for text in ranks]
+    runs = [[accepted_tokens(ranks_D) for ranks_D in text if ranks_D[0] != PAST_END] for text in ranks]
     plain = costs.plain(1)
     fixed = {str(depth): fixed_speed(runs, costs, depth) * plain for depth in range(1, MAX_DEPTH + 1)}
     rate = 1 / plain
     for _ in range(20):  # Dinkelbach
         tokens, seconds = oracle_round_totals(runs, costs, rate)
         rate = tokens / seconds
-    found = {"fixed": fixed, "oracle": rate * plain, "best_fixed": max(fixed.values())}
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"by costs: best fixed depth {found['best_fixed']:.2f}x plain, oracle {found['oracle']:.2f}x")
+    speeds = {"fixed": fixed, "oracle": rate * plain, "best_fixed": max(fixed.values())}
+    out.write_text(json.dumps(speeds, indent=1) + "\n", encoding="utf-8")
+    print(f"by costs: best fixed depth {speeds['best_fixed']:.2f}x plain, oracle {speeds['oracle']:.2f}x")
 
 
-def accepted_tokens(place: Any) -> int:
+def accepted_tokens(ranks_D: Any) -> int:
     """Number of draft tokens that a round from this position accepts, at most `MAX_DEPTH`; 0 past the end of the text."""
-    return next((depth for depth, rank in enumerate(place.tolist()) if rank != 0), MAX_DEPTH)
+    return next((depth for depth, rank in enumerate(ranks_D.tolist()) if rank != 0), MAX_DEPTH)
 
 
 def fixed_speed(runs: list[list[int]], costs: ChainCosts, depth: int) -> float:
     """Tokens per second with a fixed depth."""
     tokens = rounds = 0
     for text in runs:
-        place = 0
-        while place < len(text):
-            step = min(text[place], depth) + 1
-            place, tokens, rounds = place + step, tokens + step, rounds + 1
+        position = 0
+        while position < len(text):
+            step = min(text[position], depth) + 1
+            position, tokens, rounds = position + step, tokens + step, rounds + 1
     return tokens / (rounds * costs.round(1, depth, depth))
 
 
@@ -100,27 +102,27 @@ def oracle_round_totals(runs: list[list[int]], costs: ChainCosts, rate: float) -
     """Tokens and seconds of rounds that draft the tokens that will be accepted, or as many of them as pay at this rate."""
     tokens = seconds = 0.0
     for text in runs:
-        place = 0
-        while place < len(text):
-            worth = {depth: depth + 1 - rate * costs.round(1, depth, depth) for depth in range(text[place] + 1)}
-            depth = max(worth, key=lambda depth: worth[depth])
-            place, tokens, seconds = place + depth + 1, tokens + depth + 1, seconds + costs.round(1, depth, depth)
+        position = 0
+        while position < len(text):
+            gain = {depth: depth + 1 - rate * costs.round(1, depth, depth) for depth in range(text[position] + 1)}
+            depth = max(gain, key=lambda depth: gain[depth])
+            position, tokens, seconds = position + depth + 1, tokens + depth + 1, seconds + costs.round(1, depth, depth)
     return tokens, seconds
 
 
 def useless(target: Path, drafter: Path, file: Path, out: Path, repeats: int = 7) -> None:
     """Compares plain decoding with `cost` and a draft of random weights at batch 8; reports the ratio of each pair of runs."""
     torch.set_num_threads(1)
-    given = read_prompts(str(file), str(target), 16)
-    length = max(map(len, given)) + 128 + MAX_DEPTH + 1
-    plain, paced = (Runner.load(target, given_, max_batch=8, max_len=length) for given_ in (None, drafter))
+    prompt_ids = read_prompts(str(file), str(target), 16)
+    length = max(map(len, prompt_ids)) + 128 + MAX_DEPTH + 1
+    plain, paced = (Runner.load(target, folder, max_batch=8, max_len=length) for folder in (None, drafter))
     assert paced.drafter is not None
     torch.manual_seed(0)
     for weight in paced.drafter.parameters():
         if weight.dim() > 1:
             weight.normal_(0, 0.02)
     policies = ["cost-blind"] + (["cost"] if paced.predictor is not None else [])
-    found: dict[str, Any] = {name: [] for name in policies}
+    ratios: dict[str, Any] = {name: [] for name in policies}
     for policy in policies:
         paced.policies.costs(MAX_DEPTH, paced.predictor if policy == "cost" else None)  # measured now, outside the timed calls
     for repeat in range(repeats + 1):
@@ -128,16 +130,18 @@ def useless(target: Path, drafter: Path, file: Path, out: Path, repeats: int = 7
         for name in ("plain", *policies):
             began = perf_counter()
             runner, options = (plain, {"depth": 0}) if name == "plain" else (paced, {"policy": name})
-            outs = runner.generate(given, max_new_tokens=128, ignore_end=True, **options)
+            outputs = runner.generate(prompt_ids, max_new_tokens=128, ignore_end=True, **options)
             seconds[name] = perf_counter() - began
-            texts = [one.tokens for one in outs]
+            texts = [output.tokens for output in outputs]
             if name == "plain":
                 first = texts
             assert texts == first
         for name in policies:
             if repeat:
-                found[name].append(seconds["plain"] / seconds[name])
-    result = {name: {"median": statistics.median(all_), "min": min(all_), "max": max(all_)} for name, all_ in found.items()}
+                ratios[name].append(seconds["plain"] / seconds[name])
+    result = {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)} for name, values in ratios.items()
+    }
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
@@ -157,9 +161,9 @@ def table(out: Path) -> None:
         name, temperature = file.stem.removeprefix("bench-").split("-t")
         ideal = out / f"oracle-{name}-t{temperature}.json"
         ideal_values = json.loads(ideal.read_text(encoding="utf-8")) if ideal.is_file() else None
-        for one in json.loads(file.read_text(encoding="utf-8"))["methods"]:
-            if "policy" in one:
-                policy, fixed = one["policy"], one["policy"]["over_best_fixed"]
+        for method in json.loads(file.read_text(encoding="utf-8"))["methods"]:
+            if "policy" in method:
+                policy, fixed = method["policy"], method["policy"]["over_best_fixed"]
                 best = "-" if ideal_values is None else f"{ideal_values['best_fixed']:.2f}, {ideal_values['oracle']:.2f}"
                 ratio = f"{fixed['median']:.3f} ({fixed['min']:.3f}..{fixed['max']:.3f})"
                 print(
@@ -167,17 +171,19 @@ def table(out: Path) -> None:
                     f"{policy['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
                 )
     if (out / "useless.json").is_file():
-        for name, one in json.loads((out / "useless.json").read_text(encoding="utf-8")).items():
-            print(f"\nuseless draft, batch 8, {name}: {one['median']:.3f} of plain ({one['min']:.3f}..{one['max']:.3f})")
+        for name, ratio in json.loads((out / "useless.json").read_text(encoding="utf-8")).items():
+            print(f"\nuseless draft, batch 8, {name}: {ratio['median']:.3f} of plain ({ratio['min']:.3f}..{ratio['max']:.3f})")
 
 
 if __name__ == "__main__":
-    command, *given_ = sys.argv[1:]
+    command, *arguments = sys.argv[1:]
     if command == "prompts":
-        prompts(Path(given_[0]), Path(given_[1]), int(given_[2]), Path(given_[3]))
+        test, code, seen, out = arguments
+        prompts(Path(test), Path(code), int(seen), Path(out))
     elif command == "oracle":
-        oracle(Path(given_[0]), Path(given_[1]), Path(given_[2]), float(given_[3]), int(given_[4]), Path(given_[5]))
+        target, drafter, file, temperature, limit, out = arguments
+        oracle(Path(target), Path(drafter), Path(file), float(temperature), int(limit), Path(out))
     elif command == "useless":
-        useless(*(Path(name) for name in given_))
+        useless(*(Path(name) for name in arguments))
     else:
-        table(Path(given_[0]))
+        table(Path(arguments[0]))

@@ -17,16 +17,7 @@ from trainkit.cli import main
 from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.eval.tree_search.ranks import PAST_END, PRIOR, accuracies, rank_of, replay_ranks, shares, simulate_decoding
-from trainkit.eval.tree_search.search import (
-    Costs,
-    best_paths,
-    expected_tau,
-    fastest,
-    full_tree,
-    measure_costs,
-    path_probability,
-    search,
-)
+from trainkit.eval.tree_search.search import Costs, best_paths, expected_tau, full_tree, measure_costs, path_probability, search
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
 from trainkit.runner import Runner, Stats
@@ -196,7 +187,8 @@ def costs(row: float, level: float) -> Costs:
 def test_cheaper_rows_give_a_larger_tree_and_dearer_levels_a_flatter_one(seed):
     table = random_table(np.random.default_rng(seed), 4, 4)
     ranks = random_ranks(table, 4, 200, np.random.default_rng(seed))
-    sizes = [fastest(search(table, ranks, costs(row, 0.02), 60)).nodes for row in (0.0, 0.02, 0.5)]
+    by_row = [search(table, ranks, costs(row, 0.02), 60) for row in (0.0, 0.02, 0.5)]
+    sizes = [max(candidates, key=lambda candidate: candidate.speedup).nodes for candidates in by_row]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[2], sizes
     depths = [search(table, ranks, costs(0.0, level), 5)[-1].depth for level in (0.0, 5.0)]
     assert depths[1] == 1 <= depths[0]
@@ -214,10 +206,10 @@ def test_measured_costs_cover_all_sizes_and_do_not_fall(seed):
     runner = pair(ends=())
     runner.generate([[1, 2]], 40)
     found = measure_costs(runner, 20, 1, nodes=12, depth=3, width=3)
-    assert sorted(found.verify_T) == [1, 2, 3, 4, 6, 8, 12] and sorted(found.level_F) == [1, 2, 3]
-    for seconds in (found.verify_T, found.level_F):
+    assert sorted(found.verify_seconds) == [1, 2, 3, 4, 6, 8, 12] and sorted(found.level_seconds) == [1, 2, 3]
+    for seconds in (found.verify_seconds, found.level_seconds):
         assert list(seconds.values()) == sorted(seconds.values())
-    assert found.plain > 0 and found.first > 0
+    assert found.plain_step_seconds > 0 and found.first_level_seconds > 0
 
 
 # --------------------------------------------------------------------------------------------------------------- the command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +14,6 @@ import torch
 
 from trainkit import __version__
 from trainkit.runner.timing import processor, synchronize
-
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -39,27 +37,26 @@ class Machine:
 
 def examine(device: torch.device) -> Machine:
     """Describes the machine behind `device`, and measures its copy bandwidth."""
-    cache = last_level_cache(device)
+    cache = _last_level_cache(device)
     versions = {"trainkit": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers")}
-    return Machine(processor(device), torch.get_num_threads(), cache, copy_bandwidth(device, cache), versions)
+    return Machine(processor(device), torch.get_num_threads(), cache, _copy_bandwidth(device, cache), versions)
 
 
-def last_level_cache(device: torch.device) -> int | None:
+def _last_level_cache(device: torch.device) -> int | None:
     """Bytes of the GPU's L2 cache, or of the CPU's highest cache level as Linux reports it; None on other systems."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     bytes_by_level: dict[int, int] = {}
-    for index in _CACHES.glob("index*"):
-        try:
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with suppress(OSError, ValueError):
             size = (index / "size").read_text().strip()
-            bytes_by_level[int((index / "level").read_text())] = int(size.rstrip("KMG")) * _UNITS.get(size[-1], 1)
-        except (OSError, ValueError):
-            continue
+            unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(size[-1], 1)
+            bytes_by_level[int((index / "level").read_text())] = int(size.rstrip("KMG")) * unit
     return bytes_by_level[max(bytes_by_level)] if bytes_by_level else None
 
 
-def copy_bandwidth(device: torch.device, cache: int | None, repeats: int = 7) -> float:
+def _copy_bandwidth(device: torch.device, cache: int | None, repeats: int = 7) -> float:
     """Bytes per second, read plus written, of copying a tensor of at least four times the cache; median of `repeats`."""
     min_bytes = 1 << 30 if device.type == "cuda" else 1 << 26
     source = torch.ones(max(4 * (cache or 0), min_bytes) // 4, dtype=torch.float32, device=device)

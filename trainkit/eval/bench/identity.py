@@ -10,7 +10,8 @@ otherwise it is a mismatch, which means an error in one of the two decoders.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Difference:
         prompt: Index of the prompt.
         position: Number of equal new tokens before the difference.
         tokens: Token of the reference and token of the other text; -1 where a text has ended.
-        gap: Distance of the lower of the two scores from the best token's score.
+        gap: Distance of the lower of the two scores from the best token's score; infinite where a text has ended.
         is_tie: Whether the gap is below the tolerance.
     """
 
@@ -50,31 +51,24 @@ class Identity:
     differences: tuple[Difference, ...] = ()
 
     @property
-    def ties(self) -> int:
-        """Number of texts that differ first at a tie."""
-        return sum(difference.is_tie for difference in self.differences)
-
-    @property
     def mismatches(self) -> int:
         """Number of texts whose difference is not explained by rounding."""
-        return len(self.differences) - self.ties
+        return sum(not difference.is_tie for difference in self.differences)
 
-    @property
-    def equal(self) -> int:
-        """Number of texts that are equal token for token."""
-        return self.total - len(self.differences)
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers of texts: all, equal token for token, with a tie as first difference, mismatches; and all differences."""
+        return {
+            "total": self.total,
+            "equal": self.total - len(self.differences),
+            "ties": len(self.differences) - self.mismatches,
+            "mismatches": self.mismatches,
+            "differences": [asdict(difference) for difference in self.differences],
+        }
 
 
 @dataclass(frozen=True)
 class IdentityChecker:
-    """Compares texts, and scores their first differences with the target.
-
-    Attributes:
-        target: Decoder that both texts should come from.
-        sampling: How logits become scores.
-        seed: Seed of the sampling noise.
-        tolerance: Largest gap that counts as a tie; `tie_tolerance` measures one for half precision.
-    """
+    """Compares texts of the decoder `target`, sampled with noise of `seed`; score gaps below `tolerance` count as ties."""
 
     target: Decoder
     sampling: Sampling
@@ -129,7 +123,7 @@ def tie_tolerance(target: Decoder, text: Sequence[int], max_tokens: int = 32) ->
     of transformers.
     """
     device, dtype = target.embed.weight.device, target.embed.weight.dtype
-    if dtype in (torch.float32, torch.float64):
+    if dtype == torch.float32:
         return TIE
     text = list(text)[:max_tokens]
     whole = logits(target, text)

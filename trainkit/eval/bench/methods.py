@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,8 @@ from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.eval.bench.synthetic import ScriptedDrafter, accepted_lengths, random_prompts, random_target
 from trainkit.eval.bench.timing import trainkit_method
-from trainkit.eval.bench.transformers import (
-    TransformersSettings,
-    build_model,
-    load_model,
-    transformers_method,
-    why_not_assistant,
-)
-from trainkit.eval.bench.types import BenchArguments, BenchDrafter, BenchSetup
+from trainkit.eval.bench.transformers import build_model, load_model, transformers_method, why_not_assistant
+from trainkit.eval.bench.types import BenchArguments, BenchSetup
 from trainkit.models.load import covered_positions, find_device
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
@@ -41,7 +35,7 @@ def checkpoint_setup(arguments: BenchArguments) -> BenchSetup:
         UserError: a folder or the prompts cannot be read, or do not fit together.
     """
     assert arguments.target is not None and arguments.prompts is not None
-    # the target, long enough for every prompt
+    # the target, with positions for every prompt and its answer
     target, batch = Path(arguments.target), arguments.batch
     covered = covered_positions(target)
     prompts = read_prompts(arguments.prompts, arguments.target, arguments.limit)
@@ -55,22 +49,23 @@ def checkpoint_setup(arguments: BenchArguments) -> BenchSetup:
     decoder, shape, dtype = runner.rounds.target, runner.shape, getattr(torch, arguments.dtype)
     setup = BenchSetup(runner, prompts, target.resolve().name)
     # the drafters
-    for name, folder in zip(_short_names(arguments.drafters), arguments.drafters, strict=True):
-        drafter = load_drafter(Path(folder), target, shape).to(device=runner.device, dtype=dtype)
-        predictor = load_bundle_predictor(Path(folder), runner.device)
-        drafting = Runner(decoder, drafter, shape, target, batch, longest, predictor=predictor)
-        setup.drafters.append(BenchDrafter(name, drafting))
+    folders = dict(zip(_short_names(arguments.drafters), map(Path, arguments.drafters), strict=True))
+    for name, folder in folders.items():
+        drafter = load_drafter(folder, target, shape).to(device=runner.device, dtype=dtype)
+        predictor = load_bundle_predictor(folder, runner.device)
+        setup.drafters[name] = Runner(decoder, drafter, shape, target, batch, longest, predictor=predictor)
     # the methods
     if arguments.baselines:
         load = partial(load_model, device=runner.device, dtype=dtype)
-        model, assistants = load(target), []
-        for drafter, folder in zip(setup.drafters, arguments.drafters, strict=True):
+        model, assistants = load(target), {}
+        for name, folder in folders.items():
             reason = why_not_assistant(folder, shape.decoder.vocab_size)
             if batch > 1:
                 reason = f"it takes one prompt at a time, not {batch}"
             if reason:
-                setup.notes.append(f"transformers assisted{_suffix(setup, drafter)}: not run, {reason}")
-            assistants.append(None if reason else load(folder))
+                setup.notes.append(f"transformers assisted{_suffix(setup, name)}: not run, {reason}")
+            else:
+                assistants[name] = load(folder)
         _add_baselines(setup, arguments, model, assistants)
     _add_trainkit(setup, arguments)
     return setup
@@ -90,73 +85,72 @@ def synthetic_setup(arguments: BenchArguments) -> BenchSetup:
     longest = arguments.prompt_length + arguments.max_new_tokens
     build_runner = partial(Runner, shape=shape, folder=None, max_batch=arguments.batch, max_len=longest)
     # the text that scripted drafters propose is the target's own
-    plain = Runner(decoder, None, shape, max_batch=1, max_len=longest)
-    text = prompts[0] + plain.generate(prompts[:1], arguments.max_new_tokens)[0].tokens
+    text = prompts[0] + build_runner(decoder, None).generate(prompts[:1], arguments.max_new_tokens)[0].tokens
     setup = BenchSetup(build_runner(decoder, None), prompts, f"synthetic {arguments.synthetic}")
     for kind in arguments.synthetic_kinds or sorted(discover()):
         drafter = ScriptedDrafter.build(kind, shape, device, dtype)
         drafter.set_text(text)
-        setup.drafters.append(BenchDrafter(f"{kind}, scripted for tau {tau:g}", build_runner(decoder, drafter)))
+        setup.drafters[f"{kind}, scripted for tau {tau:g}"] = build_runner(decoder, drafter)
     if arguments.baselines:
         setup.notes.append("transformers assisted: not run, a scripted drafter is not a model that transformers can load")
-        _add_baselines(setup, arguments, build_model(decoder), [None] * len(setup.drafters))
+        _add_baselines(setup, arguments, build_model(decoder), {})
     _add_trainkit(setup, arguments, lambda drafter, depth: partial(drafter.set_accepted, accepted_lengths(tau, depth)))
     return setup
 
 
-def _add_baselines(setup: BenchSetup, arguments: BenchArguments, model: Any, assistants: Sequence[Any | None]) -> None:
+def _add_baselines(setup: BenchSetup, arguments: BenchArguments, model: Any, assistants: Mapping[str, Any]) -> None:
     """Adds transformers' `generate`, and assisted generation at every depth with each drafter that has an assistant model."""
-    settings = TransformersSettings(setup.runner.shape, arguments.temperature, arguments.seed, arguments.batch)
-    setup.methods.append(transformers_method("transformers generate", settings, model))
-    for drafter, assistant in zip(setup.drafters, assistants, strict=True):
-        if assistant is not None:
-            prefix = f"transformers assisted {drafter.name} " if len(setup.drafters) > 1 else "transformers assisted "
-            setup.methods += [
-                transformers_method(f"{prefix}{depth}", settings, model, assistant, depth, drafter.name)
-                for depth in arguments.depths
-            ]
+    shape = setup.runner.shape
+    setup.methods.append(transformers_method("transformers generate", arguments, shape, model))
+    for name, assistant in assistants.items():
+        prefix = f"transformers assisted {name} " if len(setup.drafters) > 1 else "transformers assisted "
+        setup.methods += [
+            transformers_method(f"{prefix}{depth}", arguments, shape, model, assistant, depth, name)
+            for depth in arguments.depths
+        ]
 
 
 def _add_trainkit(setup: BenchSetup, arguments: BenchArguments, prepare: Prepare | None = None) -> None:
     """Adds plain decoding and, for each drafter, the requested chains, trees and policies, and its own tree if it has one."""
-    options = arguments.options
+    options = {"temperature": arguments.temperature, "verify": arguments.verify, "seed": arguments.seed}
     setup.methods.append(trainkit_method(setup.runner, "trainkit plain", **options))
-    for drafter in setup.drafters:
-        runner, name = drafter.runner, drafter.name if len(setup.drafters) > 1 else "trainkit"
-        assert runner.drafter is not None
+    for name, runner in setup.drafters.items():
+        prefix, drafter = name if len(setup.drafters) > 1 else "trainkit", runner.drafter
+        assert drafter is not None
         # fixed shapes
-        for paths in _trees(setup, arguments, drafter):
+        for paths in _trees(setup, arguments, name):
             depth = max(map(len, paths))
             shape = f"depth {depth}" if len(paths) == depth else f"tree {len(paths) + 1}, depth {depth}"
-            while f"{name} {shape}" in {method.name for method in setup.methods}:  # another tree of the same size
+            while f"{prefix} {shape}" in {method.name for method in setup.methods}:  # another tree of the same size
                 shape += "'"
-            before = prepare and prepare(runner.drafter, depth)
-            setup.methods.append(trainkit_method(runner, f"{name} {shape}", paths, before, drafter.name, **options))
+            before = prepare and prepare(drafter, depth)
+            setup.methods.append(trainkit_method(runner, f"{prefix} {shape}", paths, before, name, **options))
         # policies
         limit = max(arguments.depths, default=MAX_DEPTH)
-        limit = min(limit, runner.drafter.max_depth or limit)
-        for policy in arguments.policies:
-            before = prepare and prepare(runner.drafter, limit)
-            method = trainkit_method(runner, f"{name} {policy}", (), before, drafter.name, policy, limit, **options)
-            setup.methods.append(method)
+        limit = min(limit, drafter.max_depth or limit)
+        before = prepare and prepare(drafter, limit)
+        setup.methods += [
+            trainkit_method(runner, f"{prefix} {policy}", (), before, name, policy, limit, **options)
+            for policy in arguments.policies
+        ]
     # reserve all positions now: a rotary table that grows later invalidates the graphs of the other runners that share it
     slots = max((max(len(method.paths), method.depth) + 3 * method.depth for method in setup.methods), default=0)
     setup.runner.rounds.target.reserve_positions(setup.runner.max_len + slots + 128)
 
 
-def _trees(setup: BenchSetup, arguments: BenchArguments, drafter: BenchDrafter) -> list[tuple[RankPath, ...]]:
+def _trees(setup: BenchSetup, arguments: BenchArguments, name: str) -> list[tuple[RankPath, ...]]:
     """The different fixed shapes that a drafter drafts; those deeper than it can draft are left out with a note."""
-    network, device = drafter.runner.drafter, setup.runner.device
-    assert network is not None
+    drafter, device = setup.drafters[name].drafter, setup.runner.device
+    assert drafter is not None
     # `build` sorts the paths, so that equal trees are equal tuples, and refuses what is not a tree before any work is done
     requested = [build(paths, device).paths for paths in arguments.trees]
     wanted = [chain(depth) for depth in arguments.depths]
-    if network.default_tree is not None and arguments.depths:
-        wanted.append(build(network.default_tree, device).paths)
+    if drafter.default_tree is not None and arguments.depths:
+        wanted.append(build(drafter.default_tree, device).paths)
     wanted = list(dict.fromkeys([*wanted, *requested]))
-    limit = network.max_depth
+    limit = drafter.max_depth
     too_deep = [paths for paths in wanted if limit is not None and max(map(len, paths)) > limit]
-    reason = f"{_suffix(setup, drafter)}: not run, the drafter has heads for {limit} tokens"
+    reason = f"{_suffix(setup, name)}: not run, the drafter has heads for {limit} tokens"
     if depths := [str(len(paths)) for paths in too_deep if paths not in requested]:
         setup.notes.append(f"depths {', '.join(depths)}{reason}")
     if count := sum(paths in requested for paths in too_deep):
@@ -164,8 +158,8 @@ def _trees(setup: BenchSetup, arguments: BenchArguments, drafter: BenchDrafter) 
     return [paths for paths in wanted if paths not in too_deep]
 
 
-def _suffix(setup: BenchSetup, drafter: BenchDrafter) -> str:
-    return f", {drafter.name}" if len(setup.drafters) > 1 else ""
+def _suffix(setup: BenchSetup, drafter: str) -> str:
+    return f", {drafter}" if len(setup.drafters) > 1 else ""
 
 
 def _short_names(folders: Sequence[str]) -> list[str]:

@@ -11,46 +11,28 @@ trained or exported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from trainkit.drafters.base import (
-    Accepted,
-    Chunk,
-    Divergence,
-    DraftBatch,
-    Drafter,
-    Frontier,
-    LossOutput,
-    State,
-    StepOutput,
-    TargetHandle,
-    load_kind,
-)
+from trainkit.drafters.base import Accepted, Chunk, Drafter, Frontier, State, StepOutput, load_kind
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
-from trainkit.models.shape import TargetShape
+from trainkit.models.shape import TargetHandle, TargetShape
 
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+
+def _llama3(*sizes: int, rope_factor: float, tied: bool) -> DecoderShape:
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": rope_factor, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return DecoderShape(128256, *sizes, norm_eps=1e-5, rope=rope, max_positions=131072, tied=tied)
+
+
 SHAPES: dict[str, DecoderShape] = {
     "tiny": DecoderShape(512, 64, 128, 2, 4, 2, 16, max_positions=4096),
-    "llama3-1b": DecoderShape(
-        128256, 2048, 8192, 16, 32, 8, 64, norm_eps=1e-5, rope={**_LLAMA3_ROPE, "factor": 32.0}, max_positions=131072
-    ),
-    "llama3-8b": DecoderShape(
-        128256, 4096, 14336, 32, 32, 8, 128, norm_eps=1e-5, rope=_LLAMA3_ROPE, max_positions=131072, tied=False
-    ),
+    "llama3-1b": _llama3(2048, 8192, 16, 32, 8, 64, rope_factor=32.0, tied=True),
+    "llama3-8b": _llama3(4096, 14336, 32, 32, 8, 128, rope_factor=8.0, tied=False),
 }
 """Published sizes of Llama 3.2 1B and Llama 3.1 8B, and a small one for tests."""
 
@@ -98,11 +80,9 @@ def accepted_lengths(tau: float, depth: int, rounds: int = 20) -> list[int]:
 
 
 class ScriptedDrafter(Drafter):
-    """Drafts a known text, correct for a scripted number of tokens each round, at the cost of another drafter.
+    """Drafts a known text, correct for a scripted number of tokens each round, at the cost of the drafter `inner`.
 
-    Args:
-        target: Sizes of the target.
-        inner: Drafter whose network runs and whose token choices are discarded.
+    The network of `inner` runs, and its token choices are discarded.
     """
 
     ROUNDS = 20
@@ -126,9 +106,9 @@ class ScriptedDrafter(Drafter):
         Raises:
             UserError: unknown kind.
         """
-        kind_class, options = load_kind(kind), dict[str, Any]()
-        if "draft_vocab" in inspect.signature(kind_class).parameters and head_rows < target.decoder.vocab_size:
-            options["draft_vocab"] = list(range(head_rows))
+        kind_class = load_kind(kind)
+        trims = "draft_vocab" in inspect.signature(kind_class).parameters and head_rows < target.decoder.vocab_size
+        options = {"draft_vocab": list(range(head_rows))} if trims else {}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
             torch.manual_seed(1)
             inner = kind_class(target, **options)
@@ -143,12 +123,9 @@ class ScriptedDrafter(Drafter):
         assert len(lengths) == self.ROUNDS
         self.accepts_R.copy_(torch.tensor(lengths))
 
-    def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
-        raise NotImplementedError("a scripted drafter cannot be trained")
-
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
-        state = self.inner.init_state(batch_size, slots, device, dtype)
-        return {**state, "round": torch.zeros(batch_size, dtype=torch.long, device=device)}
+        count_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return {**self.inner.init_state(batch_size, slots, device, dtype), "round": count_B}
 
     def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
         self.inner.prefill(state, chunk, handle, span)
@@ -170,12 +147,8 @@ class ScriptedDrafter(Drafter):
     def step_bytes(self, head_bytes: int) -> int:
         return self.inner.step_bytes(head_bytes)
 
-    def config(self) -> dict[str, Any]:
-        return self.inner.config()
+    @staticmethod
+    def _refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("a scripted drafter can be neither trained nor exported")
 
-    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
-        raise NotImplementedError("a scripted drafter cannot be exported")
-
-    @classmethod
-    def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> ScriptedDrafter:
-        raise NotImplementedError("a scripted drafter cannot be exported")
+    forward = config = export = load = _refuse

@@ -16,16 +16,17 @@ def table(summary: Values) -> str:
     """The whole summary as text."""
     drafting = [method for method in summary["methods"] if "tau" in method]
     positions = min(12, max((len(method["alpha_k"]) for method in drafting), default=0))
+    # with an empty last cell, because `grid` aligns the last column to the left
+    position_cells = lambda method: ([f"{alpha:.2f}" for alpha in method["alpha_k"]] + [""] * positions)[:positions] + [""]
     speeds = ("decoding", "tokens", "thr", "tok/s", "min..max", "x plain", "x transf.", "bandwidth", "identical")
     drafts = ("draft", "MB read", "tau", "mbsu", "v(T)", "draft", "roof", "speedup", "of roof", "effic.", "cut rounds")
-    # wasted: drafted tokens that were not accepted, per emitted token; paused: rounds that drafted nothing because it would
-    # not have paid, of all rounds; x fixed: speed over the fastest fixed depth of the same drafter
+    # paused: share of all rounds; x fixed: speed over the fastest fixed depth of the same drafter
     policies = ("policy", "tau", "drafted", "wasted", "paused", "speedup", "x fixed", "min..max", "best depth, wasted")
     sections = [
         _head(summary),
         _section(summary, "name", speeds, _speed_cells),
         _section(summary, "tau", drafts, _draft_cells),
-        _section(summary, "tau", ("alpha_k, k =", *map(str, range(1, positions + 1)), ""), _position_cells(positions)),
+        _section(summary, "tau", ("alpha_k, k =", *map(str, range(1, positions + 1)), ""), position_cells),
         _section(summary, "policy", policies, _policy_cells),
         _closing(summary),
     ]
@@ -107,31 +108,16 @@ def _speed_cells(method: Values) -> Sequence[str]:
         ties = f", {identity['ties']} tied" if identity["ties"] else ""
         wrong = f", {identity['mismatches']} WRONG" if identity["mismatches"] else ""
         identical = f"{identity['equal']}/{identity['total']}{ties}{wrong}"
-    return (
-        str(method["tokens"]),
-        str(method["threads"]),
-        _rate(rate["median"]),
-        f"{_rate(rate['min'])}..{_rate(rate['max'])}",
-        ratio(method["x_plain"]),
-        ratio(method["x_transformers"]),
-        "-" if bandwidth is None else "in cache" if bandwidth["in_cache"] else _percent(bandwidth["share"]),
-        identical,
-    )
+    share = "-" if bandwidth is None else "in cache" if bandwidth["in_cache"] else _percent(bandwidth["share"])
+    rates = (_rate(rate["median"]), f"{_rate(rate['min'])}..{_rate(rate['max'])}")
+    ratios = (ratio(method["x_plain"]), ratio(method["x_transformers"]))
+    return (str(method["tokens"]), str(method["threads"]), *rates, *ratios, share, identical)
 
 
 def _draft_cells(method: Values) -> Sequence[str]:
-    return (
-        f"{method['bandwidth']['bytes'] / 1e6:.3g}",
-        *(ratio(method[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup")),
-        _percent(method["speedup_over_roof"]),
-        _percent(method["efficiency"]),
-        str(method["cut_rounds"]),
-    )
-
-
-def _position_cells(positions: int) -> Callable[[Values], Sequence[str]]:
-    """Cells of alpha_k for k up to `positions`, and an empty last cell, because `grid` aligns the last column to the left."""
-    return lambda method: ([f"{alpha:.2f}" for alpha in method["alpha_k"]] + [""] * positions)[:positions] + [""]
+    ratios = (ratio(method[key]) for key in ("tau", "mbsu", "v", "draft", "roof", "speedup"))
+    shares = (_percent(method[key]) for key in ("speedup_over_roof", "efficiency"))
+    return (f"{method['bandwidth']['bytes'] / 1e6:.3g}", *ratios, *shares, str(method["cut_rounds"]))
 
 
 def _policy_cells(method: Values) -> Sequence[str]:
@@ -157,26 +143,23 @@ def _closing(summary: Values) -> str:
             rival = max(baselines, key=lambda name: rates[name])
             over_rival = rates[best] / rates[rival]
             lines.append(f"and {over_rival:.2f}x the fastest method of transformers ({rival}, {_rate(rates[rival])})")
-    lines += _verdict(summary)
-    if summary["arguments"]["temperature"] > 0:
-        lines.append("transformers samples with its own noise: its texts differ and only its speed is compared")
-    return _wrap([*lines, *summary["notes"]])
-
-
-def _verdict(summary: Values) -> list[str]:
-    """`identical output: n of m, ties: k` over all texts that were compared with plain decoding, and each mismatch."""
-    compared = [(method["name"], method["identical"]) for method in summary["methods"] if method["identical"] is not None]
-    if not compared:
-        return ["identical output: no method to compare with plain decoding"]
-    total, equal, ties = (sum(identity[key] for _, identity in compared) for key in ("total", "equal", "ties"))
-    lines = [f"identical output: {equal} of {total}, ties: {ties} (score gap below {summary['tie_tolerance']:.2g})"]
-    return lines + [
+    # all texts that were compared with plain decoding, and each mismatch
+    compared = [(name, method["identical"]) for name, method in methods.items() if method["identical"] is not None]
+    if compared:
+        total, equal, ties = (sum(identity[key] for _, identity in compared) for key in ("total", "equal", "ties"))
+        lines.append(f"identical output: {equal} of {total}, ties: {ties} (score gap below {summary['tie_tolerance']:.2g})")
+    else:
+        lines.append("identical output: no method to compare with plain decoding")
+    lines += [
         f"MISMATCH: {name}, prompt {difference['prompt']}, new token {difference['position']}: {difference['tokens'][1]} "
         f"instead of {difference['tokens'][0]}, gap {difference['gap']:.3g}"
         for name, identity in compared
         for difference in identity["differences"]
         if not difference["is_tie"]
     ]
+    if summary["arguments"]["temperature"] > 0:
+        lines.append("transformers samples with its own noise: its texts differ and only its speed is compared")
+    return _wrap([*lines, *summary["notes"]])
 
 
 def _wrap(lines: Sequence[str]) -> str:

@@ -8,52 +8,62 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from time import perf_counter
 
 import torch
+from tqdm import tqdm
 
 from trainkit.layers.linear import stream_weights
 from trainkit.runner import Runner
 from trainkit.runner.stats import Stats
-from trainkit.runner.timing import RoundCost
 from trainkit.runner.trees.shape import RankPath
 
 PROBE_TOKENS = 24
-"""Tokens that are decoded to compare thread counts."""
+"""Number of tokens that are decoded to compare thread counts."""
+Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Generated:
-    """The output of one call of a method.
+    """The output of one call of a method, or of several merged.
 
     Attributes:
         tokens: New tokens of each prompt, end token included.
         stats: Rounds and accepted lengths; None for transformers.
-        rounds: Rounds run, each over the whole batch; 0 where unknown.
+        rounds: Number of rounds run, each over the whole batch; 0 if unknown.
         split: Seconds by part of the work, as `Scheduler.seconds`.
+        seconds: Wall-clock seconds.
     """
 
     tokens: list[list[int]]
     stats: Stats | None = None
     rounds: int = 0
     split: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def count(self) -> int:
         """Number of tokens emitted."""
         return sum(map(len, self.tokens))
 
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.count / self.seconds
+
     @staticmethod
     def merge(calls: Sequence[Generated]) -> Generated:
         """The outputs of consecutive calls as one."""
         stats = [call.stats for call in calls if call.stats is not None]
         split = {part: sum(call.split[part] for call in calls) for part in calls[0].split}
+        rounds, seconds = sum(call.rounds for call in calls), sum(call.seconds for call in calls)
         tokens = [text for call in calls for text in call.tokens]
-        return Generated(tokens, Stats.merge(stats) if stats else None, sum(call.rounds for call in calls), split)
+        return Generated(tokens, Stats.merge(stats) if stats else None, rounds, split, seconds)
 
 
-Run = Callable[[Sequence[Sequence[int]], int, int], Generated]
+Run = Callable[[Prompts, int, int], Generated]
 """(prompts, max_new_tokens, index of the first prompt in the bench) -> output, returned once all tokens are computed."""
 
 
@@ -64,13 +74,12 @@ class Method:
     Attributes:
         name: Name in tables.
         family: `transformers` or `trainkit`.
-        depth: Tokens drafted a round, at most; 0 is plain decoding.
-        run: Decodes prompts.
+        depth: Maximum number of tokens drafted per round; 0 is plain decoding.
+        run: Decodes prompts; `seconds` of its output is set by the caller.
         paths: Rank paths of a fixed draft tree; trainkit only.
         drafter: Name of its drafter; empty for plain decoding.
         policy: Name of the policy that chooses the depth, instead of `paths`.
         threads: CPU threads that it runs with.
-        seconds: Wall-clock seconds of each repeat.
         outputs: Output of each repeat.
     """
 
@@ -82,13 +91,12 @@ class Method:
     drafter: str = ""
     policy: str = ""
     threads: int = 1
-    seconds: list[float] = field(default_factory=list)
     outputs: list[Generated] = field(default_factory=list)
 
     @property
     def rates(self) -> list[float]:
         """Tokens per second of each repeat."""
-        return [output.count / seconds for output, seconds in zip(self.outputs, self.seconds, strict=True)]
+        return [output.rate for output in self.outputs]
 
     @property
     def rate(self) -> float:
@@ -100,10 +108,11 @@ class Method:
         """The last repeat's output; all repeats give the same tokens."""
         return self.outputs[-1]
 
-    @property
-    def decode_seconds(self) -> float:
-        """Median wall-clock seconds without prefill; trainkit only."""
-        return statistics.median(s - o.split.get("prefill", 0.0) for o, s in zip(self.outputs, self.seconds, strict=True))
+    def timed(self, prompts: Prompts, max_new_tokens: int, first: int = 0) -> Generated:
+        """The output of `run`, with its wall-clock seconds."""
+        began = perf_counter()
+        output = self.run(prompts, max_new_tokens, first)
+        return replace(output, seconds=perf_counter() - began)
 
 
 def trainkit_method(
@@ -116,20 +125,13 @@ def trainkit_method(
     max_depth: int = 0,
     **options: object,
 ) -> Method:
-    """A method that decodes with trainkit's runner: a fixed tree, or a policy, or plain decoding where neither is given.
+    """A method that decodes with trainkit's runner: with a fixed tree, with a policy, or plainly if neither is given.
 
-    Args:
-        runner: Runner with a drafter, unless decoding is plain.
-        name: Name in tables.
-        paths: Rank paths of the draft tree.
-        prepare: Called before each run; its time counts as decoding time, so it must be short.
-        drafter: Name of the drafter.
-        policy: Policy that chooses the depth, instead of `paths`.
-        max_depth: Largest depth that the policy may choose.
-        **options: Options for `Runner.generate`.
+    `prepare` is called before each run; its time counts as decoding time, so it must be short. A policy chooses depths up to
+    `max_depth`. `options` are those of `Runner.generate`, all other arguments those of `Method`.
     """
 
-    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int) -> Generated:
+    def run(prompts: Prompts, max_new_tokens: int, first: int) -> Generated:
         choose_kernels(runner)
         if prepare is not None:
             prepare()
@@ -137,8 +139,8 @@ def trainkit_method(
         draws = [(first + index, 0) for index in range(len(prompts))]  # noise of a prompt does not depend on its batch
         outputs = dict(runner.generate_each(prompts, draws, max_new_tokens=max_new_tokens, **draft, **options))
         stats = Stats.merge(output.stats for output in outputs.values())
-        tokens = [outputs[index].tokens for index in range(len(prompts))]
-        return Generated(tokens, stats, runner.scheduler.rounds_run, dict(runner.scheduler.seconds))
+        tokens, scheduler = [outputs[index].tokens for index in range(len(prompts))], runner.scheduler
+        return Generated(tokens, stats, scheduler.rounds_run, {**scheduler.seconds})
 
     return Method(name, "trainkit", max(map(len, paths), default=max_depth), run, paths, drafter, policy)
 
@@ -149,77 +151,52 @@ def choose_kernels(runner: Runner) -> None:
 
 
 def warm_up(
-    methods: Sequence[Method],
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    threads: Sequence[int],
-    whole: bool = False,
+    methods: Sequence[Method], prompts: Prompts, max_new_tokens: int, threads: Sequence[int], whole: bool = False
 ) -> float:
     """Sets each method's fastest thread count, captures every graph, and returns the estimated seconds of one repeat.
 
     Each thread count decodes at most `PROBE_TOKENS` tokens of the first prompt, after an untimed run of a few tokens.
-
-    Args:
-        methods: Methods; their `threads` are set.
-        prompts: Token ids of each prompt.
-        max_new_tokens: Length that will be measured.
-        threads: Thread counts to choose from.
-        whole: Run the whole load once before; on a GPU this captures a graph for every cache size.
+    With `whole` the whole load is run once before; on a GPU this captures a graph for every cache size.
     """
     estimate = 0.0
     # largest need of cache slots first: static tensors that grow later would drop the graphs captured before
     for method in sorted(methods, key=lambda method: -max(len(method.paths), method.depth) - 2 * method.depth):
         if whole:
             method.run(prompts, max_new_tokens, 0)
-        probe, length = prompts[:1], min(PROBE_TOKENS, max_new_tokens)
-        seconds_per_token: dict[int, float] = {}
+        length, rates = min(PROBE_TOKENS, max_new_tokens), dict[int, float]()
         for count in threads:
             set_threads(count)
-            method.run(probe, min(4, length), 0)
-            seconds, output = _timed(method, probe, length)
-            seconds_per_token[count] = seconds / max(1, output.count)
-        method.threads = min(seconds_per_token, key=lambda count: seconds_per_token[count])
-        estimate += seconds_per_token[method.threads] * max_new_tokens * len(prompts)
+            method.run(prompts[:1], min(4, length), 0)
+            rates[count] = method.timed(prompts[:1], length).rate
+        method.threads = max(rates, key=lambda count: rates[count])
+        estimate += max_new_tokens * len(prompts) / rates[method.threads]
     return estimate
 
 
 def measure(
-    methods: Sequence[Method],
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    repeats: int,
-    progress: Callable[[str], None] = lambda name: None,
-    max_seconds: float = float("inf"),
-    turn_size: int | None = None,
+    methods: Sequence[Method], prompts: Prompts, max_new_tokens: int, repeats: int, max_seconds: float = inf, turn_size: int = 0
 ) -> int:
-    """Times every method `repeats` times, interleaved, appends to its `seconds` and `outputs`, and returns the repeats done.
+    """Times every method `repeats` times, interleaved, appends to its `outputs`, and returns the number of repeats done.
 
-    These are fewer than `repeats`, but at least one, if another repeat would end after `max_seconds`. With `turn_size` 1 the
-    methods alternate prompt by prompt: other load on the machine then affects all of them alike, and the ratios of one repeat
-    compare times that lie close together.
-
-    Args:
-        methods: Methods whose threads are chosen.
-        prompts: Token ids of each prompt.
-        max_new_tokens: Maximum number of new tokens for each prompt.
-        repeats: Number of times that every method decodes all prompts.
-        progress: Called with the name of each method after its turn.
-        max_seconds: Limit for the wall-clock seconds of all repeats.
-        turn_size: Prompts that a method decodes before the next one's turn; all by default.
+    This number is below `repeats`, but at least 1, if another repeat would end after `max_seconds` of wall-clock time. With
+    `turn_size` 1 the methods alternate prompt by prompt: other load on the machine then affects all of them alike, and the
+    ratios of one repeat compare times that lie close together. With 0 a method decodes all prompts in a turn.
     """
     began, turn_size = perf_counter(), turn_size or len(prompts)
-    for done in range(repeats):
-        if done and (perf_counter() - began) * (done + 1) / done > max_seconds:
-            return done
-        turns: list[list[tuple[float, Generated]]] = [[] for _ in methods]
-        for start in range(0, len(prompts), turn_size):
-            for method, timed in zip(methods, turns, strict=True):
-                set_threads(method.threads)
-                timed.append(_timed(method, prompts[start : start + turn_size], max_new_tokens, start))
-                progress(method.name)
-        for method, timed in zip(methods, turns, strict=True):
-            method.seconds.append(sum(seconds for seconds, _ in timed))
-            method.outputs.append(Generated.merge([output for _, output in timed]))
+    starts = range(0, len(prompts), turn_size)
+    with tqdm(total=len(methods) * repeats * len(starts), unit="run", disable=None) as bar:
+        for done in range(repeats):
+            if done and (perf_counter() - began) * (done + 1) / done > max_seconds:
+                return done
+            turns: list[list[Generated]] = [[] for _ in methods]
+            for start in starts:
+                for method, outputs in zip(methods, turns, strict=True):
+                    set_threads(method.threads)
+                    outputs.append(method.timed(prompts[start : start + turn_size], max_new_tokens, start))
+                    bar.set_postfix_str(method.name, refresh=False)
+                    bar.update()
+            for method, outputs in zip(methods, turns, strict=True):
+                method.outputs.append(Generated.merge(outputs))
     return repeats
 
 
@@ -227,19 +204,3 @@ def set_threads(count: int) -> None:
     """Sets the number of torch's CPU threads, if it differs: setting it is slow."""
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
-
-
-def _timed(method: Method, prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int = 0) -> tuple[float, Generated]:
-    began = perf_counter()
-    output = method.run(prompts, max_new_tokens, first)
-    return perf_counter() - began, output
-
-
-def mbsu(tau: float, c: float, depth: int) -> float:
-    """Memory-bound speed-up: tau / (c depth + 1), with c = bytes read per draft step / bytes read per target call."""
-    return tau / (c * depth + 1)
-
-
-def roof(tau: float, plain: float, cost: RoundCost) -> float:
-    """Speed-up attainable on this machine: tau / (v + d), in units of a plain step: v to verify, d to draft."""
-    return tau * plain / (cost.verify + cost.draft)

@@ -5,53 +5,19 @@ Every setting that changes text or speed is set here; none comes from a checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainkit.bundle import read_json
-from trainkit.eval.bench.timing import Generated, Method
+from trainkit.eval.bench.timing import Generated, Method, Prompts
+from trainkit.eval.bench.types import BenchArguments
 from trainkit.models.load import hf_config, hf_tensors
 from trainkit.models.shape import TargetShape
 from trainkit.runner.timing import synchronize
-
-
-@dataclass(frozen=True)
-class TransformersSettings:
-    """Settings that transformers decodes with; the same as trainkit's runner.
-
-    Attributes:
-        shape: Target whose end and padding ids apply.
-        temperature: Sampling temperature; 0 is greedy. Above 0 the text differs from trainkit's, whose noise is another.
-        seed: Seed of torch's generator.
-        batch: Prompts decoded together, padded on the left.
-    """
-
-    shape: TargetShape
-    temperature: float
-    seed: int
-    batch: int
-
-    def generation_config(self, max_new_tokens: int) -> Any:
-        """A GenerationConfig that states every setting."""
-        from transformers import GenerationConfig
-
-        ends = list(self.shape.end_ids)
-        pad = self.shape.pad_id if self.shape.pad_id is not None else (ends[0] if ends else 0)
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=ends or None,
-            pad_token_id=pad,
-            disable_compile=True,
-            **({"do_sample": False} | sampling),
-        )
 
 
 def load_model(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -96,50 +62,56 @@ def why_not_assistant(folder: str | Path, vocab_size: int) -> str:
 
 
 def transformers_method(
-    name: str, settings: TransformersSettings, model: Any, assistant: Any = None, depth: int = 0, drafter: str = ""
+    name: str, options: BenchArguments, shape: TargetShape, model: Any, assistant: Any = None, depth: int = 0, drafter: str = ""
 ) -> Method:
     """A method that decodes with transformers' `generate`, or with its assisted generation if there is an assistant.
 
-    Args:
-        name: Name in tables.
-        settings: Sampling and batching settings.
-        model: Target, a transformers model.
-        assistant: Draft model; it drafts `depth` tokens a round on a constant schedule, without a confidence threshold.
-        depth: Tokens drafted a round; 0 without an assistant.
-        drafter: Name of the draft model; empty without an assistant.
+    Above temperature 0 its text differs from trainkit's, because transformers draws other noise. The temperature, the seed and
+    the batch come from `options`, the end and padding ids from `shape`. The assistant, a draft model, drafts `depth` tokens
+    per round on a constant schedule, without a confidence threshold; `drafter` is its name.
     """
 
-    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, first: int) -> Generated:
-        model.generation_config = settings.generation_config(max_new_tokens)
-        extra = {}
+    def run(prompts: Prompts, max_new_tokens: int, first: int) -> Generated:
+        model.generation_config, extra = _generation_config(options.temperature, shape, max_new_tokens), {}
         if assistant is not None:
-            assistant.generation_config = settings.generation_config(max_new_tokens)
+            assistant.generation_config = _generation_config(options.temperature, shape, max_new_tokens)
             assistant.generation_config.update(
                 num_assistant_tokens=depth, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
             )
             extra["assistant_model"] = assistant
         tokens: list[list[int]] = []
         with _quiet():
-            for start in range(0, len(prompts), settings.batch):
-                torch.manual_seed(settings.seed + first + start)
-                tokens += _generate(model, prompts[start : start + settings.batch], settings, extra)
+            for start in range(0, len(prompts), options.batch):
+                torch.manual_seed(options.seed + first + start)
+                tokens += _generate(model, prompts[start : start + options.batch], shape.end_ids, extra)
             synchronize(model.device)
         return Generated(tokens)
 
     return Method(name, "transformers", depth, run, drafter=drafter)
 
 
+def _generation_config(temperature: float, shape: TargetShape, max_new_tokens: int) -> Any:
+    """A GenerationConfig that states every setting."""
+    from transformers import GenerationConfig
+
+    ends = list(shape.end_ids)
+    pad = shape.pad_id if shape.pad_id is not None else (ends[0] if ends else 0)
+    settings: dict[str, Any] = {"num_beams": 1, "use_cache": True, "disable_compile": True, "do_sample": temperature > 0}
+    if temperature:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **settings)
+
+
 @torch.inference_mode()
-def _generate(
-    model: Any, prompts: Sequence[Sequence[int]], settings: TransformersSettings, extra: dict[str, Any]
-) -> list[list[int]]:
-    """New tokens of each prompt up to its first end token, which is included; batched rows have padding behind it."""
+def _generate(model: Any, prompts: Prompts, end_ids: tuple[int, ...], extra: dict[str, Any]) -> list[list[int]]:
+    """New tokens of each prompt up to its first end token, which is included; prompts of a batch are padded on the left."""
     width = max(map(len, prompts))
     pad = model.generation_config.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     rows = model.generate(input_ids=ids, attention_mask=mask, **extra)[:, width:].tolist()
-    ends = [next((i + 1 for i, token in enumerate(row) if token in settings.shape.end_ids), len(row)) for row in rows]
+    # rows of a batch that ended early have padding after their end token
+    ends = [next((i + 1 for i, token in enumerate(row) if token in end_ids), len(row)) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.errors import UserError
@@ -13,34 +14,60 @@ if TYPE_CHECKING:
     from trainkit.eval.bench.timing import Method
     from trainkit.runner import Runner
     from trainkit.runner.timing import RoundCost
-    from trainkit.runner.trees.shape import RankPath
 
 
 @dataclass(frozen=True)
 class BenchArguments:
-    """The checked arguments of `bench`, whose docstring explains them; `drafters` and `policies` hold its repeatable flags."""
+    """Arguments of `trainkit bench`, checked. The command adds the flags for drafters, trees, policies and output files.
 
-    target: str | None
-    drafters: tuple[str, ...]
-    prompts: str | None
-    depths: tuple[int, ...]
-    trees: tuple[tuple[RankPath, ...], ...]
-    policies: tuple[str, ...]
-    max_new_tokens: int
-    temperature: float
-    verify: str
-    limit: int
-    repeats: int
-    batch: int
-    device: str
-    dtype: str
-    baselines: bool
-    seed: int
-    max_seconds: float
-    synthetic: str | None
-    synthetic_tau: float
-    synthetic_kinds: tuple[str, ...]
-    prompt_length: int
+    Args:
+        target: Hugging Face folder of the target.
+        drafters: Folders of the drafters.
+        prompts: File of prompts or chats; the tokenizer's chat template is applied, if it has one.
+        depths: Draft depths to measure, as a JSON list; those above a drafter's own limit are left out. The tree in a drafter's
+            bundle is measured too.
+        trees: Rank paths of each additional tree.
+        policies: Policies that choose the depth during decoding.
+        max_new_tokens: Maximum number of new tokens for each prompt.
+        temperature: Sampling temperature; 0 is greedy. Above 0 transformers samples other texts, and only trainkit's outputs
+            are compared with plain decoding.
+        verify: Verification method, coupled or residual.
+        limit: Number of prompts to use, from the start of the file.
+        repeats: Number of runs of each method; the table shows medians.
+        batch: Number of prompts decoded together.
+        device: Torch device; `auto` uses a GPU if there is one.
+        dtype: Precision: float32, bfloat16 or float16.
+        baselines: Whether to measure transformers too.
+        seed: Seed of all sampling.
+        max_seconds: Time limit; if the whole load would take longer, fewer prompts and then fewer repeats are run, with a note.
+        synthetic: Shape of a random target with scripted drafters, instead of a target folder: tiny, llama3-1b or llama3-8b.
+        synthetic_tau: Tokens per round that the scripted drafter reaches, as far as the depth allows.
+        synthetic_kinds: Drafter kinds whose cost is measured, with default settings and at most 32,000 draft tokens; by default
+            all kinds. Repeat the flag for several.
+        prompt_length: Number of tokens of the synthetic prompt.
+    """
+
+    target: str | None = None
+    drafters: tuple[str, ...] = ()
+    prompts: str | None = None
+    depths: tuple[int, ...] = (1, 2, 3, 4, 6)
+    trees: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    policies: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    verify: str = "coupled"
+    limit: int = 16
+    repeats: int = 3
+    batch: int = 1
+    device: str = "auto"
+    dtype: str = "float32"
+    baselines: bool = True
+    seed: int = 0
+    max_seconds: float = 900.0
+    synthetic: str | None = None
+    synthetic_tau: float = 3.0
+    synthetic_kinds: tuple[str, ...] = ()
+    prompt_length: int = 64
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "limit", "repeats", "batch", "prompt_length"):
@@ -48,10 +75,10 @@ class BenchArguments:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if any(depth < 1 for depth in self.depths) or len(set(self.depths)) != len(self.depths):
             raise UserError(f"depths {list(self.depths)}: must differ and be at least 1; plain decoding is always measured")
-        for flag, values in (("drafter", self.drafters), ("policy", self.policies)):
-            for value in values:
-                if values.count(value) > 1:
-                    raise UserError(f"{flag} {value}: given twice; name it once")
+        folders = [str(Path(folder).resolve()) for folder in self.drafters]
+        for flag, values in (("drafter", folders), ("policy", self.policies)):
+            if repeated := next((value for value in values if values.count(value) > 1), None):
+                raise UserError(f"{flag} {repeated}: given twice; name it once")
         if self.synthetic is None and (self.target is None or self.prompts is None):
             raise UserError("bench needs --target and --prompts (a file), or --synthetic with the name of a shape")
         if self.synthetic is not None and (self.target or self.drafters or self.prompts or self.temperature):
@@ -60,27 +87,9 @@ class BenchArguments:
             raise UserError("trees: only a drafter can draft them; add --drafter")
         if self.policies and not (self.drafters or self.synthetic):
             raise UserError("policy: needs a --drafter whose depth it chooses")
-        if self.verify not in ("coupled", "residual"):
-            raise UserError(f"verify {self.verify!r}: must be one of coupled, residual")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype {self.dtype!r}: must be float32, bfloat16 or float16")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options for `Runner.generate`."""
-        return {"temperature": self.temperature, "verify": self.verify, "seed": self.seed}
-
-    def must_match_plain(self, method: Method) -> bool:
-        """Whether this method must emit the same tokens as plain decoding in trainkit."""
-        return self.temperature == 0 or (method.family == "trainkit" and self.verify == "coupled")
-
-
-@dataclass(frozen=True)
-class BenchDrafter:
-    """A drafter in a bench: its name in tables, and a runner that joins it to the bench's target."""
-
-    name: str
-    runner: Runner
+        for name, choices in {"verify": ("coupled", "residual"), "dtype": ("float32", "bfloat16", "float16")}.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(choices)}")
 
 
 @dataclass
@@ -88,18 +97,18 @@ class BenchSetup:
     """What a bench measures.
 
     Attributes:
-        runner: Runner of the target alone; the drafters' runners share its target.
+        runner: Runner of the target alone.
         prompts: Token ids of each prompt.
         target_name: Name of the target in tables.
-        drafters: Drafters that some methods use.
+        drafters: Name in tables -> runner that joins the drafter to the target of `runner`.
         methods: Ways to decode, in the order of the table; plain decoding in trainkit is one of them.
-        notes: A line for each thing that was left out, with the reason.
+        notes: A line for each method that was left out, with the reason, and for each limit that was reached.
     """
 
     runner: Runner
     prompts: list[list[int]]
     target_name: str
-    drafters: list[BenchDrafter] = field(default_factory=list)
+    drafters: dict[str, Runner] = field(default_factory=dict)
     methods: list[Method] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -115,15 +124,14 @@ class BenchSetup:
         return sum(len(p) + len(t) // 2 for p, t in zip(self.prompts, texts, strict=True)) // len(texts)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchResult:
     """Everything that a bench measured.
 
     Attributes:
         arguments: Arguments of the bench.
-        setup: Methods with their times and outputs, drafters and prompts.
+        setup: Methods with their outputs and times, drafters and prompts.
         machine: Hardware and library versions.
-        date: UTC time of the end, ISO 8601.
         identity: Comparison with plain decoding, by method name; only of methods that must match it.
         costs: Drafting and verifying times by (threads, drafter name, tree); the empty tree is plain decoding.
         tolerance: Largest score gap that counts as a tie.
@@ -132,7 +140,6 @@ class BenchResult:
     arguments: BenchArguments
     setup: BenchSetup
     machine: Machine
-    date: str
     identity: dict[str, Identity]
     costs: dict[tuple[int, str, Any], RoundCost]
     tolerance: float

@@ -7,17 +7,18 @@ rounds of every tree (`simulate_decoding`) and the accuracies that trees are sea
 whether or not its heads read their parents' tokens.
 """
 
-# B rows  T positions  A taps  D levels  K ids it may propose  W ranks told apart  L text length  P path length
+# B rows  T positions  A taps  D levels  V vocabulary  K ids it may propose  W ranks  L text length  P path length
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from trainkit.drafters.base import Accepted, Chunk, Frontier, State
+from trainkit.drafters.base import Accepted, Chunk, Frontier, StepOutput
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias
 from trainkit.runner import Runner, Stats
@@ -25,8 +26,10 @@ from trainkit.runner.policies.cost_model import isotonic
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 from trainkit.runner.trees.shape import RankPath
 
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt, and those of its answer."""
 PAST_END = -1
-"""Stands for a rank where the text has ended."""
+"""In place of a rank past the end of the text."""
 
 Ranks = np.ndarray
 """[L - 1, D] for one text: [i, d] is the rank of token i + 1 + d among the proposals at depth d, with token i as the root.
@@ -52,11 +55,11 @@ def replay_ranks(
         runner: Runner with a drafter.
         prompts: Token ids of each prompt.
         texts: The runner's answer to each prompt, at this temperature and seed.
-        depth: Levels to draft, D; at most the drafter's `max_depth`.
-        width: Ranks told apart, W.
+        depth: Number of levels to draft, D; at most the drafter's `max_depth`.
+        width: Number of ranks that are distinguished, W.
         temperature: Sampling temperature; above 0, draft and target are ranked with the noise that they share.
         seed: Seed of that noise; the prompt's index is part of its key, as in `Runner.generate`.
-        batch: Texts replayed together.
+        batch: Number of texts replayed together.
 
     Raises:
         UserError: the drafter proposes among fewer than `width` ids.
@@ -68,99 +71,75 @@ def replay_ranks(
         rows = range(start, min(start + batch, len(prompts)))
         keys_B2 = torch.tensor([request_keys(seed, i) for i in rows], dtype=torch.int32, device=runner.device)
         pairs = [(prompts[i], texts[i]) for i in rows]
-        ranks += _Replay(runner, pairs, depth, width, Sampling(temperature), keys_B2).ranks()
+        ranks += _replay(runner, pairs, depth, width, Sampling(temperature), keys_B2)
     return ranks
 
 
-class _Replay:
-    """A batch of (prompt, text) pairs, with a drafter state that has read the prompts."""
+def _replay(runner: Runner, pairs: Sequence[Pair], depth: int, width: int, sampling: Sampling, keys_B2: Tensor) -> list[Ranks]:
+    """The ranks of a batch of texts: a forced chain is drafted from every position, then the drafter reads one more token."""
+    rounds, drafter, target, device = runner.rounds, runner.drafter, runner.rounds.target, runner.device
+    assert drafter is not None
+    prompt_lengths_B = torch.tensor([len(prompt) for prompt, _ in pairs], device=device)
+    lengths_B = torch.tensor([len(text) for _, text in pairs], device=device)
+    longest = max(len(prompt) + len(text) for prompt, text in pairs) + depth + 1
+    span = -(-longest // 64) * 64
+    rows = [[*prompt, *text] + [0] * (longest - len(prompt) - len(text)) for prompt, text in pairs]
+    tokens_BT, dtype = torch.tensor(rows, device=device), target.embed.weight.dtype
 
-    def __init__(
-        self,
-        runner: Runner,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        depth: int,
-        width: int,
-        sampling: Sampling,
-        keys_B2: Tensor,
-    ) -> None:
-        assert runner.drafter is not None
-        self.rounds, self.drafter, self.device = runner.rounds, runner.drafter, runner.device
-        self.depth, self.width, self.sampling, self.keys_B2 = depth, width, sampling, keys_B2
-        longest = max(len(prompt) + len(text) for prompt, text in pairs) + depth + 1
-        self.span = -(-longest // 64) * 64
-        self.prompt_lengths_B = torch.tensor([len(prompt) for prompt, _ in pairs], device=self.device)
-        self.lengths_B = torch.tensor([len(text) for _, text in pairs], device=self.device)
-        rows = [[*prompt, *text] + [0] * (longest - len(prompt) - len(text)) for prompt, text in pairs]
-        self.tokens_BT = torch.tensor(rows, device=self.device)
-        dtype = self.rounds.target.embed.weight.dtype
-        self.state = self.drafter.init_state(len(rows), self.span, self.device, dtype)
-        taps = [self._read(b, len(prompt), len(prompt) + len(text)) for b, (prompt, text) in enumerate(pairs)]
-        self.taps_BTAD = None if taps[0] is None else torch.stack([t for t in taps if t is not None])
-
-    def _read(self, row: int, prompt: int, length: int) -> Tensor | None:
-        """Prefills the drafter's state of a row; returns the target's taps of its text, [T, A, hidden], zero past the end."""
-        target = self.rounds.target
+    # the drafter reads each prompt; the target's taps of each text are zero past its end
+    state, taps_by_row = drafter.init_state(len(rows), span, device, dtype), []
+    for row, (prompt, text) in enumerate(pairs):
+        size, length = len(prompt), len(prompt) + len(text)
         target.reserve_positions(length)
-        tokens_1T = self.tokens_BT[row : row + 1, :length]
-        positions_1T = torch.arange(length, device=self.device)[None]
-        bias = causal_bias(positions_1T, length, target.embed.weight.dtype)
-        _, taps = target(tokens_1T, positions_1T, bias, taps=self.rounds.taps)
-        view: State = {name: tensor[row : row + 1] for name, tensor in self.state.items()}
-        seen = None if taps is None else taps[:, :prompt]
-        next_1T = self.tokens_BT[row : row + 1, 1 : prompt + 1]
-        chunk = Chunk(tokens_1T[:, :prompt], next_1T, positions_1T[:, :prompt], seen)
-        self.drafter.prefill(view, chunk, self.rounds.handle, prompt)
-        if taps is None:
-            return None
-        padded = taps.new_zeros(self.tokens_BT.shape[1], *taps.shape[2:])
-        padded[:length] = taps[0]
-        return padded
+        tokens_1T, positions_1T = tokens_BT[row : row + 1, :length], torch.arange(length, device=device)[None]
+        _, taps = target(tokens_1T, positions_1T, causal_bias(positions_1T, length, dtype), taps=rounds.taps)
+        prompt_taps = None if taps is None else taps[:, :size]
+        chunk = Chunk(tokens_1T[:, :size], tokens_BT[row : row + 1, 1 : size + 1], positions_1T[:, :size], prompt_taps)
+        drafter.prefill({name: tensor[row : row + 1] for name, tensor in state.items()}, chunk, rounds.handle, size)
+        if taps is not None:
+            taps_by_row.append(F.pad(taps[0], (0, 0, 0, 0, 0, longest - length)))
+    taps_BTAD = torch.stack(taps_by_row) if taps_by_row else None
 
-    def ranks(self) -> list[Ranks]:
-        """Drafts a forced chain from every position in turn; after each, the drafter's state advances by one token."""
-        levels = torch.arange(self.depth + 1, device=self.device)
-        positions = int(self.lengths_B.max()) - 1
-        by_position = []
-        for position in range(positions):
-            # draft from this position; rows whose text has ended stay at its start
-            alive_B = position < self.lengths_B - 1
-            root_B = self.prompt_lengths_B + torch.where(alive_B, position, 0)
-            path_BP = root_B[:, None] + levels
-            tokens_BP = self.tokens_BT.gather(1, path_BP)
-            by_position.append(self._chain(root_B, tokens_BP))
-            # commit the root alone
-            taps = self.taps_BTAD
-            if taps is not None:
-                taps = taps.gather(1, path_BP[..., None, None].expand(-1, -1, *taps.shape[2:]))
-            next_BP = self.tokens_BT.gather(1, (path_BP + 1).clamp(max=self.tokens_BT.shape[1] - 1))
-            accepted = Accepted(None, tokens_BP, next_BP, alive_B.long(), root_B, taps)
-            self.drafter.commit(self.state, accepted, self.rounds.handle, self.span)
-        if not by_position:
-            return [np.zeros((0, self.depth), np.int64) for _ in self.lengths_B]
-        ranks_BLD = torch.stack(by_position, 1)
-        label_LD = 1 + torch.arange(positions, device=self.device)[:, None] + levels[: self.depth]
-        ranks_BLD = ranks_BLD.masked_fill(label_LD >= self.lengths_B[:, None, None], PAST_END).cpu().numpy()
-        return [ranks_LD[: length - 1] for ranks_LD, length in zip(ranks_BLD, self.lengths_B.tolist(), strict=True)]
+    # draft from every position in turn, then commit the root alone
+    step = lambda frontier: drafter.step(state, frontier, rounds.handle, span)
+    levels, positions = torch.arange(depth + 1, device=device), int(lengths_B.max()) - 1
+    ranks_BLD = torch.zeros(len(rows), positions, depth, dtype=torch.long, device=device)
+    for position in range(positions):
+        alive_B = position < lengths_B - 1
+        root_B = prompt_lengths_B + torch.where(alive_B, position, 0)  # rows whose text has ended remain at its start
+        path_BP = root_B[:, None] + levels
+        tokens_BP, noise_BDV = tokens_BT.gather(1, path_BP), None
+        if not sampling.greedy:
+            noise_BDV = gumbel(keys_B2, path_BP[:, 1:], rounds.vocabulary, CHOICE)
+        ranks_BLD[:, position] = _chain_ranks(step, sampling, root_B, tokens_BP, noise_BDV, width)
+        taps = None if taps_BTAD is None else taps_BTAD.gather(1, path_BP[..., None, None].expand(-1, -1, *taps_BTAD.shape[2:]))
+        next_BP = tokens_BT.gather(1, (path_BP + 1).clamp(max=longest - 1))
+        drafter.commit(state, Accepted(None, tokens_BP, next_BP, alive_B.long(), root_B, taps), rounds.handle, span)
 
-    def _chain(self, root_B: Tensor, tokens_BP: Tensor) -> Tensor:
-        """[B, D] ranks of the text's tokens after the root, each drafted after the text's earlier tokens."""
-        D = self.depth
-        noise_BDV = None
-        if not self.sampling.greedy:
-            rows = root_B[:, None] + 1 + torch.arange(D, device=self.device)
-            noise_BDV = gumbel(self.keys_B2, rows, self.rounds.vocabulary, CHOICE)
-        ranks = []
-        for depth in range(D):
-            frontier = Frontier.chain(tokens_BP[:, depth : depth + 1], root_B[:, None] + depth, depth, D + 1)
-            out = self.drafter.step(self.state, frontier, self.rounds.handle, self.span)
-            scores_BK, ids_K = self.sampling.process(out.logits_BFK)[:, 0], out.ids_K
-            if scores_BK.shape[1] < self.width:
-                raise UserError(f"width {self.width}: the drafter proposes among {scores_BK.shape[1]} ids; lower width")
-            if noise_BDV is not None:
-                scores_BK = scores_BK + (noise_BDV[:, depth] if ids_K is None else noise_BDV[:, depth][:, ids_K])
-            ranks.append(rank_of(tokens_BP[:, depth + 1], scores_BK, ids_K, self.width))
-        return torch.stack(ranks, 1)
+    label_LD = 1 + torch.arange(positions, device=device)[:, None] + levels[:depth]
+    ranks_BLD = ranks_BLD.masked_fill(label_LD >= lengths_B[:, None, None], PAST_END).cpu().numpy()
+    return [ranks_LD[: len(text) - 1] for ranks_LD, (_, text) in zip(ranks_BLD, pairs, strict=True)]
+
+
+def _chain_ranks(
+    step: Callable[[Frontier], StepOutput],
+    sampling: Sampling,
+    root_B: Tensor,
+    tokens_BP: Tensor,
+    noise: Tensor | None,
+    width: int,
+) -> Tensor:
+    """[B, D] ranks of the text's tokens after the root, each drafted after the text's earlier tokens; noise is [B, D, V]."""
+    ranks, P = [], tokens_BP.shape[1]
+    for depth in range(P - 1):
+        out = step(Frontier.chain(tokens_BP[:, depth : depth + 1], root_B[:, None] + depth, depth, P))
+        scores_BK, ids_K = sampling.process(out.logits_BFK)[:, 0], out.ids_K
+        if scores_BK.shape[1] < width:
+            raise UserError(f"width {width}: the drafter proposes among {scores_BK.shape[1]} ids; lower width")
+        if noise is not None:
+            scores_BK = scores_BK + (noise[:, depth] if ids_K is None else noise[:, depth][:, ids_K])
+        ranks.append(rank_of(tokens_BP[:, depth + 1], scores_BK, ids_K, width))
+    return torch.stack(ranks, 1)
 
 
 def rank_of(token_B: Tensor, scores_BK: Tensor, ids_K: Tensor | None, width: int) -> Tensor:
@@ -202,10 +181,10 @@ def simulate_decoding(ranks: Sequence[Ranks], paths: Collection[RankPath]) -> St
 
 
 PRIOR = 16
-"""Pseudo-count: weight, in observations, of a depth's accuracies after any parent in those after a parent of one rank."""
+"""Pseudo-count, in observations: weight of a depth's accuracies over all parents in those after a parent of one rank."""
 
 Accuracies = np.ndarray
-"""[D, W, W]: at [d, q, r] the probability that the child of rank r is the target's choice, if its parent was and had rank q.
+"""[D, W, W]: [d, q, r] is the probability that the child of rank r is the target's choice, if its parent was and had rank q.
 
 Depth 0 has the root as parent, at q = 0. Rows do not increase with r.
 """
@@ -216,9 +195,9 @@ def accuracies(ranks: Sequence[Ranks], width: int) -> Accuracies:
 
     The product along a path is the probability that the whole path is correct, if a node's rank depends on the past only
     through its parent's rank. Cai et al. 2024 (arXiv 2401.10774) use one row per depth for all parents, a product of shares.
-    That ignores that after a correct first proposal the next first proposal is correct more often, which holds for heads that
-    do not read their parents too, because easy positions are easy for every head. Rows with few observations are shrunk
-    towards the row over all parents of their depth (`PRIOR`).
+    But after a correct first proposal, the next first proposal is correct more often. This also holds for heads that do not
+    read their parents, because easy positions are easy for every head. Rows with few observations are shrunk towards the row
+    over all parents of their depth (`PRIOR`).
 
     Raises:
         UserError: every text is shorter than the tree's depth.

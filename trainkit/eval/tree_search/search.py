@@ -17,8 +17,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 
 from trainkit.errors import UserError
@@ -36,7 +36,7 @@ Paths = tuple[RankPath, ...]
 def path_probability(path: RankPath, table_DWW: Accuracies) -> float:
     """Probability that every node of a path is correct: the product of its accuracies, each given the parent's rank."""
     parents = (0, *path)
-    return float(np.prod([table_DWW[d, parents[d], rank] for d, rank in enumerate(path)]))
+    return math.prod(float(table_DWW[d, parents[d], rank]) for d, rank in enumerate(path))
 
 
 def expected_tau(paths: Iterable[RankPath], table_DWW: Accuracies) -> float:
@@ -54,24 +54,21 @@ def best_paths(table_DWW: Accuracies, nodes: int, depth: int, max_frontier: int 
         max_frontier: Maximum number of nodes per level that have children; paths beyond it are skipped. None for no limit.
     """
     width = table_DWW.shape[2]
-    # entries: negative probability of the path, path, probability of its parent
-    heap: list[tuple[float, RankPath, float]] = [(-table_DWW[0, 0, 0], (0,), 1.0)]
+    heap: list[tuple[float, RankPath]] = [(-path_probability((0,), table_DWW), (0,))]
     paths: list[RankPath] = []
     expanded_by_level = [set[RankPath]() for _ in range(depth)]
     while heap and len(paths) < nodes - 1:
-        negative, path, parent_probability = heapq.heappop(heap)
-        level, parent = len(path), path[:-1]
-        expanded = expanded_by_level[level - 1]
+        _, path = heapq.heappop(heap)
+        parent, rank = path[:-1], path[-1]
+        expanded = expanded_by_level[len(parent)]
         if parent not in expanded and max_frontier is not None and len(expanded) >= max_frontier:
             continue
         expanded.add(parent)
         paths.append(path)
-        if path[-1] + 1 < width:  # the next sibling
-            parent_rank = path[-2] if level > 1 else 0
-            probability = parent_probability * table_DWW[level - 1, parent_rank, path[-1] + 1]
-            heapq.heappush(heap, (-probability, (*parent, path[-1] + 1), parent_probability))
-        if level < depth:  # the first child
-            heapq.heappush(heap, (negative * table_DWW[level, path[-1], 0], (*path, 0), -negative))
+        # its next sibling and its first child are at most as probable
+        next_paths = ([(*parent, rank + 1)] if rank + 1 < width else []) + ([(*path, 0)] if len(path) < depth else [])
+        for next_path in next_paths:
+            heapq.heappush(heap, (-path_probability(next_path, table_DWW), next_path))
     return paths
 
 
@@ -100,32 +97,32 @@ class Costs:
     """Seconds of a round's parts at the measured sizes, non-decreasing in size; linear in between.
 
     Attributes:
-        plain: Seconds of a plain decoding step, one row.
-        verify_T: Seconds of the target's forward pass with output head, by number of rows T.
-        first: Seconds of the first draft level.
-        level_F: Seconds of each later draft level, by number of frontier nodes F.
+        plain_step_seconds: Time of a plain decoding step, one row.
+        verify_seconds: Time of the target's forward pass with output head, by number of rows T.
+        first_level_seconds: Time of the first draft level.
+        level_seconds: Time of each later draft level, by number of frontier nodes F.
         threads: CPU threads of the measurement.
     """
 
-    plain: float
-    verify_T: dict[int, float]
-    first: float
-    level_F: dict[int, float]
+    plain_step_seconds: float
+    verify_seconds: dict[int, float]
+    first_level_seconds: float
+    level_seconds: dict[int, float]
     threads: int = 1
 
     def verify(self, rows: int) -> float:
         """Seconds to verify `rows` rows."""
-        return interpolate(rows, list(self.verify_T), list(self.verify_T.values()))
+        return interpolate(rows, list(self.verify_seconds), list(self.verify_seconds.values()))
 
     def draft(self, paths: Paths) -> float:
         """Seconds to draft a tree: one step for each level that has children, over the nodes that have some."""
         frontiers = Counter(len(parent) for parent in {path[:-1] for path in paths})
-        sizes, seconds = list(self.level_F), list(self.level_F.values())
-        return sum(interpolate(count, sizes, seconds) if depth else self.first for depth, count in frontiers.items())
+        sizes, seconds, first = list(self.level_seconds), list(self.level_seconds.values()), self.first_level_seconds
+        return sum(interpolate(count, sizes, seconds) if depth else first for depth, count in frontiers.items())
 
     def speedup(self, tau: float, paths: Paths) -> float:
         """Speed-up over plain decoding that a round of this tree can reach: tau / (v(T) + draft time / plain step time)."""
-        return tau * self.plain / (self.verify(len(paths) + 1) + self.draft(paths))
+        return tau * self.plain_step_seconds / (self.verify(len(paths) + 1) + self.draft(paths))
 
 
 def measure_costs(runner: Runner, length: int, batch: int, nodes: int, depth: int, width: int) -> Costs:
@@ -133,38 +130,29 @@ def measure_costs(runner: Runner, length: int, batch: int, nodes: int, depth: in
 
     On a CPU, with one thread and with all; the result is that of the thread count with the faster plain step, as in `bench`.
     """
-    all_threads = torch.get_num_threads()
-    by_threads = []
-    try:
-        for count in sorted({1, all_threads}) if runner.device.type == "cpu" else [all_threads]:
-            set_threads(count)
-            by_threads.append(_measure_costs(runner, length, batch, nodes, depth, width))
-    finally:
-        set_threads(all_threads)
-    return min(by_threads, key=lambda costs: costs.plain)
-
-
-def _measure_costs(runner: Runner, length: int, batch: int, nodes: int, depth: int, width: int) -> Costs:
     assert runner.drafter is not None
     frontier = min(width, runner.drafter.max_width or width)
     # trees that time verifying, by number of rows
     sizes = sorted({size for size in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if size < nodes} | {nodes})
-    trees = {size: full_tree(size, depth, width, frontier) for size in sizes}
+    trees = [full_tree(size, depth, width, frontier) for size in sizes]
     # trees of two levels that time the second level, by number of frontier nodes; the first level is that of a chain
     counts = sorted({count for count in (1, 2, 4, 8, 16) if count < frontier} | {frontier}) if depth > 1 else []
-    two_levels = {n: (*((rank,) for rank in range(n)), *((rank, 0) for rank in range(n))) for n in counts}
-    choose_kernels(runner)
-    costs = round_costs(runner.rounds, [chain(1), *two_levels.values(), *trees.values()], length, batch)
-    plain, first = costs[()].verify, costs[chain(1)].draft
-    verify = isotonic([plain, *(costs[paths].verify for paths in trees.values())])
-    level = isotonic([max(0.0, costs[paths].draft - first) for paths in two_levels.values()])
-    return Costs(
-        plain,
-        dict(zip((1, *sizes), verify, strict=True)),
-        first,
-        dict(zip(counts, level, strict=True)),
-        torch.get_num_threads(),
-    )
+    two_levels = [(*((rank,) for rank in range(n)), *((rank, 0) for rank in range(n))) for n in counts]
+    # time them with each number of threads
+    all_threads, by_threads = torch.get_num_threads(), []
+    try:
+        for threads in sorted({1, all_threads}) if runner.device.type == "cpu" else [all_threads]:
+            set_threads(threads)
+            choose_kernels(runner)
+            costs = round_costs(runner.rounds, [chain(1), *two_levels, *trees], length, batch)
+            plain, first = costs[()].verify, costs[chain(1)].draft
+            verify = isotonic([plain, *(costs[paths].verify for paths in trees)])
+            level = isotonic([max(0.0, costs[paths].draft - first) for paths in two_levels])
+            by_rows, by_frontier = dict(zip((1, *sizes), verify, strict=True)), dict(zip(counts, level, strict=True))
+            by_threads.append(Costs(plain, by_rows, first, by_frontier, threads))
+    finally:
+        set_threads(all_threads)
+    return min(by_threads, key=lambda costs: costs.plain_step_seconds)
 
 
 @dataclass(frozen=True)
@@ -185,13 +173,18 @@ class Candidate:
 
     @property
     def nodes(self) -> int:
-        """Rows verified, root included."""
+        """Number of rows verified, root included."""
         return len(self.paths) + 1
 
     @property
     def depth(self) -> int:
-        """Levels drafted."""
+        """Number of levels drafted."""
         return max(map(len, self.paths))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, JSON-able."""
+        figures = {"nodes": self.nodes, "depth": self.depth, "expected_tau": self.expected_tau, "tau": self.tau}
+        return figures | {"expected_speedup": self.speedup}
 
 
 def search(
@@ -218,8 +211,3 @@ def search(
         reached = expected if math.isnan(tau) else tau  # nan: the texts are too short for a full round
         candidates.append(Candidate(tree, expected, tau, costs.speedup(reached, tree)))
     return candidates
-
-
-def fastest(candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate with the largest speed-up; among equals the smallest."""
-    return max(candidates, key=lambda candidate: (candidate.speedup, -candidate.nodes))
