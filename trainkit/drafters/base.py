@@ -14,11 +14,11 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from trainkit.bundle import MANIFEST, Bundle
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.vocabulary import checked_vocab
 from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 
@@ -33,22 +34,11 @@ State: TypeAlias = dict[str, Tensor]
 """A drafter's static tensors. The first axis is ALWAYS the batch: the runner takes views `tensor[a:b]` and copies rows."""
 
 
-class Divergence(Protocol):
-    """Compares draft and target over N flattened tokens; the logits [N, V] never exist as a whole.
+Divergence: TypeAlias = Callable[..., LossOutput]
+"""Compares draft and target over N flattened tokens; arguments as in `losses.chunked.ChunkedDivergence.__call__`."""
 
-    A head maps hidden states [n, D] to logits: [n, V], or [n, K] for a draft head whose trimmed vocabulary is `ids_K`.
-    """
-
-    def __call__(
-        self,
-        draft_hidden_ND: Tensor,
-        draft_head: Any,
-        target_hidden_ND: Tensor,
-        target_head: Any,
-        ids_K: Tensor | None = None,
-        mask_N: Tensor | None = None,
-        labels_N: Tensor | None = None,
-    ) -> LossOutput: ...
+WIDEST = 256
+"""Maximum number of nodes on one tree level, for drafters with a state per node for the next level."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +134,6 @@ class Frontier:
         nodes_F: Their numbers within the round, 0 for the root, ascending by level; the scratch slot of node i is root
             position + i. Constant while a CUDA graph is reused, even if the draft decides which token a number belongs to (a
             dynamic tree).
-        parents_BF: Numbers of their parents; -1 for the root.
         parent_index_BF: Index of each parent within the previous level's frontier; 0 for the root.
         ancestors_BFM: True at a node's ancestors and itself, over the M numbers of the round. In a dynamic tree only expanded
             nodes have a number.
@@ -155,7 +144,6 @@ class Frontier:
     tokens_BF: Tensor
     positions_BF: Tensor
     nodes_F: Tensor
-    parents_BF: Tensor
     parent_index_BF: Tensor
     ancestors_BFM: Tensor
     depth: int
@@ -172,10 +160,9 @@ class Frontier:
             size: M, nodes of the whole chain, root included.
         """
         B, numbers_M = len(positions_B1), torch.arange(size, device=positions_B1.device)
-        parent_1 = numbers_M[depth - 1 : depth] if depth else numbers_M[:1] - 1
         ancestors_BFM = (numbers_M <= depth).expand(B, 1, -1)
         node_1, first_B1 = numbers_M[depth : depth + 1], numbers_M[:1].expand(B, 1)
-        return cls(tokens_B1, positions_B1, node_1, parent_1.expand(B, 1), first_B1, ancestors_BFM, depth, is_chain=True)
+        return cls(tokens_B1, positions_B1, node_1, first_B1, ancestors_BFM, depth, is_chain=True)
 
     @property
     def root_B(self) -> Tensor:
@@ -244,6 +231,10 @@ class Accepted:
 class Drafter(nn.Module, ABC):
     """Proposes continuations of a frozen target. Hyper-parameters are plain constructor arguments after `target`.
 
+    Args:
+        target: Sizes of the target.
+        draft_vocab: Token ids it may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
+
     Serving works on a `State`. At the start of a round the target has cached the tokens before the root; the root is the last
     emitted token. A round calls `step` once per level, then `commit` with the path that the target accepted. Neither may read a
     tensor on the host: a round can be captured in a CUDA graph. `span` is a bound known on the host: no cache slot at or past
@@ -256,6 +247,7 @@ class Drafter(nn.Module, ABC):
             another.
         max_depth: Levels it can draft; None for any number.
         max_width: Nodes of one level it can expand; None for any number.
+        ids_K: Token ids it may propose, ascending; None for all.
         formats: Format of `trainkit export --format` -> layout of files that this kind writes for it.
     """
 
@@ -265,9 +257,21 @@ class Drafter(nn.Module, ABC):
     max_width: int | None = None
     default_tree: tuple[tuple[int, ...], ...] | None = None
 
-    def __init__(self, target: TargetShape) -> None:
+    def __init__(self, target: TargetShape, draft_vocab: list[int] | str | None = None) -> None:
         super().__init__()
         self.target = target
+        self.register_buffer("ids_K", checked_vocab(draft_vocab, target.decoder.vocab_size), persistent=False)
+        self.ids_K: Tensor | None
+
+    @property
+    def draft_vocab(self) -> list[int] | None:
+        """Token ids it may propose, ascending; None for all."""
+        return None if self.ids_K is None else self.ids_K.tolist()
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Number of token ids it may propose."""
+        return self.target.decoder.vocab_size if self.ids_K is None else len(self.ids_K)
 
     # Training
 
@@ -316,9 +320,9 @@ class Drafter(nn.Module, ABC):
 
     # Files
 
-    @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape."""
+        """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape: its attributes of these names."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "target"}
 
     def use_target_folder(self, folder: Path) -> None:
         """Receives the folder of the target before an export, if it is known; for kinds whose files contain target weights."""

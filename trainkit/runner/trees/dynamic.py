@@ -83,11 +83,10 @@ class DynamicTree(Shape):
         """Expands the best nodes of each level and keeps the best of all; kept nodes are numbered by rank, best first."""
         root_B, device, width = steps.root_B, steps.root_B.device, self.top_k
         B, M = root_B.shape[0], self._expanded
-        # The frontier: tokens, scores, numbers, indices among the proposed nodes, parents' indices and numbers, ancestors.
+        # The frontier: tokens, scores, numbers, indices among the proposed nodes, parents' indices, ancestors.
         tokens_BF, scores_BF = root_B[:, None], torch.zeros(B, 1, device=device)
         numbers_F = torch.zeros(1, dtype=torch.long, device=device)
         proposed_BF = above_BF = torch.zeros(B, 1, dtype=torch.long, device=device)
-        parents_BF = above_BF - 1
         ancestors_BFM = torch.zeros(B, 1, M, dtype=torch.bool, device=device)
         ancestors_BFM[..., 0] = True
         # All proposed nodes, level by level: tokens, scores, parents' indices, ancestors; numbers of the expanded ones.
@@ -100,7 +99,6 @@ class DynamicTree(Shape):
                 tokens_BF=tokens_BF,
                 positions_BF=(steps.position_B + depth)[:, None].expand(B, F),
                 nodes_F=numbers_F,
-                parents_BF=parents_BF,
                 parent_index_BF=above_BF,
                 ancestors_BFM=ancestors_BFM,
                 depth=depth,
@@ -121,7 +119,6 @@ class DynamicTree(Shape):
             above_BF = best_BF // width
             tokens_BF, scores_BF = children_BC.gather(1, best_BF), scores_BC.gather(1, best_BF)
             proposed_BF = first + best_BF
-            parents_BF = numbers_F[above_BF]
             numbers_F = 1 + depth * width + torch.arange(width, device=device)
             numbers_BC.scatter_(1, proposed_BF, numbers_F.expand(B, -1))
             ancestors_BFM = ancestors_BFM.gather(1, above_BF[..., None].expand(-1, -1, M)).scatter(

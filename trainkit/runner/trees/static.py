@@ -22,7 +22,6 @@ class Level:
 
     Attributes:
         nodes_F: Numbers of the frontier's nodes.
-        parents_F: Numbers of their parents, -1 at the root.
         parent_index_F: Index of each parent in the frontier of the level above.
         ancestors_FN: True at a frontier node's ancestors and itself.
         children: Numbers of the children: a slice, since nodes are numbered level by level.
@@ -33,7 +32,6 @@ class Level:
     """
 
     nodes_F: Tensor
-    parents_F: Tensor
     parent_index_F: Tensor
     ancestors_FN: Tensor
     children: slice
@@ -49,7 +47,6 @@ class Level:
             tokens_BF=tokens_BF,
             positions_BF=(position_B + depth)[:, None].expand_as(tokens_BF),
             nodes_F=self.nodes_F,
-            parents_BF=self.parents_F.expand(B, -1),
             parent_index_BF=self.parent_index_F.expand(B, -1),
             ancestors_BFM=self.ancestors_FN.expand(B, -1, -1),
             depth=depth,
@@ -153,7 +150,6 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
         levels.append(
             Level(
                 nodes_F=tensor([number[p] for p in frontier]),
-                parents_F=tensor([number[p[:-1]] if p else -1 for p in frontier]),
                 parent_index_F=tensor([above.index(p[:-1]) if p else 0 for p in frontier]),
                 ancestors_FN=ancestors[tensor([number[p] for p in frontier])],
                 children=slice(number[children[0]], number[children[-1]] + 1),
