@@ -75,9 +75,6 @@ def is_bundle(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-# ------------------------------------------------------------------------------------------------------------------- writing
-
-
 def write(
     folder: str | Path,
     writer: Callable[[Path], None],
@@ -196,9 +193,6 @@ def _is_hidden(name: Path) -> bool:
     return any(part.startswith(".") for part in name.parts)
 
 
-# ------------------------------------------------------------------------------------------------------------------- reading
-
-
 def read(folder: str | Path, checksums: bool = True) -> Bundle:
     """The bundle in `folder`, after checking its version, its list of files and, by default, the sha256 of each file.
 
@@ -263,9 +257,6 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------ matching a target
-
-
 def fingerprint(model_folder: str | Path) -> dict[str, str]:
     """Identifies the model in a folder: digests of config and tokenizer, vocabulary size and name; reads no weights.
 
@@ -281,13 +272,13 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     config = read_json(folder / "config.json")
     text_config = config.get("text_config")
     text_config = text_config if isinstance(text_config, dict) and text_config else config
-    found = {
+    digests = {
         "config": _sha256_json({key: value for key, value in config.items() if key not in _VOLATILE}),
         "tokenizer": _tokenizer_hash(folder),
         "vocab_size": str(text_config.get("vocab_size", "")),
         "path": folder.resolve().name,
     }
-    return found | {"adapter": str(config[ADAPTER])} if config.get(ADAPTER) else found
+    return digests | {"adapter": str(config[ADAPTER])} if config.get(ADAPTER) else digests
 
 
 def read_json(path: Path) -> dict[str, Any]:

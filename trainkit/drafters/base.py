@@ -18,15 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainkit.bundle import MANIFEST, Bundle
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
-from trainkit.layers.vocabulary import checked_vocab
+from trainkit.layers.vocabulary import checked_vocab, trim_rows
 from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 
@@ -151,14 +152,7 @@ class Frontier:
 
     @classmethod
     def chain(cls, tokens_B1: Tensor, positions_B1: Tensor, depth: int, size: int) -> Frontier:
-        """The one node of a chain at `depth`.
-
-        Args:
-            tokens_B1: Its token in each row.
-            positions_B1: Its absolute position in each row.
-            depth: Its depth, 0 for the root.
-            size: M, nodes of the whole chain, root included.
-        """
+        """The node at `depth` of a chain of M = `size` nodes, root (depth 0) included; its position is absolute."""
         B, numbers_M = len(positions_B1), torch.arange(size, device=positions_B1.device)
         ancestors_BFM = (numbers_M <= depth).expand(B, 1, -1)
         node_1, first_B1 = numbers_M[depth : depth + 1], numbers_M[:1].expand(B, 1)
@@ -245,8 +239,8 @@ class Drafter(nn.Module, ABC):
             layers; the last index, also -1, is after the final norm); () for none.
         default_tree: Rank paths of the tree that it drafts if none is requested; None for a chain. A bundle may recommend
             another.
-        max_depth: Levels it can draft; None for any number.
-        max_width: Nodes of one level it can expand; None for any number.
+        max_depth: Maximum number of levels it can draft; None for no limit.
+        max_width: Maximum number of nodes it can expand on one level; None for no limit.
         ids_K: Token ids it may propose, ascending; None for all.
         formats: Format of `trainkit export --format` -> layout of files that this kind writes for it.
     """
@@ -327,9 +321,14 @@ class Drafter(nn.Module, ABC):
     def use_target_folder(self, folder: Path) -> None:
         """Receives the folder of the target before an export, if it is known; for kinds whose files contain target weights."""
 
-    @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
         """Writes the weights into `folder` in `dtype`, in one of the layouts of `formats`; `load` recognises the layout."""
+        save_file(self.file_tensors(dtype), folder / "model.safetensors", {"format": "pt"})
+
+    def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The `state_dict` in `dtype`, and the ids of a trimmed vocabulary as `token_map`."""
+        tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
+        return tensors if self.ids_K is None else tensors | {"token_map": self.ids_K.clone()}
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
         """Name -> shape of each tensor that other programs expect in model.safetensors; None if only trainkit reads the layout.
@@ -344,12 +343,18 @@ class Drafter(nn.Module, ABC):
         return False
 
     @classmethod
-    @abstractmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Drafter:
         """The drafter that `export` wrote, from the constructor arguments in its bundle; weights retain their dtype.
 
         `config` is empty for a folder that the kind `claims`: sizes are then read from its files and compared with the target.
         """
+        return cls(target, **config).load_tensors(load_file(folder / "model.safetensors"))
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        """This drafter with the weights that `file_tensors` returned, in their dtype; a smaller vocabulary takes its rows."""
+        weights = trim_rows(tensors, tensors.pop("token_map", None), self.ids_K)
+        self.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+        return self.eval()
 
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl")
@@ -404,12 +409,8 @@ def kind_name(drafter: Drafter) -> str:
 def load_bundle(bundle: Bundle, target: TargetShape, **changes: Any) -> Drafter:
     """The drafter in a bundle. The caller has checked that the bundle fits the target.
 
-    The tree that the bundle recommends (`runner.tree`, from `trainkit tree`) becomes its `default_tree`.
-
-    Args:
-        bundle: A checked bundle.
-        target: Sizes of the target that it will draft for.
-        changes: Constructor arguments that replace those of the bundle.
+    The tree that the bundle recommends (`runner.tree`, from `trainkit tree`) becomes its `default_tree`; `changes` replaces
+    constructor arguments of the bundle.
 
     Raises:
         UserError: unknown kind, constructor arguments that the kind does not take, or a malformed recommended tree.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from trainkit.drafters.base import Divergence, DraftBatch, Drafter
 from trainkit.errors import UserError
 from trainkit.layers.linear import Linear
-from trainkit.layers.vocabulary import trim_rows
 from trainkit.losses.output import LossOutput, combine_heads
 from trainkit.models.load import load_decoder
 from trainkit.models.shape import TargetHandle, TargetShape
@@ -98,15 +97,3 @@ class HeadDrafter(Drafter):
     def step_bytes(self, head_bytes: int) -> int:
         own = super().step_bytes(head_bytes) // self.num_heads  # a level reads one head
         return own if self.head == "own" else own + head_bytes
-
-    def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The `state_dict` in `dtype`, and the ids of a trimmed vocabulary as `token_map`."""
-        tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
-        return tensors if self.ids_K is None else tensors | {"token_map": self.ids_K.clone()}
-
-    def filled(self, tensors: dict[str, Tensor]) -> Self:
-        """This drafter with the weights that `file_tensors` returned, in their dtype; a smaller vocabulary takes its rows."""
-        ids_K = tensors.pop("token_map", None)
-        weights = trim_rows(tensors, "lm_heads.", ids_K, self.ids_K)
-        self.to(next(iter(weights.values())).dtype).load_state_dict(weights)
-        return self.eval()

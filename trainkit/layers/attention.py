@@ -53,12 +53,7 @@ class Rotary(nn.Module):
         self.table: Tensor
 
     def reserve(self, length: int, like: Tensor) -> None:
-        """Computes the rows of all positions below `length`; it allocates, so call it before capturing a graph.
-
-        Args:
-            length: Number of positions.
-            like: Any weight of the network: the table gets its device and dtype.
-        """
+        """Computes the rows below `length` with the device and dtype of `like`; it allocates, so call it before a capture."""
         if len(self.table) < length:
             self.table = rotary_table(self.shape, length).to(device=like.device, dtype=like.dtype)
 

@@ -13,12 +13,11 @@ from torch import Tensor
 from trainkit.errors import UserError
 
 
-def trim_rows(state: dict[str, Tensor], prefix: str, held_K: Tensor | None, wanted_K: Tensor | None) -> dict[str, Tensor]:
-    """A state dict whose projections have only the rows of the ids in `wanted_K`.
+def trim_rows(state: dict[str, Tensor], held_K: Tensor | None, wanted_K: Tensor | None) -> dict[str, Tensor]:
+    """A state dict whose output heads (tensors with the prefix `lm_head`) have only the rows of the ids in `wanted_K`.
 
     Args:
-        state: State dict whose projections have the rows of the ids in `held_K`.
-        prefix: Prefix of the projections' names.
+        state: State dict whose output heads have the rows of the ids in `held_K`.
         held_K: Ids of the present rows, ascending; None for all ids.
         wanted_K: Ids of the rows to return, a subset of `held_K`; None for all of them.
 
@@ -30,7 +29,7 @@ def trim_rows(state: dict[str, Tensor], prefix: str, held_K: Tensor | None, want
     rows_K = wanted_K if held_K is None else torch.searchsorted(held_K, wanted_K).clamp_(max=len(held_K) - 1)
     if held_K is not None and not torch.equal(held_K[rows_K], wanted_K):
         raise UserError("drafter.draft_vocab: has ids that the drafter never had; choose among its own")
-    return {name: value[rows_K] if name.startswith(prefix) else value for name, value in state.items()}
+    return {name: value[rows_K] if name.startswith("lm_head") else value for name, value in state.items()}
 
 
 def checked_vocab(draft_vocab: list[int] | str | None, vocab_size: int) -> Tensor | None:

@@ -193,7 +193,7 @@ class _Chunk:
     def __call__(self, hidden_nD: Tensor) -> Tensor:
         return _Loss.apply(self.draft_head(hidden_nD), self)  # type: ignore[no-any-return]
 
-    def first(self, draft_nK: Tensor) -> Tensor:
+    def loss_sum(self, draft_nK: Tensor) -> Tensor:
         """The chunk's summed loss; stores metrics and moments."""
         pair = self._pair(draft_nK, self.target_head)
         value = self.loss.value(pair).sum()
@@ -206,7 +206,7 @@ class _Chunk:
         self.measured = True
         return value
 
-    def again(self, draft_nK: Tensor) -> Tensor:
+    def loss_gradient(self, draft_nK: Tensor) -> Tensor:
         """The gradient of the chunk's summed loss by the draft's logits."""
         gradient_nK = self.loss.gradient(self._pair(draft_nK, None if self.loss.hard_labels else self.target_head))
         return gradient_nK if self.loss.temperature == 1.0 else gradient_nK.div_(self.loss.temperature)
@@ -239,10 +239,10 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, draft_nK: Tensor, chunk: _Chunk) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if chunk.measured:
-            ctx.save_for_backward(chunk.again(draft_nK).to(draft_nK.dtype))  # the checkpoint stops here
+            ctx.save_for_backward(chunk.loss_gradient(draft_nK).to(draft_nK.dtype))  # the checkpoint stops here
             return draft_nK.new_zeros((), dtype=torch.promote_types(draft_nK.dtype, torch.float32))
         ctx.save_for_backward(draft_nK)  # a placeholder of the same shape, which the checkpoint compares
-        return chunk.first(draft_nK)
+        return chunk.loss_sum(draft_nK)
 
     @staticmethod
     @once_differentiable

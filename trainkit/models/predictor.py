@@ -158,11 +158,7 @@ class FoldedPredictor:
     def __call__(self, hidden_BFD: Tensor, noisy_BFK: Tensor, width: int, depth: int) -> tuple[Tensor, Tensor]:
         """Recalibrated probabilities [B, F, W] of the best `width` proposals of each node, best first, and their columns.
 
-        Args:
-            hidden_BFD: Draft hidden states that made the proposals, in any precision.
-            noisy_BFK: Processed draft logits plus noise.
-            width: W, at most K.
-            depth: Depth of the proposing nodes.
+        Arguments as in `signals` and `AcceptancePredictor.forward`; hidden states in any precision.
         """
         log_p_BFW2, columns_BFW = _scores(noisy_BFK, width)
         hidden = hidden_BFD.float()

@@ -272,7 +272,7 @@ class Eagle(Drafter):
             ids = ids_K.tolist() if trimmed else None
             config = {**layouts.arguments(folder, target.decoder.num_layers), "draft_vocab": ids}
         drafter = cls(target, **config)
-        weights = trim_rows(weights, "lm_head.", ids_K, drafter.ids_K)
+        weights = trim_rows(weights, ids_K, drafter.ids_K)
         for name, expected in drafter.state_dict().items():
             if weights[name].shape != expected.shape:
                 sizes = f"has shape {list(weights[name].shape)}, this target requires {list(expected.shape)}"

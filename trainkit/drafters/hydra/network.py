@@ -9,14 +9,12 @@ hidden states up to t, with a key-value cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainkit.drafters.base import WIDEST, Accepted, Chunk, Divergence, DraftBatch, Frontier, State, StepOutput
@@ -134,17 +132,8 @@ class Hydra(HeadDrafter):
             return hidden_BTD
         return self.prefix(hidden_BTD, positions_BT, causal_bias(positions_BT, span, hidden_BTD.dtype), state["cache"])
 
-    # Files: a layout of ours, which no other program reads
-
     def config(self) -> dict[str, Any]:
         return super().config() | {"prefix": self.prefix is not None}
-
-    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
-        save_file(self.file_tensors(dtype), folder / "model.safetensors", {"format": "pt"})
-
-    @classmethod
-    def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Hydra:
-        return cls(target, **config).filled(load_file(folder / "model.safetensors"))
 
 
 class PrefixLayer(nn.Module):

@@ -174,11 +174,11 @@ class LMDraft(Drafter):
         return self.decoder if self.ids_K is None else None
 
     def step_bytes(self, head_bytes: int) -> int:
-        whole = self.decoder.step_bytes()
+        total = self.decoder.step_bytes()
         if self.ids_K is None:
-            return whole
+            return total
         head_VD = self.decoder.head_weight
-        return whole - (head_VD.shape[0] - len(self.ids_K)) * head_VD.shape[1] * head_VD.element_size()
+        return total - (head_VD.shape[0] - len(self.ids_K)) * head_VD.shape[1] * head_VD.element_size()
 
     # Files: a plain Hugging Face checkpoint
 

@@ -125,4 +125,4 @@ class Medusa(HeadDrafter):
             drafter = cls(target, num_heads=heads, num_layers=layers, draft_vocab=ids)
             check_heads(tensors, drafter.layout_shapes("vllm") or {}, folder)
             check_finite(tensors.items(), str(folder))
-        return drafter.filled({_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()})
+        return drafter.load_tensors({_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()})

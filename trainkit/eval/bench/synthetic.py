@@ -11,29 +11,17 @@ trained or exported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from trainkit.drafters.base import (
-    Accepted,
-    Chunk,
-    Divergence,
-    DraftBatch,
-    Drafter,
-    Frontier,
-    LossOutput,
-    State,
-    StepOutput,
-    TargetHandle,
-    load_kind,
-)
+from trainkit.drafters.base import Accepted, Chunk, Divergence, DraftBatch, Drafter, Frontier, State, StepOutput, load_kind
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
-from trainkit.models.shape import TargetShape
+from trainkit.losses.output import LossOutput
+from trainkit.models.shape import TargetHandle, TargetShape
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -171,10 +159,3 @@ class ScriptedDrafter(Drafter):
 
     def config(self) -> dict[str, Any]:
         return self.inner.config()
-
-    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
-        raise NotImplementedError("a scripted drafter cannot be exported")
-
-    @classmethod
-    def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> ScriptedDrafter:
-        raise NotImplementedError("a scripted drafter cannot be exported")
