@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,7 @@ def test_killed_at_any_step_it_is_the_old_or_the_new(tmp_path, old):
 
 
 EXTENDED_AT_EVERY_STEP = (
-    KILLED_AT_EVERY_STEP.replace('make(folder, kind="new")', 'bundle.extend(folder, add, runner={"more": 1})')
+    KILLED_AT_EVERY_STEP.replace('make(folder, kind="new")', 'bundle.amend(folder, add, runner={"more": 1})')
     .replace("import make", "import add, make")
     .replace('"shutil",', '"shutil", "pathlib",')
 )
@@ -232,7 +233,7 @@ def test_added_files_replace_those_of_their_name_and_leave_the_old_copy_alone(tm
     (tmp_path / "b" / "NOTES.md").write_text("ours")
     os.link(tmp_path / "b" / "model.safetensors", tmp_path / "linked")
     before = (tmp_path / "linked").read_bytes()
-    now = bundle.extend(tmp_path / "b", lambda folder: fill(folder, 2.0), runner={})
+    now = bundle.amend(tmp_path / "b", lambda folder: fill(folder, 2.0), runner={})
     assert now.files["model.safetensors"] != was.files["model.safetensors"] and bundle.read(tmp_path / "b") == now
     assert (tmp_path / "linked").read_bytes() == before and (tmp_path / "b" / "NOTES.md").read_text() == "ours"
     assert "NOTES.md" not in now.files and leftovers(tmp_path / "b") == []
@@ -298,14 +299,15 @@ def test_a_fingerprint_survives_saving_again_but_no_change(tmp_path):
 
 def test_fit_names_what_does_not_fit():
     decoder = {"vocab_size": 320, "hidden_size": 64}
-    made = {"decoder": decoder, "fingerprint": {"config": "c", "tokenizer": "t", "path": "small"}}
+    target = {"decoder": decoder, "fingerprint": {"config": "c", "tokenizer": "t", "path": "small"}}
+    made = bundle.Bundle(Path("b"), "fake", {}, target, extra={"taps": [-1]})
     same = {"config": "c", "tokenizer": "t", "path": "big"}
     assert bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 64}) == []
     with pytest.raises(UserError, match="target big: vocab_size 400 does not fit the bundle, made for 320 .small."):
         bundle.check_fit(made, same, {"vocab_size": 400, "hidden_size": 64})
     with pytest.raises(UserError, match="hidden_size 96"):
         bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 96})
-    assert bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 96}, hidden=False) == []
+    assert bundle.check_fit(replace(made, extra={}), same, {"vocab_size": 320, "hidden_size": 96}) == []
     with pytest.raises(UserError, match="tokenizer"):
         bundle.check_fit(made, same | {"tokenizer": "u"}, {"vocab_size": 320, "hidden_size": 64})
     (note,) = bundle.check_fit(made, same | {"config": "d"}, {"vocab_size": 320, "hidden_size": 64})
@@ -320,7 +322,7 @@ def test_the_card_counts_weights_from_the_headers(tmp_path):
         (folder / "predictor").mkdir()
         save_file({"state.weight": np.ones(9, np.float32)}, folder / "predictor" / "model.safetensors")
 
-    found = bundle.extend(found.path, predictor, runner={})
+    found = bundle.amend(found.path, predictor, runner={})
     assert "predictor/model.safetensors" in found.files and weight_count(found)[0] == 15
     card = describe(found)
     for text in ("b: fake", "15 parameters", "tiny", "vocabulary 320", "tau 2.512", "recipes/x.yaml", "seed**: 7"):

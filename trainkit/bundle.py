@@ -7,7 +7,6 @@ next `read` or `write` of its path; leftovers of killed writers are removed by t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -76,9 +75,6 @@ def is_bundle(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-# ------------------------------------------------------------------------------------------------------------------- writing
-
-
 def write(
     folder: str | Path,
     writer: Callable[[Path], None],
@@ -93,9 +89,9 @@ def write(
     Args:
         folder: Folder to create, or a bundle to replace.
         writer: Receives an empty temporary folder and writes weights, config and tokenizer there.
-        kind: As in `Bundle`.
-        config: As in `Bundle`.
-        target: As in `Bundle`.
+        kind: Drafter kind, or another name for what the folder holds.
+        config: Constructor arguments that rebuild the drafter.
+        target: `TargetShape.to_dict()` of the target it was trained for.
         card: Further fields of `Bundle`: `metrics`, `runner`, `recipe`, `seed`, `data`, `extra`.
 
     Raises:
@@ -109,17 +105,19 @@ def write(
         _check_replaceable(folder)
         return _hash_all(temporary)
 
-    return _write(Bundle(folder, kind, dict(config), dict(target), versions=_versions(), **card), fill)
+    libraries = ("torch", "transformers", "lightning", "safetensors")
+    versions = {"trainkit": __version__} | {name: metadata.version(name) for name in libraries}
+    return _write(Bundle(folder, kind, dict(config), dict(target), versions=versions, **card), fill)
 
 
-def extend(folder: str | Path, writer: Callable[[Path], None], *, runner: Mapping[str, Any]) -> Bundle:
-    """Adds files to a bundle and replaces its recommended runner settings, atomically; returns the new bundle.
+def amend(folder: str | Path, writer: Callable[[Path], None] | None = None, *, runner: Mapping[str, Any]) -> Bundle:
+    """Replaces the recommended runner settings of a bundle and adds files to it, atomically; returns the new bundle.
 
     Files already there stay, as hard links where the file system has them, unless a new file has the same name.
 
     Args:
         folder: Folder of the bundle.
-        writer: Receives an empty temporary folder and writes the new files there.
+        writer: Receives an empty temporary folder and writes the new files there; None if there are none.
         runner: New runner settings.
 
     Raises:
@@ -127,6 +125,9 @@ def extend(folder: str | Path, writer: Callable[[Path], None], *, runner: Mappin
     """
     folder = Path(folder).resolve()
     bundle = replace(read(folder), runner=dict(runner))
+    if writer is None:
+        write_text(folder / MANIFEST, _to_json(bundle))
+        return bundle
 
     def fill(temporary: Path) -> Mapping[str, str]:
         writer(temporary)
@@ -144,18 +145,6 @@ def extend(folder: str | Path, writer: Callable[[Path], None], *, runner: Mappin
     return _write(bundle, fill)
 
 
-def amend(folder: str | Path, *, runner: Mapping[str, Any]) -> Bundle:
-    """Replaces the recommended runner settings of a bundle, atomically; returns the new bundle.
-
-    Raises:
-        UserError: `folder` holds no valid bundle, or cannot be written.
-    """
-    folder = Path(folder).resolve()
-    bundle = replace(read(folder), runner=dict(runner))
-    write_text(folder / MANIFEST, _to_json(bundle))
-    return bundle
-
-
 def _write(bundle: Bundle, fill: Callable[[Path], Mapping[str, str]]) -> Bundle:
     """Writes the folder with the files that `fill` writes; `fill` returns the sha256 of each."""
     _to_json(bundle)  # refuses values that are not JSON before the work, not after it
@@ -166,14 +155,6 @@ def _write(bundle: Bundle, fill: Callable[[Path], Mapping[str, str]]) -> Bundle:
         return written
 
     return write_folder(bundle.path, fill_all)
-
-
-def _versions() -> dict[str, str]:
-    found = {"trainkit": __version__}  # the installed metadata stays old after an update of a checkout
-    for name in ("torch", "transformers", "lightning", "safetensors"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def _to_json(bundle: Bundle) -> str:
@@ -210,9 +191,6 @@ def _sha256(path: Path) -> str:
 
 def _is_hidden(name: Path) -> bool:
     return any(part.startswith(".") for part in name.parts)
-
-
-# ------------------------------------------------------------------------------------------------------------------- reading
 
 
 def read(folder: str | Path, checksums: bool = True) -> Bundle:
@@ -279,9 +257,6 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------ matching a target
-
-
 def fingerprint(model_folder: str | Path) -> dict[str, str]:
     """Identifies the model in a folder: digests of config and tokenizer, vocabulary size and name; reads no weights.
 
@@ -297,13 +272,13 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     config = read_json(folder / "config.json")
     text_config = config.get("text_config")
     text_config = text_config if isinstance(text_config, dict) and text_config else config
-    found = {
+    digests = {
         "config": _sha256_json({key: value for key, value in config.items() if key not in _VOLATILE}),
         "tokenizer": _tokenizer_hash(folder),
         "vocab_size": str(text_config.get("vocab_size", "")),
         "path": folder.resolve().name,
     }
-    return found | {"adapter": str(config[ADAPTER])} if config.get(ADAPTER) else found
+    return digests | {"adapter": str(config[ADAPTER])} if config.get(ADAPTER) else digests
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -361,42 +336,33 @@ def _tokenizer_hash(folder: Path) -> str:
     return _sha256_json(files) if files else ""
 
 
-def check_fit(
-    bundle_target: Mapping[str, Any],
-    target_fingerprint: Mapping[str, str],
-    target_decoder: Mapping[str, Any],
-    *,
-    hidden: bool = True,
-) -> list[str]:
+def check_fit(bundle: Bundle, fingerprint: Mapping[str, str], decoder: Mapping[str, Any]) -> list[str]:
     """Notes on harmless differences between a target and the one a bundle was made for; refuses a target that does not fit.
 
+    Hidden sizes must agree only if the drafter reads hidden states of the target (`extra["taps"]`).
+
     Args:
-        bundle_target: `Bundle.target`.
-        target_fingerprint: `fingerprint` of the target's folder.
-        target_decoder: `DecoderShape.to_dict()` of the target.
-        hidden: Whether the drafter reads target hidden states, so that their width must agree.
+        bundle: A drafter with its `target`.
+        fingerprint: `fingerprint` of the target's folder.
+        decoder: `DecoderShape.to_dict()` of the target.
 
     Raises:
         UserError: vocabulary size, hidden size or tokenizer differ, or it is not the target that was tuned with the drafter.
     """
-    sizes, made_for = bundle_target["decoder"], bundle_target.get("fingerprint") or {}
-    target = f"target {target_fingerprint.get('path', '')}".strip()
+    made_for = bundle.target.get("fingerprint") or {}
+    target = f"target {fingerprint.get('path', '')}".strip()
     source = f" ({made_for['path']})" if made_for.get("path") else ""
-    for key in ("vocab_size", "hidden_size") if hidden else ("vocab_size",):
-        if sizes[key] != target_decoder[key]:
-            raise UserError(
-                f"{target}: {key} {target_decoder[key]} does not fit the bundle, made for {sizes[key]}{source}; "
-                "use the target it was trained for"
-            )
-    tokenizers = made_for.get("tokenizer"), target_fingerprint.get("tokenizer")
+    remedy = "use the target it was trained for"
+    for key in ("vocab_size", "hidden_size") if bundle.extra.get("taps") else ("vocab_size",):
+        if (size := bundle.target["decoder"][key]) != decoder[key]:
+            raise UserError(f"{target}: {key} {decoder[key]} does not fit the bundle, made for {size}{source}; {remedy}")
+    tokenizers = made_for.get("tokenizer"), fingerprint.get("tokenizer")
     if all(tokenizers) and tokenizers[0] != tokenizers[1]:
-        raise UserError(
-            f"{target}: its tokenizer is not the one the bundle was made for{source}; use the target it was trained for"
-        )
-    if made_for.get("adapter") and made_for["adapter"] != target_fingerprint.get("adapter"):
+        raise UserError(f"{target}: its tokenizer is not the one the bundle was made for{source}; {remedy}")
+    if made_for.get("adapter") and made_for["adapter"] != fingerprint.get("adapter"):
         raise UserError(
             f"{target}: not the target that the drafter was tuned together with{source}; use the one exported beside it"
         )
-    if made_for.get("config") and made_for["config"] != target_fingerprint.get("config"):
+    if made_for.get("config") and made_for["config"] != fingerprint.get("config"):
         return [f"{target}: its config is not the one the bundle was made for{source}; acceptance may be lower than measured"]
     return []

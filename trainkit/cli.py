@@ -7,7 +7,6 @@ are flags, `**options` adds as flags the arguments of the class it is passed to,
 
 from __future__ import annotations
 
-import errno
 import importlib
 import inspect
 import json
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainkit import __version__
-from trainkit.errors import UserError
+from trainkit.errors import REMEDIES, UserError
 
 TRAINING = {
     "fit": "train by a recipe: trainkit fit --config recipes/X.yaml",
@@ -44,17 +43,6 @@ COMMANDS = {
 """Command -> help. The command X is the function X in trainkit/commands/X.py, except for those in `OTHER_NAMES`."""
 OTHER_NAMES = {"eval": ("evaluate", "evaluate"), "import": ("import_drafter", "import_outside")}
 """Command -> (file, function) where these have another name than the command."""
-_REMEDIES = {
-    errno.ENOENT: "give a path that exists",
-    errno.EISDIR: "give a file, not a folder",
-    errno.ENOTDIR: "give a path of folders",
-    errno.EEXIST: "choose another name",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "fix the links",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions or choose another folder"),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or choose another disk"),
-}
-"""Errors of the system that a user can fix, and how."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, UserError):
             message = str(error)
-        elif error.errno in _REMEDIES:
+        elif error.errno in REMEDIES:
             path = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-            message = f"{path}{error.strerror}; {_REMEDIES[error.errno]}"
+            message = f"{path}{error.strerror}; {REMEDIES[error.errno]}"
         else:
             raise
         print(f"trainkit: error: {' '.join(message.split())}", file=sys.stderr)

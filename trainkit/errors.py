@@ -1,4 +1,18 @@
-"""The exception for a user's mistake."""
+"""The exception for a user's mistake, and remedies for errors of the system."""
+
+import errno
+
+REMEDIES = {
+    errno.ENOENT: "give a path that exists",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ENOTDIR: "give a path of folders",
+    errno.EEXIST: "choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "fix the links",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions or choose another folder"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or choose another disk"),
+}
+"""Errors of the system that a user can fix, and how."""
 
 
 class UserError(ValueError):

@@ -22,14 +22,11 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from trainkit.errors import UserError
+from trainkit.errors import REMEDIES, UserError
 
 T = TypeVar("T")
-_REFUSALS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
-}
-"""Errors of the file system that a user can fix by choosing another path or freeing space."""
+_REFUSALS = REMEDIES.keys() - {errno.ENOENT, errno.ELOOP}
+"""Errors of the file system while writing that a user can fix by choosing another path or freeing space."""
 
 
 def cache_folder(name: str) -> Path:

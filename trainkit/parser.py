@@ -64,12 +64,12 @@ def _suggestion(message: str, known: list[str]) -> str:
         return f"; did you mean {near[0]}?" if near else ""
     if "File does not exist" in message:
         return "; give a file that exists"
-    if found := re.search(r"[Ee]xpected a dot import path string: (\w+)", message):
-        near = difflib.get_close_matches(found[1], _classes(), n=1)
+    if match := re.search(r"[Ee]xpected a dot import path string: (\w+)", message):
+        near = difflib.get_close_matches(match[1], _classes(), n=1)
         return f"; did you mean {near[0]}?" if near else "; name a class, or give its dotted path"
     for pattern in _UNKNOWN:
-        if found := re.search(pattern, message):
-            name = found[1]
+        if match := re.search(pattern, message):
+            name = match[1]
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             dashes = "--" if f"--{name}" in message else ""
             return f"; did you mean {dashes}{near[0]}?" if near else "; --help lists all options"

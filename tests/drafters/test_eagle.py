@@ -117,7 +117,7 @@ def test_a_step_reads_what_serving_would_have_in_its_cache(teacher, seed):
                 slot = torch.tensor([[place + step]])
                 bias = torch.zeros(1, 1, 32).masked_fill(torch.arange(32) > slot, float("-inf"))
                 embedded = teacher.handle().embed(tokens[:, place + 1 + step, None])
-                feature = draft._layer(state, embedded, feature, slot, slot, bias)
+                feature = draft.layer(embedded, feature, draft.rope.context(slot, bias, slot), state["cache"])
                 torch.testing.assert_close(feature[0, 0], seen[step][place], rtol=1e-4, atol=1e-5)
 
 

@@ -57,7 +57,7 @@ def test_on_a_tree_each_node_reads_its_own_path(teacher, seed):
     for depth, ((tokens, places), paths) in enumerate(zip(levels, expected, strict=True)):
         ids, zero = torch.tensor([tokens]), torch.zeros(1, len(tokens), dtype=torch.long)
         seen = torch.zeros(1, len(tokens), 8, dtype=torch.bool)
-        nodes = Frontier(ids, zero, zero[0], zero, torch.tensor([places]), seen, depth, False)
+        nodes = Frontier(ids, zero, zero[0], torch.tensor([places]), seen, depth, False)
         found = draft.step(state, nodes, handle, 16).logits_BFK[0]
         read = torch.stack([torch.cat([state["hidden"][0, 0], *handle.embed(torch.tensor(path))]) for path in paths])
         torch.testing.assert_close(found, draft.lm_heads[depth](draft.blocks[depth](read)))

@@ -10,17 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.support.models import BUSHY, SHAPE
-from trainkit.layers.attention import (
-    Attention,
-    causal_bias,
-    document_bias,
-    fold_bias,
-    move_slots,
-    rotary_table,
-    rotate,
-    slot_index,
-    tree_bias,
-)
+from trainkit.layers.attention import Attention, Rotary, causal_bias, document_bias, move_slots, rotary_table, rotate, tree_bias
 from trainkit.runner.trees.static import build
 
 
@@ -94,10 +84,12 @@ def test_attention_equals_its_definition_with_and_without_a_cache(groups, norms,
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0.0, 0.3)
     x = torch.randn(2, 6, 32)
-    rope = rotary_table(shape, 6)[None].expand(2, -1, -1, -1)
-    bias = causal_bias(torch.arange(6).expand(2, -1), 6, torch.float32)
+    rotary, positions = Rotary(shape), torch.arange(6).expand(2, -1)
+    rotary.reserve(6, x)
+    rope = rotary.rows(positions)
+    bias = causal_bias(positions, 6, torch.float32)
     with torch.no_grad():
-        ours = attention(x, rope, fold_bias(bias, shape.num_heads // shape.num_kv_heads))
+        ours = attention(x, rotary.context(positions, bias))
         q, k, v = attention.qkv(x).split([32, 8 * groups, 8 * groups], dim=-1)
         q, k, v = q.unflatten(-1, (4, 8)), k.unflatten(-1, (groups, 8)), v.unflatten(-1, (groups, 8))
         if attention.q_norm is not None and attention.k_norm is not None:
@@ -117,5 +109,4 @@ def test_attention_equals_its_definition_with_and_without_a_cache(groups, norms,
         for t in range(6):
             for b in range(2):
                 seen[b, t, slots[b, : t + 1]] = 0.0
-        folded = fold_bias(seen, shape.num_heads // shape.num_kv_heads)
-        assert torch.allclose(attention(x, rope, folded, cache, slot_index(slots, cache)), ours, atol=1e-5)
+        assert torch.allclose(attention(x, rotary.context(positions, seen, slots), cache), ours, atol=1e-5)

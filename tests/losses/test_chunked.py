@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.eager import LOSSES, eager
-from trainkit.drafters.base import Divergence
 from trainkit.losses import divergence
 from trainkit.losses.divergence import TV, ChunkedDivergence, CrossEntropy, ForwardKL, LossOutput, TVDpp
 from trainkit.losses.measures import coupled_acceptance
@@ -221,7 +220,7 @@ def test_autocast_is_the_same_in_recomputation(seed):
 @pytest.mark.parametrize("name", ["CrossEntropy", "ForwardKL", "ReverseKL", "JSD", "TV", "TVDpp", "LK"])
 def test_configuration_takes_every_divergence_with_documented_arguments(name, capsys):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--divergence", type=Divergence)
+    parser.add_argument("--divergence", type=ChunkedDivergence)
     path = f"{divergence.__name__}.{name}"
     values = parser.parse_args([f"--divergence={path}", "--divergence.chunk=7", "--divergence.temperature=0.5"])
     loss = parser.instantiate(values).divergence

@@ -17,7 +17,7 @@ from trainkit.models.load import (
     check_covered,
     decoder_shape,
     find_device,
-    hf_tensors,
+    hf_views,
     load_decoder,
     read_config,
     read_tensors,
@@ -113,7 +113,7 @@ def test_weights_are_loaded_in_the_dtype_asked_for(tiny_target, tmp_path):
     save_decoder(decoder, tmp_path, torch.bfloat16)
     assert load_decoder(tmp_path).embed.weight.dtype == torch.bfloat16
     whole = dict(read_tensors(tiny_target))
-    assert all(torch.equal(value, whole[name].bfloat16()) for name, value in hf_tensors(decoder).items())
+    assert all(torch.equal(value, whole[name].bfloat16()) for name, value in hf_views(decoder).items())
 
 
 @pytest.mark.parametrize("tied", [True, False])

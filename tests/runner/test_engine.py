@@ -10,7 +10,7 @@ from tests.support.equality import exact_logits
 from tests.support.models import pair, ragged_prompts, random_decoder
 from tests.support.targets import make_target
 from trainkit.errors import UserError
-from trainkit.models.load import hf_tensors, load_decoder, save_decoder
+from trainkit.models.load import hf_views, load_decoder, save_decoder
 from trainkit.runner import Runner, Stats
 from trainkit.runner.request import Request
 
@@ -142,7 +142,7 @@ def test_new_weights_act_as_a_fresh_load_does(tiny_target, tmp_path):
     ours = Runner.load(tiny_target, max_len=64)
     before = ours.generate(PROMPTS, max_new_tokens=10)
     address = ours.rounds.target.layers[0].attention.qkv.weight.data_ptr()
-    ours.update(hf_tensors(load_decoder(other)).items())
+    ours.update(hf_views(load_decoder(other)).items())
     fresh = Runner.load(other, max_len=64).generate(PROMPTS, max_new_tokens=10)
     after = ours.generate(PROMPTS, max_new_tokens=10)
     assert [out.tokens for out in after] == [out.tokens for out in fresh] != [out.tokens for out in before]

@@ -83,9 +83,9 @@ def test_graphs_keep_the_tables_they_read(seed):
     """A longer text makes new rotary tables; a captured round still reads the old ones, which must stay alive."""
     runner = replayed(pair(max_len=32, max_batch=1, ends=()), 1)
     runner.generate([[1, 2]], max_new_tokens=20, tree=GROWING)
-    tables = [weakref.ref(runner.rounds.target.rope), weakref.ref(runner.drafter.decoder.rope)]
+    tables = [weakref.ref(runner.rounds.target.rope.table), weakref.ref(runner.drafter.decoder.rope.table)]
     for decoder in (runner.rounds.target, runner.drafter.decoder):
         decoder.reserve_positions(4096)
-    assert runner.rounds.target.rope is not tables[0]()
+    assert runner.rounds.target.rope.table is not tables[0]()
     assert any(key[0] == GROWING for key in runner.scheduler.graphs.closures)
     assert all(table() is not None for table in tables)

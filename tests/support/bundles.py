@@ -28,6 +28,6 @@ def make(folder: Path, value: float = 1.0, **changes: Any) -> bundle.Bundle:
 
 
 def add(folder: Path) -> None:
-    """Writes a further file into the subfolder `more` of a bundle that is being extended."""
+    """Writes a further file into the subfolder `more` of a bundle that is being amended."""
     (folder / "more").mkdir()
     fill(folder / "more", 2.0)

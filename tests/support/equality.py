@@ -36,7 +36,7 @@ class Tie:
 def exact_logits(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     """[T, V] float64 logits of one forward over a whole text, without a cache."""
     fresh = copy.deepcopy(decoder).double()
-    fresh.rope = torch.empty(0, *fresh.rope.shape[1:], dtype=torch.float64)
+    fresh.rope.table = torch.empty(0, *fresh.rope.table.shape[1:], dtype=torch.float64)
     fresh.reserve_positions(len(tokens))
     positions = torch.arange(len(tokens))[None]
     with torch.inference_mode():

@@ -31,7 +31,6 @@ def inspect(bundle: Path, *, target: Path | None = None) -> str:
         if not read.target:
             raise UserError(f"{bundle}: kind {read.kind!r} is not made for a target; leave --target out")
         shape = target_shape(target)
-        reads_hidden = bool(read.extra.get("taps"))
-        notes = bundles.check_fit(read.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)
+        notes = bundles.check_fit(read, shape.fingerprint or {}, shape.decoder.to_dict())
         lines += [*(f"note: {note}" for note in notes), f"It fits {target}."]
     return "\n".join(lines)

@@ -14,18 +14,20 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainkit.bundle import MANIFEST, Bundle
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.vocabulary import checked_vocab, trim_rows
 from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 
@@ -33,22 +35,11 @@ State: TypeAlias = dict[str, Tensor]
 """A drafter's static tensors. The first axis is ALWAYS the batch: the runner takes views `tensor[a:b]` and copies rows."""
 
 
-class Divergence(Protocol):
-    """Compares draft and target over N flattened tokens; the logits [N, V] never exist as a whole.
+Divergence: TypeAlias = Callable[..., LossOutput]
+"""Compares draft and target over N flattened tokens; arguments as in `losses.chunked.ChunkedDivergence.__call__`."""
 
-    A head maps hidden states [n, D] to logits: [n, V], or [n, K] for a draft head whose trimmed vocabulary is `ids_K`.
-    """
-
-    def __call__(
-        self,
-        draft_hidden_ND: Tensor,
-        draft_head: Any,
-        target_hidden_ND: Tensor,
-        target_head: Any,
-        ids_K: Tensor | None = None,
-        mask_N: Tensor | None = None,
-        labels_N: Tensor | None = None,
-    ) -> LossOutput: ...
+WIDEST = 256
+"""Maximum number of nodes on one tree level, for drafters with a state per node for the next level."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +135,6 @@ class Frontier:
         nodes_F: Their numbers within the round, 0 for the root, ascending by level; the scratch slot of node i is root
             position + i. Constant while a CUDA graph is reused, even if the draft decides which token a number belongs to (a
             dynamic tree).
-        parents_BF: Numbers of their parents; -1 for the root.
         parent_index_BF: Index of each parent within the previous level's frontier; 0 for the root.
         ancestors_BFM: True at a node's ancestors and itself, over the M numbers of the round. In a dynamic tree only expanded
             nodes have a number.
@@ -155,7 +145,6 @@ class Frontier:
     tokens_BF: Tensor
     positions_BF: Tensor
     nodes_F: Tensor
-    parents_BF: Tensor
     parent_index_BF: Tensor
     ancestors_BFM: Tensor
     depth: int
@@ -163,19 +152,11 @@ class Frontier:
 
     @classmethod
     def chain(cls, tokens_B1: Tensor, positions_B1: Tensor, depth: int, size: int) -> Frontier:
-        """The one node of a chain at `depth`.
-
-        Args:
-            tokens_B1: Its token in each row.
-            positions_B1: Its absolute position in each row.
-            depth: Its depth, 0 for the root.
-            size: M, nodes of the whole chain, root included.
-        """
+        """The node at `depth` of a chain of M = `size` nodes, root (depth 0) included; its position is absolute."""
         B, numbers_M = len(positions_B1), torch.arange(size, device=positions_B1.device)
-        parent_1 = numbers_M[depth - 1 : depth] if depth else numbers_M[:1] - 1
         ancestors_BFM = (numbers_M <= depth).expand(B, 1, -1)
         node_1, first_B1 = numbers_M[depth : depth + 1], numbers_M[:1].expand(B, 1)
-        return cls(tokens_B1, positions_B1, node_1, parent_1.expand(B, 1), first_B1, ancestors_BFM, depth, is_chain=True)
+        return cls(tokens_B1, positions_B1, node_1, first_B1, ancestors_BFM, depth, is_chain=True)
 
     @property
     def root_B(self) -> Tensor:
@@ -244,6 +225,10 @@ class Accepted:
 class Drafter(nn.Module, ABC):
     """Proposes continuations of a frozen target. Hyper-parameters are plain constructor arguments after `target`.
 
+    Args:
+        target: Sizes of the target.
+        draft_vocab: Token ids it may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
+
     Serving works on a `State`. At the start of a round the target has cached the tokens before the root; the root is the last
     emitted token. A round calls `step` once per level, then `commit` with the path that the target accepted. Neither may read a
     tensor on the host: a round can be captured in a CUDA graph. `span` is a bound known on the host: no cache slot at or past
@@ -254,8 +239,9 @@ class Drafter(nn.Module, ABC):
             layers; the last index, also -1, is after the final norm); () for none.
         default_tree: Rank paths of the tree that it drafts if none is requested; None for a chain. A bundle may recommend
             another.
-        max_depth: Levels it can draft; None for any number.
-        max_width: Nodes of one level it can expand; None for any number.
+        max_depth: Maximum number of levels it can draft; None for no limit.
+        max_width: Maximum number of nodes it can expand on one level; None for no limit.
+        ids_K: Token ids it may propose, ascending; None for all.
         formats: Format of `trainkit export --format` -> layout of files that this kind writes for it.
     """
 
@@ -265,9 +251,21 @@ class Drafter(nn.Module, ABC):
     max_width: int | None = None
     default_tree: tuple[tuple[int, ...], ...] | None = None
 
-    def __init__(self, target: TargetShape) -> None:
+    def __init__(self, target: TargetShape, draft_vocab: list[int] | str | None = None) -> None:
         super().__init__()
         self.target = target
+        self.register_buffer("ids_K", checked_vocab(draft_vocab, target.decoder.vocab_size), persistent=False)
+        self.ids_K: Tensor | None
+
+    @property
+    def draft_vocab(self) -> list[int] | None:
+        """Token ids it may propose, ascending; None for all."""
+        return None if self.ids_K is None else self.ids_K.tolist()
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Number of token ids it may propose."""
+        return self.target.decoder.vocab_size if self.ids_K is None else len(self.ids_K)
 
     # Training
 
@@ -316,16 +314,21 @@ class Drafter(nn.Module, ABC):
 
     # Files
 
-    @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape."""
+        """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape: its attributes of these names."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "target"}
 
     def use_target_folder(self, folder: Path) -> None:
         """Receives the folder of the target before an export, if it is known; for kinds whose files contain target weights."""
 
-    @abstractmethod
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
         """Writes the weights into `folder` in `dtype`, in one of the layouts of `formats`; `load` recognises the layout."""
+        save_file(self.file_tensors(dtype), folder / "model.safetensors", {"format": "pt"})
+
+    def file_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The `state_dict` in `dtype`, and the ids of a trimmed vocabulary as `token_map`."""
+        tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
+        return tensors if self.ids_K is None else tensors | {"token_map": self.ids_K.clone()}
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
         """Name -> shape of each tensor that other programs expect in model.safetensors; None if only trainkit reads the layout.
@@ -340,12 +343,18 @@ class Drafter(nn.Module, ABC):
         return False
 
     @classmethod
-    @abstractmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Drafter:
         """The drafter that `export` wrote, from the constructor arguments in its bundle; weights retain their dtype.
 
         `config` is empty for a folder that the kind `claims`: sizes are then read from its files and compared with the target.
         """
+        return cls(target, **config).load_tensors(load_file(folder / "model.safetensors"))
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        """This drafter with the weights that `file_tensors` returned, in their dtype; a smaller vocabulary takes its rows."""
+        weights = trim_rows(tensors, tensors.pop("token_map", None), self.ids_K)
+        self.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+        return self.eval()
 
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl")
@@ -400,12 +409,8 @@ def kind_name(drafter: Drafter) -> str:
 def load_bundle(bundle: Bundle, target: TargetShape, **changes: Any) -> Drafter:
     """The drafter in a bundle. The caller has checked that the bundle fits the target.
 
-    The tree that the bundle recommends (`runner.tree`, from `trainkit tree`) becomes its `default_tree`.
-
-    Args:
-        bundle: A checked bundle.
-        target: Sizes of the target that it will draft for.
-        changes: Constructor arguments that replace those of the bundle.
+    The tree that the bundle recommends (`runner.tree`, from `trainkit tree`) becomes its `default_tree`; `changes` replaces
+    constructor arguments of the bundle.
 
     Raises:
         UserError: unknown kind, constructor arguments that the kind does not take, or a malformed recommended tree.

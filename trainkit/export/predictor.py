@@ -49,7 +49,7 @@ def export_predictor(predictor: AcceptancePredictor, drafter: Mapping[str, Any],
         reloaded = load_predictor(folder, predictor.config())
         check_reload(_first_outputs(predictor), _first_outputs(reloaded), out, "predictor")
 
-    return bundle.extend(out, write_files, runner={**existing.runner, "predictor": predictor.config()})
+    return bundle.amend(out, write_files, runner={**existing.runner, "predictor": predictor.config()})
 
 
 @torch.inference_mode()

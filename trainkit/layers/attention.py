@@ -43,6 +43,36 @@ def rotary_table(shape: DecoderShape, length: int) -> Tensor:
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1).float()
 
 
+class Rotary(nn.Module):
+    """The rotary table of a decoder, which grows on request, and what attention reads at given positions."""
+
+    def __init__(self, shape: DecoderShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.register_buffer("table", torch.empty(0, 2, shape.head_dim), persistent=False)
+        self.table: Tensor
+
+    def reserve(self, length: int, like: Tensor) -> None:
+        """Computes the rows below `length` with the device and dtype of `like`; it allocates, so call it before a capture."""
+        if len(self.table) < length:
+            self.table = rotary_table(self.shape, length).to(device=like.device, dtype=like.dtype)
+
+    def rows(self, positions_BT: Tensor) -> Tensor:
+        """[B, T, 2, E] rows of the table; positions must be below the reserved length."""
+        return F.embedding(positions_BT, self.table.flatten(1)).unflatten(-1, self.table.shape[1:])
+
+    def context(
+        self, positions_BT: Tensor, bias_BTS: Tensor, slots_BT: Tensor | None = None, packing: Packing | None = None
+    ) -> Context:
+        """The context of all layers, computed once; `slots_BT` are the cache slots of the new keys and values."""
+        shape, T = self.shape, bias_BTS.shape[1]
+        group = shape.num_heads // shape.num_kv_heads
+        bias_BRS = bias_BTS.expand(-1, group * T, -1) if 1 in (T, group) else bias_BTS.repeat(1, group, 1)  # no copy if 1
+        if slots_BT is not None:
+            slots_BT = slots_BT[:, None, :, None].expand(-1, 2 * shape.num_kv_heads, -1, shape.head_dim)
+        return Context(self.rows(positions_BT), bias_BRS[:, None], slots_BT, packing)
+
+
 def rotate(x_BTHE: Tensor, rope_BT2E: Tensor) -> Tensor:
     """Applies rotary positions to every head."""
     cos, sin = rope_BT2E[:, :, :1], rope_BT2E[:, :, 1:]
@@ -80,12 +110,6 @@ def tree_bias(root_B: Tensor, ancestors_BTM: Tensor, span: int, dtype: torch.dty
 def _additive(masked: Tensor, dtype: torch.dtype) -> Tensor:
     """Minus infinity where masked, else 0."""
     return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, float("-inf"))
-
-
-def fold_bias(bias_BTS: Tensor, group: int) -> Tensor:
-    """[B, 1, group * T, S] bias of the folded rows, computed once for all layers; not copied if T or group is 1."""
-    T = bias_BTS.shape[1]
-    return (bias_BTS.expand(-1, group * T, -1) if 1 in (T, group) else bias_BTS.repeat(1, group, 1))[:, None]
 
 
 @dataclass(frozen=True)
@@ -126,6 +150,23 @@ class Packing:
         return packed_1Q[0].index_select(0, self.packed_BT.flatten()).unflatten(0, self.packed_BT.shape)
 
 
+@dataclass(frozen=True)
+class Context:
+    """What the attention of every layer reads beside its input and its cache; made by `Rotary.context`.
+
+    Attributes:
+        rope_BT2E: Rows of `rotary_table` at the positions.
+        bias_B1RS: Additive bias of the folded rows; S = T without a cache, else at most the number of cache slots.
+        slots_BGTE: Slot of each new key and value, as an index for `scatter` ([B, 2G, T, E]); None without a cache.
+        packing: If given, input and output are packed [1, Q, D]; all else belongs to the padded rows.
+    """
+
+    rope_BT2E: Tensor
+    bias_B1RS: Tensor
+    slots_BGTE: Tensor | None
+    packing: Packing | None
+
+
 class Attention(nn.Module):
     """Attention with query, key and value projections fused into one matrix, rows in the order q, k, v.
 
@@ -143,33 +184,22 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
         self.k_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rope_BT2E: Tensor,
-        bias_B1RS: Tensor,
-        cache_BGSE: Tensor | None = None,
-        slots: Tensor | None = None,
-        packing: Packing | None = None,
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context, cache_BGSE: Tensor | None = None) -> Tensor:
         """Attention output [B, T, D], within the sequence or over a cache; new keys and values are written to the cache first.
 
         Args:
             x_BTD: Normalised input.
-            rope_BT2E: Rows of `rotary_table` at the positions.
-            bias_B1RS: Additive bias from `fold_bias`; S = T without a cache, else at most the number of cache slots.
+            context: Positions, mask and cache slots.
             cache_BGSE: This layer's cache [B, 2G, slots, E], keys before values; written in place.
-            slots: Slot of each new key and value, as the index [B, 2G, T, E] of `slot_index`.
-            packing: If given, input and output are packed [1, Q, D]; all other arguments belong to the padded rows.
         """
-        H, G = self.heads, self.kv_heads
-        qk, v = self.projected(x_BTD, rope_BT2E, packing)
+        H, G, bias_B1RS, packing = self.heads, self.kv_heads, context.bias_B1RS, context.packing
+        qk, v = self.projected(x_BTD, context.rope_BT2E, packing)
         B, T = qk.shape[:2]
         if cache_BGSE is None:
             k, v = qk[:, :, H:].transpose(1, 2), v.transpose(1, 2)
         else:
-            assert slots is not None
-            cache_BGSE.scatter_(2, slots, torch.cat([qk[:, :, H:], v], dim=2).transpose(1, 2))
+            assert context.slots_BGTE is not None
+            cache_BGSE.scatter_(2, context.slots_BGTE, torch.cat([qk[:, :, H:], v], dim=2).transpose(1, 2))
             k, v = cache_BGSE[:, :, : bias_B1RS.shape[3]].split(G, dim=1)
         group = H // G
         q = qk[:, :, :H].unflatten(2, (G, group)).permute(0, 2, 3, 1, 4).reshape(B, G, group * T, self.width)
@@ -186,11 +216,6 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
         return rotate(qk, rope_BT2E), v
-
-
-def slot_index(slots_BT: Tensor, like_BGSE: Tensor) -> Tensor:
-    """The scatter index [B, 2G, T, E] of `Attention.forward` from the slot of each position."""
-    return slots_BT[:, None, :, None].expand(-1, like_BGSE.shape[1], -1, like_BGSE.shape[3])
 
 
 def move_slots(cache_BLGSE: Tensor, from_BP: Tensor, to_B: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainkit.layers.attention import Attention, Packing, fold_bias, rotary_table, slot_index
+from trainkit.layers.attention import Attention, Context, Packing, Rotary
 from trainkit.layers.linear import Linear, project
 from trainkit.layers.shape import DecoderShape
 
@@ -42,17 +42,21 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor,
-        bias: Tensor,
-        cache: Tensor | None = None,
-        slots: Tensor | None = None,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, bias, cache, slots, packing)
+    def forward(self, x: Tensor, context: Context, cache: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), context, cache)
         return x + self.mlp(self.mlp_norm(x))
+
+
+@torch.no_grad()
+def draw_weights(network: nn.Module, residual_std: float, std: float = 0.02) -> None:
+    """Draws matrices from N(0, std^2), those that write to the residual stream from N(0, residual_std^2); norms 1, biases 0."""
+    for name, parameter in network.named_parameters():
+        if parameter.dim() < 2:
+            parameter.fill_(name.endswith("weight"))
+        elif not name.endswith(("out.weight", "down.weight")):
+            nn.init.normal_(parameter, std=std)
+        else:
+            nn.init.normal_(parameter, std=residual_std) if residual_std else nn.init.zeros_(parameter)
 
 
 class Decoder(nn.Module):
@@ -71,23 +75,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.num_layers))
         self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.lm_head = None if shape.tied else nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
-        self.register_buffer("rope", torch.empty(0, 2, shape.head_dim), persistent=False)
-        self.rope: Tensor
+        self.rope = Rotary(shape)
 
     def initialise(self, std: float = 0.02) -> None:
-        """Draws matrices from N(0, std^2); those that write to the residual stream have std / sqrt(2 L)."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                nn.init.ones_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
-            else:
-                residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=std / (2 * self.shape.num_layers) ** 0.5 if residual else std)
+        """Draws the weights with `draw_weights`; the residual stream's have std / sqrt(2 L)."""
+        draw_weights(self, std / (2 * self.shape.num_layers) ** 0.5, std)
 
     def reserve_positions(self, length: int) -> None:
         """Computes rotary rows for positions below `length`; it allocates, so call it before capturing a graph."""
-        if self.rope.shape[0] < length:
-            like = self.embed.weight
-            self.rope = rotary_table(self.shape, length).to(device=like.device, dtype=like.dtype)
+        self.rope.reserve(length, self.embed.weight)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states after the final norm."""
@@ -127,21 +123,15 @@ class Decoder(nn.Module):
                 (L or -1) after the final norm.
             packing: If given, tokens and hidden states are packed [1, Q]; positions, bias and slots belong to the padded rows.
         """
-        rope = F.embedding(positions_BT, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])
-        slots = None if cache is None or slots_BT is None else slot_index(slots_BT, cache[:, 0])
+        context = self.rope.context(positions_BT, bias_BTS, slots_BT, packing)
         tapped = [tap % (self.shape.num_layers + 1) for tap in taps]
-        bias = fold_bias(bias_BTS, self.shape.num_heads // self.shape.num_kv_heads)
-        x = self.embed(tokens_BT)
-        states: dict[int, Tensor] = {}
+        x, states = self.embed(tokens_BT), dict[int, Tensor]()
         for index, layer in enumerate(self.layers):
             if index in tapped:
                 states[index] = x
-            x = layer(x, rope, bias, None if cache is None else cache[:, index], slots, packing)
-        x = self.norm(x)
-        states[self.shape.num_layers] = x
-        if not taps:
-            return x, None
-        return x, torch.stack([states[index] for index in tapped], dim=2)
+            x = layer(x, context, None if cache is None else cache[:, index])
+        x = states[self.shape.num_layers] = self.norm(x)
+        return x, torch.stack([states[index] for index in tapped], dim=2) if taps else None
 
     def step_bytes(self) -> int:
         """Bytes of weights that a decoding step reads: all but an untied embedding, of which it reads one row per token."""

@@ -140,49 +140,34 @@ class ChunkedDivergence(ABC):
         Raises:
             UserError: the vocabularies of draft and target (or `ids_K`) differ in size.
         """
-        return _Run(self, draft_head, target_head, ids_K).over(draft_hidden_ND, target_hidden_ND, mask_N, labels_N)
-
-
-@dataclass(eq=False)
-class _Run:
-    """One call of a divergence."""
-
-    loss: ChunkedDivergence
-    draft_head: Callable[[Tensor], Tensor]
-    target_head: Callable[[Tensor], Tensor | TopK] | None
-    ids_K: Tensor | None
-    totals: dict[str, Tensor] = field(default_factory=dict)
-
-    def over(self, draft_ND: Tensor, target_ND: Tensor, mask_N: Tensor | None, labels_N: Tensor | None) -> LossOutput:
-        """Loss, metrics and moments of all tokens, chunk by chunk."""
         # Labels as columns of the draft; a label outside a trimmed vocabulary does not count.
-        total, counted_n = draft_ND.shape[0], None
+        draft_ND, target_ND, total, counted_n = draft_hidden_ND, target_hidden_ND, draft_hidden_ND.shape[0], None
         columns_N = None
-        if self.loss.hard_labels:
-            columns_N = target_choices(target_ND, self.target_head, self.loss.chunk) if labels_N is None else labels_N
-        if columns_N is not None and self.ids_K is not None:
-            columns_N, inside_N = _columns(columns_N, self.ids_K)
+        if self.hard_labels:
+            columns_N = target_choices(target_ND, target_head, self.chunk) if labels_N is None else labels_N
+        if columns_N is not None and ids_K is not None:
+            columns_N, inside_N = _columns(columns_N, ids_K)
             mask_N = inside_N if mask_N is None else mask_N.bool() & inside_N
         # Remove uncounted tokens.
         if mask_N is not None and not bool(mask_N.all()):
             counted_n = mask_N.nonzero().squeeze(-1)
             draft_ND, target_ND = draft_ND.index_select(0, counted_n), target_ND.index_select(0, counted_n)
             columns_N = None if columns_N is None else columns_N.index_select(0, counted_n)
-        uniforms_NS = self.loss.uniforms(draft_ND.shape[0], draft_ND) if torch.is_grad_enabled() else None
+        uniforms_NS = self.uniforms(draft_ND.shape[0], draft_ND) if torch.is_grad_enabled() else None
         # Chunks. `split` gives one backward for all of them, and one chunk for an empty input.
-        size, sums, chunks = self.loss.chunk, [], []
-        for i, hidden_nD in enumerate(draft_ND.split(size)):
-            span = slice(i * size, (i + 1) * size)
-            labels_n = None if columns_N is None else columns_N[span]
-            chunk = _Chunk(self, target_ND[span], labels_n, None if uniforms_NS is None else uniforms_NS[span])
+        sums, chunks, totals = [], [], dict[str, Tensor]()
+        for i, hidden_nD in enumerate(draft_ND.split(self.chunk)):
+            span = slice(i * self.chunk, (i + 1) * self.chunk)
+            labels_n, uniforms_nS = (None if x is None else x[span] for x in (columns_N, uniforms_NS))
+            chunk = _Chunk(self, draft_head, target_head, ids_K, totals, target_ND[span], labels_n, uniforms_nS)
             sums.append(checkpoint(chunk, hidden_nD, use_reentrant=False) if torch.is_grad_enabled() else chunk(hidden_nD))
             chunks.append(chunk)
         # Sums, and values by token.
         count = sums[0].new_full((), draft_ND.shape[0]).detach()
         moments = {name: torch.cat([chunk.moments[name] for chunk in chunks]).sum() for name in chunks[0].moments}
-        self.totals.update(moments, count=count)
+        totals.update(moments, count=count)
         values = {name: torch.cat([chunk.metrics[name] for chunk in chunks]) for name in chunks[0].metrics}
-        metrics = {name: value_n.sum() for name, value_n in values.items()} | (moments if self.loss.gathers else {})
+        metrics = {name: value_n.sum() for name, value_n in values.items()} | (moments if self.gathers else {})
         if counted_n is not None:
             values = {name: value_n.new_zeros(total).index_copy_(0, counted_n, value_n) for name, value_n in values.items()}
         return LossOutput(torch.stack(sums).sum(), count, metrics, values)
@@ -190,9 +175,13 @@ class _Run:
 
 @dataclass(eq=False)
 class _Chunk:
-    """One chunk: called in forward for its loss, and again in backward for the gradient."""
+    """One chunk: called in forward for its loss, and again in backward for the gradient, when `totals` is complete."""
 
-    run: _Run
+    loss: ChunkedDivergence
+    draft_head: Callable[[Tensor], Tensor]
+    target_head: Callable[[Tensor], Tensor | TopK] | None
+    ids_K: Tensor | None
+    totals: Mapping[str, Tensor]
     target_nD: Tensor
     labels_n: Tensor | None
     uniforms_nS: Tensor | None
@@ -202,30 +191,28 @@ class _Chunk:
     measured: bool = False
 
     def __call__(self, hidden_nD: Tensor) -> Tensor:
-        return _Loss.apply(self.run.draft_head(hidden_nD), self)  # type: ignore[no-any-return]
+        return _Loss.apply(self.draft_head(hidden_nD), self)  # type: ignore[no-any-return]
 
-    def first(self, draft_nK: Tensor) -> Tensor:
+    def loss_sum(self, draft_nK: Tensor) -> Tensor:
         """The chunk's summed loss; stores metrics and moments."""
-        loss, run = self.run.loss, self.run
-        pair = self._pair(draft_nK, run.target_head)
-        value = loss.value(pair).sum()
-        self.moments.update(loss.moments(pair))
-        if run.target_head is not None:
+        pair = self._pair(draft_nK, self.target_head)
+        value = self.loss.value(pair).sum()
+        self.moments.update(self.loss.moments(pair))
+        if self.target_head is not None:
             self.metrics["alpha"] = pair.alpha_n
-            self.metrics["agreement"] = (self.choices_n == top_id(draft_nK, run.ids_K)).to(pair.alpha_n.dtype)
-            if loss.coupled:
+            self.metrics["agreement"] = (self.choices_n == top_id(draft_nK, self.ids_K)).to(pair.alpha_n.dtype)
+            if self.loss.coupled:
                 self.metrics["alpha_coupled"] = coupled_acceptance(pair.log_p_nK.exp(), pair.log_q_nK.exp())
         self.measured = True
         return value
 
-    def again(self, draft_nK: Tensor) -> Tensor:
+    def loss_gradient(self, draft_nK: Tensor) -> Tensor:
         """The gradient of the chunk's summed loss by the draft's logits."""
-        loss = self.run.loss
-        gradient_nK = loss.gradient(self._pair(draft_nK, None if loss.hard_labels else self.run.target_head))
-        return gradient_nK if loss.temperature == 1.0 else gradient_nK.div_(loss.temperature)
+        gradient_nK = self.loss.gradient(self._pair(draft_nK, None if self.loss.hard_labels else self.target_head))
+        return gradient_nK if self.loss.temperature == 1.0 else gradient_nK.div_(self.loss.temperature)
 
     def _pair(self, draft_nK: Tensor, target_head: Callable[[Tensor], Tensor | TopK] | None) -> Pair:
-        ids_K, temperature, log_mass_n1 = self.run.ids_K, self.run.loss.temperature, None
+        ids_K, temperature, log_mass_n1 = self.ids_K, self.loss.temperature, None
         if target_head is None:
             log_p_nK = draft_nK.detach()[:, :0]
         else:
@@ -243,7 +230,7 @@ class _Chunk:
                 log_p_nK = log_p_nK.index_select(-1, ids_K)
                 log_mass_n1 = log_p_nK.logsumexp(-1, keepdim=True)
         log_q_nK = log_softmax(draft_nK, temperature)
-        return Pair(log_p_nK, log_q_nK, log_mass_n1, self.labels_n, self.uniforms_nS, self.run.totals)
+        return Pair(log_p_nK, log_q_nK, log_mass_n1, self.labels_n, self.uniforms_nS, self.totals)
 
 
 class _Loss(torch.autograd.Function):
@@ -252,10 +239,10 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, draft_nK: Tensor, chunk: _Chunk) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if chunk.measured:
-            ctx.save_for_backward(chunk.again(draft_nK).to(draft_nK.dtype))  # the checkpoint stops here
+            ctx.save_for_backward(chunk.loss_gradient(draft_nK).to(draft_nK.dtype))  # the checkpoint stops here
             return draft_nK.new_zeros((), dtype=torch.promote_types(draft_nK.dtype, torch.float32))
         ctx.save_for_backward(draft_nK)  # a placeholder of the same shape, which the checkpoint compares
-        return chunk.first(draft_nK)
+        return chunk.loss_sum(draft_nK)
 
     @staticmethod
     @once_differentiable

@@ -164,7 +164,6 @@ class TVDpp(ChunkedDivergence):
             raise UserError(f"tvdpp's samples is {samples}; it must be at least 1")
         self.estimator, self.normalise, self.samples, self.eps = estimator, normalise, samples, eps
         self.spans_batch = normalise == "batch"
-        self.generator: torch.Generator | None = None
         self._totals: Mapping[str, Tensor] | None = None
 
     def first_pass(self) -> Callable[..., LossOutput]:
@@ -183,7 +182,7 @@ class TVDpp(ChunkedDivergence):
         if self.estimator == "exact":
             return None
         dtype = torch.promote_types(like_ND.dtype, torch.float32)
-        return torch.rand(tokens, self.samples, device=like_ND.device, dtype=dtype, generator=self.generator)
+        return torch.rand(tokens, self.samples, device=like_ND.device, dtype=dtype)
 
     def moments(self, pair: Pair) -> Mapping[str, Tensor]:
         if not self.spans_batch:
@@ -269,74 +268,48 @@ def _log_alpha(pair: Pair) -> Tensor:
     return torch.minimum(pair.log_p_nK, pair.log_q_nK).logsumexp(-1, keepdim=True).clamp(max=0.0)
 
 
-def ce(draft_BTV: Tensor, target: Tensor, mask_BT: Tensor, **common: Any) -> LossOutput:
-    """Cross entropy over whole logits, in nats per unmasked token; see `CrossEntropy`.
+def _on_logits(name: str, loss_class: Callable[..., ChunkedDivergence]) -> Callable[..., LossOutput]:
+    def function(draft_BTV: Tensor, target_BTV: Tensor, mask_BT: Tensor, **options: Any) -> LossOutput:
+        loss, draft_NV, mask_N = loss_class(**options), draft_BTV.flatten(0, -2), mask_BT.flatten()
+        _same(draft_BTV.shape[:-1], mask_BT.shape, "mask")
+        if loss.hard_labels and not target_BTV.is_floating_point():
+            _same(draft_BTV.shape[:-1], target_BTV.shape, "labels")
+            return loss(draft_NV, _identity, draft_NV, None, None, mask_N, target_BTV.flatten())
+        if draft_BTV.shape[-1] != target_BTV.shape[-1]:
+            sizes = f"draft vocabulary {draft_BTV.shape[-1]} differs from the target's {target_BTV.shape[-1]}"
+            raise UserError(f"{sizes}; pass logits over the same vocabulary")
+        _same(draft_BTV.shape, target_BTV.shape, "target logits")
+        return loss(draft_NV, _identity, target_BTV.flatten(0, -2), _identity, None, mask_N)
+
+    function.__name__ = name
+    function.__doc__ = f"""`{loss_class.__name__}` over whole logits; see that class for equation and unit.
 
     Args:
         draft_BTV: Draft logits.
-        target: Integer labels [B, T], or target logits [B, T, V] whose argmax is the label.
+        target_BTV: Target logits over the same vocabulary, without gradient; for `ce` also integer labels [B, T].
         mask_BT: True where the token counts.
-        common: Arguments `chunk` and `temperature` of the class.
+        options: Arguments of the class, among them `chunk` and `temperature`.
+
+    Raises:
+        UserError: the shapes do not fit.
     """
-    if target.is_floating_point():
-        return _whole(CrossEntropy(**common), draft_BTV, target, mask_BT)
-    _same(draft_BTV.shape[:-1], target.shape, "labels")
-    _same(draft_BTV.shape[:-1], mask_BT.shape, "mask")
-    draft_NV = draft_BTV.flatten(0, -2)
-    return CrossEntropy(**common)(draft_NV, _identity, draft_NV, None, None, mask_BT.flatten(), target.flatten())
+    return function
 
 
-def forward_kl(draft_BTV: Tensor, target_BTV: Tensor, mask_BT: Tensor, **common: Any) -> LossOutput:
-    """KL(target || draft) over whole logits, in nats per unmasked token; see `ForwardKL`."""
-    return _whole(ForwardKL(**common), draft_BTV, target_BTV, mask_BT)
-
-
-def reverse_kl(draft_BTV: Tensor, target_BTV: Tensor, mask_BT: Tensor, **common: Any) -> LossOutput:
-    """KL(draft || target) over whole logits, in nats per unmasked token; see `ReverseKL`."""
-    return _whole(ReverseKL(**common), draft_BTV, target_BTV, mask_BT)
-
-
-def jsd(draft_BTV: Tensor, target_BTV: Tensor, mask_BT: Tensor, beta: float = 0.5, **common: Any) -> LossOutput:
-    """Generalised Jensen-Shannon divergence over whole logits, in nats per unmasked token; see `JSD`."""
-    return _whole(JSD(beta=beta, **common), draft_BTV, target_BTV, mask_BT)
-
-
-def tv(draft_BTV: Tensor, target_BTV: Tensor, mask_BT: Tensor, **common: Any) -> LossOutput:
-    """Total variation distance over whole logits, in probability per unmasked token; see `TV`."""
-    return _whole(TV(**common), draft_BTV, target_BTV, mask_BT)
-
-
-def tvdpp(
-    draft_BTV: Tensor, target_BTV: Tensor, mask_BT: Tensor, generator: torch.Generator | None = None, **options: Any
-) -> LossOutput:
-    """TVD++ over whole logits, in probability per unmasked token; see `TVDpp`.
-
-    Args:
-        draft_BTV: Draft logits.
-        target_BTV: Target logits over the same vocabulary.
-        mask_BT: True where the token counts.
-        generator: Random generator of the sampled draws; None: torch's global one.
-        options: Arguments of the class.
-    """
-    loss = TVDpp(**options)
-    loss.generator = generator
-    return _whole(loss, draft_BTV, target_BTV, mask_BT)
-
-
-def lk(
-    draft_BTV: Tensor, target_BTV: Tensor, mask_BT: Tensor, hybrid: bool = False, eta: float = 3.0, **common: Any
-) -> LossOutput:
-    """Acceptance likelihood over whole logits, in nats per unmasked token; see `LK`."""
-    return _whole(LK(hybrid=hybrid, eta=eta, **common), draft_BTV, target_BTV, mask_BT)
-
-
-def _whole(loss: ChunkedDivergence, draft_BTV: Tensor, target_BTV: Tensor, mask_BT: Tensor) -> LossOutput:
-    if draft_BTV.shape[-1] != target_BTV.shape[-1]:
-        sizes = f"draft vocabulary {draft_BTV.shape[-1]} differs from the target's {target_BTV.shape[-1]}"
-        raise UserError(f"{sizes}; pass logits over the same vocabulary")
-    _same(draft_BTV.shape, target_BTV.shape, "target logits")
-    _same(draft_BTV.shape[:-1], mask_BT.shape, "mask")
-    return loss(draft_BTV.flatten(0, -2), _identity, target_BTV.flatten(0, -2), _identity, None, mask_BT.flatten())
+ce = _on_logits("ce", CrossEntropy)
+"""`CrossEntropy` over whole logits (draft_BTV, labels_BT or target_BTV, mask_BT), in nats per unmasked token."""
+forward_kl = _on_logits("forward_kl", ForwardKL)
+"""`ForwardKL` over whole logits (draft_BTV, target_BTV, mask_BT), in nats per unmasked token."""
+reverse_kl = _on_logits("reverse_kl", ReverseKL)
+"""`ReverseKL` over whole logits (draft_BTV, target_BTV, mask_BT), in nats per unmasked token."""
+jsd = _on_logits("jsd", JSD)
+"""`JSD` over whole logits (draft_BTV, target_BTV, mask_BT), in nats per unmasked token."""
+tv = _on_logits("tv", TV)
+"""`TV` over whole logits (draft_BTV, target_BTV, mask_BT), in probability per unmasked token."""
+tvdpp = _on_logits("tvdpp", TVDpp)
+"""`TVDpp` over whole logits (draft_BTV, target_BTV, mask_BT), in probability per unmasked token."""
+lk = _on_logits("lk", LK)
+"""`LK` over whole logits (draft_BTV, target_BTV, mask_BT), in nats per unmasked token."""
 
 
 def _same(expected: torch.Size, given: torch.Size, what: str) -> None:

@@ -35,12 +35,12 @@ class LossOutput:
         return self.sum / self.count.clamp(min=1)
 
 
-def combine_heads(outputs: Sequence[LossOutput], weights: Sequence[float], counted: Sequence[tuple[Tensor, int]]) -> LossOutput:
-    """The loss of several heads: the weighted sum of their losses, with metrics over all heads and for each, numbered from 1.
+def combine_heads(outputs: Sequence[LossOutput], decay: float, counted: Sequence[tuple[Tensor, int]]) -> LossOutput:
+    """The loss of several heads: the sum of decay^i * (loss of head i), with metrics over all heads and for each, from 1.
 
     Args:
         outputs: Loss of each head, over the positions it counts in row-major order.
-        weights: Weight of each head in the loss; metrics are not weighted.
+        decay: Weight of each head relative to the head before it; metrics are not weighted.
         counted: For each head, the mask [B, T] of those positions, and the offset from a position to its label.
     """
     # Metrics.
@@ -58,5 +58,5 @@ def combine_heads(outputs: Sequence[LossOutput], weights: Sequence[float], count
         values["counted_HBT"][head, rows_N, positions_N + offset] = True
         for name, value_N in output.per_token.items():
             values[f"{name}_HBT"][head, rows_N, positions_N + offset] = value_N.float()
-    total = torch.stack([weight * output.sum for weight, output in zip(weights, outputs, strict=True)]).sum()
+    total = torch.stack([decay**head * output.sum for head, output in enumerate(outputs)]).sum()
     return LossOutput(total, torch.stack([output.count for output in outputs]).sum(), metrics, values)

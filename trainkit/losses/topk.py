@@ -90,10 +90,10 @@ class TopK:
                 f"the teacher is stored as {k} of {vocabulary} probabilities, at temperature 1; set the temperature to 1: "
                 f"a divergence at temperature {temperature} needs all {vocabulary}"
             )
-        never = torch.finfo(draft_nK.dtype).min  # finite: if q is 0 on the whole rest, the shares are equal instead of NaN
-        shares_nV = draft_nK.clamp(min=never)
+        lowest = torch.finfo(draft_nK.dtype).min  # finite: if q is 0 on the whole rest, the shares are equal instead of NaN
+        shares_nV = draft_nK.clamp(min=lowest)
         if ids_K is not None:
-            shares_nV = shares_nV.new_full((n, vocabulary), never).index_copy_(-1, ids_K, shares_nV)
+            shares_nV = shares_nV.new_full((n, vocabulary), lowest).index_copy_(-1, ids_K, shares_nV)
         log_p_nV = log_softmax(shares_nV.scatter_(-1, self.ids_nk, -torch.inf)).add_(self.log_rest_n[:, None])
         return log_p_nV.scatter_(-1, self.ids_nk, self.log_p_nk.to(log_p_nV.dtype))
 

@@ -91,15 +91,10 @@ class TunedTarget(FrozenTarget):
 
 @torch.no_grad()
 def merge_adapter(folder: str | Path, shape: AdapterShape, tensors: Mapping[str, Tensor], weights_digest: str) -> Any:
-    """The model in `folder` with an adapter's weights added to its own, float32 on the CPU.
+    """The target in `folder` with the weights of the adapter that was tuned on it added to its own, float32 on the CPU.
 
-    Its config carries a digest of the adapter, so that a drafter tuned with it is refused on any other target.
-
-    Args:
-        folder: Folder of the target that was tuned.
-        shape: Sizes of the adapter.
-        tensors: The adapter's `state_dict`.
-        weights_digest: Digest of the target's weights.
+    Its config carries a digest of the adapter, so that a drafter tuned with it is refused on any other target. `tensors` is the
+    adapter's `state_dict`, and `weights_digest` the digest of the target's weights.
 
     Raises:
         UserError: the adapter does not fit, or merging changed the logits by more than `TOLERANCE`.

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,17 @@ MODEL_ERRORS = (
     *(AttributeError, ArithmeticError, ImportError, StrictDataclassError),
 )
 """Errors that transformers raises for a config.json with odd values."""
-_OPTIONAL_SIZES = ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_size",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_positions",
+}
+"""Field of a config.json -> field of `DecoderShape`; those after the fourth are optional."""
 
 
 def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -99,30 +109,23 @@ def decoder_shape(config: Any) -> DecoderShape:
         UserError: a size is missing or not a positive integer.
     """
     where = f"{config._name_or_path or config.model_type}/config.json"
-    heads: Any = getattr(config, "num_attention_heads", None)
-    sizes: dict[str, Any] = {name: getattr(config, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    sizes["num_attention_heads"] = heads
-    sizes |= {name: value for name in _OPTIONAL_SIZES if (value := getattr(config, name, None)) is not None}
+    sizes: dict[str, Any] = {name: getattr(config, name, None) for name in _SIZES}
     for name, value in sizes.items():
-        if type(value) is not int or value < 1:
+        optional = name in tuple(_SIZES)[4:] and value is None
+        if not optional and (type(value) is not int or value < 1):
             raise UserError(f"{where}: {name} is {value!r}; give a model of attention layers, where it is at least 1")
-    kv_heads = sizes.get("num_key_value_heads", heads)
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    kv_heads = sizes["num_key_value_heads"] or heads
     if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
+    defaults = {"intermediate_size": 4 * hidden, "num_kv_heads": heads, "head_dim": hidden // heads, "max_positions": 2048}
     rope = dict(getattr(config, "rope_parameters", None) or {})
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
     return DecoderShape(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=sizes.get("intermediate_size", 4 * config.hidden_size),
-        num_layers=config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=sizes.get("head_dim", config.hidden_size // heads),
+        **{ours: sizes[theirs] or defaults[ours] for theirs, ours in _SIZES.items()},
         norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
         rope=rope,
-        max_positions=getattr(config, "max_position_embeddings", 2048),
         qkv_bias=config.model_type == "qwen2",
         qk_norm=config.model_type == "qwen3",
         tied=bool(config.tie_word_embeddings),
@@ -182,50 +185,37 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
         raise UserError(f"{where}: max_position_embeddings {limit} is shorter than max_len {max_len}; lower max_len")
 
 
-@dataclass(frozen=True)
-class TensorSlice:
-    """The part of a `Decoder` that holds a Hugging Face tensor: rows `start:stop` of the parameter `name`, or all of it."""
-
-    name: str
-    start: int | None = None
-    stop: int | None = None
-
-    def view(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        return parameters[self.name][self.start : self.stop]
-
-
-def tensor_slices(shape: DecoderShape) -> dict[str, TensorSlice]:
-    """Hugging Face name of every tensor of this shape -> the part of a `Decoder` that holds it."""
+def hf_views(decoder: Decoder) -> dict[str, Tensor]:
+    """Hugging Face name -> view, without gradient, of the part of the decoder's fused storage that holds the tensor."""
+    shape, weights = decoder.shape, {name: weight.detach() for name, weight in decoder.named_parameters()}
     q, kv, inner = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.intermediate_size
-    # Within a layer: their name -> our name and rows.
-    layer: dict[str, tuple[str, int | None, int | None]] = {
-        "input_layernorm.weight": ("attention_norm.weight", None, None),
-        "post_attention_layernorm.weight": ("mlp_norm.weight", None, None),
-        "self_attn.o_proj.weight": ("attention.out.weight", None, None),
-        "mlp.gate_proj.weight": ("mlp.gate_up.weight", 0, inner),
-        "mlp.up_proj.weight": ("mlp.gate_up.weight", inner, 2 * inner),
-        "mlp.down_proj.weight": ("mlp.down.weight", None, None),
+    # Within a layer: our name -> their names, and the rows of each if there are several.
+    layer = {
+        "attention_norm.weight": (["input_layernorm.weight"], []),
+        "mlp_norm.weight": (["post_attention_layernorm.weight"], []),
+        "mlp.gate_up.weight": (["mlp.gate_proj.weight", "mlp.up_proj.weight"], [inner, inner]),
+        "mlp.down.weight": (["mlp.down_proj.weight"], []),
+        "attention.out.weight": (["self_attn.o_proj.weight"], []),
+        **{f"attention.{name}.weight": ([f"self_attn.{name}.weight"], []) for name in ("q_norm", "k_norm")},
+        **{
+            f"attention.qkv.{part}": ([f"self_attn.{x}_proj.{part}" for x in "qkv"], [q, kv, kv]) for part in ("weight", "bias")
+        },
     }
-    for part in ("weight", "bias") if shape.qkv_bias else ("weight",):
-        for name, start, stop in (("q_proj", 0, q), ("k_proj", q, q + kv), ("v_proj", q + kv, q + 2 * kv)):
-            layer[f"self_attn.{name}.{part}"] = (f"attention.qkv.{part}", start, stop)
-    for name in ("q_norm", "k_norm") if shape.qk_norm else ():
-        layer[f"self_attn.{name}.weight"] = (f"attention.{name}.weight", None, None)
-    # The whole model.
-    slices = {"model.embed_tokens.weight": TensorSlice("embed.weight"), "model.norm.weight": TensorSlice("norm.weight")}
-    if not shape.tied:
-        slices["lm_head.weight"] = TensorSlice("lm_head.weight")
-    for index in range(shape.num_layers):
-        for theirs, (ours, start, stop) in layer.items():
-            slices[f"model.layers.{index}.{theirs}"] = TensorSlice(f"layers.{index}.{ours}", start, stop)
-    return slices
+    views = {}
+    for ours, weight in weights.items():
+        if not ours.startswith("layers."):
+            views[ours if ours == "lm_head.weight" else f"model.{ours.replace('embed.', 'embed_tokens.')}"] = weight
+            continue
+        _, index, part = ours.split(".", 2)
+        names, rows = layer[part]
+        views |= zip((f"model.layers.{index}.{name}" for name in names), weight.split(rows or len(weight)), strict=True)
+    return views
 
 
 def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
     """Hugging Face name and size of every tensor of this shape."""
     with torch.device("meta"):
-        parameters = dict(Decoder(shape).named_parameters())
-    return {name: tuple(part.view(parameters).shape) for name, part in tensor_slices(shape).items()}
+        return {name: tuple(view.shape) for name, view in hf_views(Decoder(shape)).items()}
 
 
 def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -247,14 +237,18 @@ def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Ite
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: not found; give a folder with weights in safetensors files")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
-                    if only is not None and name not in only:
-                        continue
+        yield from tensors_in(file, only)
+
+
+def tensors_in(file: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """As `read_tensors`, for one safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
+                if only is None or name in only:
                     yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
 
 
 def copy_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], source: str, complete: bool = True) -> None:
@@ -263,22 +257,17 @@ def copy_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], source
     Raises:
         UserError: a tensor is unknown, of another size, not finite, or (with `complete`) missing.
     """
-    parameters = dict(decoder.named_parameters())
-    slices = tensor_slices(decoder.shape)
-    copied: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name, value in tensors:
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.shape.tied):
-                continue
-            if name not in slices:
-                raise UserError(f"{source}: tensor {name!r} has no place in this model; give weights that fit config.json")
-            part = slices[name].view(parameters)
-            if part.shape != value.shape:
-                sizes = f"{list(value.shape)}, but the config requires {list(part.shape)}"
-                raise UserError(f"{source}: tensor {name!r} is {sizes}; give weights that fit config.json")
-            part.copy_(value)
-            copied[name] = part
-    missing = sorted(slices.keys() - copied.keys())
+    views, copied = hf_views(decoder), dict[str, Tensor]()
+    for name, value in tensors:
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.shape.tied):
+            continue
+        if name not in views:
+            raise UserError(f"{source}: tensor {name!r} has no place in this model; give weights that fit config.json")
+        if views[name].shape != value.shape:
+            sizes = f"{list(value.shape)}, but the config requires {list(views[name].shape)}"
+            raise UserError(f"{source}: tensor {name!r} is {sizes}; give weights that fit config.json")
+        copied[name] = views[name].copy_(value.detach())
+    missing = sorted(views.keys() - copied.keys())
     if complete and missing:
         raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]!r}; copy all weight files")
     check_finite(copied.items(), source)
@@ -331,36 +320,21 @@ def load_decoder(
         shape = decoder_shape(config)
         decoder = Decoder(shape if layers else replace(shape, num_layers=0))
     decoder = decoder.to(dtype).to_empty(device=device)
-    decoder.rope = torch.empty(0, *decoder.rope.shape[1:], device=device, dtype=dtype)
-    copy_weights(decoder, read_tensors(folder, None if layers else tensor_slices(decoder.shape)), str(folder))
+    copy_weights(decoder, read_tensors(folder, None if layers else hf_views(decoder)), str(folder))
     return decoder.requires_grad_(False).eval()
-
-
-def hf_tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """Copies of the decoder's weights by their Hugging Face names."""
-    parameters = dict(decoder.named_parameters())
-    return {name: part.view(parameters).detach().clone() for name, part in tensor_slices(decoder.shape).items()}
 
 
 def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
     """A config.json that loads this shape as Llama, Qwen2 or Qwen3, depending on its biases and norms."""
     model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
-    name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[model_type]
     ends = list(end_ids)
     return {
-        "architectures": [name],
+        "architectures": [f"{model_type.title()}ForCausalLM"],
         "model_type": model_type,
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
+        **{theirs: getattr(shape, ours) for theirs, ours in _SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": dict(shape.rope),
-        "max_position_embeddings": shape.max_positions,
         "tie_word_embeddings": shape.tied,
         "attention_bias": False,
         "mlp_bias": False,
@@ -376,5 +350,5 @@ def save_decoder(
 ) -> None:
     """Writes config.json and model.safetensors as transformers, vLLM and SGLang load them."""
     write_json(folder / "config.json", hf_config(decoder.shape, end_ids, pad_id, dtype))
-    tensors = {name: value.to(dtype=dtype, device="cpu").contiguous() for name, value in hf_tensors(decoder).items()}
+    tensors = {name: view.to("cpu", dtype).clone() for name, view in hf_views(decoder).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -46,14 +46,20 @@ def signals(noisy_BFK: Tensor, width: int, temperature: float) -> Tensor:
         width: W, at most K.
         temperature: Sampling temperature of the draft logits.
     """
-    top_BFW = noisy_BFK.topk(min(max(width, 2), noisy_BFK.shape[-1]), dim=-1).values
-    log_p_BFW = (top_BFW - noisy_BFK.logsumexp(-1, keepdim=True)).clamp(min=_FLOOR)
-    if log_p_BFW.shape[-1] == 1:  # a vocabulary of one token
-        log_p_BFW = torch.cat([log_p_BFW, torch.full_like(log_p_BFW, _FLOOR)], dim=-1)
-    own_BFW = log_p_BFW[..., :width]
-    other_BFW = torch.cat([log_p_BFW[..., 1:2], log_p_BFW[..., :1].expand_as(own_BFW)[..., 1:]], dim=-1)
-    temperature_BFW = torch.full_like(own_BFW, temperature)
-    return torch.stack([own_BFW, own_BFW.exp(), other_BFW, other_BFW.exp(), temperature_BFW], dim=-1)
+    log_p_BFW2, _ = _scores(noisy_BFK, width)
+    return F.pad(torch.stack([log_p_BFW2, log_p_BFW2.exp()], dim=-1).flatten(-2), (0, 1), value=temperature)
+
+
+def _scores(noisy_BFK: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [B, F, W, 2] of the best W proposals and of the best other of each; columns [B, F, W] of them."""
+    top = noisy_BFK.log_softmax(-1).topk(min(max(width, 2), noisy_BFK.shape[-1]), dim=-1)
+    log_p = top.values.clamp(min=_FLOOR)
+    if log_p.shape[-1] == 1:  # a vocabulary of one token
+        log_p = F.pad(log_p, (0, 1), value=_FLOOR)
+    if width == 1:
+        return log_p[:, :, None], top.indices[..., :1]
+    other = torch.cat([log_p[..., 1:2], log_p[..., :1].expand_as(log_p[..., 1:])], dim=-1)
+    return torch.stack([log_p, other], dim=-1)[:, :, :width], top.indices[..., :width]
 
 
 class AcceptancePredictor(nn.Module):
@@ -152,29 +158,17 @@ class FoldedPredictor:
     def __call__(self, hidden_BFD: Tensor, noisy_BFK: Tensor, width: int, depth: int) -> tuple[Tensor, Tensor]:
         """Recalibrated probabilities [B, F, W] of the best `width` proposals of each node, best first, and their columns.
 
-        Args:
-            hidden_BFD: Draft hidden states that made the proposals, in any precision.
-            noisy_BFK: Processed draft logits plus noise.
-            width: W, at most K.
-            depth: Depth of the proposing nodes.
+        Arguments as in `signals` and `AcceptancePredictor.forward`; hidden states in any precision.
         """
-        top = noisy_BFK.log_softmax(-1).topk(min(max(width, 2), noisy_BFK.shape[-1]), dim=-1)
-        log_p = top.values.clamp(min=_FLOOR)
-        if log_p.shape[-1] == 1:  # a vocabulary of one token
-            log_p = F.pad(log_p, (0, 1), value=_FLOOR)
+        log_p_BFW2, columns_BFW = _scores(noisy_BFK, width)
         hidden = hidden_BFD.float()
         # The state of a row before its prefill may be zero; 0/0 = NaN would stay in a policy's running means for good.
         normed = hidden / torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp_min_(_EPS)
-        if width == 1:
-            x_BFWX = torch.cat([normed, log_p, log_p.exp()], dim=-1)[:, :, None]
-        else:
-            other = torch.cat([log_p[..., 1:2], log_p[..., :1].expand_as(log_p[..., 1:])], dim=-1)
-            own_other = torch.stack([log_p, other], dim=-1)[:, :, :width]
-            normed = normed[:, :, None].expand(-1, -1, own_other.shape[2], -1)
-            x_BFWX = torch.cat([normed, own_other, own_other.exp()], dim=-1)
+        normed_BFWD = normed[:, :, None].expand(-1, -1, log_p_BFW2.shape[2], -1)
+        x_BFWX = torch.cat([normed_BFWD, log_p_BFW2, log_p_BFW2.exp()], dim=-1)
         units_BFWU = F.linear(x_BFWX, self.weight_UX, self.bias_PU[min(depth, len(self.bias_PU) - 1)])
         logit = F.linear(F.silu(units_BFWU), self.out_1U, self.shift_1)
-        return logit[..., 0].sigmoid(), top.indices[..., :width]
+        return logit[..., 0].sigmoid(), columns_BFW
 
 
 def load_predictor(folder: Path, config: Mapping[str, Any]) -> AcceptancePredictor:

@@ -63,13 +63,8 @@ def target_shape(folder: str | Path, trust_remote_code: bool = False) -> TargetS
 def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False, layers: bool = True) -> Any:
     """The causal LM in a folder, after checking that all its weights exist and are finite.
 
-    transformers fills missing weights with random values and only logs it, so that is checked here.
-
-    Args:
-        folder: Hugging Face folder on this machine.
-        dtype: Precision of the weights.
-        trust_remote_code: Whether to run model code that the folder carries.
-        layers: Whether to load the decoder layers.
+    transformers fills missing weights with random values and only logs it, so that is checked here. Arguments as in
+    `FrozenTarget`.
 
     Raises:
         UserError: no causal LM there, or weights that are broken, missing, of another size or not finite.

@@ -58,5 +58,5 @@ def test_tolerance_is_fixed_in_float32_and_measured_in_bfloat16(seed):
     target = pair().rounds.target
     assert tie_tolerance(target, [1, 2, 3]) == TIE
     half = target.bfloat16()
-    half.rope = torch.empty(0, *half.rope.shape[1:], dtype=torch.bfloat16)
+    half.rope.table = torch.empty(0, *half.rope.table.shape[1:], dtype=torch.bfloat16)
     assert TIE <= tie_tolerance(half, list(range(20))) < 1.0

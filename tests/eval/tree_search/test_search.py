@@ -48,7 +48,7 @@ def random_ranks(table: np.ndarray, count: int, length: int, generator: np.rando
 def medusa_runner(ends=()) -> Runner:
     runner = pair(noise=None, ends=ends)
     heads = Medusa(runner.shape, num_heads=3)
-    heads.lm_heads.copy_from(runner.rounds.target.head_weight, None)
+    heads.copy_head(runner.rounds.target.head_weight)
     with torch.no_grad():
         for parameter in heads.blocks.parameters():
             parameter.normal_(0.0, 0.05)
@@ -93,7 +93,7 @@ def test_shares_of_heads_are_a_direct_count_of_their_predictions(seed):
         whole = [*prompt, *text]
         for d, block in enumerate(runner.drafter.blocks):
             with torch.no_grad():
-                logits = runner.drafter.lm_heads.projection(d, batch.handle.head)(block(batch.hidden_BTD))[0]
+                logits = runner.drafter.projection(d, batch.handle)(block(batch.hidden_BTD))[0]
             for place in range(len(prompt) - 1, len(whole) - d - 2):
                 rank = int((logits[place] > logits[place, whole[place + d + 2]]).sum())
                 totals[d] += 1

@@ -86,11 +86,10 @@ def to_file(state: Mapping[str, Tensor], layer: DecoderShape, ids_K: Tensor | No
 
     The draft vocabulary becomes `d2t`, the offset id - row of each row of the head, and `t2d`, a mask over V.
     """
-    q, kv = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    inner, V = layer.intermediate_size, layer.vocab_size
-    rows, tensors = {"layer.attention.qkv.weight": [q, kv, kv], "layer.mlp.gate_up.weight": [inner, inner]}, {}
+    sizes, V, tensors = shapes(layer, 1, 1, layout), layer.vocab_size, {}
     for ours, theirs in _names(PREFIX[layout]).items():
-        tensors |= zip(theirs, state[ours].split(rows.get(ours, [len(state[ours])])), strict=True)
+        rows = [sizes[name][0] for name in theirs] if len(theirs) > 1 else len(state[ours])
+        tensors |= zip(theirs, state[ours].split(rows), strict=True)
     ids_K = torch.arange(V) if ids_K is None else ids_K.cpu()
     return tensors | {
         "d2t": ids_K - torch.arange(len(ids_K)),
@@ -151,10 +150,7 @@ def configuration(
             config["eagle_aux_hidden_state_layer_ids"] = list(taps)
             config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps]}
         return config
-    layer_fields = (
-        "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "head_dim rms_norm_eps hidden_act attention_bias mlp_bias max_position_embeddings rope_parameters"
-    ).split()
+    other = ("architectures", "eos_token_id", "pad_token_id", "dtype", "use_cache")  # not of the layer
     proposal = {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     if is_eagle(target_folder):  # a folder with the target's embedding but not its config: the architecture of these sizes
         architectures = hf_config(target.decoder, (), None, torch.float32)["architectures"]
@@ -177,7 +173,7 @@ def configuration(
             "proposal_methods": [proposal],
             "verifier": {"name_or_path": (target.fingerprint or {}).get("path", ""), "architectures": architectures},
         },
-        "transformer_layer_config": {name: plain[name] for name in layer_fields} | {"tie_word_embeddings": False},
+        "transformer_layer_config": {name: value for name, value in plain.items() if name not in other},
     }
 
 

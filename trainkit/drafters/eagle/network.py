@@ -15,33 +15,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainkit.drafters.base import (
-    Accepted,
-    Chunk,
-    Divergence,
-    DraftBatch,
-    Drafter,
-    Frontier,
-    LossOutput,
-    State,
-    StepOutput,
-    TargetHandle,
-    TargetShape,
-)
+from trainkit.drafters.base import WIDEST, Accepted, Chunk, Divergence, DraftBatch, Drafter, Frontier, State, StepOutput
 from trainkit.drafters.eagle import layouts
 from trainkit.drafters.eagle.unrolled import Entry, attend
 from trainkit.errors import UserError
-from trainkit.layers.attention import Attention, causal_bias, fold_bias, rotary_table, slot_index, tree_bias
-from trainkit.layers.blocks import GatedMLP
-from trainkit.layers.heads import WIDEST, checked_vocab, trim_rows
+from trainkit.layers.attention import Attention, Context, Rotary, causal_bias, tree_bias
+from trainkit.layers.blocks import GatedMLP, draw_weights
 from trainkit.layers.linear import Linear
 from trainkit.layers.shape import DecoderShape
+from trainkit.layers.vocabulary import trim_rows
 from trainkit.losses.chunked import target_choices
-from trainkit.losses.output import combine_heads
+from trainkit.losses.output import LossOutput, combine_heads
 from trainkit.models.load import load_decoder, read_tensors
+from trainkit.models.shape import TargetHandle, TargetShape
 
 
 class EagleLayer(nn.Module):
@@ -58,11 +46,9 @@ class EagleLayer(nn.Module):
         self.mlp_norm = nn.RMSNorm(D, eps=eps)
         self.mlp = GatedMLP(D, shape.intermediate_size)
 
-    def forward(
-        self, embedded_BTD: Tensor, feature_BTD: Tensor, rope: Tensor, bias: Tensor, cache: Tensor, slots: Tensor
-    ) -> Tensor:
+    def forward(self, embedded_BTD: Tensor, feature_BTD: Tensor, context: Context, cache: Tensor) -> Tensor:
         """The next features [B, T, D], over a cache as in `Attention.forward`."""
-        return self._residual(feature_BTD, self.attention(self._inputs(embedded_BTD, feature_BTD), rope, bias, cache, slots))
+        return self._residual(feature_BTD, self.attention(self._inputs(embedded_BTD, feature_BTD), context, cache))
 
     def unrolled(
         self, embedded_BTD: Tensor, feature_BTD: Tensor, rope: Tensor, earlier: Sequence[Entry], document_BT: Tensor
@@ -116,9 +102,9 @@ class Eagle(Drafter):
         norm_eps: float | None = None,
         draft_vocab: list[int] | str | None = None,
     ) -> None:
-        super().__init__(target)
+        super().__init__(target, draft_vocab)
         decoder = target.decoder
-        layers, D, V = decoder.num_layers, decoder.hidden_size, decoder.vocab_size
+        layers, D = decoder.num_layers, decoder.hidden_size
         self.taps = tuple(taps) if taps is not None else layouts.default_taps(layers)
         if not self.taps or list(self.taps) != sorted(set(self.taps)) or not 0 <= self.taps[0] <= self.taps[-1] < layers:
             raise UserError(f"drafter.taps: {list(self.taps)} must be ascending, distinct and within 0 to {layers - 1}")
@@ -137,26 +123,16 @@ class Eagle(Drafter):
             rope=dict(rope or decoder.rope),
             norm_eps=norm_eps or decoder.norm_eps,
         )
-        self.register_buffer("ids_K", checked_vocab(draft_vocab, V), persistent=False)
-        self.ids_K: Tensor | None
         self.fc = Linear(len(self.taps) * D, D, bias=False)
         self.layer = EagleLayer(self.shape)
         self.norm = nn.RMSNorm(D, eps=self.shape.norm_eps)
-        self.lm_head = Linear(D, V if self.ids_K is None else len(self.ids_K), bias=False)
-        self.register_buffer("rope", torch.empty(0, 2, self.shape.head_dim), persistent=False)
-        self.rope: Tensor
+        self.lm_head = Linear(D, self.draft_vocab_size, bias=False)
+        self.rope = Rotary(self.shape)
         self.embedding_folder: Path | None = None
-        self._draw()
-
-    @torch.no_grad()
-    def _draw(self) -> None:
-        """Matrices from N(0, 0.02), those that write to the residual stream zero; the feature starts as the last tap."""
-        for name, parameter in self.layer.named_parameters():
-            if parameter.dim() > 1:
-                residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.zeros_(parameter) if residual else nn.init.normal_(parameter, std=0.02)
-        D = self.fc.weight.shape[0]
-        self.fc.weight.zero_()[:, -D:].copy_(torch.eye(D))
+        # The feature starts as the last tap, and the layer adds nothing to it.
+        draw_weights(self.layer, residual_std=0.0)
+        with torch.no_grad():
+            self.fc.weight.zero_()[:, -D:].copy_(torch.eye(D))
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
     @torch.no_grad()
@@ -180,15 +156,13 @@ class Eagle(Drafter):
         embedded_BTD = batch.handle.embed(batch.tokens_BT).to(dtype)
         feature_BTD = self.fc(batch.taps_BTAD.flatten(2).to(dtype))
         inside_BT = self._inside(batch) if self.training and self.ids_K is not None else None
-        self._reserve(batch.tokens_BT.shape[1] + self.steps, feature_BTD)
+        self.rope.reserve(batch.tokens_BT.shape[1] + self.steps, feature_BTD)
         entries: list[Entry] = []
         outputs, counted = [], []
         for step in range(self.steps):
             # Features of this level, from the tokens one further on and the features of the level above
-            rope = F.embedding(batch.positions_BT + step, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])
-            feature_BTD, entry = self.layer.unrolled(
-                embedded_BTD.roll(-1 - step, 1), feature_BTD, rope, entries, batch.document_BT
-            )
+            rope, next_BTD = self.rope.rows(batch.positions_BT + step), embedded_BTD.roll(-1 - step, 1)
+            feature_BTD, entry = self.layer.unrolled(next_BTD, feature_BTD, rope, entries, batch.document_BT)
             entries.append(entry)
             # Which positions count, and the loss there
             ahead = step + 2
@@ -200,7 +174,7 @@ class Eagle(Drafter):
             hidden_ND = self.norm(feature_BTD[counted_BT])
             outputs.append(divergence(hidden_ND, self.lm_head, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
             counted.append((counted_BT, ahead))
-        return combine_heads(outputs, [self.decay**step for step in range(self.steps)], counted)
+        return combine_heads(outputs, self.decay, counted)
 
     @torch.no_grad()
     def _inside(self, batch: DraftBatch) -> Tensor:
@@ -214,10 +188,10 @@ class Eagle(Drafter):
     # with the entries of the path accepted in that round, and the first level of a draft needs only the head.
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
-        self._reserve(slots, self.fc.weight)
+        self.rope.reserve(slots, self.fc.weight)
         D, G, E = self.shape.hidden_size, self.shape.num_kv_heads, self.shape.head_dim
         return {
-            "cache": torch.zeros(batch_size, 1, 2 * G, slots, E, device=device, dtype=dtype),
+            "cache": torch.zeros(batch_size, 2 * G, slots, E, device=device, dtype=dtype),
             # outputs of the layer, at the root and at each node of the level above
             "root": torch.zeros(batch_size, 1, D, device=device, dtype=dtype),
             "outputs": torch.zeros(batch_size, WIDEST, D, device=device, dtype=dtype),
@@ -240,8 +214,8 @@ class Eagle(Drafter):
             bias = causal_bias(positions_BF, span, dtype)
         else:
             bias = tree_bias(frontier.root_B - 1, frontier.ancestors_BFM, span, dtype)
-        embedded_BFD = handle.embed(frontier.tokens_BF).to(dtype)
-        return self._layer(state, embedded_BFD, feature_BFD, positions_BF, frontier.slots_BF - 1, bias)
+        context = self.rope.context(positions_BF, bias, frontier.slots_BF - 1)
+        return self.layer(handle.embed(frontier.tokens_BF).to(dtype), feature_BFD, context, state["cache"])
 
     def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
         # nodes past the accepted path are cached too; the next rounds overwrite them before any query sees them
@@ -254,18 +228,8 @@ class Eagle(Drafter):
         """Outputs [B, T, D] for text whose target hidden states are known; their keys and values go into the cache."""
         assert taps_BTAD is not None
         feature_BTD, bias = self.fc(taps_BTAD.flatten(2)), causal_bias(positions_BT, span, taps_BTAD.dtype)
-        return self._layer(state, handle.embed(next_BT).to(feature_BTD.dtype), feature_BTD, positions_BT, positions_BT, bias)
-
-    def _layer(
-        self, state: State, embedded_BTD: Tensor, feature_BTD: Tensor, positions_BT: Tensor, slots_BT: Tensor, bias_BTS: Tensor
-    ) -> Tensor:
-        rope = F.embedding(positions_BT, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])
-        bias, cache = fold_bias(bias_BTS, self.shape.num_heads // self.shape.num_kv_heads), state["cache"][:, 0]
-        return self.layer(embedded_BTD, feature_BTD, rope, bias, cache, slot_index(slots_BT, cache))
-
-    def _reserve(self, positions: int, like: Tensor) -> None:
-        if self.rope.shape[0] < positions:
-            self.rope = rotary_table(self.shape, positions).to(device=like.device, dtype=like.dtype)
+        context = self.rope.context(positions_BT, bias, positions_BT)
+        return self.layer(handle.embed(next_BT).to(feature_BTD.dtype), feature_BTD, context, state["cache"])
 
     def step_bytes(self, head_bytes: int) -> int:
         return super().step_bytes(head_bytes) - self.fc.weight.numel() * self.fc.weight.element_size()  # fc runs in `commit`
@@ -273,17 +237,10 @@ class Eagle(Drafter):
     # Files: layouts.py
 
     def config(self) -> dict[str, Any]:
-        return {
-            "taps": list(self.taps),
-            "steps": self.steps,
-            "decay": self.decay,
-            "intermediate_size": self.shape.intermediate_size,
-            "num_heads": self.shape.num_heads,
-            "num_kv_heads": self.shape.num_kv_heads,
-            "rope": dict(self.shape.rope),
-            "norm_eps": self.shape.norm_eps,
-            "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
-        }
+        sizes = ("intermediate_size", "num_heads", "num_kv_heads", "norm_eps")
+        values = {name: getattr(self.shape, name) for name in sizes} | {"rope": dict(self.shape.rope)}
+        own = {"taps": list(self.taps), "steps": self.steps, "decay": self.decay, "draft_vocab": self.draft_vocab}
+        return own | values
 
     def use_target_folder(self, folder: Path) -> None:
         self.embedding_folder = folder
@@ -315,7 +272,7 @@ class Eagle(Drafter):
             ids = ids_K.tolist() if trimmed else None
             config = {**layouts.arguments(folder, target.decoder.num_layers), "draft_vocab": ids}
         drafter = cls(target, **config)
-        weights = trim_rows(weights, "lm_head.", ids_K, drafter.ids_K)
+        weights = trim_rows(weights, ids_K, drafter.ids_K)
         for name, expected in drafter.state_dict().items():
             if weights[name].shape != expected.shape:
                 sizes = f"has shape {list(weights[name].shape)}, this target requires {list(expected.shape)}"

@@ -1,43 +1,29 @@
 """Hydra heads (Ankner et al. 2024, arXiv 2402.05109): head i reads the target's hidden state and all tokens drafted before it.
 
-At position t the target itself predicts the root, the token at t + 1. Head i reads [h_t; E(x_{t+1}); ...; E(x_{t+1+i})],
-where E is the target's embedding, and predicts the token at t + 2 + i. So siblings in a tree have different children. Hydra++
-(`prefix`) replaces h_t by the output of a decoder layer over the target's hidden states up to t, with a key-value cache.
+Head i reads [h_t; E(x_{t+1}); ...; E(x_{t+1+i})], where E is the target's embedding, and predicts the token at t + 2 + i. So
+siblings in a tree have different children. Hydra++ (`prefix`) replaces h_t by the output of a decoder layer over the target's
+hidden states up to t, with a key-value cache.
 """
 
-# B batch  T positions  D hidden  F frontier nodes  P path  H heads  K ids a head may propose  N counted  I head inputs
+# B batch  T positions  D hidden  F frontier nodes  P path  I inputs of a head  L tokens from the root to a node
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainkit.drafters.base import (
-    Accepted,
-    Chunk,
-    Divergence,
-    DraftBatch,
-    Drafter,
-    Frontier,
-    LossOutput,
-    State,
-    StepOutput,
-    TargetHandle,
-    TargetShape,
-)
-from trainkit.layers.attention import causal_bias, document_bias, fold_bias, rotary_table, slot_index
-from trainkit.layers.blocks import DecoderLayer
-from trainkit.layers.heads import WIDEST, OutputHeads, ResidualBlock, checked_heads, trim_rows
+from trainkit.drafters.base import WIDEST, Accepted, Chunk, Divergence, DraftBatch, Frontier, State, StepOutput
+from trainkit.drafters.heads import HeadDrafter, ResidualBlock
+from trainkit.layers.attention import Rotary, causal_bias, document_bias
+from trainkit.layers.blocks import DecoderLayer, draw_weights
 from trainkit.layers.linear import Linear
-from trainkit.losses.output import combine_heads
-from trainkit.models.load import load_decoder
+from trainkit.losses.output import LossOutput
+from trainkit.models.shape import TargetHandle, TargetShape
 
 
 class FirstBlock(nn.Module):
@@ -56,7 +42,7 @@ class FirstBlock(nn.Module):
         return self.residual(x) + F.silu(self.linear(x))
 
 
-class Hydra(Drafter):
+class Hydra(HeadDrafter):
     """Sequentially dependent heads.
 
     Args:
@@ -71,7 +57,6 @@ class Hydra(Drafter):
             Requires `head: own`.
     """
 
-    taps = (-1,)
     max_width = WIDEST
 
     def __init__(
@@ -86,40 +71,28 @@ class Hydra(Drafter):
         dropout: float = 0.0,
         draft_vocab: list[int] | str | None = None,
     ) -> None:
-        super().__init__(target)
-        D, V = target.decoder.hidden_size, target.decoder.vocab_size
-        self.register_buffer("ids_K", checked_heads(num_heads, num_layers, head, draft_vocab, V), persistent=False)
-        self.ids_K: Tensor | None
-        self.max_depth, self.num_layers, self.head, self.decay, self.dropout = num_heads, num_layers, head, decay, dropout
+        super().__init__(target, num_heads, num_layers, head, decay, draft_vocab)
+        D, self.dropout = target.decoder.hidden_size, dropout
         self.prefix = PrefixLayer(target) if prefix else None
-        self.blocks: Any = nn.ModuleList(
+        self.set_blocks(
             nn.Sequential(FirstBlock(index + 2, D), *(ResidualBlock(D) for _ in range(num_layers - 1)))
             for index in range(num_heads)
         )
-        self.lm_heads = OutputHeads(num_heads, D, V, self.ids_K, head == "own")
-
-    def initialise(self, target_folder: Path) -> None:
-        self.lm_heads.copy_from(load_decoder(target_folder, dtype=torch.float32, layers=False).head_weight.detach(), self.ids_K)
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
-        dtype = self.blocks[0][0].linear.weight.dtype  # the target may be bfloat16
+        return self.heads_loss(batch, divergence, self._inputs(batch))
+
+    def _inputs(self, batch: DraftBatch) -> Iterator[Tensor]:
+        """[B, T, I] inputs of each head; each adds one embedding to those of the head before it."""
         assert batch.taps_BTAD is not None
-        hidden_BTD = batch.taps_BTAD[:, :, 0].to(dtype)
+        dtype = self.blocks[0][0].linear.weight.dtype  # the target may be bfloat16
+        inputs_BTI = batch.taps_BTAD[:, :, 0].to(dtype)
         if self.prefix is not None:
-            hidden_BTD = self.prefix(hidden_BTD, batch.positions_BT, document_bias(batch.document_BT, hidden_BTD.dtype))
+            inputs_BTI = self.prefix(inputs_BTI, batch.positions_BT, document_bias(batch.document_BT, dtype))
         embedded_BTD = batch.handle.embed(batch.tokens_BT).to(dtype)
-        inputs_BTI, outputs, counted = hidden_BTD, [], []
-        for index, block in enumerate(self.blocks):
-            ahead = index + 2
-            inputs_BTI = torch.cat(
-                [inputs_BTI, embedded_BTD.roll(1 - ahead, 1)], dim=-1
-            )  # adds E of the token at t + ahead - 1
-            counted_BT, target_ND, labels_N = batch.training_targets(ahead)
-            hidden_ND = block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training))
-            projection = self.lm_heads.projection(index, batch.handle.head)
-            outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
-            counted.append((counted_BT, ahead))
-        return combine_heads(outputs, [self.decay**index for index in range(len(outputs))], counted)
+        for ahead in range(1, self.num_heads + 1):
+            inputs_BTI = torch.cat([inputs_BTI, embedded_BTD.roll(-ahead, 1)], dim=-1)
+            yield inputs_BTI
 
     # Serving
 
@@ -128,7 +101,7 @@ class Hydra(Drafter):
         state = {
             "hidden": torch.zeros(batch_size, 1, D, device=device, dtype=dtype),  # h_t, t the position before the root
             # the tokens from the root to each node of the level above
-            "paths": torch.zeros(batch_size, WIDEST, len(self.blocks), dtype=torch.long, device=device),
+            "paths": torch.zeros(batch_size, WIDEST, self.num_heads, dtype=torch.long, device=device),
         }
         if self.prefix is not None:
             state["cache"] = self.prefix.new_cache(batch_size, slots, device, dtype)
@@ -144,7 +117,7 @@ class Hydra(Drafter):
         embedded_BFI = handle.embed(paths_BFL).flatten(2)
         inputs_BFI = torch.cat([state["hidden"].expand(-1, nodes, -1), embedded_BFI.to(state["hidden"].dtype)], dim=-1)
         hidden_BFD = self.blocks[depth](inputs_BFI)
-        return StepOutput(self.lm_heads.projection(depth, handle.head)(hidden_BFD), self.ids_K, hidden_BFD)
+        return StepOutput(self.projection(depth, handle)(hidden_BFD), self.ids_K, hidden_BFD)
 
     def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
         # nodes past the accepted path are cached too; the next rounds overwrite them before any query sees them
@@ -159,36 +132,8 @@ class Hydra(Drafter):
             return hidden_BTD
         return self.prefix(hidden_BTD, positions_BT, causal_bias(positions_BT, span, hidden_BTD.dtype), state["cache"])
 
-    def step_bytes(self, head_bytes: int) -> int:
-        own = super().step_bytes(head_bytes) // len(self.blocks)  # a level reads one head
-        return own if self.head == "own" else own + head_bytes
-
-    # Files: a layout of ours, which no other program reads
-
     def config(self) -> dict[str, Any]:
-        return {
-            "num_heads": len(self.blocks),
-            "num_layers": self.num_layers,
-            "prefix": self.prefix is not None,
-            "head": self.head,
-            "decay": self.decay,
-            "dropout": self.dropout,
-            "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
-        }
-
-    def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
-        tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
-        if self.ids_K is not None:
-            tensors["token_map"] = self.ids_K.clone()
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-    @classmethod
-    def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Hydra:
-        drafter, tensors = cls(target, **config), load_file(folder / "model.safetensors")
-        ids_K = tensors.pop("token_map", None)
-        dtype = next(iter(tensors.values())).dtype
-        drafter.to(dtype).load_state_dict(trim_rows(tensors, "lm_heads.", ids_K, drafter.ids_K))
-        return drafter.eval()
+        return super().config() | {"prefix": self.prefix is not None}
 
 
 class PrefixLayer(nn.Module):
@@ -198,29 +143,16 @@ class PrefixLayer(nn.Module):
         super().__init__()
         self.shape = replace(target.decoder, num_layers=1)
         self.layer = DecoderLayer(self.shape)
-        for name, parameter in self.layer.named_parameters():
-            if parameter.dim() > 1:
-                residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.zeros_(parameter) if residual else nn.init.normal_(parameter, std=0.02)
-        self.register_buffer("rope", torch.empty(0, 2, self.shape.head_dim), persistent=False)
-        self.rope: Tensor
-
-    def _reserve(self, positions: int, like: Tensor) -> None:
-        if self.rope.shape[0] < positions:
-            self.rope = rotary_table(self.shape, positions).to(device=like.device, dtype=like.dtype)
+        draw_weights(self.layer, residual_std=0.0)
+        self.rope = Rotary(self.shape)
 
     def new_cache(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """A zeroed cache [B, 1, 2G, slots, E], keys before values."""
-        self._reserve(slots, self.layer.attention.qkv.weight)
-        G, E = self.shape.num_kv_heads, self.shape.head_dim
-        return torch.zeros(batch_size, 1, 2 * G, slots, E, device=device, dtype=dtype)
+        """A zeroed cache [B, 2G, slots, E], keys before values."""
+        self.rope.reserve(slots, self.layer.attention.qkv.weight)
+        return torch.zeros(batch_size, 2 * self.shape.num_kv_heads, slots, self.shape.head_dim, device=device, dtype=dtype)
 
     def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, bias_BTS: Tensor, cache: Tensor | None = None) -> Tensor:
         """[B, T, D]; with a cache, keys and values go to the slots that equal their positions."""
         if cache is None:
-            self._reserve(hidden_BTD.shape[1], hidden_BTD)
-        rope = F.embedding(positions_BT, self.rope.flatten(1)).unflatten(-1, self.rope.shape[1:])
-        bias = fold_bias(bias_BTS, self.shape.num_heads // self.shape.num_kv_heads)
-        if cache is None:
-            return self.layer(hidden_BTD, rope, bias)
-        return self.layer(hidden_BTD, rope, bias, cache[:, 0], slot_index(positions_BT, cache[:, 0]))
+            self.rope.reserve(hidden_BTD.shape[1], hidden_BTD)
+        return self.layer(hidden_BTD, self.rope.context(positions_BT, bias_BTS, positions_BT), cache)

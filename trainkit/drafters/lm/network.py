@@ -17,24 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainkit.bundle import read_json
-from trainkit.drafters.base import (
-    Accepted,
-    Chunk,
-    Divergence,
-    DraftBatch,
-    Drafter,
-    Frontier,
-    LossOutput,
-    State,
-    StepOutput,
-    TargetHandle,
-    TargetShape,
-)
+from trainkit.drafters.base import Accepted, Chunk, Divergence, DraftBatch, Drafter, Frontier, State, StepOutput
 from trainkit.errors import UserError
 from trainkit.layers.attention import causal_bias, document_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
-from trainkit.layers.heads import checked_vocab
 from trainkit.layers.linear import project
+from trainkit.losses.output import LossOutput
 from trainkit.models.load import (
     LAYOUTS,
     check_covered,
@@ -46,6 +34,7 @@ from trainkit.models.load import (
     read_tensors,
     save_decoder,
 )
+from trainkit.models.shape import TargetHandle, TargetShape
 
 
 class LMDraft(Drafter):
@@ -79,7 +68,7 @@ class LMDraft(Drafter):
         init: str = "target",
         draft_vocab: list[int] | str | None = None,
     ) -> None:
-        super().__init__(target)
+        super().__init__(target, draft_vocab)
         shape = target.decoder
         if init in ("scratch", "target"):
             width = hidden_size or shape.hidden_size
@@ -99,9 +88,7 @@ class LMDraft(Drafter):
         self.init = init
         self.decoder = Decoder(shape)
         self.decoder.initialise()
-        self.register_buffer("ids_K", checked_vocab(draft_vocab, shape.vocab_size), persistent=False)
         self.register_buffer("head_KD", None, persistent=False)
-        self.ids_K: Tensor | None
         self.head_KD: Tensor | None  # rows of the head for serving, if the vocabulary is trimmed
 
     def initialise(self, target_folder: Path) -> None:
@@ -187,20 +174,18 @@ class LMDraft(Drafter):
         return self.decoder if self.ids_K is None else None
 
     def step_bytes(self, head_bytes: int) -> int:
-        whole = self.decoder.step_bytes()
+        total = self.decoder.step_bytes()
         if self.ids_K is None:
-            return whole
+            return total
         head_VD = self.decoder.head_weight
-        return whole - (head_VD.shape[0] - len(self.ids_K)) * head_VD.shape[1] * head_VD.element_size()
+        return total - (head_VD.shape[0] - len(self.ids_K)) * head_VD.shape[1] * head_VD.element_size()
 
     # Files: a plain Hugging Face checkpoint
 
     def config(self) -> dict[str, Any]:
-        sizes = "num_layers hidden_size intermediate_size num_heads num_kv_heads".split()
-        return {name: getattr(self.decoder.shape, name) for name in sizes} | {
-            "init": self.init,
-            "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
-        }
+        sizes = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+        values = {name: getattr(self.decoder.shape, name) for name in sizes}
+        return values | {"init": self.init, "draft_vocab": self.draft_vocab}
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]]:
         return hf_shapes(self.decoder.shape)

@@ -1,45 +1,34 @@
 """Medusa heads (Cai et al. 2024, arXiv 2401.10774): head i reads the target's hidden state and predicts the token i + 2 ahead.
 
-At position t the target itself predicts the token at t + 1, the root of a round; head 0 proposes the token after the root. A
-head does not read what the other heads propose, so all nodes of a level have the same children.
+A head does not read what the other heads propose, so all nodes of a level have the same children.
 """
 
-# B batch  T positions  D hidden  F frontier nodes  P path  H heads  K ids a head may propose  N counted positions
+# B batch  T positions  D hidden  F frontier nodes  P path  H heads  K ids a head may propose
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from trainkit.drafters.base import (
-    Accepted,
-    Chunk,
-    Divergence,
-    DraftBatch,
-    Drafter,
-    Frontier,
-    LossOutput,
-    State,
-    StepOutput,
-    TargetHandle,
-    TargetShape,
-)
+from trainkit.drafters.base import Accepted, Chunk, Divergence, DraftBatch, Frontier, State, StepOutput
+from trainkit.drafters.heads import HeadDrafter, ResidualBlock
 from trainkit.drafters.medusa.outside import check_heads, is_medusa, read_heads
-from trainkit.layers.heads import OutputHeads, ResidualBlock, checked_heads, trim_rows
-from trainkit.losses.output import combine_heads
-from trainkit.models.load import check_finite, load_decoder
+from trainkit.losses.output import LossOutput
+from trainkit.models.load import check_finite
+from trainkit.models.shape import TargetHandle, TargetShape
 
 _NAMES, _FILE_NAMES = re.compile(r"(blocks\.\d+)\.(\d+)\.linear\.(.*)"), re.compile(r"(blocks\.\d+)\.layers\.(\d+)\.(.*)")
 
 
-class Medusa(Drafter):
+class Medusa(HeadDrafter):
     """Heads of residual blocks, each with a vocabulary projection of its own or with the target's.
 
     Args:
@@ -53,7 +42,6 @@ class Medusa(Drafter):
     """
 
     formats: ClassVar[Mapping[str, str]] = {"native": "vllm", "vllm": "vllm"}
-    taps = (-1,)
 
     def __init__(
         self,
@@ -65,29 +53,14 @@ class Medusa(Drafter):
         decay: float = 1.0,
         draft_vocab: list[int] | str | None = None,
     ) -> None:
-        super().__init__(target)
-        D, V = target.decoder.hidden_size, target.decoder.vocab_size
-        self.register_buffer("ids_K", checked_heads(num_heads, num_layers, head, draft_vocab, V), persistent=False)
-        self.ids_K: Tensor | None
-        self.max_depth, self.num_layers, self.head, self.decay = num_heads, num_layers, head, decay
-        self.blocks: Any = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(D) for _ in range(num_layers))) for _ in range(num_heads)
-        )
-        self.lm_heads = OutputHeads(num_heads, D, V, self.ids_K, head == "own")
-
-    def initialise(self, target_folder: Path) -> None:
-        self.lm_heads.copy_from(load_decoder(target_folder, dtype=torch.float32, layers=False).head_weight.detach(), self.ids_K)
+        super().__init__(target, num_heads, num_layers, head, decay, draft_vocab)
+        D = target.decoder.hidden_size
+        self.set_blocks(nn.Sequential(*(ResidualBlock(D) for _ in range(num_layers))) for _ in range(num_heads))
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
         assert batch.taps_BTAD is not None
         hidden_BTD = batch.taps_BTAD[:, :, 0].to(self.blocks[0][0].linear.weight.dtype)  # the target may be bfloat16
-        outputs, counted = [], []
-        for index, block in enumerate(self.blocks):
-            counted_BT, target_ND, labels_N = batch.training_targets(index + 2)
-            hidden_ND, projection = block(hidden_BTD[counted_BT]), self.lm_heads.projection(index, batch.handle.head)
-            outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
-            counted.append((counted_BT, index + 2))
-        return combine_heads(outputs, [self.decay**index for index in range(len(outputs))], counted)
+        return self.heads_loss(batch, divergence, repeat(hidden_BTD, self.num_heads))
 
     # Serving: all that is cached is the target's hidden state before the root
 
@@ -100,7 +73,7 @@ class Medusa(Drafter):
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         hidden_B1D = self.blocks[frontier.depth](state["hidden"])
-        logits_B1K = self.lm_heads.projection(frontier.depth, handle.head)(hidden_B1D)
+        logits_B1K = self.projection(frontier.depth, handle)(hidden_B1D)
         nodes = frontier.tokens_BF.shape[1]
         return StepOutput(logits_B1K.expand(-1, nodes, -1), self.ids_K, hidden_B1D.expand(-1, nodes, -1))
 
@@ -108,49 +81,32 @@ class Medusa(Drafter):
         assert accepted.taps_BPAD is not None
         state["hidden"].copy_(accepted.last(accepted.taps_BPAD[:, :, 0], state["hidden"]))
 
-    def step_bytes(self, head_bytes: int) -> int:
-        own = super().step_bytes(head_bytes) // len(self.blocks)  # a level reads one head
-        return own if self.head == "own" else own + head_bytes
-
     # Files: the layout that vLLM up to 0.32 loads
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "num_heads": len(self.blocks),
-            "num_layers": self.num_layers,
-            "head": self.head,
-            "decay": self.decay,
-            "draft_vocab": None if self.ids_K is None else self.ids_K.tolist(),
-        }
 
     def layout_shapes(self, layout: str) -> dict[str, tuple[int, ...]] | None:
         if self.head == "target":  # vLLM would look for the projections in this file and leave them uninitialised
             return None
-        D, V, heads = self.target.decoder.hidden_size, self.target.decoder.vocab_size, range(self.max_depth or 0)
+        D, K, heads = self.target.decoder.hidden_size, self.draft_vocab_size, range(self.num_heads)
         blocks = [f"blocks.{head}.layers.{layer}" for head in heads for layer in range(self.num_layers)]
         shapes: dict[str, tuple[int, ...]] = {f"{block}.weight": (D, D) for block in blocks}
-        shapes |= {f"{block}.bias": (D,) for block in blocks}
-        shapes |= {f"lm_heads.{head}.weight": (V if self.ids_K is None else len(self.ids_K), D) for head in heads}
-        return shapes if self.ids_K is None else shapes | {"token_map": (len(self.ids_K),)}
+        shapes |= {f"{block}.bias": (D,) for block in blocks} | {f"lm_heads.{head}.weight": (K, D) for head in heads}
+        return shapes if self.ids_K is None else shapes | {"token_map": (K,)}
 
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "vllm") -> None:
-        tensors = {_NAMES.sub(r"\1.layers.\2.\3", name): value.to(dtype) for name, value in self.state_dict().items()}
-        if self.ids_K is not None:
-            tensors["token_map"] = self.ids_K.clone()
+        tensors = {_NAMES.sub(r"\1.layers.\2.\3", name): value for name, value in self.file_tensors(dtype).items()}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         if self.head == "target":
             return  # without config.json vLLM does not take the folder for Medusa heads
-        vocabulary = self.target.decoder.vocab_size
         config = {
             "model_type": "medusa",
             "architectures": ["MedusaModel"],
             "hidden_size": self.target.decoder.hidden_size,
-            "vocab_size": vocabulary,
-            "num_heads": len(self.blocks),
+            "vocab_size": self.target.decoder.vocab_size,
+            "num_heads": self.num_heads,
             "num_hidden_layers": self.num_layers,
             "medusa_fc_bias": True,
             "original_lm_head": False,
-            "truncated_vocab_size": vocabulary if self.ids_K is None else len(self.ids_K),
+            "truncated_vocab_size": self.draft_vocab_size,
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -162,17 +118,11 @@ class Medusa(Drafter):
     @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Medusa:
         if config:
-            tensors = load_file(folder / "model.safetensors")
-            drafter, ids_K = cls(target, **config), tensors.pop("token_map", None)
+            drafter, tensors = cls(target, **config), load_file(folder / "model.safetensors")
         else:  # written by another program
             tensors, heads, layers = read_heads(folder)
             ids = tensors["token_map"].tolist() if "token_map" in tensors else None
             drafter = cls(target, num_heads=heads, num_layers=layers, draft_vocab=ids)
             check_heads(tensors, drafter.layout_shapes("vllm") or {}, folder)
             check_finite(tensors.items(), str(folder))
-            tensors.pop("token_map", None)
-            ids_K = drafter.ids_K
-        weights = {_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()}
-        weights = trim_rows(weights, "lm_heads.", ids_K, drafter.ids_K)
-        drafter.to(next(iter(weights.values())).dtype).load_state_dict(weights)
-        return drafter.eval()
+        return drafter.load_tensors({_FILE_NAMES.sub(r"\1.\2.linear.\3", name): value for name, value in tensors.items()})

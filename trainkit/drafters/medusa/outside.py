@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainkit.bundle import tensor_entries
 from trainkit.errors import UserError
+from trainkit.models.load import tensors_in
 
 _BLOCK = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.linear\.(weight|bias)")
 _PROJECTION = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.weight")
@@ -36,17 +36,13 @@ def read_heads(folder: Path) -> tuple[dict[str, Tensor], int, int]:
     tensors: dict[str, Tensor] = {}
     projection_layers: set[int] = set()  # in the original layout a projection is numbered as the layer after the blocks
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  safe_open is not iterable
-                    renamed = _vllm_name(name, file)
-                    if renamed in tensors:
-                        raise UserError(f"{file}: duplicate tensor {name!r}; give a folder with one checkpoint")
-                    tensors[renamed] = opened.get_tensor(name)
-                    if match := _PROJECTION.fullmatch(name):
-                        projection_layers.add(int(match[2]))
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
+        for name, value in tensors_in(file):
+            renamed = _vllm_name(name, file)
+            if renamed in tensors:
+                raise UserError(f"{file}: duplicate tensor {name!r}; give a folder with one checkpoint")
+            tensors[renamed] = value
+            if match := _PROJECTION.fullmatch(name):
+                projection_layers.add(int(match[2]))
     parts = [match for name in tensors if (match := _VLLM.fullmatch(name))]
     heads = 1 + max(int(match[1] or match[3] or 0) for match in parts)
     layers = 1 + max(int(match[2] or 0) for match in parts)

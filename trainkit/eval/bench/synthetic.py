@@ -51,7 +51,6 @@ def random_target(name: str, device: torch.device, dtype: torch.dtype, seed: int
     with torch.device("meta"):
         decoder = Decoder(SHAPES[name])
     decoder = decoder.to(dtype).to_empty(device=device)
-    decoder.rope = torch.empty(0, *decoder.rope.shape[1:], device=device, dtype=dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         decoder.initialise()

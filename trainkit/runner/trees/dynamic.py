@@ -82,11 +82,10 @@ class DynamicTree(Shape):
         """Expands the best nodes of each level and keeps the best of all; kept nodes are numbered by rank, best first."""
         root_B, device, width = steps.root_B, steps.root_B.device, self.top_k
         B, M = root_B.shape[0], self._expanded
-        # The frontier: tokens, scores, numbers, indices among the proposed nodes, parents' indices and numbers, ancestors.
+        # The frontier: tokens, scores, numbers, indices among the proposed nodes, parents' indices, ancestors.
         tokens_BF, scores_BF = root_B[:, None], torch.zeros(B, 1, device=device)
         numbers_F = torch.zeros(1, dtype=torch.long, device=device)
         proposed_BF = above_BF = torch.zeros(B, 1, dtype=torch.long, device=device)
-        parents_BF = above_BF - 1
         ancestors_BFM = torch.zeros(B, 1, M, dtype=torch.bool, device=device)
         ancestors_BFM[..., 0] = True
         # All proposed nodes, level by level: tokens, scores, parents' indices, and the numbers of those that are expanded.
@@ -96,7 +95,7 @@ class DynamicTree(Shape):
             # Expand the frontier.
             F, first = tokens_BF.shape[1], 1 if depth == 0 else 1 + width + (depth - 1) * width**2
             positions_BF = (steps.position_B + depth)[:, None].expand(B, F)
-            links = (numbers_F, parents_BF, above_BF, ancestors_BFM)
+            links = (numbers_F, above_BF, ancestors_BFM)
             proposals = steps.expand(Frontier(tokens_BF, positions_BF, *links, depth, is_chain=False), width)
             terms_BFK, columns_BFK = likeliest(proposals.noisy_BFK, width)
             children_BC = proposals.tokens(columns_BFK).flatten(1)
@@ -112,7 +111,6 @@ class DynamicTree(Shape):
             above_BF = best_BF // width
             tokens_BF, scores_BF = children_BC.gather(1, best_BF), scores_BC.gather(1, best_BF)
             proposed_BF = first + best_BF
-            parents_BF = numbers_F[above_BF]
             numbers_F = 1 + depth * width + torch.arange(width, device=device)
             numbers_BC.scatter_(1, proposed_BF, numbers_F.expand(B, -1))
             ancestors_BFM = ancestors_BFM.gather(1, above_BF[..., None].expand(-1, -1, M)).scatter(

@@ -22,7 +22,6 @@ class Level:
 
     Attributes:
         nodes_F: Numbers of the frontier's nodes.
-        parents_F: Numbers of their parents, -1 at the root.
         parent_index_F: Index of each parent in the frontier of the level above.
         ancestors_FN: True at a frontier node's ancestors and itself.
         children: Numbers of the children: a slice, since nodes are numbered level by level.
@@ -32,7 +31,6 @@ class Level:
     """
 
     nodes_F: Tensor
-    parents_F: Tensor
     parent_index_F: Tensor
     ancestors_FN: Tensor
     children: slice
@@ -43,9 +41,8 @@ class Level:
     def frontier(self, tokens_BF: Tensor, position_B: Tensor, depth: int, is_chain: bool) -> Frontier:
         """The frontier with these tokens, `depth` below a root at `position_B`."""
         B, positions_BF = tokens_BF.shape[0], (position_B + depth)[:, None].expand_as(tokens_BF)
-        parents = self.parents_F.expand(B, -1), self.parent_index_F.expand(B, -1)
-        ancestors_BFM = self.ancestors_FN.expand(B, -1, -1)
-        return Frontier(tokens_BF, positions_BF, self.nodes_F, *parents, ancestors_BFM, depth, is_chain)
+        links = self.nodes_F, self.parent_index_F.expand(B, -1), self.ancestors_FN.expand(B, -1, -1)
+        return Frontier(tokens_BF, positions_BF, *links, depth, is_chain)
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,6 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
         levels.append(
             Level(
                 nodes_F=tensor([number[p] for p in frontier]),
-                parents_F=tensor([number[p[:-1]] if p else -1 for p in frontier]),
                 parent_index_F=tensor([above.index(p[:-1]) if p else 0 for p in frontier]),
                 ancestors_FN=ancestors[tensor([number[p] for p in frontier])],
                 children=slice(number[children[0]], number[children[-1]] + 1),

@@ -68,7 +68,7 @@ class Twig(Drafter):
                 divergence(hidden_BTD[counted_BT], batch.handle.head, target_ND, batch.teacher_head, labels_N=labels_N)
             )
             counted.append((counted_BT, step + 1))
-        return combine_heads(outputs, [1.0, 1.0], counted)
+        return combine_heads(outputs, 1.0, counted)
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         D = self.target.decoder.hidden_size
