@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,14 +299,15 @@ def test_a_fingerprint_survives_saving_again_but_no_change(tmp_path):
 
 def test_fit_names_what_does_not_fit():
     decoder = {"vocab_size": 320, "hidden_size": 64}
-    made = {"decoder": decoder, "fingerprint": {"config": "c", "tokenizer": "t", "path": "small"}}
+    target = {"decoder": decoder, "fingerprint": {"config": "c", "tokenizer": "t", "path": "small"}}
+    made = bundle.Bundle(Path("b"), "eagle", {}, target, extra={"taps": [1]})
     same = {"config": "c", "tokenizer": "t", "path": "big"}
     assert bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 64}) == []
     with pytest.raises(UserError, match="target big: vocab_size 400 does not fit the bundle, made for 320 .small."):
         bundle.check_fit(made, same, {"vocab_size": 400, "hidden_size": 64})
     with pytest.raises(UserError, match="hidden_size 96"):
         bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 96})
-    assert bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 96}, hidden=False) == []
+    assert bundle.check_fit(replace(made, extra={}), same, {"vocab_size": 320, "hidden_size": 96}) == []
     with pytest.raises(UserError, match="tokenizer"):
         bundle.check_fit(made, same | {"tokenizer": "u"}, {"vocab_size": 320, "hidden_size": 64})
     (note,) = bundle.check_fit(made, same | {"config": "d"}, {"vocab_size": 320, "hidden_size": 64})

@@ -360,28 +360,21 @@ def _tokenizer_hash(folder: Path) -> str:
     return _sha256_json(files) if files else ""
 
 
-def check_fit(
-    bundle_target: Mapping[str, Any],
-    target_fingerprint: Mapping[str, str],
-    target_decoder: Mapping[str, Any],
-    *,
-    hidden: bool = True,
-) -> list[str]:
+def check_fit(bundle: Bundle, target_fingerprint: Mapping[str, str], target_decoder: Mapping[str, Any]) -> list[str]:
     """Notes on harmless differences between a target and the one a bundle was made for; refuses a target that does not fit.
 
     Args:
-        bundle_target: `Bundle.target`.
+        bundle: A bundle that was made for a target. The hidden size must agree only if its drafter reads hidden states (taps).
         target_fingerprint: `fingerprint` of the target's folder.
         target_decoder: `DecoderShape.to_dict()` of the target.
-        hidden: Whether the drafter reads target hidden states, so that their width must agree.
 
     Raises:
         UserError: vocabulary size, hidden size or tokenizer differ, or it is not the target that was tuned with the drafter.
     """
-    sizes, made_for = bundle_target["decoder"], bundle_target.get("fingerprint") or {}
+    sizes, made_for = bundle.target["decoder"], bundle.target.get("fingerprint") or {}
     target = f"target {target_fingerprint.get('path', '')}".strip()
     source = f" ({made_for['path']})" if made_for.get("path") else ""
-    for key in ("vocab_size", "hidden_size") if hidden else ("vocab_size",):
+    for key in ("vocab_size", "hidden_size") if bundle.extra.get("taps") else ("vocab_size",):
         if sizes[key] != target_decoder[key]:
             raise UserError(
                 f"{target}: {key} {target_decoder[key]} does not fit the bundle, made for {sizes[key]}{source}; "

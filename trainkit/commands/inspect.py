@@ -10,11 +10,11 @@ from trainkit.errors import UserError
 
 
 def inspect(bundle: Path, *, target: Path | None = None) -> str:
-    """Shows a bundle's card after checking every file's checksum; with --target also whether it fits that target.
+    """Shows a bundle's card and checks the checksum of every file; with --target also whether the bundle fits that target.
 
     Args:
         bundle: Folder with a trainkit.json.
-        target: Hugging Face folder of the target that it shall draft for.
+        target: Hugging Face folder of the target to draft for.
 
     Example:
         trainkit inspect runs/draft/bundle
@@ -31,7 +31,6 @@ def inspect(bundle: Path, *, target: Path | None = None) -> str:
         if not read.target:
             raise UserError(f"{bundle}: kind {read.kind!r} is not made for a target; leave --target out")
         shape = target_shape(target)
-        reads_hidden = bool(read.extra.get("taps"))
-        notes = bundles.check_fit(read.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)
+        notes = bundles.check_fit(read, shape.fingerprint or {}, shape.decoder.to_dict())
         lines += [*(f"note: {note}" for note in notes), f"It fits {target}."]
     return "\n".join(lines)

@@ -56,8 +56,7 @@ def trim(
     if "draft_vocab" not in inspect.signature(load_kind(source.kind)).parameters:
         raise UserError(f"{drafter}: kind {source.kind!r} has no output head of its own to trim")
     shape = target_shape(target)
-    reads_hidden = bool(source.extra.get("taps"))
-    bundle.check_fit(source.target, shape.fingerprint or {}, shape.decoder.to_dict(), hidden=reads_hidden)
+    bundle.check_fit(source, shape.fingerprint or {}, shape.decoder.to_dict())
     # The same weights with another `draft_vocab`
     ids, coverage, summary = frequent_ids(target, shape, text, keep, limit, columns)
     network = load_bundle(source, shape, draft_vocab=ids)

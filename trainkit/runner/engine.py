@@ -365,8 +365,7 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
         raise UserError(f"{folder}: no such folder; give a drafter bundle or a Hugging Face folder")
     manifest = bundle.read(folder) if bundle.is_bundle(folder) else None
     if manifest is not None and manifest.target:
-        reads_hidden = bool(manifest.extra.get("taps"))
-        bundle.check_fit(manifest.target, bundle.fingerprint(target_folder), shape.decoder.to_dict(), hidden=reads_hidden)
+        bundle.check_fit(manifest, bundle.fingerprint(target_folder), shape.decoder.to_dict())
         return load_bundle(manifest, shape)
     return load_outside(folder, shape)
 
