@@ -28,7 +28,7 @@ from trainkit.losses.divergence import CrossEntropy, ForwardKL, TVDpp
 from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merge_adapter
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.modules.callbacks import Checkpoints
-from trainkit.modules.checkpoint import load_adapter
+from trainkit.modules.checkpoint import read_checkpoint
 from trainkit.modules.draft import DraftModule
 from trainkit.modules.joint import JointModule
 from trainkit.modules.text_data import TextData
@@ -280,10 +280,11 @@ def test_the_merged_target_is_the_tuned_one_and_the_drafter_decodes_with_it_alon
     out, target = tmp_path / "heads", tmp_path / "heads-target"
     assert main(["export", str(trained), str(out), "--format", "vllm"]) == 0
     assert str(target) in capsys.readouterr().out
-    adapter = load_adapter(trained)
+    adapter = read_checkpoint(trained).adapter()
     assert adapter is not None
-    tuned = TunedTarget(tiny_target, adapter.shape)
-    tuned.adapter.load_state_dict(adapter.tensors)
+    shape, weights = adapter
+    tuned = TunedTarget(tiny_target, shape)
+    tuned.adapter.load_state_dict(weights)
     model, tokens = AutoModelForCausalLM.from_pretrained(target), torch.randint(320, (2, 40))
     with torch.no_grad():
         on, plain = tuned.model(tokens).logits, model(tokens).logits
@@ -330,7 +331,7 @@ def test_another_target_is_not_merged_into(trained, tiny_target, tmp_path):
     other = make_target(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="its weights are not those that were tuned"):
         export(str(trained), str(tmp_path / "out"), target=str(other))
-    with pytest.raises(UserError, match="the tuned target is not there; give its folder with --target"):
+    with pytest.raises(UserError, match="does not hold the tuned target; give its folder with --target"):
         export(str(trained), str(tmp_path / "out"), target=str(tmp_path / "none"))
     with pytest.raises(UserError, match="a drafter of kind 'medusa' has no such format"):
         export(str(trained), str(tmp_path / "out"), format="sglang")
@@ -340,12 +341,12 @@ def test_another_target_is_not_merged_into(trained, tiny_target, tmp_path):
 def test_a_merge_that_changes_the_logits_is_refused(trained, tiny_target, monkeypatch):
     from peft.tuners.lora import Linear
 
-    adapter = load_adapter(trained)
+    adapter = read_checkpoint(trained).adapter()
     assert adapter is not None
     delta = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.01 * delta(self, name))
     with pytest.raises(UserError, match="merging the adapter changed its logits"):
-        merge_adapter(tiny_target, adapter.shape, adapter.tensors, "mark")
+        merge_adapter(tiny_target, *adapter, "digest")
 
 
 def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp_path):
@@ -407,7 +408,7 @@ def test_a_mistake_is_one_line(given, said, tiny_target, chats, tmp_path):
 
 def test_a_checkpoint_of_the_other_module_is_refused_by_name(trained, tiny_target, chats, tmp_path):
     plain = DraftModule(str(tiny_target), drafter=lambda shape: Medusa(shape, num_heads=2, decay=0.8))
-    with pytest.raises(UserError, match="made by JointModule, this run's is DraftModule"):
+    with pytest.raises(UserError, match="written by JointModule, but this run uses DraftModule"):
         fit(plain, chats, tmp_path, tmp_path, ckpt_path=trained)
 
 
