@@ -25,8 +25,8 @@ from trainkit.modules.text_data import TextData
 class DraftModule(TrainingModule):
     """Trains a drafter to match the output distribution of a frozen target.
 
-    Logs per counted token: the loss, `alpha` and `agreement` (acceptance at temperature 1 and 0, as DESIGN defines them). In
-    validation also `alpha_coupled`, and `tau` and `alpha_k` from the rounds that `rounds` simulates.
+    Logs per counted token: the loss, `alpha` and `agreement` (acceptance rate at temperature 1 and 0). In validation also
+    `alpha_coupled` (at temperature 1 under Gumbel coupling), and `tau` and `alpha_k` from the rounds that `rounds` simulates.
 
     Args:
         target: Folder of the target, any Hugging Face causal LM.
@@ -38,11 +38,10 @@ class DraftModule(TrainingModule):
             Each layer is gathered while it computes. Each process still reads the whole checkpoint into main memory once.
         teacher_cache: Folder that caches the teacher's output for each packed row, so that later epochs, and later runs with
             the same target and data, do not run the target again. Exact. The size is printed before training.
-        teacher_top_k: Keep only this many likeliest tokens of the target distribution at each position. This takes little space
+        teacher_top_k: Number of likeliest tokens of the target distribution that are used at each position. This saves space
             and is an approximation unless it equals the vocabulary size (losses/topk.py).
         features: Folder that `trainkit features` wrote for this target and data. The target is then not run: only its
-            embedding, final norm and output head are loaded, and the teacher is what the folder holds, hidden states or
-            likeliest tokens.
+            embedding, final norm and output head are loaded, and the folder provides its hidden states or likeliest tokens.
         trust_remote_code: Whether to run model code from the target's folder.
         **optim: As in `TrainingModule`.
     """
@@ -68,17 +67,16 @@ class DraftModule(TrainingModule):
             raise UserError(f"model.depth is {depth}; it must be at least 1 draft token")
         if target_shard != "none" and teacher_cache is not None:
             raise UserError(
-                "model.target_shard: with it all processes run the target together, with teacher_cache each runs it alone; "
-                "give one of them"
+                "model.target_shard: all processes run the target together, but with teacher_cache each runs it alone; "
+                "give one of the two"
             )
         if features is not None and (target_shard != "none" or teacher_cache is not None):
-            raise UserError("model.features: the target is not run, so leave target_shard and teacher_cache out")
+            raise UserError("model.features: the target is not run; leave target_shard and teacher_cache out")
         if not (Path(target) / "config.json").is_file():  # before its tokenizer is looked up on the hub
             raise UserError(f"model.target: {target}: no config.json there; give a Hugging Face model folder")
-        self.target, self.target_shard = target, target_shard
+        self.target, self.target_shard, self._make_drafter = target, target_shard, drafter
         self.divergence, self.depth = divergence or ForwardKL(), depth
         self.teacher_cache, self.teacher_top_k, self.features = teacher_cache, teacher_top_k, features
-        self._make_drafter = drafter
         self._target_options = {"dtype": getattr(torch, target_dtype), "trust_remote_code": trust_remote_code}
         self.teacher: FrozenTarget | None = None  # not an nn.Module: neither trained, nor saved, nor wrapped by a strategy
         self.shape: TargetShape | None = None
@@ -99,8 +97,8 @@ class DraftModule(TrainingModule):
         return self.divergence.spans_batch
 
     def setup(self, stage: str) -> None:
-        # Not in configure_model: the context of ZeRO-3 there would shard the target as if it were trained, would leave an empty
-        # shard of each drafter layer before it can be initialised from the target, and would create tensors on the GPU.
+        # Not in configure_model: there ZeRO-3 would shard the target as if it were trained, would leave each drafter layer an
+        # empty shard before it can be initialised from the target, and would create tensors on the GPU.
         if self.teacher is None:
             self.teacher = self.load_target()
             if self.target_shard == "fsdp":
@@ -122,7 +120,7 @@ class DraftModule(TrainingModule):
                     self._store(split)
 
     def load_target(self) -> FrozenTarget:
-        """The target that teaches."""
+        """Loads the target, from which the drafter learns."""
         return FrozenTarget(self.target, **self._target_options, layers=self.features is None)
 
     def describe(self) -> dict[str, Any]:
@@ -161,7 +159,7 @@ class DraftModule(TrainingModule):
         return self._reader.open_store(f"{self.data.fingerprint} {split}", packed, self.drafter.taps)
 
     def _step_divergence(self, batch: Batch, micro: int) -> Divergence:
-        """The divergence; where it needs statistics of the whole optimiser step, with those of all ranks."""
+        """The divergence for a micro-batch; with statistics of the whole optimiser step over all ranks if it needs them."""
         if not self.divergence.spans_batch:
             return self.divergence
         assert isinstance(self.divergence, TVDpp)
@@ -169,7 +167,7 @@ class DraftModule(TrainingModule):
             first, sums = self.divergence.first_pass(), Meter()
             with torch.no_grad():
                 for index, other in enumerate(batch["window"]):
-                    self.key_randomness(index)  # the same dropout and draws as when this micro-batch is trained on
+                    self.key_randomness(index)  # the same random numbers as when this micro-batch is trained on
                     sums.add_output(self.drafter(self.draft_batch(other), first))  # pyright: ignore[reportOptionalCall]
             self.key_randomness(0)
             totals = {k: torch.tensor(v, device=self.device) for k, v in sums.take(self._reduce, self.device).items()}
@@ -178,10 +176,10 @@ class DraftModule(TrainingModule):
         return self._statistics
 
     def _measure_rounds(self, draft_batch: DraftBatch, output: LossOutput) -> None:
-        """Adds the counts of simulated rounds: the same names on every rank, also on a rank without rows in the last batch."""
+        """Adds the counts of simulated rounds; the names are the same on every rank, even on one without rows in a batch."""
         agreement_KBT = agreement_by_position(output, draft_batch, self.depth)
         if agreement_KBT is None:
-            return  # a kind with several losses per position, which returns no agreement: no round can be simulated
+            return  # a kind with several losses per position returns no agreement, so no round can be simulated
         label_BT = draft_batch.mask_BT & (draft_batch.document_BT >= 0)
         for name, value in rounds(agreement_KBT, label_BT, draft_batch.document_BT).items():
             self._validation.add(name, value)
@@ -201,7 +199,7 @@ class DraftModule(TrainingModule):
 def agreement_by_position(output: LossOutput, draft_batch: DraftBatch, depth: int) -> Tensor | None:
     """Whether the proposal at draft position k equals the target's argmax, for each label, [K, B, T].
 
-    K is `depth`, or the number of heads if that is less. None where `output` does not hold the agreement of each token.
+    K is `depth`, or the number of heads if that is less. None if `output` does not hold the agreement of each token.
     """
     if "agreement_HBT" in output.per_token:
         return output.per_token["agreement_HBT"][:depth].bool()
@@ -214,12 +212,12 @@ def agreement_by_position(output: LossOutput, draft_batch: DraftBatch, depth: in
 
 
 def rounds(agreement_KBT: Tensor, label_BT: Tensor, document_BT: Tensor) -> dict[str, int]:
-    """Counts of greedy speculative decoding simulated along the given text; tau is `emitted` / `rounds`.
+    """Counts of greedy speculative decoding simulated along a text; tau is `emitted` / `rounds`.
 
     A round whose next label is at position p drafts K tokens, for positions p to p + K - 1. It accepts those before the first
     disagreement and emits one more token. A last round that the end of the labels cuts short is left out, as in serving.
     `offered_k` counts the rounds that reached draft position k, `accepted_k` those that accepted it. The simulation is
-    teacher-forced, so it equals serving where the text is the target's own greedy continuation.
+    teacher-forced, so it equals serving if the text is the target's own greedy continuation.
 
     Args:
         agreement_KBT: Whether the proposal at draft position k + 1 equals the target's argmax, for a label at this position.

@@ -1,4 +1,4 @@
-"""Trains an acceptance predictor on the records of an acceptance set. The drafter is not loaded; the set holds its signals."""
+"""Trains an acceptance predictor on an acceptance set. Its records hold the drafter's signals, so no drafter is loaded."""
 
 # B records of a batch  W proposals per record  N validation records
 
@@ -11,17 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
-from trainkit.eval.calibration import (
-    UNSCALED,
-    Baselines,
-    Scales,
-    expected_calibration_error,
-    fit_scales,
-    log_loss,
-    logits_of,
-    predicted,
-    scaled,
-)
+from trainkit.eval import calibration
 from trainkit.losses.output import LossOutput
 from trainkit.models.predictor import AcceptancePredictor
 from trainkit.modules.acceptance_data import AcceptanceData
@@ -38,16 +28,16 @@ class PredictorModule(TrainingModule):
 
         -(y log P + w (1 - y) log(1 - P)) / mean(y + w (1 - y))
 
-    A record contributes the sum over all its labelled proposals: the one that a chain drafts, and those beside it.
+    A record contributes the sum over all its labelled proposals: the first, which a chain drafts, and its siblings.
 
     Validation uses the first proposal only. It logs `loss` (log loss, unweighted) and `ece` (expected calibration error) of the
-    predictor as it is, and `fitted_*` after recalibration on these same records (four numbers). The same metrics are logged for
+    trained predictor, and `fitted_*` after recalibration on these same records (four numbers). The same metrics are logged for
     the baselines: `constant`, the mean label of the training records; `max_q`, the draft's highest probability; `max_q_fitted`,
     that probability recalibrated on the training records. Each checkpoint holds the recalibration of its weights.
 
     Args:
         width: Width of the predictor's hidden layer.
-        max_depth: Number of draft positions that have parameters of their own; deeper ones share the last.
+        max_depth: Number of draft positions with own parameters; deeper positions share those of the last one.
         rejection_weight: Weight w of rejected proposals. 1 gives probabilities. SpecDec++ uses 6, which biases P downwards and
             needs a threshold chosen with it; the recalibration removes most of that bias.
         **optim: As in `TrainingModule`.
@@ -63,7 +53,7 @@ class PredictorModule(TrainingModule):
         self._sizes = {"width": width, "max_depth": max_depth}
         self.predictor: AcceptancePredictor | None = None
         self._mean_weight = 1.0
-        self._baselines: Baselines | None = None
+        self._baselines: calibration.Baselines | None = None
         self._drafter: dict[str, Any] = {}
 
     @property
@@ -79,13 +69,11 @@ class PredictorModule(TrainingModule):
             return
         train, _ = self._records.rows
         about, label_NW = train.manifest, train.column("label").double()
-        self._baselines = Baselines.fit(train)
+        self._baselines = calibration.Baselines.fit(train)
         self._mean_weight = float((label_NW + self.rejection_weight * (1 - label_NW)).mean())
         self._drafter = dict(about["drafter"])
         seen = {
-            "verify": about["verify"],
-            "temperatures": about["temperatures"],
-            "depth": about["depth"],
+            **{name: about[name] for name in ("verify", "temperatures", "depth")},
             "set": about["id"],
             "ranks": label_NW.shape[1],
             "validation_share": self._records.validation_share,
@@ -108,7 +96,7 @@ class PredictorModule(TrainingModule):
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         assert self.predictor is not None
         real_B = batch["document_BT"][:, 0] >= 0
-        logits_BW, label_BW = logits_of(self.predictor, batch)[real_B], batch["label_BW"][real_B]
+        logits_BW, label_BW = calibration.logits_of(self.predictor, batch)[real_B], batch["label_BW"][real_B]
         accepted, rejected = label_BW * F.softplus(-logits_BW), (1 - label_BW) * F.softplus(logits_BW)
         plain = (accepted + rejected)[:, 0].sum()
         if micro is None:
@@ -121,20 +109,23 @@ class PredictorModule(TrainingModule):
         _, validation = self._records.rows
         logits_N, scales = self._recalibrated()
         methods = {
-            "": scaled(logits_N, validation.temperature, UNSCALED),
-            "fitted_": scaled(logits_N, validation.temperature, scales),
+            "": calibration.scaled(logits_N, validation.temperature, calibration.UNSCALED),
+            "fitted_": calibration.scaled(logits_N, validation.temperature, scales),
             **{f"{name}_": p_N for name, p_N in self._baselines.probabilities(validation).items()},
         }
-        label_N = validation.accepted
-        losses = {f"{name}loss": log_loss(p_N, label_N) for name, p_N in methods.items() if name}  # its own is in `sums`
-        return means(sums) | losses | {f"{name}ece": expected_calibration_error(p_N, label_N) for name, p_N in methods.items()}
+        values = means(sums)  # with `loss`, the log loss of the predictor itself
+        for name, p_N in methods.items():
+            values[f"{name}ece"] = calibration.expected_calibration_error(p_N, validation.accepted)
+            if name:
+                values[f"{name}loss"] = calibration.log_loss(p_N, validation.accepted)
+        return values
 
-    def _recalibrated(self) -> tuple[Tensor, Scales]:
+    def _recalibrated(self) -> tuple[Tensor, calibration.Scales]:
         """Logits of the validation records with the current weights, and their recalibration; the same on every rank."""
         assert self.predictor is not None
         _, validation = self._records.rows
-        logits_N = predicted(self.predictor, validation, self.device)[:, 0]
-        return logits_N, fit_scales(logits_N, validation.accepted, validation.temperature)
+        logits_N = calibration.predicted(self.predictor, validation, self.device)[:, 0]
+        return logits_N, calibration.fit_scales(logits_N, validation.accepted, validation.temperature)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
