@@ -213,8 +213,8 @@ def test_a_kept_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, 
         module = draft_module(tiny_target, divergence=divergence, teacher_cache=cache and str(tmp_path / cache))
         data = text_data(chats, tmp_path, batch_size=3)
         trainer = fit(module, data, tmp_path / name, losses, steps=14, accumulate_grad_batches=2, val_check_interval=4)
-        assert module.teacher is not None and trainer.current_epoch >= 1 and data.prepared is not None
-        every = -(-len(data.prepared.train) // 3), -(-len(data.prepared.validation) // 3)
+        assert module.teacher is not None and trainer.current_epoch >= 1
+        every = -(-len(data.rows[0]) // 3), -(-len(data.rows[1]) // 3)
         if name == "b":
             assert len(runs) - before == sum(every), "each row is read by the target once"
     assert len(runs) == before  # pyright: ignore[reportPossiblyUnboundVariable]

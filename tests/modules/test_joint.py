@@ -136,19 +136,19 @@ def test_loss_and_gradients_of_both_terms_are_those_of_the_formula(base_loss, di
     In `soft` the teacher of the heads is the target as it is, adapter on, and no gradient goes into it.
     """
     module = joint_module(tiny_target, base_loss=base_loss)
-    module.tuned, module.drafter = tuned_target(tiny_target), None
-    drafter = Medusa(module.tuned.shape(), num_heads=2, decay=0.8)
+    module.teacher, module.drafter = tuned_target(tiny_target), None
+    drafter = Medusa(module.teacher.shape(), num_heads=2, decay=0.8)
     drafter.initialise(tiny_target)
     for block in drafter.blocks:
         torch.nn.init.normal_(block[0].linear.weight, std=0.1)
-    batch = batch_of(module.tuned)
-    seen, weights = seen_by(module.tuned, batch), list(module.tuned.adapter.parameters())
+    batch = batch_of(module.teacher)
+    seen, weights = seen_by(module.teacher, batch), list(module.teacher.adapter.parameters())
     found = [module.target_loss(seen, batch).sum, drafter(seen, divergence).sum]
 
-    again, head = seen_by(module.tuned, batch), module.tuned.handle().head
+    again, head = seen_by(module.teacher, batch), module.teacher.handle().head
     log_on = head(again.hidden_BTD).log_softmax(-1)
-    with module.tuned.off(), torch.no_grad():
-        log_off = head(seen_by(module.tuned, batch).hidden_BTD).log_softmax(-1)
+    with module.teacher.off(), torch.no_grad():
+        log_off = head(seen_by(module.teacher, batch).hidden_BTD).log_softmax(-1)
     if base_loss == "cross_entropy":
         base = F.nll_loss(log_on[:, :-1].flatten(0, 1), batch["tokens_BT"][:, 1:].flatten(), reduction="none").view(2, 23)
     else:
@@ -228,11 +228,11 @@ def test_self_distillation_holds_the_target_to_what_it_said(tiny_target, chats, 
         module = joint_module(tiny_target, base_loss=base, heads_steps=0)
         trainer = fit(module, chats, tmp_path, tmp_path / base, steps=20)
         batch = next(iter(trainer.val_dataloaders))
-        assert module.tuned is not None
+        assert module.teacher is not None
         with torch.no_grad():
-            on = seen_by(module.tuned, batch)
-            with module.tuned.off():
-                off = seen_by(module.tuned, batch)
+            on = seen_by(module.teacher, batch)
+            with module.teacher.off():
+                off = seen_by(module.teacher, batch)
         counted, head = on.label_mask(1), on.handle.head
         kl = ForwardKL()(on.hidden_BTD[counted], head, off.hidden_BTD[counted], head)
         moved[base] = float(kl.mean)
@@ -358,9 +358,9 @@ def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp
         module = joint_module(tiny_target, drafter=make, heads_steps=0, draft_weight=1.0, divergence=None)
         trainer = fit(module, chats, tmp_path, tmp_path / name, steps=2)
         batch = next(iter(trainer.val_dataloaders))
-        assert module.tuned is not None and module.drafter is not None
-        drafted = module.drafter(seen_by(module.tuned, batch, module.drafter.taps), ForwardKL())
-        given = torch.autograd.grad(drafted.sum, list(module.tuned.adapter.parameters()), allow_unused=True)
+        assert module.teacher is not None and module.drafter is not None
+        drafted = module.drafter(seen_by(module.teacher, batch, module.drafter.taps), ForwardKL())
+        given = torch.autograd.grad(drafted.sum, list(module.teacher.adapter.parameters()), allow_unused=True)
         assert any(value is not None and value.abs().max() > 0 for value in given), name
 
 

@@ -51,6 +51,10 @@ class TrainingModule(LightningModule):
     data_class: ClassVar[type[TrainingData]] = TrainingData
     """Class of the data modules that this module can train on."""
     data: TrainingData
+    tokenizer_folder: str | None = None
+    """Folder of the tokenizer that the training data must be encoded with; None if the module has none."""
+    needs_window = False
+    """Whether the first micro-batch of each optimiser step must carry all of them, for statistics over the step."""
 
     def __init__(
         self,
@@ -73,10 +77,9 @@ class TrainingModule(LightningModule):
 
     # What a subclass defines
 
-    @property
     @abstractmethod
-    def network(self) -> nn.Module | None:
-        """The network that is trained; None before it is built."""
+    def trained(self) -> list[tuple[nn.Module, float]]:
+        """The networks to train, each with its learning rate as a share of the optimiser's learning rate."""
 
     @abstractmethod
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
@@ -89,17 +92,7 @@ class TrainingModule(LightningModule):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Plain values that rebuild `network`, except its weights; saved in checkpoints under `CHECKPOINT_KEY`."""
-
-    @property
-    @abstractmethod
-    def tokenizer_folder(self) -> str | None:
-        """Folder of the tokenizer that the training data must be encoded with; None where the module has none."""
-
-    @property
-    def needs_window(self) -> bool:
-        """Whether the first micro-batch of each optimiser step must carry all of them, for statistics over the step."""
-        return False
+        """Plain values that rebuild the networks, except their weights; saved in checkpoints under `CHECKPOINT_KEY`."""
 
     # Data
 
@@ -213,7 +206,7 @@ class TrainingModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def _gather(self, values: Tensor) -> Tensor:
-        """The values of every rank, [ranks, ...], on every rank."""
+        """The values of all ranks, [ranks, ...], on every rank."""
         ranks = values.new_zeros(self.trainer.world_size, *values.shape)
         ranks[self.trainer.global_rank] = values
         return self._reduce(ranks)
@@ -279,11 +272,6 @@ class TrainingModule(LightningModule):
             {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
         ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def trained(self) -> list[tuple[nn.Module, float]]:
-        """The networks to train, each with its learning rate as a share of the optimiser's learning rate."""
-        assert self.network is not None
-        return [(self.network, 1.0)]
 
     def schedule(self, step: int, total: int) -> float:
         """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to `final_lr`."""

@@ -47,6 +47,11 @@ class DraftModule(TrainingModule):
     """
 
     data_class = TextData
+    data: TextData
+    # Built by `setup`:
+    teacher: FrozenTarget  # not an nn.Module: neither trained, nor saved, nor wrapped by a strategy
+    shape: TargetShape
+    drafter: Drafter
 
     def __init__(
         self,
@@ -78,53 +83,40 @@ class DraftModule(TrainingModule):
         self.divergence, self.depth = divergence or ForwardKL(), depth
         self.teacher_cache, self.teacher_top_k, self.features = teacher_cache, teacher_top_k, features
         self._target_options = {"dtype": getattr(torch, target_dtype), "trust_remote_code": trust_remote_code}
-        self.teacher: FrozenTarget | None = None  # not an nn.Module: neither trained, nor saved, nor wrapped by a strategy
-        self.shape: TargetShape | None = None
-        self.drafter: Drafter | None = None
-        self._statistics: Divergence | None = None
-        self._reader: Teacher | None = None
+        self.tokenizer_folder, self.needs_window = target, self.divergence.spans_batch
 
-    @property
-    def network(self) -> nn.Module | None:
-        return self.drafter
-
-    @property
-    def tokenizer_folder(self) -> str | None:
-        return self.target
-
-    @property
-    def needs_window(self) -> bool:
-        return self.divergence.spans_batch
+    def trained(self) -> list[tuple[nn.Module, float]]:
+        return [(self.drafter, 1.0)]
 
     def setup(self, stage: str) -> None:
         # Not in configure_model: there ZeRO-3 would shard the target as if it were trained, would leave each drafter layer an
         # empty shard before it can be initialised from the target, and would create tensors on the GPU.
-        if self.teacher is None:
-            self.teacher = self.load_target()
-            if self.target_shard == "fsdp":
-                self.teacher.shard(self.device)
-            self.shape = self.teacher.shape()
-            if self.features is None:
-                self._reader = LiveTeacher(self.teacher, self.teacher_cache, self.teacher_top_k)
-            else:
-                self._reader = StoredTeacher(self.features, self.teacher, self.teacher_top_k)
-            self.data.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
-        if self.drafter is None:
-            assert self.shape is not None
-            drafter = self._make_drafter(self.shape)
-            if self.trainer.ckpt_path is None:
-                drafter.initialise(Path(self.target))
-            self.drafter = drafter
-            if self.features is not None:  # report missing features now, not at the first validation
-                for split in ("train", "validation") if self.trainer.state.fn == "fit" else ("validation",):
-                    self._store(split)
+        if hasattr(self, "drafter"):
+            return
+        # Load the target, or only its ends for stored features.
+        self.teacher = self.load_target()
+        if self.target_shard == "fsdp":
+            self.teacher.shard(self.device)
+        self._reader: Teacher = (
+            LiveTeacher(self.teacher, self.teacher_cache, self.teacher_top_k)
+            if self.features is None
+            else StoredTeacher(self.features, self.teacher, self.teacher_top_k)
+        )
+        self.shape = self.teacher.shape()
+        self.data.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
+        # Build the drafter.
+        self.drafter = self._make_drafter(self.shape)
+        if self.trainer.ckpt_path is None:
+            self.drafter.initialise(Path(self.target))
+        if self.features is not None:  # report missing features now, not at the first validation
+            for split in ("train", "validation") if self.trainer.state.fn == "fit" else ("validation",):
+                self._store(split)
 
     def load_target(self) -> FrozenTarget:
         """Loads the target, from which the drafter learns."""
         return FrozenTarget(self.target, **self._target_options, layers=self.features is None)
 
     def describe(self) -> dict[str, Any]:
-        assert self.drafter is not None and self.shape is not None
         return {"kind": kind_name(self.drafter), "config": self.drafter.config(), "target": self.shape.to_dict()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -136,25 +128,25 @@ class DraftModule(TrainingModule):
 
     def draft_loss(self, draft_batch: DraftBatch, batch: Batch, micro: int | None) -> LossOutput:
         """Loss of the drafter; in validation (`micro` is None) the simulated rounds are measured too."""
-        assert self.drafter is not None
-        if micro is None:
-            output = self.drafter(draft_batch, self.divergence.measuring(coupled=True))
-            self._measure_rounds(draft_batch, output)
-            return output
-        return self.drafter(draft_batch, self._step_divergence(batch, micro))
+        if micro is not None:
+            return self.drafter(draft_batch, self._step_divergence(batch, micro))
+        output = self.drafter(draft_batch, self.divergence.measuring(coupled=True))
+        agreement_KBT = agreement_by_position(output, draft_batch, self.depth)
+        if agreement_KBT is not None:  # the names are the same on every rank, even on one without rows in this batch
+            label_BT = draft_batch.mask_BT & (draft_batch.document_BT >= 0)
+            for name, value in rounds(agreement_KBT, label_BT, draft_batch.document_BT).items():
+                self._validation.add(name, value)
+        return output
 
     def draft_batch(self, batch: Batch) -> DraftBatch:
         """The batch together with the teacher's hidden states (or likeliest tokens) and taps."""
-        assert self.teacher is not None and self.drafter is not None and self._reader is not None
         if self.target_shard == "none":
             self.teacher.to(self.device)
         store = self._store("train" if self.trainer.training else "validation") if "rows_B" in batch else None
         return DraftBatch.read(self._reader, batch, self.drafter.taps, store)
 
     def _store(self, split: str) -> Any:
-        """Stored teacher output for the rows of a split, `train` or `validation`; None where nothing is stored."""
-        assert self._reader is not None and self.drafter is not None
-        assert isinstance(self.data, TextData)
+        """Stored teacher output for the rows of a split, `train` or `validation`; None if nothing is stored."""
         packed = self.data.rows[split == "validation"]
         return self._reader.open_store(f"{self.data.fingerprint} {split}", packed, self.drafter.taps)
 
@@ -168,30 +160,19 @@ class DraftModule(TrainingModule):
             with torch.no_grad():
                 for index, other in enumerate(batch["window"]):
                     self.key_randomness(index)  # the same random numbers as when this micro-batch is trained on
-                    sums.add_output(self.drafter(self.draft_batch(other), first))  # pyright: ignore[reportOptionalCall]
+                    sums.add_output(self.drafter(self.draft_batch(other), first))
             self.key_randomness(0)
             totals = {k: torch.tensor(v, device=self.device) for k, v in sums.take(self._reduce, self.device).items()}
             self._statistics = self.divergence.with_statistics(totals, totals["count"])
-        assert self._statistics is not None
         return self._statistics
-
-    def _measure_rounds(self, draft_batch: DraftBatch, output: LossOutput) -> None:
-        """Adds the counts of simulated rounds; the names are the same on every rank, even on one without rows in a batch."""
-        agreement_KBT = agreement_by_position(output, draft_batch, self.depth)
-        if agreement_KBT is None:
-            return  # a kind with several losses per position returns no agreement, so no round can be simulated
-        label_BT = draft_batch.mask_BT & (draft_batch.document_BT >= 0)
-        for name, value in rounds(agreement_KBT, label_BT, draft_batch.document_BT).items():
-            self._validation.add(name, value)
 
     def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
         counts = {name: value for name, value in sums.items() if name.startswith(("emitted", "rounds", "offered", "accepted"))}
         values = means(sums, exclude=tuple(counts))
         if counts.get("rounds"):
             values["tau"] = counts["emitted"] / counts["rounds"]
-        for name, offered in counts.items():
-            if name.startswith("offered") and offered:
-                k = name.removeprefix("offered_")
+        for k in range(1, self.depth + 1):
+            if offered := counts.get(f"offered_{k}"):
                 values[f"alpha_{k}"] = counts[f"accepted_{k}"] / offered
         return values
 
@@ -199,7 +180,8 @@ class DraftModule(TrainingModule):
 def agreement_by_position(output: LossOutput, draft_batch: DraftBatch, depth: int) -> Tensor | None:
     """Whether the proposal at draft position k equals the target's argmax, for each label, [K, B, T].
 
-    K is `depth`, or the number of heads if that is less. None if `output` does not hold the agreement of each token.
+    K is `depth`, or the number of heads if that is less. None if `output` does not hold the agreement of each token, as for a
+    kind with several losses per position; no round can be simulated then.
     """
     if "agreement_HBT" in output.per_token:
         return output.per_token["agreement_HBT"][:depth].bool()

@@ -54,6 +54,9 @@ class JointModule(DraftModule):
         **draft: As in `DraftModule`.
     """
 
+    teacher: TunedTarget
+    adapter: nn.Module  # from `setup` on, like `teacher`
+
     def __init__(
         self,
         target: str,
@@ -88,19 +91,16 @@ class JointModule(DraftModule):
         self.lora = AdapterShape(lora_rank, lora_alpha, tuple(lora_modules or PROJECTIONS))
         self.base_loss = base_loss
         self._base = CrossEntropy() if base_loss == "cross_entropy" else ForwardKL()
-        self.tuned: TunedTarget | None = None
-        self.adapter: nn.Module | None = None
 
     def load_target(self) -> TunedTarget:
-        self.tuned = TunedTarget(self.target, self.lora, **self._target_options)
-        self.adapter = self.tuned.adapter
-        return self.tuned
+        target = TunedTarget(self.target, self.lora, **self._target_options)
+        self.adapter = target.adapter
+        return target
 
     def setup(self, stage: str) -> None:
         if type(self.trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):  # DeepSpeed's is a subclass of DDPStrategy
             raise UserError(f"trainer.strategy: JointModule trains under ddp, not {type(self.trainer.strategy).__name__}")
         super().setup(stage)
-        assert self.drafter is not None
         if not self.drafter.taps:
             raise UserError(
                 f"model.drafter: kind {kind_name(self.drafter)!r} reads no hidden states of its target; use DraftModule"
@@ -110,7 +110,6 @@ class JointModule(DraftModule):
         return super().describe() | {"adapter": self.lora.to_dict(), "target_weights": weights_digest(self.target)}
 
     def trained(self) -> list[tuple[nn.Module, float]]:
-        assert self.adapter is not None
         return [*super().trained(), (self.adapter, self.lora_lr)]
 
     @property
@@ -136,24 +135,21 @@ class JointModule(DraftModule):
             total = base.sum + total
             metrics |= {"loss_head0": base.sum.detach(), "count_head0": base.count}
         else:  # DDP waits for a gradient of every parameter, so give the adapter a zero gradient
-            assert self.adapter is not None
             total = total + 0.0 * torch.stack([parameter.sum() for parameter in self.adapter.parameters()]).sum()
         return replace(draft, sum=total, metrics=metrics)
 
     def target_loss(self, draft_batch: DraftBatch, batch: Batch) -> LossOutput:
         """L_base: loss of the target with its current adapter, summed over the counted tokens."""
-        assert self.tuned is not None
         counted_BT, hidden_ND, labels_N = draft_batch.training_targets(1)
         teacher_ND, head = hidden_ND, draft_batch.handle.head
         if self.base_loss == "self_distillation":
-            with self.tuned.off(), torch.no_grad():
-                teacher_BTD, _ = self.tuned.forward(batch["tokens_BT"], batch["positions_BT"], batch["document_BT"])
+            with self.teacher.off(), torch.no_grad():
+                teacher_BTD, _ = self.teacher.forward(batch["tokens_BT"], batch["positions_BT"], batch["document_BT"])
             teacher_ND = teacher_BTD[counted_BT]
         return self._base(hidden_ND, head, teacher_ND.detach(), head, labels_N=labels_N)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.joint:  # the optimiser skips parameters without a gradient, so weight decay and moments do not change them
-            assert self.adapter is not None
             for parameter in self.adapter.parameters():
                 parameter.grad = None
         super().on_before_optimizer_step(optimizer)

@@ -31,6 +31,7 @@ class LanguageModule(TrainingModule):
     """
 
     data_class = TextData
+    data: TextData
 
     def __init__(self, config: dict[str, Any] | None = None, folder: str | None = None, **optim: Any) -> None:
         super().__init__(**optim)
@@ -38,17 +39,12 @@ class LanguageModule(TrainingModule):
             raise UserError("model: give either config (a new model) or folder (a model to continue training)")
         if config is not None and "model_type" not in config:
             raise UserError("model.config: model_type is missing; add it (llama, qwen3, ...)")
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.tokenizer_folder = config, folder, folder
         self.divergence = CrossEntropy()
         self.lm: Any = None
 
-    @property
-    def network(self) -> nn.Module | None:
-        return self.lm
-
-    @property
-    def tokenizer_folder(self) -> str | None:
-        return self.folder
+    def trained(self) -> list[tuple[nn.Module, float]]:
+        return [(self.lm, 1.0)]
 
     def configure_model(self) -> None:
         if self.lm is None:

@@ -95,7 +95,7 @@ class MixtureData(TextData):
         self.prompts, self.limit_prompts = prompts, limit_prompts
         self.refresh, self.share, self.depth, self.temperature = refresh, share, depth, temperature
         self.max_new_tokens, self.sample_batch = max_new_tokens, sample_batch
-        self.sets: dict[str, Prepared] = {}
+        self.sets: dict[str, PackedSet] = {}
         self._prompts: list[list[int]] = []
         self._pad_id = 0
 
@@ -106,7 +106,7 @@ class MixtureData(TextData):
 
     @property
     def training_sets(self) -> list[PackedSet]:
-        return [prepared.train for prepared in self.sets.values()]
+        return list(self.sets.values())
 
     def prepare_data(self) -> None:
         super().prepare_data()
@@ -116,17 +116,15 @@ class MixtureData(TextData):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self._files and not self.sets:
-            assert self.prepared is not None
             first, *others = self._files
-            self.sets = {first: self.prepared} | {name: self._prepare_stored(name) for name in others}
+            self.sets = {first: self.rows[0]} | {name: self._prepare_stored(name).train for name in others}
         if self.prompts is not None and not self._prompts:
             self._read_prompts(self.prompts)
 
     def train_dataloader(self) -> Any:
-        stored = {name: prepared.train for name, prepared in self.sets.items()}
         generators = {name: partial(self._generate, name) for name in self.generated}
         options = self._training_options()
-        return MixedLoader(stored, generators, self.weights, self.batch_size, refresh=self.refresh, **options)
+        return MixedLoader(self.sets, generators, self.weights, self.batch_size, refresh=self.refresh, **options)
 
     def _prepare_stored(self, name: str) -> Prepared:
         options = self._options | {"validation_share": 0.0, "limit_validation": None}
@@ -163,8 +161,12 @@ class MixtureData(TextData):
         while True:
             # Each rank answers its share of the next prompts, then receives the answers of all ranks in the same order.
             requests = list(enumerate(sequence(len(self._prompts), used, wanted, global_seed()), start=used))
-            answers = _all_ranks(self._answers(runner, name, requests[rank::world_size]), world_size)
-            for _, index, tokens in answers:
+            answers = self._answers(runner, name, requests[rank::world_size])
+            parts: list[Any] = [answers]
+            if world_size > 1:
+                parts = [None] * world_size
+                dist.all_gather_object(parts, answers)
+            for _, index, tokens in sorted(answer for part in parts for answer in part):
                 prompt = self._prompts[index]
                 ids = torch.tensor([*prompt, *tokens], dtype=torch.int32).numpy()
                 documents.append(Document(ids, torch.arange(len(ids)).ge(len(prompt)).numpy()))
@@ -179,7 +181,7 @@ class MixtureData(TextData):
     def _runner(self, name: str) -> Runner:
         """A runner over copies of the networks, because a runner freezes the parameters of its networks."""
         module = self.module
-        assert isinstance(module, DraftModule) and module.drafter is not None and module.shape is not None
+        assert isinstance(module, DraftModule)
         drafter, room = copy.deepcopy(module.drafter), max(map(len, self._prompts)) + self.max_new_tokens
         alone = drafter.standalone_decoder() if name == "draft" else None
         if alone is not None:
@@ -201,12 +203,3 @@ class MixtureData(TextData):
         draws = [(number, 0) for number, _ in requests]
         outputs = runner.generate_each(prompts, draws, seed=global_seed(), **options)
         return [(*requests[i], output.tokens) for i, output in outputs]
-
-
-def _all_ranks(answers: list[tuple[int, int, list[int]]], world_size: int) -> list[tuple[int, int, list[int]]]:
-    """The answers of all ranks, in the order of their numbers."""
-    parts: list[Any] = [answers]
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, answers)
-    return sorted((answer for part in parts for answer in part), key=lambda answer: answer[0])

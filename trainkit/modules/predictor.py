@@ -44,6 +44,8 @@ class PredictorModule(TrainingModule):
     """
 
     data_class = AcceptanceData
+    data: AcceptanceData
+    predictor: AcceptancePredictor  # from `setup` on
 
     def __init__(self, width: int = 64, max_depth: int = 16, rejection_weight: float = 1.0, **optim: Any) -> None:
         super().__init__(**optim)
@@ -51,32 +53,22 @@ class PredictorModule(TrainingModule):
             raise UserError(f"model.rejection_weight is {rejection_weight}; it must be above 0 and finite")
         self.rejection_weight = rejection_weight
         self._sizes = {"width": width, "max_depth": max_depth}
-        self.predictor: AcceptancePredictor | None = None
-        self._mean_weight = 1.0
-        self._baselines: calibration.Baselines | None = None
-        self._drafter: dict[str, Any] = {}
 
-    @property
-    def network(self) -> nn.Module | None:
-        return self.predictor
-
-    @property
-    def tokenizer_folder(self) -> str | None:
-        return None
+    def trained(self) -> list[tuple[nn.Module, float]]:
+        return [(self.predictor, 1.0)]
 
     def setup(self, stage: str) -> None:
-        if self.predictor is not None:
+        if hasattr(self, "predictor"):
             return
-        train, _ = self._records.rows
+        train, _ = self.data.rows
         about, label_NW = train.manifest, train.column("label").double()
         self._baselines = calibration.Baselines.fit(train)
         self._mean_weight = float((label_NW + self.rejection_weight * (1 - label_NW)).mean())
-        self._drafter = dict(about["drafter"])
         seen = {
             **{name: about[name] for name in ("verify", "temperatures", "depth")},
             "set": about["id"],
             "ranks": label_NW.shape[1],
-            "validation_share": self._records.validation_share,
+            "validation_share": self.data.validation_share,
             "split_seed": global_seed(),
             "records": len(train),
             "rejection_weight": self.rejection_weight,
@@ -84,17 +76,10 @@ class PredictorModule(TrainingModule):
         }
         self.predictor = AcceptancePredictor(train.hidden_size, **self._sizes, seen=seen)
 
-    @property
-    def _records(self) -> AcceptanceData:
-        assert isinstance(self.data, AcceptanceData)
-        return self.data
-
     def describe(self) -> dict[str, Any]:
-        assert self.predictor is not None
-        return {"predictor": self.predictor.config(), "drafter": self._drafter}
+        return {"predictor": self.predictor.config(), "drafter": dict(self.data.rows[0].manifest["drafter"])}
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
-        assert self.predictor is not None
         real_B = batch["document_BT"][:, 0] >= 0
         logits_BW, label_BW = calibration.logits_of(self.predictor, batch)[real_B], batch["label_BW"][real_B]
         accepted, rejected = label_BW * F.softplus(-logits_BW), (1 - label_BW) * F.softplus(logits_BW)
@@ -105,8 +90,7 @@ class PredictorModule(TrainingModule):
         return LossOutput(weighted, real_B.sum().float(), {"log_loss": plain.detach()})
 
     def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
-        assert self._baselines is not None
-        _, validation = self._records.rows
+        _, validation = self.data.rows
         logits_N, scales = self._recalibrated()
         methods = {
             "": calibration.scaled(logits_N, validation.temperature, calibration.UNSCALED),
@@ -122,8 +106,7 @@ class PredictorModule(TrainingModule):
 
     def _recalibrated(self) -> tuple[Tensor, calibration.Scales]:
         """Logits of the validation records with the current weights, and their recalibration; the same on every rank."""
-        assert self.predictor is not None
-        _, validation = self._records.rows
+        _, validation = self.data.rows
         logits_N = calibration.predicted(self.predictor, validation, self.device)[:, 0]
         return logits_N, calibration.fit_scales(logits_N, validation.accepted, validation.temperature)
 

@@ -29,6 +29,8 @@ class TextData(TrainingData):
         cache: Folder where prepared sets are cached by content; ~/.cache/trainkit/data by default.
     """
 
+    rows: tuple[PackedSet, PackedSet]
+
     def __init__(
         self,
         train: str | list[str],
@@ -51,7 +53,6 @@ class TextData(TrainingData):
         self._options: dict[str, Any] = {"validation_share": validation_share, "limit_validation": limit_validation}
         self._options |= {"columns": columns, "on_bad_row": on_bad_row, "on_long_row": on_long_row}
         self._options |= {"limit": limit, "cache_dir": cache or CACHE}
-        self.prepared: Prepared | None = None
 
     @property
     def tokenizer_folder(self) -> str:
@@ -61,35 +62,30 @@ class TextData(TrainingData):
         return folder
 
     @property
-    def fingerprint(self) -> str | None:
-        return None if self.prepared is None else self.prepared.fingerprint
-
-    @property
-    def rows(self) -> tuple[PackedSet, PackedSet]:
-        assert self.prepared is not None
-        return self.prepared.train, self.prepared.validation
-
-    @property
     def training_sets(self) -> list[PackedSet]:
         """All stored sets that are trained on."""
         return [self.rows[0]]
 
     def check_fits(self, vocab_size: int, max_positions: int) -> None:
+        """Compares the rows with the sizes of the model that reads them.
+
+        Raises:
+            UserError: a row is longer than `max_positions` tokens, or a token id is not below `vocab_size`.
+        """
         if self.length > max_positions:
             raise UserError(f"data.length is {self.length}, the model has {max_positions} positions; lower data.length")
         largest = max((int(packed.tokens_N.max()) for packed in self.training_sets), default=0)
         if largest >= vocab_size:
-            raise UserError(
-                f"data.tokenizer: token id {largest} exceeds the model's {vocab_size} ids; use its own tokenizer"
-            )
+            raise UserError(f"data.tokenizer: token id {largest} exceeds the model's {vocab_size} ids; use its own tokenizer")
 
     def prepare_data(self) -> None:
-        # Lightning calls this in one process of each node; the others then read the cache.
+        # Lightning calls this in one process of each node; the other processes then read the cache.
         print(self._prepare().report)
 
     def setup(self, stage: str) -> None:
-        if self.prepared is None:
-            self.prepared = self._prepare()
+        if self.fingerprint is None:
+            prepared = self._prepare()
+            self.rows, self.fingerprint = (prepared.train, prepared.validation), prepared.fingerprint
 
     def _prepare(self) -> Prepared:
         return prepare(self.train, self.validation, self.tokenizer_folder, self.length, seed=global_seed(), **self._options)

@@ -21,14 +21,20 @@ def global_seed() -> int:
 class TrainingData(LightningDataModule):
     """Training and validation rows for a `TrainingModule`.
 
-    The module calls `connect` before Lightning prepares any data, and `check_fits` when it knows the sizes of its model. Of the
-    module, this class reads only `tokenizer_folder` and `needs_window`.
+    The module calls `connect` before Lightning prepares any data. Of the module, this class reads only `tokenizer_folder` and
+    `needs_window`.
 
     Args:
         batch_size: Rows per micro-batch and process.
     """
 
     module: TrainingModule
+    tokenizer_folder: str | None = None
+    """Folder of the tokenizer that the rows are encoded with; None if the rows are not text."""
+    rows: tuple[Rows, Rows]
+    """Training rows and validation rows; `setup` sets them."""
+    fingerprint: str | None = None
+    """Digest of everything that determines the rows and their split; `setup` sets it."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
@@ -41,28 +47,6 @@ class TrainingData(LightningDataModule):
             UserError: this data is not for such a module.
         """
         self.module = module
-
-    @property
-    def tokenizer_folder(self) -> str | None:
-        """Folder of the tokenizer that the rows are encoded with; None if the rows are not text."""
-        return None
-
-    @property
-    def fingerprint(self) -> str | None:
-        """Digest of everything that determines the rows and their split; None before `setup`."""
-        return None
-
-    @property
-    def rows(self) -> tuple[Rows, Rows]:
-        """Training rows and validation rows, after `setup`."""
-        raise NotImplementedError
-
-    def check_fits(self, vocab_size: int, max_positions: int) -> None:
-        """Compares the rows with the sizes of the model that reads them.
-
-        Raises:
-            UserError: a row is longer than `max_positions` tokens, or a token id is not below `vocab_size`.
-        """
 
     def train_dataloader(self) -> Any:
         return PackedLoader(self.rows[0], self.batch_size, **self._training_options())
