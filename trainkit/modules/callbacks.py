@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +100,24 @@ class Checkpoints(Checkpoint):
         if name == "last.ckpt":
             self._saved_step = trainer.global_step
         path = self.folder(trainer) / name
-        partial = path.with_suffix(".partial")
+        partial, scratch, before = path.with_suffix(".partial"), path.with_suffix(".scratch"), tempfile.tempdir
         try:
-            with _temporary_files_beside(partial):
-                trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
+            # Lightning first writes to a temporary file. In /tmp, the default, space may be short and a kill would leave it.
+            scratch.mkdir(parents=True, exist_ok=True)
+            tempfile.tempdir = str(scratch)
+            trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
             if trainer.is_global_zero:
                 put_in_place(partial, path)
         except OSError as error:
             if partial.is_file():
                 partial.unlink()
             reason = error.strerror or " ".join(str(error).split())
-            then = "continue with --resume" if path.with_name("last.ckpt").exists() else "start again"
-            raise UserError(f"{path}: cannot be written ({reason}); free space, then {then}") from error
+            remedy = "continue with --resume" if path.with_name("last.ckpt").exists() else "start again"
+            raise UserError(f"{path}: cannot be written ({reason}); free space, then {remedy}") from error
+        finally:
+            tempfile.tempdir = before
+            with contextlib.suppress(OSError):  # another rank removed it first
+                scratch.rmdir()
         trainer.strategy.barrier("checkpoint renamed")
 
 
@@ -122,23 +127,6 @@ def put_back(checkpoint: Path) -> None:
     if aside.exists() and not checkpoint.exists():
         with contextlib.suppress(FileNotFoundError):
             aside.rename(checkpoint)
-
-
-@contextlib.contextmanager
-def _temporary_files_beside(path: Path) -> Iterator[None]:
-    """While the context is open, this process creates its temporary files in a folder beside `path`.
-
-    Lightning first writes a checkpoint to a temporary file. In /tmp, the default, space may be short and a kill would leave it.
-    """
-    folder, before = path.with_suffix(".scratch"), tempfile.tempdir
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.tempdir = str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-        with contextlib.suppress(OSError):  # another rank removed it first
-            folder.rmdir()
 
 
 def validates_now(trainer: Trainer) -> bool:
@@ -162,13 +150,19 @@ class RunFolder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer)
+        due = validates_now(trainer)
         if trainer.is_global_zero and not is_dry(trainer):
             (Path(trainer.default_root_dir) / "config.yaml").write_text(self.config)
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLog):  # also after a kill before the first checkpoint
-                logger.rewind(trainer.global_step, validated=not validates_now(trainer))
-        if trainer.ckpt_path and validates_now(trainer):
-            _validate(trainer)
+            # Drop rows that will be logged again, even without a checkpoint: the first run may have been killed before one.
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLog):
+                    logger.rewind(trainer.global_step, validated=not due)
+        if trainer.ckpt_path and due:
+            # Run the validation that was due when the checkpoint was written; Lightning skips it on resume.
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting, trainer.validating = False, True
+            loop.run()
+            trainer.training = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -185,12 +179,3 @@ class RunFolder(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, (CSVLog, WandbLog)):
                     logger.begin(folder, self.config)
-
-
-def _validate(trainer: Trainer) -> None:
-    """Runs the validation that was due when the checkpoint was written, which Lightning skips on resume."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.restarting = False
-    trainer.validating = True
-    loop.run()
-    trainer.training = True

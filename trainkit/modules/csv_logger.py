@@ -41,7 +41,6 @@ class CSVLog(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
-    @rank_zero_only
     def rewind(self, step: int, validated: bool = True) -> None:
         """Drops the rows that a resumed run will log again: those after `step`, and its validation if not `validated` yet."""
         self._columns, rows = self._read()

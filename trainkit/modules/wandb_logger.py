@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 import yaml
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from trainkit import bundle
 from trainkit.card import describe
 from trainkit.errors import UserError
 from trainkit.files import write_json
+from trainkit.models.load import first_lines
 
 STEP = "trainer/global_step"
 """The horizontal axis of every chart; Lightning's logger adds it to each row."""
@@ -36,7 +36,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class WandbLog(WandbLogger):
-    """Logs to Weights & Biases, offline by default. WANDB_MODE (online, offline, disabled) overrides `mode`.
+    """Logs to Weights & Biases on rank 0, offline by default. WANDB_MODE (online, offline, disabled) overrides `mode`.
 
     `wandb sync RUN/wandb/offline-run-*` uploads what was logged offline. `trainkit export` of a checkpoint of the run adds the
     bundle to the run.
@@ -71,7 +71,6 @@ class WandbLog(WandbLogger):
         """
         return self._experiment
 
-    @rank_zero_only
     def begin(self, folder: Path, config: str) -> None:
         """Starts the W&B run of this folder, or continues it.
 
@@ -86,26 +85,25 @@ class WandbLog(WandbLogger):
         if mode == "disabled":
             return
         # Find or create the folder's W&B run, and open it.
+        older_rows = sum(path.stat().st_size for path in root.glob("wandb/*run-*/*.wandb")) // 64
         identity = _identify(root, self._own_project, self._entity, mode)
-        first_row = _rows_before(root) if mode == "offline" else None
         code, name = code_revision(), self._name or "/".join(root.parts[-2:])
         values = (yaml.safe_load(config) or {}) | {"code": code}
         self._session = Session(root, identity, 5.0, code, name=name, tags=list(self._tags) or None, config=values)
         self._experiment = run = self._session.run
-        # Set the axis of the charts and the number of the next row.
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
-        if first_row is not None:
-            run.log({}, step=first_row, commit=False)  # W&B continues the row numbers from here
         if mode == "offline":
+            # W&B numbers the rows of each record from 0, but joins records only if their numbers ascend. A row takes more than
+            # 64 bytes, so this number is greater than that of every row in older records.
+            if older_rows:
+                run.log({}, step=older_rows, commit=False)  # W&B continues the row numbers from here
             print(f"W&B: offline; `wandb sync {root}/wandb/offline-run-*` uploads the run", file=sys.stderr)
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self._experiment is not None:
             super().log_metrics(metrics, step)
 
-    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Ends the run; Lightning's logger would end it only with the process."""
         if self._session is not None:
@@ -150,7 +148,9 @@ class Session:
             self.run = wandb.init(**identity, **options, **init)
         except (Error, ValueError, OSError) as error:
             self._leave()
-            raise UserError(f"W&B ({identity['mode']}): {one_line(error)}; WANDB_MODE=offline needs no network") from error
+            raise UserError(
+                f"W&B ({identity['mode']}): {first_lines(error, 1)}; WANDB_MODE=offline needs no network"
+            ) from error
 
     def end(self, code: int) -> None:
         """Ends the run with an exit code; everything that was logged is then on disk."""
@@ -204,7 +204,9 @@ def attach(exported: bundle.Bundle, folder: Path, checkpoint: str) -> str:
             session.end(0 if name else 1)
     except (UserError, OSError) as error:
         remedy = "export again, or leave it out with --track false"
-        raise UserError(f"{exported.path} is written, but not added to its W&B run: {one_line(error)}; {remedy}") from error
+        raise UserError(
+            f"{exported.path} is written, but not added to its W&B run: {first_lines(error, 1)}; {remedy}"
+        ) from error
     later = f"; `wandb sync {folder}/wandb/offline-run-*` uploads it" if identity["mode"] == "offline" else ""
     return f"W&B: added to run {identity['id']} of project {identity['project']} as artifact {name}{later}"
 
@@ -277,16 +279,6 @@ def _identify(folder: Path, project: str | None, entity: str | None, mode: str) 
     return identity
 
 
-def _rows_before(folder: Path) -> int | None:
-    """A row number greater than all those in the folder's records; None without records.
-
-    W&B numbers the rows of each offline record from 0, but joins records only if their numbers ascend. A row takes more than 64
-    bytes, so the size of the records divided by 64 is an upper bound of their number of rows.
-    """
-    size = sum(path.stat().st_size for path in (folder / "wandb").glob("*run-*/*.wandb"))
-    return size // 64 or None
-
-
 def code_revision() -> dict[str, Any] | None:
     """The git `commit` of this checkout and whether it is `dirty` (changed since); None outside a git checkout of trainkit."""
 
@@ -298,8 +290,3 @@ def code_revision() -> dict[str, Any] | None:
         if Path(git("rev-parse", "--show-toplevel")).resolve() == _ROOT:  # not the repository around an installed copy
             return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     return None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
