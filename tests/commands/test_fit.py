@@ -24,13 +24,8 @@ class ToyModule(TrainingModule):
         self.size = size
         self.line: torch.nn.Linear | None = None
 
-    @property
-    def network(self):
-        return self.line
-
-    @property
-    def tokenizer_folder(self):
-        return None
+    def trained(self):
+        return [(self.line, 1.0)]
 
     def configure_model(self):
         self.line = self.line or torch.nn.Linear(self.size, 1)
@@ -113,7 +108,7 @@ def test_a_checkpoint_never_overrides_flags(tmp_path):
     run("fit", ["--config", recipe, *QUIET])
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert "hyper_parameters" not in torch.load(checkpoint, weights_only=True)
-    with pytest.raises(UserError, match="size is 2, this run's is 3"):
+    with pytest.raises(UserError, match="size is 2 in the checkpoint, 3 in this run"):
         run("fit", ["--config", recipe, "--model.size", "3", "--ckpt_path", str(checkpoint), *QUIET])
 
 

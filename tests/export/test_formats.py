@@ -158,7 +158,7 @@ def test_a_format_that_a_kind_does_not_have_is_one_line_that_lists_its_own(kind,
 def test_heads_that_share_the_targets_are_not_offered_to_vllm(tiny_target, tmp_path):
     """vLLM would look for the shared head in this file and leave it uninitialised."""
     drafter = made("medusa", tiny_target, head="target")
-    with pytest.raises(UserError, match="--format vllm: lacks the head"):
+    with pytest.raises(UserError, match="--format vllm: needs a head"):
         export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format="vllm")
     out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target)
     assert out.extra["layout"] == "native" and not (out.path / "config.json").exists()

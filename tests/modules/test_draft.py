@@ -15,7 +15,7 @@ from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
 from trainkit.losses.divergence import ForwardKL, TVDpp
 from trainkit.models.target import FrozenTarget
-from trainkit.modules.checkpoint import load_drafter, load_language_model
+from trainkit.modules.checkpoint import read_checkpoint
 from trainkit.modules.draft import rounds
 from trainkit.modules.language import LanguageModule
 
@@ -77,8 +77,9 @@ def test_a_drafter_loads_without_its_target(tiny_target, chats, tmp_path):
     module = draft_module(copy)
     trainer = fit(module, text_data(chats, tmp_path), tmp_path, steps=2)
     shutil.rmtree(copy)
-    drafter, shape, info = load_drafter(tmp_path / "checkpoints" / "last.ckpt")
-    assert module.drafter is not None and shape == module.shape
+    saved = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    drafter, info = saved.drafter(), saved.info
+    assert module.drafter is not None and drafter.target == module.shape
     assert all(torch.equal(value, drafter.state_dict()[name]) for name, value in module.drafter.state_dict().items())
     assert info["step"] == 2 and info["seed"] == 3 and info["data"] == trainer.datamodule.fingerprint  # type: ignore[attr-defined]
     assert 0 < info["metrics"]["val/alpha"] < 1 and info["metrics"]["val/tau"] >= 1
@@ -90,10 +91,9 @@ def test_other_files_are_one_line(tmp_path):
     foreign = tmp_path / "b.ckpt"
     torch.save({"state_dict": {}}, foreign)
     for path in (broken, foreign, tmp_path / "none.ckpt", tmp_path):
-        for load in (load_drafter, load_language_model):
-            with pytest.raises(UserError) as caught:
-                load(path)
-            assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+        with pytest.raises(UserError) as caught:
+            read_checkpoint(path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_validation_measures_what_the_loss_defines(tiny_target, chats, tmp_path):
@@ -152,14 +152,15 @@ def test_a_language_model_learns_and_loads(chats, tiny_target, tmp_path):
     module = LanguageModule(config=config, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), warmup_steps=2)
     fit(module, text_data(chats, tmp_path, tokenizer=str(tiny_target)), tmp_path, losses, steps=12)
     assert sum(losses.values[-3:]) < 0.8 * sum(losses.values[:3])
-    model, tokenizer, info = load_language_model(tmp_path / "checkpoints" / "last.ckpt")
-    assert tokenizer == tiny_target.resolve() and info["metrics"]["val/perplexity"] > 1
+    saved = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    model, info = saved.language_model(), saved.info
+    assert Path(info["tokenizer"]) == tiny_target.resolve() and info["metrics"]["val/perplexity"] > 1
     tokens = torch.randint(5, 300, (1, 9))
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, module.lm.eval()(tokens).logits)
     assert model.config.vocab_size == 320 and model.config.eos_token_id == module.lm.config.eos_token_id
-    with pytest.raises(UserError, match="drafter"):
-        load_drafter(tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="last.ckpt: holds no trained drafter"):
+        saved.drafter()
 
 
 def test_packed_training_reads_each_document_alone(chats, tiny_target, tmp_path):
@@ -212,8 +213,8 @@ def test_a_kept_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, 
         module = draft_module(tiny_target, divergence=divergence, teacher_cache=cache and str(tmp_path / cache))
         data = text_data(chats, tmp_path, batch_size=3)
         trainer = fit(module, data, tmp_path / name, losses, steps=14, accumulate_grad_batches=2, val_check_interval=4)
-        assert module.teacher is not None and trainer.current_epoch >= 1 and data.prepared is not None
-        every = -(-len(data.prepared.train) // 3), -(-len(data.prepared.validation) // 3)
+        assert module.teacher is not None and trainer.current_epoch >= 1
+        every = -(-len(data.rows[0]) // 3), -(-len(data.rows[1]) // 3)
         if name == "b":
             assert len(runs) - before == sum(every), "each row is read by the target once"
     assert len(runs) == before  # pyright: ignore[reportPossiblyUnboundVariable]

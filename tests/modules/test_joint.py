@@ -28,7 +28,7 @@ from trainkit.losses.divergence import CrossEntropy, ForwardKL, TVDpp
 from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merge_adapter
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.modules.callbacks import Checkpoints
-from trainkit.modules.checkpoint import load_adapter
+from trainkit.modules.checkpoint import read_checkpoint
 from trainkit.modules.draft import DraftModule
 from trainkit.modules.joint import JointModule
 from trainkit.modules.text_data import TextData
@@ -136,19 +136,19 @@ def test_loss_and_gradients_of_both_terms_are_those_of_the_formula(base_loss, di
     In `soft` the teacher of the heads is the target as it is, adapter on, and no gradient goes into it.
     """
     module = joint_module(tiny_target, base_loss=base_loss)
-    module.tuned, module.drafter = tuned_target(tiny_target), None
-    drafter = Medusa(module.tuned.shape(), num_heads=2, decay=0.8)
+    module.teacher, module.drafter = tuned_target(tiny_target), None
+    drafter = Medusa(module.teacher.shape(), num_heads=2, decay=0.8)
     drafter.initialise(tiny_target)
     for block in drafter.blocks:
         torch.nn.init.normal_(block[0].linear.weight, std=0.1)
-    batch = batch_of(module.tuned)
-    seen, weights = seen_by(module.tuned, batch), list(module.tuned.adapter.parameters())
+    batch = batch_of(module.teacher)
+    seen, weights = seen_by(module.teacher, batch), list(module.teacher.adapter.parameters())
     found = [module.target_loss(seen, batch).sum, drafter(seen, divergence).sum]
 
-    again, head = seen_by(module.tuned, batch), module.tuned.handle().head
+    again, head = seen_by(module.teacher, batch), module.teacher.handle().head
     log_on = head(again.hidden_BTD).log_softmax(-1)
-    with module.tuned.off(), torch.no_grad():
-        log_off = head(seen_by(module.tuned, batch).hidden_BTD).log_softmax(-1)
+    with module.teacher.off(), torch.no_grad():
+        log_off = head(seen_by(module.teacher, batch).hidden_BTD).log_softmax(-1)
     if base_loss == "cross_entropy":
         base = F.nll_loss(log_on[:, :-1].flatten(0, 1), batch["tokens_BT"][:, 1:].flatten(), reduction="none").view(2, 23)
     else:
@@ -228,11 +228,11 @@ def test_self_distillation_holds_the_target_to_what_it_said(tiny_target, chats, 
         module = joint_module(tiny_target, base_loss=base, heads_steps=0)
         trainer = fit(module, chats, tmp_path, tmp_path / base, steps=20)
         batch = next(iter(trainer.val_dataloaders))
-        assert module.tuned is not None
+        assert module.teacher is not None
         with torch.no_grad():
-            on = seen_by(module.tuned, batch)
-            with module.tuned.off():
-                off = seen_by(module.tuned, batch)
+            on = seen_by(module.teacher, batch)
+            with module.teacher.off():
+                off = seen_by(module.teacher, batch)
         counted, head = on.label_mask(1), on.handle.head
         kl = ForwardKL()(on.hidden_BTD[counted], head, off.hidden_BTD[counted], head)
         moved[base] = float(kl.mean)
@@ -280,10 +280,11 @@ def test_the_merged_target_is_the_tuned_one_and_the_drafter_decodes_with_it_alon
     out, target = tmp_path / "heads", tmp_path / "heads-target"
     assert main(["export", str(trained), str(out), "--format", "vllm"]) == 0
     assert str(target) in capsys.readouterr().out
-    adapter = load_adapter(trained)
+    adapter = read_checkpoint(trained).adapter()
     assert adapter is not None
-    tuned = TunedTarget(tiny_target, adapter.shape)
-    tuned.adapter.load_state_dict(adapter.tensors)
+    shape, weights = adapter
+    tuned = TunedTarget(tiny_target, shape)
+    tuned.adapter.load_state_dict(weights)
     model, tokens = AutoModelForCausalLM.from_pretrained(target), torch.randint(320, (2, 40))
     with torch.no_grad():
         on, plain = tuned.model(tokens).logits, model(tokens).logits
@@ -330,7 +331,7 @@ def test_another_target_is_not_merged_into(trained, tiny_target, tmp_path):
     other = make_target(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="its weights are not those that were tuned"):
         export(str(trained), str(tmp_path / "out"), target=str(other))
-    with pytest.raises(UserError, match="the tuned target is not there; give its folder with --target"):
+    with pytest.raises(UserError, match="does not hold the tuned target; give its folder with --target"):
         export(str(trained), str(tmp_path / "out"), target=str(tmp_path / "none"))
     with pytest.raises(UserError, match="a drafter of kind 'medusa' has no such format"):
         export(str(trained), str(tmp_path / "out"), format="sglang")
@@ -340,12 +341,12 @@ def test_another_target_is_not_merged_into(trained, tiny_target, tmp_path):
 def test_a_merge_that_changes_the_logits_is_refused(trained, tiny_target, monkeypatch):
     from peft.tuners.lora import Linear
 
-    adapter = load_adapter(trained)
+    adapter = read_checkpoint(trained).adapter()
     assert adapter is not None
     delta = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.01 * delta(self, name))
     with pytest.raises(UserError, match="merging the adapter changed its logits"):
-        merge_adapter(tiny_target, adapter.shape, adapter.tensors, "mark")
+        merge_adapter(tiny_target, *adapter, "digest")
 
 
 def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp_path):
@@ -357,9 +358,9 @@ def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp
         module = joint_module(tiny_target, drafter=make, heads_steps=0, draft_weight=1.0, divergence=None)
         trainer = fit(module, chats, tmp_path, tmp_path / name, steps=2)
         batch = next(iter(trainer.val_dataloaders))
-        assert module.tuned is not None and module.drafter is not None
-        drafted = module.drafter(seen_by(module.tuned, batch, module.drafter.taps), ForwardKL())
-        given = torch.autograd.grad(drafted.sum, list(module.tuned.adapter.parameters()), allow_unused=True)
+        assert module.teacher is not None and module.drafter is not None
+        drafted = module.drafter(seen_by(module.teacher, batch, module.drafter.taps), ForwardKL())
+        given = torch.autograd.grad(drafted.sum, list(module.teacher.adapter.parameters()), allow_unused=True)
         assert any(value is not None and value.abs().max() > 0 for value in given), name
 
 
@@ -407,7 +408,7 @@ def test_a_mistake_is_one_line(given, said, tiny_target, chats, tmp_path):
 
 def test_a_checkpoint_of_the_other_module_is_refused_by_name(trained, tiny_target, chats, tmp_path):
     plain = DraftModule(str(tiny_target), drafter=lambda shape: Medusa(shape, num_heads=2, decay=0.8))
-    with pytest.raises(UserError, match="made by JointModule, this run's is DraftModule"):
+    with pytest.raises(UserError, match="written by JointModule, but this run uses DraftModule"):
         fit(plain, chats, tmp_path, tmp_path, ckpt_path=trained)
 
 

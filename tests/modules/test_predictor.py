@@ -20,7 +20,7 @@ from trainkit.eval.calibration import fit_scales, predicted
 from trainkit.export.drafter import export_drafter
 from trainkit.models.predictor import FILE, load_predictor
 from trainkit.models.target import target_shape
-from trainkit.modules.checkpoint import load_predictor as from_checkpoint
+from trainkit.modules.checkpoint import read_checkpoint
 from trainkit.runner import Runner
 
 
@@ -77,7 +77,8 @@ def test_it_beats_every_baseline_where_the_label_depends_on_the_state(trained):
 def test_a_checkpoint_holds_the_recalibration_of_its_own_weights(trained):
     records, root, _ = trained
     for name in ("last.ckpt", "best.ckpt"):
-        predictor, mark, info = from_checkpoint(root / "checkpoints" / name)
+        saved = read_checkpoint(root / "checkpoints" / name)
+        predictor, mark, info = saved.predictor(), saved.description["drafter"], saved.info
         seen = predictor.seen
         held = AcceptanceSet.read(records).split(seen["validation_share"], seen["split_seed"])[1]
         scales = torch.tensor(fit_scales(predicted(predictor, held)[:, 0], held.accepted, held.temperature))
@@ -98,7 +99,9 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(trained, tmp_path):
     assert run("fit", arguments(records, tmp_path / "parts", **{**short, "trainer.max_steps": 12})) == 0
     cut = arguments(records, tmp_path / "parts", **short)
     assert run("fit", resumed(cut, tmp_path / "parts")) == 0
-    weights = [from_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")[0].state_dict() for name in ("whole", "parts")]
+    weights = [
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt").predictor().state_dict() for name in ("whole", "parts")
+    ]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
@@ -107,7 +110,7 @@ def test_weights_of_rejections_bias_downwards_and_are_normalised(trained, tmp_pa
     records, _, _ = trained
     flags = {"model.rejection_weight": 6.0, "model.width": 4, "trainer.max_steps": 60, "trainer.log_every_n_steps": 60}
     assert run("fit", arguments(records, tmp_path / "run", **flags)) == 0
-    predictor, _, _ = from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    predictor = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").predictor()
     held = AcceptanceSet.read(records).split(0.2, 0)[1]
     logits, label = predicted(predictor, held)[:, 0], held.accepted
     assert logits.sigmoid().mean() < label.mean() - 0.08
@@ -128,7 +131,7 @@ def test_export_puts_it_into_the_drafters_bundle_which_decodes_the_same(trained,
     assert now.runner["tree"] == [[0], [0, 0]] and now.files.keys() - was.files.keys() == {FILE}
     assert {**now.files, FILE: ""} == {**was.files, FILE: ""} and (place / "README.md").read_text() == "ours"
     assert (now.config, now.target, now.versions, now.extra) == (was.config, was.target, was.versions, was.extra)
-    predictor, _, _ = from_checkpoint(checkpoint)
+    predictor = read_checkpoint(checkpoint).predictor()
     found = load_predictor(place, now.runner["predictor"])
     for name, value in predictor.state_dict().items():
         assert torch.equal(found.state_dict()[name], value)

@@ -161,5 +161,5 @@ def test_a_target_spread_over_processes_teaches_the_same(straight, tiny_target, 
 
 
 def test_spreading_a_target_goes_not_with_a_kept_teacher(tmp_path):
-    with pytest.raises(UserError, match=r"model\.target_shard.*give one of them"):
+    with pytest.raises(UserError, match=r"model\.target_shard.*give one of the two"):
         DraftModule(str(tmp_path), lambda shape: None, target_shard="fsdp", teacher_cache=str(tmp_path))

@@ -187,7 +187,7 @@ def fit_slowly(given: list[str]) -> int:
 def test_disabled_by_the_environment_it_does_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log = WandbLog()
-    log.begin(str(tmp_path), "a: 1")
+    log.begin(tmp_path, "a: 1")
     log.log_metrics({"x": 1.0}, 1)
     log.finalize("success")
     assert everything(tmp_path) == set()
@@ -198,17 +198,17 @@ def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, isolated):
     for name, value in isolated.items():
         monkeypatch.setenv(name, value)
     log = WandbLog(project="one")
-    log.begin(str(tmp_path / "run"), "a: 1")
+    log.begin(tmp_path / "run", "a: 1")
     log.finalize("success")
 
     def spoiled() -> None:
         (tmp_path / "run" / "wandb" / "run.json").write_text("{")
-        log.begin(str(tmp_path / "run"), "")
+        log.begin(tmp_path / "run", "")
 
     cases = [
-        (lambda: WandbLog(project="two").begin(str(tmp_path / "run"), ""), "its W&B run has project one, not two"),
-        (lambda: WandbLog(project="a/b").begin(str(tmp_path / "b"), ""), "W&B .offline.: .*project"),
-        (lambda: WandbLog(mode="online").begin(str(tmp_path / "c"), ""), "W&B .online.: .*API key.*WANDB_MODE=offline"),
+        (lambda: WandbLog(project="two").begin(tmp_path / "run", ""), "its W&B run has project one, not two"),
+        (lambda: WandbLog(project="a/b").begin(tmp_path / "b", ""), "W&B .offline.: .*project"),
+        (lambda: WandbLog(mode="online").begin(tmp_path / "c", ""), "W&B .online.: .*API key.*WANDB_MODE=offline"),
         (spoiled, "run.json: not readable"),
     ]
     for work, said in cases:
@@ -217,7 +217,7 @@ def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, isolated):
         assert "\n" not in str(caught.value)
     monkeypatch.setenv("WANDB_MODE", "onlin")
     with pytest.raises(UserError, match="WANDB_MODE is 'onlin'"):
-        log.begin(str(tmp_path / "d"), "")
+        log.begin(tmp_path / "d", "")
 
 
 def test_without_wandb_it_says_so(tiny_target, chats, tmp_path, monkeypatch):

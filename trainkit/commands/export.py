@@ -18,15 +18,7 @@ from trainkit.export.drafter import export_drafter
 from trainkit.export.model import export_model
 from trainkit.export.predictor import export_predictor
 from trainkit.models.adapter import merge_adapter
-from trainkit.modules.checkpoint import (
-    Info,
-    holds_language_model,
-    holds_predictor,
-    load_adapter,
-    load_drafter,
-    load_language_model,
-    load_predictor,
-)
+from trainkit.modules.checkpoint import Checkpoint, read_checkpoint
 from trainkit.modules.wandb_logger import attach, tracked_folder
 
 
@@ -75,22 +67,19 @@ def export(
         trainkit export runs/predictor/2026-11-21_10-00-00/checkpoints/best.ckpt models/heads
     """
     run_folder = tracked_folder(checkpoint) if track else None
-    notes: list[str] = []
-    if holds_predictor(checkpoint):
-        flags = {"format": format, "tokenizer": tokenizer, "target": target, "dtype": dtype}
-        defaults = {"format": "native", "tokenizer": None, "target": None, "dtype": "float32"}
-        if changed := [name for name in flags if flags[name] != defaults[name]]:
-            raise UserError(f"--{changed[0]}: a predictor is added to its drafter's bundle unchanged; leave it out")
-        predictor, drafter_digest, _ = load_predictor(checkpoint)
-        bundle = export_predictor(predictor, drafter_digest, out)
-    elif holds_language_model(checkpoint):
+    saved, options, notes = read_checkpoint(checkpoint), {"dtype": getattr(torch, dtype), "format": format}, []
+    if "predictor" in saved.description:
+        changed = {"format": format != "native", "tokenizer": tokenizer, "target": target, "dtype": dtype != "float32"}
+        if flag := next((name for name, value in changed.items() if value), None):
+            raise UserError(f"--{flag}: a predictor is added to its drafter's bundle unchanged; leave it out")
+        bundle = export_predictor(saved.predictor(), saved.description["drafter"], out)
+    elif "model_config" in saved.description:
         if target is not None:
             raise UserError("--target: a language model has none; leave it out")
-        model, folder, info = load_language_model(checkpoint)
-        options = {"dtype": getattr(torch, dtype), "format": format}
-        bundle = export_model(model, out, tokenizer=tokenizer or folder, **options, **_card(info))
+        source = tokenizer or saved.info["tokenizer"]
+        bundle = export_model(saved.language_model(), out, tokenizer=source, **options, **_card(saved))
     else:
-        bundle, notes = _export_drafter(checkpoint, out, format, tokenizer, target, getattr(torch, dtype))
+        bundle, notes = _export_drafter(saved, out, tokenizer, target, options)
     lines = [describe(bundle), *notes]
     if run_folder is not None:
         lines.append(attach(bundle, run_folder, checkpoint))
@@ -98,36 +87,36 @@ def export(
 
 
 def _export_drafter(
-    checkpoint: str, out: str, format: str, tokenizer: str | None, target: str | None, dtype: torch.dtype
+    saved: Checkpoint, out: str, tokenizer: str | None, target: str | None, options: dict[str, Any]
 ) -> tuple[Bundle, list[str]]:
     """The bundle of the checkpoint's drafter, and lines for the user.
 
     Raises:
         UserError: the folder of a tuned target does not hold the target that was tuned, or merging changed its logits.
     """
-    drafter, _, info = load_drafter(checkpoint)
-    adapter, target, notes = load_adapter(checkpoint), target or info.get("target"), []
+    drafter, adapter, target, notes = saved.drafter(), saved.adapter(), target or saved.info.get("target"), []
     if adapter is not None:
-        # The run tuned the target too: write the merged target first, and make the drafter one for that target
-        layout_for(format, drafter.formats, f"drafter of kind {kind_name(drafter)!r}")  # refuse before anything is written
-        folder, path = Path(target or adapter.target), Path(out).resolve()
+        # The run tuned the target too: write the merged target first, and bind the drafter to that target
+        layout_for(options["format"], drafter.formats, f"drafter of kind {kind_name(drafter)!r}")  # before anything is written
+        folder, path, digest = Path(target or ""), Path(out).resolve(), saved.description["target_weights"]
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: the tuned target is not there; give its folder with --target")
-        if weights_digest(folder) != adapter.target_weights:
+            raise UserError(f"{folder}: does not hold the tuned target; give its folder with --target")
+        if weights_digest(folder) != digest:
             raise UserError(
                 f"{folder}: its weights are not those that were tuned; give the tuned target's folder with --target"
             )
-        model = merge_adapter(folder, adapter.shape, adapter.tensors, adapter.target_weights)
-        tuned_path = path.with_name(f"{path.name}-target")
-        tuned = export_model(model, tuned_path, tokenizer=folder, dtype=dtype, own_ids=True, **_card(info))
+        model, tuned_path = merge_adapter(folder, *adapter, digest), path.with_name(f"{path.name}-target")
+        tuned = export_model(model, tuned_path, tokenizer=folder, dtype=options["dtype"], own_ids=True, **_card(saved))
         drafter.target = replace(drafter.target, fingerprint=fingerprint(tuned.path))
         target, notes = str(tuned.path), [f"target: {tuned.path}; this drafter works only with it"]
-    source = tokenizer or info["tokenizer"]
-    bundle = export_drafter(drafter, out, tokenizer=source, target=target, dtype=dtype, format=format, **_card(info))
-    return bundle, notes
+    source = tokenizer or saved.info["tokenizer"]
+    return export_drafter(drafter, out, tokenizer=source, target=target, **options, **_card(saved)), notes
 
 
-def _card(info: Info) -> dict[str, Any]:
+def _card(saved: Checkpoint) -> dict[str, Any]:
     """The run's part of trainkit.json: metrics, recipe, seed and data."""
-    metrics = {name: round(float(value), 5) for name, value in info["metrics"].items()}
-    return {"metrics": {**metrics, "step": info["step"]}, **{name: info[name] for name in ("recipe", "seed", "data")}}
+    metrics = {name: round(float(value), 5) for name, value in saved.info["metrics"].items()}
+    return {
+        "metrics": metrics | {"step": saved.info["step"]},
+        **{name: saved.info[name] for name in ("recipe", "seed", "data")},
+    }

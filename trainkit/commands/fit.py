@@ -1,4 +1,4 @@
-"""fit, validate and test: constructor signatures are the configuration (LightningCLI), YAML is typed and strict.
+"""`trainkit fit`, `validate` and `test`: LightningCLI, whose configuration is the constructor signatures, typed and strict.
 
 Differences from LightningCLI, each with a test in tests/commands/test_fit.py or tests/modules/test_progress.py:
 configs/base.yaml holds defaults for every run; an error is one line; `--ckpt_path` restores training but never overrides recipe
@@ -29,7 +29,7 @@ from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule
 from trainkit.modules.callbacks import Checkpoints, RunFolder, is_dry, put_back
-from trainkit.modules.checkpoint import check_resumable
+from trainkit.modules.checkpoint import read_checkpoint
 from trainkit.modules.progress import Progress
 from trainkit.modules.run_log import RunLog, quiet_libraries
 from trainkit.modules.signals import Interrupted, Signals
@@ -44,7 +44,7 @@ importlib.import_module("trainkit.losses.divergence")
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 COMMANDS = ("fit", "validate", "test")
 RENAMED = {"PolicyData": "MixtureData"}
-"""Old names of classes that recipes may still use."""
+"""Old name -> new name of a class, for recipes that use the old one."""
 
 
 class OneLineParser(OneLine, LightningArgumentParser):
@@ -58,10 +58,10 @@ class OneLineParser(OneLine, LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """One command over the `TrainingModule` and `TrainingData` classes that the configuration names."""
+    """Runs one command with the `TrainingModule` and `TrainingData` classes that the configuration names."""
 
     def __init__(self, command: str, args: Sequence[str], log: RunLog | None = None) -> None:
-        if not BASE.is_file():  # the parser would silently ignore a missing default file
+        if not BASE.is_file():  # the parser silently ignores a missing default file
             raise UserError(f"{BASE}: not found; run trainkit from a checkout that has configs/")
         discover()
         self.command, self.log = command, log or RunLog()
@@ -85,37 +85,43 @@ class TrainingCLI(LightningCLI):
         return {name: {*skipped[name], "weights_only", "verbose"} for name in COMMANDS}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        for file in _named_files(args):
-            _check_yaml(file)
-        self.config = parser.parse_args(args)  # the base class would warn that sys.argv exists too
+        flags = [part for flag in args for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+        for flag, value in zip(flags, flags[1:], strict=False):
+            if flag in ("--config", "-c"):
+                _check_yaml(Path(value))
+        self.config = parser.parse_args(args)  # the base class warns about arguments in sys.argv
 
     def _parse_ckpt_path(self) -> None:
-        pass  # Lightning would let hyper-parameters of a checkpoint override recipe and flags
+        pass  # Lightning's method lets hyper-parameters of a checkpoint override recipe and flags
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
 
     def before_instantiate_classes(self) -> None:
-        values = self.config[self.command]
-        for name, part in (("trainer", values.trainer), ("model", values.model), ("data", values.get("data"))):
+        values, fits = self.config[self.command], self.command == "fit"
+        trainer = values.trainer
+        # Refuse values that would fail much later.
+        for name, part in (("trainer", trainer), ("model", values.model), ("data", values.get("data"))):
             _check_null(name, part, Trainer)
-        if self.command == "fit" and values.trainer.max_steps == 0:
+        if fits and trainer.max_steps == 0:
             raise UserError("trainer.max_steps is 0, so nothing would be trained; give at least 1, or -1 for no limit")
         if values.get("ckpt_path"):
             put_back(Path(values.ckpt_path))
-            check_resumable(values.ckpt_path)
-        trainer = values.trainer
+            if not Path(values.ckpt_path).is_dir():  # a folder of shards is checked by the strategy that wrote it
+                read_checkpoint(values.ckpt_path)
+        # Choose the run folder, which must not hold another run.
         trainer.default_root_dir = str(trainer.default_root_dir or self._run_folder(values))
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         put_back(last)
-        if self.command == "fit" and not values.get("ckpt_path") and not trainer.fast_dev_run and last.exists():
+        if fits and not values.get("ckpt_path") and not trainer.fast_dev_run and last.exists():
             raise UserError(f"{last.parents[1]}: holds a run already; continue it with --resume, or name another folder")
+        # Use all processes that torchrun started.
         processes, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if processes > 1 and trainer.devices == "auto":
             trainer.devices, trainer.num_nodes = local, processes // local
 
     def _run_folder(self, values: Any) -> Path:
-        """The run folder of the checkpoint when `fit` continues from one, otherwise a new folder."""
+        """The run folder of the checkpoint that `fit` resumes from, otherwise a new folder."""
         if values.get("ckpt_path") and self.command == "fit":
             folder = Path(values.ckpt_path).resolve().parents[1]
             if (folder / "config.yaml").is_file():
@@ -130,25 +136,26 @@ class TrainingCLI(LightningCLI):
 
     @property
     def recipe(self) -> str | None:
-        """The last configuration file on the command line, as it is written there."""
+        """The last configuration file on the command line, as the user wrote it."""
         files = self.config[self.command].get("config") or []
         return str(files[-1]) if files else None
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:  # jsonargparse wraps the exceptions of constructors
+        except ValueError as error:  # jsonargparse wraps the constructors' exceptions in it
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
             raise cause or UserError(one_line(str(error), [])) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # Create the trainer, with our progress bar unless another one is configured.
         self.model.recipe = self.recipe
         text = self._parser(self.command).dump(self.config[self.command])
         settings = self.config_init[self.command].trainer
         configured = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
-        if settings.enable_progress_bar is not False and not any(isinstance(one, ProgressBar) for one in configured):
+        if settings.enable_progress_bar is not False and not any(isinstance(item, ProgressBar) for item in configured):
             self.trainer_defaults = {"callbacks": Progress()}
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -156,49 +163,42 @@ class TrainingCLI(LightningCLI):
             raise
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"trainer: {reason}; correct the flag or key trainer.* that this names") from error
+            raise UserError(f"trainer: {reason}; correct the flag or key trainer.* named here") from error
+        # Add the other callbacks of every run.
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         callbacks.append(RunFolder(text, self.log))
         if self.command == "fit" and not is_dry(trainer):
             checkpoints = next(callback for callback in callbacks if isinstance(callback, Checkpoints))
-            callbacks.insert(0, Signals(checkpoints))  # first, so that it sees a signal before any other callback acts
+            callbacks.insert(0, Signals(checkpoints))  # first, so that it handles a signal before any other callback acts
+        # Refuse processes that would train apart.
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if trainer.world_size != processes and "LOCAL_RANK" in os.environ:
             raise UserError(
                 f"trainer.strategy, devices: {processes} processes were started but the trainer uses {trainer.world_size}, "
-                "so each would train a copy of its own; set trainer.strategy: ddp and trainer.devices: auto"
+                "so each would train its own copy; set trainer.strategy: ddp and trainer.devices: auto"
             )
         return trainer
 
 
-def _named_files(args: Any) -> list[Path]:
-    """The configuration files that a command line names."""
-    words = [str(word) for word in args]
-    separate = [word for flag, word in zip(words, words[1:], strict=False) if flag in ("--config", "-c")]
-    joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    return [Path(name) for name in [*separate, *joined]]
-
-
 def _check_null(name: str, values: Any, owner: type) -> None:
-    """Refuses null for a parameter that needs a value. The parser accepts it, and the run would fail much later."""
+    """Refuses null for a parameter of the class `owner` that needs a value; the parser accepts it, and the run fails later."""
     if not isinstance(values, Namespace):
         return
     if "class_path" in values:
         module, _, class_name = values.class_path.rpartition(".")
-        owner = getattr(importlib.import_module(module), class_name)
-        values = values.get("init_args", Namespace())
+        owner, values = getattr(importlib.import_module(module), class_name), values.get("init_args", Namespace())
     parameters: dict[str, inspect.Parameter] = {}
     for base in reversed(owner.__mro__ if isinstance(owner, type) else ()):
         parameters |= inspect.signature(base.__init__).parameters
     for key, value in vars(values).items():
         known = parameters.get(key)
-        if value is None and known is not None and known.default is not None and not re.search("None|Optional|Any", str(known)):
+        if value is None and known and known.default is not None and not re.search("None|Optional|Any", str(known)):
             raise UserError(f"{name}.{key} is null but needs a value; leave the key out for its default")
         _check_null(f"{name}.{key}", value, type(value))
 
 
 def _check_yaml(file: Path) -> None:
-    """Names file and line of a YAML error, which the parser does not."""
+    """Refuses a file that is not YAML, with the line of the error, which the parser does not report."""
     try:
         if file.is_file():
             yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -232,7 +232,7 @@ def run(command: str, args: Sequence[str]) -> int:
 
 
 def summary(trainer: Trainer, command: str) -> list[str]:
-    """Last lines of a run: the metrics of the last validation and the paths of the checkpoints."""
+    """Lines that end a run's output: the metrics of the last validation and the paths of the checkpoints."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     text = " ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in sorted(metrics.items()))
     lines = [f"validation: {text}"] if text else []

@@ -10,11 +10,11 @@ from trainkit.errors import UserError
 
 
 def inspect(bundle: Path, *, target: Path | None = None) -> str:
-    """Shows a bundle's card after checking every file's checksum; with --target also whether it fits that target.
+    """Shows a bundle's card and checks the checksum of every file; with --target also whether the bundle fits that target.
 
     Args:
         bundle: Folder with a trainkit.json.
-        target: Hugging Face folder of the target that it is to draft for.
+        target: Hugging Face folder of the target to draft for.
 
     Example:
         trainkit inspect runs/draft/bundle

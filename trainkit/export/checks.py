@@ -1,4 +1,4 @@
-"""Checks before an export exists at its destination, and the tokenizer files that every export contains."""
+"""Checks of an export before it is written to its destination, and the tokenizer files that every export contains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layout_for(format: str, formats: Mapping[str, str], network: str) -> str:
     """The layout of files for a format, from a table of format -> layout; `network` names the exported network in the error.
 
     Raises:
-        UserError: the table does not have the format; the message lists those that it has.
+        UserError: the table does not have the format; the message lists its formats.
     """
     if format not in formats:
         raise UserError(f"--format {format}: a {network} has no such format; it has {', '.join(formats)}")
@@ -45,11 +45,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies the tokenizer files of a model folder.
 
     Raises:
-        UserError: it has none.
+        UserError: the folder has none.
     """
     names = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
     if not names:
-        raise UserError(f"{source}: no tokenizer files there; name the target's folder with --target")
+        raise UserError(f"{source}: has no tokenizer files; name the target's folder with --target")
     for name in names:
         shutil.copyfile(source / name, folder / name)
 
@@ -78,7 +78,7 @@ def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: to
 
 
 def check_reload(before: Tensor, after: Tensor, out: str | Path, network: str = "export") -> None:
-    """Compares outputs before the export with those of the reloaded files; the same code on equal weights gives equal numbers.
+    """Compares outputs before the export with those of the reloaded files; equal weights give exactly equal outputs.
 
     Raises:
         UserError: they are not exactly equal.

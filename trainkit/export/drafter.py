@@ -31,8 +31,8 @@ def export_drafter(
 ) -> bundle.Bundle:
     """Writes a drafter as a bundle and returns it.
 
-    Nothing exists at `out` before the files were compared with the format, tensor by tensor, and the reloaded drafter gave
-    equal logits.
+    The files are compared with the format, tensor by tensor, and the logits of the reloaded drafter with those of `drafter`,
+    before anything is written to `out`.
 
     Args:
         drafter: Trained drafter, on the CPU.
@@ -52,7 +52,7 @@ def export_drafter(
     layout = layout_for(format, drafter.formats, f"drafter of kind {kind!r}")
     shapes = drafter.layout_shapes(layout)
     if format != "native" and shapes is None:
-        raise UserError(f"--format {format}: lacks the head that this drafter shares with its target; leave --format out")
+        raise UserError(f"--format {format}: needs a head in the files, but this drafter uses its target's; leave --format out")
     check_finite(drafter.named_parameters())
 
     # Cast, and find the target if the folder is that of the target (the tokenizer may come from elsewhere)
@@ -97,12 +97,12 @@ def first_logits(drafter: Drafter) -> Tensor:
     for depth in range(levels):
         frontier = Frontier.chain(token, torch.tensor([[T + depth]]), depth, levels + 1)
         logits.append(drafter.step(state, frontier, handle, 64).logits_BFK[0].float())
-        token = logits[-1].argmax(-1, keepdim=True)  # the column itself, whatever id it stands for
+        token = logits[-1].argmax(-1, keepdim=True)  # the column itself, used as a token id even for a trimmed vocabulary
     return torch.cat(logits)
 
 
 def _stand_in(target: TargetShape, dtype: torch.dtype) -> TargetHandle:
-    """A handle of the target's sizes whose embedding and head are fixed functions, computed only when they are called."""
+    """A handle with the target's sizes, whose embedding and head are fixed functions, computed only when they are called."""
     shape = target.decoder
 
     def embed(ids: Tensor) -> Tensor:

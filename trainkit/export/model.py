@@ -28,7 +28,7 @@ def export_model(
 ) -> bundle.Bundle:
     """Writes a transformers model with its tokenizer as a bundle and returns it.
 
-    Nothing exists at `out` before the model was reloaded whole, with equal logits.
+    The written model is reloaded, and its logits are compared, before anything is written to `out`.
 
     Args:
         model: A transformers causal LM on the CPU.

@@ -22,11 +22,11 @@ from trainkit.models.predictor import FILE, SIGNALS, AcceptancePredictor, load_p
 def export_predictor(predictor: AcceptancePredictor, drafter: Mapping[str, Any], out: str | Path) -> bundle.Bundle:
     """Writes a predictor into the bundle at `out`, replacing an older predictor, and returns the bundle.
 
-    The bundle changes only after the reloaded predictor gave equal logits.
+    The bundle changes only after the reloaded predictor returned equal logits.
 
     Args:
         predictor: Trained predictor, float32, on the CPU.
-        drafter: `drafter_fingerprint` of the bundle that it was trained for.
+        drafter: `drafter_fingerprint` of the bundle that the predictor was trained for.
         out: Folder of that bundle.
 
     Raises:

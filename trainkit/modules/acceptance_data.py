@@ -7,7 +7,7 @@ from trainkit.modules.training_data import TrainingData, global_seed
 
 
 class AcceptanceData(TrainingData):
-    """Records of an acceptance set, all in memory. Validation uses prompts that no training record comes from.
+    """Records of an acceptance set, all in memory. No prompt has records both in training and in validation.
 
     Args:
         train: Folder that `trainkit acceptance` wrote.
@@ -15,20 +15,13 @@ class AcceptanceData(TrainingData):
         batch_size: Records per micro-batch and process.
     """
 
+    rows: tuple[AcceptanceSet, AcceptanceSet]
+
     def __init__(self, train: str, validation_share: float = 0.1, batch_size: int = 2048) -> None:
         super().__init__(batch_size)
         self.train, self.validation_share = train, validation_share
-        self.sets: tuple[AcceptanceSet, AcceptanceSet] | None = None
-
-    @property
-    def fingerprint(self) -> str | None:
-        return None if self.sets is None else self.sets[0].fingerprint
-
-    @property
-    def rows(self) -> tuple[AcceptanceSet, AcceptanceSet]:
-        assert self.sets is not None
-        return self.sets
 
     def setup(self, stage: str) -> None:
-        if self.sets is None:
-            self.sets = AcceptanceSet.read(self.train).split(self.validation_share, global_seed())
+        if self.fingerprint is None:
+            self.rows = AcceptanceSet.read(self.train).split(self.validation_share, global_seed())
+            self.fingerprint = self.rows[0].fingerprint

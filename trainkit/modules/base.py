@@ -8,10 +8,10 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
@@ -25,11 +25,6 @@ Batch = dict[str, Any]
 """From `PackedLoader`: tokens_BT, positions_BT, document_BT, mask_BT, window_count and, if `needs_window`, window."""
 
 
-def key_of(*parts: int) -> int:
-    """A 63-bit key from integers, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
 def differences(name: str, saved: Any, current: Any) -> Iterator[tuple[str, Any, Any]]:
     """All differences between two nested dicts of plain values, as (dotted key, saved value, current value)."""
     if isinstance(saved, dict) and isinstance(current, dict):
@@ -39,19 +34,12 @@ def differences(name: str, saved: Any, current: Any) -> Iterator[tuple[str, Any,
         yield name, saved, current
 
 
-@runtime_checkable
-class AfterStep(Protocol):
-    """A callback that acts after each optimiser step, when the metrics of that step are logged."""
-
-    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
-
-
 class TrainingModule(LightningModule):
-    """A network with one optimiser, a loss given as sums, and its metrics.
+    """Trains a network with one optimiser and a loss that is returned as a sum and a count.
 
     The loss of an optimiser step is the sum over its labels, on all ranks and micro-batches, divided by the number of labels.
-    Each micro-batch returns sum / window_count * ranks * micro-batches, which Lightning's and DDP's averaging turn into exactly
-    that.
+    Each micro-batch returns sum / window_count * ranks * micro-batches; the averages of Lightning and DDP turn that into this
+    loss exactly. After each step the module calls `after_step(trainer, module)` of every callback that has it.
 
     Args:
         optimizer: Optimiser class with its arguments.
@@ -61,8 +49,12 @@ class TrainingModule(LightningModule):
     """
 
     data_class: ClassVar[type[TrainingData]] = TrainingData
-    """The data modules that this module can train on."""
+    """Class of the data modules that this module can train on."""
     data: TrainingData
+    tokenizer_folder: str | None = None
+    """Folder of the tokenizer that the training data must be encoded with; None if the module has none."""
+    needs_window = False
+    """Whether the first micro-batch of each optimiser step must carry all of them, for statistics over the step."""
 
     def __init__(
         self,
@@ -74,21 +66,20 @@ class TrainingModule(LightningModule):
         super().__init__()
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self.warmup_steps, self.final_lr = warmup_steps, final_lr
+        self.recipe: str | None = None
         self._training, self._validation = Meter(), Meter()
         self._configured_groups: list[dict[str, Any]] = []
         self._logged_step = 0
         self._gradient_norm: Tensor | None = None
-        self.recipe: str | None = None
         # Seconds in training steps, and between them (waiting for data), since the last log line.
         self._step_end = self._step_start = time.perf_counter()
         self._busy = self._waited = 0.0
 
     # What a subclass defines
 
-    @property
     @abstractmethod
-    def network(self) -> nn.Module | None:
-        """The network that is trained; None before it is built."""
+    def trained(self) -> list[tuple[nn.Module, float]]:
+        """The networks to train, each with its learning rate as a share of the optimiser's learning rate."""
 
     @abstractmethod
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
@@ -101,22 +92,12 @@ class TrainingModule(LightningModule):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Plain values that, with the weights, rebuild `network`; saved in checkpoints under `CHECKPOINT_KEY`."""
-
-    @property
-    @abstractmethod
-    def tokenizer_folder(self) -> str | None:
-        """Folder of the tokenizer that the training data must be encoded with; None where the module has none."""
-
-    @property
-    def needs_window(self) -> bool:
-        """Whether the first micro-batch of each optimiser step must carry all of them, for statistics over the step."""
-        return False
+        """Plain values that rebuild the networks, except their weights; saved in checkpoints under `CHECKPOINT_KEY`."""
 
     # Data
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds no callback; connects the data module. Lightning calls no other hook of a module before it prepares the data."""
+        """Connects the data module and adds no callback. Lightning calls no other hook of a module before data preparation."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, self.data_class):
             raise UserError(
@@ -147,14 +128,15 @@ class TrainingModule(LightningModule):
         return output.sum / torch.as_tensor(batch["window_count"], device=output.sum.device).clamp(min=1) * scale
 
     def key_randomness(self, micro: int) -> None:
-        """Seeds torch from (seed, step, micro-batch, rank), so that a resumed run draws the same random numbers."""
-        torch.manual_seed(key_of(global_seed(), self.trainer.global_step, micro, self.trainer.global_rank))
+        """Seeds torch with a digest of (seed, step, micro-batch, rank), so that a resumed run draws the same random numbers."""
+        parts = (global_seed(), self.trainer.global_step, micro, self.trainer.global_rank)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         step = self.trainer.global_step + 1
         if self._logs_at(step, last=step == self.trainer.max_steps):
             grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            if grads:  # sharded strategies store theirs elsewhere
+            if grads:  # sharded strategies store gradients elsewhere
                 self._gradient_norm = torch.nn.utils.get_total_norm(grads)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -163,11 +145,11 @@ class TrainingModule(LightningModule):
             self._logged_step = step
             if self._logs_at(step, last=self.trainer.should_stop or step == self.trainer.max_steps):
                 self._log_training()
-            # Not in the callbacks' own on_train_batch_end, which runs before this one: the step must be logged before a
+            # Lightning calls the callbacks' own on_train_batch_end before this hook, but the step must be logged before a
             # checkpoint is saved.
             for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-                if isinstance(callback, AfterStep):
-                    callback.after_step(self.trainer, self)
+                if after_step := getattr(callback, "after_step", None):
+                    after_step(self.trainer, self)
         self._step_end = time.perf_counter()
         self._busy += self._step_end - self._step_start
 
@@ -188,7 +170,7 @@ class TrainingModule(LightningModule):
         for name in ("train/loss", "train/alpha", "speed/tokens_per_second"):
             if name in values:
                 self.log(name, values[name], prog_bar=True, logger=False)
-        # Directly to the loggers: what `self.log` receives is written later, and twice when a run stops between log lines.
+        # Not through `self.log`, which writes later, and twice when a run stops between two log intervals.
         for logger in self.trainer.loggers:
             logger.log_metrics(values, self.trainer.global_step)
         self._busy = self._waited = 0.0
@@ -207,14 +189,14 @@ class TrainingModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         sums = self._validation.take(self._reduce, self.device)
         if not sums.get("count"):
-            raise UserError("data.validation: no token of it counts; give rows with assistant text")
-        # The values are equal on all ranks, so that the mean over ranks, which Lightning asks for, is the value.
+            raise UserError("data.validation: no token counts in the loss; give rows with assistant text")
+        # Lightning takes the mean over ranks (sync_dist); the values are equal on all ranks.
         for name, value in self.validation_values(sums).items():
             self.log(f"val/{name}", value, prog_bar=name == "loss", sync_dist=True)
         self.log("step", float(self.trainer.global_step), sync_dist=True)
 
     def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
-        """Metrics that are logged under `val/`, by name, from the sums over all ranks."""
+        """Metrics to log under `val/`, by name, from the sums over all ranks."""
         return means(sums)
 
     def on_validation_end(self) -> None:
@@ -224,7 +206,7 @@ class TrainingModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def _gather(self, values: Tensor) -> Tensor:
-        """The values of every rank, [ranks, ...], on every rank."""
+        """The values of all ranks, [ranks, ...], on every rank."""
         ranks = values.new_zeros(self.trainer.world_size, *values.shape)
         ranks[self.trainer.global_rank] = values
         return self._reduce(ranks)
@@ -235,7 +217,7 @@ class TrainingModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Not Lightning's save_hyperparameters, with which --ckpt_path would silently override YAML and flags.
+        # Lightning's save_hyperparameters is not used: with it, --ckpt_path would silently override YAML and flags.
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items() if name.startswith("val/")}
         info = {
             "recipe": self.recipe,
@@ -250,34 +232,34 @@ class TrainingModule(LightningModule):
         checkpoint[f"{CHECKPOINT_KEY}_sums"] = self._training.gather(self._gather)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # The sums since the last log line, so that the next line is that of an uninterrupted run.
+        # Restore the sums since the last log line, so that the next line equals that of an uninterrupted run.
         ranks = checkpoint.get(f"{CHECKPOINT_KEY}_sums", [])
         if len(ranks) == self.trainer.world_size:
             self._training.restore(ranks[self.trainer.global_rank])
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:
             raise UserError(f"{self.trainer.ckpt_path}: not a checkpoint of trainkit; give a last.ckpt or best.ckpt of a run")
+        # Refuse a checkpoint of another network.
         remedy = "resume with the recipe that the checkpoint was trained with"
         described = self.describe()
         if described.keys() != saved.keys() - {"format", "info"}:
             writer = saved["info"].get("module") or "another module"
-            raise UserError(f"{self.trainer.ckpt_path}: made by {writer}, this run's is {type(self).__name__}; {remedy}")
+            raise UserError(f"{self.trainer.ckpt_path}: written by {writer}, but this run uses {type(self).__name__}; {remedy}")
         for name, value in described.items():
             for key, before, now in differences(name, saved[name], value):
-                raise UserError(f"{self.trainer.ckpt_path}: its {key} is {before}, this run's is {now}; {remedy}")
+                raise UserError(f"{self.trainer.ckpt_path}: {key} is {before} in the checkpoint, {now} in this run; {remedy}")
 
     # Optimiser
 
     def configure_optimizers(self) -> Any:
-        """Weight decay applies to matrices, not to vectors (norms, biases); the schedule advances each optimiser step."""
+        """The optimiser, with weight decay for matrices but not for vectors (norms, biases), and its learning rate schedule."""
         groups, shares = [], []
         for network, share in self.trained():
             trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
             matrices, vectors = [p for p in trainable if p.dim() > 1], [p for p in trainable if p.dim() < 2]
-            for group in ({"params": matrices}, {"params": vectors, "weight_decay": 0.0}):
-                if group["params"]:
-                    groups.append(group)
-                    shares.append(share)
+            parts = [group for group in ({"params": matrices}, {"params": vectors, "weight_decay": 0.0}) if group["params"]]
+            groups += parts
+            shares += [share] * len(parts)
         optimizer = self._make_optimizer(groups)
         for group, share in zip(optimizer.param_groups, shares, strict=True):
             group["lr"] *= share
@@ -291,11 +273,6 @@ class TrainingModule(LightningModule):
         ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def trained(self) -> list[tuple[nn.Module, float]]:
-        """The trained networks, each with its learning rate as a share of the optimiser's learning rate."""
-        assert self.network is not None
-        return [(self.network, 1.0)]
-
     def schedule(self, step: int, total: int) -> float:
         """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to `final_lr`."""
         if step < self.warmup_steps:
@@ -304,7 +281,7 @@ class TrainingModule(LightningModule):
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
     def _restore_configured_values(self) -> None:
-        # Loading a checkpoint restores the optimiser's hyper-parameters too; those of this run's recipe and flags win.
+        # Loading a checkpoint restores the optimiser's hyper-parameters too; replace them by those of this run.
         optimizer = self.trainer.optimizers[0]
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for index, (group, configured) in enumerate(zip(optimizer.param_groups, self._configured_groups, strict=True)):

@@ -1,10 +1,9 @@
-"""Checkpoints and the run folder."""
+"""Callbacks that write the checkpoints and the other files of a run folder."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ class Checkpoints(Checkpoint):
     """Writes `checkpoints/last.ckpt` and `checkpoints/best.ckpt` in the run folder.
 
     `last` is written at the end of an optimiser step and outside validation, so that resuming from it is exact. `best` is
-    written when a validation improves on the best one so far. Each is written to a temporary file that then takes the place of
-    the old one, so a kill leaves the old checkpoint or the new one (see `put_back`).
+    written when a validation improves on the best one so far. Each is first written to a temporary file, which then replaces
+    the old checkpoint, so a kill leaves the old checkpoint or the new one (see `put_back`).
 
     Args:
         monitor: Logged metric that selects `best`: val/loss for LanguageModule, val/alpha or val/tau for DraftModule.
@@ -43,21 +42,26 @@ class Checkpoints(Checkpoint):
         self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
         self.best: float | None = None
         self.best_step: int | None = None
-        self._saved_step = 0
+        self._saved_step = 0  # of the newest `last.ckpt`
 
     def folder(self, trainer: Trainer) -> Path:
-        """Folder of this run's checkpoints; rank 0 decides."""
+        """Folder of this run's checkpoints, the same on all ranks."""
         return Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
         folder = self.folder(trainer)
         if trainer.is_global_zero and not is_dry(trainer):
-            _remove_leftovers(folder)
+            # Remove what killed runs left; a strategy would mix its shards with those of a killed save.
+            for path in [*folder.glob("*.partial"), *folder.glob("*.scratch")]:
+                remove(path)
+            for path in folder.glob("*.old"):
+                put_back(path.with_suffix(".ckpt"))
+                remove(path)
         trainer.strategy.barrier("leftovers removed")
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes `last` every n-th step and before each validation."""
+        """Writes `last` every `every_n_steps` steps and before each validation."""
         step = trainer.global_step
         if step % self.every_n_steps == 0 or validates_now(trainer):
             self.save_last(trainer)
@@ -65,7 +69,7 @@ class Checkpoints(Checkpoint):
             trainer.should_stop = True  # makes Lightning validate now, so that a run ends with its final metrics
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, "last.ckpt")  # even if this step was saved before: now with the metrics of the last validation
+        self._save(trainer, "last.ckpt")  # again if this step is saved already, now with the metrics of the last validation
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit" or is_dry(trainer):
@@ -86,7 +90,7 @@ class Checkpoints(Checkpoint):
             self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
     def save_last(self, trainer: Trainer) -> None:
-        """Writes `last.ckpt`, unless the current step is saved already."""
+        """Writes `last.ckpt` unless the current step is already saved."""
         if trainer.global_step != self._saved_step:
             self._save(trainer, "last.ckpt")
 
@@ -96,57 +100,37 @@ class Checkpoints(Checkpoint):
         if name == "last.ckpt":
             self._saved_step = trainer.global_step
         path = self.folder(trainer) / name
-        partial = path.with_suffix(".partial")
+        partial, scratch, before = path.with_suffix(".partial"), path.with_suffix(".scratch"), tempfile.tempdir
         try:
-            with _temporary_files_beside(partial):
-                trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
+            # Lightning first writes to a temporary file. In /tmp, the default, space may be short and a kill would leave it.
+            scratch.mkdir(parents=True, exist_ok=True)
+            tempfile.tempdir = str(scratch)
+            trainer.save_checkpoint(partial, weights_only=False)  # a file, or a folder under sharded strategies
             if trainer.is_global_zero:
                 put_in_place(partial, path)
         except OSError as error:
             if partial.is_file():
                 partial.unlink()
             reason = error.strerror or " ".join(str(error).split())
-            then = "continue with --resume" if path.with_name("last.ckpt").exists() else "start again"
-            raise UserError(f"{path}: cannot be written ({reason}); free space, then {then}") from error
+            remedy = "continue with --resume" if path.with_name("last.ckpt").exists() else "start again"
+            raise UserError(f"{path}: cannot be written ({reason}); free space, then {remedy}") from error
+        finally:
+            tempfile.tempdir = before
+            with contextlib.suppress(OSError):  # another rank removed it first
+                scratch.rmdir()
         trainer.strategy.barrier("checkpoint renamed")
 
 
 def put_back(checkpoint: Path) -> None:
-    """Restores a checkpoint after a kill between the two renames of `put_in_place`; any number of processes may call this."""
+    """Restores a checkpoint after a kill between the two renames of `put_in_place`; several processes may call it at once."""
     aside = checkpoint.with_suffix(".old")
     if aside.exists() and not checkpoint.exists():
         with contextlib.suppress(FileNotFoundError):
             aside.rename(checkpoint)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of a killed run; a strategy would mix its shards with those of a killed save."""
-    for path in [*folder.glob("*.partial"), *folder.glob("*.scratch")]:
-        remove(path)
-    for path in folder.glob("*.old"):
-        put_back(path.with_suffix(".ckpt"))
-        remove(path)
-
-
-@contextlib.contextmanager
-def _temporary_files_beside(path: Path) -> Iterator[None]:
-    """Within the context, temporary files of this process are created in a folder beside `path`.
-
-    Lightning writes a checkpoint to a temporary file first. The default, /tmp, may be small, and a kill would leave it there.
-    """
-    folder, before = path.with_suffix(".scratch"), tempfile.tempdir
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.tempdir = str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-        with contextlib.suppress(OSError):  # another rank removed it first
-            folder.rmdir()
-
-
 def validates_now(trainer: Trainer) -> bool:
-    """Whether a validation follows the batch that was trained last."""
+    """Whether a validation follows the last trained batch."""
     every, trained = trainer.val_check_batch, trainer.fit_loop.total_batch_idx + 1  # pyright: ignore[reportAttributeAccessIssue]
     if not trained or trainer.check_val_every_n_epoch is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return False
@@ -154,7 +138,7 @@ def validates_now(trainer: Trainer) -> bool:
 
 
 class RunFolder(Callback):
-    """Keeps configuration, metrics and log.txt of a run in one folder, which a resumed run continues.
+    """Writes config.yaml and log.txt into the run folder and starts the loggers there; a resumed run continues its folder.
 
     Args:
         config: The resolved configuration as YAML text.
@@ -164,44 +148,34 @@ class RunFolder(Callback):
     def __init__(self, config: str, log: RunLog) -> None:
         self.config, self.run_log = config, log  # not `log`, a name that Lightning sets on callbacks
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
-        for logger in trainer.loggers:
-            if isinstance(logger, CSVLog) or (isinstance(logger, WandbLog) and stage != "fit"):
-                logger.begin(str(folder), self.config)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = self._make(trainer)  # not earlier: a run that cannot start leaves no folder
-        if folder is not None:
-            (folder / "config.yaml").write_text(self.config)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLog):
-                logger.begin(trainer.default_root_dir, self.config)
-            if isinstance(logger, CSVLog):  # also after a kill before the first checkpoint
-                logger.rewind(trainer.global_step, validated=not validates_now(trainer))
-        if trainer.ckpt_path and validates_now(trainer):
-            _validate(trainer)
+        self._begin(trainer)
+        due = validates_now(trainer)
+        if trainer.is_global_zero and not is_dry(trainer):
+            (Path(trainer.default_root_dir) / "config.yaml").write_text(self.config)
+            # Drop rows that will be logged again, even without a checkpoint: the first run may have been killed before one.
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLog):
+                    logger.rewind(trainer.global_step, validated=not due)
+        if trainer.ckpt_path and due:
+            # Run the validation that was due when the checkpoint was written; Lightning skips it on resume.
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            loop.restarting, trainer.validating = False, True
+            loop.run()
+            trainer.training = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
-            self._make(trainer)
+            self._begin(trainer)
 
     on_test_start = on_validation_start
 
-    def _make(self, trainer: Trainer) -> Path | None:
-        """The run folder with its log.txt; None where this process writes nothing."""
-        if not trainer.is_global_zero or is_dry(trainer):
-            return None
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.run_log.write_to(folder / "log.txt")
-        return folder
-
-
-def _validate(trainer: Trainer) -> None:
-    """Runs the validation that was due when the checkpoint was written, which Lightning skips on resume."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.restarting = False
-    trainer.validating = True
-    loop.run()
-    trainer.training = True
+    def _begin(self, trainer: Trainer) -> None:
+        """Creates the run folder. Not called during set-up, so that a run that cannot start leaves no folder."""
+        if trainer.is_global_zero and not is_dry(trainer):
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.run_log.write_to(folder / "log.txt")
+            for logger in trainer.loggers:
+                if isinstance(logger, (CSVLog, WandbLog)):
+                    logger.begin(folder, self.config)

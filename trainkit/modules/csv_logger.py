@@ -1,4 +1,4 @@
-"""Metrics as one CSV file in the run folder. A resumed run appends to it; Lightning's CSVLogger deletes it at the start."""
+"""Metrics in one CSV file of the run folder. A resumed run appends to it; Lightning's CSVLogger would delete it."""
 
 from __future__ import annotations
 
@@ -15,42 +15,21 @@ from trainkit.files import write_file
 
 
 class CSVLog(Logger):
-    """Appends a row to the file for each call of `log_metrics`.
+    """Appends a row to `metrics.csv` for each call of `log_metrics`."""
 
-    Args:
-        folder: Folder of the file; the run folder by default.
-        file: Name of the file.
-    """
+    name, version = property(lambda self: "csv"), property(lambda self: "")  # Lightning requires both
 
-    def __init__(self, folder: str | None = None, file: str = "metrics.csv") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.folder, self.file = folder, file
         self._columns: list[str] = []
         self._started = time.time()
 
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str | None:
-        return self.folder
-
-    @property
-    def path(self) -> Path:
-        assert self.folder is not None, "`begin` sets the folder before training starts"
-        return Path(self.folder) / self.file
-
-    def begin(self, folder: str, config: str) -> None:
-        """Sets the folder, unless the constructor did."""
-        self.folder = self.folder or folder
+    def begin(self, folder: Path, config: str) -> None:
+        """Sets the folder of the file; called before the first row."""
+        self.path = folder / "metrics.csv"
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        pass  # they are in config.yaml in the run folder
+        pass  # config.yaml in the run folder contains them
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -62,14 +41,8 @@ class CSVLog(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
-    @rank_zero_only
     def rewind(self, step: int, validated: bool = True) -> None:
-        """Drops the rows that a resumed run will log again.
-
-        Args:
-            step: Optimiser step that the run resumes from; later rows are dropped.
-            validated: Whether the validation at `step` is done; otherwise its row is dropped too.
-        """
+        """Drops the rows that a resumed run will log again: those after `step`, and its validation if not `validated` yet."""
         self._columns, rows = self._read()
         repeated = lambda row: int(row["step"]) == step and not validated and any(row[n] for n in row if n.startswith("val/"))
         remaining = [row for row in rows if int(row["step"]) <= step and not repeated(row)]

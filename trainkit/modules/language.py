@@ -31,6 +31,7 @@ class LanguageModule(TrainingModule):
     """
 
     data_class = TextData
+    data: TextData
 
     def __init__(self, config: dict[str, Any] | None = None, folder: str | None = None, **optim: Any) -> None:
         super().__init__(**optim)
@@ -38,17 +39,12 @@ class LanguageModule(TrainingModule):
             raise UserError("model: give either config (a new model) or folder (a model to continue training)")
         if config is not None and "model_type" not in config:
             raise UserError("model.config: model_type is missing; add it (llama, qwen3, ...)")
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.tokenizer_folder = config, folder, folder
         self.divergence = CrossEntropy()
         self.lm: Any = None
 
-    @property
-    def network(self) -> nn.Module | None:
-        return self.lm
-
-    @property
-    def tokenizer_folder(self) -> str | None:
-        return self.folder
+    def trained(self) -> list[tuple[nn.Module, float]]:
+        return [(self.lm, 1.0)]
 
     def configure_model(self) -> None:
         if self.lm is None:
@@ -58,11 +54,12 @@ class LanguageModule(TrainingModule):
             self.lm.train()
 
     def describe(self) -> dict[str, Any]:
-        return {"model_config": plain_config(self.lm.config)}
+        left_out = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # depend on the library or the machine
+        return {"model_config": {name: value for name, value in self.lm.config.to_dict().items() if name not in left_out}}
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         tokens_BT, document_BT = batch["tokens_BT"], batch["document_BT"]
-        # Position ids keep packed documents apart only without a cache and without an attention mask.
+        # transformers separates packed documents by their position ids only without a cache and without an attention mask.
         hidden_BTD = self.lm.base_model(
             input_ids=tokens_BT, position_ids=batch["positions_BT"], use_cache=False
         ).last_hidden_state
@@ -90,7 +87,7 @@ class LanguageModule(TrainingModule):
                 config = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
             except (ValueError, TypeError, StrictDataclassError) as error:
                 raise UserError(f"model.config: {first_lines(error)}; fix it") from error
-            # A config object accepts any field, so compare with one that was given none.
+            # A config object accepts any field, so compare with the fields of a default one.
             default = type(config)()
             unknown = [name for name in self.config if not hasattr(default, name)]
             if unknown:
@@ -104,11 +101,3 @@ class LanguageModule(TrainingModule):
                 "raise it or leave it out"
             )
         return model
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """A transformers config as plain values, without those that depend on the library or the machine."""
-    values = config.to_dict()
-    for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
-        values.pop(name, None)
-    return values

@@ -1,9 +1,10 @@
-"""Training text from several sources: corpus text, the target's answers, and text that the draft writes during training."""
+"""Training text from several sources: a corpus, the target's answers, and text that the draft generates during training."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,11 +30,11 @@ Source = Literal["corpus", "target", "draft", "mixed"]
 class MixtureData(TextData):
     """Training rows drawn from several sources by weight.
 
-    The text of `corpus` and `target` is stored on disk. The text of `draft` and `mixed` is written during training: `draft`
-    text is sampled from the draft with its current weights (on-policy), in `mixed` text each token comes from the draft or from
-    the target. The teacher scores all four alike. Every `refresh` optimiser steps new text is written, by each process its
-    part. A drafter that cannot write without its target (heads) drafts `depth` tokens at a time from the target's hidden
-    states.
+    The text of `corpus` and `target` is stored on disk. The text of `draft` and `mixed` is generated during training: `draft`
+    text is sampled from the draft with its current weights (on-policy); in `mixed` text each token comes from the draft or from
+    the target. The teacher scores all four in the same way. Every `refresh` optimiser steps new text is generated, each process
+    generating a part. A drafter that cannot generate without its target (heads) drafts `depth` tokens at a time from the
+    target's hidden states.
 
     Args:
         weights: Share of the packed rows by source, such as {target: 0.9, corpus: 0.1}.
@@ -41,12 +42,12 @@ class MixtureData(TextData):
         target: Answers of the target, named in the same way, such as a set of `trainkit distill`.
         prompts: File of prompts that the `draft` and `mixed` texts answer.
         limit_prompts: Number of prompts to read, from the first one.
-        refresh: Optimiser steps that train on the same written texts.
-        share: Share of tokens in `mixed` texts that the draft writes.
-        depth: Draft tokens in a row, for a drafter that needs its target to write.
-        temperature: Sampling temperature of the written texts.
-        max_new_tokens: Maximum length of a written answer, in tokens.
-        sample_batch: Number of answers written at the same time.
+        refresh: Optimiser steps that train on the same generated texts.
+        share: Share of tokens in `mixed` texts that come from the draft.
+        depth: Draft tokens in a row, for a drafter that needs its target to generate.
+        temperature: Sampling temperature of the generated texts.
+        max_new_tokens: Maximum length of a generated answer, in tokens.
+        sample_batch: Number of answers generated at the same time.
         validation: Validation files; by default a share of the first stored source is held out.
         **text: As in `TextData`; `limit` applies to each stored source.
     """
@@ -67,6 +68,7 @@ class MixtureData(TextData):
         validation: str | list[str] | None = None,
         **text: Any,
     ) -> None:
+        # Refuse weights, files and values that do not fit together.
         for name in weights:
             if name not in get_args(Source):
                 raise UserError(f"data.weights: unknown source {name!r}; choose from {', '.join(get_args(Source))}")
@@ -77,34 +79,34 @@ class MixtureData(TextData):
                 f"data: refresh {refresh} must be at least 1, share {share} in 0..1, temperature {temperature} >= 0"
             )
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
-        files = {name: given for name, given in {"corpus": corpus, "target": target}.items() if name in self.weights}
-        for name, given in files.items():
-            if not given:
+        files = {name: paths for name, paths in {"corpus": corpus, "target": target}.items() if name in self.weights}
+        for name, paths in files.items():
+            if not paths:
                 raise UserError(f"data.weights: {name} has a weight but data.{name} names no files")
-        self.written = [name for name in ("draft", "mixed") if name in self.weights]
-        if self.written and prompts is None:
-            raise UserError(f"data.weights: {self.written[0]} has a weight but data.prompts names no file")
+        self.generated = [name for name in ("draft", "mixed") if name in self.weights]
+        if self.generated and prompts is None:
+            raise UserError(f"data.weights: {self.generated[0]} has a weight but data.prompts names no file")
         if validation is None and not files:
             raise UserError("data.validation: name validation files; no stored source has rows that could be held out")
 
-        # The first stored source is what `TextData` prepares; where there is none, the validation files stand in for it.
+        # `TextData` prepares the first stored source; without one, the validation files take its place.
         super().__init__(next(iter(files.values()), validation) or [], validation=validation, **text)
-        self._files = {name: [given] if isinstance(given, str) else list(given or ()) for name, given in files.items()}
+        self._files = {name: [paths] if isinstance(paths, str) else list(paths or ()) for name, paths in files.items()}
         self.prompts, self.limit_prompts = prompts, limit_prompts
         self.refresh, self.share, self.depth, self.temperature = refresh, share, depth, temperature
         self.max_new_tokens, self.sample_batch = max_new_tokens, sample_batch
-        self.sets: dict[str, Prepared] = {}
+        self.sets: dict[str, PackedSet] = {}
         self._prompts: list[list[int]] = []
         self._pad_id = 0
 
     def connect(self, module: TrainingModule) -> None:
-        if self.written and not isinstance(module, DraftModule):
+        if self.generated and not isinstance(module, DraftModule):
             raise UserError("data.weights: draft and mixed texts are for training a drafter; set model.class_path: DraftModule")
         super().connect(module)
 
     @property
     def training_sets(self) -> list[PackedSet]:
-        return [prepared.train for prepared in self.sets.values()]
+        return list(self.sets.values())
 
     def prepare_data(self) -> None:
         super().prepare_data()
@@ -114,27 +116,15 @@ class MixtureData(TextData):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self._files and not self.sets:
-            assert self.prepared is not None
             first, *others = self._files
-            self.sets = {first: self.prepared} | {name: self._prepare_stored(name) for name in others}
+            self.sets = {first: self.rows[0]} | {name: self._prepare_stored(name).train for name in others}
         if self.prompts is not None and not self._prompts:
             self._read_prompts(self.prompts)
 
     def train_dataloader(self) -> Any:
-        assert self.trainer is not None
-        writers = {name: lambda rows, used, name=name: self._write(name, rows, used) for name in ("draft", "mixed")}
-        return MixedLoader(
-            {name: prepared.train for name, prepared in self.sets.items()},
-            writers,
-            self.weights,
-            self.batch_size,
-            refresh=self.refresh,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            accumulate=self.trainer.accumulate_grad_batches,
-            seed=global_seed(),
-            attach_window=self.module.needs_window,
-        )
+        generators = {name: partial(self._generate, name) for name in self.generated}
+        options = self._training_options()
+        return MixedLoader(self.sets, generators, self.weights, self.batch_size, refresh=self.refresh, **options)
 
     def _prepare_stored(self, name: str) -> Prepared:
         options = self._options | {"validation_share": 0.0, "limit_validation": None}
@@ -154,40 +144,44 @@ class MixtureData(TextData):
         pad = tokenizer.pad_token_id
         self._pad_id = pad if isinstance(pad, int) else Encoder(tokenizer).end_id
 
-    # Writing text during training
+    # Generating text during training
 
-    def _write(self, name: str, rows: int, used: int) -> tuple[PackedSet, int]:
+    def _generate(self, name: str, rows: int, used: int) -> tuple[PackedSet, int]:
         """New texts that fill at least `rows` packed rows, the same on every rank, and the number of prompts answered.
 
         Args:
             name: Source of the texts, `draft` or `mixed`.
             rows: Number of packed rows to fill.
-            used: Number of prompts answered before, which this call skips.
+            used: Number of prompts answered by earlier calls, which this call skips.
         """
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         runner, documents, start = self._runner(name), [], used
         wanted = max(world_size, rows * self.length // (len(self._prompts[0]) + self.max_new_tokens))
         while True:
-            # Each rank answers its share of the next prompts, then every rank receives all answers in the same order.
+            # Each rank answers its share of the next prompts, then receives the answers of all ranks in the same order.
             requests = list(enumerate(sequence(len(self._prompts), used, wanted, global_seed()), start=used))
-            answers = _all_ranks(self._answers(runner, name, requests[rank::world_size]), world_size)
-            for _, index, tokens in answers:
+            answers = self._answers(runner, name, requests[rank::world_size])
+            parts: list[Any] = [answers]
+            if world_size > 1:
+                parts = [None] * world_size
+                dist.all_gather_object(parts, answers)
+            for _, index, tokens in sorted(answer for part in parts for answer in part):
                 prompt = self._prompts[index]
                 ids = torch.tensor([*prompt, *tokens], dtype=torch.int32).numpy()
                 documents.append(Document(ids, torch.arange(len(ids)).ge(len(prompt)).numpy()))
             used += wanted
             packed = pack(documents, self.length, self._pad_id)
-            if len(packed) > rows:  # the last row is seldom full, so it is not trained on
+            if len(packed) > rows:  # one more, because the last row is seldom full and is not trained on
                 return packed, used - start
-            # Too few: the mean length so far tells how many more prompts are needed.
+            # Too few rows: estimate from the mean length so far how many more prompts are needed.
             mean = sum(len(document.tokens) for document in documents) / len(documents)
             wanted = max(world_size, int((rows + 1 - len(packed) + 1) * self.length / mean) + 1)
 
     def _runner(self, name: str) -> Runner:
-        """A runner over copies of the networks, because serving freezes the parameters of what it runs."""
+        """A runner over copies of the networks, because a runner freezes the parameters of its networks."""
         module = self.module
-        assert isinstance(module, DraftModule) and module.drafter is not None and module.shape is not None
+        assert isinstance(module, DraftModule)
         drafter, room = copy.deepcopy(module.drafter), max(map(len, self._prompts)) + self.max_new_tokens
         alone = drafter.standalone_decoder() if name == "draft" else None
         if alone is not None:
@@ -198,7 +192,7 @@ class MixtureData(TextData):
     def _answers(self, runner: Runner, name: str, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
         """Answers to (number, index of the prompt) requests, as (number, index of the prompt, new tokens).
 
-        The number of a request seeds its draws, so an answer does not depend on the rank that writes it.
+        The number of a request seeds its random numbers, so an answer does not depend on the rank that generates it.
         """
         options: dict[str, Any] = {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
         if runner.drafter is not None:
@@ -209,12 +203,3 @@ class MixtureData(TextData):
         draws = [(number, 0) for number, _ in requests]
         outputs = runner.generate_each(prompts, draws, seed=global_seed(), **options)
         return [(*requests[i], output.tokens) for i, output in outputs]
-
-
-def _all_ranks(answers: list[tuple[int, int, list[int]]], world_size: int) -> list[tuple[int, int, list[int]]]:
-    """The answers of all ranks, in the order of their numbers."""
-    parts: list[Any] = [answers]
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, answers)
-    return sorted((answer for part in parts for answer in part), key=lambda answer: answer[0])

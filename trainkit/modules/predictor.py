@@ -1,4 +1,4 @@
-"""Trains an acceptance predictor on the records of an acceptance set. The drafter is not loaded; the set holds its signals."""
+"""Trains an acceptance predictor on an acceptance set. Its records hold the drafter's signals, so no drafter is loaded."""
 
 # B records of a batch  W proposals per record  N validation records
 
@@ -11,17 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
-from trainkit.eval.calibration import (
-    UNSCALED,
-    Baselines,
-    Scales,
-    expected_calibration_error,
-    fit_scales,
-    log_loss,
-    logits_of,
-    predicted,
-    scaled,
-)
+from trainkit.eval import calibration
 from trainkit.losses.output import LossOutput
 from trainkit.models.predictor import AcceptancePredictor
 from trainkit.modules.acceptance_data import AcceptanceData
@@ -38,22 +28,24 @@ class PredictorModule(TrainingModule):
 
         -(y log P + w (1 - y) log(1 - P)) / mean(y + w (1 - y))
 
-    A record contributes the sum over all its labelled proposals: the one that a chain drafts, and those beside it.
+    A record contributes the sum over all its labelled proposals: the first, which a chain drafts, and its siblings.
 
     Validation uses the first proposal only. It logs `loss` (log loss, unweighted) and `ece` (expected calibration error) of the
-    predictor as it is, and `fitted_*` after recalibration on these same records (four numbers). The same metrics are logged for
+    trained predictor, and `fitted_*` after recalibration on these same records (four numbers). The same metrics are logged for
     the baselines: `constant`, the mean label of the training records; `max_q`, the draft's highest probability; `max_q_fitted`,
     that probability recalibrated on the training records. Each checkpoint holds the recalibration of its weights.
 
     Args:
         width: Width of the predictor's hidden layer.
-        max_depth: Number of draft positions that have parameters of their own; deeper ones share the last.
+        max_depth: Number of draft positions with own parameters; deeper positions share those of the last one.
         rejection_weight: Weight w of rejected proposals. 1 gives probabilities. SpecDec++ uses 6, which biases P downwards and
             needs a threshold chosen with it; the recalibration removes most of that bias.
         **optim: As in `TrainingModule`.
     """
 
     data_class = AcceptanceData
+    data: AcceptanceData
+    predictor: AcceptancePredictor  # from `setup` on
 
     def __init__(self, width: int = 64, max_depth: int = 16, rejection_weight: float = 1.0, **optim: Any) -> None:
         super().__init__(**optim)
@@ -61,34 +53,22 @@ class PredictorModule(TrainingModule):
             raise UserError(f"model.rejection_weight is {rejection_weight}; it must be above 0 and finite")
         self.rejection_weight = rejection_weight
         self._sizes = {"width": width, "max_depth": max_depth}
-        self.predictor: AcceptancePredictor | None = None
-        self._mean_weight = 1.0
-        self._baselines: Baselines | None = None
-        self._drafter: dict[str, Any] = {}
 
-    @property
-    def network(self) -> nn.Module | None:
-        return self.predictor
-
-    @property
-    def tokenizer_folder(self) -> str | None:
-        return None
+    def trained(self) -> list[tuple[nn.Module, float]]:
+        return [(self.predictor, 1.0)]
 
     def setup(self, stage: str) -> None:
-        if self.predictor is not None:
+        if hasattr(self, "predictor"):
             return
-        train, _ = self._records.rows
+        train, _ = self.data.rows
         about, label_NW = train.manifest, train.column("label").double()
-        self._baselines = Baselines.fit(train)
+        self._baselines = calibration.Baselines.fit(train)
         self._mean_weight = float((label_NW + self.rejection_weight * (1 - label_NW)).mean())
-        self._drafter = dict(about["drafter"])
         seen = {
-            "verify": about["verify"],
-            "temperatures": about["temperatures"],
-            "depth": about["depth"],
+            **{name: about[name] for name in ("verify", "temperatures", "depth")},
             "set": about["id"],
             "ranks": label_NW.shape[1],
-            "validation_share": self._records.validation_share,
+            "validation_share": self.data.validation_share,
             "split_seed": global_seed(),
             "records": len(train),
             "rejection_weight": self.rejection_weight,
@@ -96,19 +76,12 @@ class PredictorModule(TrainingModule):
         }
         self.predictor = AcceptancePredictor(train.hidden_size, **self._sizes, seen=seen)
 
-    @property
-    def _records(self) -> AcceptanceData:
-        assert isinstance(self.data, AcceptanceData)
-        return self.data
-
     def describe(self) -> dict[str, Any]:
-        assert self.predictor is not None
-        return {"predictor": self.predictor.config(), "drafter": self._drafter}
+        return {"predictor": self.predictor.config(), "drafter": dict(self.data.rows[0].manifest["drafter"])}
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
-        assert self.predictor is not None
         real_B = batch["document_BT"][:, 0] >= 0
-        logits_BW, label_BW = logits_of(self.predictor, batch)[real_B], batch["label_BW"][real_B]
+        logits_BW, label_BW = calibration.logits_of(self.predictor, batch)[real_B], batch["label_BW"][real_B]
         accepted, rejected = label_BW * F.softplus(-logits_BW), (1 - label_BW) * F.softplus(logits_BW)
         plain = (accepted + rejected)[:, 0].sum()
         if micro is None:
@@ -117,24 +90,25 @@ class PredictorModule(TrainingModule):
         return LossOutput(weighted, real_B.sum().float(), {"log_loss": plain.detach()})
 
     def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
-        assert self._baselines is not None
-        _, validation = self._records.rows
+        _, validation = self.data.rows
         logits_N, scales = self._recalibrated()
         methods = {
-            "": scaled(logits_N, validation.temperature, UNSCALED),
-            "fitted_": scaled(logits_N, validation.temperature, scales),
+            "": calibration.scaled(logits_N, validation.temperature, calibration.UNSCALED),
+            "fitted_": calibration.scaled(logits_N, validation.temperature, scales),
             **{f"{name}_": p_N for name, p_N in self._baselines.probabilities(validation).items()},
         }
-        label_N = validation.accepted
-        losses = {f"{name}loss": log_loss(p_N, label_N) for name, p_N in methods.items() if name}  # its own is in `sums`
-        return means(sums) | losses | {f"{name}ece": expected_calibration_error(p_N, label_N) for name, p_N in methods.items()}
+        values = means(sums)  # with `loss`, the log loss of the predictor itself
+        for name, p_N in methods.items():
+            values[f"{name}ece"] = calibration.expected_calibration_error(p_N, validation.accepted)
+            if name:
+                values[f"{name}loss"] = calibration.log_loss(p_N, validation.accepted)
+        return values
 
-    def _recalibrated(self) -> tuple[Tensor, Scales]:
+    def _recalibrated(self) -> tuple[Tensor, calibration.Scales]:
         """Logits of the validation records with the current weights, and their recalibration; the same on every rank."""
-        assert self.predictor is not None
-        _, validation = self._records.rows
-        logits_N = predicted(self.predictor, validation, self.device)[:, 0]
-        return logits_N, fit_scales(logits_N, validation.accepted, validation.temperature)
+        _, validation = self.data.rows
+        logits_N = calibration.predicted(self.predictor, validation, self.device)[:, 0]
+        return logits_N, calibration.fit_scales(logits_N, validation.accepted, validation.temperature)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

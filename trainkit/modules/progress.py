@@ -1,4 +1,4 @@
-"""Progress of a run: on a terminal one bar of at most 100 columns, elsewhere a line per log interval."""
+"""Progress of a run: one bar of at most 100 columns on a terminal; elsewhere one line per log interval."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 COLUMNS = 100
 METRICS = ("loss", "alpha", "perplexity", "tau")
-"""Metrics that are shown where a module logs them."""
+"""Metrics to show, if the module logs them."""
 
 
 class Progress(ProgressBar):
-    """Shows optimiser step, loss, alpha, tokens per second and time left on stderr, and each validation as a line on stdout.
+    """Shows optimiser step, loss, alpha, tokens per second and remaining time on stderr, and one line per validation on stdout.
 
     `step 120/400 |█████▌            | loss 1.309  alpha 0.661  4,300 tokens/s  01:12 left`
     """
@@ -31,10 +31,7 @@ class Progress(ProgressBar):
         self._drawn = self._started = time.monotonic()
         self._first_step, self._total = 0, None
 
-    def enable(self) -> None:
-        self._shown = True
-
-    def disable(self) -> None:
+    def disable(self) -> None:  # called by Lightning on all ranks except 0
         self._shown = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,20 +70,21 @@ class Progress(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
-            self._close()
+            self.on_train_end()
         elif self._shown and not trainer.sanity_checking:
             self._draw(trainer.global_step, self._text, force=True)
-            if not trainer.should_stop:  # the summary has the metrics of the last validation
+            if not trainer.should_stop:  # the summary shows the metrics of the last validation
                 with tqdm.external_write_mode(sys.stdout):
                     print(f"step {trainer.global_step}: validation {_metrics(trainer.callback_metrics, 'val/')}", flush=True)
 
     on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+    on_exception = on_train_end
 
     def _open(self, unit: str, total: int | None, initial: int) -> None:
         if self._shown and sys.stderr.isatty():
@@ -98,11 +96,6 @@ class Progress(ProgressBar):
         if self._bar is not None and (force or time.monotonic() - self._drawn > 0.1 or n == self._bar.total):
             self._bar.n, self._bar.ncols, self._drawn = n, _columns(), time.monotonic()
             self._bar.set_description_str(text)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def _validation_batches(trainer: Trainer) -> int:

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM during training: all ranks end the run together at the end of a step, with a checkpoint.
+"""Ctrl-C and SIGTERM during training: all ranks stop together at the end of a step, after writing a checkpoint.
 
-Lightning's own handlers end with exit code 0 on SIGTERM, broadcast from within a signal handler, and on Ctrl-C stop in the
-middle of a step, from where no run resumes exactly.
+Lightning's own handlers are not used. On SIGTERM they broadcast from within a signal handler and end with exit code 0. On
+Ctrl-C they stop in the middle of a step, from which a run cannot resume exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trainkit.modules.callbacks import Checkpoints
 
 
 class Interrupted(Exception):
-    """A signal ended training, and the state is saved."""
+    """A signal stopped training after the state was saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -26,10 +26,10 @@ class Interrupted(Exception):
 
 
 class Signals(Callback):
-    """Handles SIGINT and SIGTERM while training: raises `Interrupted` when the state is saved. A second Ctrl-C aborts at once.
+    """Handles SIGINT and SIGTERM during training: raises `Interrupted` once the state is saved. A second Ctrl-C aborts at once.
 
-    After a signal, the current optimiser step is finished and `last.ckpt` written. Within a validation the run ends at once,
-    because `Checkpoints` saved the state before it.
+    After a signal, training finishes the current optimiser step and writes `last.ckpt`. A signal during validation ends the run
+    at once, because `Checkpoints` saved the state before the validation.
 
     Args:
         checkpoints: Callback that writes `last.ckpt`.
@@ -41,13 +41,13 @@ class Signals(Callback):
         self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: until here, Lightning installs its own handlers.
+        # Lightning has installed its own handlers before this hook.
         if trainer.received_sigterm:
             raise Interrupted(signal.SIGTERM)
         self._handlers = {signum: signal.signal(signum, self._receive) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends the run after a signal."""
+        """Ends the run if any rank received a signal."""
         if signum := self._received_by_any(trainer, pl_module):
             self.checkpoints.save_last(trainer)
             raise Interrupted(signum)
@@ -56,11 +56,12 @@ class Signals(Callback):
         if trainer.state.fn == "fit" and (signum := self._received_by_any(trainer, pl_module)):
             raise Interrupted(signum)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+    on_exception = on_train_end
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.received:
@@ -73,8 +74,3 @@ class Signals(Callback):
             return self.received
         received = torch.tensor(float(self.received), device=pl_module.device)
         return int(trainer.strategy.reduce(received, reduce_op="max"))  # pyright: ignore[reportArgumentType]
-
-    def _restore(self) -> None:
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._handlers = {}

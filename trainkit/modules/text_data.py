@@ -19,15 +19,17 @@ class TextData(TrainingData):
         tokenizer: Folder of the tokenizer; by default that of the model.
         length: Tokens in a packed row.
         batch_size: Packed rows per micro-batch and process.
-        columns: Names of columns where they differ, as {our name: name in the files}, such as {prompt: instruction}.
-        on_bad_row: Stop at a row that cannot be read, or count it and continue.
-        on_long_row: For a row longer than `length` that is not plain text: train on its beginning, count it and leave it out,
-            or stop.
-        validation_share: Share of the rows that is held out where no validation files are given.
+        columns: Names of columns that differ from trainkit's, as {trainkit's: the files'}, such as {prompt: instruction}.
+        on_bad_row: For a row that cannot be read: stop (error), or count it and continue (skip).
+        on_long_row: For a row longer than `length` that is not plain text: train on its beginning (truncate), count it and
+            leave it out (skip), or stop (error).
+        validation_share: Share of the training rows that is held out if `validation` is not set.
         limit: Number of rows to read from the training files, from the first one.
         limit_validation: Number of rows to read from the validation files, from the first one.
         cache: Folder where prepared sets are cached by content; ~/.cache/trainkit/data by default.
     """
+
+    rows: tuple[PackedSet, PackedSet]
 
     def __init__(
         self,
@@ -48,32 +50,16 @@ class TextData(TrainingData):
         self.train = [train] if isinstance(train, str) else list(train)
         self.validation = [validation] if isinstance(validation, str) else validation
         self.tokenizer, self.length = tokenizer, length
-        self._options: dict[str, Any] = {
-            "columns": columns,
-            "on_bad_row": on_bad_row,
-            "on_long_row": on_long_row,
-            "validation_share": validation_share,
-            "limit": limit,
-            "limit_validation": limit_validation,
-            "cache_dir": cache or CACHE,
-        }
-        self.prepared: Prepared | None = None
+        self._options: dict[str, Any] = {"validation_share": validation_share, "limit_validation": limit_validation}
+        self._options |= {"columns": columns, "on_bad_row": on_bad_row, "on_long_row": on_long_row}
+        self._options |= {"limit": limit, "cache_dir": cache or CACHE}
 
     @property
     def tokenizer_folder(self) -> str:
         folder = self.tokenizer or self.module.tokenizer_folder
         if folder is None:
-            raise UserError("data.tokenizer: the model brings no tokenizer; set data.tokenizer to the folder of one")
+            raise UserError("data.tokenizer: the model has no tokenizer; set data.tokenizer to the folder of one")
         return folder
-
-    @property
-    def fingerprint(self) -> str | None:
-        return None if self.prepared is None else self.prepared.fingerprint
-
-    @property
-    def rows(self) -> tuple[PackedSet, PackedSet]:
-        assert self.prepared is not None
-        return self.prepared.train, self.prepared.validation
 
     @property
     def training_sets(self) -> list[PackedSet]:
@@ -81,21 +67,25 @@ class TextData(TrainingData):
         return [self.rows[0]]
 
     def check_fits(self, vocab_size: int, max_positions: int) -> None:
+        """Compares the rows with the sizes of the model that reads them.
+
+        Raises:
+            UserError: a row is longer than `max_positions` tokens, or a token id is not below `vocab_size`.
+        """
         if self.length > max_positions:
             raise UserError(f"data.length is {self.length}, the model has {max_positions} positions; lower data.length")
         largest = max((int(packed.tokens_N.max()) for packed in self.training_sets), default=0)
         if largest >= vocab_size:
-            raise UserError(
-                f"data.tokenizer gives token id {largest}, the model's vocabulary has {vocab_size}; use its own tokenizer"
-            )
+            raise UserError(f"data.tokenizer: token id {largest} exceeds the model's {vocab_size} ids; use its own tokenizer")
 
     def prepare_data(self) -> None:
-        # Lightning calls this in one process of each node; the others then read the cache.
+        # Lightning calls this in one process of each node; the other processes then read the cache.
         print(self._prepare().report)
 
     def setup(self, stage: str) -> None:
-        if self.prepared is None:
-            self.prepared = self._prepare()
+        if self.fingerprint is None:
+            prepared = self._prepare()
+            self.rows, self.fingerprint = (prepared.train, prepared.validation), prepared.fingerprint
 
     def _prepare(self) -> Prepared:
         return prepare(self.train, self.validation, self.tokenizer_folder, self.length, seed=global_seed(), **self._options)

@@ -1,4 +1,4 @@
-"""Base class of the data modules: the one place where a training module and its data module learn about each other."""
+"""Base class of the data modules. Here alone a training module and its data module are connected."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ def global_seed() -> int:
 class TrainingData(LightningDataModule):
     """Training and validation rows for a `TrainingModule`.
 
-    The module calls `connect` before Lightning prepares any data, and `check_fits` when it knows the sizes of its model. In
-    between, the data module asks the module for `tokenizer_folder` and `needs_window`, and nothing else.
+    The module calls `connect` before Lightning prepares any data. Of the module, this class reads only `tokenizer_folder` and
+    `needs_window`.
 
     Args:
         batch_size: Rows per micro-batch and process.
     """
 
     module: TrainingModule
+    tokenizer_folder: str | None = None
+    """Folder of the tokenizer that the rows are encoded with; None if the rows are not text."""
+    rows: tuple[Rows, Rows]
+    """Training rows and validation rows; `setup` sets them."""
+    fingerprint: str | None = None
+    """Digest of everything that determines the rows and their split; `setup` sets it."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
@@ -42,46 +48,23 @@ class TrainingData(LightningDataModule):
         """
         self.module = module
 
-    @property
-    def tokenizer_folder(self) -> str | None:
-        """Folder of the tokenizer that the rows are encoded with; None where there is no text."""
-        return None
-
-    @property
-    def fingerprint(self) -> str | None:
-        """Digest of everything that determines the rows and their split; None before `setup`."""
-        return None
-
-    @property
-    def rows(self) -> tuple[Rows, Rows]:
-        """Training rows and validation rows, after `setup`."""
-        raise NotImplementedError
-
-    def check_fits(self, vocab_size: int, max_positions: int) -> None:
-        """Compares the rows with the sizes of the model that reads them.
-
-        Raises:
-            UserError: rows are longer than `max_positions` tokens, or a token id is not below `vocab_size`.
-        """
-
     def train_dataloader(self) -> Any:
-        return self._loader(self.rows[0], training=True)
+        return PackedLoader(self.rows[0], self.batch_size, **self._training_options())
 
     def val_dataloader(self) -> Any:
-        return self._loader(self.rows[1], training=False)
+        assert self.trainer is not None
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return PackedLoader(self.rows[1], self.batch_size, rank=rank, world_size=world_size, shuffle=False, seed=global_seed())
 
     test_dataloader = val_dataloader
 
-    def _loader(self, rows: Rows, training: bool) -> PackedLoader:
-        trainer = self.trainer
-        assert trainer is not None
-        return PackedLoader(
-            rows,
-            self.batch_size,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches if training else 1,
-            shuffle=training,
-            seed=global_seed(),
-            attach_window=training and self.module.needs_window,
-        )
+    def _training_options(self) -> dict[str, Any]:
+        """Options of a loader for training."""
+        assert self.trainer is not None
+        return {
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+            "accumulate": self.trainer.accumulate_grad_batches,
+            "seed": global_seed(),
+            "attach_window": self.module.needs_window,
+        }

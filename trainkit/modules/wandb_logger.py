@@ -1,9 +1,9 @@
 """Weights & Biases: metrics, configuration and code revision of a run, and the bundle exported from it.
 
-A run folder has one W&B run. Its id is stored in `wandb/run.json`, so that a resumed run and an export continue it. Everything
-that W&B writes is beside this file, in `wandb/`. Offline, each process that continues the run leaves a record of its own there,
-and `wandb sync RUN/wandb/offline-run-*` joins the records in order of time. What a killed run logged after its last checkpoint
-is logged again when it resumes: with the same values, and W&B keeps both.
+A run folder has one W&B run. Its id is stored in `wandb/run.json`, so that a resumed run and an export continue it. W&B writes
+all its files to the same folder `wandb/`. Offline, each process that continues the run writes a record of its own there, and
+`wandb sync RUN/wandb/offline-run-*` joins the records in order of time. What a killed run logged after its last checkpoint is
+logged again when it resumes, with the same values; W&B then shows both.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 import yaml
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from trainkit import bundle
 from trainkit.card import describe
 from trainkit.errors import UserError
 from trainkit.files import write_json
+from trainkit.models.load import first_lines
 
 STEP = "trainer/global_step"
 """The horizontal axis of every chart; Lightning's logger adds it to each row."""
@@ -36,7 +36,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class WandbLog(WandbLogger):
-    """Logs to Weights & Biases, offline by default. WANDB_MODE (online, offline, disabled) overrides `mode`.
+    """Logs to Weights & Biases on rank 0, offline by default. WANDB_MODE (online, offline, disabled) overrides `mode`.
 
     `wandb sync RUN/wandb/offline-run-*` uploads what was logged offline. `trainkit export` of a checkpoint of the run adds the
     bundle to the run.
@@ -47,7 +47,6 @@ class WandbLog(WandbLogger):
         name: Display name of the run; by default the last two parts of the run folder.
         tags: Tags of the run.
         mode: `offline`, or `online`, which needs a network and a key (`wandb login`, or WANDB_API_KEY).
-        folder: Folder to write to; the run folder by default.
     """
 
     def __init__(
@@ -57,24 +56,22 @@ class WandbLog(WandbLogger):
         name: str | None = None,
         tags: Sequence[str] = (),
         mode: Literal["offline", "online"] = "offline",
-        folder: str | None = None,
     ) -> None:
         check_installed("leave configs/logger/wandb.yaml out")
-        super().__init__(name=name, project=project, save_dir=folder)  # type: ignore[arg-type]
+        super().__init__(name=name, project=project)
         self._own_project, self._entity, self._tags, self._mode = project, entity, tags, mode
         self._session: Session | None = None
 
     @property
     def experiment(self) -> Any:
-        """The W&B run, None before `begin`.
+        """The W&B run; None before `begin`.
 
-        Lightning's property would start the run before training is set up, so that a run that cannot start would leave a
-        folder, and it would join any W&B run that this process has already.
+        Lightning's property would start the run during set-up, so that a run that cannot start would leave a folder. It would
+        also join any other W&B run of this process.
         """
         return self._experiment
 
-    @rank_zero_only
-    def begin(self, folder: str, config: str) -> None:
+    def begin(self, folder: Path, config: str) -> None:
         """Starts the W&B run of this folder, or continues it.
 
         Args:
@@ -84,39 +81,38 @@ class WandbLog(WandbLogger):
         Raises:
             UserError: W&B refuses, or the folder has a W&B run of another project or entity.
         """
-        mode = chosen_mode(self._mode)
+        mode, root = chosen_mode(self._mode), folder.resolve()
         if mode == "disabled":
             return
-        root = Path(self._save_dir or folder).resolve()
+        # Find or create the folder's W&B run, and open it.
+        older_rows = sum(path.stat().st_size for path in root.glob("wandb/*run-*/*.wandb")) // 64
         identity = _identify(root, self._own_project, self._entity, mode)
-        first_row = _rows_before(root) if mode == "offline" else None
-        code = code_revision()
+        code, name = code_revision(), self._name or "/".join(root.parts[-2:])
         values = (yaml.safe_load(config) or {}) | {"code": code}
-        name = self._name or "/".join(root.parts[-2:])
         self._session = Session(root, identity, 5.0, code, name=name, tags=list(self._tags) or None, config=values)
         self._experiment = run = self._session.run
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
-        if first_row is not None:
-            run.log({}, step=first_row, commit=False)  # W&B counts on from this row
         if mode == "offline":
+            # W&B numbers the rows of each record from 0, but joins records only if their numbers ascend. A row takes more than
+            # 64 bytes, so this number is greater than that of every row in older records.
+            if older_rows:
+                run.log({}, step=older_rows, commit=False)  # W&B continues the row numbers from here
             print(f"W&B: offline; `wandb sync {root}/wandb/offline-run-*` uploads the run", file=sys.stderr)
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self._experiment is not None:
             super().log_metrics(metrics, step)
 
-    @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Ends the run; Lightning's logger would leave this to the end of the process."""
+        """Ends the run; Lightning's logger would end it only with the process."""
         if self._session is not None:
             self._session.end(0 if status == "success" else 1)
             self._session = self._experiment = None
 
 
 class Session:
-    """A W&B run that is open: everything is written to the run folder, and `end` also stops W&B's service process.
+    """An open W&B run: W&B writes all files to the run folder, and `end` also stops W&B's service process.
 
     Args:
         folder: The run folder.
@@ -148,23 +144,16 @@ class Session:
                 git_root=str(_ROOT),
                 git_commit=code["commit"] if code else None,
             )
-            self.run = wandb.init(
-                id=identity["id"],
-                project=identity["project"],
-                entity=identity["entity"],
-                mode=identity["mode"],
-                dir=str(folder),
-                resume="allow",
-                reinit="create_new",
-                settings=settings,
-                **init,
-            )
+            options = {"dir": str(folder), "resume": "allow", "reinit": "create_new", "settings": settings}
+            self.run = wandb.init(**identity, **options, **init)
         except (Error, ValueError, OSError) as error:
             self._leave()
-            raise UserError(f"W&B ({identity['mode']}): {one_line(error)}; WANDB_MODE=offline needs no network") from error
+            raise UserError(
+                f"W&B ({identity['mode']}): {first_lines(error, 1)}; WANDB_MODE=offline needs no network"
+            ) from error
 
     def end(self, code: int) -> None:
-        """Ends the run with an exit code, with everything logged on disk."""
+        """Ends the run with an exit code; everything that was logged is then on disk."""
         try:
             self.run.finish(exit_code=code)
         finally:
@@ -173,7 +162,7 @@ class Session:
     def _leave(self) -> None:
         import wandb
 
-        if wandb.run is None:  # otherwise the caller of our Python functions has an own run in this process
+        if wandb.run is None:  # otherwise a caller of our Python functions has a run of its own in this process
             wandb.teardown()
         for name, value in self._environment.items():
             if value is None:
@@ -208,16 +197,16 @@ def attach(exported: bundle.Bundle, folder: Path, checkpoint: str) -> str:
     assert identity is not None
     identity = {**identity, "mode": chosen_mode(identity["mode"])}
     try:
-        session = Session(folder, identity, 0.0)
-        code = 1
+        session, name = Session(folder, identity, 0.0), None
         try:
             name = _log_bundle(session.run, exported, checkpoint)
-            code = 0
         finally:
-            session.end(code)
+            session.end(0 if name else 1)
     except (UserError, OSError) as error:
         remedy = "export again, or leave it out with --track false"
-        raise UserError(f"{exported.path} is written, but not added to its W&B run: {one_line(error)}; {remedy}") from error
+        raise UserError(
+            f"{exported.path} is written, but not added to its W&B run: {first_lines(error, 1)}; {remedy}"
+        ) from error
     later = f"; `wandb sync {folder}/wandb/offline-run-*` uploads it" if identity["mode"] == "offline" else ""
     return f"W&B: added to run {identity['id']} of project {identity['project']} as artifact {name}{later}"
 
@@ -226,20 +215,12 @@ def _log_bundle(run: Any, exported: bundle.Bundle, checkpoint: str) -> str:
     import wandb
 
     card = describe(exported)
-    metadata = {
-        "kind": exported.kind,
-        "metrics": dict(exported.metrics),
-        "recipe": exported.recipe,
-        "seed": exported.seed,
-        "data": exported.data,
-        "versions": dict(exported.versions),
-        "target": exported.target.get("fingerprint"),
-        "checkpoint": str(Path(checkpoint).resolve()),
-    }
+    metadata = {name: getattr(exported, name) for name in ("kind", "metrics", "recipe", "seed", "data", "versions")}
+    metadata |= {"target": exported.target.get("fingerprint"), "checkpoint": str(Path(checkpoint).resolve())}
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", exported.path.name)[:128]
     artifact = wandb.Artifact(name, type="model", description=card, metadata=metadata)
     for file in (*exported.files, bundle.MANIFEST):
-        artifact.add_file(str(exported.path / file), name=file)  # copies the file: an upload may come much later
+        artifact.add_file(str(exported.path / file), name=file)  # copies the file, because it may be uploaded much later
     with artifact.new_file("card.md") as stream:
         stream.write(card)
     run.log_artifact(artifact)
@@ -250,7 +231,7 @@ def _log_bundle(run: Any, exported: bundle.Bundle, checkpoint: str) -> str:
 
 
 def check_installed(alternative: str) -> None:
-    """Raises UserError if wandb is not installed; `alternative` tells how to run without it."""
+    """Raises UserError if wandb is not installed; `alternative` is the way to run without it."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError(f"W&B: wandb is not installed; pip install wandb, or {alternative}")
 
@@ -262,7 +243,7 @@ def chosen_mode(default: str) -> str:
         UserError: WANDB_MODE is not online, offline or disabled.
     """
     mode = os.environ.get("WANDB_MODE") or default
-    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # their older names
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # W&B's older names of the modes
     if mode not in ("online", "offline", "disabled"):
         raise UserError(f"WANDB_MODE is {mode!r}; it must be online, offline or disabled")
     return mode
@@ -281,29 +262,21 @@ def recorded(folder: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         return {name: values[name] for name in ("id", "project", "entity", "mode")}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable; remove it, and the next run begins a new one at W&B") from error
+        raise UserError(f"{path}: not readable; remove it, then the next start creates a new W&B run") from error
 
 
 def _identify(folder: Path, project: str | None, entity: str | None, mode: str) -> dict[str, Any]:
-    """The folder's W&B run, written to `wandb/run.json` before W&B knows it, so that a kill cannot turn it into two runs."""
+    """The folder's W&B run; written to `wandb/run.json` before W&B starts it, so that a kill cannot lead to two runs."""
     project, entity = project or os.environ.get("WANDB_PROJECT"), entity or os.environ.get("WANDB_ENTITY")
     saved = recorded(folder) or {"id": secrets.token_hex(4), "project": project or "trainkit", "entity": entity}
     for name, value in (("project", project), ("entity", entity)):
         if value not in (None, saved[name]):
-            raise UserError(f"{folder}: its W&B run has {name} {saved[name]}, not {value}; keep it, or begin a new run")
+            raise UserError(
+                f"{folder}: its W&B run has {name} {saved[name]}, not {value}; use {saved[name]}, or start a new run"
+            )
     identity = {**saved, "mode": mode}
     write_json(folder / "wandb" / "run.json", identity)
     return identity
-
-
-def _rows_before(folder: Path) -> int | None:
-    """A number for the first row that is greater than all row numbers in the folder's records; None if there are no records.
-
-    W&B numbers the rows of each offline record from 0, but joins records only where their numbers ascend. A row takes more than
-    64 bytes, so the size of the records divided by 64 is an upper bound of their number of rows.
-    """
-    size = sum(path.stat().st_size for path in (folder / "wandb").glob("*run-*/*.wandb"))
-    return size // 64 or None
 
 
 def code_revision() -> dict[str, Any] | None:
@@ -317,8 +290,3 @@ def code_revision() -> dict[str, Any] | None:
         if Path(git("rev-parse", "--show-toplevel")).resolve() == _ROOT:  # not the repository around an installed copy
             return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     return None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
