@@ -640,7 +640,8 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake_is_one_line_with_the_mend_and_leaves_nothing(name, sound, tmp_path, monkeypatch, capsys):
+def test_mistake_gives_one_line_and_leaves_nothing(name, sound, tmp_path, monkeypatch, capsys):
+    """A mistake gives one error line with the fix, exit code 2, and changes no file."""
     monkeypatch.delenv("TRAINKIT_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
     make, parts = CASES[name]
@@ -662,7 +663,7 @@ def test_a_mistake_is_one_line_with_the_mend_and_leaves_nothing(name, sound, tmp
     assert (left, tree(sound.run), tree(sound.draft)) == before
 
 
-def test_the_payloads_would_make_their_marker(sound, tmp_path):
+def test_payloads_would_create_their_marker(sound, tmp_path):
     """The payloads work: a reader that trusts these files runs them. Otherwise the rows above would prove nothing."""
     it = Inputs(**{item: getattr(sound, item) for item in sound.__dataclass_fields__} | {"folder": tmp_path})
     pickle.loads(payload(it))

@@ -30,7 +30,8 @@ def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_bundle_reads_back_unchanged(tmp_path):
+    """A bundle that is read equals what was written."""
     written = make(tmp_path / "b", metrics={"tau": 2.5}, runner={"depth": 4}, recipe="x.yaml", data="abc", extra={"k": [1]})
     found = bundle.read(tmp_path / "b")
     assert found == written
@@ -40,7 +41,8 @@ def test_what_is_written_is_read(tmp_path):
     assert bundle.is_bundle(tmp_path / "b")
 
 
-def test_a_bundle_is_replaced_whole(tmp_path):
+def test_bundle_is_replaced_as_a_whole(tmp_path):
+    """A new bundle replaces the old one as a whole."""
     make(tmp_path / "b", kind="old")
     (tmp_path / "b" / "own.txt").write_text("a user's note")
     make(tmp_path / "b", kind="new")
@@ -50,7 +52,8 @@ def test_a_bundle_is_replaced_whole(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_what_is_no_bundle_is_not_overwritten(tmp_path, what):
+def test_other_folders_are_not_overwritten(tmp_path, what):
+    """A folder or file that is no bundle is not overwritten."""
     place = tmp_path / "precious"
     if what == "folder":
         place.mkdir()
@@ -64,7 +67,8 @@ def test_what_is_no_bundle_is_not_overwritten(tmp_path, what):
     assert (place / "thesis.txt" if what == "folder" else place).read_text() == "years"
 
 
-def test_a_failing_writer_leaves_nothing(tmp_path):
+def test_failed_writer_leaves_the_old_bundle(tmp_path):
+    """A writer that fails leaves the old bundle and no temporary folder."""
     make(tmp_path / "b", kind="old")
 
     def fail(path: Path) -> None:
@@ -78,13 +82,15 @@ def test_a_failing_writer_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "model.bin", "code.py", "trainkit.json"])
-def test_only_safe_kinds_of_file_are_written(tmp_path, name):
+def test_unsafe_file_types_are_not_written(tmp_path, name):
+    """Pickles, code and a manifest of its own cannot be written into a bundle."""
     with pytest.raises(ValueError, match=name):
         bundle.write(tmp_path / "b", lambda path: (path / name).write_text("x"), kind="fake", config={}, target=TARGET)
     assert not (tmp_path / "b").exists()
 
 
-def test_metrics_that_json_cannot_hold_stop_before_the_work(tmp_path):
+def test_nan_metrics_stop_before_writing(tmp_path):
+    """Metrics of NaN stop before anything is written."""
     with pytest.raises(ValueError, match="metrics"):
         make(tmp_path / "b", metrics={"tau": float("nan")})
     assert not (tmp_path / "b").exists()
@@ -132,7 +138,8 @@ def link_outside(folder: Path, name: str = "config.json") -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_refused_in_one_line(tmp_path, seed, damage):
+def test_damaged_bundle_gives_one_line(tmp_path, seed, damage):
+    """A damaged bundle gives a one-line error."""
     make(tmp_path / "b")
     change, message = DAMAGE[damage]
     change(tmp_path / "b")
@@ -141,7 +148,8 @@ def test_damage_is_refused_in_one_line(tmp_path, seed, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_notes_beside_a_bundle_do_no_harm(tmp_path):
+def test_readme_in_a_bundle_is_ignored(tmp_path):
+    """A README and .gitattributes in a bundle are ignored."""
     make(tmp_path / "b")
     (tmp_path / "b" / "README.md").write_text("x")
     (tmp_path / "b" / ".gitattributes").write_text("x")
@@ -187,7 +195,8 @@ def python(script: str, *arguments: object) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
-def test_killed_at_any_step_it_is_the_old_or_the_new(tmp_path, old):
+def test_kill_at_any_step_leaves_old_or_new(tmp_path, old):
+    """A writer killed at any step leaves the old bundle, the new one, or none if there was none."""
     child = python(KILLED_AT_EVERY_STEP, tmp_path, old)
     child.communicate()
     assert child.returncode == 0
@@ -215,7 +224,7 @@ EXTENDED_AT_EVERY_STEP = (
 )
 
 
-def test_killed_while_files_are_added_it_is_the_bundle_before_or_after(tmp_path):
+def test_kill_while_adding_files_leaves_before_or_after(tmp_path):
     """Both states pass all checksums: files that stay are hard links and must survive the removal of the old folder."""
     child = python(EXTENDED_AT_EVERY_STEP, tmp_path, True)
     child.communicate()
@@ -228,7 +237,8 @@ def test_killed_while_files_are_added_it_is_the_bundle_before_or_after(tmp_path)
     assert len(states) > 20 and states == sorted(states) and states[0] < states[-1]
 
 
-def test_added_files_replace_those_of_their_name_and_leave_the_old_copy_alone(tmp_path):
+def test_added_files_replace_those_of_equal_name(tmp_path):
+    """Added files replace those of equal name, without changing other hard links of them."""
     was = make(tmp_path / "b", 1.0)
     (tmp_path / "b" / "NOTES.md").write_text("ours")
     os.link(tmp_path / "b" / "model.safetensors", tmp_path / "linked")
@@ -239,7 +249,7 @@ def test_added_files_replace_those_of_their_name_and_leave_the_old_copy_alone(tm
     assert "NOTES.md" not in now.files and leftovers(tmp_path / "b") == []
 
 
-def test_sigkill_at_random_moments(tmp_path, seed):
+def test_sigkill_at_random_moments_leaves_a_bundle(tmp_path, seed):
     """A real SIGKILL against a writer that replaces one bundle over and over."""
     folder = tmp_path / "b"
     make(folder, kind="0")
@@ -259,7 +269,8 @@ def test_sigkill_at_random_moments(tmp_path, seed):
     assert leftovers(folder) == []
 
 
-def test_a_living_writer_is_not_tidied_away(tmp_path):
+def test_running_writer_is_not_cleaned_up(tmp_path):
+    """Cleaning up after killed writers leaves a running writer's folder alone."""
     folder = tmp_path / "b"
 
     def nested(path: Path) -> None:
@@ -279,7 +290,8 @@ def model_folder(folder: Path, **config: Any) -> Path:
     return folder
 
 
-def test_a_fingerprint_survives_saving_again_but_no_change(tmp_path):
+def test_fingerprint_survives_saving_but_no_change(tmp_path):
+    """A fingerprint is the same after saving a model again, and differs after any change."""
     one = bundle.fingerprint(model_folder(tmp_path / "one", dtype="float32"))
     other = model_folder(tmp_path / "other", dtype="bfloat16", transformers_version="9.9")
     tokens = json.loads((other / "tokenizer.json").read_text())
@@ -297,7 +309,8 @@ def test_a_fingerprint_survives_saving_again_but_no_change(tmp_path):
         bundle.fingerprint(tmp_path / "nowhere")
 
 
-def test_fit_names_what_does_not_fit():
+def test_check_fit_names_what_does_not_fit():
+    """`check_fit` names what does not fit the target."""
     decoder = {"vocab_size": 320, "hidden_size": 64}
     target = {"decoder": decoder, "fingerprint": {"config": "c", "tokenizer": "t", "path": "small"}}
     made = bundle.Bundle(Path("b"), "fake", {}, target, extra={"taps": [-1]})
@@ -314,7 +327,8 @@ def test_fit_names_what_does_not_fit():
     assert "config" in note
 
 
-def test_the_card_counts_weights_from_the_headers(tmp_path):
+def test_card_counts_weights_from_file_headers(tmp_path):
+    """The card counts parameters from the files' headers, without those of the predictor."""
     found = make(tmp_path / "b", metrics={"tau": 2.51234}, recipe="recipes/x.yaml")
     assert weight_count(found) == (15, 15 * 4 + 4 * 8)
 
@@ -329,7 +343,9 @@ def test_the_card_counts_weights_from_the_headers(tmp_path):
         assert text in card
 
 
-def test_the_card_of_a_model_of_its_own_has_no_target(tmp_path):
+def test_card_of_a_model_names_no_target(tmp_path):
+    """The card of a language model names no target."""
+
     def fill(folder):
         (folder / "config.json").write_text("{}")
 

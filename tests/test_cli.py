@@ -95,7 +95,8 @@ def kitchen(monkeypatch):
     monkeypatch.delenv("TRAINKIT_DEBUG", raising=False)
 
 
-def test_help_answers_at_once_without_heavy_imports():
+def test_help_needs_no_heavy_imports():
+    """`trainkit --help` lists all commands without importing torch or other large packages."""
     code = "import sys; from trainkit.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -108,7 +109,8 @@ def test_help_answers_at_once_without_heavy_imports():
             assert f"\n  {command} " in done.stdout
 
 
-def test_positionals_flags_and_lists_come_from_the_signature(capsys):
+def test_arguments_come_from_the_signature(capsys):
+    """Positional arguments, flags and lists are read from the function's signature."""
     assert cli.main("cook soup 3 --target here --temperatures [0,0.7] --depth 4 --verify residual".split()) == 0
     expected = (Path("soup"), 3, Path("here"), [0.0, 0.7], 4, "residual")
     assert capsys.readouterr().out.strip() == repr(expected)
@@ -116,7 +118,8 @@ def test_positionals_flags_and_lists_come_from_the_signature(capsys):
     assert capsys.readouterr().out.strip() == repr((Path("soup"), 3, Path("here"), None, None, "coupled"))
 
 
-def test_command_help_is_the_docstring_with_its_examples(capsys):
+def test_command_help_is_the_docstring(capsys):
+    """A command's help is its docstring with the examples."""
     with pytest.raises(SystemExit) as caught:
         cli.main(["cook", "--help"])
     assert caught.value.code == 0
@@ -132,7 +135,7 @@ def test_command_help_is_the_docstring_with_its_examples(capsys):
     assert "no such dish" not in text
 
 
-def test_options_come_from_the_class_that_they_are_passed_to(capsys):
+def test_options_come_from_their_dataclass(capsys):
     """Fields of a dataclass behind `**options` are flags with their help; defaults are passed on too."""
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
@@ -161,7 +164,8 @@ def test_options_come_from_the_class_that_they_are_passed_to(capsys):
         ('{"a": 1}', ('{"a": 1}',)),
     ],
 )
-def test_only_a_json_list_is_taken_as_a_list_of_strings(text, value):
+def test_only_a_json_list_is_a_list_of_strings(text, value):
+    """Only a JSON list is read as a list of strings; any other text is one string."""
     assert cli.parse("serve", serve, ["soup", "--toasts", text])["toasts"] == value
     assert cli.parse("serve", serve, ["soup", "--guests", text])["guests"] == list(value)
     assert cli.parse("serve", serve, ["soup", f"--toasts={text}", "--toasts=x"])["toasts"] == (text, "x")
@@ -184,7 +188,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_a_mistake_is_one_line_and_code_2(capsys, line):
+def test_mistake_gives_one_line_and_code_2(capsys, line):
+    """A mistake gives a one-line error and exit code 2."""
     assert cli.main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -195,22 +200,26 @@ def test_a_mistake_is_one_line_and_code_2(capsys, line):
 
 
 def test_debug_shows_the_traceback(monkeypatch):
+    """With TRAINKIT_DEBUG=1 a mistake keeps its traceback."""
     monkeypatch.setenv("TRAINKIT_DEBUG", "1")
     with pytest.raises(UserError):
         cli.main("cook mud 3 --target x".split())
 
 
-def test_a_bug_is_no_users_mistake():
+def test_bug_is_not_hidden_as_a_user_error():
+    """An error that is not the user's keeps its traceback."""
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main("cook bug 3 --target x".split())
 
 
 def test_ctrl_c_is_130():
+    """Ctrl-C ends a command with exit code 130."""
     assert cli.main("cook ctrl-c 3 --target x".split()) == 130
 
 
 @pytest.mark.parametrize("command", cli.TRAINING)
-def test_training_gets_its_arguments_and_its_code_is_returned(monkeypatch, command):
+def test_training_gets_arguments_and_returns_its_code(monkeypatch, command):
+    """Training commands get their arguments unparsed, and their exit code is returned."""
     called = []
     training = types.ModuleType("trainkit.commands.fit")
     training.run = lambda *given: called.append(given) or 143  # type: ignore[attr-defined]
@@ -237,10 +246,12 @@ RECIPE_ERRORS = {
 
 @pytest.mark.parametrize("message", RECIPE_ERRORS)
 def test_recipe_errors_become_one_line(message):
+    """The parser's errors are shortened to one line."""
     assert one_line(message, ["trainer.max_steps", "trainer.max_time"]) == RECIPE_ERRORS[message]
 
 
-def test_inspect_shows_verifies_and_fits(tmp_path, capsys):
+def test_inspect_shows_and_verifies_a_bundle(tmp_path, capsys):
+    """`trainkit inspect` shows a bundle, compares it with a target and verifies its digests."""
     target = make_target(tmp_path / "target")
     decoder = {"vocab_size": 320, "hidden_size": 64, "num_layers": 4}
     bundle.write(
@@ -267,6 +278,7 @@ def test_inspect_shows_verifies_and_fits(tmp_path, capsys):
 
 
 def test_module_run_returns_the_exit_code():
+    """`python -m trainkit.cli` returns the command's exit code."""
     done = subprocess.run([sys.executable, "-m", "trainkit.cli", "inspect", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2
     assert json.dumps(done.stderr).count("\\n") == 1

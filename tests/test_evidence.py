@@ -27,7 +27,8 @@ def write(out: Path, name: str, alphas: list[float], questions: int = 40) -> Non
         (out / "rows" / f"{name}.t{t}.json").write_text(json.dumps({"drafters": drafters}))
 
 
-def test_a_table_has_means_over_seeds_and_differences_to_its_first_row(tmp_path):
+def test_table_has_means_and_differences_to_first_row(tmp_path):
+    """The table has means over seeds and differences to its first row."""
     write(tmp_path, "forward_kl", [0.5, 0.6])
     write(tmp_path, "tv", [0.55, 0.55, 0.55])
     lines = evidence.table(tmp_path, ("forward_kl", "tv", "lk"))
@@ -37,13 +38,15 @@ def test_a_table_has_means_over_seeds_and_differences_to_its_first_row(tmp_path)
     assert "1.5500 ± 0.0500" in lines[2]
 
 
-def test_a_row_measured_at_one_temperature_only_is_left_out(tmp_path):
+def test_row_without_both_temperatures_is_left_out(tmp_path):
+    """A row that was measured at one temperature only is left out."""
     write(tmp_path, "forward_kl", [0.5])
     (tmp_path / "rows" / "forward_kl.t1.json").unlink()
     assert evidence.table(tmp_path, ("forward_kl",)) == ["(not run)"]
 
 
-def test_the_law_is_found_where_it_holds(tmp_path):
+def test_scaling_law_is_recovered(tmp_path):
+    """The scaling law is recovered from data that follow it."""
     part = tmp_path / "sets" / "target" / "part-00000.jsonl"
     part.parent.mkdir(parents=True)
     part.write_text(json.dumps({"loss_mask": [0] * 5 + [1] * 200_000}) + "\n")
@@ -56,7 +59,8 @@ def test_the_law_is_found_where_it_holds(tmp_path):
     assert "| 2 | 100,000 | 0.5400 |" in text and (tmp_path / "scaling.png").stat().st_size > 5000
 
 
-def test_plots_and_tables_of_a_study_that_is_not_finished(tmp_path, capsys):
+def test_unfinished_study_has_plots_and_tables(tmp_path, capsys):
+    """An unfinished study gives plots and tables of what is there."""
     write(tmp_path, "forward_kl", [0.5])
     write(tmp_path, "tv", [0.6])
     (tmp_path / "sets" / "target").mkdir(parents=True)
@@ -66,7 +70,8 @@ def test_plots_and_tables_of_a_study_that_is_not_finished(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("share", [2, 4])
-def test_a_trimmed_row_stands_beside_the_whole(tmp_path, share):
+def test_trimmed_row_is_compared_with_the_full_draft(tmp_path, share):
+    """A trimmed draft's row is compared with the full draft's."""
     write(tmp_path, "forward_kl", [1.0])
     write(tmp_path, f"trimmed_of{share}", [0.9])
     run = {"depth": 3, "mbsu": 1.5, "speedup": 1.4, "roof": 1.75}

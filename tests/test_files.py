@@ -14,12 +14,13 @@ from trainkit.errors import UserError
 from trainkit.files import cache_folder, write_file, write_folder, write_json, write_text
 
 
-def test_what_can_be_made_anew_is_kept_in_the_home(monkeypatch, tmp_path):
+def test_cache_folder_is_in_the_home(monkeypatch, tmp_path):
+    """The cache folder is in the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder("costs") == tmp_path / ".cache" / "trainkit" / "costs"
 
 
-def test_a_user_without_a_home_can_load_the_runner_too(tmp_path):
+def test_user_without_home_can_load_the_runner(tmp_path):
     """Such as a container's user id: no HOME, no entry in the user database."""
     code = (
         "import os, pwd\n"
@@ -34,7 +35,8 @@ def test_a_user_without_a_home_can_load_the_runner_too(tmp_path):
     assert out.split() == [str(tmp_path / "trainkit" / name) for name in ("costs", "data")]
 
 
-def test_json_is_finite_indented_and_replaces_a_file(tmp_path):
+def test_json_is_finite_and_replaces_a_file(tmp_path):
+    """JSON is written indented, with null for NaN and infinity, in place of the old file."""
     path = tmp_path / "new" / "a.json"
     write_text(path, "old")
     write_json(path, {"x": [1.5, float("nan"), (float("inf"), "é")]})
@@ -44,7 +46,9 @@ def test_json_is_finite_indented_and_replaces_a_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["a", "new/folder/a"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_failing_writer_leaves_the_old_content_and_no_new_folder(kind, name, tmp_path):
+def test_failed_writer_leaves_the_old_content(kind, name, tmp_path):
+    """A writer that fails leaves the old content and no new folder."""
+
     def fail(path: Path) -> None:
         (path if kind == "file" else path / "part").write_text("half")
         raise RuntimeError("disk on fire")
@@ -56,7 +60,8 @@ def test_a_failing_writer_leaves_the_old_content_and_no_new_folder(kind, name, t
     assert (tmp_path / "a" if kind == "file" else tmp_path / "a" / "part").read_text() == "old"
 
 
-def test_a_path_that_cannot_be_written_is_named_in_one_line(tmp_path):
+def test_unwritable_path_gives_one_line(tmp_path):
+    """A path that cannot be written gives a one-line error that names it."""
     (tmp_path / "folder").mkdir()
     write_text(tmp_path / "file", "x")
     for path, reason in ((tmp_path / "folder", "Is a directory"), (tmp_path / "file" / "a", "File exists|Not a directory")):

@@ -77,7 +77,8 @@ POLICIES = st.fixed_dictionaries(
 
 @QUICK
 @given(rows=st.lists(ROWS | JSON, min_size=1, max_size=3), options=POLICIES)
-def test_any_rows_are_read_or_refused_in_words(tokenizer, rows, options):
+def test_any_rows_are_read_or_refused(tokenizer, rows, options):
+    """Any rows are read, or refused by a UserError."""
     with rows_file(rows) as file:
         works_or_says_why(lambda: prepare([file], None, tokenizer, 16, **options))
         works_or_says_why(lambda: read_prompts(file, tokenizer))
@@ -126,7 +127,8 @@ CHATS = [{"messages": [{"role": role, "content": f"{role} says {n}"} for role in
 
 @QUICK
 @given(template=TEMPLATES)
-def test_any_chat_template_renders_or_is_refused_in_words(tokenizer, template):
+def test_any_chat_template_works_or_is_refused(tokenizer, template):
+    """Any chat template renders, or is refused by a UserError."""
     tokenizer.chat_template = template
     with rows_file(CHATS) as file:
         works_or_says_why(lambda: prepare([file], None, tokenizer, 32, validation_share=0.0))
@@ -163,7 +165,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(QUICK, max_examples=50)
 @given(changes=CONFIGS | st.fixed_dictionaries({"rope_parameters": ROPE}) | JSON)
-def test_any_config_of_a_target_loads_or_is_refused_in_words(target, tmp_path_factory, changes):
+def test_any_target_config_loads_or_is_refused(target, tmp_path_factory, changes):
+    """Any config of a target loads, or is refused by a UserError."""
     folder = tmp_path_factory.mktemp("model")
     for file in target.iterdir():
         shutil.copyfile(file, folder / file.name)
@@ -189,7 +192,8 @@ SPOILED = NO_NAMES | st.dictionaries(st.text(max_size=3), SCALARS, max_size=2)
 
 @settings(QUICK, max_examples=16)
 @given(changes=st.dictionaries(PATHS, SPOILED, min_size=1, max_size=2))
-def test_any_recipe_runs_or_ends_in_one_line(target, tmp_path_factory, capsys, changes):
+def test_any_recipe_runs_or_gives_one_line(target, tmp_path_factory, capsys, changes):
+    """Any recipe runs, or gives a one-line error."""
     home = tmp_path_factory.mktemp("recipe")
     rows = home / "rows.jsonl"
     rows.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"{n}."}) + "\n" for n in range(6)))

@@ -13,13 +13,15 @@ def report(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=hidden)
 
 
-def test_without_a_gpu_it_says_so():
+def test_report_without_a_gpu_says_so():
+    """Without a GPU the report says so."""
     done = report()
     assert done.returncode == 0 and "no CUDA device" in done.stdout
 
 
 @pytest.mark.slow
-def test_all_parts_run_in_small(tmp_path):
+def test_all_parts_run_at_small_size(tmp_path):
+    """All parts of the report run on a CPU at small size."""
     out = tmp_path / "report.md"
     done = report("--device", "cpu", "--shapes", "tiny", "--tests", "tests/runner/test_graphs.py", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,6 +34,7 @@ def test_all_parts_run_in_small(tmp_path):
 
 
 @pytest.mark.slow
-def test_parts_that_no_longer_fit_are_named(tmp_path):
+def test_parts_beyond_the_time_limit_are_named(tmp_path):
+    """Parts that do not fit the time limit are named."""
     done = report("--device", "cpu", "--shapes", "tiny", "--seconds", "5")
     assert done.stdout.count("left out:") == 3 and done.returncode == 0

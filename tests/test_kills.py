@@ -136,7 +136,8 @@ def checkpoint(tiny_target, tmp_path_factory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("recipe", ["draft_tiny", pytest.param("target_tiny", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("some", [3, pytest.param(0, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
-def test_a_killed_export_leaves_the_old_bundle_or_the_new(old, some, recipe, checkpoint, tmp_path, seed):
+def test_killed_export_leaves_old_or_new_bundle(old, some, recipe, checkpoint, tmp_path, seed):
+    """An export killed at any change of the file system leaves the old bundle or the new one."""
     arguments = str(checkpoint(recipe)), tmp_path, old, some, seed
     assert code_of(start(logged, tmp_path / "log", kill_exports, *arguments), 600) == 0
     print((tmp_path / "log").read_text())
@@ -214,6 +215,7 @@ def kill_saves(base: Path, before: str, after: str) -> int:
 
 @pytest.mark.parametrize("after", ["file", "folder"])
 @pytest.mark.parametrize("before", ["nothing", "file", "folder"])
-def test_a_killed_save_leaves_the_old_checkpoint_or_the_new(before, after, tmp_path):
+def test_killed_save_leaves_old_or_new_checkpoint(before, after, tmp_path):
+    """A save killed at any change of the file system leaves the old checkpoint or the new one."""
     assert code_of(start(logged, tmp_path / "log", kill_saves, tmp_path, before, after)) == 0
     print((tmp_path / "log").read_text())

@@ -84,38 +84,45 @@ def exported(drafter: Drafter, target: Path, out: Path) -> Path:
     return out
 
 
-def test_discovery_finds_the_shipped_kind_and_those_of_tests_and_page() -> None:
+def test_discovery_finds_all_kinds() -> None:
+    """Discovery finds the shipped kinds, that of the tests and the README's example."""
     assert {"lm", "twig", EXAMPLE} <= set(KINDS)
 
 
-def test_the_page_adds_a_kind_in_under_100_lines() -> None:
+def test_readme_example_kind_is_below_100_lines() -> None:
+    """The README's example kind has fewer than 100 lines."""
     source = inspect.getsource(sys.modules[load_kind(EXAMPLE).__module__])
     assert 20 < len(source.splitlines()) < 100
 
 
-def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
+def test_unknown_kind_lists_the_known_ones() -> None:
+    """An unknown kind is refused, and the error lists the known ones."""
     with pytest.raises(UserError, match=r"unknown drafter kind 'nope'; choose from .*lm.*twig"):
         load_kind("nope")
 
 
 def test_loss_falls_on_one_repeated_batch(drafter: Drafter, teacher: FrozenTarget) -> None:
+    """Trained on one repeated batch, every kind's loss falls by at least 30 %."""
     losses = train(drafter, batch_for(teacher, drafter), steps=30, lr=3e-3)
     assert losses[-1] < 0.7 * losses[0], losses
 
 
-def test_the_target_gets_no_gradient(drafter: Drafter, teacher: FrozenTarget) -> None:
+def test_target_gets_no_gradient(drafter: Drafter, teacher: FrozenTarget) -> None:
+    """Training gives the target no gradient, and the drafter some."""
     drafter(batch_for(teacher, drafter), ForwardKL()).mean.backward()
     assert all(weight.grad is None for weight in teacher.model.parameters())
     assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in drafter.parameters())
 
 
-def test_a_bfloat16_target_teaches_a_float32_drafter(drafter: Drafter, tiny_target: Path) -> None:
+def test_bfloat16_target_trains_a_float32_drafter(drafter: Drafter, tiny_target: Path) -> None:
+    """A float32 drafter can be trained on a bfloat16 target."""
     batch = batch_for(FrozenTarget(tiny_target, torch.bfloat16), drafter)
     drafter(batch, ForwardKL()).mean.backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in drafter.parameters())
 
 
-def test_export_then_load_gives_equal_logits_and_the_card(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
+def test_export_then_load_gives_equal_logits(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
+    """Export and load give equal logits and configuration."""
     before = first_logits(drafter)
     folder = exported(drafter, tiny_target, tmp_path / "out")
     card = bundle.read(folder)
@@ -129,6 +136,7 @@ def test_export_then_load_gives_equal_logits_and_the_card(drafter: Drafter, tiny
 def test_speculative_output_equals_plain_output(
     drafter: Drafter, tiny_target: Path, tmp_path: Path, temperature: float, depth: int | None
 ) -> None:
+    """Speculative output equals plain output at every depth, greedy and sampled."""
     options = {"max_new_tokens": 40, "temperature": temperature, "seed": 5, "ignore_end": True}
     plain = runner_for(tiny_target, None).generate(PROMPTS, **options)
     runner = runner_for(tiny_target, exported(drafter, tiny_target, tmp_path / "out"))
@@ -137,7 +145,7 @@ def test_speculative_output_equals_plain_output(
     assert Stats.merge(o.stats for o in drafted).tau >= 1 and all(o.stats.tau == 1 for o in plain)
 
 
-def test_every_shape_of_draft_at_every_batch_gives_plain_output(
+def test_every_tree_and_batch_gives_plain_output(
     drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path
 ) -> None:
     """Chain, static and dynamic tree; a little training on this text makes paths of every length accepted."""
@@ -163,7 +171,7 @@ def test_every_shape_of_draft_at_every_batch_gives_plain_output(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_drafter_that_pauses_drafts_on_as_if_it_had_not(
+def test_paused_drafter_catches_up_exactly(
     drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path, temperature: float
 ) -> None:
     """Reading missed tokens leaves the state of drafting; a little training makes rounds of all lengths occur."""
@@ -174,7 +182,7 @@ def test_a_drafter_that_pauses_drafts_on_as_if_it_had_not(
     check_pauses(runner, prompts, 2, 8, max_new_tokens=30, temperature=temperature, seed=3, ignore_end=True)
 
 
-def test_a_trained_drafter_is_accepted_where_it_was_trained(
+def test_trained_drafter_is_accepted_on_its_text(
     drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path
 ) -> None:
     """Trained on the target's own greedy text, it drafts nearly all of it: shift, taps and positions agree."""
@@ -189,7 +197,7 @@ def test_a_trained_drafter_is_accepted_where_it_was_trained(
 
 
 @pytest.mark.parametrize("steps", [0, 40])
-def test_rounds_simulated_in_training_are_the_rounds_served(
+def test_simulated_rounds_equal_served_rounds(
     drafter: Drafter, teacher: FrozenTarget, tiny_target: Path, tmp_path: Path, steps: int
 ) -> None:
     """On the target's own greedy text the tau of validation equals the runner's exactly, round for round."""
@@ -209,7 +217,8 @@ def test_rounds_simulated_in_training_are_the_rounds_served(
 
 
 @pytest.mark.gpu
-def test_captured_rounds_equal_eager_ones(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
+def test_captured_rounds_equal_eager(drafter: Drafter, tiny_target: Path, tmp_path: Path) -> None:
+    """Rounds captured as CUDA graphs give the output of eager ones."""
     folder = exported(drafter, tiny_target, tmp_path / "out")
     options = {"max_new_tokens": 40, "temperature": 0.8, "seed": 5, "ignore_end": True}
     runners = [runner_for(tiny_target, folder, device="cuda", capture=capture) for capture in (False, True)]

@@ -101,7 +101,8 @@ def ran(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_it_explains_itself_without_setting_anything_up(checkout, arguments):
+def test_help_needs_no_environment(checkout, arguments):
+    """Without arguments and with --help it explains itself, and sets nothing up."""
     done = checkout.launch(*arguments)
     assert done.returncode == 0
     for command in ("quickstart", "test", "lint", "RECIPE.yaml", "--resume", "NNODES", "NPROC"):
@@ -109,7 +110,8 @@ def test_it_explains_itself_without_setting_anything_up(checkout, arguments):
     assert not (checkout.root / ".venv").exists()
 
 
-def test_an_environment_that_holds_this_checkout_is_used(checkout):
+def test_environment_with_this_checkout_is_used(checkout):
+    """An environment in which this checkout is installed is used as it is."""
     checkout.python(held=checkout.root)
     done = checkout.launch("test", "-k", "some thing")
     assert ran(done) == [str(checkout.bin), "-m", "pytest", "-k", "some thing"]
@@ -117,7 +119,8 @@ def test_an_environment_that_holds_this_checkout_is_used(checkout):
     assert not (checkout.root / ".venv").exists()
 
 
-def test_another_copys_installation_is_not_tested_in_its_stead(checkout, tmp_path):
+def test_installation_of_another_copy_is_not_used(checkout, tmp_path):
+    """The installation of another copy is not used; the checkout gets an environment of its own."""
     checkout.python(held=tmp_path / "another")
     done = checkout.launch("test")
     assert ran(done) == [f"{checkout.root}/.venv/bin", "-m", "pytest"]
@@ -125,7 +128,7 @@ def test_another_copys_installation_is_not_tested_in_its_stead(checkout, tmp_pat
     assert (checkout.root / ".venv" / "trainkit").read_text().strip() not in ("", "incomplete")
 
 
-def test_the_question_itself_tells_copies_apart(tmp_path):
+def test_installation_check_tells_copies_apart(tmp_path):
     """The snippet in launch.sh, on a real interpreter: installed here, installed elsewhere, merely standing here."""
     script = (ROOT / "launch.sh").read_text()
     snippet = script.split("<<'PY'\n")[1].split("\nPY\n")[0]
@@ -145,7 +148,8 @@ def test_the_question_itself_tells_copies_apart(tmp_path):
     assert not ask(site, "")
 
 
-def test_a_finished_venv_is_not_made_again_but_a_stale_one_is_brought_up(checkout):
+def test_stale_venv_is_updated_and_a_finished_one_reused(checkout):
+    """A finished environment is reused, and a stale one is updated."""
     checkout.python()
     assert "PIP" in checkout.launch("test").stdout
     again = checkout.launch("test")
@@ -157,7 +161,8 @@ def test_a_finished_venv_is_not_made_again_but_a_stale_one_is_brought_up(checkou
     assert "VENV" not in stale
 
 
-def test_an_interrupted_venv_is_made_afresh(checkout):
+def test_interrupted_venv_is_made_again(checkout):
+    """An environment whose installation was interrupted is made again."""
     checkout.python()
     (checkout.root / "pip-fails").touch()
     assert checkout.launch("test").returncode != 0
@@ -170,6 +175,7 @@ def test_an_interrupted_venv_is_made_afresh(checkout):
 
 
 def test_torch_is_chosen_by_the_machine(checkout):
+    """The torch to install depends on the machine and on TORCH_SPEC."""
     checkout.python()
     assert "torch==2.13.0" in checkout.launch("test").stdout
     shutil.rmtree(checkout.root / ".venv")
@@ -181,7 +187,8 @@ def test_torch_is_chosen_by_the_machine(checkout):
     assert f"{checkout.root}[deepspeed]" in with_gpu
 
 
-def test_a_machine_without_python_is_told_so(checkout):
+def test_missing_python_is_explained(checkout):
+    """Without a suitable Python the error says so."""
     done = checkout.launch("test")
     assert done.returncode == 2
     assert "no Python >= 3.11" in done.stderr
@@ -191,7 +198,8 @@ def run_folder(words: list[str]) -> str:
     return words[words.index("--trainer.default_root_dir") + 1]
 
 
-def test_one_process_runs_without_torchrun_in_a_new_folder(checkout):
+def test_single_process_needs_no_torchrun(checkout):
+    """One process runs without torchrun, in a new run folder."""
     checkout.python(held=checkout.root)
     words = ran(done := checkout.launch("recipes/tiny.yaml", "--trainer.max_steps", "9"))
     assert words[1:6] == ["-m", "trainkit.cli", "fit", "--config", "recipes/tiny.yaml"]
@@ -204,7 +212,8 @@ def test_one_process_runs_without_torchrun_in_a_new_folder(checkout):
     assert "OMP_WAIT_POLICY=active TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=unset" in line(done, "ENV")
 
 
-def test_several_processes_share_the_cores(checkout):
+def test_processes_share_the_cores(checkout):
+    """Several processes share the cores."""
     checkout.python(held=checkout.root)
     words = ran(done := checkout.launch("recipes/tiny.yaml", NPROC="2"))
     assert words[1:7] == ["-m", "trainkit.launch", "--standalone", "--nproc-per-node=2", "-m", "trainkit.cli"]
@@ -213,6 +222,7 @@ def test_several_processes_share_the_cores(checkout):
 
 
 def test_every_gpu_gets_a_process(checkout):
+    """Each GPU gets one process."""
     checkout.python(held=checkout.root, gpus=8)
     words = ran(done := checkout.launch("recipes/tiny.yaml"))
     assert "--nproc-per-node=8" in words
@@ -222,6 +232,7 @@ def test_every_gpu_gets_a_process(checkout):
 
 @pytest.mark.parametrize(("master", "port"), [("node0", "29500"), ("node0:1234", "1234")])
 def test_several_nodes(checkout, tmp_path, master, port):
+    """Several nodes start torchrun with their number, rank and master."""
     checkout.python(held=checkout.root)
     shared = str(tmp_path / "shared")
     done = checkout.launch("recipes/tiny.yaml", NPROC="4", NNODES="3", NODE_RANK="2", MASTER=master, RUN_DIR=shared)
@@ -235,14 +246,16 @@ def test_several_nodes(checkout, tmp_path, master, port):
     ("environment", "message"),
     [({"NNODES": "2", "RUN_DIR": "x"}, "NODE_RANK"), ({"NNODES": "2", "NODE_RANK": "0", "MASTER": "a"}, "RUN_DIR")],
 )
-def test_several_nodes_need_their_names(checkout, environment, message):
+def test_several_nodes_need_rank_and_folder(checkout, environment, message):
+    """Several nodes need NODE_RANK and RUN_DIR."""
     checkout.python(held=checkout.root)
     done = checkout.launch("recipes/tiny.yaml", **environment)
     assert done.returncode == 2
     assert message in done.stderr
 
 
-def test_resume_goes_on_in_its_folder(checkout):
+def test_resume_continues_in_its_folder(checkout):
+    """--resume continues in the given folder, also where a kill left the checkpoint under its temporary name."""
     checkout.python(held=checkout.root)
     run = checkout.root / "runs" / "tiny" / "then"
     refused = checkout.launch("recipes/tiny.yaml", "--resume", "runs/tiny/then")
@@ -258,7 +271,8 @@ def test_resume_goes_on_in_its_folder(checkout):
     assert "--ckpt_path" in ran(checkout.launch("recipes/tiny.yaml", "--resume", "runs/tiny/then"))
 
 
-def test_scripts_and_commands(checkout, tmp_path):
+def test_scripts_and_commands_are_started(checkout, tmp_path):
+    """Scripts and commands are started; a recipe that does not exist is refused."""
     checkout.python(held=checkout.root)
     done = checkout.launch("quickstart", "a")
     assert line(done, "QUICK") == f"QUICK {checkout.root} a"

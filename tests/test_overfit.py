@@ -39,7 +39,8 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_tau_is_within_a_tenth_of_its_bound(name: str, tiny_target: Path, tmp_path: Path, seed: int) -> None:
+def test_overfitted_tau_is_near_its_bound(name: str, tiny_target: Path, tmp_path: Path, seed: int) -> None:
+    """Overfitted to a few dialogues, a drafter's tau is within a tenth of its bound."""
     teacher = FrozenTarget(tiny_target)
     plain = Runner.load(tiny_target, max_len=128)
     prompts = [f"<|user|>{question}<|assistant|>" for question in QUESTIONS]

@@ -31,6 +31,7 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_recipe_runs(recipe, tiny_target, rows, tmp_path):
+    """Every recipe runs on a tiny target."""
     assert run("fit", [*tiny_flags(recipe, tiny_target, rows, tmp_path), "--trainer.fast_dev_run", "true"]) == 0
     assert not (tmp_path / "run").exists()
 
@@ -43,7 +44,8 @@ def test_recipe_sets_dotted_keys_over_base(recipe):
 
 
 @pytest.mark.parametrize("file", DRAFTERS, ids=str)
-def test_drafter_trains_in_the_recipe_of_heads(file, tiny_target, rows, tmp_path):
+def test_every_drafter_fragment_trains(file, tiny_target, rows, tmp_path):
+    """Every drafter fragment trains in the recipe for heads."""
     flags = ["--model.drafter", str(file.resolve()), "--trainer.fast_dev_run", "true"]
     assert run("fit", [*tiny_flags(Path("recipes/heads.yaml"), tiny_target, rows, tmp_path), *flags]) == 0
 
@@ -63,7 +65,7 @@ def test_fragment_parses(file, tiny_target, rows, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", STRATEGIES, ids=str)
-def test_a_strategy_is_built(file, monkeypatch):
+def test_strategy_fragment_is_built(file, monkeypatch):
     """Without GPUs Lightning runs DDP only, so the test only builds each strategy from its fragment."""
     if not importlib.util.find_spec("deepspeed"):  # an optional extra; the strategy only checks that it is installed
         stand_in = ModuleType("deepspeed")
@@ -83,7 +85,8 @@ def test_a_strategy_is_built(file, monkeypatch):
         assert strategy.kwargs["auto_wrap_policy"]._module_classes == {DecoderLayer}
 
 
-def test_nothing_is_left_out():
+def test_every_config_names_a_class():
+    """Every configuration file is tested above, or at least names a class."""
     known = {*STRATEGIES, *LOGGERS, *DRAFTERS, Path("configs/base.yaml")}
     others = [path for path in Path("configs").rglob("*.yaml") if path not in known]
     assert RECIPES and STRATEGIES and LOGGERS

@@ -36,7 +36,7 @@ def watch(monkeypatch, look):
 
 
 @pytest.mark.parametrize(("verify", "temperature"), [("coupled", 0.0), ("coupled", 1.0), ("residual", 0.0), ("residual", 0.8)])
-def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed, monkeypatch):
+def test_records_equal_recount_from_traces(verify, temperature, seed, monkeypatch):
     """For each row and round: follow the chain, read the values at each position, stop after the first rejected token."""
     runner, prompts = pair(noise=0.05, ends=()), ragged_prompts(5)  # no text ends early, so there are many records
     traces, lengths = [], []
@@ -84,7 +84,7 @@ def test_records_are_those_of_a_recount_by_hand(verify, temperature, seed, monke
     assert 0.1 < share < 0.95 and (soft or others > 3), "too few of one kind for a test"
 
 
-def test_coupled_labels_are_settled_by_the_noise_that_the_signals_have_seen(seed, monkeypatch):
+def test_coupled_labels_follow_the_shared_noise(seed, monkeypatch):
     """The target's own choice, recomputed here with the same noise, is the drafted token exactly where the label is 1."""
     runner, prompts, temperature = pair(noise=0.05, ends=()), ragged_prompts(4), 1.0
     checked = 0
@@ -111,7 +111,7 @@ def test_coupled_labels_are_settled_by_the_noise_that_the_signals_have_seen(seed
 
 
 @pytest.mark.parametrize("verify", ["coupled", "residual"])
-def test_a_prompts_records_do_not_depend_on_the_cut_into_parts(verify, seed):
+def test_records_do_not_depend_on_the_split(verify, seed):
     """Whole, or prompt by prompt; states to float32's rounding, since the batch shapes differ."""
     runner, prompts = pair(noise=0.05), ragged_prompts(6)
     record = recorder_of(runner, prompts, verify)
@@ -146,7 +146,8 @@ def run(values, *flags):
     return main(["acceptance", str(values["drafter"]), *options, *flags])
 
 
-def test_the_command_makes_a_set_and_goes_on_with_it(given, tmp_path, capsys):
+def test_features_command_writes_and_resumes_a_set(given, tmp_path, capsys):
+    """The command writes a set, and a second call makes only a missing part, byte for byte the same."""
     out = tmp_path / "set"
     assert command(given, out) == 0
     line = capsys.readouterr().out
@@ -181,7 +182,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("flags", MISTAKES, ids=" ".join)
-def test_a_mistake_is_one_line_and_nothing_is_begun(flags, given, tmp_path, capsys):
+def test_bad_flag_gives_one_line_and_no_output(flags, given, tmp_path, capsys):
+    """A wrong flag gives a one-line error and no output folder."""
     values = {**given, "out": tmp_path / "set"}
     options = [flag for flag in flags if flag.startswith("--")]
     values["drafter"] = next((flag for flag in flags if flag not in options), values["drafter"])
@@ -195,7 +197,8 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(flags, given, tmp_path, caps
     assert not (tmp_path / "set").exists()
 
 
-def test_a_drafter_for_another_target_is_refused(given, tmp_path, capsys):
+def test_drafter_of_another_target_is_refused(given, tmp_path, capsys):
+    """A drafter trained for a target with another vocabulary is refused."""
     other = make_target(tmp_path / "other", vocab_size=400)
     assert command({**given, "target": other}, tmp_path / "set") == 2
     assert "vocab_size 400 does not fit" in capsys.readouterr().err

@@ -54,7 +54,8 @@ def bench_arguments(**values) -> BenchArguments:
     return BenchArguments(**(common | synthetic | values))
 
 
-def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, tmp_path, capsys, seed):
+def test_bench_writes_table_json_and_plot(folders, tmp_path, capsys, seed):
+    """One run writes table, JSON and plot, and every output equals plain decoding's."""
     target, draft, prompts = map(str, folders)
     code = bench(
         target=target,
@@ -95,7 +96,7 @@ def test_one_run_gives_table_json_and_png_and_every_text_is_identical(folders, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.png", "new"], "no temporary file stays"
 
 
-def test_two_drafters_share_one_target_and_give_the_same_texts(folders, tmp_path, capsys, seed):
+def test_two_drafters_share_one_target(folders, tmp_path, capsys, seed):
     """The flag is given twice; the heads draft at most as deep as their number, and the tree in their bundle is measured."""
     target, draft, prompts = map(str, folders)
     heads = Medusa(target_shape(target), num_heads=2)
@@ -153,7 +154,8 @@ def test_two_drafters_share_one_target_and_give_the_same_texts(folders, tmp_path
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_drafters_of_one_name_are_told_apart_and_the_target_is_there_once(folders, tmp_path):
+def test_drafters_of_equal_name_get_distinct_names(folders, tmp_path):
+    """Two drafter folders of equal name get distinct names, and the target is loaded once."""
     target, draft, prompts = folders
     for parent in ("a", "b"):
         shutil.copytree(draft, tmp_path / parent / "draft")
@@ -165,14 +167,16 @@ def test_drafters_of_one_name_are_told_apart_and_the_target_is_there_once(folder
     assert all(runner.rounds.target is setup.runner.rounds.target for runner in setup.drafters.values())
 
 
-def test_flags_of_several_words_may_be_repeated():
+def test_list_flags_may_be_repeated():
+    """A list flag that is given several times becomes one list."""
     gathered = _gather(["--drafter", "a", "--x", "1", "--drafter=[b", "--drafter"], {"drafter"})
     assert gathered == ["--x", "1", "--drafter", '--drafter=["a", "[b"]']
     assert _gather(["--drafter", '["a"]', "c"], {"drafter"}) == ["c", '--drafter=["a"]']
     assert _gather(["--drafter", "a"], {"drafter"}) == ['--drafter=["a"]']
 
 
-def test_mistakes_in_a_list_of_drafters_or_trees_are_one_line(folders, capsys):
+def test_bad_drafters_or_trees_give_one_line(folders, capsys):
+    """A wrong list of drafters or trees gives a one-line error."""
     target, draft, prompts = map(str, folders)
     common = ["bench", "--target", target, "--prompts", prompts, "--device", "cpu", "--baselines", "false", "--drafter", draft]
     for flags, words in (
@@ -187,7 +191,8 @@ def test_mistakes_in_a_list_of_drafters_or_trees_are_one_line(folders, capsys):
         assert all(word in line for word in words), line
 
 
-def test_sampling_holds_only_our_outputs_against_plain_decoding(folders, tmp_path, capsys):
+def test_sampling_compares_only_our_outputs(folders, tmp_path, capsys):
+    """Above temperature 0 only trainkit's outputs are compared with plain decoding; transformers has its own noise."""
     target, draft, prompts = map(str, folders)
     out = tmp_path / "bench.json"
     common = {"target": target, "drafter": [draft], "prompts": prompts, "depths": (2,), "max_new_tokens": 12, "limit": 2}
@@ -197,7 +202,8 @@ def test_sampling_holds_only_our_outputs_against_plain_decoding(folders, tmp_pat
     assert "transformers samples with its own noise" in capsys.readouterr().out
 
 
-def test_batches_are_padded_for_transformers_and_assistance_is_left_out_with_a_note(folders, capsys):
+def test_batched_bench_skips_assisted_generation(folders, capsys):
+    """With a batch above 1, transformers runs padded batches, and assisted generation is skipped with a note."""
     target, draft, prompts = map(str, folders)
     code = bench(
         target=target,
@@ -215,7 +221,8 @@ def test_batches_are_padded_for_transformers_and_assistance_is_left_out_with_a_n
     assert "transformers assisted: not run, it takes one prompt at a time" in printed
 
 
-def test_a_wrong_contender_is_a_mismatch_and_is_named():
+def test_wrong_output_is_reported_as_mismatch():
+    """A method that emits a wrong token is counted and named as a mismatch."""
     arguments = bench_arguments()
     setup = synthetic_setup(arguments)
 
@@ -230,7 +237,7 @@ def test_a_wrong_contender_is_a_mismatch_and_is_named():
     assert "MISMATCH: planted, prompt 1, new token 24" in printed and "2 WRONG" in printed
 
 
-def test_synthetic_realises_its_tau_and_the_figures_follow_by_hand():
+def test_synthetic_bench_figures_by_hand():
     """The seconds are set by hand: plain decoding 4 s, depth 3 2 s, so speedup is 2, and efficiency at tau 2.5 is 0.8."""
     arguments = bench_arguments(max_new_tokens=1 + 50, synthetic_tau=2.5)  # 20 rounds of 2.5 after the prefill's token
     result = run(arguments, synthetic_setup(arguments))
@@ -255,13 +262,15 @@ def test_synthetic_realises_its_tau_and_the_figures_follow_by_hand():
     assert found["bandwidth"]["share"] == pytest.approx(needed / step / result.machine.copy_bandwidth)
 
 
-def test_a_load_that_takes_too_long_is_cut_and_said_so():
+def test_max_seconds_reduces_the_prompts():
+    """A load that would exceed max_seconds is cut, and the table says so."""
     arguments = bench_arguments(limit=8, max_seconds=1e-6)
     result = run(arguments, synthetic_setup(arguments))
     assert len(result.setup.prompts) == 1 and "1 of 8 prompts, to stay within max_seconds" in table(summarise(result))
 
 
-def test_mistakes_are_one_line():
+def test_bad_options_give_one_line():
+    """A wrong option gives a one-line error that names it."""
     for values, message in (
         ({"depths": (2, 2)}, "depths"),
         ({"depths": (0,)}, "depths"),
@@ -275,7 +284,8 @@ def test_mistakes_are_one_line():
         assert "\n" not in str(error.value)
 
 
-def test_json_has_no_nan_and_a_failed_write_leaves_the_old_file(tmp_path):
+def test_json_has_no_nan_and_is_written_atomically(tmp_path):
+    """NaN and infinity become null, and a failed write leaves the old file."""
     path = tmp_path / "bench.json"
     write_json(path, {"tau": float("nan"), "list": [1.0, float("inf")]})
     assert json.loads(path.read_text()) == {"tau": None, "list": [1.0, None]}
@@ -284,7 +294,8 @@ def test_json_has_no_nan_and_a_failed_write_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text())["tau"] is None and [p.name for p in tmp_path.iterdir()] == ["bench.json"]
 
 
-def test_policies_are_held_against_plain_decoding_and_the_best_fixed_depth(folders, tmp_path, monkeypatch, capsys, seed):
+def test_bench_compares_policies_with_best_fixed_depth(folders, tmp_path, monkeypatch, capsys, seed):
+    """Policies are compared with plain decoding and with the best fixed depth."""
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
     target, draft, prompts = map(str, folders)
     code = bench(
@@ -317,13 +328,14 @@ def test_policies_are_held_against_plain_decoding_and_the_best_fixed_depth(folde
     assert "wasted" in shown and "paused" in shown
 
 
-def test_a_policy_needs_a_drafter(folders):
+def test_policy_needs_a_drafter(folders):
+    """A policy without a drafter is refused."""
     target, _, prompts = map(str, folders)
     with pytest.raises(UserError, match="needs a --drafter"):
         bench(target=target, prompts=prompts, policy=["cost"], baselines=False)
 
 
-def test_a_policy_may_be_the_fastest_and_is_named_so(tmp_path, monkeypatch, capsys):
+def test_policy_can_be_the_best_method(tmp_path, monkeypatch, capsys):
     """It drafts deeper than any chain in the bench, and its draft is always correct."""
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path / "costs"))
     code = bench(
@@ -345,7 +357,7 @@ def test_a_policy_may_be_the_fastest_and_is_named_so(tmp_path, monkeypatch, caps
     assert f"best: {summary['best']}, " in capsys.readouterr().out
 
 
-def test_a_position_that_no_round_came_to_has_no_acceptance():
+def test_unreached_position_has_no_acceptance():
     """Tau 3 at depth 4: each round accepts two tokens and rejects the third; the fourth is never evaluated."""
     arguments = bench_arguments(depths=(4,), max_new_tokens=1 + 30, synthetic_tau=3.0)
     found = summarise(run(arguments, synthetic_setup(arguments)))["methods"][-1]

@@ -72,7 +72,8 @@ def rows_of(files: dict[str, bytes]) -> list[dict[str, Any]]:
     return [json.loads(line) for name, text in sorted(files.items()) if name != "distill.json" for line in text.splitlines()]
 
 
-def test_killed_three_times_it_gives_the_same_bytes(command, straight, tmp_path, seed, capsys):
+def test_distill_after_three_kills_is_identical(command, straight, tmp_path, seed, capsys):
+    """A set that was killed three times and finished has the bytes of an uninterrupted one."""
     draw = random.Random(seed)
     for _ in range(3):
         pid = fork(lambda: command(tmp_path))
@@ -88,7 +89,8 @@ def test_killed_three_times_it_gives_the_same_bytes(command, straight, tmp_path,
     assert files_of(tmp_path) == straight
 
 
-def test_ctrl_c_exits_130_and_loses_nothing(command, straight, tmp_path):
+def test_ctrl_c_exits_130_and_keeps_all_rows(command, straight, tmp_path):
+    """Ctrl-C ends with code 130 and no row is lost."""
     stderr = tmp_path / "stderr"
     pid = fork(lambda: command(tmp_path / "set"), stderr)
     wait_until(lambda: rows_in(tmp_path / "set") >= 3, pid)
@@ -99,7 +101,9 @@ def test_ctrl_c_exits_130_and_loses_nothing(command, straight, tmp_path):
     assert files_of(tmp_path / "set") == straight
 
 
-def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(command, straight, tmp_path):
+def test_two_ranks_make_the_same_set_as_one(command, straight, tmp_path):
+    """Two ranks write the set that one would, and one process can finish what one of two ranks began."""
+
     def rank(number: int, out: Path) -> int:
         os.environ.update(RANK=str(number), WORLD_SIZE="2")
         return command(out)
@@ -113,7 +117,8 @@ def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(command, straight
 
 
 @pytest.mark.parametrize("draft", [False, True])
-def test_a_drafter_and_another_batch_change_no_token(draft, command, straight, tiny_target, tmp_path, capsys):
+def test_drafter_and_batch_size_change_no_token(draft, command, straight, tiny_target, tmp_path, capsys):
+    """A drafter and another batch size leave every token as it is."""
     options: dict[str, Any] = {"batch": 7}
     if draft:
         network = LMDraft(target_shape(tiny_target), num_layers=3)
@@ -128,7 +133,7 @@ def test_a_drafter_and_another_batch_change_no_token(draft, command, straight, t
     assert files_of(tmp_path / "set") == straight
 
 
-def test_rows_are_the_targets_own_and_differ_in_their_draws(command, straight, tiny_target, prompts):
+def test_greedy_rows_equal_transformers(command, straight, tiny_target, prompts):
     """Greedy rows equal those of transformers."""
     from transformers import AutoModelForCausalLM
 
@@ -143,7 +148,8 @@ def test_rows_are_the_targets_own_and_differ_in_their_draws(command, straight, t
         assert row["finish"] == ("end" if row["input_ids"][-1] == model.config.eos_token_id else "length")
 
 
-def test_several_answers_at_a_temperature_differ(command, tmp_path):
+def test_samples_of_one_prompt_differ(command, tmp_path):
+    """All samples of one prompt differ from each other."""
     assert command(tmp_path, n=2, limit=2, temperatures="[0.8,1.0]") == 0
     rows = rows_of(files_of(tmp_path))
     assert [row["temperature"] for row in rows] == [0.8, 0.8, 1.0, 1.0] * 2
@@ -151,7 +157,8 @@ def test_several_answers_at_a_temperature_differ(command, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["seed", "temperatures", "target", "weights", "prompts", "top_k", "max_new_tokens"])
-def test_another_setting_is_one_line(key, command, straight, tiny_target, prompts, tmp_path, capsys):
+def test_resume_with_other_setting_gives_one_line(key, command, straight, tiny_target, prompts, tmp_path, capsys):
+    """Resuming with another setting gives a one-line error that names it, and changes no file."""
     for name, text in straight.items():
         (tmp_path / "set").mkdir(exist_ok=True)
         (tmp_path / "set" / name).write_bytes(text)
@@ -195,7 +202,7 @@ def test_another_setting_is_one_line(key, command, straight, tiny_target, prompt
         ("depth", 2),
     ],
 )
-def test_a_bad_setting_is_one_line_and_begins_no_set(option, value, command, tmp_path, capsys):
+def test_bad_setting_gives_one_line_and_no_set(option, value, command, tmp_path, capsys):
     """A folder started with it could never be continued."""
     more = {"base_url": "http://127.0.0.1:1/v1"} if option == "depth" else {}
     assert command(tmp_path / "set", **{option: value}, **more) == 2
@@ -204,14 +211,16 @@ def test_a_bad_setting_is_one_line_and_begins_no_set(option, value, command, tmp
     assert not (tmp_path / "set").exists()
 
 
-def test_a_prompt_longer_than_the_target_covers_is_named(command, tmp_path, capsys):
+def test_too_long_prompt_is_named(command, tmp_path, capsys):
+    """A prompt longer than the target's positions is named in the error."""
     (tmp_path / "long.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "x" * 600}) + "\n")
     assert command(tmp_path / "set", prompts=tmp_path / "long.jsonl") == 2
     assert "prompt 1 has 600 tokens, but the target covers 512" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
 
 
-def test_both_spellings_of_an_option_are_understood():
+def test_dashes_and_underscores_are_accepted():
+    """Options can be written with dashes or with underscores."""
     needed = ["--target", "t", "--prompts", "p", "--out", "o"]
     for dash in "-_":
         given = [f"--max{dash}new{dash}tokens", "7", f"--base{dash}url=http://a-b/v1", f"--part{dash}rows=5"]
@@ -239,7 +248,8 @@ def check_served(out: Path, limit: int) -> None:
         assert answer == ids and row["finish"] == {"stop": "end", "length": "length"}[finish] and all(row["loss_mask"][given:])
 
 
-def test_a_server_with_faults_gives_every_row_also_after_a_kill(command, served_target, tmp_path, seed):
+def test_faulty_server_gives_every_row_after_a_kill(command, served_target, tmp_path, seed):
+    """With a faulty server and a kill in between, every row is written."""
     faults = {
         "drop": 0.15,
         "cut": 0.1,
@@ -265,7 +275,7 @@ def test_a_server_with_faults_gives_every_row_also_after_a_kill(command, served_
     assert provenance["server"] == {"model": "tiny", "base_url": server.base_url} and "weights" not in provenance
 
 
-def test_a_server_that_is_gone_is_one_line_and_loses_nothing(command, served_target, tmp_path, capsys):
+def test_failed_server_gives_one_line_and_keeps_rows(command, served_target, tmp_path, capsys):
     """The server answers 5 rows, and then always 400."""
     with fake_server.serve(always="400", after=5) as server:
         options = {"target": served_target, "base_url": server.base_url, "concurrency": 1}

@@ -70,7 +70,7 @@ def naive(target: Path, draft: LMDraft, made: Prepared, temperatures: list[float
     return {name: np.array(values) for name, values in sums.items()}
 
 
-def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
+def test_sums_per_question_equal_naive_loop(tiny_target, made, seed):
     """float32 against float64; two different drafters have different sums."""
     drafts = [
         draft_of(tiny_target, 4, 0.02),
@@ -89,7 +89,8 @@ def test_sums_by_question_are_those_of_a_naive_loop(tiny_target, made, seed):
     assert not np.allclose(found[0][0]["alpha@1"], found[1][0]["alpha@1"])
 
 
-def test_temperature_0_alone_gives_agreement_and_neither_batch_nor_order_matters(tiny_target, made, seed):
+def test_batch_and_temperature_order_change_nothing(tiny_target, made, seed):
+    """Temperature 0 alone gives agreement only; batch size and order of temperatures change no sum."""
     draft = draft_of(tiny_target, 4, 0.02)
     reader = LiveTeacher(FrozenTarget(tiny_target))
     ((alone,),) = measure(reader, [draft], made.train, [0], 3, "")
@@ -98,7 +99,7 @@ def test_temperature_0_alone_gives_agreement_and_neither_batch_nor_order_matters
     assert np.abs(alone["agreement@0"] - many["agreement@0"]).sum() <= 1  # a tie, at most
 
 
-def test_the_target_is_run_once_for_all_drafters_and_not_again_where_it_is_kept(tiny_target, made, tmp_path, monkeypatch, seed):
+def test_target_runs_once_for_all_drafters(tiny_target, made, tmp_path, monkeypatch, seed):
     """The sums are identical with and without the store; the second call with a store never runs the target."""
     drafts = [draft_of(tiny_target, n, 0.02) for n in (1, 4)]
     calls, forward = [], FrozenTarget.forward
@@ -114,7 +115,7 @@ def test_the_target_is_run_once_for_all_drafters_and_not_again_where_it_is_kept(
         assert all(np.array_equal(one[name], two[name]) and np.array_equal(one[name], three[name]) for name in one)
 
 
-def test_each_head_is_measured_where_it_says_a_token(tiny_target, made, tmp_path, seed):
+def test_each_head_is_measured_at_its_own_offset(tiny_target, made, tmp_path, seed):
     """Untrained Medusa heads all output the target's next-token logits: head k's prediction of token p is the one for p - k.
 
     They are measured together with a kind that has no taps, so the two share no stored states.
@@ -142,7 +143,9 @@ def test_each_head_is_measured_where_it_says_a_token(tiny_target, made, tmp_path
     assert not np.allclose(heads[0]["alpha@0.7"], heads[1]["alpha@0.7"])
 
 
-def test_a_kind_whose_loss_does_not_tell_tokens_apart_is_refused(tiny_target, made, seed):
+def test_kind_without_per_token_losses_is_refused(tiny_target, made, seed):
+    """A drafter kind whose loss has no values per token cannot be evaluated."""
+
     class Silent(LMDraft):
         def forward(self, batch, divergence):
             return replace(super().forward(batch, divergence), per_token={})
@@ -154,7 +157,8 @@ def test_a_kind_whose_loss_does_not_tell_tokens_apart_is_refused(tiny_target, ma
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_tau_is_what_the_runner_counts(temperature, tiny_target, seed):
+def test_tau_equals_runner_statistics(temperature, tiny_target, seed):
+    """Tau as evaluated equals tau from the runner's statistics."""
     draft = draft_of(tiny_target, 4, 0.02)
     prompts = [torch.randint(5, 320, (n,)).tolist() for n in (2, 5, 9, 3)]
     found = decode_tau(str(tiny_target), draft, prompts, [temperature], 3, 24)
@@ -177,7 +181,7 @@ def bundles(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return [str(root / "a"), str(root / "b")]
 
 
-def test_the_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path, capsys):
+def test_eval_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path, capsys):
     """The JSON holds every figure of the table and those of each question; a second call with cached states agrees."""
     flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--teacher-cache", str(tmp_path / "cache")]
     flags += ["--prompts", str(texts), "--questions", "3", "--depth", "2", "--max-new-tokens", "12", "--temperatures", "[0,1]"]
@@ -202,7 +206,8 @@ def test_the_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path
     assert f"{means['alpha@1']['mean']:.4f} [{means['alpha@1']['low']:.4f}, {means['alpha@1']['high']:.4f}]" in table
 
 
-def test_the_table_has_a_line_for_each_head_and_tau_for_each_drafter(tiny_target, texts, bundles, tmp_path, capsys):
+def test_table_has_heads_and_tau_per_drafter(tiny_target, texts, bundles, tmp_path, capsys):
+    """The table has a line for every head, and tau once for every drafter."""
     heads = Medusa(target_shape(tiny_target), num_heads=2, head="target")
     export_drafter(heads.eval(), tmp_path / "heads", tokenizer=tiny_target)
     names = [bundles[0], str(tmp_path / "heads"), f"{tmp_path / 'heads'} head 2"]
@@ -217,7 +222,8 @@ def test_the_table_has_a_line_for_each_head_and_tau_for_each_drafter(tiny_target
     assert rounds <= emitted <= 3 * rounds, "the chain is as deep as the number of heads"
 
 
-def test_one_drafter_has_no_difference_and_the_paired_gap_to_itself_is_nothing(tiny_target, texts, bundles, capsys):
+def test_paired_difference_to_itself_is_zero(tiny_target, texts, bundles, capsys):
+    """One drafter alone has no difference; the paired difference of a drafter to itself is exactly 0."""
     flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--temperatures", "[1]"]
     assert main(["eval", *flags, "--drafter", bundles[0]]) == 0
     assert "difference" not in capsys.readouterr().out
@@ -236,7 +242,8 @@ def test_one_drafter_has_no_difference_and_the_paired_gap_to_itself_is_nothing(t
         ("data", "none.jsonl", "none.jsonl"),
     ],
 )
-def test_mistakes_are_one_line(flag, value, message, tiny_target, texts, bundles, capsys):
+def test_bad_flags_give_one_line(flag, value, message, tiny_target, texts, bundles, capsys):
+    """A wrong flag gives a one-line error that names it."""
     given = {"target": str(tiny_target), "data": str(texts), "length": "128", "drafter": bundles[0]} | {flag: value}
     assert main(["eval", *(f"--{name}={one}" for name, one in given.items())]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -32,7 +32,8 @@ def fit(recipe: str, target: Path, rows: Path, folder: Path) -> Path:
     return folder / "run" / "checkpoints" / "last.ckpt"
 
 
-def test_a_drafter_and_a_model_are_exported_inspected_and_decode(tiny_target, rows, tmp_path, capsys):
+def test_drafter_and_model_export_and_decode(tiny_target, rows, tmp_path, capsys):
+    """A trained drafter and a trained model can be exported, inspected and decoded with."""
     draft = fit("recipes/draft_tiny.yaml", tiny_target, rows, tmp_path / "a")
     model = fit("recipes/target_tiny.yaml", tiny_target, rows, tmp_path / "b")
     assert main(["export", str(draft), str(tmp_path / "draft"), "--format", "vllm"]) == 0
@@ -47,7 +48,7 @@ def test_a_drafter_and_a_model_are_exported_inspected_and_decode(tiny_target, ro
     assert main(["inspect", str(tmp_path / "model"), "--target", str(tiny_target)]) == 2
 
 
-def test_a_model_is_exported_in_half_precision(tiny_target, rows, tmp_path):
+def test_model_exports_in_half_precision(tiny_target, rows, tmp_path):
     """Its rotary frequencies must stay float32, as after a reload; otherwise the logits would differ."""
     checkpoint = fit("recipes/target_tiny.yaml", tiny_target, rows, tmp_path)
     for dtype in (torch.bfloat16, torch.float16):
@@ -56,7 +57,8 @@ def test_a_model_is_exported_in_half_precision(tiny_target, rows, tmp_path):
         assert {value.dtype for value in load_file(out / "model.safetensors").values()} == {dtype}
 
 
-def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(tiny_target, rows, tmp_path):
+def test_non_finite_weights_are_not_exported(tiny_target, rows, tmp_path):
+    """Weights with NaN are refused, and nothing is written."""
     checkpoint = fit("recipes/draft_tiny.yaml", tiny_target, rows, tmp_path)
     values = torch.load(checkpoint, weights_only=True)
     values["state_dict"]["drafter.decoder.norm.weight"][0] = float("nan")
@@ -66,7 +68,9 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(tiny_tar
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_reloads_otherwise_is_refused(tiny_target, rows, tmp_path, monkeypatch):
+def test_export_is_refused_if_reload_differs(tiny_target, rows, tmp_path, monkeypatch):
+    """An export whose reloaded logits differ is refused."""
+
     from trainkit.drafters.lm import LMDraft
 
     checkpoint = fit("recipes/draft_tiny.yaml", tiny_target, rows, tmp_path)
@@ -93,7 +97,8 @@ class Payload:
         return Path.touch, (self.mark,)
 
 
-def test_a_payload_in_a_checkpoint_or_a_bundle_is_refused_and_not_run(tiny_target, rows, tmp_path, capsys):
+def test_pickle_payload_is_refused_and_not_run(tiny_target, rows, tmp_path, capsys):
+    """A pickle payload in a checkpoint or in a bundle is refused and never executed."""
     mark = tmp_path / "executed"
     pickle.loads(pickle.dumps(Payload(mark)))
     assert mark.exists(), "the payload works"

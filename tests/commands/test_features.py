@@ -84,7 +84,7 @@ def check_error(capsys: pytest.CaptureFixture[str], *parts: str) -> str:
     return line
 
 
-def test_killed_at_random_moments_it_gives_the_same_bytes(command, straight, tmp_path, seed, capsys):
+def test_features_after_three_kills_are_identical(command, straight, tmp_path, seed, capsys):
     """SIGKILL three times; a shard with its final name is complete and is not written again."""
     draw, out = random.Random(seed), tmp_path / "out"
     for _ in range(3):
@@ -107,7 +107,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(command, straight, tmp
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "write"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_while_a_shard_gets_its_name(call, when, command, straight, tmp_path, seed):
+def test_kill_during_shard_write_is_recovered(call, when, command, straight, tmp_path, seed):
     """Killed before or after write, sync and rename, at a random shard."""
     at, out = random.Random(seed).randint(1, len(straight) - 1), tmp_path / "out"
 
@@ -140,7 +140,9 @@ def shard_files(out: Path) -> list[str]:
     return [shard[0] for packed in manifest["sets"].values() for shard in packed["shards"]]
 
 
-def test_two_ranks_make_the_features_of_one_and_one_goes_on_for_two(command, straight, tmp_path):
+def test_two_ranks_make_the_same_features_as_one(command, straight, tmp_path):
+    """Two ranks write the features that one would, and one process can finish what one of two ranks began."""
+
     def rank(number: int, out: Path) -> int:
         os.environ.update(RANK=str(number), WORLD_SIZE="2")
         return command(out)
@@ -154,7 +156,8 @@ def test_two_ranks_make_the_features_of_one_and_one_goes_on_for_two(command, str
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": None, "taps": None, "dtype": "bfloat16"}, {"kind": "lm", "taps": None}])
-def test_the_size_announced_is_the_size_written(options, command, tmp_path, capsys):
+def test_announced_size_equals_written_size(options, command, tmp_path, capsys):
+    """The announced size is the size of the written files without their headers."""
     out = tmp_path / "out"
     assert command(out, **options) == 0
     announced = json.loads((out / "features.json").read_text())["bytes"]
@@ -164,14 +167,15 @@ def test_the_size_announced_is_the_size_written(options, command, tmp_path, caps
     assert announced < written <= announced + 1000 * shards_in(out)  # each shard has a header
 
 
-def test_too_little_room_is_said_before_anything_is_begun(command, tmp_path, monkeypatch, capsys):
+def test_full_disk_is_reported_before_the_start(command, tmp_path, monkeypatch, capsys):
+    """Too little disk space is reported before anything is written."""
     monkeypatch.setattr(feature_set.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert command(tmp_path / "out") == 2
     check_error(capsys, str(tmp_path / "out"), "0.001 MB are free", "another disk")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_stored_is_what_the_target_says(command, straight, tiny_target, rows, tmp_path):
+def test_stored_features_equal_target_outputs(command, straight, tiny_target, rows, tmp_path):
     """Hidden states of the taps and top-k rows, each once, in the order of the packed rows; the last state only as a tap."""
     target, made = FrozenTarget(tiny_target), prepare([str(rows)], None, str(tiny_target), 96, validation_share=0.2)
     out = tmp_path / "out"
@@ -196,7 +200,8 @@ def test_what_is_stored_is_what_the_target_says(command, straight, tiny_target, 
             assert (found["top_ids"][row] == kept[:, :4]).float().mean() > 0.99
 
 
-def test_provenance_says_what_made_it(straight):
+def test_provenance_lists_all_settings(straight):
+    """The provenance file lists settings, digests and shards."""
     values = json.loads(straight["features.json"])
     assert values["states"] == [1, 4] and values["top_k"] == 4 and values["dtype"] == "float32" and values["length"] == 96
     assert len(values["weights"]) == 64 and values["target"]["config"] and values["data"]["fingerprint"]
@@ -220,7 +225,8 @@ def test_provenance_says_what_made_it(straight):
         ({"shard_rows": 4}, "sets"),
     ],
 )
-def test_going_on_with_another_setting_is_one_line_and_changes_nothing(options, key, command, straight, tmp_path, capsys):
+def test_resume_with_other_setting_is_refused(options, key, command, straight, tmp_path, capsys):
+    """Resuming with another setting gives a one-line error that names it, and changes no file."""
     (tmp_path / "out").mkdir()
     for name, content in list(straight.items())[:3]:
         (tmp_path / "out" / name).write_bytes(content)
@@ -244,20 +250,22 @@ def test_going_on_with_another_setting_is_one_line_and_changes_nothing(options, 
         ({"target": "nowhere"}, ("nowhere", "config.json")),
     ],
 )
-def test_a_wrong_option_is_one_line_and_begins_nothing(options, parts, command, tmp_path, capsys):
+def test_bad_option_gives_one_line_and_no_output(options, parts, command, tmp_path, capsys):
+    """A wrong option gives a one-line error and no output folder."""
     assert command(tmp_path / "out", **options) == 2
     check_error(capsys, *parts)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_things_are_left_alone(command, tmp_path, capsys):
+def test_folder_with_other_files_is_refused(command, tmp_path, capsys):
+    """A folder with unrelated files is refused and left as it is."""
     (tmp_path / "notes.txt").write_text("mine")
     assert command(tmp_path) == 2
     check_error(capsys, "holds something else")
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
 
 
-def test_values_that_the_dtype_does_not_hold_are_refused(command, tiny_target, tmp_path, capsys):
+def test_values_beyond_the_dtype_are_refused(command, tiny_target, tmp_path, capsys):
     """A value above 65504 would be infinite in float16, but not in bfloat16."""
     large = shutil.copytree(tiny_target, tmp_path / "large")
     tensors = load_file(large / "model.safetensors")
@@ -272,7 +280,8 @@ def test_values_that_the_dtype_does_not_hold_are_refused(command, tiny_target, t
     assert command(tmp_path / "out", dtype="bfloat16", **options) == 0
 
 
-def test_two_processes_at_once_the_second_is_refused(command, straight, tmp_path, monkeypatch, capsys):
+def test_second_writer_is_refused(command, straight, tmp_path, monkeypatch, capsys):
+    """A second process that writes the same set is refused."""
     out = tmp_path / "out"
 
     def slow() -> int:
@@ -289,7 +298,8 @@ def test_two_processes_at_once_the_second_is_refused(command, straight, tmp_path
     assert command(out) == 0 and files_of(out) == straight
 
 
-def test_a_kinds_taps_are_found_without_building_it_at_size(tiny_target, rows, command, tmp_path):
+def test_taps_are_read_from_the_kind(tiny_target, rows, command, tmp_path):
+    """The taps are taken from the drafter kind when none are given."""
     assert command(tmp_path / "out", kind="hydra", taps=None) == 0
     assert json.loads((tmp_path / "out" / "features.json").read_text())["states"] == [4]
 
@@ -316,11 +326,13 @@ def layout(**changes: Any) -> FeatureLayout:
         ({"dtype": torch.float32}, 8 * (2 * 6 * 4 + 3 * 8 + 4)),
     ],
 )
-def test_bytes_by_hand(changes, row):
+def test_row_bytes_by_hand(changes, row):
+    """The bytes per row equal those computed by hand."""
     assert layout(**changes).row_bytes == row and layout(**changes).bytes == 11 * row
 
 
 def test_every_row_is_in_one_shard():
+    """Every row is in exactly one shard."""
     for step in (1, 3, 4, 10, 50, None):
         shards = layout(shard_rows=step).shards().values()
         assert [(name, row) for name, rows in shards for row in rows] == [("train", n) for n in range(10)] + [("validation", 0)]
@@ -328,7 +340,7 @@ def test_every_row_is_in_one_shard():
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gpt2"])
-def test_a_target_without_layers_has_the_same_embedding_norm_and_head(model_type, tmp_path, seed):
+def test_target_without_layers_keeps_its_head(model_type, tmp_path, seed):
     """For each model family, with and without tied embeddings; the layers are not in memory."""
     more: Callable[..., Any] = lambda: {"tie_word_embeddings": False} if model_type != "gpt2" else {}
     folder = make_target(tmp_path, model_type, **more())

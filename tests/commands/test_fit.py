@@ -66,7 +66,7 @@ def configured(monkeypatch):
     return lambda *args: TrainingCLI("fit", [*args, *QUIET])
 
 
-def test_a_recipe_keeps_the_rest_of_base(configured, tmp_path):
+def test_recipe_keeps_other_keys_of_base(configured, tmp_path):
     """Trap: `config: base.yaml` in a recipe with a `trainer:` block dropped the rest of base's trainer."""
     base = yaml.safe_load(Path("configs/base.yaml").read_text())
     for recipe in ({"trainer.max_steps": 9}, {"trainer": {"max_steps": 9}}):
@@ -78,7 +78,8 @@ def test_a_recipe_keeps_the_rest_of_base(configured, tmp_path):
         assert trainer.num_sanity_val_steps == 0
 
 
-def test_flags_go_before_recipe_before_base(configured, tmp_path):
+def test_flags_override_recipe_overrides_base(configured, tmp_path):
+    """Flags override the recipe, and the recipe overrides base.yaml."""
     recipe = write(tmp_path, **{"trainer.max_steps": 9, "trainer.log_every_n_steps": 3})
     trainer = configured("--config", recipe, "--trainer.max_steps", "11").config.fit.trainer
     assert (trainer.max_steps, trainer.log_every_n_steps, trainer.val_check_interval) == (11, 3, 500)
@@ -87,14 +88,15 @@ def test_flags_go_before_recipe_before_base(configured, tmp_path):
 @pytest.mark.parametrize(
     "recipe", [{"trainer.max_stepz": 9}, {"model": {"class_path": TOY, "init_args": {"syze": 1}}}, {"speed": 1}]
 )
-def test_an_unknown_key_is_one_line(recipe, tmp_path):
+def test_unknown_key_gives_one_line(recipe, tmp_path):
+    """An unknown key gives a one-line error that names it."""
     with pytest.raises(UserError) as caught:
         run("fit", ["--config", write(tmp_path, **recipe)])
     assert "\n" not in str(caught.value)
     assert any(key in str(caught.value) for key in ("max_stepz", "syze", "speed"))
 
 
-def test_wandb_comes_with_csv(configured, tmp_path):
+def test_wandb_fragment_keeps_the_csv_log(configured, tmp_path):
     """Trap: naming another logger file replaces the list of loggers, and the CSV file was lost."""
     kinds = [logger["class_path"] for logger in yaml.safe_load(Path("configs/logger/wandb.yaml").read_text())]
     assert "trainkit.modules.csv_logger.CSVLog" in kinds and any("WandbLog" in kind for kind in kinds)
@@ -102,7 +104,7 @@ def test_wandb_comes_with_csv(configured, tmp_path):
     assert [entry.class_path.rsplit(".", 1)[1] for entry in cli.config.fit.trainer.logger] == ["CSVLog", "WandbLog"]
 
 
-def test_a_checkpoint_never_overrides_flags(tmp_path):
+def test_checkpoint_never_overrides_flags(tmp_path):
     """Trap: with save_hyperparameters, --ckpt_path overrode YAML and flags. Here the difference is an error."""
     recipe = write(tmp_path, **{"trainer.max_steps": 2, "trainer.default_root_dir": str(tmp_path / "run")})
     run("fit", ["--config", recipe, *QUIET])
@@ -112,7 +114,7 @@ def test_a_checkpoint_never_overrides_flags(tmp_path):
         run("fit", ["--config", recipe, "--model.size", "3", "--ckpt_path", str(checkpoint), *QUIET])
 
 
-def test_learning_rate_of_the_flags_wins_on_resume(tmp_path):
+def test_resume_uses_learning_rate_of_flags(tmp_path):
     """Trap: the optimiser state of a checkpoint holds hyper-parameters, which overrode YAML and flags."""
     recipe = write(tmp_path, **{"trainer.max_steps": 2, "trainer.default_root_dir": str(tmp_path / "run")})
     run("fit", ["--config", recipe, *QUIET, "--model.warmup_steps", "0"])
@@ -131,7 +133,7 @@ def test_learning_rate_of_the_flags_wins_on_resume(tmp_path):
     assert seen == [0.5]
 
 
-def test_metrics_append_across_a_resume(tmp_path):
+def test_resume_appends_to_metrics_csv(tmp_path):
     """Trap: Lightning's CSVLogger deletes an existing metrics.csv when it starts."""
     recipe = write(tmp_path, **{"trainer.log_every_n_steps": 1, "trainer.val_check_interval": 2})
     root = ["--trainer.default_root_dir", str(tmp_path / "run")]
@@ -148,7 +150,7 @@ def test_metrics_append_across_a_resume(tmp_path):
     assert [int(row["step"]) for row in rows if row["val/loss"]] == [2, 3, 4, 5]
 
 
-def test_a_checkpoint_caught_between_two_renames_is_found(tmp_path):
+def test_checkpoint_between_two_renames_is_found(tmp_path):
     """Where the system cannot swap two folders, a kill may leave the old checkpoint under another name."""
     recipe = write(tmp_path, **{"trainer.default_root_dir": str(tmp_path / "run")})
     run("fit", ["--config", recipe, "--trainer.max_steps", "2", *QUIET])
@@ -163,7 +165,7 @@ def test_a_checkpoint_caught_between_two_renames_is_found(tmp_path):
     assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", "best.ckpt"}
 
 
-def test_no_row_is_written_twice(tmp_path):
+def test_metrics_csv_has_no_duplicate_row(tmp_path):
     """Trap: Lightning writes the last logged values again when it stops between two logging steps."""
     recipe = write(tmp_path, **{"trainer.log_every_n_steps": 2, "trainer.max_steps": 5})
     run("fit", ["--config", recipe, "--trainer.default_root_dir", str(tmp_path / "run"), *QUIET])
@@ -172,7 +174,8 @@ def test_no_row_is_written_twice(tmp_path):
     assert steps == ["2", "4", "5"]
 
 
-def test_the_run_folder_keeps_the_resolved_configuration(tmp_path, capsys):
+def test_run_folder_holds_resolved_config(tmp_path, capsys):
+    """The run folder holds the resolved configuration and the checkpoints."""
     recipe = write(tmp_path, **{"trainer.max_steps": 2, "trainer.val_check_interval": 1})
     assert run("fit", ["--config", recipe, "--trainer.default_root_dir", str(tmp_path / "run"), *QUIET]) == 0
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -182,7 +185,8 @@ def test_the_run_folder_keeps_the_resolved_configuration(tmp_path, capsys):
     assert "last.ckpt" in said and "validation: loss" in said
 
 
-def test_validate_reads_a_checkpoint_and_leaves_its_run_alone(tmp_path, capsys):
+def test_validate_leaves_the_run_folder_unchanged(tmp_path, capsys):
+    """`trainkit validate` gives the metrics of the fit and leaves the run folder unchanged."""
     recipe = write(tmp_path, **{"trainer.max_steps": 2})
     run("fit", ["--config", recipe, "--trainer.default_root_dir", str(tmp_path / "run"), *QUIET])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
@@ -194,7 +198,8 @@ def test_validate_reads_a_checkpoint_and_leaves_its_run_alone(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
-def test_each_run_has_its_own_folder(configured, tmp_path):
+def test_run_folder_is_named_after_the_recipe(configured, tmp_path):
+    """Each run has a folder of its own under runs/RECIPE."""
     root = Path(configured("--config", write(tmp_path)).trainer.default_root_dir)
     assert root.parts[-3:-1] == ("runs", "recipe")
 
@@ -202,7 +207,7 @@ def test_each_run_has_its_own_folder(configured, tmp_path):
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
 
 
-def test_processes_that_would_train_apart_are_refused(configured, tmp_path, monkeypatch):
+def test_unconnected_processes_are_refused(configured, tmp_path, monkeypatch):
     """Trap: two processes with devices 1 and strategy auto trained two unconnected copies and exited with 0."""
     for name, value in (TORCHRUN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}).items():
         monkeypatch.setenv(name, value)
@@ -212,7 +217,7 @@ def test_processes_that_would_train_apart_are_refused(configured, tmp_path, monk
     assert cli.trainer.world_size == 2  # base.yaml sets ddp; the number of devices comes from torchrun
 
 
-def test_a_missing_base_is_said(monkeypatch, tmp_path):
+def test_missing_base_config_is_an_error(monkeypatch, tmp_path):
     """Trap: the parser silently ignores a missing default file and with it `ddp` and all its other settings."""
     monkeypatch.setattr("trainkit.commands.fit.BASE", tmp_path / "base.yaml")
     with pytest.raises(UserError, match="base.yaml"):

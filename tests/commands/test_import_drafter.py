@@ -51,7 +51,8 @@ def logits_of(tensors: dict[str, Tensor], prefix: str, head: int, layers: int, h
 
 
 @pytest.mark.parametrize(("prefix", "layers"), [("", 1), ("medusa_heads.", 2)])
-def test_original_medusa_heads_give_the_logits_of_their_definition_and_decode(prefix, layers, tiny_target, tmp_path, seed):
+def test_imported_medusa_heads_match_and_decode(prefix, layers, tiny_target, tmp_path, seed):
+    """Imported Medusa heads give the logits of their definition, and decoding with them equals plain decoding."""
     tensors = original(tmp_path / "theirs", layers=layers, prefix=prefix)
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--target", str(tiny_target)]) == 0
     card = bundle.read(tmp_path / "ours")
@@ -77,7 +78,8 @@ def test_original_medusa_heads_give_the_logits_of_their_definition_and_decode(pr
 
 
 @pytest.mark.parametrize(("dtype", "given"), [(torch.float16, None), (torch.float16, "float32"), (torch.bfloat16, None)])
-def test_weights_keep_their_dtype_unless_told_otherwise(dtype, given, tiny_target, tmp_path):
+def test_import_keeps_dtype_unless_requested(dtype, given, tiny_target, tmp_path):
+    """Imported weights keep their dtype unless another is requested."""
     tensors = original(tmp_path / "theirs", heads=1, dtype=dtype)
     import_outside(str(tmp_path / "theirs"), str(tmp_path / "ours"), target=str(tiny_target), dtype=given)
     written = load_file(tmp_path / "ours" / "model.safetensors")
@@ -87,7 +89,7 @@ def test_weights_keep_their_dtype_unless_told_otherwise(dtype, given, tiny_targe
 
 
 @pytest.mark.parametrize("kind", ["lm", "medusa"])
-def test_what_we_export_for_others_is_imported_back(kind, tiny_target, tmp_path):
+def test_export_can_be_imported_back(kind, tiny_target, tmp_path):
     """Other programs leave trainkit.json out when they pass a folder on; trimmed heads keep their token map."""
     from trainkit.drafters.base import load_kind
 
@@ -144,7 +146,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_cannot_be_imported_is_one_line_and_writes_nothing(fault, tiny_target, tmp_path, capsys):
+def test_bad_import_gives_one_line_and_no_output(fault, tiny_target, tmp_path, capsys):
+    """What cannot be imported gives a one-line error and no output folder."""
     make, said = FAULTS[fault]
     make(tmp_path / "theirs")
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "out"), "--target", str(tiny_target)]) == 2
@@ -153,13 +156,15 @@ def test_what_cannot_be_imported_is_one_line_and_writes_nothing(fault, tiny_targ
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pickle_given_by_its_own_name_is_refused_too(tiny_target, tmp_path):
+def test_pickle_file_is_refused_by_import(tiny_target, tmp_path):
+    """A pickle file that is given directly is refused."""
     payload(tmp_path / "theirs", "medusa_lm_head.pt")
     with pytest.raises(UserError, match="a pickle"):
         import_outside(str(tmp_path / "theirs" / "medusa_lm_head.pt"), str(tmp_path / "out"), target=str(tiny_target))
 
 
-def test_a_draft_model_of_another_vocabulary_and_a_bundle_are_refused(tiny_target, tmp_path):
+def test_other_vocabulary_and_bundles_are_refused(tiny_target, tmp_path):
+    """A draft model with another vocabulary and a folder that is a bundle already are refused."""
     other = make_target(tmp_path / "other", vocab_size=300, num_hidden_layers=1)
     with pytest.raises(UserError, match="vocabulary of 300 ids, the target's has 320"):
         import_outside(str(other), str(tmp_path / "out"), target=str(tiny_target))

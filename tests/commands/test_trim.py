@@ -68,6 +68,7 @@ def ids_in(folder: Path) -> list[int]:
 
 
 def test_most_frequent_by_hand():
+    """The most frequent ids equal those found by hand, and always include the end ids."""
     counts = np.array([5, 9, 0, 9, 1, 5])
     assert most_frequent(counts, 3) == [0, 1, 3], "the lower of the two ids with count 5"
     assert most_frequent(counts, 4) == [0, 1, 3, 5]
@@ -77,7 +78,8 @@ def test_most_frequent_by_hand():
 
 
 @given(hnp.arrays(np.int64, 12, elements=st.integers(0, 4)), st.integers(3, 12), st.sets(st.integers(0, 11), max_size=2))
-def test_what_is_left_out_is_never_more_frequent(counts, number, always):
+def test_dropped_ids_are_never_more_frequent(counts, number, always):
+    """No id that is left out is more frequent than one that is retained."""
     ids = most_frequent(counts, number, sorted(always))
     assert ids == sorted(set(ids)) and len(ids) == number and always <= set(ids)
     chosen, left = [(-counts[i], i) for i in set(ids) - always], [(-counts[i], i) for i in set(range(12)) - set(ids)]
@@ -85,7 +87,7 @@ def test_what_is_left_out_is_never_more_frequent(counts, number, always):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_trimmed_bundle_keeps_the_whole_head_and_serves_less(tied, tiny_target, untied, text, tmp_path, capsys, seed):
+def test_trimmed_bundle_keeps_full_head_on_disk(tied, tiny_target, untied, text, tmp_path, capsys, seed):
     """Only trainkit.json differs on disk: transformers gets equal logits; a step does not read the rows that were left out."""
     from transformers import AutoModelForCausalLM
 
@@ -132,7 +134,8 @@ def trimmed_pair(ids: list[int] | None, noise: float = 0.03) -> Runner:
     ("left", "said"),
     [({}, None), ({"tree": [[0], [1]]}, "the tree of"), ({"tree": [[0]], "predictor": {}}, "the tree and the predictor of")],
 )
-def test_what_was_made_for_the_whole_vocabulary_is_left_behind_and_said(left, said, tiny_target, text, tmp_path, seed):
+def test_trim_drops_tree_and_predictor_with_a_note(left, said, tiny_target, text, tmp_path, seed):
+    """Trimming drops the tree and the predictor made for the full vocabulary, and says so."""
     whole = exported(tiny_target, tmp_path / "whole")
     bundle.amend(whole, runner=left)
     lines = trim(str(whole), str(tmp_path / "out"), target=str(tiny_target), text=str(text)).splitlines()
@@ -142,7 +145,7 @@ def test_what_was_made_for_the_whole_vocabulary_is_left_behind_and_said(left, sa
 
 @pytest.mark.parametrize("tree", [None, BUSHY], ids=["chain", "tree"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_output_is_that_of_plain_decoding_and_only_its_ids_are_proposed(temperature, tree, seed):
+def test_trimmed_draft_decodes_as_plain_decoding(temperature, tree, seed):
     """`coupled` gives equal tokens, in two calls; the second has a longer cache and fills the trimmed head again."""
     ids, seen = sorted(torch.randperm(48)[:20].tolist()), []
     runner = trimmed_pair(ids)
@@ -173,7 +176,7 @@ def assert_proposes(traces: list[Trace], ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize("tree", [None, BUSHY], ids=["chain", "tree"])
-def test_residual_sampling_keeps_the_targets_distribution(tree, seed):
+def test_trimmed_residual_sampling_is_lossless(tree, seed):
     """`residual`: chi-squared test of the second token's counts over 1,000 draws against the target's exact distribution."""
     from scipy import stats
 
@@ -194,7 +197,8 @@ def test_residual_sampling_keeps_the_targets_distribution(tree, seed):
     assert stats.chisquare(pooled[1][keep], pooled[0][keep]).pvalue > 1e-5
 
 
-def test_temperature_0_residual_is_plain_too(seed):
+def test_trimmed_greedy_residual_equals_plain(seed):
+    """At temperature 0 residual verification with a trimmed draft equals plain decoding."""
     runner, prompts = trimmed_pair(sorted(torch.randperm(48)[:9].tolist())), ragged_prompts(5)
     plain, drafted = (runner.generate(prompts, 20, depth=depth, verify="residual") for depth in (0, 3))
     texts = [[out.tokens for out in one] for one in (drafted, plain)]
@@ -202,7 +206,7 @@ def test_temperature_0_residual_is_plain_too(seed):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_to_keep_everything_is_to_propose_the_same(temperature, tiny_target, text, tmp_path, seed):
+def test_trim_to_all_ids_changes_no_draft(temperature, tiny_target, text, tmp_path, seed):
     """With keep 1.0 it has all ids, and every round drafts what the untrimmed bundle drafts."""
     exported(tiny_target, tmp_path / "whole")
     trim(str(tmp_path / "whole"), str(tmp_path / "all"), target=str(tiny_target), text=str(text), keep=1.0)
@@ -221,7 +225,7 @@ def test_to_keep_everything_is_to_propose_the_same(temperature, tiny_target, tex
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL().measuring(), TVDpp(normalise="position")], ids=["kl", "tvdpp"])
-def test_training_is_the_divergence_over_the_trimmed_ids(divergence, tiny_target, seed):
+def test_training_uses_only_the_trimmed_ids(divergence, tiny_target, seed):
     """Loss, metrics and gradient equal those of a whole head whose other rows are removed by hand."""
     ids = sorted(torch.randperm(320)[:50].tolist())
     draft, teacher = draft_of(tiny_target, draft_vocab=ids), FrozenTarget(tiny_target)
@@ -256,14 +260,16 @@ def test_training_is_the_divergence_over_the_trimmed_ids(divergence, tiny_target
 
 
 @pytest.mark.parametrize("ids", [[3, 2], [2, 2], [], [-1, 4], [5, 320]])
-def test_ids_that_are_no_ascending_part_of_the_vocabulary_are_refused(ids, tiny_target):
+def test_unsorted_or_foreign_draft_ids_are_refused(ids, tiny_target):
+    """draft_vocab must be ascending ids of the target's vocabulary."""
     with pytest.raises(UserError, match="draft_vocab: must be ascending ids within the vocabulary of 320") as caught:
         LMDraft(target_shape(tiny_target), draft_vocab=ids)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", ["0", "-0.5", "1.5", "321", "0.002"])
-def test_a_bad_share_is_one_line_and_writes_nothing(keep, tiny_target, text, tmp_path, capsys, seed):
+def test_bad_keep_gives_one_line_and_no_output(keep, tiny_target, text, tmp_path, capsys, seed):
+    """A wrong --keep gives a one-line error and no output folder."""
     exported(tiny_target, tmp_path / "whole")
     capsys.readouterr()
     flags = ["--target", str(tiny_target), "--text", str(text), f"--keep={keep}"]
@@ -273,7 +279,8 @@ def test_a_bad_share_is_one_line_and_writes_nothing(keep, tiny_target, text, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_kinds_without_a_head_of_their_own_and_other_targets_are_refused(tiny_target, text, tmp_path, seed, monkeypatch):
+def test_trim_refuses_headless_kinds_and_other_targets(tiny_target, text, tmp_path, seed, monkeypatch):
+    """Kinds without an output head, other targets and folders that are no bundle are refused."""
     monkeypatch.setattr(base, "_PACKAGES", [*base._PACKAGES, "tests.support.kinds"])
     base.discover.cache_clear()
     try:
@@ -292,7 +299,7 @@ def test_kinds_without_a_head_of_their_own_and_other_targets_are_refused(tiny_ta
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bundle_from_before_draft_vocab_can_be_trimmed(tiny_target, text, tmp_path, seed):
+def test_old_bundle_without_draft_vocab_can_be_trimmed(tiny_target, text, tmp_path, seed):
     """Its config does not name the argument; the kind does."""
     exported(tiny_target, tmp_path / "old")
     manifest = tmp_path / "old" / "trainkit.json"
@@ -303,7 +310,8 @@ def test_a_bundle_from_before_draft_vocab_can_be_trimmed(tiny_target, text, tmp_
     assert len(ids_in(tmp_path / "out")) == 80
 
 
-def test_vocab_writes_the_ids_that_a_drafter_takes(tiny_target: Path, text: Path, tmp_path: Path) -> None:
+def test_vocab_file_is_accepted_by_a_drafter(tiny_target: Path, text: Path, tmp_path: Path) -> None:
+    """`trainkit vocab` writes the most frequent ids, in a file that a drafter accepts as draft_vocab."""
     file = tmp_path / "ids.json"
     assert main(["vocab", str(file), "--target", str(tiny_target), "--text", str(text), "--keep", "40"]) == 0
     ids = json.loads(file.read_text())
@@ -315,6 +323,7 @@ def test_vocab_writes_the_ids_that_a_drafter_takes(tiny_target: Path, text: Path
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_vocab_leaves_a_folder_alone(tiny_target: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vocab_refuses_a_folder(tiny_target: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`trainkit vocab` refuses an output path that is a folder."""
     assert main(["vocab", str(tmp_path), "--target", str(tiny_target), "--text", str(text)]) == 2
     assert "is a folder" in capsys.readouterr().err

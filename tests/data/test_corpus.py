@@ -31,19 +31,22 @@ def value_of(expression: str) -> Fraction:
     return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression), {"Fraction": Fraction})
 
 
-def test_the_script_makes_the_folder_again_byte_for_byte(tmp_path: Path) -> None:
+def test_corpus_script_reproduces_the_folder(tmp_path: Path) -> None:
+    """The script makes the same folder again, byte for byte."""
     subprocess.run([sys.executable, str(ROOT / "data" / "make_corpus.py"), "--out", str(tmp_path)], check=True, timeout=120)
     made = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
     assert made == sorted(p.relative_to(TINY) for p in TINY.rglob("*") if p.is_file())
     assert [p for p in made if (tmp_path / p).read_bytes() != (TINY / p).read_bytes()] == []
 
 
-def test_no_question_stands_in_two_files() -> None:
+def test_no_question_is_in_two_files() -> None:
+    """No question is in two of the files."""
     questions = [chat[0]["content"] for name in ("train.jsonl", "validation.jsonl", "prompts.jsonl") for chat in chats(name)]
     assert len(questions) == len(set(questions)) == 6364
 
 
-def test_every_equation_holds_and_the_answer_is_the_last_result() -> None:
+def test_every_equation_and_final_answer_is_right() -> None:
+    """Every equation holds, and the answer is the last result."""
     problems = 0
     for question, answer in ALL:
         text = answer["content"]
@@ -63,13 +66,15 @@ def test_every_equation_holds_and_the_answer_is_the_last_result() -> None:
     assert problems > 3000
 
 
-def test_equation_patterns_see_every_equals_sign() -> None:
+def test_equation_pattern_finds_every_equals_sign() -> None:
+    """The pattern that finds equations finds every equals sign."""
     for _, answer in ALL:
         if "```" not in answer["content"]:
             assert answer["content"].count(" = ") == len(EQUATION.findall(answer["content"]))
 
 
-def test_every_function_compiles_and_gives_what_its_example_says() -> None:
+def test_every_function_gives_its_example_result() -> None:
+    """Every function compiles and returns the result of its example."""
     functions = examples = 0
     for question, answer in ALL:
         found = re.search(r"```python\n(.*?)\n```", answer["content"], re.DOTALL)
@@ -84,13 +89,15 @@ def test_every_function_compiles_and_gives_what_its_example_says() -> None:
     assert functions > 2000 and examples > 1000
 
 
-def test_questions_differ_in_their_wording_not_only_in_numbers() -> None:
+def test_questions_differ_in_wording() -> None:
+    """More than 70 % of the questions still differ when numbers and names are removed."""
     forms = {re.sub(r"\d+|[A-Z][a-z]+", "#", chat[0]["content"]) for chat in ALL}
     assert len(forms) > 0.7 * len(ALL)
 
 
 @pytest.mark.parametrize("start", range(3))
-def test_any_seed_makes_sound_rows(start: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_seed_gives_valid_problems(start: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any seed gives problems whose equations hold."""
     monkeypatch.syspath_prepend(str(ROOT / "data"))
     import word_problems  # type: ignore[import-not-found]
 
@@ -101,7 +108,8 @@ def test_any_seed_makes_sound_rows(start: int, seed: int, monkeypatch: pytest.Mo
         assert all(value_of(left) == int(right) for left, right in EQUATION.findall(answer))
 
 
-def test_the_tokenizer_is_as_promised(tokenizer: Any) -> None:
+def test_tokenizer_has_its_documented_properties(tokenizer: Any) -> None:
+    """The tokenizer has 1,024 tokens, single digits, exact decoding and its chat template."""
     assert len(tokenizer) == 1024 and tokenizer.eos_token == "<|end|>" and tokenizer.pad_token == "<|pad|>"
     assert tokenizer.tokenize("a 4096") == ["a", "Ġ", "4", "0", "9", "6"]
     for chat in ALL[:200]:
@@ -111,5 +119,6 @@ def test_the_tokenizer_is_as_promised(tokenizer: Any) -> None:
     assert prompt == "<|bos|><|user|>Hi<|end|><|assistant|>"
 
 
-def test_the_bundle_stays_small() -> None:
+def test_corpus_is_below_5_megabytes() -> None:
+    """The corpus is smaller than 5 MB."""
     assert sum(p.stat().st_size for p in TINY.rglob("*") if p.is_file()) < 5_000_000

@@ -34,9 +34,10 @@ def counted(batch: dict[str, Any]) -> int:
 
 @settings(deadline=None, max_examples=60)
 @given(**sizes, shuffle=st.booleans())
-def test_an_epoch_holds_every_document_once_over_all_ranks(
+def test_epoch_has_every_document_once_over_ranks(
     rows: int, batch_size: int, world_size: int, accumulate: int, shuffle: bool
 ) -> None:
+    """Over all ranks an epoch has every document exactly once."""
     seen: list[int] = []
     for loader in loaders(rows, batch_size, world_size, accumulate, shuffle=shuffle):
         batches = list(loader)
@@ -49,9 +50,10 @@ def test_an_epoch_holds_every_document_once_over_all_ranks(
 
 @settings(deadline=None, max_examples=60)
 @given(**sizes, attach=st.booleans())
-def test_window_count_is_the_labels_of_the_step_over_ranks_and_micro_batches(
+def test_window_count_is_all_labels_of_the_step(
     rows: int, batch_size: int, world_size: int, accumulate: int, attach: bool
 ) -> None:
+    """`window_count` is the number of labels of the optimizer step, over all ranks and micro-batches."""
     ranks = [list(loader) for loader in loaders(rows, batch_size, world_size, accumulate, attach_window=attach)]
     for first in range(0, len(ranks[0]), accumulate):
         windows = [batches[first : first + accumulate] for batches in ranks]
@@ -69,7 +71,8 @@ def epochs(loader: PackedLoader, count: int) -> list[dict[str, Any]]:
     return [batch for _ in range(count) for batch in loader]
 
 
-def test_resume_at_every_point_equals_the_uninterrupted_run(seed: int) -> None:
+def test_resume_at_any_point_equals_uninterrupted(seed: int) -> None:
+    """Resuming at any batch gives the batches of the uninterrupted run."""
     options: dict[str, Any] = {"accumulate": 3, "seed": seed, "attach_window": True}
     whole = epochs(PackedLoader(packed_set(11), 2, **options), 3)
     for stop in range(len(whole)):
@@ -88,7 +91,8 @@ def test_resume_at_every_point_equals_the_uninterrupted_run(seed: int) -> None:
         assert all(map(same_batch, before + after, whole)) and len(before + after) == len(whole)
 
 
-def test_the_state_is_plain_and_equal_on_all_ranks(seed: int) -> None:
+def test_loader_state_is_plain_and_equal_on_ranks(seed: int) -> None:
+    """The loader's state has plain values and is equal on all ranks."""
     states = []
     for loader in loaders(9, 2, 2, 1, seed=seed):
         iterator = iter(loader)
@@ -98,7 +102,9 @@ def test_the_state_is_plain_and_equal_on_all_ranks(seed: int) -> None:
     assert all(isinstance(value, (int, str)) for value in states[0]["setting"].values())
 
 
-def test_epochs_differ_in_order_and_a_seed_repeats_them(seed: int) -> None:
+def test_epoch_order_is_seeded(seed: int) -> None:
+    """Epochs differ in order, and the same seed repeats them."""
+
     def order(seed: int) -> list[list[int]]:
         loader = PackedLoader(packed_set(40), 1, seed=seed)
         return [[int(batch["tokens_BT"][0, 0]) for batch in loader] for _ in range(2)]
@@ -108,7 +114,8 @@ def test_epochs_differ_in_order_and_a_seed_repeats_them(seed: int) -> None:
     assert order(seed) == [first, second] and order(seed + 1)[0] != first
 
 
-def test_without_shuffle_each_pass_starts_over_unless_just_resumed() -> None:
+def test_unshuffled_pass_restarts_unless_resumed() -> None:
+    """Without shuffling each pass starts at the first row unless it was just resumed."""
     loader = PackedLoader(packed_set(6), 2, shuffle=False)
     whole = list(loader)
     next(iter(loader))  # Lightning's sanity check leaves early
@@ -121,7 +128,8 @@ def test_without_shuffle_each_pass_starts_over_unless_just_resumed() -> None:
     assert all(map(same_batch, list(loader), whole))
 
 
-def test_checking_that_it_is_iterable_changes_nothing() -> None:
+def test_iter_alone_does_not_change_the_state() -> None:
+    """Calling iter() alone does not change the loader's state."""
     loader = PackedLoader(packed_set(6), 2)
     state = loader.state_dict()
     iter(loader)
@@ -129,19 +137,23 @@ def test_checking_that_it_is_iterable_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("batch_size", 3), ("world_size", 2), ("seed", 5), ("accumulate", 2)])
-def test_a_state_of_other_settings_is_refused(option: str, value: int) -> None:
+def test_state_of_other_settings_is_refused(option: str, value: int) -> None:
+    """A state of another batch size, world size, seed or accumulation is refused."""
     state = PackedLoader(packed_set(6), 2).state_dict()
     other: dict[str, Any] = {"batch_size": 2} | {option: value}
     with pytest.raises(UserError, match=f"^{option}: the checkpoint has"):
         PackedLoader(packed_set(6), **other).load_state_dict(state)
 
 
-def test_an_empty_set_has_no_batches() -> None:
+def test_empty_set_has_no_batches() -> None:
+    """An empty set has no batches."""
     loader = PackedLoader(pack([], 8, 0), 2)
     assert len(loader) == 0 and list(loader) == []
 
 
-def test_lightning_saves_and_resumes_it_at_any_step_without_a_lost_or_doubled_batch(tmp_path: Any, seed: int) -> None:
+def test_lightning_resume_loses_or_repeats_no_batch(tmp_path: Any, seed: int) -> None:
+    """Lightning can save and resume at any step, and no batch is lost or repeated."""
+
     import lightning as L
 
     class Save(L.Callback):

@@ -37,13 +37,15 @@ def mixed(generator: TextGenerator, **options: Any) -> MixedLoader:
 
 
 def test_apportion_by_hand() -> None:
+    """Rows are apportioned to weights as computed by hand."""
     assert apportion({"a": 9, "b": 1}, 20) == {"a": 18, "b": 2}
     assert apportion({"a": 1, "b": 1, "c": 1}, 8) == {"a": 3, "b": 3, "c": 2}
     assert apportion({"a": 1.0, "b": 0.001}, 4) == {"a": 4, "b": 0}
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(0, 300))
-def test_apportion_gives_every_row_and_misses_no_share_by_one(weights: list[float], rows: int) -> None:
+def test_apportion_is_within_one_row_of_each_share(weights: list[float], rows: int) -> None:
+    """The counts add up to all rows, and each is less than one row off its share."""
     named = {str(n): weight for n, weight in enumerate(weights)}
     counts = apportion(named, rows)
     assert sum(counts.values()) == rows
@@ -51,16 +53,16 @@ def test_apportion_gives_every_row_and_misses_no_share_by_one(weights: list[floa
 
 
 @given(st.integers(1, 20), st.integers(0, 60), st.integers(0, 60), st.integers(0, 9))
-def test_a_sequence_goes_through_all_items_before_it_repeats_and_is_the_same_in_any_cut(
-    items: int, start: int, count: int, seed: int
-) -> None:
+def test_sequence_visits_all_items_before_repeating(items: int, start: int, count: int, seed: int) -> None:
+    """A sequence visits all items before it repeats one, and is the same however it is cut."""
     whole = sequence(items, 0, start + count, seed)
     assert whole[start:] == sequence(items, start, count, seed)
     for first in range(0, len(whole) - items + 1, items):
         assert sorted(whole[first : first + items]) == list(range(items))
 
 
-def test_joined_rows_are_the_rows() -> None:
+def test_join_keeps_rows_unchanged() -> None:
+    """Joined sets hold the rows of their parts unchanged."""
     one, other = packed_set(4, seed=1), packed_set(3, seed=2)
     joined = join([(one, [2, 0]), (other, [1])])
     both = [one.batch([2, 0], 2), other.batch([1], 1)]
@@ -70,7 +72,8 @@ def test_joined_rows_are_the_rows() -> None:
     assert joined.labels_R.tolist() == [one.labels_R[2], one.labels_R[0], other.labels_R[1]]
 
 
-def test_a_chapter_has_its_shares_and_each_has_new_texts() -> None:
+def test_each_chapter_has_its_shares_and_new_texts() -> None:
+    """Each chapter has the weighted shares, and newly generated texts."""
     generator = TextGenerator()
     loader = mixed(generator)
     for chapter in (1, 2, 3):
@@ -81,20 +84,22 @@ def test_a_chapter_has_its_shares_and_each_has_new_texts() -> None:
     assert generator.calls == [(2, 0), (2, 3), (2, 6)]  # prompts continue where they stopped
 
 
-def test_stored_rows_come_equally_often() -> None:
+def test_stored_rows_are_used_equally_often() -> None:
+    """Every stored row is used equally often."""
     loader = MixedLoader({"target": packed_set(6)}, {}, {"target": 1}, 3, refresh=4)
     tokens = torch.cat([batch["tokens_BT"] for _ in range(3) for batch in loader])
     assert np.unique(tokens[:, 0].numpy(), return_counts=True)[1].tolist() == [6] * 6
 
 
-def test_a_check_by_iter_writes_nothing_and_skips_nothing() -> None:
+def test_iter_alone_generates_no_text() -> None:
+    """Calling iter() alone generates no text and skips no chapter."""
     generator = TextGenerator()
     loader = mixed(generator)
     iter(loader)
     assert not generator.calls and loader.state_dict()["chapter"] == -1
 
 
-def test_batches_do_not_number_rows() -> None:
+def test_mixture_batches_have_no_row_numbers() -> None:
     """Rows of a chapter are in no set, so a cache of hidden states by row index would mix them up."""
     loader = mixed(TextGenerator(), accumulate=2, attach_window=True)
     assert all("rows_B" not in part for batch in loader for part in (batch, *batch.get("window", ())))
@@ -102,7 +107,7 @@ def test_batches_do_not_number_rows() -> None:
 
 @pytest.mark.parametrize("writes", [True, False])
 @pytest.mark.parametrize("taken", [1, 3, 4, 6])
-def test_resume_goes_on_with_the_same_batches(taken: int, writes: bool) -> None:
+def test_resumed_mixture_gives_the_same_batches(taken: int, writes: bool) -> None:
     """Also inside a chapter, when the draft has changed: the texts that it generated are in the checkpoint."""
 
     def endless(loader: MixedLoader) -> Any:
@@ -132,13 +137,15 @@ def test_resume_goes_on_with_the_same_batches(taken: int, writes: bool) -> None:
     assert later.calls == generator.calls  # nothing was generated twice
 
 
-def test_resume_with_other_weights_is_refused() -> None:
+def test_resume_with_other_refresh_is_refused() -> None:
+    """Resuming with another refresh interval is refused."""
     state = mixed(TextGenerator()).state_dict()
     with pytest.raises(UserError, match="refresh: the checkpoint has 4, this run 5"):
         mixed(TextGenerator(), refresh=5).load_state_dict(state)
 
 
-def test_ranks_share_a_chapter() -> None:
+def test_two_ranks_split_a_chapter() -> None:
+    """Two ranks divide the rows of a chapter and have equal window counts."""
     parts = []
     for rank in range(2):
         loader = mixed(TextGenerator(), rank=rank, world_size=2, accumulate=2, refresh=3)

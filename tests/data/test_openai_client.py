@@ -56,7 +56,8 @@ def expected(asked: Sequence[tuple[int, list[int]]], seed: int, temperature: flo
     return answers
 
 
-def test_every_prompt_is_answered_exactly_once_under_all_faults_together(ask: Any, seed: int) -> None:
+def test_every_prompt_is_answered_once_under_faults(ask: Any, seed: int) -> None:
+    """Under all faults together every prompt is answered exactly once, with one more request per fault."""
     asked = prompts(150, seed)
     shares = {"429": 0.1, "500": 0.05, "503": 0.05, "408": 0.05, "409": 0.05, "425": 0.05}
     with serve(
@@ -74,7 +75,8 @@ def test_every_prompt_is_answered_exactly_once_under_all_faults_together(ask: An
     assert len(stats.requests) == len(asked) + stats.faults.total(), "one more request for each fault, and no others"
 
 
-def test_tokens_are_the_servers_own_where_it_gives_them(ask: Any, end_id: int) -> None:
+def test_server_token_ids_are_used(ask: Any, end_id: int) -> None:
+    """Where the server returns token ids they are used."""
     asked = prompts(12)
     for end_in_ids in (True, False):
         with serve(end_in_ids=end_in_ids) as served:
@@ -85,9 +87,8 @@ def test_tokens_are_the_servers_own_where_it_gives_them(ask: Any, end_id: int) -
 
 
 @pytest.mark.parametrize("refuse", [False, True])
-def test_tokens_are_encoded_from_the_text_where_the_server_gives_none(
-    refuse: bool, ask: Any, tokenizer: Any, end_id: int
-) -> None:
+def test_text_is_encoded_if_server_gives_no_ids(refuse: bool, ask: Any, tokenizer: Any, end_id: int) -> None:
+    """Where the server returns no token ids the text is encoded."""
     asked = prompts(12)
     with serve(give_ids=False, refuse_ids=refuse) as served:
         server = ask(served, concurrency=1)
@@ -101,7 +102,8 @@ def test_tokens_are_encoded_from_the_text_where_the_server_gives_none(
     assert with_ids == (1 if refuse else 12), "refused once, then no longer requested"
 
 
-def test_other_end_tokens_are_not_ended_again(ask: Any, end_id: int) -> None:
+def test_other_end_token_is_not_followed_by_eos(ask: Any, end_id: int) -> None:
+    """A reply that ends in another end token gets no second one."""
     for patch, tokens in (
         ({"token_ids": [5, 9], "finish_reason": "stop", "stop_reason": 9}, [5, 9]),
         ({"token_ids": [5, 9], "finish_reason": "stop", "stop_reason": None}, [5, 9, end_id]),
@@ -113,19 +115,22 @@ def test_other_end_tokens_are_not_ended_again(ask: Any, end_id: int) -> None:
         assert answer.tokens == tokens
 
 
-def test_a_character_cut_by_the_length_is_not_learnt(ask: Any, tokenizer: Any) -> None:
+def test_character_cut_by_length_is_dropped(ask: Any, tokenizer: Any) -> None:
+    """A character that the length limit cut is dropped."""
     with serve(patch={"text": "ab\ufffd", "finish_reason": "length"}, give_ids=False) as served:
         (answer,) = ask(served).complete([(0, [7])], temperature=0)
     assert tokenizer.decode(answer.tokens) == "ab"
 
 
-def test_so_many_are_in_flight_and_no_more(ask: Any) -> None:
+def test_concurrency_is_reached_and_not_exceeded(ask: Any) -> None:
+    """As many requests as `concurrency` are in flight, and never more."""
     with serve(hold=7, delay=0.02) as served:
         assert len(list(ask(served, concurrency=7).complete(prompts(40), **HOT))) == 40
         assert served.stats.peak == 7
 
 
-def test_prompts_are_drawn_as_they_are_needed(ask: Any) -> None:
+def test_prompts_are_read_lazily(ask: Any) -> None:
+    """Prompts are read only as they are needed."""
     drawn = 0
 
     def endless() -> Iterator[tuple[int, list[int]]]:
@@ -142,7 +147,8 @@ def test_prompts_are_drawn_as_they_are_needed(ask: Any) -> None:
         answers.close()
 
 
-def test_retry_after_is_waited_for(ask: Any) -> None:
+def test_retry_after_is_respected(ask: Any) -> None:
+    """The client waits for the time in Retry-After."""
     asked = prompts(4)
     with serve(first=["429"], headers={"Retry-After": "1"}) as served:
         assert len(list(ask(served).complete(asked, **HOT))) == 4
@@ -152,14 +158,16 @@ def test_retry_after_is_waited_for(ask: Any) -> None:
         assert 0.95 < second - first < 1 + SOON
 
 
-def test_retry_after_is_read_as_seconds_or_as_a_date() -> None:
+def test_retry_after_is_parsed_as_seconds_or_date() -> None:
+    """Retry-After is read as seconds or as a date; anything else is ignored."""
     assert [retry_after(value) for value in ("3", "0", None, "soon", "-1", "inf", "nan", "")] == [3, 0] + [None] * 6
     soon = retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True))
     assert soon is not None and 85 < soon <= 90
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
-def test_pauses_grow_and_are_capped(ask: Any) -> None:
+def test_retry_pauses_grow_up_to_60_seconds(ask: Any) -> None:
+    """Pauses double up to 60 seconds, half of each is jitter."""
     client, state = ask("http://localhost:1/v1", BACKOFF=0.5), RetryCallState(None, None, (), {})
     for attempt, longest in ((1, 0.5), (2, 1), (4, 4), (7, 32), (8, 60), (5000, 60)):
         state.attempt_number = attempt
@@ -176,7 +184,8 @@ def test_pauses_grow_and_are_capped(ask: Any) -> None:
         ("307", "redirects to, https://b.example/v1"),
     ],
 )
-def test_a_refusal_ends_it_at_once_with_one_line(status: str, says: str, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_request_ends_with_one_line(status: str, says: str, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused request ends the run at once with a one-line error that does not show the key."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     message = "the context has 2048 tokens,\n  key sk-secret " + "and so on " * 100
     with serve(always=status, message=message, headers={"Location": "https://b.example/v1"}) as served:
@@ -190,12 +199,14 @@ def test_a_refusal_ends_it_at_once_with_one_line(status: str, says: str, ask: An
     assert {body["authorization"] for body in stats.requests} == {"Bearer sk-secret"}
 
 
-def test_an_address_without_v1_is_told_so(ask: Any) -> None:
+def test_url_without_v1_is_explained(ask: Any) -> None:
+    """An address without /v1 gives an error that explains it."""
     with serve() as served, pytest.raises(UserError, match=r"status 404 for .*Not Found.*ends in /v1"):
         list(ask(served.base_url.removesuffix("/v1")).complete(prompts(3), **HOT))
 
 
-def test_the_key_comes_from_the_environment_and_is_not_told(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_from_environment_is_not_recorded(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API key is read from the environment and is not recorded."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
     with serve(key="sk-mine") as served:
         server = ask(served.base_url + "/")
@@ -204,7 +215,8 @@ def test_the_key_comes_from_the_environment_and_is_not_told(ask: Any, monkeypatc
     assert ask("http://me:pass@localhost:1/v1", model="tiny").base_url == "http://localhost:1/v1"
 
 
-def test_the_model_is_the_one_named_or_the_first_listed(ask: Any) -> None:
+def test_model_is_the_named_or_first_listed(ask: Any) -> None:
+    """The model is the one named, else the first that the server lists."""
     with serve(models=["first", "second"]) as served:
         for name, wanted in ((None, "first"), ("mine", "mine")):
             server = ask(served, model=name)
@@ -216,7 +228,8 @@ def test_the_model_is_the_one_named_or_the_first_listed(ask: Any) -> None:
 
 
 @pytest.mark.parametrize("always", ["drop", "garbage", "503"])
-def test_what_stays_broken_ends_after_all_attempts(always: str, ask: Any) -> None:
+def test_persistent_fault_ends_after_all_attempts(always: str, ask: Any) -> None:
+    """A fault that persists ends the run after all attempts."""
     with serve(always=always) as served:
         with pytest.raises(
             UserError, match=r"/v1/completions: no answer in 3 attempts, the last one failed with .+; check that"
@@ -227,7 +240,8 @@ def test_what_stays_broken_ends_after_all_attempts(always: str, ask: Any) -> Non
 
 
 @pytest.mark.parametrize("patch", [{"finish_reason": "abort"}, {"text": None}, {"token_ids": ["a"]}])
-def test_a_reply_that_is_none_is_not_taken(patch: dict[str, Any], ask: Any) -> None:
+def test_malformed_reply_is_not_accepted(patch: dict[str, Any], ask: Any) -> None:
+    """A malformed reply is not accepted."""
     with (
         serve(patch=patch) as served,
         pytest.raises(UserError, match="no answer in 2 attempts, the last one failed with a reply w"),
@@ -235,7 +249,8 @@ def test_a_reply_that_is_none_is_not_taken(patch: dict[str, Any], ask: Any) -> N
         list(ask(served, ATTEMPTS=2).complete([(4, [7])], **HOT))
 
 
-def test_a_dead_server_ends_it_in_one_line(ask: Any) -> None:
+def test_unreachable_server_gives_one_line(ask: Any) -> None:
+    """A server that cannot be reached gives a one-line error."""
     with socket.socket() as taken:  # bound but not listening, so connections are refused
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
@@ -245,7 +260,8 @@ def test_a_dead_server_ends_it_in_one_line(ask: Any) -> None:
             assert url in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_server_that_never_answers_is_left_in_the_end(ask: Any) -> None:
+def test_hanging_server_times_out(ask: Any) -> None:
+    """A server that never answers ends in a timeout after all attempts."""
     with serve(always="hang") as served:
         with pytest.raises(UserError, match="no answer in 2 attempts, the last one failed with ReadTimeout"):
             list(ask(served, ATTEMPTS=2, TIMEOUT=0.2).complete([(0, [7])], **HOT))
@@ -260,7 +276,8 @@ def wait_until(condition: Any) -> None:
 
 
 @pytest.mark.parametrize("always", ["hang", "429"])
-def test_closing_ends_at_once_whatever_is_in_flight(always: str, ask: Any) -> None:
+def test_close_does_not_wait_for_requests(always: str, ask: Any) -> None:
+    """Closing ends at once, whatever is in flight, and leaves no thread."""
     # The other requests hang on the server, or wait for the 1000 s that it asked for.
     with serve(always=always, after=1, headers={"Retry-After": "1000"}) as served:
         threads = threading.active_count()
@@ -276,7 +293,9 @@ def test_closing_ends_at_once_whatever_is_in_flight(always: str, ask: Any) -> No
         assert len(served.stats.requests) <= 9
 
 
-def test_an_error_among_the_prompts_stops_the_rest(ask: Any) -> None:
+def test_error_in_prompts_stops_the_requests(ask: Any) -> None:
+    """An error of the prompt iterator stops the requests in flight."""
+
     def broken() -> Iterator[tuple[int, list[int]]]:
         yield from prompts(3)
         raise OSError("the disk is gone")
@@ -288,7 +307,8 @@ def test_an_error_among_the_prompts_stops_the_rest(ask: Any) -> None:
         assert time.monotonic() - began < SOON
 
 
-def test_an_interrupt_ends_at_once(ask: Any) -> None:
+def test_interrupt_ends_at_once(ask: Any) -> None:
+    """An interrupt ends at once although the server hangs."""
     with serve(always="hang") as served:
 
         def interrupt() -> None:
@@ -302,7 +322,8 @@ def test_an_interrupt_ends_at_once(ask: Any) -> None:
         assert time.monotonic() - began < 2 * SOON
 
 
-def test_a_program_that_leaves_the_iterator_open_still_ends() -> None:
+def test_program_with_open_iterator_still_ends() -> None:
+    """A program that leaves the iterator open still ends."""
     script = (
         "import sys\nfrom types import SimpleNamespace\nfrom trainkit.data.openai_client import CompletionClient\n"
         "from tests.support.fake_server import Served, one_then_more\n"
@@ -322,7 +343,8 @@ def test_a_program_that_leaves_the_iterator_open_still_ends() -> None:
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
-def test_the_seed_of_a_request_hangs_on_nothing_but_seed_and_number(ask: Any) -> None:
+def test_request_seed_depends_on_seed_and_number_only(ask: Any) -> None:
+    """The seed of a request depends only on the run's seed and the prompt's number."""
     asked = prompts(30)
     seeds, texts = [], []
     with serve(delay=0.01) as served:
@@ -337,7 +359,8 @@ def test_the_seed_of_a_request_hangs_on_nothing_but_seed_and_number(ask: Any) ->
     assert other != seeds[0][json.dumps(asked[0][1])]
 
 
-def test_what_is_asked(ask: Any) -> None:
+def test_request_body(ask: Any) -> None:
+    """The body of a request has exactly the documented fields."""
     with serve() as served:
         list(ask(served).complete([(3, [7, 8])], temperature=0.5, top_p=0.9, max_new_tokens=6, seed=1))
         list(ask(served).complete([(3, [7, 8])], temperature=0.5, top_k=20, max_new_tokens=6, seed=1))
@@ -349,7 +372,8 @@ def test_what_is_asked(ask: Any) -> None:
     assert with_k == own | {"max_tokens": 6, "temperature": 0.5, "top_p": 1.0, "top_k": 20}
 
 
-def test_no_number_is_asked_twice(ask: Any) -> None:
+def test_duplicate_prompt_number_is_an_error(ask: Any) -> None:
+    """Two prompts with one number are an error."""
     with serve() as served, pytest.raises(AssertionError, match="request 3 is sent twice"):
         list(ask(served).complete([(3, [7]), (3, [8])], temperature=0))
 
@@ -357,12 +381,14 @@ def test_no_number_is_asked_twice(ask: Any) -> None:
 @pytest.mark.parametrize(
     "url", ["localhost:8000/v1", "/v1", "", "ftp://host/v1", "http://", "http://host/v1?a=1", "http://h:p/v1"]
 )
-def test_what_is_no_address_is_refused(url: str, ask: Any) -> None:
+def test_invalid_url_is_refused(url: str, ask: Any) -> None:
+    """An invalid address is refused."""
     with pytest.raises(UserError, match="give it as http://HOST:PORT/v1"):
         ask(url)
 
 
 def test_a_key_with_a_line_break_is_refused(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that no HTTP header can carry is refused before any request."""
     monkeypatch.setenv("OPENAI_API_KEY", "a\nb")
     with pytest.raises(UserError, match="API key"):
         ask("http://localhost:1/v1")

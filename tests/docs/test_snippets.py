@@ -93,6 +93,7 @@ class Parsed(Exception):
     "page", [page for page in [*PAGES, *RECIPES] if commands(page)], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_commands_of_a_page_parse(page, parse, capsys):
+    """Every command on a documentation page parses."""
     for words in commands(page):
         if words[0] in ENTRIES:
             continue
@@ -109,7 +110,7 @@ def test_commands_of_a_page_parse(page, parse, capsys):
         assert code == 0, f"{page}: trainkit {shlex.join(words)}: {capsys.readouterr().err}"
 
 
-def test_an_unknown_command_flag_or_value_is_noticed(parse):
+def test_unknown_commands_flags_and_values_are_detected(parse):
     """The fixture itself: without this a parser that accepts anything would go unseen."""
     assert parse(["trim", "a", "b", "--target", "T", "--text", "S"]) == 0
     assert parse(["trim", "a", "b", "--target", "T", "--text", "S", "--kepp", "0.5"]) == 2
@@ -131,6 +132,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in GUIDES if any(blocks(page, "python"))], ids=lambda p: p.name)
 def test_python_of_a_page_runs(page, folder, monkeypatch):
+    """The Python examples of a page run."""
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     for number, code in enumerate(blocks(page, "python"), start=1):
@@ -139,6 +141,7 @@ def test_python_of_a_page_runs(page, folder, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_of_a_page_have_targets(page):
+    """Every link of a page has an existing target."""
     generated = {"studies", "cli.md", "add-a-kind.md", "recipes.md"}  # made by docs/hooks.py; mkdocs build --strict checks them
     for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" in path:
@@ -153,4 +156,5 @@ def test_links_of_a_page_have_targets(page):
 
 
 def test_readme_is_short():
+    """The README has at most 130 lines."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130

@@ -53,7 +53,8 @@ def dense(q_BTHE, entries, document_BT):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("block", [4, 7, 64])
-def test_structured_attention_is_the_dense_one_in_value_and_gradient(steps, block, seed):
+def test_structured_attention_equals_dense_attention(steps, block, seed):
+    """The blockwise attention equals dense attention in value and gradient."""
     B, T, H, G, E = 2, 19, 4, 2, 8
     document = torch.tensor([[0] * 8 + [1] * 9 + [-1] * 2, [0] * 19])
     q = torch.randn(B, T, H, E, dtype=torch.float64, requires_grad=True)
@@ -83,7 +84,7 @@ def kept_bytes(steps: int, places: int) -> int:
     return sum(storages.values())
 
 
-def test_its_memory_is_linear_in_steps_and_places(seed):
+def test_attention_memory_is_linear_in_length_and_steps(seed):
     """Only queries, keys and values of each step are stored, nothing of size T x T."""
     one, two, four = (kept_bytes(steps, 512) for steps in (1, 2, 4))
     assert four - two == 2 * (two - one), (one, two, four)
@@ -92,7 +93,7 @@ def test_its_memory_is_linear_in_steps_and_places(seed):
     assert long < 1024 * 1024 * 4 * 0.6  # a mask of booleans for each step would be twice that
 
 
-def test_a_step_reads_what_serving_would_have_in_its_cache(teacher, seed):
+def test_unrolled_step_equals_cached_serving(teacher, seed):
     """At each position and step the layer, run token by token over a cache like the runner's, gives the unrolled features."""
     draft = scrambled(teacher, steps=3)
     shape, T, D = teacher.shape().decoder, 9, 64
@@ -121,7 +122,8 @@ def test_a_step_reads_what_serving_would_have_in_its_cache(teacher, seed):
                 torch.testing.assert_close(feature[0, 0], seen[step][place], rtol=1e-4, atol=1e-5)
 
 
-def test_in_training_only_what_it_can_propose_counts(teacher, seed):
+def test_training_counts_only_proposable_labels(teacher, seed):
+    """In training only labels inside the draft vocabulary count."""
     ids = list(range(0, 320, 2))
     draft = scrambled(teacher, steps=2, draft_vocab=ids)
     tokens = torch.randint(320, (2, 16))
@@ -141,7 +143,8 @@ def exported(draft: Eagle, teacher: FrozenTarget, out: Path) -> Path:
 
 @pytest.mark.parametrize("layout", ["flat", "speculators"])
 @pytest.mark.parametrize("ids", [None, [3, 4, 7, 100, 319]])
-def test_files_have_the_published_names_shapes_and_types(layout, ids, teacher, seed, tmp_path):
+def test_export_has_published_names_and_shapes(layout, ids, teacher, seed, tmp_path):
+    """The exported files have the published tensor names, shapes and types."""
     draft = scrambled(teacher, intermediate_size=96, draft_vocab=ids)
     draft.export(tmp_path, torch.bfloat16, layout)
     H, inner, V, K, A = 64, 96, 320, len(ids or range(320)), 3
@@ -184,7 +187,8 @@ def test_files_have_the_published_names_shapes_and_types(layout, ids, teacher, s
         assert config["transformer_layer_config"]["num_hidden_layers"] == 1 and config["speculators_model_type"] == "eagle3"
 
 
-def test_default_taps_are_those_readers_take_untold(teacher):
+def test_default_taps_match_other_programs(teacher):
+    """The default taps are those that other programs assume when none are given."""
     assert layouts.default_taps(32) == (2, 16, 29) and layouts.default_taps(7) == (2, 3, 4)
     assert layouts.default_taps(2) == (0, 1)
     deep = replace(teacher.shape(), decoder=replace(teacher.shape().decoder, num_layers=32))
@@ -194,7 +198,7 @@ def test_default_taps_are_those_readers_take_untold(teacher):
 
 
 @pytest.mark.parametrize("layout", ["flat", "speculators"])
-def test_a_folder_without_our_card_decodes_as_the_bundle_does(layout, teacher, seed, tmp_path):
+def test_foreign_folder_decodes_like_the_bundle(layout, teacher, seed, tmp_path):
     """A folder as another program writes it is recognised; taps and vocabulary are read from its files."""
     draft = scrambled(teacher, taps=[0, 1, 3], draft_vocab=list(range(5, 300)))
     bundle = exported(draft, teacher, tmp_path / "bundle")
@@ -207,7 +211,7 @@ def test_a_folder_without_our_card_decodes_as_the_bundle_does(layout, teacher, s
     assert texts[0].tokens == texts[1].tokens and texts[0].stats == texts[1].stats
 
 
-def test_an_outside_drafts_own_rotary_and_norms_are_kept(teacher, seed, tmp_path):
+def test_imported_draft_keeps_its_rope_and_norm(teacher, seed, tmp_path):
     """They come from its config.json, or are transformers' defaults if absent, never the target's. Our bundle keeps them."""
     draft = scrambled(teacher, rope={"rope_type": "default", "rope_theta": 123.0}, norm_eps=1e-3)
     assert not torch.equal(first_logits(draft), first_logits(copy_of(draft, teacher)))
@@ -233,7 +237,8 @@ def copy_of(draft: Eagle, teacher: FrozenTarget) -> Eagle:
     return made.eval()
 
 
-def test_the_embedding_is_the_targets_whatever_folder_the_tokenizer_comes_from(teacher, seed, tmp_path):
+def test_exported_embedding_is_the_targets(teacher, seed, tmp_path):
+    """The exported embedding is the target's, whatever folder the tokenizer comes from."""
     other = make_target(tmp_path / "other", seed=5)
     draft = scrambled(teacher)
     export_drafter(draft, tmp_path / "out", tokenizer=other, target=teacher.folder)
@@ -253,7 +258,8 @@ def test_the_embedding_is_the_targets_whatever_folder_the_tokenizer_comes_from(t
         ({"num_attention_heads": "4"}, "num_attention_heads must be a number"),
     ],
 )
-def test_variants_that_it_does_not_compute_are_refused(change, said, teacher, seed, tmp_path):
+def test_unsupported_variants_are_refused(change, said, teacher, seed, tmp_path):
+    """Variants of EAGLE-3 that are not implemented are refused."""
     draft = scrambled(teacher)
     draft.export(tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -262,7 +268,8 @@ def test_variants_that_it_does_not_compute_are_refused(change, said, teacher, se
         Eagle.load(tmp_path, teacher.shape(), {})
 
 
-def test_a_file_with_a_tensor_missing_is_refused(teacher, seed, tmp_path):
+def test_missing_tensor_is_refused(teacher, seed, tmp_path):
+    """A file with a missing tensor is refused, and the tensor is named."""
     draft = scrambled(teacher)
     draft.export(tmp_path, torch.float32)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -272,7 +279,8 @@ def test_a_file_with_a_tensor_missing_is_refused(teacher, seed, tmp_path):
         Eagle.load(tmp_path, teacher.shape(), {})
 
 
-def test_a_draft_of_another_targets_width_is_refused(teacher, seed, tmp_path):
+def test_draft_of_another_width_is_refused(teacher, seed, tmp_path):
+    """A draft for a target of another hidden size is refused."""
     scrambled(teacher).export(tmp_path, torch.float32)
     wider = replace(teacher.shape(), decoder=replace(teacher.shape().decoder, hidden_size=96))
     with pytest.raises(UserError, match=r"give the target that it was trained for"):
@@ -280,13 +288,15 @@ def test_a_draft_of_another_targets_width_is_refused(teacher, seed, tmp_path):
 
 
 @pytest.mark.parametrize("taps", [[], [1, 1], [2, 1], [0, 4], [-1, 2]])
-def test_taps_must_name_states_before_the_final_norm(taps, teacher):
+def test_taps_must_be_ascending_hidden_states(taps, teacher):
+    """Taps must be ascending numbers of hidden states before the final norm."""
     with pytest.raises(UserError, match=r"drafter\.taps"):
         Eagle(teacher.shape(), taps=taps)
 
 
 @pytest.mark.parametrize("content", ["{}", "[1, 2", "[3, 2]", "[1.5]", None])
-def test_a_vocabulary_file_that_is_none_is_refused(content, teacher, tmp_path):
+def test_invalid_vocabulary_file_is_refused(content, teacher, tmp_path):
+    """An invalid or missing vocabulary file is refused."""
     file = tmp_path / "ids.json"
     if content is not None:
         file.write_text(content)

@@ -24,7 +24,8 @@ def scrambled(teacher: FrozenTarget, **options) -> Hydra:
 
 
 @torch.no_grad()
-def test_head_i_reads_the_state_and_the_tokens_up_to_the_one_before_its_label(teacher, seed):
+def test_head_reads_state_and_tokens_before_its_label(teacher, seed):
+    """Head i reads the hidden state and all tokens before its label."""
     asked = []
 
     def record(draft_ND, draft_head, target_ND, target_head, ids_K=None, mask_N=None, labels_N=None):
@@ -46,7 +47,7 @@ def test_head_i_reads_the_state_and_the_tokens_up_to_the_one_before_its_label(te
 
 
 @torch.no_grad()
-def test_on_a_tree_each_node_reads_its_own_path(teacher, seed):
+def test_tree_node_reads_its_own_path(teacher, seed):
     """Root r with children a, b; then c and d under b and e under a, in this order; then f under d, which reads r, b, d, f."""
     draft, handle = scrambled(teacher, num_heads=4, num_layers=2), teacher.handle()
     state = draft.init_state(1, 16, torch.device("cpu"), torch.float32)
@@ -65,7 +66,7 @@ def test_on_a_tree_each_node_reads_its_own_path(teacher, seed):
 
 @torch.no_grad()
 @pytest.mark.parametrize("accepted", [1, 2, 4])
-def test_the_prefix_layers_cache_gives_what_the_whole_text_gives(accepted, teacher, seed):
+def test_prefix_cache_equals_full_forward(accepted, teacher, seed):
     """A prompt in two chunks and two rounds with `accepted` of 4 nodes each equal one causal pass over the accepted text."""
     draft, D = scrambled(teacher, num_heads=3, prefix=True), teacher.hidden_size
     taps = torch.randn(2, 15, 1, D)

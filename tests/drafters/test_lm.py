@@ -16,7 +16,8 @@ from trainkit.models.target import target_shape
 from trainkit.runner import Runner, Stats
 
 
-def test_init_from_the_target_copies_embedding_head_and_every_nth_layer(tiny_target):
+def test_init_from_target_copies_every_nth_layer(tiny_target):
+    """Initialising from the target copies its embedding, head and every n-th layer."""
     theirs = load_decoder(tiny_target).state_dict()
     for count, kept in ((1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3])):
         draft = LMDraft(target_shape(tiny_target), num_layers=count)
@@ -31,7 +32,8 @@ def test_init_from_the_target_copies_embedding_head_and_every_nth_layer(tiny_tar
         assert draft.config()["num_layers"] == count
 
 
-def test_init_from_an_untied_target_copies_the_head(tmp_path):
+def test_init_from_untied_target_copies_the_head(tmp_path):
+    """Initialising from an untied target copies its head too."""
     folder = make_target(tmp_path, "qwen3", tie_word_embeddings=False)
     draft = LMDraft(target_shape(folder), num_layers=4)
     draft.initialise(folder)
@@ -40,7 +42,8 @@ def test_init_from_an_untied_target_copies_the_head(tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_init_from_scratch_takes_the_sizes_given(tiny_target, seed):
+def test_init_from_scratch_uses_given_sizes(tiny_target, seed):
+    """Random initialisation uses the given sizes and derives the others."""
     draft = LMDraft(target_shape(tiny_target), num_layers=2, hidden_size=32, init="scratch")
     shape = draft.decoder.shape
     assert (shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim) == (32, 2, 2, 16)
@@ -53,7 +56,8 @@ def test_init_from_scratch_takes_the_sizes_given(tiny_target, seed):
     assert sizes.items() <= other.decoder.shape.to_dict().items()
 
 
-def test_init_from_a_folder_takes_its_weights_and_sizes(tiny_target, tmp_path):
+def test_init_from_folder_uses_its_weights_and_sizes(tiny_target, tmp_path):
+    """Initialising from a model folder uses its weights and sizes."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     folder = make_target(tmp_path / "small", "qwen2", seed=3, **sizes)
     draft = LMDraft(target_shape(tiny_target), init=str(folder))
@@ -62,7 +66,8 @@ def test_init_from_a_folder_takes_its_weights_and_sizes(tiny_target, tmp_path):
     assert all(torch.equal(value, theirs[name]) for name, value in draft.decoder.state_dict().items())
 
 
-def test_mistakes_are_named(tiny_target, tmp_path):
+def test_invalid_init_is_named(tiny_target, tmp_path):
+    """An invalid initialisation is named in the error."""
     shape = target_shape(tiny_target)
     with pytest.raises(UserError, match="init"):
         LMDraft(shape, hidden_size=32, init="target").initialise(tiny_target)
@@ -76,7 +81,8 @@ def test_mistakes_are_named(tiny_target, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_export_loads_here_and_in_transformers_with_equal_logits(model_type, tmp_path, seed):
+def test_export_has_equal_logits_in_transformers(model_type, tmp_path, seed):
+    """The export loads here and in transformers with equal logits."""
     target = make_target(tmp_path / "target", model_type, tie_word_embeddings=model_type == "llama")
     draft = LMDraft(target_shape(target), num_layers=2, init="target")
     draft.initialise(target)
@@ -96,7 +102,7 @@ def test_export_loads_here_and_in_transformers_with_equal_logits(model_type, tmp
     assert config["eos_token_id"] is not None and config["architectures"][0].endswith("ForCausalLM")
 
 
-def test_transformers_assisted_generation_and_our_runner_agree(tiny_target, tmp_path, seed):
+def test_assisted_generation_and_runner_agree(tiny_target, tmp_path, seed):
     """The exported folder works as `assistant_model`; the text equals plain greedy text and our runner's."""
     draft = LMDraft(target_shape(tiny_target), num_layers=4)  # a copy of the target, so that many tokens are accepted
     draft.initialise(tiny_target)
@@ -115,7 +121,7 @@ def test_transformers_assisted_generation_and_our_runner_agree(tiny_target, tmp_
         assert plain == assisted == out.tokens
 
 
-def test_training_loss_counts_labels_inside_documents_only(tiny_target, seed):
+def test_loss_counts_labels_inside_documents_only(tiny_target, seed):
     """In packed text the draft's logits are those of each document alone, compared with the right states and labels."""
     draft = LMDraft(target_shape(tiny_target), num_layers=2, init="scratch")
     target = load_decoder(tiny_target)
@@ -140,7 +146,8 @@ def test_training_loss_counts_labels_inside_documents_only(tiny_target, seed):
         assert (seen["logits"] - alone[at]).abs().max() < 1e-4
 
 
-def test_step_bytes_are_what_a_step_reads(tiny_target):
+def test_step_bytes_by_hand(tiny_target):
+    """The bytes of a draft step are those of the weights that it reads."""
     draft = LMDraft(target_shape(tiny_target), num_layers=1)
     layer = 64 * (4 + 2 + 2) * 16 + 64 * 64 + 3 * 64 * 128 + 2 * 64
     assert draft.step_bytes(0) == 4 * (320 * 64 + layer + 64)

@@ -17,7 +17,7 @@ from trainkit.modules.meter import Meter, means
 # H heads  D hidden  K ids  V vocabulary
 
 
-def test_head_i_at_t_learns_what_the_target_says_of_the_token_at_t_plus_2_plus_i(tiny_target):
+def test_head_i_at_t_learns_the_token_at_t_plus_2_plus_i(tiny_target):
     """Two documents, tokens 0 to 4 and 5 to 8; counted labels are 2, 3, 4 and 7, 8. Hidden state t is [t, ...].
 
     Head 0: label 2 from 0, 3 from 1, 4 from 2; 7 from 5, 8 from 6. Head 1: 3 from 0, 4 from 1; 8 from 5.
@@ -42,7 +42,8 @@ def test_head_i_at_t_learns_what_the_target_says_of_the_token_at_t_plus_2_plus_i
 
 
 @pytest.mark.parametrize("head", ["own", "target"])
-def test_a_new_head_says_what_the_target_says(head, tiny_target, seed):
+def test_new_head_equals_the_target_head(head, tiny_target, seed):
+    """An untrained head gives the target's own logits."""
     teacher = FrozenTarget(tiny_target)
     draft = Medusa(teacher.shape(), num_heads=3, num_layers=2, head=head)
     draft.initialise(tiny_target)
@@ -55,7 +56,8 @@ def test_a_new_head_says_what_the_target_says(head, tiny_target, seed):
         torch.testing.assert_close(logits_BFV, teacher.handle().head(state["hidden"]).expand(-1, 2, -1))
 
 
-def test_metrics_of_each_head_are_over_its_own_tokens(tiny_target, seed):
+def test_head_metrics_count_only_their_own_labels(tiny_target, seed):
+    """The metrics of each head are averaged over the labels of that head."""
     teacher = FrozenTarget(tiny_target)
     draft = Medusa(teacher.shape(), num_heads=2, decay=0.5)
     draft.initialise(tiny_target)
@@ -78,7 +80,7 @@ def test_metrics_of_each_head_are_over_its_own_tokens(tiny_target, seed):
 
 
 @pytest.mark.parametrize("ids", [None, [1, 4, 7, 319]], ids=["whole", "trimmed"])
-def test_the_export_is_vllms_layout(ids, tiny_target, tmp_path):
+def test_export_has_the_vllm_layout(ids, tiny_target, tmp_path):
     """Keys, shapes and config as vLLM 0.32 reads them; no other config key may hold both num and heads."""
     D = target_shape(tiny_target).decoder.hidden_size
     draft = Medusa(target_shape(tiny_target), num_heads=2, num_layers=2, draft_vocab=ids)
@@ -108,7 +110,8 @@ def test_the_export_is_vllms_layout(ids, tiny_target, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Medusa, Hydra])
-def test_a_trimmed_draft_proposes_what_the_whole_one_would_of_its_ids(kind, tiny_target, tmp_path, seed):
+def test_trimmed_heads_equal_rows_of_the_full_heads(kind, tiny_target, tmp_path, seed):
+    """Trimmed heads give the full heads' logits of the retained ids."""
     shape = target_shape(tiny_target)
     whole = kind(shape, num_heads=2)
     whole.initialise(tiny_target)
@@ -134,6 +137,7 @@ def test_a_trimmed_draft_proposes_what_the_whole_one_would_of_its_ids(kind, tiny
         ({"draft_vocab": [3, 2]}, "ascending"),
     ],
 )
-def test_a_mistake_is_one_line(given, said, tiny_target):
+def test_invalid_arguments_are_refused(given, said, tiny_target):
+    """An invalid argument is named in the error."""
     with pytest.raises(UserError, match=said):
         Medusa(target_shape(tiny_target), **given)

@@ -15,14 +15,14 @@ def answers(draw: np.random.Generator, questions: int, rate: float = 0.7) -> tup
     return draw.binomial(tokens, hardness).astype(float), tokens.astype(float)
 
 
-def test_a_ratio_by_hand():
+def test_ratio_and_interval_by_hand():
     """Two questions, 3 of 4 and 1 of 6: the ratio is 4/10, not the mean of 3/4 and 1/6. Resamples are 3/4, 4/10 and 1/6."""
     interval = mean(np.array([3.0, 1.0]), np.array([4.0, 6.0]))
     assert interval.value == 0.4 and (interval.low, interval.high) == pytest.approx((1 / 6, 3 / 4))
     assert str(interval) == "+0.4000 [+0.1667, +0.7500]"
 
 
-def test_training_seeds_are_averaged_after_dividing():
+def test_training_seeds_are_averaged_after_division():
     """Seeds with 4/10 and 5/20 give 0.325; adding first would give 9/30. The other side may have another number of seeds."""
     sums, counts = np.array([[3.0, 1.0], [4.0, 1.0]]), np.array([[4.0, 6.0], [10.0, 10.0]])
     assert mean(sums, counts).value == pytest.approx((0.4 + 0.25) / 2)
@@ -32,7 +32,7 @@ def test_training_seeds_are_averaged_after_dividing():
     assert twice == mean(sums[0], counts[0]), "the same seed twice counts as once"
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says(seed):
+def test_interval_covers_the_truth_in_95_percent(seed):
     """95 % of 400 sets of 60 questions; the percentile bootstrap covers slightly less, and 400 sets have an error of 1.1 %."""
     draw, covered = np.random.default_rng(seed), 0
     for _ in range(400):
@@ -41,7 +41,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(seed):
     assert 0.89 < covered / 400 < 0.99
 
 
-def test_a_paired_gap_covers_and_is_narrower_than_the_questions_spread(seed):
+def test_paired_interval_covers_and_is_narrow(seed):
     """Both drafts answer the same questions; the second accepts 5 % fewer tokens."""
     draw, covered, widths = np.random.default_rng(seed), 0, []
     for _ in range(200):
@@ -53,7 +53,8 @@ def test_a_paired_gap_covers_and_is_narrower_than_the_questions_spread(seed):
     assert 0.87 < covered / 200 < 0.995 and np.mean(widths) < 0.5
 
 
-def test_the_gap_of_a_thing_to_itself_is_nothing_and_turns_its_sign(seed):
+def test_gap_to_itself_is_zero_and_gap_is_antisymmetric(seed):
+    """The difference of a drafter to itself is 0, and exchanging the two sides changes only the sign."""
     draw = np.random.default_rng(seed)
     one, other = answers(draw, 20), answers(draw, 20, 0.5)
     same = gap(one, one)
@@ -63,7 +64,7 @@ def test_the_gap_of_a_thing_to_itself_is_nothing_and_turns_its_sign(seed):
     assert there == gap(one, other, resamples=2500) != gap(one, other, resamples=2500, seed=1)
 
 
-def test_resamples_that_count_nothing_are_left_out():
+def test_resamples_with_zero_count_are_left_out():
     """A question without a round: a quarter of the resamples contain nothing else; the ratio of all others is 3/2."""
     interval = mean(np.array([0.0, 3.0]), np.array([0.0, 2.0]))
     assert (interval.value, interval.low, interval.high) == (1.5, 1.5, 1.5)

@@ -31,13 +31,15 @@ def test_calibration_error_by_hand():
     assert math.isnan(expected_calibration_error(torch.zeros(0), torch.zeros(0)))
 
 
-def test_log_loss_by_hand_with_a_label_that_is_a_probability():
+def test_log_loss_with_soft_label_by_hand():
+    """The log-loss with a soft label equals the one computed by hand, and stays finite."""
     p, y = torch.tensor([0.5, 0.8]), torch.tensor([1.0, 0.25])
     assert log_loss(p, y) == pytest.approx((math.log(2) - 0.25 * math.log(0.8) - 0.75 * math.log(0.2)) / 2, abs=1e-6)
     assert log_loss(torch.tensor([1.0]), torch.tensor([0.0])) == pytest.approx(-math.log(1e-6), rel=1e-3), "finite"
 
 
-def test_calibrated_probabilities_have_a_small_error_and_bent_ones_a_large_one(seed):
+def test_calibration_error_separates_calibrated_from_not(seed):
+    """Calibrated probabilities have a small calibration error, distorted ones a large one."""
     p = torch.rand(40_000, dtype=torch.float64)
     y = (torch.rand_like(p) < p).double()
     # the error of each bin is about sqrt(p (1 - p) / count) / sqrt(bins) = 0.003
@@ -46,7 +48,7 @@ def test_calibrated_probabilities_have_a_small_error_and_bent_ones_a_large_one(s
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(2.0, -1.0), (0.5, 0.7), (1.0, 0.0)])
-def test_the_fit_finds_the_scale_and_shift_that_were_applied(scale, shift, seed):
+def test_fit_recovers_the_applied_scale_and_shift(scale, shift, seed):
     """Exactly with soft labels (up to the ridge of 1e-2 in 20,000 records), within sampling error with drawn labels."""
     logits = 2 * torch.randn(20_000, dtype=torch.float64)
     p = (scale * logits + shift).sigmoid()
@@ -55,7 +57,8 @@ def test_the_fit_finds_the_scale_and_shift_that_were_applied(scale, shift, seed)
     assert fit_scale(logits, drawn) == (pytest.approx(scale, abs=0.15), pytest.approx(shift, abs=0.15))
 
 
-def test_the_fit_has_an_answer_for_labels_all_alike_and_for_none():
+def test_fit_is_finite_for_equal_or_no_labels():
+    """The fit is finite for labels that are all equal, and the identity for none."""
     assert fit_scale(torch.zeros(0), torch.zeros(0)) == (1.0, 0.0)
     scale, shift = fit_scale(torch.randn(50), torch.ones(50))
     assert math.isfinite(scale) and 2 < shift < 50
@@ -63,6 +66,7 @@ def test_the_fit_has_an_answer_for_labels_all_alike_and_for_none():
 
 
 def test_each_temperature_has_its_own_scale(seed):
+    """Each temperature gets a scale and a shift of its own."""
     logits, temperature = torch.randn(20_000), torch.arange(20_000).remainder(2) * 0.7
     p = torch.where(temperature > 0, 3 * logits + 1, 0.5 * logits).sigmoid()
     scales = fit_scales(logits, p, temperature)
@@ -71,7 +75,8 @@ def test_each_temperature_has_its_own_scale(seed):
     assert torch.allclose(scaled(logits, temperature, scales), p.double(), atol=1e-3)
 
 
-def test_baselines_are_those_of_the_records_they_were_fitted_on(tmp_path):
+def test_baselines_are_fitted_on_their_records(tmp_path):
+    """The baselines are fitted on the given records and can be stored."""
     train, held = AcceptanceSet.read(make_set(tmp_path / "set")).split(0.2, 0)
     baselines = Baselines.fit(train)
     assert baselines.constant == pytest.approx(float(train.accepted.mean()), abs=1e-5)

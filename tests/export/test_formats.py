@@ -34,7 +34,8 @@ def made(kind: str, target: Path, **options) -> Drafter:
 
 
 @pytest.mark.parametrize(("variant", "format"), OFFERED, ids=str)
-def test_every_format_of_a_kind_is_what_it_promises_and_loads(variant, format, tiny_target, tmp_path, seed):
+def test_every_format_has_its_shapes_and_loads(variant, format, tiny_target, tmp_path, seed):
+    """Every format of every kind has the promised tensor shapes and loads with equal logits."""
     kind, options = VARIANTS[variant]
     drafter = made(kind, tiny_target, **options)
     out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format=format)
@@ -49,7 +50,7 @@ def test_every_format_of_a_kind_is_what_it_promises_and_loads(variant, format, t
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_the_table_of_a_draft_model_is_transformers_own(model_type, tied, tmp_path):
+def test_draft_model_shapes_equal_transformers(model_type, tied, tmp_path):
     """A draft model is written as the class with its biases and norms; the table has that class's parameters."""
     target = make_target(tmp_path / "target", model_type, num_hidden_layers=2, tie_word_embeddings=tied)
     drafter = LMDraft(target_shape(target), num_layers=2)
@@ -60,7 +61,7 @@ def test_the_table_of_a_draft_model_is_transformers_own(model_type, tied, tmp_pa
 
 
 @pytest.mark.parametrize("ids", [None, [0, 2, 5]])
-def test_the_table_of_medusa_is_vllms(ids, tiny_target):
+def test_medusa_shapes_equal_vllm(ids, tiny_target):
     """As vLLM 0.32 names them; the sizes are those of the target (64 wide, 320 ids), or of the draft vocabulary."""
     table = {
         "blocks.0.layers.0.weight": (64, 64),
@@ -97,7 +98,8 @@ FAULTS = {
 @pytest.mark.parametrize(
     ("kind", "fault"), [(k, f) for k in ("lm", "medusa") for f in FAULTS if k == "medusa" or f != "an index for weights"]
 )
-def test_a_fault_in_what_a_kind_writes_is_refused_at_export(fault, kind, tiny_target, tmp_path, monkeypatch):
+def test_faulty_export_is_refused(fault, kind, tiny_target, tmp_path, monkeypatch):
+    """A kind that writes faulty tensors cannot export, and nothing is changed on disk."""
     drafter, out = made(kind, tiny_target), tmp_path / "out"
     spoil, said = FAULTS[fault]
     export = type(drafter).export
@@ -117,7 +119,7 @@ def test_a_fault_in_what_a_kind_writes_is_refused_at_export(fault, kind, tiny_ta
     assert bundle.read(tmp_path / "old").files == before.files, "the old bundle is unchanged"
 
 
-def test_weights_in_a_second_file_are_refused(tiny_target, tmp_path, monkeypatch):
+def test_second_weight_file_is_refused(tiny_target, tmp_path, monkeypatch):
     """Other programs read every safetensors file of a folder."""
     drafter, export = made("medusa", tiny_target), Medusa.export
 
@@ -131,7 +133,7 @@ def test_weights_in_a_second_file_are_refused(tiny_target, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_not_written_whole_is_refused(tiny_target, tmp_path, monkeypatch):
+def test_incomplete_model_export_is_refused(tiny_target, tmp_path, monkeypatch):
     """transformers loads a folder with a missing or an additional tensor and only logs it."""
     model = load_model(tiny_target, torch.float32)
     save = type(model).save_pretrained
@@ -148,14 +150,15 @@ def test_a_model_that_is_not_written_whole_is_refused(tiny_target, tmp_path, mon
 
 
 @pytest.mark.parametrize(("kind", "has"), [("lm", "native, hf, vllm, sglang"), ("medusa", "native, vllm"), ("hydra", "native")])
-def test_a_format_that_a_kind_does_not_have_is_one_line_that_lists_its_own(kind, has, tiny_target, tmp_path):
+def test_unknown_format_lists_those_of_the_kind(kind, has, tiny_target, tmp_path):
+    """A format that a kind does not have gives a one-line error that lists its formats."""
     with pytest.raises(UserError) as caught:
         export_drafter(made(kind, tiny_target), tmp_path / "out", tokenizer=tiny_target, format="speculators")
     assert str(caught.value) == f"--format speculators: a drafter of kind {kind!r} has no such format; it has {has}"
     assert not (tmp_path / "out").exists()
 
 
-def test_heads_that_share_the_targets_are_not_offered_to_vllm(tiny_target, tmp_path):
+def test_shared_heads_cannot_be_exported_for_vllm(tiny_target, tmp_path):
     """vLLM would look for the shared head in this file and leave it uninitialised."""
     drafter = made("medusa", tiny_target, head="target")
     with pytest.raises(UserError, match="--format vllm: needs a head"):
@@ -164,7 +167,8 @@ def test_heads_that_share_the_targets_are_not_offered_to_vllm(tiny_target, tmp_p
     assert out.extra["layout"] == "native" and not (out.path / "config.json").exists()
 
 
-def test_a_language_model_is_the_same_folder_in_every_format(tiny_target, tmp_path):
+def test_language_model_is_equal_in_every_format(tiny_target, tmp_path):
+    """A language model has the same files in every format."""
     model = load_model(tiny_target, torch.float32)
     found = {name: export_model(model, tmp_path / name, tokenizer=tiny_target, format=name).files for name in FORMATS}
     assert list(found) == ["native", "hf", "vllm", "sglang"]

@@ -19,7 +19,8 @@ def visible(bias):
     return bias == 0
 
 
-def test_document_bias_is_causal_within_documents_only():
+def test_document_bias_is_causal_within_documents():
+    """A position sees itself and earlier positions of its own document only."""
     document = torch.tensor([[0, 0, 1, 1, 1, -1]])
     seen = visible(document_bias(document, torch.float32))[0]
     for t in range(6):
@@ -27,12 +28,14 @@ def test_document_bias_is_causal_within_documents_only():
 
 
 def test_causal_bias_sees_slots_up_to_its_position():
+    """A position sees the cache slots up to its own."""
     seen = visible(causal_bias(torch.tensor([[3, 4], [0, 1]]), 7, torch.float32))
     assert seen.sum(-1).tolist() == [[4, 5], [1, 2]]
     assert seen[0, 0].tolist() == [True] * 4 + [False] * 3
 
 
-def test_tree_bias_sees_what_is_before_the_root_and_the_nodes_own_path():
+def test_tree_bias_sees_prefix_and_own_path():
+    """A tree node sees the prefix before the root and its own path."""
     tree = build(BUSHY, torch.device("cpu"))
     roots = torch.tensor([5, 1])
     seen = visible(tree_bias(roots, tree.topology.ancestors_BNN.expand(2, -1, -1), 24, torch.float32))
@@ -47,6 +50,7 @@ def test_tree_bias_sees_what_is_before_the_root_and_the_nodes_own_path():
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_rotating_equals_transformers(kind, seed):
+    """Rotary embeddings equal transformers' for every supported type."""
     rope = {"rope_type": kind, "rope_theta": 3000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     if kind == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -63,7 +67,8 @@ def test_rotating_equals_transformers(kind, seed):
     assert torch.allclose(rotate(x, rotary_table(shape, 256)[positions]), theirs, atol=1e-6)
 
 
-def test_moving_slots_equals_a_loop_also_where_they_overlap(seed):
+def test_move_slots_equals_a_loop_even_with_overlap(seed):
+    """Moving cache slots equals a loop over rows, also where source and destination overlap."""
     cache = torch.randn(3, 2, 4, 20, 5)
     path = torch.tensor([[0, 2, 5], [0, 1, 2], [0, 3, 0]])
     root = torch.tensor([4, 10, 0])
@@ -77,7 +82,7 @@ def test_moving_slots_equals_a_loop_also_where_they_overlap(seed):
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("norms", [False, True])
-def test_attention_equals_its_definition_with_and_without_a_cache(groups, norms, seed):
+def test_attention_equals_its_definition_with_any_cache(groups, norms, seed):
     """Softmax over visible keys, head by head; the same values from the sequence and from scattered cache slots."""
     shape = replace(SHAPE, num_kv_heads=groups, qkv_bias=True, qk_norm=norms)
     attention = Attention(shape)

@@ -19,6 +19,7 @@ def whole(decoder, tokens):
 
 
 def test_packed_documents_equal_each_alone(seed):
+    """Packed documents have the logits of each document alone."""
     decoder = random_decoder()
     decoder.reserve_positions(32)
     tokens = torch.randint(0, 48, (1, 15))
@@ -31,7 +32,7 @@ def test_packed_documents_equal_each_alone(seed):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
-def test_cached_chunks_equal_one_forward_in_ragged_batches(chunk, seed):
+def test_cached_chunks_equal_one_forward(chunk, seed):
     """Rows at different positions in one batch, over a cache whose other slots hold other numbers."""
     decoder = random_decoder(replace(SHAPE, qk_norm=True, qkv_bias=True, tied=False))
     decoder.reserve_positions(40)
@@ -52,6 +53,7 @@ def test_cached_chunks_equal_one_forward_in_ragged_batches(chunk, seed):
 
 
 def test_taps_are_transformers_hidden_states(tiny_target, seed):
+    """Taps equal transformers' hidden states."""
     tokens = torch.randint(0, 320, (2, 12))
     with torch.no_grad():
         states = AutoModelForCausalLM.from_pretrained(tiny_target).eval()(tokens, output_hidden_states=True).hidden_states
@@ -65,12 +67,14 @@ def test_taps_are_transformers_hidden_states(tiny_target, seed):
     assert torch.equal(tapped[:, :, 0], hidden)
 
 
-def test_step_bytes_leave_out_an_untied_embedding():
+def test_step_bytes_exclude_an_untied_embedding():
+    """The bytes of a step exclude an embedding that is not the head."""
     tied, untied = Decoder(SHAPE), Decoder(replace(SHAPE, tied=False))
     assert tied.step_bytes() == untied.step_bytes() == sum(p.numel() * 4 for p in tied.parameters())
 
 
-def test_initialisation_scales_what_writes_to_the_residual_stream(seed):
+def test_init_scales_residual_projections_by_depth(seed):
+    """Projections into the residual stream are initialised with a deviation scaled by depth."""
     decoder = Decoder(replace(SHAPE, hidden_size=128, intermediate_size=256, head_dim=32, num_layers=8, qkv_bias=True))
     decoder.requires_grad_(False)
     decoder.initialise(0.02)
@@ -82,5 +86,6 @@ def test_initialisation_scales_what_writes_to_the_residual_stream(seed):
 
 
 def test_key_heads_must_divide_query_heads():
+    """A number of key heads that does not divide the query heads is refused."""
     with pytest.raises(ValueError, match="num_kv_heads 3"):
         DecoderShape(8, 8, 8, 1, 4, 3, 2)

@@ -14,6 +14,7 @@ from trainkit.runner.sampling import Sampling
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("bias", [True, False])
 def test_streamed_product_equals_linear(rows, bias, seed):
+    """The product for few rows equals `F.linear`."""
     x, weight = torch.randn(1, rows, 24), torch.randn(40, 24)
     added = torch.randn(40) if bias else None
     with torch.inference_mode():
@@ -24,7 +25,8 @@ def test_streamed_product_equals_linear(rows, bias, seed):
     torch.testing.assert_close(streamed, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_take_the_ordinary_product(seed, monkeypatch):
+def test_gradients_use_the_ordinary_product(seed, monkeypatch):
+    """While gradients are computed the ordinary product is used."""
     layer = Linear(6, 4)
     layer.streams = True
     monkeypatch.setattr(torch, "mm", lambda *_: pytest.fail("streamed under autograd"))
@@ -32,7 +34,8 @@ def test_gradients_take_the_ordinary_product(seed, monkeypatch):
     assert layer.weight.grad is not None
 
 
-def test_streaming_is_for_weights_beyond_the_cache_in_float32(monkeypatch):
+def test_streaming_needs_float32_weights_beyond_cache(monkeypatch):
+    """Only float32 weights larger than the cache are streamed."""
     decoder = random_decoder(SHAPE)
     stream_weights(decoder)
     assert not decoder.streams and not decoder.layers[0].mlp.down.streams
@@ -43,7 +46,8 @@ def test_streaming_is_for_weights_beyond_the_cache_in_float32(monkeypatch):
     assert not decoder.streams
 
 
-def test_a_streamed_decoder_generates_the_same_tokens(monkeypatch, seed):
+def test_streamed_decoder_generates_the_same_tokens(monkeypatch, seed):
+    """A decoder with streamed weights generates the same tokens."""
     runner, prompts = pair(noise=0.03), ragged_prompts(6)
     plain = runner.generate(prompts, max_new_tokens=24, temperature=0.7, depth=0)
     monkeypatch.setattr(linear, "CACHE_BYTES", 0)

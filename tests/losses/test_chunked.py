@@ -63,7 +63,8 @@ def with_settings(loss: ChunkedDivergence, chunk: int, temperature: float = 1.0)
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_chunked_equals_whole_in_value_and_gradient(seed, name, trimmed, chunk):
+def test_chunked_loss_equals_eager_value_and_gradient(seed, name, trimmed, chunk):
+    """The chunked loss equals the eager one in value and gradient."""
     case = Case(trimmed)
     output, gradients = case.run(with_settings(LOSSES[name], chunk, 0.7))
     total, count, expected = case.eager(name, 0.7)
@@ -74,7 +75,8 @@ def test_chunked_equals_whole_in_value_and_gradient(seed, name, trimmed, chunk):
 
 
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_metrics_are_exact_and_in_the_order_given(seed, trimmed):
+def test_metrics_are_exact_per_token(seed, trimmed):
+    """The metrics per token and their sums equal those from whole distributions."""
     case = Case(trimmed)
     output, _ = case.run(with_settings(TV(), 4))
     p = case.target_head(case.target_hidden).softmax(-1)
@@ -96,7 +98,8 @@ def test_metrics_are_exact_and_in_the_order_given(seed, trimmed):
 
 
 @pytest.mark.parametrize("name", [*LOSSES, "tvdpp_sampled"])
-def test_uncounted_tokens_change_nothing(seed, name):
+def test_masked_tokens_change_nothing(seed, name):
+    """Masked tokens, even NaN or infinite ones, change neither loss nor gradients."""
     case = Case(trimmed=False)
     loss = LOSSES.get(name) or TVDpp("sampled")
     torch.manual_seed(seed)
@@ -110,7 +113,8 @@ def test_uncounted_tokens_change_nothing(seed, name):
     assert (again[0][~case.mask] == 0).all()
 
 
-def test_no_mask_counts_every_token_and_an_empty_one_none(seed):
+def test_no_mask_counts_all_and_empty_mask_counts_none(seed):
+    """Without a mask every token counts; with an empty one the loss and all gradients are 0."""
     case = Case(trimmed=False)
     output, gradients = case.run(ForwardKL(chunk=4), mask_N=None)
     whole, expected = case.run(ForwardKL(chunk=4), mask_N=torch.ones(N, dtype=torch.bool))
@@ -122,7 +126,8 @@ def test_no_mask_counts_every_token_and_an_empty_one_none(seed):
 
 
 @pytest.mark.parametrize("trainable", ["hidden", "head"])
-def test_either_side_of_the_head_may_be_frozen(seed, trainable):
+def test_hidden_states_or_head_may_be_frozen(seed, trainable):
+    """With frozen hidden states or a frozen head the other gradient is unchanged."""
     case = Case(trimmed=False)
     _, expected = case.run(ForwardKL(chunk=5))
     hidden = case.hidden.clone().requires_grad_(trainable == "hidden")
@@ -133,7 +138,8 @@ def test_either_side_of_the_head_may_be_frozen(seed, trainable):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
 
-def test_without_gradient_the_loss_and_metrics_are_the_same(seed):
+def test_no_grad_gives_the_same_loss_and_metrics(seed):
+    """Without gradients the loss and the metrics are the same."""
     case = Case(trimmed=False)
     with_gradient, _ = case.run(TVDpp(normalise="batch"))
     with torch.no_grad():
@@ -143,6 +149,7 @@ def test_without_gradient_the_loss_and_metrics_are_the_same(seed):
 
 
 def test_backward_may_run_twice(seed):
+    """A second backward pass gives the same gradient."""
     case = Case(trimmed=False)
     hidden = case.hidden.clone().requires_grad_()
     total = TVDpp(chunk=6)(hidden, case.head, case.target_hidden, case.target_head).sum
@@ -151,7 +158,8 @@ def test_backward_may_run_twice(seed):
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
-def test_batch_statistics_over_three_micro_batches_equal_one_big_batch(seed, estimator):
+def test_batch_statistics_over_micro_batches_are_exact(seed, estimator):
+    """TVD++ with batch statistics over three micro-batches equals one large batch."""
     case = Case(trimmed=True)
     loss = TVDpp(estimator, "batch", chunk=4)
     assert loss.spans_batch and not TVDpp(normalise="position").spans_batch
@@ -182,7 +190,8 @@ def test_batch_statistics_over_three_micro_batches_equal_one_big_batch(seed, est
     assert alone.weight.grad is not None and (alone.weight.grad - expected[1]).abs().max() > 1e-6
 
 
-def test_labels_default_to_the_targets_choice_and_need_no_target(seed):
+def test_labels_default_to_the_targets_argmax(seed):
+    """Without labels the target's argmax is used; with labels no target is needed."""
     case = Case(trimmed=True)
     labels = case.target_head(case.target_hidden).argmax(-1)
     assert case.ids is not None
@@ -195,7 +204,8 @@ def test_labels_default_to_the_targets_choice_and_need_no_target(seed):
         CrossEntropy()(case.hidden, case.head, case.hidden, None)
 
 
-def test_sizes_that_do_not_fit_are_refused(seed):
+def test_mismatched_sizes_are_refused(seed):
+    """Vocabulary sizes that do not match are refused."""
     case = Case(trimmed=True)
     with pytest.raises(ValueError, match=f"{K} differs from the target's {V}"):
         case.run(TV(), ids_K=None)
@@ -203,7 +213,8 @@ def test_sizes_that_do_not_fit_are_refused(seed):
         case.run(TV(), ids_K=torch.arange(K - 1))
 
 
-def test_autocast_is_the_same_in_recomputation(seed):
+def test_recomputation_uses_the_forward_autocast(seed):
+    """Recomputation in the backward pass uses the forward pass's autocast."""
     case = Case(trimmed=False)
     hidden, head = case.hidden.float().requires_grad_(), copy.deepcopy(case.head).float()
     target_head = copy.deepcopy(case.target_head).float()
@@ -218,7 +229,8 @@ def test_autocast_is_the_same_in_recomputation(seed):
 
 
 @pytest.mark.parametrize("name", ["CrossEntropy", "ForwardKL", "ReverseKL", "JSD", "TV", "TVDpp", "LK"])
-def test_configuration_takes_every_divergence_with_documented_arguments(name, capsys):
+def test_every_divergence_is_configurable_and_documented(name, capsys):
+    """Every divergence can be chosen in a configuration, and its arguments are documented."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--divergence", type=ChunkedDivergence)
     path = f"{divergence.__name__}.{name}"
@@ -264,6 +276,7 @@ def _rank(rank: int, folder: str, state: dict) -> None:
 
 
 def test_gradients_under_ddp_equal_one_process(seed, tmp_path: Path):
+    """Gradients over two DDP processes equal those of one process."""
     body, head = nn.Linear(D, D, dtype=torch.float64), nn.Linear(D, V, dtype=torch.float64)
     weights = {f"body.{k}": v for k, v in body.state_dict().items()} | {f"head.{k}": v for k, v in head.state_dict().items()}
     mask = torch.rand(20) < 0.5

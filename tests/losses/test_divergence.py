@@ -34,6 +34,7 @@ FUNCTIONS = ["ce", "forward_kl", "reverse_kl", "jsd", "tv", "tvdpp", "lk"]
 
 @pytest.mark.parametrize(("name", "options", "expected"), BY_HAND)
 def test_value_by_hand(name, options, expected):
+    """The value of every divergence equals the one computed by hand."""
     output = getattr(D, name)(Q.log() + 3.0, P.log() - 1.0, ONE, **options)  # logits: shifts change nothing
     assert output.mean.item() == pytest.approx(expected, abs=1e-6)
     assert output.metrics["alpha"].item() == pytest.approx(1 / 2, abs=1e-6)
@@ -41,6 +42,7 @@ def test_value_by_hand(name, options, expected):
 
 
 def test_gradient_of_tv_and_tvdpp_by_hand():
+    """The gradients of TV and TVD++ equal those computed by hand."""
     logits = Q.double().log().requires_grad_()
     # r = (1, 1, 0), mu = 1/4: -q (r - mu) = (-3/32, -3/32, 3/16); sigma = sqrt(3)/4
     (tv,) = torch.autograd.grad(D.tv(logits, P.double().log(), ONE).mean, logits)
@@ -50,7 +52,8 @@ def test_gradient_of_tv_and_tvdpp_by_hand():
     torch.testing.assert_close(tvdpp, tv / (math.sqrt(3) / 4), rtol=1e-7, atol=0)
 
 
-def test_reverse_kl_takes_a_forbidden_token_for_100_nats():
+def test_reverse_kl_counts_an_impossible_token_as_100_nats():
+    """Reverse KL counts a token that the target excludes as 100 nats."""
     logits = torch.zeros(1, 1, 2, requires_grad=True)  # q = (1/2, 1/2), p = (1, 0)
     output = D.reverse_kl(logits, torch.tensor([[[0.0, -torch.inf]]]), ONE)
     output.sum.backward()
@@ -58,7 +61,8 @@ def test_reverse_kl_takes_a_forbidden_token_for_100_nats():
     assert logits.grad is not None and logits.grad.flatten().tolist() == pytest.approx([-25.0, 25.0], rel=1e-6)
 
 
-def test_ce_takes_labels_and_counts_only_the_mask():
+def test_ce_uses_labels_and_counts_only_the_mask():
+    """Cross-entropy uses the labels and counts only unmasked tokens."""
     logits = torch.tensor([[[0.0, math.log(3)], [5.0, -5.0]]])
     output = D.ce(logits, torch.tensor([[1, 1]]), torch.tensor([[True, False]]))
     assert output.mean.item() == pytest.approx(-math.log(3 / 4)) and output.count.item() == 1
@@ -68,6 +72,7 @@ def test_ce_takes_labels_and_counts_only_the_mask():
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_gradient_equals_finite_differences(seed, name, temperature):
+    """The gradient of every divergence equals finite differences."""
     draft, target = (torch.randn(4, 7, dtype=torch.float64) for _ in range(2))
     labels, weight = target.argmax(-1), torch.tensor([1.0, 0.0, 1.0, 1.0]).double()
     logits = draft.clone().requires_grad_()
@@ -108,7 +113,8 @@ def type_with(loss: D.ChunkedDivergence, **values: object) -> D.ChunkedDivergenc
     return other
 
 
-def test_tv_gradient_is_the_policy_gradient_with_reward_p_above_q(seed):
+def test_tv_gradient_is_a_policy_gradient(seed):
+    """The gradient of TV is the policy gradient with reward 1 where p > q."""
     draft, target = torch.randn(3, 40, dtype=torch.float64, requires_grad=True), torch.randn(3, 40, dtype=torch.float64)
     ours = torch.autograd.grad(D.tv(draft[None], target[None], torch.ones(1, 3).bool()).sum, draft)[0]
     p, q = target.softmax(-1), draft.detach().softmax(-1)
@@ -122,7 +128,7 @@ def whole(draft: Tensor, target: Tensor, loss: D.ChunkedDivergence) -> tuple[Los
     return output, torch.autograd.grad(output.sum, logits)[0]
 
 
-def test_tvdpp_facts(seed):
+def test_tvdpp_gradient_is_a_scaled_tv_gradient(seed):
     """TVD++ with the exact sum: value of TV; gradient of TV times a constant (batch) or a factor per token (position)."""
     draft, target = torch.randn(16, 30, dtype=torch.float64), torch.randn(16, 30, dtype=torch.float64)
     (tv, tv_gradient), (batch, batch_gradient) = (whole(draft, target, loss) for loss in (D.TV(), TVDpp(normalise="batch")))
@@ -139,6 +145,7 @@ def test_tvdpp_facts(seed):
 
 @pytest.mark.parametrize("normalise", ["batch", "position"])
 def test_sampled_tvdpp_is_unbiased(seed, normalise):
+    """The mean of sampled TVD++ gradients is the exact gradient."""
     draft, target = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
     exact = whole(draft, target, TVDpp(normalise=normalise))[1]
     draws = torch.stack([whole(draft, target, TVDpp("sampled", normalise, samples=16))[1] for _ in range(400)])
@@ -146,7 +153,7 @@ def test_sampled_tvdpp_is_unbiased(seed, normalise):
     assert ((draws.mean(0) - exact).abs() < 5 * error + 1e-12).all()
 
 
-def test_the_baseline_reduces_the_variance_of_sampled_gradients(seed):
+def test_baseline_reduces_sampled_gradient_variance(seed):
     """Compared with the same draws and A = r / (sigma + eps), which has the same expectation (the mean cancels)."""
     draft = torch.randn(1, 12, dtype=torch.float64)
     target = draft + 0.3 * torch.randn(1, 12, dtype=torch.float64)
@@ -173,7 +180,8 @@ def test_the_baseline_reduces_the_variance_of_sampled_gradients(seed):
     assert variance[0] < 0.9 * variance[1]  # at mu = 1/2, E A^2 halves
 
 
-def test_sampled_draws_come_from_the_generator_and_not_from_the_chunking(seed):
+def test_sampled_draws_do_not_depend_on_the_chunk_size(seed):
+    """The draws come from the generator and do not depend on the chunk size."""
     draft, target = torch.randn(10, 50), torch.randn(10, 50)
     gradients = []
     for chunk in (3, 10):
@@ -186,6 +194,7 @@ def test_sampled_draws_come_from_the_generator_and_not_from_the_chunking(seed):
 
 
 def test_jsd_tends_to_both_kls(seed):
+    """JSD divided by beta tends to forward KL for beta near 0, and to reverse KL for beta near 1."""
     draft, target = torch.randn(8, 20, dtype=torch.float64), torch.randn(8, 20, dtype=torch.float64)
     beta = 1e-6
     for loss, limit in ((JSD(beta=beta), ForwardKL()), (JSD(beta=1 - beta), ReverseKL())):
@@ -195,7 +204,8 @@ def test_jsd_tends_to_both_kls(seed):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_an_empty_mask_gives_zero_and_zero_gradients(seed, name):
+def test_empty_mask_gives_zero_loss_and_gradients(seed, name):
+    """An empty mask gives a loss of 0 and gradients of 0."""
     logits = torch.randn(2, 3, 5, requires_grad=True)
     output = getattr(D, name)(logits, torch.randn(2, 3, 5), torch.zeros(2, 3).bool())
     output.mean.backward()
@@ -206,6 +216,7 @@ def test_an_empty_mask_gives_zero_and_zero_gradients(seed, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*LOSSES, "tvdpp_sampled"])
 def test_extreme_logits_stay_finite(seed, name, dtype):
+    """Loss, metrics and gradient stay finite for extreme logits."""
     loss = LOSSES.get(name) or TVDpp("sampled")
     draft, target = torch.randn(4, 9), torch.randn(4, 9)
     draft[0, 0], draft[0, 1], target[0, 0], target[0, 1] = 1e4, -1e4, -1e4, 1e4
@@ -226,7 +237,8 @@ def test_extreme_logits_stay_finite(seed, name, dtype):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_no_gradient_into_the_target_and_softmax_in_float32(seed, name):
+def test_target_has_no_gradient_and_softmax_is_float32(seed, name):
+    """No gradient flows into the target, and the softmax is computed in float32."""
     draft, target = (torch.randn(1, 6, 40).bfloat16().requires_grad_() for _ in range(2))
     output = getattr(D, name)(draft, target, torch.ones(1, 6).bool())
     output.mean.backward()
@@ -237,12 +249,14 @@ def test_no_gradient_into_the_target_and_softmax_in_float32(seed, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_vocabularies_of_different_size_are_refused(name):
+def test_vocabularies_of_unequal_size_are_refused(name):
+    """Distributions over vocabularies of different sizes are refused."""
     with pytest.raises(ValueError, match="5 differs from the target's 6"):
         getattr(D, name)(torch.zeros(1, 2, 5), torch.zeros(1, 2, 6), torch.ones(1, 2).bool())
 
 
-def test_impossible_arguments_are_refused():
+def test_invalid_arguments_are_refused():
+    """Invalid arguments and masks of another shape are refused."""
     for make in (lambda: JSD(beta=1.0), lambda: TVDpp(samples=0), lambda: D.TV(chunk=0), lambda: D.TV(temperature=0.0)):
         with pytest.raises(ValueError):
             make()

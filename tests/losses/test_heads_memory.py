@@ -108,7 +108,7 @@ def measure(seed: int, variant: str, tokens: int, chunk: int = 0) -> tuple[int, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_four_heads_over_128k_tokens_of_vocabulary_need_a_quarter_of_whole_logits(seed):
+def test_four_heads_need_a_quarter_of_whole_logits_memory(seed):
     """With the default chunk. Whole logits of 2048 tokens exceed the memory of many machines, so 1024 tokens are measured;
     memory grows linearly with tokens, so twice that is taken for 2048.
 
@@ -125,7 +125,7 @@ def test_four_heads_over_128k_tokens_of_vocabulary_need_a_quarter_of_whole_logit
         assert (gradient - same_gradients[name]).abs().max() <= 1e-3 * gradient.abs().max(), name
 
 
-def test_small_heads_have_the_gradients_of_whole_logits(seed):
+def test_heads_have_the_gradients_of_whole_logits(seed):
     """The comparison above in float64, almost without rounding: chunks of 5 tokens, 4 heads, equal to 1e-10."""
     head = torch.nn.Linear(16, 50, bias=False).double().requires_grad_(False)
     draft = Medusa(shape(50, 16), num_heads=HEADS, head="target").double()

@@ -18,6 +18,7 @@ def race_agreement(p: torch.Tensor, q: torch.Tensor, draws: int) -> tuple[float,
 
 
 def test_measures_by_hand():
+    """Acceptance, coupled acceptance and agreement equal those computed by hand."""
     p, q = torch.tensor([1 / 2, 1 / 4, 1 / 4]), torch.tensor([1 / 8, 1 / 8, 3 / 4])
     assert acceptance(p, q).item() == pytest.approx(1 / 8 + 1 / 8 + 1 / 4)
     # q/p = 1/4, 1/2, 3: already sorted. P = 1/2, 3/4, 1; Q after = 7/8, 3/4, 0.
@@ -28,7 +29,8 @@ def test_measures_by_hand():
 
 
 @pytest.mark.parametrize("zeros", ["none", "p", "q", "both", "all_but_one_p"])
-def test_coupled_acceptance_is_the_share_of_shared_noise_choices_that_agree(seed, zeros):
+def test_coupled_acceptance_is_shared_noise_agreement(seed, zeros):
+    """Coupled acceptance is the probability that choices with shared noise agree."""
     p, q = (torch.randn(12, dtype=torch.float64).mul(1.5).softmax(-1) for _ in range(2))
     if zeros in ("p", "both"):
         p[:4] = 0
@@ -41,7 +43,8 @@ def test_coupled_acceptance_is_the_share_of_shared_noise_choices_that_agree(seed
     assert abs(coupled_acceptance(p, q).item() - share) < 4.5 * error
 
 
-def test_coupled_acceptance_is_continuous_where_a_probability_goes_to_zero(seed):
+def test_coupled_acceptance_is_continuous_at_zero(seed):
+    """Coupled acceptance is continuous where a probability goes to 0."""
     p, q = (torch.randn(9, dtype=torch.float64).softmax(-1) for _ in range(2))
     for side in (p, q):
         at_zero, near = side.clone(), side.clone()
@@ -50,7 +53,7 @@ def test_coupled_acceptance_is_continuous_where_a_probability_goes_to_zero(seed)
         assert coupled_acceptance(*there).item() == pytest.approx(coupled_acceptance(*close).item(), abs=1e-10)
 
 
-def test_coupled_acceptance_orders_single_precision_as_double(seed):
+def test_coupled_acceptance_is_exact_in_float32(seed):
     """Over nine orders of magnitude, with p = q at some tokens and zeros in p or q at others."""
     p, q = (torch.randn(40, 3000).mul(4).softmax(-1) for _ in range(2))
     q[:, :50] = p[:, :50]
@@ -60,7 +63,8 @@ def test_coupled_acceptance_orders_single_precision_as_double(seed):
     torch.testing.assert_close(coupled_acceptance(p, q).double(), exact, rtol=2e-5, atol=1e-6)
 
 
-def test_mass_missing_from_p_is_mass_the_draft_never_proposes(seed):
+def test_trimmed_distributions_give_exact_acceptance(seed):
+    """Acceptance over the draft's ids alone equals the one over the whole vocabulary."""
     p, q = torch.randn(6, 20, dtype=torch.float64).softmax(-1), torch.zeros(6, 20, dtype=torch.float64)
     ids = torch.randperm(20)[:7]
     q[:, ids] = torch.randn(6, 7, dtype=torch.float64).softmax(-1)
@@ -70,7 +74,8 @@ def test_mass_missing_from_p_is_mass_the_draft_never_proposes(seed):
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), vocabulary=st.integers(2, 3000), scale=st.floats(0.01, 30), double=st.booleans())
-def test_coupled_acceptance_lies_between_its_bounds(seed, vocabulary, scale, double):
+def test_coupled_acceptance_is_between_its_bounds(seed, vocabulary, scale, double):
+    """Coupled acceptance lies between alpha / (2 - alpha) and alpha."""
     generator = torch.Generator().manual_seed(seed)
     p, q = (torch.randn(4, vocabulary, generator=generator, dtype=torch.float64).mul(scale).softmax(-1) for _ in range(2))
     if not double:
@@ -82,12 +87,14 @@ def test_coupled_acceptance_lies_between_its_bounds(seed, vocabulary, scale, dou
 
 
 def test_equal_distributions_are_always_accepted(seed):
+    """Equal distributions have acceptance 1."""
     p = torch.randn(5, 1000).mul(4).softmax(-1)
     torch.testing.assert_close(coupled_acceptance(p, p), torch.ones(5), rtol=0, atol=2e-6)  # float32 sums of 1000 terms
     torch.testing.assert_close(acceptance(p, p), torch.ones(5), rtol=0, atol=2e-6)
 
 
 def test_agreement_breaks_ties_by_the_lowest_id():
+    """Agreement breaks ties by the lowest id."""
     target = torch.tensor([[0.0, 2.0, 2.0, 1.0], [0.0, 1.0, 2.0, 2.0]])
     assert agreement(target, torch.tensor([[0.0, 5.0, 5.0, 5.0], [0.0, 5.0, 5.0, 5.0]])).tolist() == [True, False]
     ids = torch.tensor([2, 1, 0])  # columns out of order: the tie of columns 0 and 1 is won by id 1, column 1

@@ -50,7 +50,8 @@ def measure(seed: int, variant: str, chunk: int = 0) -> tuple[int, float, float]
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_chunks_need_at_most_a_third_of_the_memory_of_whole_logits(seed):
+def test_chunked_loss_needs_a_third_of_the_memory(seed):
+    """The chunked loss needs at most a third of the memory of whole logits."""
     naive, _, norm = measure(seed, "naive")
     for variant, chunk in (("tv", 1024), ("tv", 256), ("tvdpp", 1024)):
         bytes_, _, ours = measure(seed, variant, chunk)

@@ -87,6 +87,7 @@ def same(ours: tuple[LossOutput, Tensor], theirs: tuple[LossOutput, Tensor], **t
 
 
 def test_one_stored_token_by_hand():
+    """With one stored token, values, gradients and metrics equal those computed by hand."""
     p = torch.tensor([[1 / 2, 1 / 8, 1 / 4, 1 / 8]], dtype=torch.float64)
     q = torch.tensor([[1 / 8, 1 / 8, 1 / 4, 1 / 2]], dtype=torch.float64)
     rows = compress(p.log() + 5.0, 1, torch.float64)  # logits: a shift changes nothing
@@ -111,7 +112,8 @@ def test_one_stored_token_by_hand():
 
 
 @pytest.mark.parametrize("stored", [1, 5, 39, 40])
-def test_rows_hold_the_likeliest_tokens_and_the_lowest_ids_among_equals(seed, stored):
+def test_rows_hold_the_top_tokens_and_lowest_tied_ids(seed, stored):
+    """Rows hold the most probable tokens; of equal ones those with the lowest ids."""
     logits = (3 * torch.randn(50, 40)).round()  # full of ties
     logits[0], logits[1, :30] = 0, -torch.inf
     rows = compress(logits.bfloat16(), stored)
@@ -128,7 +130,8 @@ def test_rows_hold_the_likeliest_tokens_and_the_lowest_ids_among_equals(seed, st
 
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("name", WITH_SAMPLED)
-def test_all_tokens_stored_is_the_whole_teacher_bit_for_bit(seed, name, trimmed):
+def test_storing_all_tokens_equals_the_full_teacher(seed, name, trimmed):
+    """A teacher with all tokens stored gives the same bits as the full teacher."""
     case = Case(seed, trimmed, stored=V)
     for labelled in (False, True):
         loss = with_settings(WITH_SAMPLED[name], chunk=5)
@@ -140,7 +143,8 @@ def test_all_tokens_stored_is_the_whole_teacher_bit_for_bit(seed, name, trimmed)
 
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_value_and_gradient_are_those_of_the_buckets(seed, name, trimmed):
+def test_value_and_gradient_equal_merged_buckets(seed, name, trimmed):
+    """Value and gradient are those of the distributions with all other tokens merged into one."""
     case = Case(seed, trimmed)
     output, gradient = case.run(LOSSES[name])
     logits = case.draft.clone().requires_grad_()
@@ -160,7 +164,8 @@ def test_value_and_gradient_are_those_of_the_buckets(seed, name, trimmed):
 
 
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_stored_values_are_bounds_that_tighten_with_k(seed, trimmed):
+def test_stored_losses_are_bounds_that_tighten_with_k(seed, trimmed):
+    """Losses from stored tokens are lower bounds, and acceptance an upper one, that tighten with k."""
     case = Case(seed, trimmed)
     losses: dict[str, ChunkedDivergence] = {"tv": TV(), "tvdpp": TVDpp(), "lk": LK()}
     if not trimmed:
@@ -179,7 +184,8 @@ def test_stored_values_are_bounds_that_tighten_with_k(seed, trimmed):
         assert (bound[0] < bound[-1] - 1e-6).any() and (alpha[0] > alpha[-1] + 1e-6).any(), name  # not tight at k = 1
 
 
-def test_agreement_is_exact_whatever_is_stored(seed):
+def test_agreement_is_exact_for_any_k(seed):
+    """Agreement is exact however many tokens are stored."""
     case = Case(seed, trimmed=True)
     case.draft = case.target[:, case.ids].clone()  # they agree if the choice is in the draft's vocabulary
     whole = case.run(ForwardKL(), whole=True)[0].per_token["agreement"]
@@ -192,6 +198,7 @@ def test_agreement_is_exact_whatever_is_stored(seed):
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("trimmed", [False, True])
 def test_cross_entropy_is_exact_with_one_stored_token(seed, trimmed, labelled):
+    """Cross-entropy is exact with one stored token."""
     case = Case(seed, trimmed, stored=1)
     (ours, gradient), (theirs, expected) = (case.run(CrossEntropy(chunk=4), whole, labelled) for whole in (False, True))
     assert ours.count.item() == theirs.count.item() and ours.sum.item() == theirs.sum.item()
@@ -199,7 +206,8 @@ def test_cross_entropy_is_exact_with_one_stored_token(seed, trimmed, labelled):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_trimmed_vocabulary_that_is_stored_whole_is_exact(seed, name):
+def test_fully_stored_draft_vocabulary_is_exact(seed, name):
+    """If all ids of a trimmed draft vocabulary are stored, every loss is exact."""
     case = Case(seed, trimmed=True)
     assert case.ids is not None
     case.target[:, case.ids] += 20  # all of S is stored, so that the rest is outside
@@ -211,7 +219,8 @@ def test_a_trimmed_vocabulary_that_is_stored_whole_is_exact(seed, name):
 
 @pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("name", WITH_SAMPLED)
-def test_chunks_change_nothing(seed, name, trimmed):
+def test_chunk_size_changes_nothing(seed, name, trimmed):
+    """The chunk size changes neither value nor gradient."""
     case = Case(seed, trimmed)
     expected = case.run(with_settings(WITH_SAMPLED[name]))
     for chunk in (1, 4):
@@ -220,6 +229,7 @@ def test_chunks_change_nothing(seed, name, trimmed):
 
 @pytest.mark.parametrize("normalise", ["batch", "position"])
 def test_sampled_tvdpp_is_unbiased(seed, normalise):
+    """The mean of sampled TVD++ gradients is the exact gradient."""
     case = Case(seed)
     exact = case.run(TVDpp(normalise=normalise))[1]
     draws = []
@@ -229,7 +239,8 @@ def test_sampled_tvdpp_is_unbiased(seed, normalise):
     assert ((torch.stack(draws).mean(0) - exact).abs() < 5.5 * error + 1e-12).all()  # 299 entries
 
 
-def test_batch_statistics_over_micro_batches_equal_one_batch(seed):
+def test_batch_statistics_over_micro_batches_are_exact(seed):
+    """Batch statistics over two micro-batches equal those of one batch."""
     case = Case(seed)
     loss, first = TVDpp(normalise="batch", chunk=3), TVDpp(normalise="batch", chunk=3).first_pass()
     expected = case.run(loss)[1]
@@ -247,6 +258,7 @@ def test_batch_statistics_over_micro_batches_equal_one_batch(seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", WITH_SAMPLED)
 def test_extreme_logits_stay_finite(seed, name, dtype):
+    """Loss, metrics and gradient stay finite for extreme logits."""
     draft, target = torch.randn(6, 9), torch.randn(6, 9)
     draft[0, 0], draft[0, 1], target[0, 0], target[0, 1] = 1e4, -1e4, -1e4, 1e4
     target[1, 2:] = -torch.inf  # nothing in the rest
@@ -265,7 +277,8 @@ def test_extreme_logits_stay_finite(seed, name, dtype):
         assert output.sum.dtype == torch.float32
 
 
-def test_rows_of_a_narrow_dtype_hold_a_small_vocabulary(seed):
+def test_float16_rows_hold_a_small_vocabulary(seed):
+    """Rows in float16 hold the ids and probabilities of a small vocabulary."""
     case = Case(seed, stored=V)
     case.target[:, 2] = -torch.inf
     narrow = compress(case.target, V, torch.float16)
@@ -276,7 +289,8 @@ def test_rows_of_a_narrow_dtype_hold_a_small_vocabulary(seed):
     torch.testing.assert_close(log_p.exp(), case.target.softmax(-1).float(), rtol=0, atol=4e-3)  # float16 logs down to -10
 
 
-def test_no_counted_token_gives_zero_and_zero_gradients(seed):
+def test_empty_mask_gives_zero_loss_and_gradients(seed):
+    """Without an unmasked token loss and gradients are 0."""
     case = Case(seed)
     case.mask[:] = False
     output, gradient = case.run(TVDpp())
@@ -284,7 +298,8 @@ def test_no_counted_token_gives_zero_and_zero_gradients(seed):
     assert compress(case.target[:0], k).shape == (0, 2 * k + 1)
 
 
-def test_what_does_not_fit_is_refused(seed):
+def test_mismatched_rows_and_settings_are_refused(seed):
+    """Rows, temperatures and dtypes that do not fit are refused."""
     case = Case(seed)
     with pytest.raises(ValueError, match=f"k is {V + 1}; .* {V} tokens"):
         compress(case.target, V + 1)

@@ -90,7 +90,8 @@ def test_logits_and_greedy_text_equal_transformers(name, tmp_path, seed):
 
 
 @pytest.mark.parametrize("name", ["llama untied", "mistral", "qwen2", "qwen3"])
-def test_saved_decoder_loads_here_and_in_transformers(name, tmp_path, seed):
+def test_saved_decoder_loads_in_transformers(name, tmp_path, seed):
+    """A saved decoder loads here and in transformers with equal logits."""
     model_type, fields = MODELS[name]
     decoder = load_decoder(make_target(tmp_path / "in", model_type, seed=seed, **fields))
     (tmp_path / "out").mkdir()
@@ -107,7 +108,8 @@ def test_saved_decoder_loads_here_and_in_transformers(name, tmp_path, seed):
     assert theirs.config.eos_token_id == [0, 1]
 
 
-def test_weights_are_loaded_in_the_dtype_asked_for(tiny_target, tmp_path):
+def test_weights_load_in_the_requested_dtype(tiny_target, tmp_path):
+    """Weights are loaded in the requested dtype."""
     decoder = load_decoder(tiny_target, dtype=torch.bfloat16)
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
     save_decoder(decoder, tmp_path, torch.bfloat16)
@@ -117,7 +119,7 @@ def test_weights_are_loaded_in_the_dtype_asked_for(tiny_target, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_decoder_without_layers_reads_embedding_norm_and_head_alone(tied, tmp_path):
+def test_decoder_without_layers_reads_only_its_ends(tied, tmp_path):
     """Broken weights of a layer are not read; a broken final norm is."""
     folder = make_target(tmp_path, tie_word_embeddings=tied)
     whole, ends = load_decoder(folder, dtype=torch.float32), load_decoder(folder, dtype=torch.float32, layers=False)
@@ -133,7 +135,8 @@ def test_a_decoder_without_layers_reads_embedding_norm_and_head_alone(tied, tmp_
         load_decoder(folder, layers=False)
 
 
-def test_weights_in_several_files_are_read(tiny_target, tmp_path):
+def test_sharded_weights_are_read(tiny_target, tmp_path):
+    """Weights in several files are read."""
     model = AutoModelForCausalLM.from_pretrained(tiny_target)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -166,13 +169,15 @@ def edited(source, folder, **fields):
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
     ],
 )
-def test_what_is_not_covered_is_refused_by_name(fields, named, tiny_target, tmp_path):
+def test_unsupported_model_is_refused_by_name(fields, named, tiny_target, tmp_path):
+    """A model that is not supported is refused, and the reason is named."""
     with pytest.raises(UserError, match=named) as caught:
         load_decoder(edited(tiny_target, tmp_path / "model", **fields))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_sliding_window_is_refused_where_it_would_matter(tmp_path):
+def test_sliding_window_is_refused_if_it_would_matter(tmp_path):
+    """A sliding window is refused if the requested length exceeds it."""
     folder = make_target(tmp_path, "mistral", num_hidden_layers=1, sliding_window=64)
     assert Runner.load(folder, max_len=64).generate([[1] * 60], max_new_tokens=4, ignore_end=True)
     for max_len in (65, None):
@@ -181,6 +186,7 @@ def test_a_sliding_window_is_refused_where_it_would_matter(tmp_path):
 
 
 def test_broken_weights_are_named(tiny_target, tmp_path):
+    """A torn or missing file is named in the error."""
     cut = edited(tiny_target, tmp_path / "cut")
     whole = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -194,7 +200,8 @@ def test_broken_weights_are_named(tiny_target, tmp_path):
         load_decoder(cut)
 
 
-def test_shape_reads_old_configs_without_rope_parameters(tiny_target, tmp_path):
+def test_old_config_without_rope_parameters_is_read(tiny_target, tmp_path):
+    """An older config with rope_theta and rope_scaling is read."""
     config = json.loads((tiny_target / "config.json").read_text())
     del config["rope_parameters"]
     config |= {"rope_theta": 777.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -204,7 +211,8 @@ def test_shape_reads_old_configs_without_rope_parameters(tiny_target, tmp_path):
     check_covered(read_config(tmp_path), tmp_path, 10)
 
 
-def test_the_automatic_device_is_a_gpu_if_there_is_one():
+def test_automatic_device_is_a_gpu_if_present():
+    """Device auto is the GPU if there is one; an unknown device is refused."""
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UserError, match="'toaster': unknown device; use cpu, cuda or auto"):
         find_device("toaster")

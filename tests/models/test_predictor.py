@@ -17,7 +17,8 @@ def saved(folder, predictor: AcceptancePredictor) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_a_file_comes_back_as_it_was(tmp_path, seed):
+def test_saved_predictor_loads_unchanged(tmp_path, seed):
+    """A saved predictor loads with the same outputs."""
     predictor = AcceptancePredictor(8, width=4, max_depth=3)
     torch.nn.init.normal_(predictor.out.weight)
     saved(tmp_path, predictor)
@@ -35,7 +36,8 @@ def test_a_file_comes_back_as_it_was(tmp_path, seed):
         ("scale", torch.tensor([1.0, float("inf")]), "not finite"),
     ],
 )
-def test_a_broken_file_is_refused_in_one_line(weight, value, message, tmp_path):
+def test_broken_predictor_file_is_refused(weight, value, message, tmp_path):
+    """A missing, misshapen or non-finite weight file is refused in one line."""
     predictor = AcceptancePredictor(8, width=4, max_depth=3)
     weights = saved(tmp_path, predictor)
     if value is None:
@@ -49,7 +51,7 @@ def test_a_broken_file_is_refused_in_one_line(weight, value, message, tmp_path):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("width", [1, 2])
-def test_a_row_without_a_state_has_a_chance_too(width, temperature, seed):
+def test_zero_state_has_a_probability_too(width, temperature, seed):
     """The state is zero before the prefill; NaN would stay in a policy's running means for good."""
     predictor = AcceptancePredictor(8, width=4, max_depth=3)
     for weight in predictor.parameters():
@@ -61,3 +63,19 @@ def test_a_row_without_a_state_has_a_chance_too(width, temperature, seed):
         folded, predictor.probability(hidden, signals(noisy, width, temperature), 0), rtol=1e-4, atol=1e-6
     )
     assert ((folded >= 0) & (folded <= 1)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(("width", "columns"), [(1, 30), (3, 30), (4, 4), (2, 2), (1, 1)])
+def test_folded_equals_the_predictor(width, columns, temperature, seed):
+    """Folding the temperature into the weights changes neither the probabilities nor which proposals they belong to."""
+    predictor = AcceptancePredictor(16, width=8, max_depth=3)
+    for weight in (*predictor.parameters(), predictor.scale, predictor.shift):
+        torch.nn.init.normal_(weight, std=0.5)
+    predictor.requires_grad_(False)
+    hidden, noisy = 3 * torch.randn(2, 4, 16), 4 * torch.randn(2, 4, columns)
+    for depth in (0, 2, 7):
+        folded, picked = FoldedPredictor(predictor, temperature)(hidden, noisy, width, depth)
+        expected = predictor.probability(hidden, signals(noisy, width, temperature), depth)
+        torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(picked, noisy.topk(width, dim=-1).indices)

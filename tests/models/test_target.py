@@ -62,7 +62,7 @@ def test_packed_logits_equal_each_text_alone(model_type, tmp_path, seed):
         start += length
 
 
-def test_the_packing_test_can_fail(tmp_path, seed):
+def test_default_attention_leaks_across_documents(tmp_path, seed):
     """With transformers' defaults (a cache) the same call does attend across documents: the trap is real."""
     model = random_model(tmp_path, "llama")
     tokens_BT, positions_BT, _ = packed([5, 9], padding=0)
@@ -72,6 +72,7 @@ def test_the_packing_test_can_fail(tmp_path, seed):
 
 @pytest.mark.parametrize("model_type", [*FAMILIES, "gpt2"])
 def test_taps_are_hidden_states(model_type, tmp_path, seed):
+    """Taps equal transformers' hidden states."""
     model = random_model(tmp_path, model_type)
     tokens_BT = torch.randint(3, 96, (2, 7))
     positions_BT = torch.arange(7).expand(2, 7)
@@ -84,7 +85,8 @@ def test_taps_are_hidden_states(model_type, tmp_path, seed):
     assert torch.equal(taps_BTAD[:, :, -1], hidden_BTD)
 
 
-def test_handle_is_the_models_own_head_and_norm(tmp_path, seed):
+def test_handle_has_the_models_head_and_norm(tmp_path, seed):
+    """Embedding, head and final norm of the handle are the model's own."""
     model = random_model(tmp_path, "qwen3")
     target = FrozenTarget(tmp_path)
     tokens_BT = torch.randint(3, 96, (1, 6))
@@ -95,7 +97,8 @@ def test_handle_is_the_models_own_head_and_norm(tmp_path, seed):
     assert (target.handle().head(hidden_BTD) - states.logits).abs().max() < 1e-5
 
 
-def test_it_is_frozen(tmp_path, seed):
+def test_target_is_frozen(tmp_path, seed):
+    """The target has no gradients, stays in eval mode and is not part of a module's state."""
     random_model(tmp_path, "llama", attention_dropout=0.5)
     target = FrozenTarget(tmp_path)
     assert not any(p.requires_grad for p in target.model.parameters())
@@ -110,7 +113,8 @@ def test_it_is_frozen(tmp_path, seed):
     assert not hidden.requires_grad
 
 
-def test_bf16_weights_take_float32_states(tmp_path, seed):
+def test_bfloat16_weights_accept_float32_states(tmp_path, seed):
+    """A head in bfloat16 accepts float32 hidden states."""
     random_model(tmp_path, "llama")
     target = FrozenTarget(tmp_path, dtype=torch.bfloat16)
     assert target.handle().head(torch.randn(3, 32)).dtype == torch.bfloat16
@@ -120,26 +124,30 @@ def test_bf16_weights_take_float32_states(tmp_path, seed):
 
 
 def test_soft_capped_logits_are_refused(tmp_path):
+    """A model whose logits are not its head's output is refused."""
     random_model(tmp_path, "gemma2", head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=None)
     with pytest.raises(UserError, match="not output head"):
         FrozenTarget(tmp_path)
 
 
 def test_unknown_tap_is_named(tmp_path):
+    """A tap that does not exist is named in the error."""
     random_model(tmp_path, "llama")
     tokens_BT = torch.tensor([[3, 4]])
     with pytest.raises(UserError, match="tap 4.*0 to 3"):
         FrozenTarget(tmp_path).forward(tokens_BT, torch.arange(2)[None], torch.zeros_like(tokens_BT), (4,))
 
 
-def test_no_model_is_one_line(tmp_path):
+def test_missing_model_gives_one_line(tmp_path):
+    """A folder without a model gives a one-line error."""
     for call in (FrozenTarget, target_shape):
         with pytest.raises(UserError, match="config.json") as caught:
             call(tmp_path / "nothing")
         assert "\n" not in str(caught.value)
 
 
-def test_shape_reads_the_config_only(tmp_path):
+def test_shape_needs_only_the_config(tmp_path):
+    """The shape is read from the config alone."""
     random_model(tmp_path, "qwen2", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})
     (tmp_path / "model.safetensors").unlink()
     shape = target_shape(tmp_path)
@@ -149,7 +157,7 @@ def test_shape_reads_the_config_only(tmp_path):
     assert type(shape).from_dict(shape.to_dict()) == shape
 
 
-def test_end_ids_are_the_union(tmp_path):
+def test_end_ids_are_the_union_of_both_configs(tmp_path):
     """Ending on the config's id alone would run past the chat model's end of turn."""
     model = random_model(tmp_path, "llama")
     model.generation_config.eos_token_id = [5, 7]

@@ -31,7 +31,7 @@ class Start(Callback):
 
 
 @pytest.mark.parametrize("stop", [3, "epoch"])
-def test_resumed_equals_uninterrupted_bit_for_bit(stop, tiny_target, chats, tmp_path):
+def test_resumed_run_equals_uninterrupted_bit_for_bit(stop, tiny_target, chats, tmp_path):
     """Stopping and resuming, within an epoch and at its end, changes neither losses nor weights, with random draws included."""
     straight, first, second = Losses(), Losses(), Losses()
     sampled = TVDpp(estimator="sampled", samples=2)
@@ -62,7 +62,8 @@ def test_accumulation_equals_one_large_batch(divergence, tiny_target, chats, tmp
     assert apart < 2e-5 < 1e-3 < moved  # float32 sums in another order
 
 
-def test_the_target_is_neither_saved_nor_trained(tiny_target, chats, tmp_path):
+def test_target_is_neither_saved_nor_trained(tiny_target, chats, tmp_path):
+    """The target is neither trained nor saved in the checkpoint."""
     module = draft_module(tiny_target)
     fit(module, text_data(chats, tmp_path), tmp_path, steps=2)
     assert module.teacher is not None and not any(p.requires_grad for p in module.teacher.model.parameters())
@@ -70,7 +71,9 @@ def test_the_target_is_neither_saved_nor_trained(tiny_target, chats, tmp_path):
     assert set(module.state_dict()) == set(weights(tmp_path))
 
 
-def test_a_drafter_loads_without_its_target(tiny_target, chats, tmp_path):
+def test_drafter_loads_without_its_target(tiny_target, chats, tmp_path):
+    """A drafter's checkpoint loads although its target is gone."""
+
     import shutil
 
     copy = shutil.copytree(tiny_target, tmp_path / "target")
@@ -85,7 +88,8 @@ def test_a_drafter_loads_without_its_target(tiny_target, chats, tmp_path):
     assert 0 < info["metrics"]["val/alpha"] < 1 and info["metrics"]["val/tau"] >= 1
 
 
-def test_other_files_are_one_line(tmp_path):
+def test_foreign_checkpoint_gives_one_line(tmp_path):
+    """A file that is no checkpoint of ours gives a one-line error."""
     broken = tmp_path / "a.ckpt"
     broken.write_bytes(b"nothing")
     foreign = tmp_path / "b.ckpt"
@@ -96,7 +100,7 @@ def test_other_files_are_one_line(tmp_path):
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_validation_measures_what_the_loss_defines(tiny_target, chats, tmp_path):
+def test_draft_equal_to_target_accepts_everything(tiny_target, chats, tmp_path):
     """A draft that IS the target accepts everything: alpha, coupled alpha and agreement 1, tau depth + 1."""
     trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_checkpointing=False)
     module = draft_module(tiny_target, drafter=lambda shape: LMDraft(shape, num_layers=4), depth=3)
@@ -136,7 +140,8 @@ def test_rounds_of_heads_by_hand():
     assert [found[f"{name}_{k}"] for k in (1, 2) for name in ("accepted", "offered")] == [2, 2, 1, 2]
 
 
-def test_a_language_model_learns_and_loads(chats, tiny_target, tmp_path):
+def test_language_model_learns_and_loads(chats, tiny_target, tmp_path):
+    """A language model's loss falls, and its checkpoint loads with the same logits."""
     config = {
         "model_type": "qwen3",
         "hidden_size": 32,
@@ -163,7 +168,7 @@ def test_a_language_model_learns_and_loads(chats, tiny_target, tmp_path):
         saved.drafter()
 
 
-def test_packed_training_reads_each_document_alone(chats, tiny_target, tmp_path):
+def test_packed_loss_equals_loss_per_document(chats, tiny_target, tmp_path):
     """The loss of packed rows equals the sum of the losses of their documents."""
     module = LanguageModule(folder=str(tiny_target))
     data = text_data(chats, tmp_path, batch_size=1)
@@ -185,13 +190,15 @@ def test_packed_training_reads_each_document_alone(chats, tiny_target, tmp_path)
 @pytest.mark.parametrize(
     ("config", "said"), [({}, "model_type"), ({"model_type": "llama", "hiden": 3}, "hiden"), ({"model_type": "lama"}, "lama")]
 )
-def test_a_wrong_model_config_is_one_line(config, said, chats, tiny_target, tmp_path):
+def test_invalid_model_config_gives_one_line(config, said, chats, tiny_target, tmp_path):
+    """An invalid model configuration gives a one-line error."""
     with pytest.raises(UserError, match=said) as caught:
         fit(LanguageModule(config=config), text_data(chats, tmp_path, tokenizer=str(tiny_target)), tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_rows_longer_than_the_model_are_refused(chats, tiny_target, tmp_path):
+    """Rows longer than the model's positions are refused."""
     with pytest.raises(UserError, match="512 positions"):
         fit(draft_module(tiny_target), text_data(chats, tmp_path, length=1024), tmp_path)
 
@@ -205,7 +212,7 @@ def runs(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), TVDpp(normalise="batch")], ids=["kl", "tvdpp"])
-def test_a_kept_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, tmp_path, runs):
+def test_cached_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, tmp_path, runs):
     """Two epochs and validation, so that rows are read from the cache; the next run does not run the target at all."""
     straight, kept, later = Losses(), Losses(), Losses()
     for name, losses, cache in (("a", straight, None), ("b", kept, "kept"), ("c", later, "kept")):
@@ -223,7 +230,7 @@ def test_a_kept_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, 
         assert all(torch.equal(value, weights(tmp_path / name)[key]) for key, value in weights(tmp_path / "a").items())
 
 
-def test_a_kept_teacher_is_not_another_targets(tiny_target, chats, tmp_path):
+def test_cached_teacher_is_not_used_for_another_target(tiny_target, chats, tmp_path):
     """Another target with the same config and tokenizer trains as without the cache, which holds the first target."""
     other = make_target(tmp_path / "other", seed=1)
     fit(draft_module(tiny_target, teacher_cache=str(tmp_path / "kept")), text_data(chats, tmp_path), tmp_path / "a", steps=2)
@@ -233,7 +240,7 @@ def test_a_kept_teacher_is_not_another_targets(tiny_target, chats, tmp_path):
     assert alone.values == beside.values and len(list((tmp_path / "kept").iterdir())) == 2 * 2  # training and validation
 
 
-def test_a_teacher_kept_as_its_whole_vocabulary_is_exact_and_as_some_of_it_teaches(tiny_target, chats, tmp_path, runs):
+def test_top_k_teacher_trains_and_is_exact_at_full_k(tiny_target, chats, tmp_path, runs):
     """Log-probabilities instead of hidden states and a head: equal up to the float32 rounding of one more softmax."""
     exact, whole, some, again = (Losses() for _ in range(4))
     fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path / "a", exact)
@@ -248,7 +255,8 @@ def test_a_teacher_kept_as_its_whole_vocabulary_is_exact_and_as_some_of_it_teach
     assert again.values == some.values and len(runs) == before
 
 
-def test_a_bfloat16_target_is_kept_in_bfloat16(tiny_target, chats, tmp_path):
+def test_bfloat16_target_is_cached_in_bfloat16(tiny_target, chats, tmp_path):
+    """The outputs of a bfloat16 target are cached in bfloat16, and training is the same."""
     straight, kept = Losses(), Losses()
     for name, losses, more in (("a", straight, {}), ("b", kept, {"teacher_cache": str(tmp_path / "kept")})):
         module = draft_module(tiny_target, target_dtype="bfloat16", **more)
@@ -258,7 +266,8 @@ def test_a_bfloat16_target_is_kept_in_bfloat16(tiny_target, chats, tmp_path):
     assert sizes == {"torch.bfloat16"}
 
 
-def test_a_teacher_kept_under_autocast_is_not_read_without(tiny_target, chats, tmp_path):
+def test_cache_under_autocast_is_separate(tiny_target, chats, tmp_path):
+    """Outputs cached under autocast are not used without it."""
     cache = {"teacher_cache": str(tmp_path / "kept")}
     fit(draft_module(tiny_target, **cache), text_data(chats, tmp_path), tmp_path / "a", steps=3, precision="bf16-mixed")
     alone, beside = Losses(), Losses()
@@ -268,7 +277,8 @@ def test_a_teacher_kept_under_autocast_is_not_read_without(tiny_target, chats, t
 
 
 @pytest.mark.parametrize("top_k", [0, 321])
-def test_a_wrong_teacher_top_k_is_one_line(top_k, tiny_target, chats, tmp_path):
+def test_invalid_teacher_top_k_gives_one_line(top_k, tiny_target, chats, tmp_path):
+    """An invalid teacher_top_k gives a one-line error."""
     with pytest.raises(UserError, match="teacher_top_k") as caught:
         fit(draft_module(tiny_target, teacher_top_k=top_k), text_data(chats, tmp_path), tmp_path)
     assert "\n" not in str(caught.value)

@@ -46,7 +46,7 @@ def trained(target: Path, chats: Path, root: Path, steps: int = STEPS, **module:
 
 
 @pytest.mark.parametrize("kind", sorted(discover()))
-def test_every_kind_trains_from_features_as_online(kind, tiny_target, chats, tmp_path, monkeypatch):
+def test_training_from_features_equals_online(kind, tiny_target, chats, tmp_path, monkeypatch):
     """In float32 and with the same batches: equal to the bit, for hidden states and top-k rows; k = V is all of it.
 
     From logits or from stored log-probabilities the same p differs in float32 rounding of one more softmax, hence 1e-4.
@@ -72,7 +72,7 @@ def test_every_kind_trains_from_features_as_online(kind, tiny_target, chats, tmp
             assert found == pytest.approx(online, rel=1e-4)
 
 
-def test_statistics_over_the_step_read_the_features_too(tiny_target, chats, tmp_path):
+def test_batch_statistics_work_with_features(tiny_target, chats, tmp_path):
     """TVD++ reads each window twice, in two micro-batches."""
     folder, losses = made(tiny_target, chats, tmp_path / "features"), []
     for name, more in (("a", {}), ("b", {"features": folder})):
@@ -82,7 +82,7 @@ def test_statistics_over_the_step_read_the_features_too(tiny_target, chats, tmp_
     assert losses[0].values == losses[1].values
 
 
-def test_other_batches_of_rows_differ_by_rounding_alone(tiny_target, chats, tmp_path):
+def test_other_batch_sizes_differ_only_by_rounding(tiny_target, chats, tmp_path):
     """Features of 5 rows per batch, training on 2 rows per batch: the matrix products sum in another order."""
     folder = made(tiny_target, chats, tmp_path / "features", batch=5, shard_rows=7)
     online = trained(tiny_target, chats, tmp_path / "a")
@@ -103,7 +103,8 @@ def test_other_batches_of_rows_differ_by_rounding_alone(tiny_target, chats, tmp_
         ({"dtype": "bfloat16", "top_k": 64}, 0.2),
     ],
 )
-def test_narrow_storage_and_few_tokens_are_close(options, within, tiny_target, chats, tmp_path):
+def test_half_precision_and_top_k_features_are_close(options, within, tiny_target, chats, tmp_path):
+    """Losses from features in half precision, or of 64 tokens, are close to those of online training."""
     online = trained(tiny_target, chats, tmp_path / "a", drafter=Medusa)
     folder = made(tiny_target, chats, tmp_path / "features", kind="medusa", **options)
     found = trained(tiny_target, chats, tmp_path / "b", drafter=Medusa, features=folder)
@@ -113,7 +114,8 @@ def test_narrow_storage_and_few_tokens_are_close(options, within, tiny_target, c
     assert options.get("top_k") != 64 or found[0] < online[0]
 
 
-def test_the_layers_are_not_loaded_and_nothing_of_the_target_is_saved(tiny_target, chats, tmp_path, monkeypatch):
+def test_features_training_loads_no_target_layers(tiny_target, chats, tmp_path, monkeypatch):
+    """Training from features loads no layer of the target and saves none of its weights."""
     folder = made(tiny_target, chats, tmp_path / "features")
     monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: pytest.fail("the target is run"))
     module = draft_module(tiny_target, features=folder)
@@ -131,7 +133,7 @@ def refused(target: Path, chats: Path, root: Path, *parts: str, data: Any = None
     assert "\n" not in line and all(part in line for part in parts), line
 
 
-def test_features_of_something_else_are_refused_by_name(tiny_target, chats, tmp_path):
+def test_foreign_features_are_refused_by_name(tiny_target, chats, tmp_path):
     """Other data, split, packing, target weights or config, taps or top-k: an error of one line before the first step."""
     folder = made(tiny_target, chats, tmp_path / "features")
     ask = lambda *parts, target=tiny_target, **more: refused(
@@ -159,7 +161,8 @@ def test_features_of_something_else_are_refused_by_name(tiny_target, chats, tmp_
     ask("states after layers []", "tap -1", "--taps [4]", features=few, drafter=Medusa)
 
 
-def test_a_validation_set_that_is_not_there_is_said_before_the_first_step(tiny_target, chats, tmp_path):
+def test_missing_validation_features_stop_before_training(tiny_target, chats, tmp_path):
+    """Features without the validation set are refused before the first step."""
     folder, alone = made(tiny_target, chats, tmp_path / "features", validation_share=0.0), Losses()
     data = text_data(chats, tmp_path, validation=str(chats), limit_validation=5)
     with pytest.raises(UserError, match="other data than the rows of .* validation"):
@@ -168,7 +171,8 @@ def test_a_validation_set_that_is_not_there_is_said_before_the_first_step(tiny_t
 
 
 @pytest.mark.parametrize("spoil", ["missing", "torn", "foreign", "unreadable"])
-def test_spoiled_features_are_named(spoil, tiny_target, chats, tmp_path):
+def test_damaged_features_are_named(spoil, tiny_target, chats, tmp_path):
+    """A missing, torn or foreign shard is named in the error."""
     folder = Path(made(tiny_target, chats, tmp_path / "features", shard_rows=4))
     shard = folder / "train-00001.safetensors"
     parts = [str(folder)]
@@ -190,7 +194,8 @@ def test_spoiled_features_are_named(spoil, tiny_target, chats, tmp_path):
     assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in parts), caught.value
 
 
-def test_a_copy_of_the_target_and_other_names_of_the_data_are_the_same(tiny_target, chats, tmp_path):
+def test_copied_target_and_renamed_data_are_accepted(tiny_target, chats, tmp_path):
+    """A copy of the target and a renamed data file are accepted."""
     folder = made(tiny_target, chats, tmp_path / "features")
     renamed = Path(shutil.copyfile(chats, tmp_path / "renamed.jsonl"))
     copied = Path(shutil.copytree(tiny_target, tmp_path / "copy"))

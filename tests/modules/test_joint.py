@@ -110,7 +110,8 @@ def seen_by(target: FrozenTarget, batch: dict[str, torch.Tensor], taps=(-1,)) ->
     return DraftBatch(*(batch[name] for name in names), batch["mask_BT"], said, hidden, target.handle())
 
 
-def test_switched_off_the_target_is_bit_for_bit_what_it_was(tiny_target, seed):
+def test_target_without_adapter_is_bit_exact(tiny_target, seed):
+    """With its adapter off the target gives the same bits as before."""
     frozen, tuned = FrozenTarget(tiny_target), tuned_target(tiny_target)
     batch = batch_of(frozen)
     before = seen_by(frozen, batch, (1, -1))
@@ -130,7 +131,7 @@ def test_switched_off_the_target_is_bit_for_bit_what_it_was(tiny_target, seed):
 
 @pytest.mark.parametrize("divergence", [CrossEntropy(chunk=7), ForwardKL(chunk=7)], ids=["labels", "soft"])
 @pytest.mark.parametrize("base_loss", ["cross_entropy", "self_distillation"])
-def test_loss_and_gradients_of_both_terms_are_those_of_the_formula(base_loss, divergence, tiny_target, seed):
+def test_both_loss_terms_equal_their_formula(base_loss, divergence, tiny_target, seed):
     """Compares value and gradient of each term, for every matrix of the adapter, with whole logits and autograd.
 
     In `soft` the teacher of the heads is the target as it is, adapter on, and no gradient goes into it.
@@ -170,12 +171,13 @@ def test_loss_and_gradients_of_both_terms_are_those_of_the_formula(base_loss, di
             torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
 
 
-def test_the_weight_of_the_drafters_loss_by_hand(tiny_target):
+def test_draft_weight_schedule_by_hand(tiny_target):
+    """The weight of the drafter's loss follows its schedule."""
     module = joint_module(tiny_target, heads_steps=3, draft_warmup=3, draft_weight=0.2)
     assert [round(module.weight(step), 6) for step in range(8)] == [0.2, 0.2, 0.2, 0.05, 0.1, 0.15, 0.2, 0.2]
 
 
-def test_heads_alone_leave_the_adapter_untouched_then_both_learn(tiny_target, chats, tmp_path):
+def test_heads_stage_leaves_the_adapter_untouched(tiny_target, chats, tmp_path):
     """With weight decay, which would shrink matrices whose gradient is zero instead of None."""
     watch, options = Watch(), {"optimizer": lambda p: torch.optim.AdamW(p, lr=2e-2, weight_decay=0.1)}
     fit(joint_module(tiny_target, **options), chats, tmp_path, tmp_path / "a", steps=3)
@@ -199,7 +201,7 @@ def test_heads_alone_leave_the_adapter_untouched_then_both_learn(tiny_target, ch
     )  # from the step where both terms have their full weight
 
 
-def test_an_untouched_adapter_keeps_its_first_draw(tiny_target, chats, tmp_path):
+def test_heads_stage_keeps_the_initial_adapter_bits(tiny_target, chats, tmp_path):
     """The adapter's weights are equal bit for bit before the first step and after the steps that train the heads alone."""
 
     class Start(Callback):
@@ -221,7 +223,7 @@ def test_self_distillation_starts_at_zero(accumulate, tiny_target, chats, tmp_pa
     assert watch.losses[:accumulate] == [pytest.approx(0.0, abs=1e-6)] * accumulate
 
 
-def test_self_distillation_holds_the_target_to_what_it_said(tiny_target, chats, tmp_path):
+def test_self_distillation_limits_the_targets_change(tiny_target, chats, tmp_path):
     """With the drafter's loss, the target changes, but less than with cross entropy on the text."""
     moved = {}
     for base in ("self_distillation", "cross_entropy"):
@@ -240,7 +242,7 @@ def test_self_distillation_holds_the_target_to_what_it_said(tiny_target, chats, 
 
 
 @pytest.mark.parametrize(("stop", "divergence"), [(2, CrossEntropy()), (5, TVDpp(normalise="batch"))], ids=["heads", "both"])
-def test_resumed_equals_uninterrupted_bit_for_bit(stop, divergence, tiny_target, chats, tmp_path):
+def test_resumed_run_equals_uninterrupted_bit_for_bit(stop, divergence, tiny_target, chats, tmp_path):
     """Stopped during the steps that train the heads alone, and after them."""
     straight, first, second = Watch(), Watch(stop), Watch()
     fit(joint_module(tiny_target, divergence=divergence), chats, tmp_path, tmp_path / "a", straight, steps=9)
@@ -276,7 +278,8 @@ def trained(tiny_target, chats, tmp_path_factory) -> Path:
 PROMPTS = ["Natalia sold clips", "How many", "In May she sold 48 / 2 = 24 clips. Altogether"]
 
 
-def test_the_merged_target_is_the_tuned_one_and_the_drafter_decodes_with_it_alone(trained, tiny_target, tmp_path, capsys):
+def test_merged_target_equals_tuned_and_decodes(trained, tiny_target, tmp_path, capsys):
+    """The merged target has the tuned one's logits, and the drafter decodes with it and with no other."""
     out, target = tmp_path / "heads", tmp_path / "heads-target"
     assert main(["export", str(trained), str(out), "--format", "vllm"]) == 0
     assert str(target) in capsys.readouterr().out
@@ -308,7 +311,7 @@ def test_the_merged_target_is_the_tuned_one_and_the_drafter_decodes_with_it_alon
     assert bundle.read(target).kind == "model"
 
 
-def test_end_ids_and_dtype_of_the_merged_target_are_kept_and_asked_for(trained, tiny_target, tmp_path, chats):
+def test_merged_target_keeps_end_ids_and_has_dtype(trained, tiny_target, tmp_path, chats):
     """The target's list of end ids must be kept: the tokenizer has only one of them."""
     source = make_target(tmp_path / "source")
     for name in ("config.json", "generation_config.json"):
@@ -326,7 +329,7 @@ def test_end_ids_and_dtype_of_the_merged_target_are_kept_and_asked_for(trained, 
     assert [o.tokens for o in drafted] == [o.tokens for o in plain]
 
 
-def test_another_target_is_not_merged_into(trained, tiny_target, tmp_path):
+def test_adapter_is_not_merged_into_another_target(trained, tiny_target, tmp_path):
     """A target with equal sizes and tokenizer but other weights."""
     other = make_target(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="its weights are not those that were tuned"):
@@ -338,7 +341,9 @@ def test_another_target_is_not_merged_into(trained, tiny_target, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out-target").exists()
 
 
-def test_a_merge_that_changes_the_logits_is_refused(trained, tiny_target, monkeypatch):
+def test_merge_that_changes_logits_is_refused(trained, tiny_target, monkeypatch):
+    """A merge whose logits differ from the tuned target's is refused."""
+
     from peft.tuners.lora import Linear
 
     adapter = read_checkpoint(trained).adapter()
@@ -349,7 +354,7 @@ def test_a_merge_that_changes_the_logits_is_refused(trained, tiny_target, monkey
         merge_adapter(tiny_target, *adapter, "digest")
 
 
-def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp_path):
+def test_every_kind_with_taps_trains_jointly(tiny_target, chats, tmp_path):
     """The module names no kind: each kind that reads taps trains, and passes gradients to the target."""
     kinds = {name: partial(load_kind(kind), **options) for name, (kind, options) in VARIANTS.items()}
     kinds = {name: make for name, make in kinds.items() if make(target_shape(tiny_target)).taps}
@@ -364,7 +369,7 @@ def test_every_kind_that_reads_its_target_trains_jointly(tiny_target, chats, tmp
         assert any(value is not None and value.abs().max() > 0 for value in given), name
 
 
-def test_metrics_say_each_loss_by_its_own_tokens(tiny_target, chats, tmp_path):
+def test_each_loss_is_averaged_over_its_own_tokens(tiny_target, chats, tmp_path):
     """Validation before the first step, with heads that equal the target's head, so all losses are known."""
     module = joint_module(tiny_target, draft_weight=0.5)
     data = TextData(str(chats), cache=str(tmp_path), length=96, batch_size=2, validation_share=0.1)
@@ -400,19 +405,22 @@ def test_metrics_say_each_loss_by_its_own_tokens(tiny_target, chats, tmp_path):
         ({"lora_lr": -1.0}, "lora_lr"),
     ],
 )
-def test_a_mistake_is_one_line(given, said, tiny_target, chats, tmp_path):
+def test_invalid_options_give_one_line(given, said, tiny_target, chats, tmp_path):
+    """An invalid option gives a one-line error that names it."""
     with pytest.raises(UserError, match=said) as caught:
         fit(joint_module(tiny_target, **given), chats, tmp_path, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_the_other_module_is_refused_by_name(trained, tiny_target, chats, tmp_path):
+def test_checkpoint_of_another_module_is_refused(trained, tiny_target, chats, tmp_path):
+    """A checkpoint of JointModule is refused by DraftModule."""
     plain = DraftModule(str(tiny_target), drafter=lambda shape: Medusa(shape, num_heads=2, decay=0.8))
     with pytest.raises(UserError, match="written by JointModule, but this run uses DraftModule"):
         fit(plain, chats, tmp_path, tmp_path, ckpt_path=trained)
 
 
-def test_it_is_configured_in_a_recipe(tiny_target, chats, tmp_path):
+def test_joint_training_from_a_recipe(tiny_target, chats, tmp_path):
+    """A recipe trains jointly; the result can be exported and loaded."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"""
@@ -443,7 +451,7 @@ trainer.enable_progress_bar: false
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_across_both_stages(tiny_target, chats, tmp_path):
+def test_two_processes_train_as_one_in_both_stages(tiny_target, chats, tmp_path):
     """Equal losses and weights up to float32 rounding, though the adapter has no gradient at first."""
     more = {
         "model": "JointModule",

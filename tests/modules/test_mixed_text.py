@@ -29,13 +29,13 @@ def law_of(p, q, share: float) -> np.ndarray:
 
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_joint_of_four_tokens_is_the_mixtures(share: float, depth: int, seed: int) -> None:
+def test_joint_of_four_tokens_is_the_mixture(share: float, depth: int, seed: int) -> None:
     """The first four tokens are left out: the very first is always the target's."""
     p, q = tables("generic", np.random.default_rng(seed))
     assert laws.p_value(counts_of(p, q, share, depth, seed, 40_000), law_of(p, q, share)) > 1e-4 / 6
 
 
-def test_the_test_sees_a_bonus_token_of_the_target(seed: int, monkeypatch) -> None:
+def test_a_wrong_bonus_token_is_detected(seed: int, monkeypatch) -> None:
     """Planted fault: a round that kept all its drafted tokens also emits one of the target's."""
     right = Mixed.verify
 
@@ -50,7 +50,7 @@ def test_the_test_sees_a_bonus_token_of_the_target(seed: int, monkeypatch) -> No
     assert laws.p_value(counts_of(p, q, 0.7, 2, seed, 40_000), law_of(p, q, 0.7)) < 1e-6
 
 
-def test_without_a_share_greedy_text_is_the_targets(seed: int) -> None:
+def test_share_0_is_the_targets_greedy_text(seed: int) -> None:
     """The caches stay right when a round ends with a drafted token and no bonus: share 0 and 1 follow one network each."""
     runner = pair(noise=0.3, ends=())
     prompts = ragged_prompts(5)
@@ -60,7 +60,9 @@ def test_without_a_share_greedy_text_is_the_targets(seed: int) -> None:
     assert [own[place].tokens for place in range(5)] == plain
 
 
-def test_all_of_the_drafts_is_the_drafts_own_text_after_the_first_token(seed: int) -> None:
+def test_share_1_is_the_drafts_own_text(seed: int) -> None:
+    """With share 1 the text after the first token is the draft's own."""
+
     from trainkit.runner import Runner
 
     runner = pair(noise=0.3, ends=())
@@ -71,7 +73,8 @@ def test_all_of_the_drafts_is_the_drafts_own_text_after_the_first_token(seed: in
     assert [written[place].tokens[1:] for place in range(5)] == [out.tokens for out in alone.generate(firsts, 23)]
 
 
-def test_mixed_text_needs_a_depth_and_a_share() -> None:
+def test_mixed_text_needs_depth_and_share() -> None:
+    """Mixed text needs a depth and a share."""
     with pytest.raises(UserError, match="share 1.5: must be between 0 and 1"):
         Mixed(1.5)
     for runner, options in ((pair(), {"depth": 0}), (pair(noise=None), {})):

@@ -45,7 +45,7 @@ def documents(batch) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def test_draft_texts_are_the_drafts_own_answers_at_that_time(tiny_target, chats, tmp_path):
+def test_draft_texts_are_written_by_the_current_draft(tiny_target, chats, tmp_path):
     """At temperature 0: the texts of the second chapter are written with the weights after two steps."""
     seen = Seen()
     module = draft_module(tiny_target, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1))
@@ -71,7 +71,7 @@ def test_draft_texts_are_the_drafts_own_answers_at_that_time(tiny_target, chats,
 
 
 @pytest.mark.parametrize("weights_of", [{"draft": 1.0}, {"mixed": 1.0, "target": 1.0}, {"corpus": 1.0, "target": 9.0}], ids=str)
-def test_resumed_equals_uninterrupted(weights_of, tiny_target, chats, tmp_path):
+def test_resumed_mixture_run_equals_uninterrupted(weights_of, tiny_target, chats, tmp_path):
     """Also within a chapter, whose texts were written with weights that no longer exist."""
     straight, first, second = Losses(), Losses(), Losses()
     make = lambda: (draft_module(tiny_target), mixture_data(chats, tmp_path, weights_of))
@@ -82,7 +82,8 @@ def test_resumed_equals_uninterrupted(weights_of, tiny_target, chats, tmp_path):
     assert all(torch.equal(value, weights(tmp_path / "b")[name]) for name, value in weights(tmp_path / "a").items())
 
 
-def test_ranks_together_write_what_one_process_would(tiny_target, chats, tmp_path):
+def test_ranks_write_the_texts_of_one_process(tiny_target, chats, tmp_path):
+    """Two ranks together write the texts that one process would."""
     module, data = draft_module(tiny_target), mixture_data(chats, tmp_path, {"mixed": 1.0})
     fit(module, data, tmp_path, steps=1)
     requests = [(number, number % 5) for number in range(9)]
@@ -92,7 +93,7 @@ def test_ranks_together_write_what_one_process_would(tiny_target, chats, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_on_written_texts(tiny_target, chats, tmp_path):
+def test_two_processes_train_as_one_on_drafted_texts(tiny_target, chats, tmp_path):
     """Under torchrun, with half of the rows each: the same weights as one process on the same prompts."""
     script = tmp_path / "go.py"
     script.write_text("import sys\nfrom trainkit.commands.fit import run\nrun('fit', sys.argv[1:])\n")
@@ -143,7 +144,8 @@ def test_two_processes_train_as_one_on_written_texts(tiny_target, chats, tmp_pat
         ({"mixed": 1.0}, {"share": 1.2}, "share"),
     ],
 )
-def test_a_mistake_is_one_line(weights_of, more, message, tmp_path):
+def test_invalid_options_give_one_line(weights_of, more, message, tmp_path):
+    """An invalid option gives a one-line error that names it."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a", "response": "b"}))
     options = {"prompts": str(rows), "target": str(rows), "validation": str(rows)} | more
@@ -153,12 +155,14 @@ def test_a_mistake_is_one_line(weights_of, more, message, tmp_path):
 
 
 def test_prompts_too_long_for_a_row_are_refused(tiny_target, chats, tmp_path):
+    """Prompts that leave no room in a row are refused."""
     module = draft_module(tiny_target)
     with pytest.raises(UserError, match="data.prompts: none of"):
         fit(module, mixture_data(chats, tmp_path, {"draft": 1.0}, max_new_tokens=95), tmp_path, steps=1)
 
 
-def test_the_loader_is_sized_by_chapter(tiny_target, chats, tmp_path):
+def test_loader_length_is_one_chapter(tiny_target, chats, tmp_path):
+    """The length of the loader is the number of batches of one chapter."""
     trainer = fit(draft_module(tiny_target), mixture_data(chats, tmp_path, {"target": 1.0}), tmp_path, steps=2)
     loader = trainer.train_dataloader
     assert isinstance(loader, MixedLoader) and len(loader) == 2

@@ -65,7 +65,7 @@ def trained(tmp_path_factory, draft):
     return records, folder / "run", {name: float(value) for name, value in rows[-1].items() if value}
 
 
-def test_it_beats_every_baseline_where_the_label_depends_on_the_state(trained):
+def test_predictor_beats_every_baseline(trained):
     """The label's entropy given the state is about 0.34 nats, without it 0.68."""
     values = trained[2]
     assert values["val/loss"] < 0.45 < 0.6 < values["val/constant_loss"]
@@ -74,7 +74,8 @@ def test_it_beats_every_baseline_where_the_label_depends_on_the_state(trained):
     assert values["val/fitted_ece"] < 0.08 < values["val/max_q_ece"]
 
 
-def test_a_checkpoint_holds_the_recalibration_of_its_own_weights(trained):
+def test_checkpoint_holds_its_own_calibration(trained):
+    """A checkpoint holds the calibration that was fitted to its own weights."""
     records, root, _ = trained
     for name in ("last.ckpt", "best.ckpt"):
         saved = read_checkpoint(root / "checkpoints" / name)
@@ -87,7 +88,8 @@ def test_a_checkpoint_holds_the_recalibration_of_its_own_weights(trained):
         assert mark["kind"] == "lm" and info["metrics"]["val/loss"] < 0.6 and info["module"] == "PredictorModule"
 
 
-def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(trained, tmp_path):
+def test_resumed_run_equals_uninterrupted(trained, tmp_path):
+    """A resumed run ends with the weights of an uninterrupted one."""
     records, _, _ = trained
     short = {
         "trainer.max_steps": 30,
@@ -105,7 +107,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(trained, tmp_path):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_weights_of_rejections_bias_downwards_and_are_normalised(trained, tmp_path):
+def test_rejection_weight_lowers_predictions(trained, tmp_path):
     """If nothing predicts the label, P = rate / (rate + 6 (1 - rate)); the weighted loss keeps the scale of the plain one."""
     records, _, _ = trained
     flags = {"model.rejection_weight": 6.0, "model.width": 4, "trainer.max_steps": 60, "trainer.log_every_n_steps": 60}
@@ -119,7 +121,8 @@ def test_weights_of_rejections_bias_downwards_and_are_normalised(trained, tmp_pa
     assert 0.3 < float(row["train/loss"]) < 1.0
 
 
-def test_export_puts_it_into_the_drafters_bundle_which_decodes_the_same(trained, draft, tiny_target, tmp_path, capsys):
+def test_export_adds_predictor_to_the_bundle(trained, draft, tiny_target, tmp_path, capsys):
+    """Exporting a predictor adds it to its drafter's bundle, which decodes as before."""
     place = tmp_path / "draft"
     shutil.copytree(draft, place)
     (place / "README.md").write_text("ours")
@@ -153,7 +156,8 @@ def test_export_puts_it_into_the_drafters_bundle_which_decodes_the_same(trained,
     assert not [path for path in tmp_path.iterdir() if path != place]
 
 
-def test_a_wrong_drafter_is_refused_and_stays_as_it_was(trained, draft, tiny_target, tmp_path, capsys):
+def test_predictor_export_to_wrong_bundle_is_refused(trained, draft, tiny_target, tmp_path, capsys):
+    """A predictor is not exported into another drafter's bundle, which stays unchanged."""
     other = LMDraft(target_shape(tiny_target), num_layers=1, init="scratch")
     export_drafter(other, tmp_path / "other", tokenizer=tiny_target)
     before = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
@@ -171,7 +175,8 @@ def test_a_wrong_drafter_is_refused_and_stays_as_it_was(trained, draft, tiny_tar
     assert not (tmp_path / "none").exists()
 
 
-def test_a_predictor_that_reloads_otherwise_is_refused_and_the_bundle_stays(trained, draft, tmp_path, monkeypatch, capsys):
+def test_predictor_export_is_refused_if_reload_differs(trained, draft, tmp_path, monkeypatch, capsys):
+    """A predictor whose reloaded outputs differ is refused, and the bundle stays unchanged."""
     place = tmp_path / "draft"
     shutil.copytree(draft, place)
 
@@ -186,7 +191,8 @@ def test_a_predictor_that_reloads_otherwise_is_refused_and_the_bundle_stays(trai
     assert bundle.read(place).files == bundle.read(draft).files and not (place / FILE).exists()
 
 
-def test_the_command_prints_the_table_of_held_out_questions(trained, draft, tmp_path, capsys):
+def test_predictor_command_prints_held_out_table(trained, draft, tmp_path, capsys):
+    """The command prints, stores and plots the measures of held-out questions."""
     place, records = tmp_path / "draft", trained[0]
     shutil.copytree(draft, place)
     assert main(["predictor", str(place), "--data", str(records)]) == 2
@@ -219,7 +225,8 @@ def test_the_command_prints_the_table_of_held_out_questions(trained, draft, tmp_
     assert "made with another drafter" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(trained, tmp_path, capsys):
+def test_invalid_flags_give_one_line(trained, tmp_path, capsys):
+    """An invalid flag gives a one-line error that names it."""
     records = trained[0]
     for flags, part in (
         ({"data.train": tmp_path}, "no acceptance set"),

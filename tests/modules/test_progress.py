@@ -58,7 +58,8 @@ def flags(target: Path, chats: Path, root: Path, **more) -> list[str]:
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_a_terminal_shows_one_bar_that_fits(columns, tiny_target, chats, tmp_path):
+def test_terminal_shows_one_bar_that_fits(columns, tiny_target, chats, tmp_path):
+    """A terminal shows one progress bar within its width, and none of the libraries' messages."""
     text = on_terminal(flags(tiny_target, chats, tmp_path / "run"), columns)
     drawn = [line for line in re.split(r"[\r\n]+", text) if line.startswith("step")]
     assert all(len(line) <= min(columns, 100) for line in re.split(r"[\r\n]+", text) if "|" in line)
@@ -71,7 +72,7 @@ def test_a_terminal_shows_one_bar_that_fits(columns, tiny_target, chats, tmp_pat
     assert "train: " in text and "checkpoint: " in text
 
 
-def test_a_file_gets_plain_lines_at_log_intervals(tiny_target, chats, tmp_path):
+def test_file_gets_plain_lines_at_log_intervals(tiny_target, chats, tmp_path):
     """After a resume, steps are counted from the first run's start."""
     output = tmp_path / "output"
     given = flags(tiny_target, chats, tmp_path / "run")
@@ -86,7 +87,8 @@ def test_a_file_gets_plain_lines_at_log_intervals(tiny_target, chats, tmp_path):
     assert log.count("GPU available") == 2 and "`max_steps=12` reached" in log
 
 
-def test_warnings_go_to_the_log_and_other_code_keeps_its_own(tiny_target, chats, tmp_path, monkeypatch):
+def test_warnings_go_to_the_log_during_training(tiny_target, chats, tmp_path, monkeypatch):
+    """During training warnings go to log.txt; afterwards they are shown as before."""
     monkeypatch.setattr("trainkit.modules.draft.DraftModule.on_train_start", lambda self: warnings.warn("odd", stacklevel=1))
     given = flags(tiny_target, chats, tmp_path / "run", **{"trainer.enable_progress_bar": "false", "trainer.max_steps": 2})
     before = warnings.showwarning

@@ -42,7 +42,7 @@ def straight(tiny_target, chats, tmp_path_factory) -> Path:
     return root
 
 
-def test_a_signal_ends_all_processes_and_resume_is_exact(straight, tiny_target, chats, tmp_path, seed):
+def test_signal_ends_all_ranks_and_resume_is_exact(straight, tiny_target, chats, tmp_path, seed):
     """SIGTERM and Ctrl-C to torchrun and SIGTERM to one worker, in a random order, each while the last one's run is resumed."""
     root, said = tmp_path / "run", tmp_path / "said"
     given = arguments("draft", tiny_target, chats, root)
@@ -58,7 +58,7 @@ def test_a_signal_ends_all_processes_and_resume_is_exact(straight, tiny_target, 
     check_equal(straight, root)
 
 
-def test_kills_at_random_leave_no_trace(straight, tiny_target, chats, tmp_path, seed):
+def test_kills_of_ranks_leave_no_trace(straight, tiny_target, chats, tmp_path, seed):
     """A kill of one process, after which torchrun ends the other, and one of all processes, as when a machine is lost."""
     root, said = tmp_path / "run", tmp_path / "said"
     given = arguments("draft", tiny_target, chats, root)
@@ -101,7 +101,7 @@ SPANNING = {"model.divergence.estimator": "exact"}  # tvd++, statistics over the
     ],
     ids=["forward_kl", "tvd++"],
 )
-def test_two_processes_train_as_one_with_the_same_global_batch(loss, steps, names, weight, tiny_target, tmp_path, seed):
+def test_two_processes_train_as_one(loss, steps, names, weight, tiny_target, tmp_path, seed):
     """Clipped steps on rows whose counted tokens vary tenfold: equal losses and weights, each document once per epoch.
 
     With a validation set too small for the second process to have a row of it.
@@ -152,7 +152,8 @@ class SpreadModule(DraftModule):
         (Path(self.trainer.default_root_dir) / f"share-{self.global_rank}").write_text(str(share))
 
 
-def test_a_target_spread_over_processes_teaches_the_same(straight, tiny_target, chats, tmp_path):
+def test_sharded_target_trains_the_same(straight, tiny_target, chats, tmp_path):
+    """A target sharded over two processes trains to the same bits, and each process holds half of it."""
     root, more = tmp_path / "run", {"model": f"{__name__}.SpreadModule", "model.target_shard": "fsdp"}
     process = torchrun(arguments("draft", tiny_target, chats, root, **more), tmp_path / "said")
     assert process.wait(120) == 0, (tmp_path / "said").read_text()[-2000:]
@@ -160,6 +161,7 @@ def test_a_target_spread_over_processes_teaches_the_same(straight, tiny_target, 
     assert [float((root / f"share-{rank}").read_text()) for rank in (0, 1)] == pytest.approx([0.5, 0.5], abs=0.02)
 
 
-def test_spreading_a_target_goes_not_with_a_kept_teacher(tmp_path):
+def test_sharded_target_excludes_a_teacher_cache(tmp_path):
+    """A sharded target and a teacher cache cannot be combined."""
     with pytest.raises(UserError, match=r"model\.target_shard.*give one of the two"):
         DraftModule(str(tmp_path), lambda shape: None, target_shard="fsdp", teacher_cache=str(tmp_path))

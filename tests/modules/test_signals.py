@@ -33,7 +33,8 @@ def straight(tiny_target, chats, tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("kind", ["language", "draft"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
-def test_a_signal_saves_and_says_so_and_resume_is_exact(number, kind, straight, tiny_target, chats, tmp_path, seed):
+def test_signal_saves_and_resume_is_exact(number, kind, straight, tiny_target, chats, tmp_path, seed):
+    """A signal saves the state and says so, and the resumed run equals an uninterrupted one."""
     stopped = tmp_path / "stopped"
     given = arguments(kind, tiny_target, chats, stopped)
     process = start(run, "fit", given, stderr=tmp_path / "said")
@@ -49,7 +50,8 @@ def test_a_signal_saves_and_says_so_and_resume_is_exact(number, kind, straight, 
 
 
 @pytest.mark.parametrize("kind", ["language", "draft"])
-def test_three_kills_at_random_leave_no_trace(kind, straight, tiny_target, chats, tmp_path, seed):
+def test_three_kills_leave_no_trace(kind, straight, tiny_target, chats, tmp_path, seed):
+    """A run that was killed three times and resumed equals an uninterrupted one."""
     killed = tmp_path / "killed"
     given, kills = arguments(kind, tiny_target, chats, killed), 0
     while kills < 3:
@@ -79,7 +81,8 @@ def fit_slowly(given: list[str], mark: Path) -> int:
     return run("fit", given)
 
 
-def test_a_signal_within_validation_ends_at_once_and_validation_is_done_again(straight, tiny_target, chats, tmp_path):
+def test_signal_in_validation_repeats_it_on_resume(straight, tiny_target, chats, tmp_path):
+    """A signal during validation ends the run, and the resumed run validates again."""
     stopped = tmp_path / "stopped"
     given = arguments("draft", tiny_target, chats, stopped)
     process = start(fit_slowly, given, tmp_path / "validating")
@@ -102,7 +105,8 @@ def fit_stuck(given: list[str], mark: Path) -> int:
     return run("fit", given)
 
 
-def test_a_second_ctrl_c_aborts(tiny_target, chats, tmp_path):
+def test_second_ctrl_c_aborts(tiny_target, chats, tmp_path):
+    """A second Ctrl-C aborts a run that does not end."""
     process = start(fit_stuck, arguments("draft", tiny_target, chats, tmp_path / "run"), tmp_path / "training")
     wait_until(lambda: (tmp_path / "training").exists() or not process.is_alive())
     for _ in range(2):
@@ -111,7 +115,8 @@ def test_a_second_ctrl_c_aborts(tiny_target, chats, tmp_path):
     assert code_of(process) not in (0, None)
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tiny_target, chats, tmp_path):
+def test_second_run_in_a_folder_is_refused(tiny_target, chats, tmp_path):
+    """A second run in the folder of another is refused."""
     given = arguments("draft", tiny_target, chats, tmp_path / "run", **{"trainer.max_steps": 4})
     assert code_of(start(run, "fit", given)) == 0
     with pytest.raises(UserError, match="holds a run already; continue it with --resume"):

@@ -94,7 +94,8 @@ def at_wandb(found: list) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name[0] != "_"} for row in wandb_records.rows(found)]
 
 
-def test_metrics_configuration_revision_and_bundle_are_on_disk_and_nothing_elsewhere(tiny_target, chats, tmp_path, isolated):
+def test_wandb_records_are_complete_and_only_in_run_folder(tiny_target, chats, tmp_path, isolated):
+    """Metrics, configuration, revision and bundle are recorded, and only in the run folder."""
     before, here = services(), everything(Path.cwd() / "wandb", Path.cwd() / "runs", Path.cwd() / "artifacts")
     root, out = tmp_path / "run", tmp_path / "a bundle"
     given = tracked(arguments("draft", tiny_target, chats, root, **{"trainer.max_steps": 12}))
@@ -137,9 +138,8 @@ def test_metrics_configuration_revision_and_bundle_are_on_disk_and_nothing_elsew
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
-def test_a_signal_leaves_all_rows_and_no_process_and_resuming_goes_on_with_the_run(
-    number, tiny_target, chats, tmp_path, isolated
-):
+def test_wandb_loses_no_row_on_signal_and_resumes_its_run(number, tiny_target, chats, tmp_path, isolated):
+    """A signal loses no row and leaves no process, and a resumed run continues the same W&B run."""
     before, root = services(), tmp_path / "run"
     given = tracked(arguments("draft", tiny_target, chats, root, **{"trainer.log_every_n_steps": 1, "trainer.max_steps": 20}))
     process = start(within, isolated, fit_slowly, given)
@@ -184,7 +184,8 @@ def fit_slowly(given: list[str]) -> int:
     return run("fit", given)
 
 
-def test_disabled_by_the_environment_it_does_nothing(tmp_path, monkeypatch):
+def test_wandb_mode_disabled_writes_nothing(tmp_path, monkeypatch):
+    """With WANDB_MODE=disabled nothing is written."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log = WandbLog()
     log.begin(tmp_path, "a: 1")
@@ -193,7 +194,8 @@ def test_disabled_by_the_environment_it_does_nothing(tmp_path, monkeypatch):
     assert everything(tmp_path) == set()
 
 
-def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, isolated):
+def test_invalid_wandb_settings_give_one_line(tmp_path, monkeypatch, isolated):
+    """Invalid W&B settings give a one-line error."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for name, value in isolated.items():
         monkeypatch.setenv(name, value)
@@ -220,7 +222,8 @@ def test_what_cannot_be_is_one_line(tmp_path, monkeypatch, isolated):
         log.begin(tmp_path / "d", "")
 
 
-def test_without_wandb_it_says_so(tiny_target, chats, tmp_path, monkeypatch):
+def test_missing_wandb_package_is_explained(tiny_target, chats, tmp_path, monkeypatch):
+    """If wandb is not installed the error says how to go on."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else found(name, *more))
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -233,7 +236,9 @@ def test_without_wandb_it_says_so(tiny_target, chats, tmp_path, monkeypatch):
         export(str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out"))
 
 
-def test_the_revision_is_that_of_the_checkout_only(tmp_path, monkeypatch):
+def test_code_revision_is_that_of_the_checkout(tmp_path, monkeypatch):
+    """The recorded revision is that of the checkout itself, with a mark for uncommitted changes."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", tmp_path / "a", *arguments], check=True, capture_output=True, text=True).stdout
 

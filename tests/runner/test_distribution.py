@@ -25,14 +25,16 @@ TREES = {"chain1": chain(1), "chain4": chain(4), "siblings": SIBLINGS}
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tree", TREES)
-def test_residual_joint_of_four_tokens_is_the_targets(case, tree, seed):
+def test_residual_joint_of_four_tokens_is_exact(case, tree, seed):
+    """Residual verification emits the target's joint distribution of four tokens."""
     check_joint(case, TREES[tree], "residual", 200_000, seed, len(CASES) * len(TREES))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["generic", "top-p", "disjoint"])
 @pytest.mark.parametrize("tree", ["chain4", "siblings"])
-def test_coupled_joint_of_four_tokens_is_the_targets(case, tree, seed):
+def test_coupled_joint_of_four_tokens_is_exact(case, tree, seed):
+    """Coupled verification emits the target's joint distribution of four tokens."""
     check_joint(case, TREES[tree], "coupled", 200_000, seed, 6)
 
 
@@ -46,11 +48,12 @@ def test_coupled_joint_of_four_tokens_is_the_targets(case, tree, seed):
         ("generic", "chain4", "coupled"),
     ],
 )
-def test_joint_of_four_tokens_coarsely(case, tree, method, seed):
+def test_joint_of_four_tokens_on_fewer_samples(case, tree, method, seed):
+    """The joint distribution of four tokens is the target's, on 50,000 blocks."""
     check_joint(case, TREES[tree], method, 50_000, seed, 5)
 
 
-def test_round_law_of_the_right_rule_is_the_targets(seed):
+def test_enumerated_law_equals_the_target(seed):
     """The enumeration that gives the planted faults' laws gives the plain law when nothing is wrong, in every case."""
     for case, (kind, settings) in CASES.items():
         p, q = laws_of(*tables(kind, np.random.default_rng(seed)), settings)
@@ -102,7 +105,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("plant", "tree"), FAULTS)
-def test_planted_fault_is_caught(plant, tree, seed, monkeypatch):
+def test_planted_fault_is_detected(plant, tree, seed, monkeypatch):
     """With the samples that its exact noncentrality asks for, each fault fails the test, and matches its own law meanwhile."""
     p, q = skewed(1)
     wrong = plant(monkeypatch)

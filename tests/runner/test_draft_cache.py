@@ -77,7 +77,7 @@ def checked_runner(noise, ends=(7,)):
 
 @pytest.mark.parametrize("tree", TREES, ids=["chain1", "chain3", "siblings", "bushy", "dynamic", "wide"])
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.3], ids=["same", "near", "far"])
-def test_cached_logits_of_draft_and_target_equal_fresh_forwards(tree, noise, seed):
+def test_cached_logits_equal_fresh_forwards(tree, noise, seed):
     """After rejections and full acceptance, after rows moved between slots, for every node of every tree, in every round."""
     runner = checked_runner(noise)
     target, draft = runner.rounds.target, runner.drafter
@@ -106,7 +106,8 @@ def test_cached_logits_of_draft_and_target_equal_fresh_forwards(tree, noise, see
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_target_as_its_own_draft_accepts_every_token(temperature, seed):
+def test_target_as_its_own_draft_accepts_every_token(temperature, seed):
+    """A draft that is the target has every token accepted."""
     runner = pair(noise=0.0, ends=())
     for depth in (1, 4):
         for out in runner.generate(ragged_prompts(10), max_new_tokens=26, temperature=temperature, seed=seed, depth=depth):
@@ -114,7 +115,7 @@ def test_the_target_as_its_own_draft_accepts_every_token(temperature, seed):
             assert out.stats.tau == depth + 1
 
 
-def test_rows_keep_their_draft_cache_over_calls_of_different_depth(seed):
+def test_draft_cache_survives_calls_of_other_depth(seed):
     """A call without drafting in between leaves nothing stale behind: the next call's drafts are as good as before."""
     runner = pair(noise=0.0, ends=())
     prompts = ragged_prompts(6)
@@ -123,7 +124,7 @@ def test_rows_keep_their_draft_cache_over_calls_of_different_depth(seed):
         assert all(out.stats.tau == depth + 1 for out in outs)
 
 
-def test_a_draft_used_by_a_runner_can_still_be_trained(seed):
+def test_draft_of_a_runner_can_still_be_trained(seed):
     """Rotary rows that the runner made in inference mode do not stand in the way of a backward pass."""
     target = random_decoder()
     told = TargetShape(target.shape, ())

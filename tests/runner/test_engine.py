@@ -24,7 +24,8 @@ def runner(tiny_target):
 PROMPTS = ["Natalia sold", "How many clips", "In May she", "x"]
 
 
-def test_text_is_the_tokenizers_and_tokens_are_the_new_ones_only(runner):
+def test_output_has_decoded_text_and_new_tokens_only(runner):
+    """The output's tokens are the new ones only, and its text is what the tokenizer decodes."""
     for prompt, out in zip(PROMPTS, runner.generate(PROMPTS, max_new_tokens=12, ignore_end=True), strict=True):
         ids = runner.tokenizer.encode(prompt, add_special_tokens=False)
         assert len(out.tokens) == 12 and out.finish == "length"
@@ -33,7 +34,7 @@ def test_text_is_the_tokenizers_and_tokens_are_the_new_ones_only(runner):
 
 
 @pytest.mark.parametrize("depth", [0, 4])
-def test_an_end_token_ends_inside_a_block_and_is_kept(depth, seed):
+def test_end_token_ends_inside_a_block_and_is_included(depth, seed):
     """The end id is whatever comes at each place of the text in turn, so it falls at every place of a block."""
     runner = pair(noise=0.0, ends=())
     prompt = [1, 2, 3]
@@ -50,7 +51,8 @@ def test_an_end_token_ends_inside_a_block_and_is_kept(depth, seed):
 
 
 @pytest.mark.parametrize("depth", [0, 3])
-def test_stop_strings_cut_the_text_before_them_wherever_they_fall(runner, depth):
+def test_stop_string_cuts_the_text_before_it(runner, depth):
+    """A stop string cuts the text before it, also where it spans tokens."""
     settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3, "ignore_end": True}
     whole = runner.generate(["Natalia"], depth=0, **settings)[0]
     for start in range(0, len(whole.text) - 3, 3):
@@ -68,7 +70,7 @@ def test_stop_strings_cut_the_text_before_them_wherever_they_fall(runner, depth)
 
 
 @pytest.mark.parametrize("depth", [0, 3])
-def test_streamed_pieces_join_to_the_generated_text(runner, depth):
+def test_streamed_pieces_join_to_the_text(runner, depth):
     """Random byte-level text is full of broken and whole multi-byte characters; stop strings hold text back until sure."""
     for s in range(12):
         settings = {"max_new_tokens": 30, "temperature": 1.0, "seed": s, "depth": depth}
@@ -82,7 +84,7 @@ def test_streamed_pieces_join_to_the_generated_text(runner, depth):
             assert "".join(runner.stream("é ü", stop=(stop,), **settings)) == cut.text == whole[: whole.find(stop)]
 
 
-def test_a_multi_byte_character_is_shown_whole(runner, monkeypatch):
+def test_multi_byte_character_is_streamed_whole(runner, monkeypatch):
     """A round that ends within a character shows nothing of it: no replacement character that later changes."""
     tokens = runner.tokenizer.encode("aé漢🙂b", add_special_tokens=False)
     assert len(tokens) > 6
@@ -101,7 +103,7 @@ def test_a_multi_byte_character_is_shown_whole(runner, monkeypatch):
     assert [p for p in pieces if p] == ["a", "é", "漢", "🙂", "b"]
 
 
-def test_a_stream_gone_on_with_after_another_call_is_refused(runner):
+def test_stream_is_invalid_after_another_call(runner):
     """Two calls share the rows: going on would silently read the other's cache."""
     for other in (lambda: runner.generate(["x"]), lambda: runner.score(["x"], ["y"]), lambda: next(runner.stream("x"))):
         open_stream = runner.stream("Natalia", depth=0, ignore_end=True)
@@ -112,7 +114,8 @@ def test_a_stream_gone_on_with_after_another_call_is_refused(runner):
     assert runner.generate(["Natalia"], max_new_tokens=3, ignore_end=True)[0].tokens
 
 
-def test_score_equals_transformers_log_softmax(runner, tiny_target, seed):
+def test_score_equals_transformers(runner, tiny_target, seed):
+    """Scores equal transformers' log-softmax."""
     model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
     prompts = ragged_prompts(6, 320)
     continuations = ragged_prompts(6, 320)
@@ -125,7 +128,9 @@ def test_score_equals_transformers_log_softmax(runner, tiny_target, seed):
 
 
 @pytest.mark.parametrize("verify", ["coupled", "residual"])
-def test_logprobs_are_those_of_score_at_temperature_one(runner, verify, seed):
+def test_logprobs_equal_scores_at_temperature_1(runner, verify, seed):
+    """The log-probabilities of an output are those of `score`, at temperature 1."""
+
     from tests.support.models import SIBLINGS
 
     prompts = ragged_prompts(5, 320)
@@ -137,7 +142,8 @@ def test_logprobs_are_those_of_score_at_temperature_one(runner, verify, seed):
     assert outs[0].logprobs is not None and runner.generate(prompts[:1], max_new_tokens=1)[0].logprobs is None
 
 
-def test_new_weights_act_as_a_fresh_load_does(tiny_target, tmp_path):
+def test_updated_weights_equal_a_fresh_load(tiny_target, tmp_path):
+    """After an update the runner decodes as one that was loaded with the new weights."""
     other = make_target(tmp_path / "other", seed=5)
     ours = Runner.load(tiny_target, max_len=64)
     before = ours.generate(PROMPTS, max_new_tokens=10)
@@ -153,7 +159,7 @@ def test_new_weights_act_as_a_fresh_load_does(tiny_target, tmp_path):
         ours.update([("model.norm.weight", torch.zeros(1))])
 
 
-def test_counts_by_hand():
+def test_stats_by_hand():
     """A full block of 5, a block that ends in its middle, and the prefill's token, which belongs to no round."""
     stats = Stats()
     for accepted in (2, 0, 4, 2):
@@ -169,7 +175,7 @@ def test_counts_by_hand():
     assert Stats([5]).tau == 1 and Stats([5]).alpha_k == []
 
 
-def test_counts_of_a_decoding_add_up(seed):
+def test_stats_of_a_decoding_add_up(seed):
     """Tokens = 1 of the prefill + those of full rounds + what was kept of a cut one; all-accepting rounds make it exact."""
     runner = pair(noise=0.0, ends=())
     for limit, rounds, cut in ((1, 0, 0), (2, 0, 1), (5, 0, 1), (6, 1, 0), (7, 1, 1), (21, 4, 0)):
@@ -179,7 +185,8 @@ def test_counts_of_a_decoding_add_up(seed):
     assert (plain.tokens, plain.rounds, plain.tau, plain.cut_rounds) == (9, 8, 1.0, 0)
 
 
-def test_the_cache_may_be_filled_to_its_last_token(seed):
+def test_cache_can_be_filled_completely(seed):
+    """The cache can be filled to its last token; a longer prompt is refused."""
     runner = pair(max_len=64, ends=())
     for length in (1, 32, 62, 63):
         for depth in (0, 1, 8):
@@ -190,6 +197,7 @@ def test_the_cache_may_be_filled_to_its_last_token(seed):
 
 
 def test_no_prompts_give_no_outputs(runner):
+    """An empty list of prompts gives no outputs."""
     assert runner.generate([]) == [] and runner.score([], []) == []
     assert len(runner.generate(["x"], max_new_tokens=1)) == 1
 
@@ -211,6 +219,7 @@ def test_no_prompts_give_no_outputs(runner):
     ],
 )
 def test_options_out_of_range_are_named(runner, options, named):
+    """An option out of range is named in a one-line error."""
     with pytest.raises(UserError, match=named) as caught:
         runner.generate(["x"], **options)
     assert "\n" not in str(caught.value)
@@ -220,12 +229,14 @@ def test_options_out_of_range_are_named(runner, options, named):
     ("prompts", "named"),
     [([""], "prompt 0 is empty"), (["x", []], "prompt 1 is empty"), ([[320]], "token id 320"), ([[5, -1]], "token id -1")],
 )
-def test_prompts_that_cannot_be_read_are_named(runner, prompts, named):
+def test_invalid_prompts_are_named(runner, prompts, named):
+    """An empty prompt or an unknown token id is named in the error."""
     with pytest.raises(UserError, match=named):
         runner.generate(prompts)
 
 
-def test_other_mistakes_are_named(runner, tiny_target, tmp_path):
+def test_invalid_calls_and_folders_are_named(runner, tiny_target, tmp_path):
+    """Invalid calls and folders give a one-line error that names the cause."""
     with pytest.raises(UserError, match="2 prompts but 1"):
         runner.score(["a", "b"], ["c"])
     with pytest.raises(UserError, match="max_len is 128"):

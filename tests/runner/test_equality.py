@@ -35,6 +35,7 @@ def settings(sampling):
 @pytest.mark.parametrize("noise", [0.0, 0.03, 2.0], ids=["same", "near", "far"])
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
 def test_speculative_equals_plain_token_for_token(noise, tree, seed):
+    """Speculative output equals plain output token for token, for every draft, tree and sampling."""
     runner = pair(noise=noise)
     prompts = ragged_prompts(18)
     ties: list[Tie] = []
@@ -55,7 +56,7 @@ def test_speculative_equals_plain_token_for_token(noise, tree, seed):
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS[:1] + SAMPLINGS[2:4])
-def test_plain_decoding_is_the_argmax_of_scores_and_noise_at_each_position(sampling, seed):
+def test_plain_decoding_is_the_argmax_of_noisy_logits(sampling, seed):
     """From the first token on, which the prefill chooses: the noise is that of the token's own absolute position."""
     runner = pair(noise=None)
     prompts = ragged_prompts(5)
@@ -75,7 +76,8 @@ def test_plain_decoding_is_the_argmax_of_scores_and_noise_at_each_position(sampl
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_output_does_not_depend_on_batch_size_slot_or_company(temperature, seed):
+def test_output_does_not_depend_on_the_batch(temperature, seed):
+    """A prompt's output does not depend on batch size, row or other prompts."""
     runner = pair()
     prompts = ragged_prompts(9)
     alone = []
@@ -119,7 +121,8 @@ def test_rows_join_and_leave_at_every_size(noise, seed):
         assert sizes == set(range(1, 9))
 
 
-def test_samples_of_one_prompt_differ_and_do_not_depend_on_how_many_there_are(seed):
+def test_samples_differ_and_do_not_depend_on_n(seed):
+    """Samples of one prompt differ, and do not depend on how many are drawn."""
     runner = pair(ends=())
     prompts = ragged_prompts(3)
     three = runner.generate(prompts, max_new_tokens=16, temperature=1.0, seed=seed, n=3, depth=2)
@@ -134,13 +137,14 @@ def test_samples_of_one_prompt_differ_and_do_not_depend_on_how_many_there_are(se
     assert all(a.tokens != b.tokens for a, b in zip(one, other, strict=True))
 
 
-def test_equal_prompts_at_different_places_sample_differently(seed):
+def test_equal_prompts_sample_differently(seed):
+    """Equal prompts in one call get different samples."""
     runner = pair(ends=())
     outs = runner.generate([[3, 1, 4]] * 8, max_new_tokens=16, temperature=1.0, seed=seed, depth=2)
     assert len({tuple(out.tokens) for out in outs}) == 8
 
 
-def test_a_trimmed_draft_vocabulary_stays_lossless(seed):
+def test_trimmed_draft_vocabulary_is_lossless(seed):
     """Proposals over some ids only, in an order that is not ascending, map back to the right ids and noise."""
     runner = pair(ends=())
     ids = torch.randperm(48)[:20]
@@ -163,7 +167,8 @@ def test_a_trimmed_draft_vocabulary_stays_lossless(seed):
     assert sum(stats.tau for stats in kept) / len(kept) > 1.1  # proposals that were wrongly mapped would hardly be accepted
 
 
-def test_one_target_forward_a_round_for_the_whole_batch(seed):
+def test_one_target_forward_per_round(seed):
+    """A round calls the target once for the whole batch."""
     runner = pair(ends=())
     calls = []
     runner.rounds.target.register_forward_hook(lambda module, args, out: calls.append(tuple(args[0].shape)))
@@ -176,6 +181,7 @@ def test_one_target_forward_a_round_for_the_whole_batch(seed):
 
 
 def test_prompts_longer_than_a_prefill_chunk(seed):
+    """Prompts longer than a prefill chunk decode as one forward without a cache."""
     runner = pair(max_len=700, ends=())
     prompts = [torch.randint(0, 48, (n,)).tolist() for n in (511, 512, 513, 640, 3)]
     plain = runner.generate(prompts, max_new_tokens=12, depth=0)

@@ -70,7 +70,8 @@ def prompts(runner: Runner) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_every_depth_gives_the_tokens_of_plain_decoding(runner: Runner, prompts: list[list[int]], temperature: float) -> None:
+def test_every_depth_decodes_as_plain_decoding(runner: Runner, prompts: list[list[int]], temperature: float) -> None:
+    """At every depth the text is that of plain decoding."""
     options = {"max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 3}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     decisions = sum(map(len, plain))
@@ -115,21 +116,25 @@ def check_ways(
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_every_shape_and_batch_gives_the_tokens_of_plain_decoding(
+def test_every_tree_and_batch_decodes_as_plain_decoding(
     runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float, batch: int
 ) -> None:
+    """For every tree and batch size the text is that of plain decoding."""
     check_ways(SHAPES, runner, folders, prompts, temperature, batch, seed=4)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_every_policy_gives_the_tokens_of_plain_decoding(
+def test_every_policy_decodes_as_plain_decoding(
     runner: Runner, folders: tuple[Path, Path], prompts: list[list[int]], temperature: float, batch: int
 ) -> None:
+    """Under every policy the text is that of plain decoding."""
     check_ways(POLICIES, runner, folders, prompts, temperature, batch, seed=5)
 
 
-def test_greedy_tokens_are_those_of_transformers(runner: Runner, prompts: list[list[int]], folders: tuple[Path, Path]) -> None:
+def test_greedy_tokens_equal_transformers(runner: Runner, prompts: list[list[int]], folders: tuple[Path, Path]) -> None:
+    """Greedy tokens equal those of transformers."""
+
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32).eval()
@@ -153,7 +158,10 @@ def test_greedy_tokens_are_those_of_transformers(runner: Runner, prompts: list[l
 
 @pytest.mark.parametrize("verify", ["coupled", "residual"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_served_acceptance_is_the_exact_one(runner: Runner, prompts: list[list[int]], verify: str, temperature: float) -> None:
+def test_served_acceptance_equals_the_exact_value(
+    runner: Runner, prompts: list[list[int]], verify: str, temperature: float
+) -> None:
+    """The observed acceptance is within three standard errors of the exact one."""
     found = served_acceptance(
         runner, prompts[:40], max_new_tokens=NEW_TOKENS, temperature=temperature, verify=verify, depth=3, seed=3
     )
@@ -164,7 +172,8 @@ def test_served_acceptance_is_the_exact_one(runner: Runner, prompts: list[list[i
     assert abs(found.deviation) <= 3
 
 
-def test_the_target_as_its_own_draft_is_always_accepted(folders: tuple[Path, Path], prompts: list[list[int]]) -> None:
+def test_target_as_its_own_draft_is_always_accepted(folders: tuple[Path, Path], prompts: list[list[int]]) -> None:
+    """A draft that is the target is always accepted."""
     runner = Runner.load(folders[0], folders[0], max_batch=8, max_len=512)
     stats = Stats.merge(out.stats for out in runner.generate(prompts[:10], max_new_tokens=64, depth=4))
     print(f"\ntarget as its own draft: tau {stats.tau} over {stats.rounds} rounds")

@@ -25,6 +25,7 @@ def on_gpu(capture: bool, runner: Runner, max_len: int = 600) -> Runner:
     "shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["plain", "chain", "tree", "dynamic"]
 )
 def test_captured_equals_eager(shaped, settings, seed):
+    """Captured rounds give the output of eager ones."""
     base = pair()
     captured, eager = on_gpu(True, base), on_gpu(False, base)
     for count in (1, 5, 12):
@@ -36,7 +37,7 @@ def test_captured_equals_eager(shaped, settings, seed):
         assert [len(out.tokens) for out in outs[0]] == [len(out.tokens) for out in outs[1]] or differ
 
 
-def test_a_long_row_that_left_does_not_disturb_the_short_ones(seed):
+def test_finished_long_row_does_not_disturb_others(seed):
     """A finished row beyond the next graph's span stays behind as padding, with its old position."""
     base = pair(ends=(), max_len=600)
     captured, eager = on_gpu(True, base), on_gpu(False, base)
@@ -47,7 +48,8 @@ def test_a_long_row_that_left_does_not_disturb_the_short_ones(seed):
         prompts = prompts[:3]
 
 
-def test_graphs_stay_valid_over_calls_updates_and_end_ids(seed):
+def test_graphs_survive_calls_updates_and_end_ids(seed):
+    """Captured graphs stay valid over calls, weight updates and other end ids."""
     base = pair(ends=(7,))
     captured, eager = on_gpu(True, base), on_gpu(False, base)
     prompts = ragged_prompts(5)
@@ -66,7 +68,8 @@ def test_graphs_stay_valid_over_calls_updates_and_end_ids(seed):
 
 @pytest.mark.parametrize("verify", ["residual", "typical"])
 @pytest.mark.parametrize("tree", [SIBLINGS, GROWING], ids=["tree", "dynamic"])
-def test_captured_residual_and_typical_equal_eager_ones(tree, verify, seed):
+def test_captured_residual_and_typical_equal_eager(tree, verify, seed):
+    """Captured rounds with residual and typical verification equal eager ones."""
     base = pair(ends=())
     prompts = ragged_prompts(4)
     outs = [
@@ -76,7 +79,7 @@ def test_captured_residual_and_typical_equal_eager_ones(tree, verify, seed):
     assert [out.tokens for out in outs[0]] == [out.tokens for out in outs[1]]
 
 
-def test_one_capture_serves_dynamic_trees_of_any_shape(seed):
+def test_one_capture_serves_all_dynamic_trees(seed):
     """Which node hangs where is data: rounds over other texts replay the same graph."""
     runner = on_gpu(True, pair(ends=()))
     for count in range(4):

@@ -37,7 +37,8 @@ def priced(verify: float = 0.1, level: float = 0.01, pack: float = 0.0, pad: flo
     return ChainCosts(rows, nodes, lines, *((value,) * 8 for value in (level, level, pack, pad)))
 
 
-def test_a_packing_by_hand():
+def test_packing_by_hand():
+    """Packing and padding of rows equal those written by hand."""
     packing = Packing.from_lengths(torch.tensor([2, 1, 3]), 3, 6)
     assert packing.packed_BT.tolist() == [[0, 1, 0], [2, 2, 2], [3, 4, 5]]
     assert packing.padded_Q.tolist() == [0, 1, 3, 6, 7, 8]
@@ -47,7 +48,7 @@ def test_a_packing_by_hand():
 
 
 @pytest.mark.parametrize("more", [{}, {"qk_norm": True, "qkv_bias": True, "tied": False}])
-def test_packed_rows_compute_what_padded_ones_do(more, seed):
+def test_packed_rows_equal_padded_rows(more, seed):
     """Hidden states, taps and cache, in float64, where 1e-10 is far above rounding and far below any fault."""
     network, B, N, span = random_decoder(replace(SHAPE, **more)).double(), 5, 4, 32
     network.reserve_positions(span)
@@ -76,7 +77,7 @@ def packed_draft(tokens: list[list[int]], lengths: list[int]) -> Draft:
     return Draft(tree, torch.tensor(tokens), tree.topology, tree.depth, packing=packing)
 
 
-def test_a_pad_is_not_accepted():
+def test_padding_is_not_accepted():
     """The first node's choice is the pad's token, and a pad repeats the root's logits, whose choice is the one after it."""
     draft = packed_draft([[9, 1, 2, 1], [9, 1, 2, 3]], [2, 4])
     choices = torch.tensor([[1, 2, 1, 1], [1, 2, 3, 4]])
@@ -90,7 +91,7 @@ def sharing(runner, depth=4):
     return {"tree": PolicyChain(Erratic(depth), runner.device)}
 
 
-def test_a_pad_that_were_accepted_would_change_the_text(monkeypatch, seed):
+def test_accepted_padding_would_change_the_text(monkeypatch, seed):
     """The draft is the target itself, so that every pad holds the token that comes next: accepting it is the tempting fault."""
     runner = pair(noise=0.0, max_batch=3)
     prompts, options = ragged_prompts(6), {"max_new_tokens": 30, "seed": seed, "ignore_end": True}
@@ -118,7 +119,7 @@ def packings(monkeypatch):
 @pytest.mark.parametrize("draft_layers", [None, 1])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("batch", [3, 8])
-def test_the_text_of_shared_rounds_is_plain_decodings(batch, temperature, draft_layers, packings, seed):
+def test_shared_rounds_decode_as_plain_decoding(batch, temperature, draft_layers, packings, seed):
     """Rows end at different times, so that batches shrink; by costs and a predictor, and as a die falls."""
     runner = pair(max_batch=batch, draft_layers=draft_layers)
     runner.predictor = predicting(runner)
@@ -132,7 +133,8 @@ def test_the_text_of_shared_rounds_is_plain_decodings(batch, temperature, draft_
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_under_residual_rows_stay_equal_above_temperature_0(temperature, packings, seed):
+def test_residual_sampling_verifies_rows_equally(temperature, packings, seed):
+    """Above temperature 0, residual verification verifies equally many tokens in all rows."""
     options = {"policy": "cost", "max_new_tokens": 20, "temperature": temperature, "verify": "residual"}
     for _ in range(5):  # a random predictor may rate all rows alike: it does in one of 50 draws
         runner = pair(max_batch=3, ends=())
@@ -153,7 +155,7 @@ class Halved(Policy):
 
 @pytest.mark.parametrize("predicted", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_the_text_of_captured_shared_rounds_is_plain_decodings(temperature, predicted, packings, seed):
+def test_captured_shared_rounds_decode_as_plain_decoding(temperature, predicted, packings, seed):
     """A host one round behind, and padded batches: the budget is fixed, whoever has it."""
     runner = pair(max_batch=8)
     prompts, options = ragged_prompts(11), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
@@ -172,7 +174,8 @@ def test_the_text_of_captured_shared_rounds_is_plain_decodings(temperature, pred
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_shared_rounds_of_a_gpus_graphs_write_the_same_text(temperature, seed):
+def test_shared_rounds_in_gpu_graphs_decode_the_same(temperature, seed):
+    """Shared rounds in CUDA graphs give the text of plain decoding."""
     runner = pair(max_batch=8)
     runner = Runner(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 8, 96, capture=True)
     prompts, options = ragged_prompts(11), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
@@ -182,7 +185,7 @@ def test_shared_rounds_of_a_gpus_graphs_write_the_same_text(temperature, seed):
     assert_few(compare(runner.rounds.target.cpu(), prompts, texts, plain, Sampling(temperature), seed), 330)
 
 
-def test_a_captured_budget_goes_to_the_likeliest_and_not_to_the_done(seed):
+def test_captured_budget_goes_to_the_most_probable_tokens(seed):
     """Drafts after token 0 are sure of 0, after 1 of 1 less so, after 2 hardly of 2; the last row is done."""
     sure = torch.tensor([[0.9, 0.05, 0.05], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]]).log()[None]
     runner = table_runner(sure, sure, 4, 16)
@@ -219,7 +222,7 @@ def worth(policy: Cost, said_DB: list[list[float]], lengths: tuple[int, ...] | l
 
 
 @pytest.mark.parametrize("pack, pad", [(0.0, 0.0), (0.05, 0.0), (0.05, 0.02)])
-def test_what_rows_get_is_the_best_of_all_ways_to_share(pack, pad, seed):
+def test_shared_budget_is_the_best_split(pack, pad, seed):
     """Where pads cost nothing; where they do, no worse than equal rows."""
     shared = 0
     for _ in range(40):
@@ -244,7 +247,7 @@ def test_shares_by_hand():
     assert told(Cost(priced(0.1), 4, "predictor"), [[0.9, 0.1]]) == [1, 1]
 
 
-def test_one_promising_row_is_drafted_for_only_while_it_pays():
+def test_one_promising_row_is_drafted_while_it_pays():
     """Where rows are equal, another level is a node for all of them; where they share, for those alone that it pays for."""
     said = [0.95, *[0.02] * 7]
     equal, shares = (Cost(priced(0.1, 0.02), 6, "predictor", per_row=shares) for shares in (False, True))
@@ -257,7 +260,7 @@ def test_one_promising_row_is_drafted_for_only_while_it_pays():
 
 
 @pytest.mark.parametrize("said, halves", [([0.95, 0.95, 0.05, 0.05], True), ([0.9] * 4, False)])
-def test_captured_rounds_learn_whether_sharing_pays(said, halves):
+def test_captured_rounds_learn_if_sharing_pays(said, halves):
     """Two sure rows and two hopeless ones do with half the budget; four alike do not."""
     policy = Cost(priced(0.1, 0.001), 4, "predictor", per_row=True)
     for _ in range(60):
@@ -273,7 +276,7 @@ def test_captured_rounds_learn_whether_sharing_pays(said, halves):
     assert (each < levels) == halves
 
 
-def test_captured_rounds_trust_a_draft_as_far_as_it_was_right():
+def test_captured_rounds_stop_an_overconfident_draft():
     """The draft is sure and always wrong: after some rounds it is not drafted with."""
     policy = Cost(priced(0.1, 0.2), 8, "confidence", per_row=True)
     for _ in range(8):
@@ -290,7 +293,8 @@ class Unequal(Policy):
         return [3, 1][:rows]
 
 
-def test_counts_are_each_rows_own(seed):
+def test_stats_are_kept_per_row(seed):
+    """Each row has statistics of its own."""
     runner = pair(noise=0.0, max_batch=2, ends=())
     first, second = runner.generate([[1, 2], [3]], tree=PolicyChain(Unequal(4), CPU), max_new_tokens=17)
     # until the first ends, having 4 tokens a round, the second has 2 of each, and then rows are no longer two
@@ -309,7 +313,8 @@ class Resting(Policy):
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_rounds_without_a_draft_are_counted_as_paused(captured, seed):
+def test_rounds_without_a_draft_count_as_paused(captured, seed):
+    """Rounds without a draft are counted as paused."""
     runner = pair(max_batch=2, ends=())
     if captured:
         replayed(runner, 1)
@@ -321,7 +326,7 @@ def test_rounds_without_a_draft_are_counted_as_paused(captured, seed):
     assert runner.generate([[1, 2]], depth=0, max_new_tokens=5)[0].stats.paused == 0
 
 
-def test_speculation_that_loses_is_switched_off_and_the_counts_say_so(seed):
+def test_unprofitable_speculation_is_switched_off(seed):
     """Where a level costs as much as a plain step of the whole batch and the draft is another network altogether."""
     runner = pair(noise=3.0, max_batch=4, ends=())
     runner.policies.costs = lambda *_: priced(0.2, 2.0)
@@ -330,7 +335,7 @@ def test_speculation_that_loses_is_switched_off_and_the_counts_say_so(seed):
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_while_drafting_rests_the_drafter_reads_no_prompt(captured, seed):
+def test_paused_drafter_reads_no_prompt(captured, seed):
     """It is read with what was decoded since, once drafting is tried again."""
     runner = pair(noise=3.0, max_batch=4, max_len=700, ends=())
     runner.policies.costs = lambda *_: priced(0.2, 2.0)
@@ -346,14 +351,15 @@ def test_while_drafting_rests_the_drafter_reads_no_prompt(captured, seed):
     assert [out.tokens for out in outs] == [out.tokens for out in runner.generate(prompts, depth=0, max_new_tokens=30)]
 
 
-def test_packing_is_priced_where_rows_are_unequal():
+def test_packing_cost_by_hand():
     """By hand: 8 nodes of 2 texts with a pad each, 1.0 + 0.1 * 7 for the nodes, 0.5 for packing and 2 pads at 0.25."""
     found = priced(0.1, pack=0.5, pad=0.25)
     assert found.packed(2, 8, 5) == pytest.approx(1.7 + 0.5 + 0.5)
     assert found.packed(2, 8, 4) == found.verify(2, 4) == pytest.approx(1.7)
 
 
-def test_packing_is_measured(tmp_path, monkeypatch):
+def test_packing_costs_are_measured(tmp_path, monkeypatch):
+    """The costs of packing are measured, for more than one row, and stored."""
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
     runner = pair(max_batch=2)
     found = runner.policies.costs(3, None)

@@ -13,7 +13,7 @@ EXACT = {"residual": acceptance, "coupled": coupled_acceptance}
 
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}], ids=["plain", "top-p"])
-def test_exact_alpha_at_the_judged_nodes_is_the_share_accepted(method, settings, seed):
+def test_exact_alpha_equals_the_accepted_share(method, settings, seed):
     """Within four standard errors (a chance failure in 16,000), whose variance is that of independent coin tosses."""
     runner = pair(noise=0.06, ends=(), max_batch=64)
     alphas, kept = [], 0
@@ -39,7 +39,7 @@ def test_exact_alpha_at_the_judged_nodes_is_the_share_accepted(method, settings,
     assert kept - 4 * sum(stats.cut_rounds for stats in rounds) <= reported <= kept
 
 
-def test_alpha_k_is_the_exact_acceptance_at_each_depth(seed):
+def test_alpha_k_is_exact_at_each_depth(seed):
     """With p and q the same everywhere, each draft position is accepted with probability alpha, given the ones before."""
     from tests.support.models import table_runner
     from trainkit.runner import Stats

@@ -36,7 +36,8 @@ words = st.integers(-(2**31), 2**31 - 1)
 
 
 @given(words, words, st.integers(0, 2**20), st.integers(0, 2**18), st.sampled_from(STREAMS))
-def test_uniform_equals_its_definition_in_python_integers(first, second, position, token, stream):
+def test_uniform_equals_its_definition_in_integers(first, second, position, token, stream):
+    """The uniform noise equals its definition computed in Python integers."""
     keys = torch.tensor([[first, second]], dtype=torch.int32)
     ours = uniform(keys, torch.tensor([[position]]), torch.tensor([token]), stream).item()
     assert ours == pytest.approx(uniform_in_python((first, second), position, token, stream), rel=1e-6)
@@ -44,11 +45,12 @@ def test_uniform_equals_its_definition_in_python_integers(first, second, positio
 
 @given(words, words)
 def test_mixer_is_a_bijection(one, other):
+    """The mixing function maps different words to different words."""
     a, b = mix(torch.tensor([one, other], dtype=torch.int32)).tolist()
     assert (a == b) == (one == other)
 
 
-def test_noise_is_finite_and_precise_where_it_is_large():
+def test_noise_is_finite_and_precise_at_its_extremes():
     """At the ends of the hash's range; -log(-log(u)) in float32 would give inf for the largest u."""
     for v in (2.0**-33, 2.0**-24, 0.5, 1 - 2.0**-24):
         noise = float(-(-torch.log1p(-torch.tensor(v))).log())
@@ -62,7 +64,9 @@ def drawn(seed: int, stream: int = CHOICE, rows: int = 8, positions: int = 64, v
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_gumbel_has_the_right_mean_variance_and_quantiles(stream, seed):
+def test_gumbel_noise_has_its_distribution(stream, seed):
+    """Gumbel noise has the right mean, variance and quantiles."""
+
     from scipy import stats
 
     noise = drawn(seed, stream).double().flatten()
@@ -105,7 +109,8 @@ def test_choice_follows_the_softmax(seed):
         assert stats.chisquare(observed.numpy(), (expected * len(counts)).numpy()).pvalue > 1e-5
 
 
-def test_keys_of_seeds_prompts_and_samples_all_differ():
+def test_request_keys_are_all_distinct():
+    """The keys of seeds, prompts and samples are all distinct."""
     keys = {request_keys(s, p, k) for s in range(20) for p in range(20) for k in range(20)}
     assert len(keys) == 8000
     assert request_keys(1, 11) != request_keys(11, 1)
@@ -117,7 +122,9 @@ def test_keys_of_seeds_prompts_and_samples_all_differ():
     st.integers(0, 12),
     st.one_of(st.just(1.0), st.floats(0.05, 0.999)),
 )
-def test_processing_is_its_definition(logits, temperature, top_k, top_p):
+def test_processing_equals_its_definition(logits, temperature, top_k, top_p):
+    """Temperature, top-k and top-p give the probabilities of their definition."""
+
     import numpy as np
 
     values = torch.tensor(logits)
@@ -132,6 +139,8 @@ def test_processing_is_its_definition(logits, temperature, top_k, top_p):
 
 
 def test_processing_equals_transformers_warpers(seed):
+    """Temperature, top-k and top-p give the logits of transformers' warpers."""
+
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = 3 * torch.randn(200, 96)
@@ -148,7 +157,8 @@ def test_processing_equals_transformers_warpers(seed):
         assert torch.equal(ours[same], theirs[same])
 
 
-def test_processing_leaves_something_and_greedy_changes_nothing():
+def test_processing_always_keeps_a_token():
+    """Processing always keeps at least one token, and greedy decoding changes nothing."""
     logits = torch.tensor([[0.0, 5.0, 5.0, -3.0]])
     assert torch.equal(Sampling(0.0, top_k=1, top_p=0.1).process(logits), logits)
     assert Sampling(1.0, top_p=1e-6).process(logits).isfinite().sum() == 1
@@ -167,12 +177,14 @@ def test_processing_leaves_something_and_greedy_changes_nothing():
         {"top_p": 1.5},
     ],
 )
-def test_values_out_of_range_are_refused_by_name(values):
+def test_values_out_of_range_are_named(values):
+    """A sampling value out of range is named in the error."""
     with pytest.raises(UserError, match=next(iter(values))):
         Sampling(**values)
 
 
-def test_noise_made_when_asked_for_is_the_same():
+def test_lazy_noise_equals_noise_made_at_once():
+    """Noise made on demand equals noise made at once."""
     keys, roots, tokens = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), torch.tensor([5, 9]), torch.arange(6)
     whole = gumbel(keys, roots[:, None] + 1 + torch.arange(6), tokens, CHOICE)
     noise = Noise(keys, roots, tokens, CHOICE)

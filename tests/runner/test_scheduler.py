@@ -22,7 +22,8 @@ GROWING = DynamicTree(4, 3, 8)
 @pytest.mark.parametrize(
     "shaped", [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["plain", "chain", "tree", "dynamic"]
 )
-def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
+def test_replayed_lagging_rounds_equal_eager(shaped, lag, seed):
+    """Replayed rounds, read one or two rounds later, give the same output as eager ones."""
     runner = pair(max_batch=6)
     prompts = ragged_prompts(11)
     for sampling in (Sampling(0.0), Sampling(0.8, top_p=0.9)):
@@ -42,7 +43,7 @@ def test_replayed_rounds_read_behind_equal_eager_ones(shaped, lag, seed):
 
 @pytest.mark.parametrize("shaped", [{"depth": 4}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["chain", "tree", "dynamic"])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_padded_rows_left_far_beyond_the_span_do_no_harm(shaped, lag, seed):
+def test_padding_rows_beyond_the_span_do_no_harm(shaped, lag, seed):
     """Long rows finish first; the graph of the short ones is padded with rows whose old position lies past its span."""
     runner = replayed(pair(ends=(), max_len=600), lag)
     prompts = ragged_prompts(3) + [torch.randint(0, 48, (n,)).tolist() for n in (590, 595, 585)]
@@ -53,7 +54,8 @@ def test_padded_rows_left_far_beyond_the_span_do_no_harm(shaped, lag, seed):
     assert_few(ties, 160)
 
 
-def test_end_ids_and_weights_may_change_between_replays(seed):
+def test_replays_follow_new_end_ids_and_weights(seed):
+    """Replays use the end ids and weights of the present call."""
     runner = replayed(pair(), 1)
     prompts = ragged_prompts(5)
     settings = {"max_new_tokens": 16, "temperature": 1.0, "seed": seed, "depth": 3}
@@ -68,7 +70,9 @@ def test_end_ids_and_weights_may_change_between_replays(seed):
         assert [out.tokens for out in runner.generate(prompts, **settings)] != before
 
 
-def test_stop_strings_seen_a_round_late_still_cut_in_place(tiny_target, seed):
+def test_stop_strings_seen_a_round_late_cut_in_place(tiny_target, seed):
+    """Stop strings that are seen a round late cut the text at the same place."""
+
     from trainkit.runner import Runner
 
     runner = Runner.load(tiny_target, tiny_target, max_len=128, max_batch=3)

@@ -10,7 +10,7 @@ from trainkit.losses.measures import acceptance, coupled_acceptance
 
 
 @pytest.mark.parametrize("verify", ["coupled", "residual"])
-def test_observed_acceptance_is_the_exact_one_within_four_standard_errors(verify, seed):
+def test_observed_acceptance_equals_the_exact_value(verify, seed):
     """One run in 16,000 fails by chance; the standard error is small enough to detect a wrong rule."""
     runner = pair(noise=0.06, ends=(), max_batch=48)
     found = served_acceptance(runner, ragged_prompts(48), max_new_tokens=48, temperature=1.0, depth=3, verify=verify, seed=seed)
@@ -21,12 +21,13 @@ def test_observed_acceptance_is_the_exact_one_within_four_standard_errors(verify
     assert runner.observe is None
 
 
-def test_greedy_acceptance_is_exactly_agreement(seed):
+def test_greedy_acceptance_is_agreement(seed):
+    """At temperature 0 acceptance is exactly the argmax agreement."""
     found = served_acceptance(pair(ends=()), ragged_prompts(8), max_new_tokens=32, depth=3)
     assert found.observed == found.expected and 0 < found.observed < 1 and found.standard_error == 0
 
 
-def test_teacher_forced_acceptance_is_the_mean_over_the_continuation_alone(seed):
+def test_teacher_forced_acceptance_by_hand(seed):
     """By hand: a forward pass of each model; distributions at the positions whose next token is in the continuation."""
     runner = pair(noise=0.06, ends=())
     prompt, continuation, temperature = [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5], 0.7
@@ -40,7 +41,8 @@ def test_teacher_forced_acceptance_is_the_mean_over_the_continuation_alone(seed)
     assert found["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()), abs=1e-6)
 
 
-def test_without_a_drafter_or_on_a_tree_it_says_so():
+def test_served_acceptance_needs_a_drafter_and_a_chain():
+    """Without a drafter, and on a tree, served acceptance is refused."""
     with pytest.raises(UserError, match="drafter"):
         served_acceptance(pair(noise=None), [[1]])
     with pytest.raises(UserError, match="chains"):

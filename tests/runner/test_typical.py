@@ -41,7 +41,8 @@ def by_hand(tree, tokens, scores, noise, epsilon, scale):
 
 @pytest.mark.parametrize("paths", [chain(3), SIBLINGS, BUSHY], ids=["chain", "siblings", "bushy"])
 @pytest.mark.parametrize("thresholds", [(0.09, 0.3), (0.3, 0.3), (0.5, 1.0), (0.05, 0.1)])
-def test_the_longest_path_of_plausible_tokens_stays(paths, thresholds, seed):
+def test_longest_plausible_path_is_accepted(paths, thresholds, seed):
+    """The first of the longest paths of plausible tokens is accepted."""
     tree, B, V = build(paths, CPU), 200, 6
     scores = torch.randn(B, tree.size, V) * torch.rand(B, 1, 1) * 4
     scores[torch.rand(B, tree.size, V) < 0.1] = float("-inf")
@@ -60,7 +61,7 @@ def test_the_longest_path_of_plausible_tokens_stays(paths, thresholds, seed):
 
 
 @pytest.mark.parametrize("shaped", SHAPED.values(), ids=SHAPED)
-def test_its_limits_are_plain_decoding_and_the_whole_draft(shaped, seed):
+def test_typical_limits_are_none_and_all_of_the_draft(shaped, seed):
     """No probability is above 1, every one is above 0; at temperature 0 the rule is that of coupled verification."""
     runner = pair(ends=())
     prompts = ragged_prompts(6)
@@ -77,7 +78,8 @@ def test_its_limits_are_plain_decoding_and_the_whole_draft(shaped, seed):
 
 
 @pytest.mark.parametrize("shaped", SHAPED.values(), ids=SHAPED)
-def test_what_it_writes_says_that_it_is_lossy(shaped, seed):
+def test_typical_output_is_marked_lossy(shaped, seed):
+    """Outputs and statistics of typical verification above temperature 0 are marked as lossy."""
     runner = pair(noise=0.3, ends=())
     options = {"max_new_tokens": 16, "seed": seed}
     for verify, temperature, lossy in (("typical", 1.0, True), ("typical", 0.0, False), ("coupled", 1.0, False)):
@@ -88,14 +90,15 @@ def test_what_it_writes_says_that_it_is_lossy(shaped, seed):
 
 @pytest.mark.parametrize(("verify", "lossy"), [("typical", True), ("coupled", False)])
 @pytest.mark.parametrize("tree", ["[[0],[1],[0,0]]", "dynamic:3,2,5"])
-def test_the_command_line_takes_trees_and_says_what_is_lossy(tree, verify, lossy, tiny_target, capsys):
+def test_generate_takes_trees_and_warns_if_lossy(tree, verify, lossy, tiny_target, capsys):
+    """`trainkit generate` takes trees, and warns if the verification is lossy."""
     arguments = ["generate", "--target", tiny_target, "--drafter", tiny_target, "--prompt", "How many", "--tree", tree]
     arguments += ["--verify", verify, "--temperature", "0.8", "--max-new-tokens", "8"]
     assert cli.main([str(argument) for argument in arguments]) == 0
     assert ("LOSSY: typical verification" in capsys.readouterr().err) == lossy
 
 
-def test_it_is_lossy(seed):
+def test_typical_verification_is_lossy(seed):
     """It deserves the name: the joint law of four tokens is far from the target's."""
     p, q = tables("generic", np.random.default_rng(seed))
     counts, _ = sample(p, q, 10_000, chain(3), seed, verify="typical", temperature=1.0)
@@ -112,11 +115,12 @@ def test_it_is_lossy(seed):
     ],
 )
 def test_thresholds_out_of_range_are_named(thresholds, named):
+    """A threshold out of range is named in the error."""
     with pytest.raises(UserError, match=named):
         pair().generate([[1]], verify="typical", **thresholds)
 
 
-def test_at_one_plausible_token_each_it_keeps_what_coupled_keeps():
+def test_typical_equals_coupled_on_one_hot_targets():
     """Where p is one-hot, plausible and chosen are the same."""
     tree = build(SIBLINGS, CPU)
     tokens = torch.tensor([[0, 1, 2, 3, 4], [0, 2, 1, 4, 3], [0, 5, 4, 3, 2]])

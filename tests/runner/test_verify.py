@@ -35,7 +35,8 @@ def certain(*tokens, vocabulary=6):
         ([1, 2, 3], [1, 0, 3, 4], [1, 0]),
     ],
 )
-def test_a_chain_keeps_what_the_target_chose_and_adds_its_choice(drafted, choices, emitted):
+def test_chain_accepts_the_targets_choices_by_hand(drafted, choices, emitted):
+    """A chain accepts the drafted tokens that the target chose, and adds the target's next choice."""
     tree = build(chain(3), CPU)
     verdict = coupled(tree, torch.tensor([[9, *drafted]]), certain(*choices))
     assert verdict.emitted_BP[0, : int(verdict.counts_B)].tolist() == emitted
@@ -52,7 +53,8 @@ def test_a_chain_keeps_what_the_target_chose_and_adds_its_choice(drafted, choice
         ([1, 0, 0, 0, 5], [0, 1], [1, 0]),
     ],
 )
-def test_a_tree_keeps_the_path_of_the_targets_choices(choices, path, emitted):
+def test_tree_accepts_the_targets_path_by_hand(choices, path, emitted):
+    """A tree accepts the path of the target's choices."""
     tree = build(SIBLINGS, CPU)
     verdict = coupled(tree, torch.tensor([[0, 1, 2, 3, 4]]), certain(*choices))
     count = int(verdict.counts_B)
@@ -62,7 +64,8 @@ def test_a_tree_keeps_the_path_of_the_targets_choices(choices, path, emitted):
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 4096, 32001])
-def test_of_equal_tokens_the_lowest_id_is_chosen(vocabulary, seed):
+def test_tied_logits_choose_the_lowest_id(vocabulary, seed):
+    """Of tokens with equal logits the one with the lowest id is chosen."""
     logits = torch.randint(0, 3, (4, 3, vocabulary)).float()
     first = torch.tensor([[int(row.eq(row.max()).nonzero()[0]) for row in rows] for rows in logits])
     assert torch.equal(Sampling().process(logits).argmax(-1), first)
@@ -71,7 +74,8 @@ def test_of_equal_tokens_the_lowest_id_is_chosen(vocabulary, seed):
     assert torch.equal(verdict.emitted_BP, first)
 
 
-def test_after_a_rejection_both_distributions_are_renormalised():
+def test_rejection_renormalises_both_distributions():
+    """After a rejection both distributions are renormalised."""
     p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.5, 0.3]])
     p_left, q_left = after_rejection(p, q, torch.tensor([1]))
     assert torch.allclose(p_left, torch.tensor([[1.0, 0.0, 0.0]]))
@@ -87,12 +91,14 @@ def test_after_a_rejection_both_distributions_are_renormalised():
     [[(0, 0)], [(1,)], [(0,), (0,)], [()], [(0,), (-1,)], [(0,), (0, 1)]],
     ids=["no parent", "no elder", "twice", "root", "negative", "no elder below"],
 )
-def test_a_tree_that_is_none_is_refused(paths):
+def test_invalid_tree_is_refused(paths):
+    """A list of paths that is no tree is refused."""
     with pytest.raises(UserError, match="tree"):
         build(paths, CPU)
 
 
 def test_tree_topology_by_hand():
+    """Parents, depths, children and ancestors of a tree equal those written by hand."""
     tree = build([(0, 1), (1,), (0,), (0, 0)], CPU)  # given in any order
     assert tree.paths == SIBLINGS and tree.size == 5 and tree.depth == 2 and not tree.is_chain
     assert tree.topology.parents_BN.tolist() == [[0, 0, 0, 1, 1]]

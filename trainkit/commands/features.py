@@ -61,7 +61,7 @@ def features(
 
     Args:
         target: Folder of the target, any Hugging Face causal LM.
-        data: Training files, folders or hub names, as in `data.train`: one, or a list [one,another].
+        data: Training files, folders or hub names, as in `data.train`: one, or the flag repeated.
         out: Folder of the features.
         validation: Validation files, folders or hub names; by default a share of the training rows is held out.
         taps: Hidden states to store in addition to the last one, named as in a drafter: i after i layers, -1 the last.

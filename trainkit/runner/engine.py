@@ -338,7 +338,8 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
         UserError: no such folder, a broken bundle, or one made for another target.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a drafter bundle or a Hugging Face folder")
+        hint = "; repeat the flag for several" if str(folder).startswith("[") else ""
+        raise UserError(f"{folder}: no such folder; give a drafter bundle or a Hugging Face folder{hint}")
     manifest = bundle.read(folder) if bundle.is_bundle(folder) else None
     if manifest is not None and manifest.target:
         bundle.check_fit(manifest, bundle.fingerprint(target_folder), shape.decoder.to_dict())

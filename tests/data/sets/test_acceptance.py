@@ -29,7 +29,7 @@ def parts_in(folder) -> int:
     return len(list(folder.glob("*.safetensors")))
 
 
-def test_killed_at_random_moments_it_gives_the_same_bytes(straight, tmp_path, seed):
+def test_acceptance_set_after_kills_is_identical(straight, tmp_path, seed):
     """SIGKILL three times; a part with its final name is complete, and no record is lost or doubled."""
     draw, out = random.Random(seed), tmp_path / "set"
 
@@ -51,7 +51,8 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(straight, tmp_path, se
     assert files_of(out) == files_of(straight)
 
 
-def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(straight, tmp_path):
+def test_two_ranks_make_the_same_set_as_one(straight, tmp_path):
+    """Two ranks write the set that one would; half a set cannot be read."""
     first = write(tmp_path / "set", rank=1, world_size=2)
     assert first.written == len(LAYOUT.parts()) // 2 and first.existing == 0
     with pytest.raises(UserError, match=r"5 of 10 parts are missing; run the same trainkit acceptance again"):
@@ -61,7 +62,8 @@ def test_two_ranks_make_the_set_of_one_and_one_goes_on_for_two(straight, tmp_pat
     assert first.records + second.records == len(AcceptanceSet.read(straight))
 
 
-def test_what_is_read_is_what_was_made(straight):
+def test_acceptance_set_reads_back_unchanged(straight):
+    """The set that is read equals what was written."""
     records = AcceptanceSet.read(straight)
     written = [synthetic(*part, lambda tokens: None) for part in LAYOUT.parts().values()]
     for name, values in records.tensors.items():
@@ -69,7 +71,8 @@ def test_what_is_read_is_what_was_made(straight):
     assert records.prompts == 40 and records.hidden_size == D and set(records.temperature.tolist()) == {0.0, 1.0}
 
 
-def test_no_question_is_in_training_and_validation_and_no_record_in_neither(straight):
+def test_split_by_question_is_disjoint_and_complete(straight):
+    """No question is in both training and validation, and every record is in one of them."""
     records = AcceptanceSet.read(straight)
     train, held = records.split(0.2, seed=3)
     seen, unseen = set(train.column("prompt").tolist()), set(held.column("prompt").tolist())
@@ -83,7 +86,8 @@ def test_no_question_is_in_training_and_validation_and_no_record_in_neither(stra
             records.split(share, 0)
 
 
-def test_an_epoch_hands_out_every_record_once_over_two_ranks_padded_at_the_end(straight):
+def test_epoch_has_every_record_once_over_two_ranks(straight):
+    """Over two ranks an epoch has every record once; only the end is padded."""
     train, _ = AcceptanceSet.read(straight).split(0.2, seed=0)
     loaders = [PackedLoader(train, 100, rank=rank, world_size=2, seed=1) for rank in (0, 1)]
     states, records = [], 0
@@ -100,7 +104,8 @@ def test_an_epoch_hands_out_every_record_once_over_two_ranks_padded_at_the_end(s
     assert torch.equal(torch.cat(states).sort(0).values, train.column("hidden").sort(0).values)
 
 
-def test_parts_and_sets_are_not_taken_for_anothers(straight, tmp_path):
+def test_foreign_parts_and_sets_are_refused(straight, tmp_path):
+    """Parts of another set, torn parts and sets of another format are refused."""
     other = make_set(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="was started with seed 1, but now it is 0"):
         write(other)
@@ -120,7 +125,9 @@ def test_parts_and_sets_are_not_taken_for_anothers(straight, tmp_path):
         AcceptanceSet.read(other)
 
 
-def test_an_error_before_the_first_part_leaves_nothing(tmp_path):
+def test_error_before_first_part_leaves_no_folder(tmp_path):
+    """An error before the first part leaves no folder."""
+
     def fail(*_):
         raise UserError("no")
 

@@ -94,7 +94,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @given(st.integers(1, 9), st.lists(st.floats(0, 2), min_size=1, max_size=4, unique=True), st.integers(1, 3), st.integers(1, 20))
-def test_parts_hold_every_prompt_temperature_and_sample_once(prompts, temperatures, samples, part_rows):
+def test_parts_hold_every_row_exactly_once(prompts, temperatures, samples, part_rows):
+    """The parts hold every combination of prompt, temperature and sample exactly once."""
     layout = DistilledLayout(prompts, tuple(temperatures), samples, part_rows)
     numbers = [number for ids in layout.parts().values() for number in ids]
     assert numbers == list(range(layout.rows)) and all(0 < len(ids) <= part_rows for ids in layout.parts().values())
@@ -107,7 +108,7 @@ def test_parts_hold_every_prompt_temperature_and_sample_once(prompts, temperatur
     assert len(draws) == layout.rows, "no two rows share their draws"
 
 
-def test_killed_three_times_it_gives_the_same_bytes(tmp_path, straight, seed):
+def test_distilled_set_after_kills_is_identical(tmp_path, straight, seed):
     """SIGKILL at random moments; rows on disk are found again and not generated a second time."""
     draw = random.Random(seed)
     for _ in range(3):
@@ -125,7 +126,7 @@ def test_killed_three_times_it_gives_the_same_bytes(tmp_path, straight, seed):
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "unlink"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_while_a_part_gets_its_name(call, when, tmp_path, straight, seed):
+def test_kill_during_part_rename_is_recovered(call, when, tmp_path, straight, seed):
     """Killed before or after sync, rename and removal of the partial file, at a random part."""
     at = random.Random(seed).randint(1, len(LAYOUT.parts()))
     module, name = (Path, "unlink") if call == "unlink" else (os, call)
@@ -156,7 +157,7 @@ def test_killed_while_a_part_gets_its_name(call, when, tmp_path, straight, seed)
     share=st.floats(0, 1, exclude_max=True),
     torn=st.sampled_from([b"", b'{"id": 1', b"\x00\xff", b"["]),
 )
-def test_a_torn_last_line_is_made_again(limit, share, torn):
+def test_torn_last_line_is_written_again(limit, share, torn):
     """Cut anywhere, with or without half a row after the cut: only the torn rows are generated again."""
     layout = DistilledLayout(prompts=3, temperatures=(0.0, 1.0), samples=2, part_rows=12)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
@@ -174,14 +175,15 @@ def test_a_torn_last_line_is_made_again(limit, share, torn):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 11])
-def test_ranks_together_make_the_set_of_one(world_size, tmp_path, straight):
+def test_any_number_of_ranks_makes_the_same_set(world_size, tmp_path, straight):
     """At the same time, each in its own process; more ranks than parts are allowed."""
     ranks = [fork(lambda rank=rank: write(tmp_path, rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert [ended(pid) for pid in ranks] == [0] * world_size
     assert files_of(tmp_path) == straight
 
 
-def test_any_number_of_ranks_goes_on(tmp_path, straight):
+def test_another_number_of_ranks_can_resume(tmp_path, straight):
+    """Another number of ranks can finish a set that was begun."""
     begin(tmp_path, 8, rank=0, world_size=2)
     assert not is_complete(tmp_path)
     begin(tmp_path, 2, rank=2, world_size=3)
@@ -200,7 +202,7 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def test_a_rank_that_begins_between_our_two_looks_is_no_stranger(tmp_path, straight, monkeypatch):
+def test_rank_that_starts_at_the_same_time_is_accepted(tmp_path, straight, monkeypatch):
     """The other rank writes distill.json and a partial file just after this rank has found no distill.json."""
     real, once = SetKind.read, [True]
 
@@ -230,7 +232,8 @@ def test_a_rank_that_begins_between_our_two_looks_is_no_stranger(tmp_path, strai
         ("weights", LAYOUT, {"weights": "of another"}),
     ],
 )
-def test_another_setting_is_named_and_nothing_changes(key, layout, more, tmp_path):
+def test_resume_with_other_setting_is_refused(key, layout, more, tmp_path):
+    """Resuming with another setting gives a one-line error that names it, and changes no file."""
     begin(tmp_path, 5)
     before = files_of(tmp_path)
     with pytest.raises(UserError, match=rf"started with {key} \S") as caught:
@@ -239,7 +242,8 @@ def test_another_setting_is_named_and_nothing_changes(key, layout, more, tmp_pat
     assert files_of(tmp_path) == before
 
 
-def test_a_key_left_out_is_another_setting_but_versions_are_not(tmp_path, straight):
+def test_missing_setting_is_refused_versions_are_not(tmp_path, straight):
+    """A missing setting is refused on resume; other versions are accepted."""
     begin(tmp_path, 5, versions={"trainkit": "0"})
     without = {key: value for key, value in SETTINGS.items() if key != "seed"}
     with pytest.raises(UserError, match="seed 4, but now it is null"):
@@ -248,7 +252,8 @@ def test_a_key_left_out_is_another_setting_but_versions_are_not(tmp_path, straig
     assert {k: v for k, v in files_of(tmp_path).items() if "part" in k} == {k: v for k, v in straight.items() if "part" in k}
 
 
-def test_other_things_are_left_alone(tmp_path):
+def test_folder_with_other_files_is_refused(tmp_path):
+    """A folder with unrelated files is refused and left as it is."""
     (tmp_path / "notes.txt").write_text("mine")
     for out in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(UserError, match="holds something else") as caught:
@@ -262,7 +267,8 @@ def test_other_things_are_left_alone(tmp_path):
             write(tmp_path / "set")
 
 
-def test_two_processes_at_once_the_second_is_refused(tmp_path, straight):
+def test_second_writer_is_refused(tmp_path, straight):
+    """A second process that writes the same set is refused."""
     count, checked = itertools.count(), tmp_path.with_name("checked")
 
     def waiting(rows: Sequence[PlannedRow], temperature: float) -> Iterator[Completion]:
@@ -292,7 +298,8 @@ def test_two_processes_at_once_the_second_is_refused(tmp_path, straight):
         (None, "there twice"),
     ],
 )
-def test_a_broken_partial_is_named_and_its_lock_given_back(line, message, tmp_path, straight):
+def test_broken_partial_is_named_and_unlocked(line, message, tmp_path, straight):
+    """A broken partial file is named in the error, left as it is, and unlocked."""
     begin(tmp_path, 2, DistilledLayout(7, (0.0, 0.7), 2, 3))
     partial = tmp_path / "part-00000.partial"
     rows = next(path for path in sorted(tmp_path.glob("*.partial")) if path.stat().st_size).read_bytes().splitlines(True)
@@ -312,7 +319,9 @@ def test_a_broken_partial_is_named_and_its_lock_given_back(line, message, tmp_pa
     assert files_of(tmp_path) == straight
 
 
-def test_a_prompt_without_an_answer_is_said_and_asked_again(tmp_path, straight):
+def test_missing_answer_is_reported_and_retried(tmp_path, straight):
+    """A prompt that got no answer is reported, and requested again in the next run."""
+
     def forgetful(rows: Sequence[PlannedRow], temperature: float) -> Iterator[Completion]:
         return (completion_of(row) for row in rows if row.id != 4)
 
@@ -323,7 +332,7 @@ def test_a_prompt_without_an_answer_is_said_and_asked_again(tmp_path, straight):
     assert files_of(tmp_path) == straight
 
 
-def test_rows_by_kind_of_prompt(tmp_path):
+def test_rows_have_columns_of_their_prompt_kind(tmp_path):
     """The mask covers exactly the completion; readable columns exist only if the prompt was readable."""
     write(tmp_path)
     prompts, columns = make_prompts(), []
@@ -354,7 +363,7 @@ def made_with(tokenizer: Any, rows_file: Callable[..., str], out: Path, limit: f
     return prompts
 
 
-def test_what_training_packs_is_what_was_sampled(tokenizer, rows_file, tmp_path):
+def test_packed_tokens_equal_sampled_tokens(tokenizer, rows_file, tmp_path):
     """Ids and mask are exactly those sampled, although the chat template would give another mask for `messages`."""
     prompts = made_with(tokenizer, rows_file, tmp_path / "set")
     packed = prepare([str(tmp_path / "set")], None, tokenizer, 64, validation_share=0.0).train
@@ -370,7 +379,8 @@ def test_what_training_packs_is_what_was_sampled(tokenizer, rows_file, tmp_path)
     assert [prompt.tokens for prompt in read_prompt_rows(str(tmp_path / "set"), tokenizer)][::4] == [p.tokens for p in prompts]
 
 
-def test_an_unfinished_set_or_another_tokenizers_is_refused(tokenizer, rows_file, tmp_path):
+def test_unfinished_or_foreign_set_is_refused(tokenizer, rows_file, tmp_path):
+    """An unfinished set, and a set of another tokenizer, are refused."""
     with pytest.raises(ConnectionError):
         made_with(tokenizer, rows_file, tmp_path / "set", limit=7)
     with pytest.raises(UserError, match="of 3 parts are missing") as caught:

@@ -51,7 +51,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_come_back_to_the_bit_in_any_order(dtype, tmp_path, seed):
+def test_cached_rows_are_bit_exact_in_any_order(dtype, tmp_path, seed):
+    """Cached rows come back bit for bit, in any order, also in a later run."""
     values = torch.randn(5, 3, 4).to(dtype)
     values[2, 1, 3] = float("nan")
     kept = store(tmp_path, dtype)
@@ -64,7 +65,8 @@ def test_rows_come_back_to_the_bit_in_any_order(dtype, tmp_path, seed):
         assert torch.equal(found.view(torch.uint8), values[[2, 4, 2]].view(torch.uint8))
 
 
-def test_rows_of_padding_are_neither_kept_nor_missed(tmp_path, seed):
+def test_padding_rows_are_not_cached(tmp_path, seed):
+    """Padding rows are neither stored nor counted as missing."""
     kept, values = store(tmp_path), torch.randn(3, 3, 4)
     kept.put(torch.tensor([-1, 1, -1]), values)
     assert kept.filled == 1 and kept.get(torch.tensor([4])) is None, "-1 must not index from the end"
@@ -75,7 +77,8 @@ def test_rows_of_padding_are_neither_kept_nor_missed(tmp_path, seed):
     assert alone is not None and alone.shape == (2, 3, 4) and not alone.any()
 
 
-def test_any_other_key_is_another_store(tmp_path):
+def test_each_key_has_its_own_store(tmp_path):
+    """Each other key, dtype or size has a store of its own."""
     first = store(tmp_path)
     others = [
         store(tmp_path, torch.bfloat16),
@@ -89,7 +92,8 @@ def test_any_other_key_is_another_store(tmp_path):
     assert store(tmp_path).path == first.path and json.loads((first.path / "key.json").read_text())["set"] == "a"
 
 
-def test_a_killed_process_leaves_what_it_had_written(tmp_path, seed):
+def test_killed_process_leaves_its_written_rows(tmp_path, seed):
+    """What a killed process had written can be read."""
     values = torch.randn(5, 3, 4)
 
     def work() -> None:
@@ -101,7 +105,8 @@ def test_a_killed_process_leaves_what_it_had_written(tmp_path, seed):
     assert found is not None and torch.equal(found, values[3:4]) and store(tmp_path).filled == 1
 
 
-def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_the_work(tmp_path, monkeypatch):
+    """Too little disk space is reported before the work begins."""
     monkeypatch.setattr(live.shutil, "disk_usage", lambda path: SimpleNamespace(free=239))
     with pytest.raises(UserError, match="take 0.0 GB, 0.0 GB are free") as caught:
         store(tmp_path)
@@ -132,7 +137,7 @@ def assert_same(one: list, other: list, packed: PackedSet, size: int = 2) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [None, 7])
 @pytest.mark.parametrize("taps", [(), (1, -1)])
-def test_a_target_read_back_says_what_it_said(dtype, top_k, taps, tiny_target, packed, tmp_path, runs):
+def test_cached_teacher_equals_live_teacher(dtype, top_k, taps, tiny_target, packed, tmp_path, runs):
     """Values and dtypes of hidden states or top-k rows, and of taps; by the same teacher and by the next one."""
     target = FrozenTarget(tiny_target, dtype)
     plain = read_all(LiveTeacher(target, None, top_k), packed, taps)
@@ -147,7 +152,8 @@ def test_a_target_read_back_says_what_it_said(dtype, top_k, taps, tiny_target, p
     assert (taps_BTAD is None) == (not taps) and (taps_BTAD is None or taps_BTAD.dtype == dtype)
 
 
-def test_top_k_rows_are_those_of_the_targets_logits(tiny_target, packed, tmp_path):
+def test_top_k_rows_come_from_the_target_logits(tiny_target, packed, tmp_path):
+    """The top-k rows are those of the target's logits."""
     target = FrozenTarget(tiny_target)
     (hidden, _), *_ = read_all(LiveTeacher(target), packed)
     reader = LiveTeacher(target, str(tmp_path), 5)
@@ -160,7 +166,7 @@ def test_top_k_rows_are_those_of_the_targets_logits(tiny_target, packed, tmp_pat
             LiveTeacher(target, None, k)
 
 
-def test_each_target_precision_and_choice_of_taps_has_a_store_of_its_own(tiny_target, packed, tmp_path, runs):
+def test_each_target_precision_and_taps_has_a_store(tiny_target, packed, tmp_path, runs):
     """Other weights under the same config, another config over the same weights, bfloat16 weights, autocast, taps, top_k."""
     weights, config = (Path(shutil.copytree(tiny_target, tmp_path / name)) for name in ("weights", "config"))
     raw = bytearray((weights / "model.safetensors").read_bytes())
@@ -193,7 +199,8 @@ def test_each_target_precision_and_choice_of_taps_has_a_store_of_its_own(tiny_ta
     assert all(not torch.equal(seen[0], other) for other in seen[1:5])
 
 
-def test_one_reader_tells_sets_and_taps_apart(tiny_target, packed, tmp_path):
+def test_reader_separates_sets_and_taps(tiny_target, packed, tmp_path):
+    """One reader has a store for each set and choice of taps."""
     reader = LiveTeacher(FrozenTarget(tiny_target), str(tmp_path))
     stores = [reader.open_store(name, packed, taps) for name in ("a", "b") for taps in ((), (1,), (1, 2))]
     assert len({one.path for one in stores if one is not None}) == 6

@@ -29,7 +29,8 @@ def spans(tokenizer: Any, document: Document) -> list[tuple[bool, str]]:
     ]
 
 
-def test_generation_spans_mark_every_assistant_turn_in_one_document(tokenizer: Any) -> None:
+def test_generation_spans_mask_every_assistant_turn(tokenizer: Any) -> None:
+    """With generation spans a chat is one document, and the mask covers every assistant turn."""
     (document,) = Encoder(tokenizer).documents(chat("2 + 2?", "It is 4.", "And 3 + 3?", "That is 6."))
     assert spans(tokenizer, document) == [
         (False, "<|bos|><|user|>2 + 2?<|end|><|assistant|>"),
@@ -39,7 +40,8 @@ def test_generation_spans_mark_every_assistant_turn_in_one_document(tokenizer: A
     ]
 
 
-def test_without_spans_each_assistant_turn_is_a_document_and_nothing_after_its_end_token_counts(tokenizer: Any) -> None:
+def test_without_spans_each_turn_is_a_document(tokenizer: Any) -> None:
+    """Without spans each assistant turn is a document, and nothing after its end token counts."""
     tokenizer.chat_template = NO_SPANS
     first, second = Encoder(tokenizer).documents(chat("Hi", "Yes?", "Bye", "Good night"))
     assert spans(tokenizer, first) == [(False, "<|user|>Hi<|end|>\n<|assistant|>"), (True, "Yes?<|end|>"), (False, "\n")]
@@ -50,7 +52,8 @@ def test_without_spans_each_assistant_turn_is_a_document_and_nothing_after_its_e
     ]
 
 
-def test_stripped_thinking_counts_where_it_was_written_and_is_gone_where_it_is_context(tokenizer: Any) -> None:
+def test_thinking_counts_only_in_its_own_turn(tokenizer: Any) -> None:
+    """Thinking that the template strips counts in its own turn and is absent where it would be context."""
     tokenizer.chat_template = STRIPS_THINKING
     first, second = Encoder(tokenizer).documents(chat("A?", "<think>x y</think>One", "B?", "<think>z</think>Two"))
     assert spans(tokenizer, first) == [(False, "<|user|>A?<|end|><|assistant|>"), (True, "<think>x y</think>One<|end|>")]
@@ -60,26 +63,30 @@ def test_stripped_thinking_counts_where_it_was_written_and_is_gone_where_it_is_c
     ]
 
 
-def test_both_ways_count_the_same_tokens_of_a_two_turn_chat(tokenizer: Any) -> None:
+def test_spans_and_prefixes_give_the_same_mask(tokenizer: Any) -> None:
+    """Spans and prefixes give the same tokens and mask for a chat of two turns."""
     (by_spans,) = Encoder(tokenizer).documents(chat("What is 7 * 8?", "It is\n7 * 8 = 56."))
     tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     (by_prefix,) = Encoder(tokenizer).documents(chat("What is 7 * 8?", "It is\n7 * 8 = 56."))
     assert by_spans.tokens.tolist() == by_prefix.tokens.tolist() and by_spans.mask.tolist() == by_prefix.mask.tolist()
 
 
-def test_a_prompt_that_tokenises_differently_with_its_answer_is_a_bad_row(tokenizer: Any) -> None:
+def test_prompt_tokens_changed_by_answer_is_bad_row(tokenizer: Any) -> None:
+    """A prompt that is tokenised differently once its answer follows is a bad row."""
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # letters join across the turn
     with pytest.raises(RowError, match="tokenise differently together than apart"):
         Encoder(tokenizer).documents(chat("the answ", "er is"))
 
 
-def test_a_prompt_that_changes_with_its_answer_is_a_bad_row(tokenizer: Any) -> None:
+def test_prompt_text_changed_by_answer_is_bad_row(tokenizer: Any) -> None:
+    """A prompt whose text changes once its answer follows is a bad row."""
     tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
     with pytest.raises(RowError, match="renders a prompt differently when its answer follows"):
         Encoder(tokenizer).documents(chat("a", "b"))
 
 
-def test_pairs_are_chats_with_a_template_and_texts_end_to_end_without(tokenizer: Any) -> None:
+def test_pairs_use_the_template_if_there_is_one(tokenizer: Any) -> None:
+    """Pairs are encoded as chats if there is a template, else as two texts joined."""
     (document,) = Encoder(tokenizer).documents(PromptResponse("Hi", "Hello"))
     assert spans(tokenizer, document) == [(False, "<|bos|><|user|>Hi<|end|><|assistant|>"), (True, "Hello<|end|>")]
     tokenizer.chat_template = None
@@ -87,14 +94,16 @@ def test_pairs_are_chats_with_a_template_and_texts_end_to_end_without(tokenizer:
     assert spans(tokenizer, document) == [(False, "Hi\n"), (True, "Hello<|end|>")]
 
 
-def test_text_counts_whole_with_an_end_token_and_given_tokens_stand_as_they_are(tokenizer: Any) -> None:
+def test_text_counts_wholly_and_tokens_stay_as_given(tokenizer: Any) -> None:
+    """All tokens of a text count, with an end token; given tokens and masks stay as they are."""
     (document,) = Encoder(tokenizer).documents(PlainText("Once upon"))
     assert spans(tokenizer, document) == [(True, "Once upon<|end|>")] and document.divisible
     (document,) = Encoder(tokenizer).documents(TokenRow([9, 8, 7], [0, 1, 0]))
     assert document.tokens.tolist() == [9, 8, 7] and document.mask.tolist() == [False, True, False]
 
 
-def test_chats_without_a_template_name_the_mend(tokenizer: Any) -> None:
+def test_chats_need_a_template(tokenizer: Any) -> None:
+    """Chats without a template are refused, and the error names the fix."""
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template.*chat_template.jinja"):
         Encoder(tokenizer).documents(chat("a", "b"))
@@ -107,16 +116,16 @@ def test_chats_without_a_template_name_the_mend(tokenizer: Any) -> None:
         ("{% if add_generation_prompt %}{% else %}{{ messages[-1]['content'] }}<|end|>{% endif %}", "every token"),
     ],
 )
-def test_a_mask_over_everything_is_an_error(template: str, share: str, tokenizer: Any, rows_file: Callable[..., str]) -> None:
+def test_mask_over_all_tokens_is_an_error(template: str, share: str, tokenizer: Any, rows_file: Callable[..., str]) -> None:
+    """A mask that covers every token of every chat is an error."""
     tokenizer.chat_template = template
     path = rows_file(*({"prompt": f"q{n}", "response": f"a{n}"} for n in range(3)))
     with pytest.raises(UserError, match=f"train: {share} of the chats is a label"):
         prepare([path], None, tokenizer, 64)
 
 
-def test_spans_that_hold_nothing_are_an_error_and_skipping_them_all_leaves_no_row(
-    tokenizer: Any, rows_file: Callable[..., str]
-) -> None:
+def test_empty_generation_spans_are_an_error(tokenizer: Any, rows_file: Callable[..., str]) -> None:
+    """Generation spans without a token are an error; skipping all of them leaves no usable row, which is an error too."""
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if no %}{% generation %}{% endgeneration %}{% endif %}"
     )
@@ -127,6 +136,7 @@ def test_spans_that_hold_nothing_are_an_error_and_skipping_them_all_leaves_no_ro
         prepare([path], None, tokenizer, 64, on_bad_row="skip")
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Any) -> None:
+def test_unloadable_tokenizer_is_named(tmp_path: Any) -> None:
+    """A tokenizer that cannot be loaded is named in the error."""
     with pytest.raises(UserError, match=f"^tokenizer {tmp_path}: cannot be loaded"):
         load_tokenizer(str(tmp_path))

@@ -31,20 +31,24 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
         ({"input_ids": [5, 6], "loss_mask": [False, True]}, TokenRow([5, 6], [0, 1])),
     ],
 )
-def test_each_format_is_recognised_by_its_columns(row: dict[str, Any], expected: object) -> None:
+def test_format_is_recognised_by_its_columns(row: dict[str, Any], expected: object) -> None:
+    """Each format is recognised by its columns."""
     assert parse_row(row, {}) == (expected, [])
 
 
-def test_chat_columns_come_before_text_and_the_rest_is_named() -> None:
+def test_chat_columns_take_precedence_over_text() -> None:
+    """Chat columns take precedence over text, and unused columns are named."""
     assert parse_row({"text": "x", "messages": TURNS, "id": 3}, {}) == (Chat(TURNS), ["text", "id"])
 
 
-def test_a_null_key_of_a_turn_is_as_if_absent() -> None:
+def test_null_key_of_a_turn_is_ignored() -> None:
+    """A null key of a turn is ignored."""
     row, _ = parse_row({"messages": [{**turn, "tool_calls": None} for turn in TURNS]}, {})
     assert row == Chat(TURNS)
 
 
-def test_a_mapping_names_columns_and_thereby_the_format() -> None:
+def test_column_mapping_selects_the_format() -> None:
+    """A column mapping selects the columns and so the format."""
     columns = check_columns({"prompt": "instruction", "response": "output"})
     row, unused = parse_row({"instruction": "Hi", "output": "Hello", "messages": TURNS}, columns)
     assert row == PromptResponse("Hi", "Hello") and unused == ["messages"]
@@ -53,12 +57,14 @@ def test_a_mapping_names_columns_and_thereby_the_format() -> None:
     )
 
 
-def test_a_mapping_to_a_missing_column_is_a_bad_row() -> None:
+def test_mapping_to_missing_column_is_a_bad_row() -> None:
+    """A mapping to a missing column makes a bad row."""
     with pytest.raises(RowError, match="expected body;"):
         parse_row({"text": "Hi"}, {"text": "body"})
 
 
-def test_an_unknown_key_of_the_mapping_is_refused() -> None:
+def test_unknown_key_of_the_mapping_is_refused() -> None:
+    """An unknown key of the column mapping is refused."""
     with pytest.raises(UserError, match="unknown key 'instruction'; choose from .*prompt"):
         check_columns({"instruction": "prompt"})
 
@@ -91,9 +97,10 @@ BAD = [
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
-def test_a_bad_row_stops_with_file_line_and_reason_or_is_counted(
+def test_bad_row_is_reported_or_skipped_and_counted(
     row: Any, reason: str, rows_file: Callable[..., str], tokenizer: Any
 ) -> None:
+    """A bad row stops with file, line and reason, or is skipped and counted."""
     path = rows_file({"messages": TURNS}, "", row, {"messages": TURNS})
     with pytest.raises(UserError, match=f"^{re.escape(path)}:3: .*{reason}") as error:
         prepare([path], None, tokenizer, 64)
@@ -103,21 +110,25 @@ def test_a_bad_row_stops_with_file_line_and_reason_or_is_counted(
     assert list(report.examples.values()) == [f"{path}:3"] and "1 skipped: " in str(report)
 
 
-def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path: Path) -> None:
+def test_non_utf8_line_is_a_bad_row(tmp_path: Path) -> None:
+    """A line that is not UTF-8 is a bad row."""
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xff"}\n')
     first, second = read_rows(str(tmp_path / "x.jsonl"))
     assert first[1] == {"text": "a"}
     assert isinstance(second[1], RowError) and str(second[1]) == "not UTF-8 at byte 11 of the line"
 
 
-def test_limit_takes_the_first_rows_over_all_files(rows_file: Callable[..., str], tokenizer: Any) -> None:
+def test_limit_takes_first_rows_over_all_files(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """`limit` takes the first rows over all files together."""
     files = [rows_file(*({"text": f"{name} {n}"} for n in range(5)), name=name) for name in ("a.jsonl", "b.jsonl")]
     prepared = prepare(files, None, tokenizer, 16, limit=7, validation_share=0)
     texts = sorted(tokenizer.decode(tokens[:-1]) for tokens, _ in documents_of(prepared.train))
     assert texts == sorted([f"a.jsonl {n}" for n in range(5)] + [f"b.jsonl {n}" for n in range(2)])
 
 
-def test_json_parquet_and_csv_give_the_rows_of_jsonl(tmp_path: Path) -> None:
+def test_json_parquet_and_csv_read_like_jsonl(tmp_path: Path) -> None:
+    """JSON, Parquet and CSV files give the same rows as JSON lines."""
+
     import pyarrow
     import pyarrow.parquet
 
@@ -140,12 +151,14 @@ def test_json_parquet_and_csv_give_the_rows_of_jsonl(tmp_path: Path) -> None:
         ("x.parquet", "text", "neither a readable local file nor"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_unreadable_file_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+    """A file that cannot be read is named, with the reason."""
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{name}.*{message}" if message[0] != ":" else f"{name}{message}"):
         list(read_rows(str(tmp_path / name)))
 
 
-def test_a_missing_file_is_named(tokenizer: Any) -> None:
+def test_missing_file_is_named(tokenizer: Any) -> None:
+    """A missing file is named in the error."""
     with pytest.raises(UserError, match="^nowhere.jsonl: there is no such file"):
         prepare(["nowhere.jsonl"], None, tokenizer, 64)

@@ -33,13 +33,15 @@ def read_back(packed: PackedSet) -> list[tuple[list[int], list[bool]]]:
 @settings(deadline=None)
 @given(documents)
 def test_every_document_is_packed_once_and_whole(pairs: list[list[tuple[int, bool]]]) -> None:
+    """Every document is packed exactly once and is not split."""
     expected = [([t for t, _ in d], [False] + [m for _, m in d][1:]) for d in pairs]
     assert sorted(read_back(pack(make_documents(pairs), LENGTH, 0))) == sorted(expected)
 
 
 @settings(deadline=None)
 @given(documents)
-def test_documents_are_contiguous_padding_comes_last_and_no_two_rows_could_be_one(pairs: list[list[tuple[int, bool]]]) -> None:
+def test_documents_are_contiguous_and_padding_is_last(pairs: list[list[tuple[int, bool]]]) -> None:
+    """Documents are contiguous, padding comes last, and no two rows would fit in one."""
     packed = pack(make_documents(pairs), LENGTH, 99)
     batch = packed.batch(range(len(packed)), len(packed))
     used = []
@@ -54,7 +56,8 @@ def test_documents_are_contiguous_padding_comes_last_and_no_two_rows_could_be_on
 
 @settings(deadline=None)
 @given(documents)
-def test_labels_are_counted_as_the_drafters_count_them(pairs: list[list[tuple[int, bool]]]) -> None:
+def test_labels_are_counted_as_in_training(pairs: list[list[tuple[int, bool]]]) -> None:
+    """The number of labels per row is what the drafters' losses count."""
     packed = pack(make_documents(pairs), LENGTH, 0)
     expected = []
     for row in range(len(packed)):
@@ -65,7 +68,8 @@ def test_labels_are_counted_as_the_drafters_count_them(pairs: list[list[tuple[in
     assert sum(expected) == sum(m for d in pairs for _, m in d[1:])
 
 
-def test_a_batch_by_hand() -> None:
+def test_batch_by_hand() -> None:
+    """Tensors and dtypes of a batch equal those written by hand."""
     packed = pack(make_documents([[(5, False), (6, True), (7, True)], [(8, True), (9, True)]]), 6, 0)
     batch = packed.batch([0], 2)
     assert batch["tokens_BT"].tolist() == [[5, 6, 7, 8, 9, 0], [0] * 6]
@@ -83,6 +87,7 @@ def test_a_batch_by_hand() -> None:
 
 
 def test_packing_leaves_little_padding(seed: int) -> None:
+    """More than 98 % of the slots hold tokens."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(2, 60, size=2000)
     packed = pack([Document(np.ones(n, np.int32), np.ones(n, np.bool_)) for n in sizes], 128, 0)

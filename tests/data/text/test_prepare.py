@@ -31,7 +31,8 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(count)]
 
 
-def test_the_split_is_by_row_disjoint_complete_and_seeded(rows_file: Callable[..., str], tokenizer: Any, seed: int) -> None:
+def test_split_is_disjoint_complete_and_seeded(rows_file: Callable[..., str], tokenizer: Any, seed: int) -> None:
+    """The split by rows is disjoint, complete and seeded."""
     path = rows_file(*chat_rows(60))
 
     def split(seed: int) -> tuple[set[str], set[str]]:
@@ -43,7 +44,8 @@ def test_the_split_is_by_row_disjoint_complete_and_seeded(rows_file: Callable[..
     assert split(seed) == (train, validation) and split(seed + 1)[1] != validation
 
 
-def test_turns_of_one_chat_are_held_out_together(rows_file: Callable[..., str], tokenizer: Any, seed: int) -> None:
+def test_turns_of_one_chat_stay_in_one_split(rows_file: Callable[..., str], tokenizer: Any, seed: int) -> None:
+    """All turns of a chat are in the same split."""
     tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
     rows = [
         {"messages": [{"role": ("user", "assistant")[k % 2], "content": f"chat {n};{k}"} for k in range(4)]} for n in range(20)
@@ -54,7 +56,8 @@ def test_turns_of_one_chat_are_held_out_together(rows_file: Callable[..., str], 
     assert prepared.report.validation.documents == 12
 
 
-def test_long_chats_are_truncated_left_out_or_refused_and_counted(rows_file: Callable[..., str], tokenizer: Any) -> None:
+def test_long_chats_are_truncated_skipped_or_refused(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """Long chats are truncated, skipped or refused as requested, and counted."""
     path = rows_file({"prompt": "Hi", "response": "word " * 50}, {"prompt": "word " * 50, "response": "Hi"}, *chat_rows(3))
     options: dict[str, Any] = {"validation_share": 0}
     report = prepare([path], None, tokenizer, 24, **options).report.train
@@ -67,7 +70,8 @@ def test_long_chats_are_truncated_left_out_or_refused_and_counted(rows_file: Cal
         prepare([path], None, tokenizer, 24, on_long_row="error", **options)
 
 
-def test_long_plain_text_is_cut_into_documents_without_loss(rows_file: Callable[..., str], tokenizer: Any) -> None:
+def test_long_text_is_cut_without_loss(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """Long plain text is cut into documents without losing a token."""
     text = " ".join(str(n) for n in range(200))
     prepared = prepare([rows_file({"text": text})], None, tokenizer, 32, validation_share=0)
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
@@ -76,7 +80,8 @@ def test_long_plain_text_is_cut_into_documents_without_loss(rows_file: Callable[
     assert all(not mask[0] and mask[1:].all() for _, mask in documents_of(prepared.train))
 
 
-def test_the_report_adds_up_on_the_bundled_corpus(tokenizer: Any) -> None:
+def test_report_adds_up_on_the_bundled_corpus(tokenizer: Any) -> None:
+    """The report's counts are right for the bundled corpus."""
     train, validation = str(TINY / "train.jsonl"), str(TINY / "validation.jsonl")
     prepared = prepare([train], [validation], tokenizer, 256, limit=200, limit_validation=50)
     report = prepared.report.train
@@ -90,7 +95,8 @@ def test_the_report_adds_up_on_the_bundled_corpus(tokenizer: Any) -> None:
     assert str(prepared.report).startswith("train: 200 rows read, 200 documents, ")
 
 
-def test_columns_not_read_are_named_in_the_report(rows_file: Callable[..., str], tokenizer: Any) -> None:
+def test_unread_columns_are_reported(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """Columns that were not read are named in the report."""
     path = rows_file(*({**row, "id": n} for n, row in enumerate(chat_rows(4))))
     assert "columns not read: id (4)" in str(prepare([path], None, tokenizer, 64).report)
 
@@ -106,9 +112,10 @@ def test_columns_not_read_are_named_in_the_report(rows_file: Callable[..., str],
         ({"validation_share": 0.9}, "validation_share: 0.9 of 4 rows leaves none"),
     ],
 )
-def test_settings_that_cannot_be_are_named(
+def test_invalid_settings_are_named(
     options: dict[str, Any], message: str, rows_file: Callable[..., str], tokenizer: Any
 ) -> None:
+    """An invalid setting is named in the error."""
     settings = {"train": [rows_file(*chat_rows(4))], "validation": None, "tokenizer": tokenizer, "length": 64} | options
     with pytest.raises(UserError, match=message):
         prepare(**settings)
@@ -121,9 +128,10 @@ def equal(a: Prepared, b: Prepared) -> bool:
     return a.fingerprint == b.fingerprint and a.report == b.report and same_sets
 
 
-def test_the_cache_gives_back_what_was_made_and_is_hit_only_by_equal_content(
+def test_cache_is_used_only_for_equal_content(
     tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The cache returns what was prepared, and only for equal content and settings."""
     cache, path = tmp_path / "cache", rows_file(*chat_rows(20))
     made: list[str] = []
     encode = module._encode
@@ -167,7 +175,8 @@ def test_the_cache_gives_back_what_was_made_and_is_hit_only_by_equal_content(
     assert len(made) == done + 3
 
 
-def test_an_empty_validation_set_survives_the_cache(tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any) -> None:
+def test_empty_validation_set_can_be_cached(tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """An empty validation set can be cached."""
     path = rows_file(*chat_rows(3))
     for _ in range(2):
         prepared = prepare([path], None, tokenizer, 64, validation_share=0, cache_dir=tmp_path / "cache")
@@ -189,9 +198,8 @@ def _prepare_slowly(path: str, cache: str, log: str, seconds: float) -> None:
     prepare([path], None, AutoTokenizer.from_pretrained(TOKENIZER), 64, cache_dir=cache)
 
 
-def test_two_processes_prepare_once_and_a_kill_leaves_nothing_half_done(
-    tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any
-) -> None:
+def test_two_processes_prepare_once_even_after_a_kill(tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """Of two processes one prepares and the other loads; a kill leaves nothing half written."""
     path, cache, log = rows_file(*chat_rows(20)), tmp_path / "cache", tmp_path / "log"
     context = multiprocessing.get_context("fork")
 
@@ -222,9 +230,8 @@ def test_two_processes_prepare_once_and_a_kill_leaves_nothing_half_done(
     assert equal(prepare([path], None, tokenizer, 64, cache_dir=cache), prepare([path], None, tokenizer, 64))
 
 
-def test_a_report_with_unread_columns_and_bad_rows_survives_the_cache(
-    tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any
-) -> None:
+def test_report_survives_the_cache(tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """A report with unread columns and bad rows survives the cache."""
     path = rows_file({"text": ""}, *({**row, "id": 1, "score": 2} for row in chat_rows(3)))
     reports = [prepare([path], None, tokenizer, 64, on_bad_row="skip", cache_dir=cache).report for cache in (None, tmp_path)]
     assert reports[0] == reports[1] and reports[0].train.unused == {"id": 3, "score": 3}

@@ -30,9 +30,10 @@ HI = "<|bos|><|user|>Hi<|end|><|assistant|>"
         ({"text": "Hi"}, "Hi", "Hi"),
     ],
 )
-def test_each_kind_of_row_gives_its_prompt(
+def test_each_row_format_gives_its_prompt(
     row: dict[str, Any], with_template: str, raw: str | None, rows_file: Callable[..., str], tokenizer: Any
 ) -> None:
+    """Each row format gives its prompt, with and without a chat template."""
     path = rows_file(row)
     assert [tokenizer.decode(ids) for ids in read_prompts(path, tokenizer)] == [with_template]
     tokenizer.chat_template = None
@@ -43,11 +44,14 @@ def test_each_kind_of_row_gives_its_prompt(
         assert [tokenizer.decode(ids) for ids in read_prompts(path, tokenizer)] == [raw]
 
 
-def test_given_tokens_stop_before_the_first_that_counts(rows_file: Callable[..., str], tokenizer: Any) -> None:
+def test_given_tokens_end_before_the_loss_mask(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """Given tokens end before the first token that the loss mask counts."""
     assert read_prompts(rows_file({"input_ids": [7, 8, 9], "loss_mask": [0, 0, 1]}), tokenizer) == [[7, 8]]
 
 
-def test_the_prompt_is_the_beginning_of_the_training_document(rows_file: Callable[..., str], tokenizer: Any) -> None:
+def test_prompt_is_the_start_of_the_training_document(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """The prompt equals the beginning of the training document."""
+
     from trainkit.data.text.prepare import prepare
 
     path = rows_file({"question": "What is 6 * 7?", "answer": "It is 42."})
@@ -55,13 +59,15 @@ def test_the_prompt_is_the_beginning_of_the_training_document(rows_file: Callabl
     assert read_prompts(path, tokenizer) == [tokens[~mask].tolist()]
 
 
-def test_the_bundled_prompts_are_64_and_limit_takes_the_first() -> None:
+def test_bundled_prompts_are_64_and_limit_works() -> None:
+    """There are 64 bundled prompts, and `limit` takes the first."""
     path, tokenizer = str(TINY / "prompts.jsonl"), str(TINY / "tokenizer")
     prompts = read_prompts(path, tokenizer)
     assert len(prompts) == 64 and read_prompts(path, tokenizer, limit=5) == prompts[:5]
 
 
 def test_columns_can_be_named(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """The column of the prompt can be named."""
     assert tokenizer.decode(read_prompts(rows_file({"body": "Hi"}), tokenizer, columns={"prompt": "body"})[0]) == HI
 
 
@@ -77,12 +83,14 @@ def test_columns_can_be_named(rows_file: Callable[..., str], tokenizer: Any) -> 
         ("{", "not JSON"),
     ],
 )
-def test_a_row_without_a_prompt_is_named(row: Any, reason: str, rows_file: Callable[..., str], tokenizer: Any) -> None:
+def test_row_without_prompt_is_named(row: Any, reason: str, rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """A row without a prompt is named with file, line and reason."""
     path = rows_file({"text": "ok"}, row)
     with pytest.raises(UserError, match=f"^{path}:2: .*{reason}"):
         read_prompts(path, tokenizer)
 
 
-def test_an_empty_file_is_an_error(rows_file: Callable[..., str], tokenizer: Any) -> None:
+def test_empty_file_is_an_error(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """A file without prompts is an error."""
     with pytest.raises(UserError, match="holds no prompts"):
         read_prompts(rows_file(), tokenizer)

@@ -7,7 +7,8 @@ from trainkit.eval.bench.identity import TIE, IdentityChecker, logits, tie_toler
 from trainkit.runner.sampling import Sampling
 
 
-def test_equal_texts_are_equal_and_a_wrong_token_is_a_mismatch(seed):
+def test_equal_texts_pass_and_a_wrong_token_fails(seed):
+    """Equal texts are counted as equal, and one wrong token as a mismatch."""
     runner = pair(ends=())
     prompts = ragged_prompts(4)
     texts = [out.tokens for out in runner.generate(prompts, max_new_tokens=12, depth=0)]
@@ -23,7 +24,7 @@ def test_equal_texts_are_equal_and_a_wrong_token_is_a_mismatch(seed):
     assert (first.prompt, first.position, first.tokens) == (2, 5, (texts[2][5], worst)) and first.gap > TIE
 
 
-def test_two_tokens_of_the_same_score_are_a_tie(seed):
+def test_tokens_with_equal_scores_are_a_tie(seed):
     """With equal embedding rows and a tied head, two tokens have the same score after any text."""
     runner = pair(ends=())
     target = runner.rounds.target
@@ -37,13 +38,14 @@ def test_two_tokens_of_the_same_score_are_a_tie(seed):
     assert found.to_dict()["ties"] == 1 and found.mismatches == 0 and found.differences[0].gap < TIE
 
 
-def test_a_text_that_goes_on_where_the_other_ended_is_a_mismatch():
+def test_text_of_another_length_is_a_mismatch():
+    """A text that continues where the other ended is a mismatch."""
     runner = pair()
     found = IdentityChecker(runner.rounds.target, Sampling(), 0).compare([[1]], [[5, 7]], [[5, 7, 9]])
     assert found.mismatches == 1 and found.differences[0].tokens == (-1, 9)
 
 
-def test_sampled_texts_are_judged_with_their_noise(seed):
+def test_sampled_texts_are_compared_with_their_noise(seed):
     """A sampled token is often not the most probable one; scored with the same noise, its gap is 0."""
     runner = pair(ends=())
     prompts = ragged_prompts(3)
@@ -54,7 +56,8 @@ def test_sampled_texts_are_judged_with_their_noise(seed):
             assert checker.gap(i, prompt + text[:position], [token]) < TIE
 
 
-def test_tolerance_is_fixed_in_float32_and_measured_in_bfloat16(seed):
+def test_tolerance_is_measured_in_bfloat16(seed):
+    """The tie tolerance is a constant in float32 and measured in bfloat16."""
     target = pair().rounds.target
     assert tie_tolerance(target, [1, 2, 3]) == TIE
     half = target.bfloat16()

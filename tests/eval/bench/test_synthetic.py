@@ -10,12 +10,14 @@ from trainkit.runner import Runner
 
 
 @pytest.mark.parametrize(("tau", "depth", "mean"), [(1.0, 4, 0.0), (3.0, 4, 2.0), (2.35, 4, 1.35), (5.0, 2, 2.0)])
-def test_the_script_realises_tau_as_far_as_the_depth_allows(tau, depth, mean):
+def test_script_has_the_requested_tau_up_to_its_depth(tau, depth, mean):
+    """The script's accepted lengths have the requested tau, as far as the depth allows."""
     lengths = accepted_lengths(tau, depth)
     assert sum(lengths) / len(lengths) == pytest.approx(mean) and 0 <= min(lengths) <= max(lengths) <= depth
 
 
-def test_tau_below_one_and_unknown_shapes_are_refused():
+def test_tau_below_1_and_unknown_shapes_are_refused():
+    """A tau below 1 and an unknown model shape are refused."""
     with pytest.raises(UserError, match="at least 1"):
         accepted_lengths(0.5, 3)
     with pytest.raises(UserError, match="llama3-8b"):
@@ -35,7 +37,8 @@ def scripted_runner(new_tokens: int, max_batch: int = 1, kind: str = "lm"):
 
 
 @pytest.mark.parametrize(("max_batch", "kind"), [(1, "lm"), (3, "lm"), (1, "medusa"), (3, "hydra"), (3, "eagle")])
-def test_each_round_accepts_what_the_script_says_and_the_text_is_the_targets(max_batch, kind):
+def test_rounds_accept_as_scripted_without_loss(max_batch, kind):
+    """Each round accepts as many tokens as scripted, and the text is the target's."""
     lengths = [0, 3, 1, 4, 2] * 4
     runner, drafter, prompts, text = scripted_runner(1 + sum(lengths) + len(lengths), max_batch, kind)
     drafter.set_accepted(lengths)
@@ -45,7 +48,7 @@ def test_each_round_accepts_what_the_script_says_and_the_text_is_the_targets(max
         assert output.stats.tau == 3.0
 
 
-def test_it_costs_what_its_kind_costs():
+def test_scripted_draft_costs_as_much_as_its_kind():
     """The bytes that a level reads and the calls are those of the wrapped network."""
     runner, drafter, prompts, _ = scripted_runner(8, kind="eagle")
     assert drafter.taps == drafter.inner.taps and drafter.inner.config()["draft_vocab"] == list(range(100))
@@ -57,7 +60,8 @@ def test_it_costs_what_its_kind_costs():
     assert len(calls) == 3 * (stats.rounds + stats.cut_rounds)
 
 
-def test_a_drafter_that_is_told_a_wrong_text_changes_nothing_but_tau():
+def test_wrong_script_changes_only_tau():
+    """A script of a wrong text changes tau and nothing else."""
     runner, drafter, prompts, text = scripted_runner(30)
     drafter.set_text([token + 1 for token in prompts[0] + text])
     drafter.set_accepted(accepted_lengths(5.0, 4))
@@ -65,7 +69,7 @@ def test_a_drafter_that_is_told_a_wrong_text_changes_nothing_but_tau():
     assert output.tokens == text and output.stats.tau == 1.0
 
 
-def test_named_shapes_have_the_published_number_of_parameters():
+def test_named_shapes_have_published_parameter_counts():
     """Llama 3.2 1B: 1.24e9, Llama 3.1 8B: 8.03e9, according to their model cards."""
     from trainkit.layers.blocks import Decoder
 

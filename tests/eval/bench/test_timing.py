@@ -19,12 +19,14 @@ def _same_threads_afterwards():
 
 
 def test_rates_are_medians():
+    """The rate of a method is the median over its repeats."""
     one = Method("x", "trainkit", 0, lambda prompts, max_new_tokens, first: Generated([]))
     one.outputs = [Generated([[1] * 6, [2] * 2], split={"prefill": 0.5}, seconds=seconds) for seconds in (2.0, 1.0, 4.0)]
     assert one.rates == [4.0, 8.0, 2.0] and one.rate == 4.0
 
 
-def test_repeats_are_interleaved_each_with_its_own_threads():
+def test_repeats_are_interleaved_with_own_threads():
+    """Repeats of the methods are interleaved, each with its own number of threads."""
     seen = []
 
     def method(name, threads):
@@ -40,7 +42,7 @@ def test_repeats_are_interleaved_each_with_its_own_threads():
     assert seen == [("a", 1), ("b", 2), ("a", 1), ("b", 2)]
 
 
-def test_contenders_take_turns_prompt_by_prompt_and_their_pieces_add_up(seed):
+def test_methods_alternate_by_prompt_and_pieces_add_up(seed):
     """One prompt at a time gives the same tokens and counts as one call, and the seconds of all turns are added."""
     prompts, seen = [[1, 2], [3], [4, 5, 6]], []
     runner = pair(ends=())
@@ -55,7 +57,7 @@ def test_contenders_take_turns_prompt_by_prompt_and_their_pieces_add_up(seed):
     assert cut.last.seconds > 0.06 and set(cut.last.split) == set(whole.last.split)
 
 
-def test_each_contender_gets_its_faster_number_of_threads(monkeypatch):
+def test_each_method_gets_its_fastest_thread_count(monkeypatch):
     """By a clock of the test's own: 1 ms or 30 ms for 10 tokens."""
     clock = [0.0]
     monkeypatch.setattr("trainkit.eval.bench.timing.perf_counter", lambda: clock[0])
@@ -73,14 +75,16 @@ def test_each_contender_gets_its_faster_number_of_threads(monkeypatch):
     assert estimate == pytest.approx(0.004), "2 methods x 2 prompts at the faster setting"
 
 
-def test_our_contender_reports_rounds_of_the_whole_batch(seed):
+def test_method_reports_rounds_of_the_whole_batch(seed):
+    """trainkit's method reports the rounds of the whole batch."""
     runner = pair(ends=(), max_batch=4)
     output = trainkit_method(runner, "plain").run([[1, 2]] * 4, 9, 0)
     assert output.count == 36 and output.rounds == 8 and output.stats is not None and output.stats.rounds == 32
     assert set(output.split) >= {"prefill", "target", "host"}
 
 
-def test_round_costs_grow_with_depth_and_leave_the_runner_as_it_was(seed):
+def test_round_costs_grow_with_depth(seed):
+    """Measured round costs grow with depth, and measuring leaves the runner as it was."""
     runner = pair(ends=())
     before = [out.tokens for out in runner.generate([[1, 2, 3]], max_new_tokens=10, depth=3)]
     choose_kernels(runner)
@@ -90,7 +94,8 @@ def test_round_costs_grow_with_depth_and_leave_the_runner_as_it_was(seed):
     assert [out.tokens for out in runner.generate([[1, 2, 3]], max_new_tokens=10, depth=3)] == before
 
 
-def test_warm_up_begins_with_what_needs_most_slots():
+def test_warm_up_starts_with_the_largest_cache():
+    """The warm-up starts with the method that needs the most cache slots."""
     ran = []
 
     def made(name, depth, paths=()):

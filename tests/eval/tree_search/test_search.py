@@ -60,7 +60,7 @@ def medusa_runner(ends=()) -> Runner:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["lm", "medusa"])
-def test_rounds_simulated_from_a_walk_are_the_rounds_decoded(kind, temperature, seed):
+def test_simulated_rounds_equal_decoded_rounds(kind, temperature, seed):
     """Any tree, with end tokens inside texts: the same statistics of full and of cut rounds as in decoding."""
     ends = tuple(range(7))
     runner = pair(noise=0.05, ends=ends) if kind == "lm" else medusa_runner(ends)
@@ -73,7 +73,8 @@ def test_rounds_simulated_from_a_walk_are_the_rounds_decoded(kind, temperature, 
         assert simulate_decoding(ranks, paths) == stats, paths
 
 
-def test_a_text_of_one_token_has_no_round_and_no_accuracies():
+def test_text_of_one_token_has_no_round():
+    """A text of one token has no round, and accuracies cannot be computed from it."""
     runner = pair(ends=())
     ranks = replay_ranks(runner, [[1, 2]], [[3]], 2, 3)
     assert ranks[0].shape == (0, 2) and simulate_decoding(ranks, chain(2)).rounds == 0
@@ -81,7 +82,7 @@ def test_a_text_of_one_token_has_no_round_and_no_accuracies():
         accuracies(ranks, 3)
 
 
-def test_shares_of_heads_are_a_direct_count_of_their_predictions(seed):
+def test_head_shares_equal_a_direct_count(seed):
     """By hand: each head reads the target's state at each position; the rank of the text's token among its logits."""
     runner, width = medusa_runner(), 5
     prompts = ragged_prompts(4)
@@ -114,12 +115,14 @@ def test_accuracies_by_hand():
     assert shares([text], 2)[1] == pytest.approx([6 / 9, 2 / 9])
 
 
-def test_falling_averages_neighbours_that_rise():
+def test_falling_averages_rising_neighbours():
+    """Values that rise are replaced by their average, so that the result never rises."""
     assert isotonic([0.2, 0.3, 0.1, 0.5]) == pytest.approx([0.2, 0.2, 0.2, 0.5])
     assert isotonic([0.6, 0.2, 0.1]) == pytest.approx([0.3, 0.3, 0.3])
 
 
-def test_ranks_count_equals_by_id_and_a_token_that_is_not_proposed_is_a_miss():
+def test_rank_breaks_ties_by_id_and_marks_misses():
+    """Equal scores are ranked by id, and a token that is not proposed is a miss."""
     scores = torch.tensor([[1.0, 3.0, 1.0, float("-inf")]]).expand(4, -1)
     assert rank_of(torch.tensor([0, 1, 2, 3]), scores, None, 9).tolist() == [1, 0, 2, 9]
     assert rank_of(torch.tensor([4, 6, 8, 5]), scores, torch.tensor([4, 6, 8, 9]), 2).tolist() == [1, 0, 2, 2]
@@ -142,7 +145,8 @@ def closed_trees(depth: int, width: int, nodes: int) -> set[frozenset]:
 
 
 @pytest.mark.parametrize(("nodes", "depth", "width"), [(5, 3, 3), (7, 3, 3), (6, 2, 4), (6, 5, 1)])
-def test_the_greedy_tree_is_the_best_of_all_trees(nodes, depth, width, seed):
+def test_greedy_tree_is_the_best_of_all_trees(nodes, depth, width, seed):
+    """The greedy search finds the tree with the highest expected tau of all trees."""
     for case in range(10):
         table = random_table(np.random.default_rng([seed, case]), depth, width)
         best = max(expected_tau(tree, table) for tree in closed_trees(depth, width, nodes))
@@ -151,7 +155,7 @@ def test_the_greedy_tree_is_the_best_of_all_trees(nodes, depth, width, seed):
         build(found, torch.device("cpu"))  # raises if it is not a tree
 
 
-def test_expected_tau_is_the_tau_of_rounds_that_accept_at_random(seed):
+def test_expected_tau_equals_simulated_tau(seed):
     """20 texts of 500 positions; the standard error of tau is that of the rounds, and one run in 16,000 fails by chance."""
     generator = np.random.default_rng(seed)
     table = random_table(generator, 3, 3)
@@ -162,7 +166,8 @@ def test_expected_tau_is_the_tau_of_rounds_that_accept_at_random(seed):
     assert abs(stats.tau - expected_tau(paths, table)) < 4 * error and error < 0.02
 
 
-def test_a_search_never_expands_more_nodes_of_a_level_than_the_drafter_can(seed):
+def test_search_respects_the_widest_level(seed):
+    """The search never expands more nodes of a level than the drafter can."""
     table = random_table(np.random.default_rng(seed), 4, 6)
     for paths in (best_paths(table, 40, 4, max_frontier=2), full_tree(40, 4, 6, max_frontier=2)):
         for depth in range(4):
@@ -171,7 +176,8 @@ def test_a_search_never_expands_more_nodes_of_a_level_than_the_drafter_can(seed)
         assert len(paths) == 39
 
 
-def test_the_full_tree_has_the_fewest_children_that_fit():
+def test_full_tree_has_the_fewest_children_that_fit():
+    """The full tree has the smallest number of children per node that gives enough nodes."""
     assert full_tree(7, 3, 4) == ((0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1))
     assert full_tree(9, 2, 4) == ((0,), (1,), (2,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1))
     assert full_tree(3, 3, 1) == chain(2)
@@ -184,7 +190,8 @@ def costs(row: float, level: float) -> Costs:
     return Costs(1.0, {1: 1.0, 100: 1.0 + 99 * row}, level, {1: level, 8: level})
 
 
-def test_cheaper_rows_give_a_larger_tree_and_dearer_levels_a_flatter_one(seed):
+def test_tree_size_follows_row_and_level_costs(seed):
+    """Cheaper rows give a larger tree, and more expensive levels a flatter one."""
     table = random_table(np.random.default_rng(seed), 4, 4)
     ranks = random_ranks(table, 4, 200, np.random.default_rng(seed))
     by_row = [search(table, ranks, costs(row, 0.02), 60) for row in (0.0, 0.02, 0.5)]
@@ -195,6 +202,7 @@ def test_cheaper_rows_give_a_larger_tree_and_dearer_levels_a_flatter_one(seed):
 
 
 def test_costs_by_hand():
+    """Costs and speed-ups of trees equal those computed by hand."""
     one = Costs(2.0, {1: 2.0, 3: 4.0, 5: 8.0}, 0.5, {1: 0.25, 2: 0.75})
     paths = ((0,), (1,), (0, 0), (1, 0), (0, 0, 0))  # levels of 1, 2 and 1 frontier nodes
     assert one.draft(paths) == 0.5 + 0.75 + 0.25
@@ -202,7 +210,8 @@ def test_costs_by_hand():
     assert one.speedup(3.0, paths) == pytest.approx(3.0 * 2.0 / (10.0 + 1.5))
 
 
-def test_measured_costs_cover_all_sizes_and_do_not_fall(seed):
+def test_measured_costs_cover_all_sizes(seed):
+    """Measured costs cover all sizes and never fall with size."""
     runner = pair(ends=())
     runner.generate([[1, 2]], 40)
     found = measure_costs(runner, 20, 1, nodes=12, depth=3, width=3)
@@ -226,7 +235,8 @@ def made(tiny_target, tmp_path, seed):
     return tiny_target, tmp_path / "heads", rows
 
 
-def test_the_bundle_carries_the_tree_to_the_runner(made, capsys):
+def test_bundle_tree_is_the_runner_default(made, capsys):
+    """The tree stored in the bundle is what the runner uses unless a depth is given."""
     target, folder, rows = made
     before = bundle.read(folder)
     common = ["--target", str(target), "--prompts", str(rows), "--held_out", "2", "--max_new_tokens", "12", "--device", "cpu"]
@@ -251,7 +261,8 @@ def test_the_bundle_carries_the_tree_to_the_runner(made, capsys):
     assert len(describe(found)) < 3000
 
 
-def test_the_number_of_nodes_is_chosen_where_none_is_given(made):
+def test_node_count_is_chosen_by_expected_speedup(made):
+    """Without a given number of nodes the tree with the highest expected speed-up is chosen."""
     target, folder, rows = made
     common = ["--target", str(target), "--prompts", str(rows), "--held_out", "0", "--max_new_tokens", "8", "--device", "cpu"]
     assert main(["tree", str(folder), *common, "--max_nodes", "6", "--width", "2"]) == 0
@@ -271,7 +282,8 @@ def test_the_number_of_nodes_is_chosen_where_none_is_given(made):
         (["--max_new_tokens", "600"], ("covers 512", "lower max_new_tokens")),
     ],
 )
-def test_mistakes_are_one_line_and_leave_the_bundle_alone(made, flags, words, capsys):
+def test_bad_flag_gives_one_line_and_keeps_the_bundle(made, flags, words, capsys):
+    """A wrong flag gives a one-line error and leaves the bundle unchanged."""
     target, folder, rows = made
     before = (folder / "trainkit.json").read_bytes()
     common = ["--target", str(target), "--prompts", str(rows), "--device", "cpu"]
@@ -281,7 +293,8 @@ def test_mistakes_are_one_line_and_leave_the_bundle_alone(made, flags, words, ca
     assert (folder / "trainkit.json").read_bytes() == before
 
 
-def test_a_tree_in_the_manifest_that_is_none_is_refused(made, capsys):
+def test_invalid_tree_in_the_manifest_is_refused(made, capsys):
+    """An invalid tree in trainkit.json is refused."""
     target, folder, _ = made
     for tree, word in (([[0], "x"], "must be a list of rank paths"), ([[1]], "needs its parent")):
         bundle.amend(folder, runner={"tree": tree})
@@ -289,7 +302,8 @@ def test_a_tree_in_the_manifest_that_is_none_is_refused(made, capsys):
         assert word in capsys.readouterr().err
 
 
-def test_chance_is_a_product_along_the_path():
+def test_path_chance_is_a_product_of_accuracies():
+    """The probability of a path is the product of the accuracies along it."""
     table = np.zeros((2, 2, 2))
     table[0, 0] = [0.5, 0.25]
     table[1, 1] = [0.4, 0.1]
@@ -297,7 +311,7 @@ def test_chance_is_a_product_along_the_path():
     assert expected_tau([(0,), (1,), (1, 0)], table) == pytest.approx(1.85)
 
 
-def test_near_is_a_draft_with_another_accuracy(seed):
+def test_near_draft_is_less_accurate_than_the_target(seed):
     """The tests above rely on this: a draft equal to the target has rank 0 everywhere, a noisy draft does not."""
     runner = pair(noise=None, ends=())
     for noise, perfect in ((0.0, True), (0.3, False)):

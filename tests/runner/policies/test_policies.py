@@ -54,7 +54,8 @@ def flat(verify: float = 0.0, level: float = 0.1) -> ChainCosts:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_the_text_is_plain_decodings_under_every_policy(batch, temperature, seed):
+def test_every_policy_decodes_as_plain_decoding(batch, temperature, seed):
+    """Under every policy the text is that of plain decoding."""
     runner = pair(max_batch=batch)
     runner.predictor = predicting(runner)
     prompts, options = ragged_prompts(8), {"max_new_tokens": 24, "temperature": temperature, "seed": seed}
@@ -69,14 +70,15 @@ def test_the_text_is_plain_decodings_under_every_policy(batch, temperature, seed
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_draft_that_pauses_and_catches_up_proposes_what_one_that_never_paused_does(temperature, seed):
+def test_paused_draft_catches_up_exactly(temperature, seed):
+    """A draft that paused and caught up gives the logits of one that never paused."""
     runner = pair(max_batch=3)
     check_pauses(runner, ragged_prompts(5), 4, max_new_tokens=40, temperature=temperature, seed=seed, ignore_end=True)
 
 
 @pytest.mark.parametrize("policy", ["cost", "cost-blind", "ema", "fixed"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, temperature, seed):
+def test_captured_rounds_use_few_depths(policy, temperature, seed):
     """With the host a round behind, as on a GPU: the text stays plain decoding's, and the depths are the tiers'."""
     runner = pair(max_batch=4)
     runner.predictor = predicting(runner)
@@ -97,7 +99,8 @@ def test_where_rounds_are_captured_a_policy_chooses_among_few_depths(policy, tem
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["cost-blind", "ema"])
-def test_policies_write_the_same_text_from_captured_rounds(policy, seed):
+def test_policies_decode_the_same_in_captured_rounds(policy, seed):
+    """In captured rounds the text under a policy is that of plain decoding."""
     runner = pair(max_batch=4)
     runner = Runner(runner.rounds.target.cuda(), runner.drafter.cuda(), runner.shape, None, 4, 96, capture=True)
     prompts = ragged_prompts(9)
@@ -140,7 +143,7 @@ def choosy_counts(drops: bool, seed: int) -> np.ndarray:
     return np.bincount(tokens @ [64, 16, 4, 1], minlength=256).reshape(4, 4, 4, 4).astype(float)
 
 
-def test_residual_verification_verifies_all_that_was_drafted():
+def test_residual_verifies_every_drafted_token():
     """Through the engine: no policy may leave a token unverified there, by what it is."""
     runner = pair()
     runner.predictor, runner.policies.costs = predicting(runner), lambda *_: flat(0.05, 0.1)
@@ -152,7 +155,7 @@ def test_residual_verification_verifies_all_that_was_drafted():
         assert chain.may_drop == (verify == "coupled" or not warm)
 
 
-def test_residual_text_is_the_targets_only_if_nothing_is_dropped_by_what_it_is(seed):
+def test_residual_needs_every_drafted_token_verified(seed):
     """The planted fault leaves the place of a drafted 0 to the target, and the others to tokens that are all accepted.
 
     So token 0 comes with chance 0.6 * 1/4 instead of 1/4, and the joint of four tokens has a noncentrality far above 150.
@@ -164,7 +167,7 @@ def test_residual_text_is_the_targets_only_if_nothing_is_dropped_by_what_it_is(s
     assert laws.p_value(choosy_counts(True, seed), joint) < 1e-6
 
 
-def test_what_a_level_says_by_hand():
+def test_signals_by_hand():
     """Probabilities 0.5, 0.3, 0.2: the best and its runner-up, and from the second on the best as the other."""
     logits = torch.tensor([[[0.2, 0.5, 0.3]]]).log() + 3.0
     found = signals(logits, 2, 0.7)[0, 0]
@@ -177,7 +180,8 @@ def test_what_a_level_says_by_hand():
     assert alone.isfinite().all() and alone[1] == 1 and alone[3] < 1e-8
 
 
-def test_thresholds_stop_where_they_should():
+def test_thresholds_stop_by_hand():
+    """The confidence and predictor thresholds stop drafting where computed by hand."""
     confident = Threshold("confidence", 0.6, 9)
     confident.begin(2)
     assert confident.continues([0.9, 0.5]) and not confident.continues([0.9, 0.2])
@@ -196,7 +200,7 @@ def drafted(policy: Cost, said: list[float], rows: int = 1) -> tuple[int, int]:
     return level, policy.verified(level, rows)[0]
 
 
-def test_cost_stops_where_the_next_token_costs_more_than_it_brings():
+def test_cost_stops_where_a_token_costs_more_than_it_gains():
     """One row, R = 1 token in a plain step: at a price of 0.3 for a level and its row, chance 0.7 * S must be above 0.3."""
     policy = Cost(flat(verify=0.2, level=0.1), 6, signal="predictor")
     assert policy.rate(1) == 1
@@ -206,7 +210,8 @@ def test_cost_stops_where_the_next_token_costs_more_than_it_brings():
     assert drafted(policy, [0.1, 0.9]) == (1, 0)  # so poor a first token is not worth a row of 0.2
 
 
-def test_cost_drafts_on_for_nothing_and_never_when_dear():
+def test_cost_drafts_fully_if_free_and_never_if_expensive():
+    """`cost` drafts to full depth where drafting is free, and verifies nothing where it is expensive."""
     assert drafted(Cost(flat(0.0, 0.001), 6, "predictor"), [0.95] * 6) == (6, 6)
     assert drafted(Cost(flat(2.0, 1.0), 6, "predictor"), [0.95] * 6) == (1, 0)
 
@@ -235,14 +240,16 @@ def drafted_again(policy: Cost, chance: float, rows: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("reads", ["predictor", "none"])
-def test_cost_gives_up_a_useless_draft_and_loses_hardly_anything(reads, seed):
+def test_cost_stops_a_useless_draft_at_little_loss(reads, seed):
+    """With a draft that is never accepted `cost` is at most 1 % slower than plain decoding."""
     generator = np.random.default_rng(seed)
     policy = Cost(flat(verify=0.1, level=0.3), 8, reads)
     seconds, plain = run(policy, 0.0, 3000, 8, generator)
     assert seconds < 1.01 * plain
 
 
-def test_cost_takes_drafting_up_again_when_it_pays_again(seed):
+def test_cost_resumes_drafting_when_it_pays_again(seed):
+    """`cost` drafts again once drafts are accepted again."""
     generator = np.random.default_rng(seed)
     policy = Cost(flat(verify=0.05, level=0.1), 8, signal="predictor")
     run(policy, 0.0, 300, 1, generator)
@@ -267,7 +274,7 @@ def told_rounds(policy: Cost, said: list[float], rounds: int, rows: int, tier: b
 
 @pytest.mark.parametrize(("reads", "tier"), [("none", False), ("predictor", False), ("confidence", True)])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_cost_tries_a_level_that_failed_again(rows, reads, tier, seed):
+def test_cost_retries_a_level_that_failed(rows, reads, tier, seed):
     """After 300 rounds whose second token fails it comes to all eight levels of good ones, as one that never saw these."""
     draw, good = np.random.default_rng(seed), [0.95] * 8
     policy, fresh = (Cost(flat(0.05, 0.1), 8, reads) for _ in range(2))
@@ -277,7 +284,7 @@ def test_cost_tries_a_level_that_failed_again(rows, reads, tier, seed):
 
 
 @pytest.mark.parametrize("reads", ["none", "predictor"])
-def test_to_try_again_costs_hardly_anything(reads, seed):
+def test_retries_of_cost_are_cheap(reads, seed):
     """Against the best fixed depth, 2, which is never wrong: the first token is sure, the second good, and no other."""
     draw, said = np.random.default_rng(seed), [0.95, 0.8] + [0.05] * 6
     rate = told_rounds(Cost(flat(0.1, 0.2), 8, reads), said, 3000, 1, False, draw)
@@ -285,7 +292,7 @@ def test_to_try_again_costs_hardly_anything(reads, seed):
 
 
 @pytest.mark.parametrize("tier", [False, True])
-def test_what_is_no_number_is_not_learnt(tier, seed):
+def test_nan_probability_is_not_learnt(tier, seed):
     """A draft that overflows once: that round is lost, not all after it."""
     draw, good = np.random.default_rng(seed), [0.95] * 6
     policy, fresh = (Cost(flat(0.05, 0.1), 6, "predictor") for _ in range(2))
@@ -299,7 +306,7 @@ def test_what_is_no_number_is_not_learnt(tier, seed):
     assert told_rounds(policy, good, 600, 2, tier, draw) > 0.9 * told_rounds(fresh, good, 600, 2, tier, draw)
 
 
-def test_cost_beats_every_fixed_depth_where_acceptance_varies(seed):
+def test_cost_beats_fixed_depths_if_acceptance_varies(seed):
     """Half the rounds are hopeless and half are sure: one who is told beats any depth that is the same for both."""
     generator, price = np.random.default_rng(seed), flat(verify=0.1, level=0.2)
     chances = np.where(generator.random(4000) < 0.5, 0.1, 0.95)
@@ -324,7 +331,8 @@ def test_cost_beats_every_fixed_depth_where_acceptance_varies(seed):
     assert rate(told) > 1.1 * fixed
 
 
-def test_ema_follows_what_was_accepted():
+def test_ema_follows_accepted_lengths():
+    """`ema` follows the accepted lengths."""
     policy = Recent(10)
     for _ in range(60):
         policy.learn(RoundOutcome(2, 4, [4, 4], [0, 0]))
@@ -334,7 +342,7 @@ def test_ema_follows_what_was_accepted():
     assert policy.begin(2) == 10
 
 
-def test_rounds_in_between_are_counted_as_they_were():
+def test_stats_count_offered_and_wasted_tokens():
     """Drafted tokens that were not verified are wasted too; a position that was not offered was not refused."""
     stats = Stats()
     stats.add_round(2, 3, 5)
@@ -345,6 +353,7 @@ def test_rounds_in_between_are_counted_as_they_were():
 
 
 def test_costs_are_measured_once(tmp_path, monkeypatch):
+    """Costs are measured once for each setting and then read from their file."""
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
     runner = pair(max_batch=2)
     first = runner.policies.costs(4, None)
@@ -369,7 +378,8 @@ def test_costs_are_measured_once(tmp_path, monkeypatch):
         None,
     ],
 )
-def test_a_file_of_costs_that_makes_no_sense_is_measured_anew(change, tmp_path, monkeypatch):
+def test_invalid_cost_file_is_measured_again(change, tmp_path, monkeypatch):
+    """An invalid file of costs is measured again and replaced."""
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
     made = replace(flat(0.1), rows=(1,), nodes=(1, 2), verify_RN=((1.0, 1.1),))
     made = replace(made, **dict.fromkeys(("first_R", "level_R", "pack_R", "pad_R", "rest_R", "plain_rest_R"), (0.1,)))
@@ -389,7 +399,7 @@ def test_a_file_of_costs_that_makes_no_sense_is_measured_anew(change, tmp_path, 
     assert costs.cached_costs({"a": 1}, measured) == made and list(tmp_path.iterdir()) == [path]
 
 
-def test_costs_are_measured_in_two_states_whatever_the_number_of_shapes(tmp_path, monkeypatch):
+def test_costs_are_measured_in_two_states_only(tmp_path, monkeypatch):
     """Of a large model each is gigabytes: one that parts are timed in, one for whole rounds."""
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
     made: list[int] = []
@@ -401,7 +411,7 @@ def test_costs_are_measured_in_two_states_whatever_the_number_of_shapes(tmp_path
     assert made == [1, 1, 2, 2]
 
 
-def test_costs_do_not_hold_what_slowed_the_machine_for_a_while(seed):
+def test_costs_are_robust_to_slow_repeats(seed):
     """Repeats of which some were slow, whole or in a part: rounds cost in the ratio that they have; and their parts add up."""
     draw = np.random.default_rng(seed)
     truth = {0: (0.0, 10.0), 1: (2.0, 10.5), 2: (3.0, 12.0), 4: (5.0, 15.0)}
@@ -420,14 +430,15 @@ def test_costs_do_not_hold_what_slowed_the_machine_for_a_while(seed):
             assert made.round(1, depth, depth) / made.plain(1) == pytest.approx((sum(truth[depth]) + 0.5) / 10.5, rel=1e-6)
 
 
-def test_only_chains_that_rounds_come_to_are_built(seed):
+def test_only_used_chain_depths_are_built(seed):
     """A chain of 400 in each depth would take a minute before the first token."""
     runner = pair(max_len=512, noise=None)
     shape = PolicyChain(Recent(400), runner.device)
     assert [shape.tree(depth).size for depth in (0, 3)] == [1, 4] and set(shape._trees) == {0, 3}
 
 
-def test_a_line_through_costs_by_hand():
+def test_cost_interpolation_by_hand():
+    """Costs between and beyond the measured sizes are interpolated, and never fall."""
     found = replace(flat(), nodes=(1, 3), verify_RN=((1.0, 2.0), (1.0, 4.0)))
     assert found.verify(1, 2) == 1.5 and found.verify(8, 3) == 4 and found.verify(1, 5) == 3 and found.verify(1, 0) == 1
     assert costs.isotonic([1.0, 3.0, 2.0, 4.0]) == [1.0, 2.5, 2.5, 4.0]
@@ -444,7 +455,8 @@ def test_a_line_through_costs_by_hand():
         ("cost", {"depth": 0}, "give depth"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line(policy, options, said):
+def test_invalid_policy_gives_one_line(policy, options, said):
+    """An invalid policy gives a one-line error."""
     with pytest.raises(UserError, match=said):
         pair().generate([[1]], policy=policy, **options)
     plain = pair(noise=None)
@@ -452,14 +464,16 @@ def test_what_cannot_be_done_is_said_in_a_line(policy, options, said):
         plain.generate([[1]], policy="ema")
 
 
-def test_names_are_read():
+def test_policy_names_are_parsed():
+    """Policy names are parsed with their default threshold."""
     assert (
         PolicySpec.parse("confidence") == PolicySpec("confidence", 0.6) and PolicySpec.parse("predictor:0.25").threshold == 0.25
     )
     assert PolicySpec.parse("cost-blind") == PolicySpec("cost-blind") != PolicySpec.parse("cost")
 
 
-def test_a_predictor_of_another_depth_or_batch_says_the_same(seed):
+def test_predictor_does_not_depend_on_the_batch(seed):
+    """The predictor's output does not depend on the batch, but on the depth; calibration is applied."""
     made = predicting(pair())
     hidden, said = torch.randn(3, 2, made.hidden_size), torch.randn(3, 2, 4, SIGNALS)
     whole = made(hidden, said, 1)
@@ -483,7 +497,7 @@ class Told(Policy):
         return True
 
 
-def test_a_policy_that_remembers_what_was_said_leaves_residual_text_the_targets():
+def test_policy_with_memory_keeps_residual_lossless():
     """The first of two proposals is rejected; whether a draft is made at the second's place hangs on what was said of it."""
     p, q, rows = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.6, 0.2, 0.1, 0.1]), 100_000
     rounds = table_runner(*(torch.tensor(x).log().expand(1, 4, 4).clone() for x in (p, q)), rows, 16).rounds
@@ -503,7 +517,8 @@ def test_a_policy_that_remembers_what_was_said_leaves_residual_text_the_targets(
 
 
 @pytest.mark.parametrize("way", [{"depth": 6}, {"tree": DynamicTree(5, 2, 8)}])
-def test_cost_refuses_more_levels_than_there_are_heads(way, seed):
+def test_cost_refuses_more_levels_than_heads(way, seed):
+    """`cost` refuses more draft levels than the drafter has heads."""
     told = TargetShape(SHAPE, ())
     runner = Runner(random_decoder(), load_kind("medusa")(told, num_heads=3), told, max_batch=1, max_len=64)
     with pytest.raises(UserError, match="heads for 3 tokens"):

@@ -23,16 +23,18 @@ TREES = {"grown": DynamicTree(3, 2, 6), "wide": DynamicTree(2, 3, 7), "deep": Dy
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("method", ["coupled", "residual"])
-def test_joint_of_four_tokens_is_the_targets(method, tree, case, seed):
+def test_joint_of_four_tokens_is_exact(method, tree, case, seed):
+    """Dynamic trees emit the target's joint distribution of four tokens."""
     check_joint(case, TREES[tree], method, 200_000, seed, 2 * len(CASES) * len(TREES))
 
 
 @pytest.mark.parametrize(("case", "tree", "method"), [("generic", "deep", "residual"), ("top-p", "grown", "coupled")])
-def test_joint_of_four_tokens_coarsely(case, tree, method, seed):
+def test_joint_of_four_tokens_on_fewer_samples(case, tree, method, seed):
+    """The joint distribution of four tokens is the target's, on 20,000 blocks."""
     check_joint(case, TREES[tree], method, 20_000, seed, 2)
 
 
-def test_law_of_the_right_rule_is_the_targets(seed):
+def test_enumerated_law_equals_the_target(seed):
     """The enumeration that gives the faults' laws gives the plain law when nothing is wrong, in every case."""
     for case, (kind, settings) in CASES.items():
         p, q = laws_of(*tables(kind, np.random.default_rng(seed)), settings)
@@ -80,7 +82,7 @@ RULES = {
 
 @pytest.mark.parametrize("tree", [pytest.param("grown", marks=SLOW), pytest.param("wide", marks=SLOW), "deep"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_is_caught_if_it_is_wrong(rule, tree, seed, monkeypatch):
+def test_wrong_verification_rule_is_detected(rule, tree, seed, monkeypatch):
     """One after the other, as the rule is written, is the target's law too: one draw for all siblings is no other rule."""
     shape, (p, q) = TREES[tree], skewed(1)
     p_q, of_tree = laws_of(p, q, {"temperature": 1.0}), (shape.depth, shape.top_k, shape.nodes)
@@ -112,7 +114,7 @@ def test_a_rule_is_caught_if_it_is_wrong(rule, tree, seed, monkeypatch):
     [(TREES["deep"], "coupled"), (TREES["deep"], "residual"), (SIBLINGS, "coupled")],
     ids=["coupled", "residual", "coupled on a static tree"],
 )
-def test_one_row_of_noise_for_every_depth_is_caught(tree, method, seed, monkeypatch):
+def test_noise_shared_by_depths_is_detected(tree, method, seed, monkeypatch):
     """Planted: tokens of one round share their noise. Each token by itself still has the right law."""
     right = sampling.gumbel
     monkeypatch.setattr(

@@ -69,7 +69,7 @@ def paths_of(draft, row):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_best_of_all_proposed_nodes_are_kept_with_their_topology(shape, temperature, seed):
+def test_dynamic_tree_keeps_the_best_nodes(shape, temperature, seed):
     """Against the same selection by hand, at rows that differ; noise counts in the score where there is any."""
     tree, sampling, B = DynamicTree(*shape), Sampling(temperature), 6
     logits = 2 * torch.randn(5, 9, 9)
@@ -99,7 +99,7 @@ def test_the_best_of_all_proposed_nodes_are_kept_with_their_topology(shape, temp
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["random", "all equal", "one-hot", "no mass", "far apart"])
-def test_what_is_kept_is_a_tree_also_among_ties(shape, kind, seed):
+def test_dynamic_tree_is_a_valid_tree_even_with_ties(shape, kind, seed):
     """Closed under parents, best first, ancestors those of the parents' walk, numbers those of the expanded nodes."""
     tree = DynamicTree(*shape)
     logits = torch.randn(7, 8, 8)
@@ -130,7 +130,7 @@ def test_what_is_kept_is_a_tree_also_among_ties(shape, kind, seed):
         assert all((number - 1) // tree.top_k + 1 == len(paths[i]) for i, number in enumerate(numbers) if number)
 
 
-def test_a_child_never_ranks_before_its_parent_through_rounding(seed):
+def test_child_never_ranks_before_its_parent(seed):
     """Terms are at most 0 whatever rounding does to log-sum-exp."""
     for scale in (1e-3, 1.0, 1e4):
         terms, _ = dynamic.likeliest(scale * torch.randn(64, 16, 33), 33)
@@ -153,7 +153,8 @@ class NoHostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("verify", ["coupled", "residual", "typical"])
 @pytest.mark.parametrize("shaped", [{"depth": 3}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["chain", "tree", "dynamic"])
-def test_a_round_reads_nothing_on_the_host(shaped, verify, seed):
+def test_round_has_no_host_sync(shaped, verify, seed):
+    """A round reads nothing on the host."""
     runner = pair(ends=())
     for options in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9}):
         rounds, seen = type(runner.rounds).__call__, []
@@ -169,7 +170,7 @@ def test_a_round_reads_nothing_on_the_host(shaped, verify, seed):
         assert seen
 
 
-def test_residual_on_a_dynamic_tree_equals_plain_decoding_with_its_own_stream(seed):
+def test_dynamic_residual_equals_plain_with_its_own_noise(seed):
     """One draw from p at each node settles the judging of its children and the bonus: plain decoding would draw the same."""
     for options in ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}):
         runner = pair()
@@ -185,7 +186,7 @@ def test_residual_on_a_dynamic_tree_equals_plain_decoding_with_its_own_stream(se
         assert [out.tokens for out in ours] != [out.tokens for out in coupled], "residual drew from the proposals' stream"
 
 
-def test_noise_in_the_score_raises_tau_above_temperature_0(seed, monkeypatch):
+def test_noise_in_node_scores_raises_tau(seed, monkeypatch):
     """Planted: the same children ranked by log q alone keep fewer of the nodes that the target takes."""
     runner = pair(noise=0.03, ends=(), max_batch=32)
     tree, prompts = DynamicTree(4, 4, 8), ragged_prompts(32)
@@ -207,7 +208,7 @@ def test_noise_in_the_score_raises_tau_above_temperature_0(seed, monkeypatch):
     assert with_noise > 1.1 * without
 
 
-def test_a_dynamic_tree_beats_a_static_one_of_its_size_where_certainty_varies(seed):
+def test_dynamic_tree_beats_static_if_certainty_varies(seed):
     """Positions that are sure alternate with ones that are not: one shape for all wastes nodes."""
     p = torch.randn(2, 12, 12)
     p[0] *= 6
@@ -228,14 +229,16 @@ def test_a_dynamic_tree_beats_a_static_one_of_its_size_where_certainty_varies(se
         ({"depth": 2, "top_k": 3, "nodes": 14}, r"nodes 14 must be at least 2 and at most 13"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(arguments, named):
+def test_invalid_dynamic_tree_is_refused(arguments, named):
+    """A dynamic tree with an impossible depth, width or node count is refused."""
     with pytest.raises(UserError, match=named) as caught:
         DynamicTree(**arguments)
     assert "\n" not in str(caught.value)
     assert DynamicTree(2, 3, 13).size == 13
 
 
-def test_a_tree_that_does_not_fit_the_drafter_is_refused(seed):
+def test_tree_must_fit_the_drafter(seed):
+    """A tree that is deeper or wider than the drafter allows is refused."""
     runner = pair()
     with pytest.raises(UserError, match="49 children of a node, but this drafter proposes among 48"):
         runner.generate([[1]], ignore_end=True, tree=DynamicTree(1, 49, 5))
@@ -263,17 +266,19 @@ def test_a_tree_that_does_not_fit_the_drafter_is_refused(seed):
         ("[[10,2]]", [(10, 2)]),
     ],
 )
-def test_the_command_lines_spelling_of_a_tree(text, tree):
+def test_tree_option_is_parsed(text, tree):
+    """The tree option is read as rank paths or as a dynamic tree."""
     assert parse_tree(text) == tree
 
 
 @pytest.mark.parametrize("text", ["", "dynamic:5,4", "dynamic:-1,2,3", "[[0],[x]]", "[0,1]", "[[0],]", "static"])
-def test_a_spelling_that_is_none_is_refused(text):
+def test_invalid_tree_option_is_refused(text):
+    """An invalid tree option is refused, and the error shows the two forms."""
     with pytest.raises(UserError, match=r"give rank paths, as .* or dynamic:DEPTH,TOP_K,NODES"):
         parse_tree(text)
 
 
-def test_the_cache_may_be_filled_to_its_last_token_with_more_expanded_than_kept(seed):
+def test_cache_can_be_filled_with_a_wide_dynamic_tree(seed):
     """The drafter's scratch is the larger one here: 25 nodes expanded, 4 kept."""
     runner, tree = pair(max_len=64, ends=()), DynamicTree(5, 6, 4)
     assert tree.slots == 25
@@ -282,7 +287,8 @@ def test_the_cache_may_be_filled_to_its_last_token_with_more_expanded_than_kept(
         assert len(out.tokens) == 64 - length and out.finish == "length"
 
 
-def test_top_1_of_one_child_each_is_the_chain(seed):
+def test_dynamic_tree_with_top_1_is_a_chain(seed):
+    """A dynamic tree with one child per node decodes as the chain."""
     runner = pair(ends=())
     prompts = ragged_prompts(6)
     for temperature in (0.0, 1.0):
@@ -292,7 +298,8 @@ def test_top_1_of_one_child_each_is_the_chain(seed):
         assert [(o.tokens, o.stats.accepted) for o in grown_] == [(o.tokens, o.stats.accepted) for o in chained]
 
 
-def test_an_observer_sees_the_topology_and_the_draft_logits_of_every_level(seed):
+def test_observer_sees_topology_and_draft_logits(seed):
+    """An observer sees the tree's topology and the draft logits of every level."""
     runner, tree = pair(ends=()), DynamicTree(3, 2, 5)
     seen = []
     runner.observe = seen.append
@@ -306,7 +313,8 @@ def test_an_observer_sees_the_topology_and_the_draft_logits_of_every_level(seed)
 
 
 @pytest.mark.parametrize("tree", [DynamicTree(3, 2, 4), DynamicTree(4, 3, 6)])
-def test_a_draft_that_is_no_number_does_not_change_the_text(tree):
+def test_nan_draft_logits_do_not_change_the_text(tree):
+    """Draft logits of NaN do not change the text."""
     for seed in range(10):
         torch.manual_seed(seed)
         p = 2 * torch.randn(1, 8, 8)

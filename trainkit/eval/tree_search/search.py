@@ -134,7 +134,7 @@ def measure_costs(runner: Runner, length: int, batch: int, nodes: int, depth: in
     frontier = min(width, runner.drafter.max_width or width)
     # trees that time verifying, by number of rows
     sizes = sorted({size for size in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48) if size < nodes} | {nodes})
-    trees = [full_tree(size, depth, width, frontier) for size in sizes]
+    trees = [full_tree(size, depth, width, runner.drafter.max_width) for size in sizes]
     # trees of two levels that time the second level, by number of frontier nodes; the first level is that of a chain
     counts = sorted({count for count in (1, 2, 4, 8, 16) if count < frontier} | {frontier}) if depth > 1 else []
     two_levels = [(*((rank,) for rank in range(n)), *((rank, 0) for rank in range(n))) for n in counts]
