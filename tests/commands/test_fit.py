@@ -178,8 +178,8 @@ def test_the_run_folder_keeps_the_resolved_configuration(tmp_path, capsys):
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 2 and saved["model"]["class_path"].endswith("ToyModule")
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
-    said = capsys.readouterr().out
-    assert "last.ckpt" in said and "validation: loss" in said
+    printed = capsys.readouterr().out
+    assert "last.ckpt" in printed and "validation: loss" in printed
 
 
 def test_validate_reads_a_checkpoint_and_leaves_its_run_alone(tmp_path, capsys):

@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 OFFERED = [(name, format) for name, (kind, _) in VARIANTS.items() for format in load_kind(kind).formats]
 
 
-def made(kind: str, target: Path, **options) -> Drafter:
+def build(kind: str, target: Path, **options) -> Drafter:
     drafter = load_kind(kind)(target_shape(target), **options)
     drafter.initialise(target)
     return drafter
@@ -36,7 +36,7 @@ def made(kind: str, target: Path, **options) -> Drafter:
 @pytest.mark.parametrize(("variant", "format"), OFFERED, ids=str)
 def test_every_format_of_a_kind_is_what_it_promises_and_loads(variant, format, tiny_target, tmp_path, seed):
     kind, options = VARIANTS[variant]
-    drafter = made(kind, tiny_target, **options)
+    drafter = build(kind, tiny_target, **options)
     out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format=format)
     again = load_bundle(bundle.read(out.path), target_shape(tiny_target))
     assert torch.equal(first_logits(again), first_logits(drafter))
@@ -98,8 +98,8 @@ FAULTS = {
     ("kind", "fault"), [(k, f) for k in ("lm", "medusa") for f in FAULTS if k == "medusa" or f != "an index for weights"]
 )
 def test_a_fault_in_what_a_kind_writes_is_refused_at_export(fault, kind, tiny_target, tmp_path, monkeypatch):
-    drafter, out = made(kind, tiny_target), tmp_path / "out"
-    spoil, said = FAULTS[fault]
+    drafter, out = build(kind, tiny_target), tmp_path / "out"
+    spoil, message = FAULTS[fault]
     export = type(drafter).export
 
     def spoiled(self, folder, dtype, layout):
@@ -108,18 +108,18 @@ def test_a_fault_in_what_a_kind_writes_is_refused_at_export(fault, kind, tiny_ta
 
     before = export_drafter(drafter, tmp_path / "old", tokenizer=tiny_target)
     monkeypatch.setattr(type(drafter), "export", spoiled)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         export_drafter(drafter, out, tokenizer=tiny_target)
     assert "\n" not in str(caught.value) and "nothing was written" in str(caught.value)
     assert list(tmp_path.iterdir()) == [tmp_path / "old"], "nothing exists at out or beside it"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export_drafter(drafter, tmp_path / "old", tokenizer=tiny_target)
     assert bundle.read(tmp_path / "old").files == before.files, "the old bundle is unchanged"
 
 
 def test_weights_in_a_second_file_are_refused(tiny_target, tmp_path, monkeypatch):
     """Other programs read every safetensors file of a folder."""
-    drafter, export = made("medusa", tiny_target), Medusa.export
+    drafter, export = build("medusa", tiny_target), Medusa.export
 
     def doubled(self, folder, dtype, layout):
         export(self, folder, dtype, layout)
@@ -150,14 +150,14 @@ def test_a_model_that_is_not_written_whole_is_refused(tiny_target, tmp_path, mon
 @pytest.mark.parametrize(("kind", "has"), [("lm", "native, hf, vllm, sglang"), ("medusa", "native, vllm"), ("hydra", "native")])
 def test_a_format_that_a_kind_does_not_have_is_one_line_that_lists_its_own(kind, has, tiny_target, tmp_path):
     with pytest.raises(UserError) as caught:
-        export_drafter(made(kind, tiny_target), tmp_path / "out", tokenizer=tiny_target, format="speculators")
+        export_drafter(build(kind, tiny_target), tmp_path / "out", tokenizer=tiny_target, format="speculators")
     assert str(caught.value) == f"--format speculators: a drafter of kind {kind!r} has no such format; it has {has}"
     assert not (tmp_path / "out").exists()
 
 
 def test_heads_that_share_the_targets_are_not_offered_to_vllm(tiny_target, tmp_path):
     """vLLM would look for the shared head in this file and leave it uninitialised."""
-    drafter = made("medusa", tiny_target, head="target")
+    drafter = build("medusa", tiny_target, head="target")
     with pytest.raises(UserError, match="--format vllm: needs a head"):
         export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format="vllm")
     out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target)
@@ -166,9 +166,9 @@ def test_heads_that_share_the_targets_are_not_offered_to_vllm(tiny_target, tmp_p
 
 def test_a_language_model_is_the_same_folder_in_every_format(tiny_target, tmp_path):
     model = load_model(tiny_target, torch.float32)
-    found = {name: export_model(model, tmp_path / name, tokenizer=tiny_target, format=name).files for name in FORMATS}
-    assert list(found) == ["native", "hf", "vllm", "sglang"]
-    assert all(files == found["native"] for files in found.values())
+    stored = {name: export_model(model, tmp_path / name, tokenizer=tiny_target, format=name).files for name in FORMATS}
+    assert list(stored) == ["native", "hf", "vllm", "sglang"]
+    assert all(files == stored["native"] for files in stored.values())
     assert read_config(tmp_path / "vllm").architectures == ["LlamaForCausalLM"]
     assert json.loads((tmp_path / "sglang" / "trainkit.json").read_text())["extra"] == {"format": "sglang", "layout": "hf"}
     with pytest.raises(UserError, match="speculators: a language model has no such format; it has native, hf, vllm, sglang"):
