@@ -41,8 +41,8 @@ def test_drafter_and_model_export_and_decode(tiny_target, rows, tmp_path, capsys
     assert main(["export", str(model), str(tmp_path / "none"), "--format", "gguf"]) == 2
     assert main(["inspect", str(tmp_path / "draft"), "--target", str(tiny_target)]) == 0
     assert bundle.read(tmp_path / "draft").extra["format"] == "vllm" and not (tmp_path / "none").exists()
-    said = capsys.readouterr().out
-    assert "draft: lm" in said and "model: model" in said and "It fits" in said and "val/alpha" in said
+    printed = capsys.readouterr().out
+    assert "draft: lm" in printed and "model: model" in printed and "It fits" in printed and "val/alpha" in printed
     assert Runner.load(tiny_target, tmp_path / "draft", max_len=64).generate(["How many"], max_new_tokens=8)[0].tokens
     assert Runner.load(tmp_path / "model", max_len=64).generate(["How many"], max_new_tokens=8)[0].tokens
     assert main(["inspect", str(tmp_path / "model"), "--target", str(tiny_target)]) == 2
@@ -104,8 +104,8 @@ def test_pickle_payload_is_refused_and_not_run(tiny_target, rows, tmp_path, caps
     assert mark.exists(), "the payload works"
     mark.unlink()
 
-    given = [*tiny_flags(Path("recipes/draft_tiny.yaml"), tiny_target, rows, tmp_path), "--trainer.logger", "false"]
-    assert run("fit", [*given, "--trainer.max_steps", "1"]) == 0
+    args = [*tiny_flags(Path("recipes/draft_tiny.yaml"), tiny_target, rows, tmp_path), "--trainer.logger", "false"]
+    assert run("fit", [*args, "--trainer.max_steps", "1"]) == 0
     good = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert main(["export", str(good), str(tmp_path / "out")]) == 0
     values = torch.load(good, weights_only=True)
@@ -114,11 +114,11 @@ def test_pickle_payload_is_refused_and_not_run(tiny_target, rows, tmp_path, caps
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Payload(mark)))
     capsys.readouterr()
     for evil in (str(tmp_path / "evil.ckpt"), str(tmp_path / "plain.ckpt")):
-        training = [[name, *given, "--ckpt_path", evil] for name in ("fit", "validate")]
+        training = [[name, *args, "--ckpt_path", evil] for name in ("fit", "validate")]
         for command in (["export", evil, str(tmp_path / "x")], *training):
             assert main(command) == 2, command
-            said = capsys.readouterr().err.splitlines()[-1]
-            assert said.startswith(f"trainkit: error: {evil}: not a checkpoint that loads with weights_only")
+            printed = capsys.readouterr().err.splitlines()[-1]
+            assert printed.startswith(f"trainkit: error: {evil}: not a checkpoint that loads with weights_only")
     assert not (tmp_path / "x").exists()
 
     torch.save({"lm_head.weight": Payload(mark)}, tmp_path / "out" / "pytorch_model.bin")

@@ -181,8 +181,8 @@ def test_run_folder_holds_resolved_config(tmp_path, capsys):
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 2 and saved["model"]["class_path"].endswith("ToyModule")
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
-    said = capsys.readouterr().out
-    assert "last.ckpt" in said and "validation: loss" in said
+    printed = capsys.readouterr().out
+    assert "last.ckpt" in printed and "validation: loss" in printed
 
 
 def test_validate_leaves_the_run_folder_unchanged(tmp_path, capsys):

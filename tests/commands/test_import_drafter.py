@@ -77,13 +77,13 @@ def test_imported_medusa_heads_match_and_decode(prefix, layers, tiny_target, tmp
         assert [o.tokens for o in drafted] == [o.tokens for o in plain]
 
 
-@pytest.mark.parametrize(("dtype", "given"), [(torch.float16, None), (torch.float16, "float32"), (torch.bfloat16, None)])
-def test_import_keeps_dtype_unless_requested(dtype, given, tiny_target, tmp_path):
+@pytest.mark.parametrize(("dtype", "requested"), [(torch.float16, None), (torch.float16, "float32"), (torch.bfloat16, None)])
+def test_import_keeps_dtype_unless_requested(dtype, requested, tiny_target, tmp_path):
     """Imported weights keep their dtype unless another is requested."""
     tensors = original(tmp_path / "theirs", heads=1, dtype=dtype)
-    import_outside(str(tmp_path / "theirs"), str(tmp_path / "ours"), target=str(tiny_target), dtype=given)
+    import_outside(str(tmp_path / "theirs"), str(tmp_path / "ours"), target=str(tiny_target), dtype=requested)
     written = load_file(tmp_path / "ours" / "model.safetensors")
-    wanted = dtype if given is None else getattr(torch, given)
+    wanted = dtype if requested is None else getattr(torch, requested)
     assert {value.dtype for value in written.values()} == {wanted}
     assert torch.equal(written["lm_heads.0.weight"], tensors["0.2.weight"].to(wanted))
 
@@ -148,11 +148,11 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_import_gives_one_line_and_no_output(fault, tiny_target, tmp_path, capsys):
     """What cannot be imported gives a one-line error and no output folder."""
-    make, said = FAULTS[fault]
+    make, printed = FAULTS[fault]
     make(tmp_path / "theirs")
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "out"), "--target", str(tiny_target)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert all(part in line for part in said), line
+    assert all(part in line for part in printed), line
     assert not (tmp_path / "out").exists()
 
 

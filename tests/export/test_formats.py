@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 OFFERED = [(name, format) for name, (kind, _) in VARIANTS.items() for format in load_kind(kind).formats]
 
 
-def made(kind: str, target: Path, **options) -> Drafter:
+def build(kind: str, target: Path, **options) -> Drafter:
     drafter = load_kind(kind)(target_shape(target), **options)
     drafter.initialise(target)
     return drafter
@@ -37,7 +37,7 @@ def made(kind: str, target: Path, **options) -> Drafter:
 def test_every_format_has_its_shapes_and_loads(variant, format, tiny_target, tmp_path, seed):
     """Every format of every kind has the promised tensor shapes and loads with equal logits."""
     kind, options = VARIANTS[variant]
-    drafter = made(kind, tiny_target, **options)
+    drafter = build(kind, tiny_target, **options)
     out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format=format)
     again = load_bundle(bundle.read(out.path), target_shape(tiny_target))
     assert torch.equal(first_logits(again), first_logits(drafter))
@@ -100,8 +100,8 @@ FAULTS = {
 )
 def test_faulty_export_is_refused(fault, kind, tiny_target, tmp_path, monkeypatch):
     """A kind that writes faulty tensors cannot export, and nothing is changed on disk."""
-    drafter, out = made(kind, tiny_target), tmp_path / "out"
-    spoil, said = FAULTS[fault]
+    drafter, out = build(kind, tiny_target), tmp_path / "out"
+    spoil, message = FAULTS[fault]
     export = type(drafter).export
 
     def spoiled(self, folder, dtype, layout):
@@ -110,18 +110,18 @@ def test_faulty_export_is_refused(fault, kind, tiny_target, tmp_path, monkeypatc
 
     before = export_drafter(drafter, tmp_path / "old", tokenizer=tiny_target)
     monkeypatch.setattr(type(drafter), "export", spoiled)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         export_drafter(drafter, out, tokenizer=tiny_target)
     assert "\n" not in str(caught.value) and "nothing was written" in str(caught.value)
     assert list(tmp_path.iterdir()) == [tmp_path / "old"], "nothing exists at out or beside it"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export_drafter(drafter, tmp_path / "old", tokenizer=tiny_target)
     assert bundle.read(tmp_path / "old").files == before.files, "the old bundle is unchanged"
 
 
 def test_second_weight_file_is_refused(tiny_target, tmp_path, monkeypatch):
     """Other programs read every safetensors file of a folder."""
-    drafter, export = made("medusa", tiny_target), Medusa.export
+    drafter, export = build("medusa", tiny_target), Medusa.export
 
     def doubled(self, folder, dtype, layout):
         export(self, folder, dtype, layout)
@@ -153,14 +153,14 @@ def test_incomplete_model_export_is_refused(tiny_target, tmp_path, monkeypatch):
 def test_unknown_format_lists_those_of_the_kind(kind, has, tiny_target, tmp_path):
     """A format that a kind does not have gives a one-line error that lists its formats."""
     with pytest.raises(UserError) as caught:
-        export_drafter(made(kind, tiny_target), tmp_path / "out", tokenizer=tiny_target, format="speculators")
+        export_drafter(build(kind, tiny_target), tmp_path / "out", tokenizer=tiny_target, format="speculators")
     assert str(caught.value) == f"--format speculators: a drafter of kind {kind!r} has no such format; it has {has}"
     assert not (tmp_path / "out").exists()
 
 
 def test_shared_heads_cannot_be_exported_for_vllm(tiny_target, tmp_path):
     """vLLM would look for the shared head in this file and leave it uninitialised."""
-    drafter = made("medusa", tiny_target, head="target")
+    drafter = build("medusa", tiny_target, head="target")
     with pytest.raises(UserError, match="--format vllm: needs a head"):
         export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format="vllm")
     out = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target)
@@ -170,9 +170,9 @@ def test_shared_heads_cannot_be_exported_for_vllm(tiny_target, tmp_path):
 def test_language_model_is_equal_in_every_format(tiny_target, tmp_path):
     """A language model has the same files in every format."""
     model = load_model(tiny_target, torch.float32)
-    found = {name: export_model(model, tmp_path / name, tokenizer=tiny_target, format=name).files for name in FORMATS}
-    assert list(found) == ["native", "hf", "vllm", "sglang"]
-    assert all(files == found["native"] for files in found.values())
+    stored = {name: export_model(model, tmp_path / name, tokenizer=tiny_target, format=name).files for name in FORMATS}
+    assert list(stored) == ["native", "hf", "vllm", "sglang"]
+    assert all(files == stored["native"] for files in stored.values())
     assert read_config(tmp_path / "vllm").architectures == ["LlamaForCausalLM"]
     assert json.loads((tmp_path / "sglang" / "trainkit.json").read_text())["extra"] == {"format": "sglang", "layout": "hf"}
     with pytest.raises(UserError, match="speculators: a language model has no such format; it has native, hf, vllm, sglang"):

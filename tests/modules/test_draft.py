@@ -39,11 +39,11 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(stop, tiny_target, chats, 
     epoch = len(trainer.train_dataloader)
     assert 3 < epoch < 29
     at = epoch if stop == "epoch" else stop
-    stopped, again = (draft_module(tiny_target, divergence=sampled) for _ in range(2))
+    stopped, resumed = (draft_module(tiny_target, divergence=sampled) for _ in range(2))
     fit(stopped, text_data(chats, tmp_path), tmp_path / "b", first, StopAt(at), steps=30)
     assert len(first.values) == at
     last = tmp_path / "b" / "checkpoints" / "last.ckpt"
-    fit(again, text_data(chats, tmp_path), tmp_path / "b", second, steps=30, ckpt_path=last)
+    fit(resumed, text_data(chats, tmp_path), tmp_path / "b", second, steps=30, ckpt_path=last)
     assert first.values + second.values == straight.values
     assert all(torch.equal(value, weights(tmp_path / "b")[name]) for name, value in weights(tmp_path / "a").items())
 
@@ -120,12 +120,12 @@ def test_rounds_by_hand():
     document = tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1]])
     labels = tensor([[1, 1, 1, 1, 1, 0, 1, 1, 1, 0]]).bool()
     agreement = tensor([[1, 1, 1, 0, 1, 0, 0, 1, 0, 0]]).bool()
-    found = rounds(agreement.expand(2, -1, -1), labels, document)
-    assert (found["emitted"], found["rounds"]) == (4 + 3, 2 + 2)
-    assert [found[f"{name}_{k}"] for k in (1, 2) for name in ("accepted", "offered")] == [2, 4, 1, 2]
+    counts = rounds(agreement.expand(2, -1, -1), labels, document)
+    assert (counts["emitted"], counts["rounds"]) == (4 + 3, 2 + 2)
+    assert [counts[f"{name}_{k}"] for k in (1, 2) for name in ("accepted", "offered")] == [2, 4, 1, 2]
     labels[0, 1] = False
-    found = rounds(agreement.expand(2, -1, -1), labels, document)
-    assert (found["emitted"], found["rounds"]) == (2 + 3, 1 + 2)
+    counts = rounds(agreement.expand(2, -1, -1), labels, document)
+    assert (counts["emitted"], counts["rounds"]) == (2 + 3, 1 + 2)
     assert set(rounds(agreement.expand(2, -1, -1), torch.zeros_like(labels), document).values()) == {0}
 
 
@@ -135,9 +135,9 @@ def test_rounds_of_heads_by_hand():
     """
     document, labels = torch.zeros(1, 5).long(), torch.ones(1, 5).bool()
     agreement = tensor([[[1, 0, 0, 1, 0]], [[0, 1, 1, 0, 0]]]).bool()
-    found = rounds(agreement, labels, document)
-    assert (found["emitted"], found["rounds"]) == (3 + 2, 2)
-    assert [found[f"{name}_{k}"] for k in (1, 2) for name in ("accepted", "offered")] == [2, 2, 1, 2]
+    counts = rounds(agreement, labels, document)
+    assert (counts["emitted"], counts["rounds"]) == (3 + 2, 2)
+    assert [counts[f"{name}_{k}"] for k in (1, 2) for name in ("accepted", "offered")] == [2, 2, 1, 2]
 
 
 def test_language_model_learns_and_loads(chats, tiny_target, tmp_path):
@@ -188,11 +188,12 @@ def test_packed_loss_equals_loss_per_document(chats, tiny_target, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "said"), [({}, "model_type"), ({"model_type": "llama", "hiden": 3}, "hiden"), ({"model_type": "lama"}, "lama")]
+    ("config", "message"),
+    [({}, "model_type"), ({"model_type": "llama", "hiden": 3}, "hiden"), ({"model_type": "lama"}, "lama")],
 )
-def test_invalid_model_config_gives_one_line(config, said, chats, tiny_target, tmp_path):
+def test_invalid_model_config_gives_one_line(config, message, chats, tiny_target, tmp_path):
     """An invalid model configuration gives a one-line error."""
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         fit(LanguageModule(config=config), text_data(chats, tmp_path, tokenizer=str(tiny_target)), tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -214,8 +215,8 @@ def runs(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("divergence", [ForwardKL(), TVDpp(normalise="batch")], ids=["kl", "tvdpp"])
 def test_cached_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, tmp_path, runs):
     """Two epochs and validation, so that rows are read from the cache; the next run does not run the target at all."""
-    straight, kept, later = Losses(), Losses(), Losses()
-    for name, losses, cache in (("a", straight, None), ("b", kept, "kept"), ("c", later, "kept")):
+    straight, cached, later = Losses(), Losses(), Losses()
+    for name, losses, cache in (("a", straight, None), ("b", cached, "kept"), ("c", later, "kept")):
         before = len(runs)
         module = draft_module(tiny_target, divergence=divergence, teacher_cache=cache and str(tmp_path / cache))
         data = text_data(chats, tmp_path, batch_size=3)
@@ -225,7 +226,7 @@ def test_cached_teacher_trains_to_the_same_bits(divergence, tiny_target, chats, 
         if name == "b":
             assert len(runs) - before == sum(every), "each row is read by the target once"
     assert len(runs) == before  # pyright: ignore[reportPossiblyUnboundVariable]
-    assert kept.values == straight.values == later.values and len(set(kept.values)) > 10
+    assert cached.values == straight.values == later.values and len(set(cached.values)) > 10
     for name in ("b", "c"):
         assert all(torch.equal(value, weights(tmp_path / name)[key]) for key, value in weights(tmp_path / "a").items())
 
@@ -242,7 +243,7 @@ def test_cached_teacher_is_not_used_for_another_target(tiny_target, chats, tmp_p
 
 def test_top_k_teacher_trains_and_is_exact_at_full_k(tiny_target, chats, tmp_path, runs):
     """Log-probabilities instead of hidden states and a head: equal up to the float32 rounding of one more softmax."""
-    exact, whole, some, again = (Losses() for _ in range(4))
+    exact, whole, some, resumed = (Losses() for _ in range(4))
     fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path / "a", exact)
     fit(draft_module(tiny_target, teacher_top_k=320), text_data(chats, tmp_path), tmp_path / "b", whole)
     assert whole.values == pytest.approx(exact.values, rel=1e-4)
@@ -251,17 +252,17 @@ def test_top_k_teacher_trains_and_is_exact_at_full_k(tiny_target, chats, tmp_pat
     assert sum(some.values[-4:]) < 0.9 * sum(some.values[:4])
     assert some.values[0] < exact.values[0], "a lower bound of the loss with the whole distribution"
     before = len(runs)
-    fit(draft_module(tiny_target, **options), text_data(chats, tmp_path), tmp_path / "d", again, steps=20)
-    assert again.values == some.values and len(runs) == before
+    fit(draft_module(tiny_target, **options), text_data(chats, tmp_path), tmp_path / "d", resumed, steps=20)
+    assert resumed.values == some.values and len(runs) == before
 
 
 def test_bfloat16_target_is_cached_in_bfloat16(tiny_target, chats, tmp_path):
     """The outputs of a bfloat16 target are cached in bfloat16, and training is the same."""
-    straight, kept = Losses(), Losses()
-    for name, losses, more in (("a", straight, {}), ("b", kept, {"teacher_cache": str(tmp_path / "kept")})):
+    straight, cached = Losses(), Losses()
+    for name, losses, more in (("a", straight, {}), ("b", cached, {"teacher_cache": str(tmp_path / "kept")})):
         module = draft_module(tiny_target, target_dtype="bfloat16", **more)
         fit(module, text_data(chats, tmp_path, batch_size=8), tmp_path / name, losses, steps=8)
-    assert kept.values == straight.values
+    assert cached.values == straight.values
     sizes = {json.loads(path.read_text())["dtype"] for path in (tmp_path / "kept").rglob("key.json")}
     assert sizes == {"torch.bfloat16"}
 

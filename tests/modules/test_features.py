@@ -25,9 +25,9 @@ add_kinds_from("tests.support.kinds")
 STEPS = 6
 
 
-def made(target: Path, chats: Path, out: Path, **options: Any) -> str:
+def feature_set(target: Path, chats: Path, out: Path, **options: Any) -> str:
     """Writes features of the rows of `text_data(chats, out.parent)`, with the same batch size."""
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "length": 128,
         "batch": 2,
         "validation_share": 0.1,
@@ -35,7 +35,7 @@ def made(target: Path, chats: Path, out: Path, **options: Any) -> str:
         "cache": str(out.parent),
         "dtype": "float32",
     }
-    features(target=str(target), data=str(chats), out=str(out), **(given | options))
+    features(target=str(target), data=str(chats), out=str(out), **(defaults | options))
     return str(out)
 
 
@@ -58,23 +58,23 @@ def test_training_from_features_equals_online(kind, tiny_target, chats, tmp_path
     forward = FrozenTarget.forward
     monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: runs.append(1) or forward(self, *args))
     for top_k in (None, 320, 8):
-        folder = made(tiny_target, chats, tmp_path / f"features-{top_k}", kind=kind, top_k=top_k)
+        folder = feature_set(tiny_target, chats, tmp_path / f"features-{top_k}", kind=kind, top_k=top_k)
         before = len(runs)
-        found = trained(tiny_target, chats, tmp_path / f"from-{top_k}", drafter=drafter, features=folder)
+        stored = trained(tiny_target, chats, tmp_path / f"from-{top_k}", drafter=drafter, features=folder)
         assert len(runs) == before, "the target is run"
         whole = trained(tiny_target, chats, tmp_path / f"online-{top_k}", drafter=drafter, teacher_top_k=top_k)
-        assert found == whole
+        assert stored == whole
         ours, theirs = (weights(tmp_path / f"{where}-{top_k}") for where in ("from", "online"))
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
         if top_k is None:
-            assert found == online
+            assert stored == online
         elif top_k == 320:
-            assert found == pytest.approx(online, rel=1e-4)
+            assert stored == pytest.approx(online, rel=1e-4)
 
 
 def test_batch_statistics_work_with_features(tiny_target, chats, tmp_path):
     """TVD++ reads each window twice, in two micro-batches."""
-    folder, losses = made(tiny_target, chats, tmp_path / "features"), []
+    folder, losses = feature_set(tiny_target, chats, tmp_path / "features"), []
     for name, more in (("a", {}), ("b", {"features": folder})):
         losses.append(Losses())
         module = draft_module(tiny_target, divergence=TVDpp(normalise="batch"), **more)
@@ -84,10 +84,10 @@ def test_batch_statistics_work_with_features(tiny_target, chats, tmp_path):
 
 def test_other_batch_sizes_differ_only_by_rounding(tiny_target, chats, tmp_path):
     """Features of 5 rows per batch, training on 2 rows per batch: the matrix products sum in another order."""
-    folder = made(tiny_target, chats, tmp_path / "features", batch=5, shard_rows=7)
+    folder = feature_set(tiny_target, chats, tmp_path / "features", batch=5, shard_rows=7)
     online = trained(tiny_target, chats, tmp_path / "a")
-    found = trained(tiny_target, chats, tmp_path / "b", features=folder)
-    assert found == pytest.approx(online, rel=1e-5)
+    stored = trained(tiny_target, chats, tmp_path / "b", features=folder)
+    assert stored == pytest.approx(online, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,17 @@ def test_other_batch_sizes_differ_only_by_rounding(tiny_target, chats, tmp_path)
 def test_half_precision_and_top_k_features_are_close(options, within, tiny_target, chats, tmp_path):
     """Losses from features in half precision, or of 64 tokens, are close to those of online training."""
     online = trained(tiny_target, chats, tmp_path / "a", drafter=Medusa)
-    folder = made(tiny_target, chats, tmp_path / "features", kind="medusa", **options)
-    found = trained(tiny_target, chats, tmp_path / "b", drafter=Medusa, features=folder)
-    apart = max(abs(one - other) / other for one, other in zip(found, online, strict=True))
+    folder = feature_set(tiny_target, chats, tmp_path / "features", kind="medusa", **options)
+    stored = trained(tiny_target, chats, tmp_path / "b", drafter=Medusa, features=folder)
+    apart = max(abs(one - other) / other for one, other in zip(stored, online, strict=True))
     print(f"{options}: losses apart by {apart:.2e} of themselves")
     assert 0 < apart < within
-    assert options.get("top_k") != 64 or found[0] < online[0]
+    assert options.get("top_k") != 64 or stored[0] < online[0]
 
 
 def test_features_training_loads_no_target_layers(tiny_target, chats, tmp_path, monkeypatch):
     """Training from features loads no layer of the target and saves none of its weights."""
-    folder = made(tiny_target, chats, tmp_path / "features")
+    folder = feature_set(tiny_target, chats, tmp_path / "features")
     monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: pytest.fail("the target is run"))
     module = draft_module(tiny_target, features=folder)
     fit(module, text_data(chats, tmp_path), tmp_path / "run", steps=2)
@@ -135,7 +135,7 @@ def refused(target: Path, chats: Path, root: Path, *parts: str, data: Any = None
 
 def test_foreign_features_are_refused_by_name(tiny_target, chats, tmp_path):
     """Other data, split, packing, target weights or config, taps or top-k: an error of one line before the first step."""
-    folder = made(tiny_target, chats, tmp_path / "features")
+    folder = feature_set(tiny_target, chats, tmp_path / "features")
     ask = lambda *parts, target=tiny_target, **more: refused(
         target, chats, tmp_path / "run", *parts, **({"features": folder} | more)
     )
@@ -156,14 +156,14 @@ def test_foreign_features_are_refused_by_name(tiny_target, chats, tmp_path):
     for key, value in (("teacher_cache", "kept"), ("target_shard", "fsdp")):
         with pytest.raises(UserError, match=key):
             DraftModule(str(tiny_target), lambda shape: None, features=folder, **{key: value})
-    few = made(tiny_target, chats, tmp_path / "few", top_k=4)
+    few = feature_set(tiny_target, chats, tmp_path / "few", top_k=4)
     ask("top_k 4", "teacher_top_k", features=few, teacher_top_k=5)
     ask("states after layers []", "tap -1", "--taps [4]", features=few, drafter=Medusa)
 
 
 def test_missing_validation_features_stop_before_training(tiny_target, chats, tmp_path):
     """Features without the validation set are refused before the first step."""
-    folder, alone = made(tiny_target, chats, tmp_path / "features", validation_share=0.0), Losses()
+    folder, alone = feature_set(tiny_target, chats, tmp_path / "features", validation_share=0.0), Losses()
     data = text_data(chats, tmp_path, validation=str(chats), limit_validation=5)
     with pytest.raises(UserError, match="other data than the rows of .* validation"):
         fit(draft_module(tiny_target, features=folder), data, tmp_path / "run", alone, steps=3)
@@ -173,7 +173,7 @@ def test_missing_validation_features_stop_before_training(tiny_target, chats, tm
 @pytest.mark.parametrize("spoil", ["missing", "torn", "foreign", "unreadable"])
 def test_damaged_features_are_named(spoil, tiny_target, chats, tmp_path):
     """A missing, torn or foreign shard is named in the error."""
-    folder = Path(made(tiny_target, chats, tmp_path / "features", shard_rows=4))
+    folder = Path(feature_set(tiny_target, chats, tmp_path / "features", shard_rows=4))
     shard = folder / "train-00001.safetensors"
     parts = [str(folder)]
     if spoil == "missing":
@@ -183,7 +183,7 @@ def test_damaged_features_are_named(spoil, tiny_target, chats, tmp_path):
         shard.write_bytes(shard.read_bytes()[:-9])
         parts += ["train-00001.safetensors", "not a complete"]
     elif spoil == "foreign":
-        other = Path(made(tiny_target, chats, tmp_path / "other", shard_rows=4, dtype="float16"))
+        other = Path(feature_set(tiny_target, chats, tmp_path / "other", shard_rows=4, dtype="float16"))
         shutil.copyfile(other / shard.name, shard)
         parts += ["train-00001.safetensors", "belongs to another set"]
     else:
@@ -196,7 +196,7 @@ def test_damaged_features_are_named(spoil, tiny_target, chats, tmp_path):
 
 def test_copied_target_and_renamed_data_are_accepted(tiny_target, chats, tmp_path):
     """A copy of the target and a renamed data file are accepted."""
-    folder = made(tiny_target, chats, tmp_path / "features")
+    folder = feature_set(tiny_target, chats, tmp_path / "features")
     renamed = Path(shutil.copyfile(chats, tmp_path / "renamed.jsonl"))
     copied = Path(shutil.copytree(tiny_target, tmp_path / "copy"))
     module = draft_module(copied, features=folder, divergence=ForwardKL())

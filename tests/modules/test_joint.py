@@ -106,8 +106,8 @@ def batch_of(target: FrozenTarget) -> dict[str, torch.Tensor]:
 
 def seen_by(target: FrozenTarget, batch: dict[str, torch.Tensor], taps=(-1,)) -> DraftBatch:
     names = ("tokens_BT", "positions_BT", "document_BT")
-    hidden, said = target.forward(*(batch[name] for name in names), taps)
-    return DraftBatch(*(batch[name] for name in names), batch["mask_BT"], said, hidden, target.handle())
+    hidden, tapped = target.forward(*(batch[name] for name in names), taps)
+    return DraftBatch(*(batch[name] for name in names), batch["mask_BT"], tapped, hidden, target.handle())
 
 
 def test_target_without_adapter_is_bit_exact(tiny_target, seed):
@@ -144,7 +144,7 @@ def test_both_loss_terms_equal_their_formula(base_loss, divergence, tiny_target,
         torch.nn.init.normal_(block[0].linear.weight, std=0.1)
     batch = batch_of(module.teacher)
     seen, weights = seen_by(module.teacher, batch), list(module.teacher.adapter.parameters())
-    found = [module.target_loss(seen, batch).sum, drafter(seen, divergence).sum]
+    computed = [module.target_loss(seen, batch).sum, drafter(seen, divergence).sum]
 
     again, head = seen_by(module.teacher, batch), module.teacher.handle().head
     log_on = head(again.hidden_BTD).log_softmax(-1)
@@ -163,7 +163,7 @@ def test_both_loss_terms_equal_their_formula(base_loss, divergence, tiny_target,
         soft = (log_p.exp() * (log_p - log_q)).sum(-1)
         each = soft if isinstance(divergence, ForwardKL) else -log_q.gather(-1, tokens[..., None])[..., 0]
         wanted[1] = wanted[1] + 0.8**index * (each * again.label_mask(ahead)).sum()
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(computed, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
         mine, other = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in (ours, theirs))
         assert all(value.abs().max() > 1e-4 for value in mine), "every matrix of the adapter has a gradient"
@@ -365,8 +365,8 @@ def test_every_kind_with_taps_trains_jointly(tiny_target, chats, tmp_path):
         batch = next(iter(trainer.val_dataloaders))
         assert module.teacher is not None and module.drafter is not None
         drafted = module.drafter(seen_by(module.teacher, batch, module.drafter.taps), ForwardKL())
-        given = torch.autograd.grad(drafted.sum, list(module.teacher.adapter.parameters()), allow_unused=True)
-        assert any(value is not None and value.abs().max() > 0 for value in given), name
+        gradients = torch.autograd.grad(drafted.sum, list(module.teacher.adapter.parameters()), allow_unused=True)
+        assert any(value is not None and value.abs().max() > 0 for value in gradients), name
 
 
 def test_each_loss_is_averaged_over_its_own_tokens(tiny_target, chats, tmp_path):
@@ -381,11 +381,11 @@ def test_each_loss_is_averaged_over_its_own_tokens(tiny_target, chats, tmp_path)
         log_p = seen.handle.head(seen.hidden_BTD).log_softmax(-1)
         for ahead in (1, 2, 3):
             counted = seen.label_mask(ahead)
-            said = -log_p.gather(-1, seen.tokens_BT.roll(-ahead, 1)[..., None])[..., 0][counted]
+            loss = -log_p.gather(-1, seen.tokens_BT.roll(-ahead, 1)[..., None])[..., 0][counted]
             if ahead == 1:
-                total, labels = total + float(said.sum()), labels + int(counted.sum())
+                total, labels = total + float(loss.sum()), labels + int(counted.sum())
             else:
-                heads += 0.8 ** (ahead - 2) * float(said.sum())
+                heads += 0.8 ** (ahead - 2) * float(loss.sum())
                 labels_of_heads += int(counted.sum())
     assert values["val/loss_head0"] == pytest.approx(total / labels, rel=1e-4)
     assert values["val/loss_draft"] == pytest.approx(heads / labels_of_heads, rel=1e-4)
@@ -393,7 +393,7 @@ def test_each_loss_is_averaged_over_its_own_tokens(tiny_target, chats, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("more", "message"),
     [
         ({"drafter": lambda shape: LMDraft(shape)}, "kind 'lm' reads no hidden states of its target"),
         ({"teacher_cache": "x"}, "teacher_cache"),
@@ -405,10 +405,10 @@ def test_each_loss_is_averaged_over_its_own_tokens(tiny_target, chats, tmp_path)
         ({"lora_lr": -1.0}, "lora_lr"),
     ],
 )
-def test_invalid_options_give_one_line(given, said, tiny_target, chats, tmp_path):
+def test_invalid_options_give_one_line(more, message, tiny_target, chats, tmp_path):
     """An invalid option gives a one-line error that names it."""
-    with pytest.raises(UserError, match=said) as caught:
-        fit(joint_module(tiny_target, **given), chats, tmp_path, tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        fit(joint_module(tiny_target, **more), chats, tmp_path, tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -469,11 +469,11 @@ def test_two_processes_train_as_one_in_both_stages(tiny_target, chats, tmp_path)
         "trainer.val_check_interval": 16,
         **dict.fromkeys([f"model.divergence.{name}" for name in ("estimator", "samples", "normalise")]),
     }
-    given = arguments("draft", tiny_target, chats, tmp_path / "one", **more, **{"data.batch_size": 4})
-    assert code_of(start(run, "fit", given)) == 0
-    given = arguments("draft", tiny_target, chats, tmp_path / "two", **more, **{"data.batch_size": 2})
-    process = torchrun(given, tmp_path / "said")
-    assert process.wait(300) == 0, (tmp_path / "said").read_text()[-2000:]
+    args = arguments("draft", tiny_target, chats, tmp_path / "one", **more, **{"data.batch_size": 4})
+    assert code_of(start(run, "fit", args)) == 0
+    args = arguments("draft", tiny_target, chats, tmp_path / "two", **more, **{"data.batch_size": 2})
+    process = torchrun(args, tmp_path / "output")
+    assert process.wait(300) == 0, (tmp_path / "output").read_text()[-2000:]
     for row, other in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         for name in ("train/loss", "train/loss_head0", "val/loss"):
             assert bool(row[name]) == bool(other[name])

@@ -79,13 +79,13 @@ def test_checkpoint_holds_its_own_calibration(trained):
     records, root, _ = trained
     for name in ("last.ckpt", "best.ckpt"):
         saved = read_checkpoint(root / "checkpoints" / name)
-        predictor, mark, info = saved.predictor(), saved.description["drafter"], saved.info
+        predictor, fingerprint, info = saved.predictor(), saved.description["drafter"], saved.info
         seen = predictor.seen
         held = AcceptanceSet.read(records).split(seen["validation_share"], seen["split_seed"])[1]
         scales = torch.tensor(fit_scales(predicted(predictor, held)[:, 0], held.accepted, held.temperature))
         assert torch.allclose(torch.stack([predictor.scale, predictor.shift], 1), scales, atol=1e-5)
         assert not torch.equal(predictor.scale, torch.ones(2))
-        assert mark["kind"] == "lm" and info["metrics"]["val/loss"] < 0.6 and info["module"] == "PredictorModule"
+        assert fingerprint["kind"] == "lm" and info["metrics"]["val/loss"] < 0.6 and info["module"] == "PredictorModule"
 
 
 def test_resumed_run_equals_uninterrupted(trained, tmp_path):
@@ -123,37 +123,37 @@ def test_rejection_weight_lowers_predictions(trained, tmp_path):
 
 def test_export_adds_predictor_to_the_bundle(trained, draft, tiny_target, tmp_path, capsys):
     """Exporting a predictor adds it to its drafter's bundle, which decodes as before."""
-    place = tmp_path / "draft"
-    shutil.copytree(draft, place)
-    (place / "README.md").write_text("ours")
-    was = bundle.amend(place, runner={"tree": [[0], [0, 0]]})
+    exported = tmp_path / "draft"
+    shutil.copytree(draft, exported)
+    (exported / "README.md").write_text("ours")
+    was = bundle.amend(exported, runner={"tree": [[0], [0, 0]]})
     checkpoint = trained[1] / "checkpoints" / "best.ckpt"
-    before = Runner.load(tiny_target, place, max_len=64).generate(["How many"], max_new_tokens=12, temperature=1.0)[0].tokens
-    assert main(["export", str(checkpoint), str(place)]) == 0
-    now = bundle.read(place)
+    before = Runner.load(tiny_target, exported, max_len=64).generate(["How many"], max_new_tokens=12, temperature=1.0)[0].tokens
+    assert main(["export", str(checkpoint), str(exported)]) == 0
+    now = bundle.read(exported)
     assert now.runner["tree"] == [[0], [0, 0]] and now.files.keys() - was.files.keys() == {FILE}
-    assert {**now.files, FILE: ""} == {**was.files, FILE: ""} and (place / "README.md").read_text() == "ours"
+    assert {**now.files, FILE: ""} == {**was.files, FILE: ""} and (exported / "README.md").read_text() == "ours"
     assert (now.config, now.target, now.versions, now.extra) == (was.config, was.target, was.versions, was.extra)
     predictor = read_checkpoint(checkpoint).predictor()
-    found = load_predictor(place, now.runner["predictor"])
+    loaded = load_predictor(exported, now.runner["predictor"])
     for name, value in predictor.state_dict().items():
-        assert torch.equal(found.state_dict()[name], value)
+        assert torch.equal(loaded.state_dict()[name], value)
     after = (
-        Runner.load(tiny_target, place, max_len=64)
+        Runner.load(tiny_target, exported, max_len=64)
         .generate(["How many"], max_new_tokens=12, temperature=1.0, depth=2)[0]
         .tokens
     )
     assert after == before
-    assert main(["inspect", str(place), "--target", str(tiny_target)]) == 0
-    said = capsys.readouterr().out
-    assert "**predictor**: width 16, verify coupled" in said and "all checksums agree" in said
+    assert main(["inspect", str(exported), "--target", str(tiny_target)]) == 0
+    printed = capsys.readouterr().out
+    assert "**predictor**: width 16, verify coupled" in printed and "all checksums agree" in printed
 
     # an older predictor is replaced, and no predictor is part of the drafter's fingerprint
-    assert main(["export", str(trained[1] / "checkpoints" / "last.ckpt"), str(place)]) == 0
-    again = bundle.read(place)
-    assert again.files.keys() == now.files.keys() and load_file(place / FILE).keys() == predictor.state_dict().keys()
+    assert main(["export", str(trained[1] / "checkpoints" / "last.ckpt"), str(exported)]) == 0
+    again = bundle.read(exported)
+    assert again.files.keys() == now.files.keys() and load_file(exported / FILE).keys() == predictor.state_dict().keys()
     assert drafter_fingerprint(again) == drafter_fingerprint(now) == {**drafter_fingerprint(was)}
-    assert not [path for path in tmp_path.iterdir() if path != place]
+    assert not [path for path in tmp_path.iterdir() if path != exported]
 
 
 def test_predictor_export_to_wrong_bundle_is_refused(trained, draft, tiny_target, tmp_path, capsys):
@@ -177,32 +177,32 @@ def test_predictor_export_to_wrong_bundle_is_refused(trained, draft, tiny_target
 
 def test_predictor_export_is_refused_if_reload_differs(trained, draft, tmp_path, monkeypatch, capsys):
     """A predictor whose reloaded outputs differ is refused, and the bundle stays unchanged."""
-    place = tmp_path / "draft"
-    shutil.copytree(draft, place)
+    exported = tmp_path / "draft"
+    shutil.copytree(draft, exported)
 
     def spoiled(folder, config):
-        made = load_predictor(folder, config)
-        made.shift += 0.5
-        return made
+        loaded = load_predictor(folder, config)
+        loaded.shift += 0.5
+        return loaded
 
     monkeypatch.setattr("trainkit.export.predictor.load_predictor", spoiled)
-    assert main(["export", str(trained[1] / "checkpoints" / "best.ckpt"), str(place)]) == 2
+    assert main(["export", str(trained[1] / "checkpoints" / "best.ckpt"), str(exported)]) == 2
     assert "the logits of the reloaded predictor differ" in capsys.readouterr().err
-    assert bundle.read(place).files == bundle.read(draft).files and not (place / FILE).exists()
+    assert bundle.read(exported).files == bundle.read(draft).files and not (exported / FILE).exists()
 
 
 def test_predictor_command_prints_held_out_table(trained, draft, tmp_path, capsys):
     """The command prints, stores and plots the measures of held-out questions."""
-    place, records = tmp_path / "draft", trained[0]
-    shutil.copytree(draft, place)
-    assert main(["predictor", str(place), "--data", str(records)]) == 2
+    exported, records = tmp_path / "draft", trained[0]
+    shutil.copytree(draft, exported)
+    assert main(["predictor", str(exported), "--data", str(records)]) == 2
     assert "has no acceptance predictor" in capsys.readouterr().err
-    assert main(["export", str(trained[1] / "checkpoints" / "best.ckpt"), str(place)]) == 0
+    assert main(["export", str(trained[1] / "checkpoints" / "best.ckpt"), str(exported)]) == 0
     capsys.readouterr()
     files = tmp_path / "out.json", tmp_path / "out.png"
-    assert main(["predictor", str(place), "--data", str(records), "--json", str(files[0]), "--plot", str(files[1])]) == 0
-    said = capsys.readouterr().out
-    assert "of 8 held-out prompts" in said and "temperature 0 " in said and "position 4" in said
+    assert main(["predictor", str(exported), "--data", str(records), "--json", str(files[0]), "--plot", str(files[1])]) == 0
+    printed = capsys.readouterr().out
+    assert "of 8 held-out prompts" in printed and "temperature 0 " in printed and "position 4" in printed
     values = json.loads(files[0].read_text())
     every = values["groups"][0]
     best = torch.load(trained[1] / "checkpoints" / "best.ckpt", weights_only=True)["trainkit"]["info"]["metrics"]
@@ -210,18 +210,18 @@ def test_predictor_command_prints_held_out_table(trained, draft, tmp_path, capsy
     assert every["log_loss"]["predictor"] == pytest.approx(best["val/fitted_loss"], abs=1e-4)
     assert every["ece"]["max_q_fitted"] == pytest.approx(best["val/max_q_fitted_ece"], abs=1e-4)
     first, second = values["ranks"]
-    assert first["log_loss"]["predictor"] == every["log_loss"]["predictor"] and "proposal 2" in said
+    assert first["log_loss"]["predictor"] == every["log_loss"]["predictor"] and "proposal 2" in printed
     assert second["accepted"] == pytest.approx((1 - every["accepted"]) / 2, abs=0.05)
     assert second["log_loss"]["predictor"] < second["log_loss"]["draft"], "it learns from the second proposals too"
     assert every["records"] == sum(g["records"] for g in values["groups"] if g["group"].startswith("position"))
     assert files[1].read_bytes()[:4] == b"\x89PNG"
 
     fresh = make_set(tmp_path / "fresh", seed=9, drafter=drafter_fingerprint(bundle.read(draft)), verify="residual")
-    assert main(["predictor", str(place), "--data", str(fresh)]) == 0
-    said = capsys.readouterr().out
-    assert "of 40 prompts" in said and "trained for coupled, this set was decoded with residual" in said
+    assert main(["predictor", str(exported), "--data", str(fresh)]) == 0
+    printed = capsys.readouterr().out
+    assert "of 40 prompts" in printed and "trained for coupled, this set was decoded with residual" in printed
     other = make_set(tmp_path / "other")
-    assert main(["predictor", str(place), "--data", str(other)]) == 2
+    assert main(["predictor", str(exported), "--data", str(other)]) == 2
     assert "made with another drafter" in capsys.readouterr().err
 
 

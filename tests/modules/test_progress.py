@@ -21,17 +21,17 @@ from trainkit.modules.draft import DraftModule
 NOISE = ("Tip", "GPU available", "Epoch", "distributed", "Seed set", "deprecated", "[transformers]", "`Trainer.fit` stopped")
 
 
-def run_on(stdout: str, given: list[str]) -> int:
+def run_on(stdout: str, args: list[str]) -> int:
     """Trains with both streams going to a file or terminal; validation is slow enough to be drawn."""
     step = DraftModule.validation_step
     DraftModule.validation_step = lambda *args: (time.sleep(0.12), step(*args))[1]
     handle = os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    return run("fit", given)
+    return run("fit", args)
 
 
-def on_terminal(given: list[str], columns: int) -> str:
+def on_terminal(args: list[str], columns: int) -> str:
     """All that a run writes to a terminal of this width."""
     master, slave = pty.openpty()
     ioctl(slave, TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
@@ -46,7 +46,7 @@ def on_terminal(given: list[str], columns: int) -> str:
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    assert code_of(start(run_on, os.ttyname(slave), given)) == 0
+    assert code_of(start(run_on, os.ttyname(slave), args)) == 0
     os.close(slave)
     reader.join(10)
     return output.decode()
@@ -75,9 +75,9 @@ def test_terminal_shows_one_bar_that_fits(columns, tiny_target, chats, tmp_path)
 def test_file_gets_plain_lines_at_log_intervals(tiny_target, chats, tmp_path):
     """After a resume, steps are counted from the first run's start."""
     output = tmp_path / "output"
-    given = flags(tiny_target, chats, tmp_path / "run")
+    args = flags(tiny_target, chats, tmp_path / "run")
     assert code_of(start(run_on, str(output), flags(tiny_target, chats, tmp_path / "run", **{"trainer.max_steps": 6}))) == 0
-    assert code_of(start(run_on, str(output), resumed(given, tmp_path / "run"))) == 0
+    assert code_of(start(run_on, str(output), resumed(args, tmp_path / "run"))) == 0
     text = output.read_text()
     steps = [line.split("  ")[0] for line in text.splitlines() if re.match(r"step \d+/", line)]
     assert steps == ["step 3/6", "step 6/6", "step 9/12", "step 12/12"]
@@ -90,7 +90,7 @@ def test_file_gets_plain_lines_at_log_intervals(tiny_target, chats, tmp_path):
 def test_warnings_go_to_the_log_during_training(tiny_target, chats, tmp_path, monkeypatch):
     """During training warnings go to log.txt; afterwards they are shown as before."""
     monkeypatch.setattr("trainkit.modules.draft.DraftModule.on_train_start", lambda self: warnings.warn("odd", stacklevel=1))
-    given = flags(tiny_target, chats, tmp_path / "run", **{"trainer.enable_progress_bar": "false", "trainer.max_steps": 2})
+    args = flags(tiny_target, chats, tmp_path / "run", **{"trainer.enable_progress_bar": "false", "trainer.max_steps": 2})
     before = warnings.showwarning
-    assert run("fit", given) == 0
+    assert run("fit", args) == 0
     assert "odd" in (tmp_path / "run" / "log.txt").read_text() and warnings.showwarning is before

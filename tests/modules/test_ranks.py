@@ -37,40 +37,40 @@ def wait_for_lines(root: Path, more_than: int, process: subprocess.Popen[bytes])
 def straight(tiny_target, chats, tmp_path_factory) -> Path:
     """An uninterrupted run of two processes."""
     root = tmp_path_factory.mktemp("straight") / "run"
-    process = torchrun(arguments("draft", tiny_target, chats, root), root.parent / "said")
-    assert process.wait(120) == 0, (root.parent / "said").read_text()[-2000:]
+    process = torchrun(arguments("draft", tiny_target, chats, root), root.parent / "output")
+    assert process.wait(120) == 0, (root.parent / "output").read_text()[-2000:]
     return root
 
 
 def test_signal_ends_all_ranks_and_resume_is_exact(straight, tiny_target, chats, tmp_path, seed):
     """SIGTERM and Ctrl-C to torchrun and SIGTERM to one worker, in a random order, each while the last one's run is resumed."""
-    root, said = tmp_path / "run", tmp_path / "said"
-    given = arguments("draft", tiny_target, chats, root)
+    root, output = tmp_path / "run", tmp_path / "output"
+    args = arguments("draft", tiny_target, chats, root)
     cases = [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)]
     for number, one in random.sample(cases, len(cases)):
-        process = torchrun(resumed(given, root), said)
+        process = torchrun(resumed(args, root), output)
         wait_for_lines(root, max(1, lines(root)) + random.randint(0, 1), process)
         os.kill(random.choice(workers(process)) if one else process.pid, number)
         assert process.wait(120) == 128 + number
-        assert "the state is saved" in said.read_text() and "Traceback" not in said.read_text()
+        assert "the state is saved" in output.read_text() and "Traceback" not in output.read_text()
         assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < STEPS
-    assert torchrun(resumed(given, root), said).wait(120) == 0
+    assert torchrun(resumed(args, root), output).wait(120) == 0
     check_equal(straight, root)
 
 
 def test_kills_of_ranks_leave_no_trace(straight, tiny_target, chats, tmp_path, seed):
     """A kill of one process, after which torchrun ends the other, and one of all processes, as when a machine is lost."""
-    root, said = tmp_path / "run", tmp_path / "said"
-    given = arguments("draft", tiny_target, chats, root)
+    root, output = tmp_path / "run", tmp_path / "output"
+    args = arguments("draft", tiny_target, chats, root)
     for everything in random.sample([False, True], 2):
-        process = torchrun(resumed(given, root), said)
+        process = torchrun(resumed(args, root), output)
         wait_for_lines(root, lines(root) + random.randint(0, 2), process)
         time.sleep(random.uniform(0, 0.1))
         killed = workers(process)
         for pid in [process.pid, *killed] if everything else [random.choice(killed)]:
             os.kill(pid, signal.SIGKILL)
         assert process.wait(120) != 0
-    assert torchrun(resumed(given, root), said).wait(120) == 0
+    assert torchrun(resumed(args, root), output).wait(120) == 0
     check_equal(straight, root)
 
 
@@ -120,11 +120,11 @@ def test_two_processes_train_as_one(loss, steps, names, weight, tiny_target, tmp
         "trainer.gradient_clip_val": 0.2,
         "trainer.accumulate_grad_batches": 2,
     } | loss
-    given = arguments("draft", tiny_target, chats, tmp_path / "one", **more, **{"data.batch_size": 4})
-    assert code_of(start(run, "fit", given)) == 0
-    given = arguments("draft", tiny_target, chats, tmp_path / "two", **more, **{"data.batch_size": 2})
-    process = torchrun(given, tmp_path / "said")
-    assert process.wait(120) == 0, (tmp_path / "said").read_text()[-2000:]
+    args = arguments("draft", tiny_target, chats, tmp_path / "one", **more, **{"data.batch_size": 4})
+    assert code_of(start(run, "fit", args)) == 0
+    args = arguments("draft", tiny_target, chats, tmp_path / "two", **more, **{"data.batch_size": 2})
+    process = torchrun(args, tmp_path / "output")
+    assert process.wait(120) == 0, (tmp_path / "output").read_text()[-2000:]
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) and sum(bool(row["train/loss"]) for row in one) == steps
     for row, other in zip(one, two, strict=True):
@@ -155,8 +155,8 @@ class SpreadModule(DraftModule):
 def test_sharded_target_trains_the_same(straight, tiny_target, chats, tmp_path):
     """A target sharded over two processes trains to the same bits, and each process holds half of it."""
     root, more = tmp_path / "run", {"model": f"{__name__}.SpreadModule", "model.target_shard": "fsdp"}
-    process = torchrun(arguments("draft", tiny_target, chats, root, **more), tmp_path / "said")
-    assert process.wait(120) == 0, (tmp_path / "said").read_text()[-2000:]
+    process = torchrun(arguments("draft", tiny_target, chats, root, **more), tmp_path / "output")
+    assert process.wait(120) == 0, (tmp_path / "output").read_text()[-2000:]
     check_equal(straight, root)
     assert [float((root / f"share-{rank}").read_text()) for rank in (0, 1)] == pytest.approx([0.5, 0.5], abs=0.02)
 

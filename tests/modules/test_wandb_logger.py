@@ -52,15 +52,15 @@ def isolated(tmp_path):
     assert connections == [], "a process connected to the network"
 
 
-def within(environment: dict[str, str], work, *given) -> int:
+def within(environment: dict[str, str], work, *args) -> int:
     """Runs `work(*given)` with these environment variables; to be called in a child process."""
     os.environ.update(environment)
     os.environ.pop("WANDB_MODE", None)
-    return work(*given)
+    return work(*args)
 
 
-def tracked(given: list[str]) -> list[str]:
-    return [*given, "--trainer.logger", "configs/logger/wandb.yaml"]
+def tracked(args: list[str]) -> list[str]:
+    return [*args, "--trainer.logger", "configs/logger/wandb.yaml"]
 
 
 def everything(*folders: Path) -> set[Path]:
@@ -69,14 +69,14 @@ def everything(*folders: Path) -> set[Path]:
 
 def services() -> set[str]:
     """Process ids of running W&B service processes."""
-    found = set()
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
+    ids = set()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"/wandb/bin/" in place.read_bytes().split(b"\0")[0]:
-                found.add(place.parent.name)
+            if b"/wandb/bin/" in file.read_bytes().split(b"\0")[0]:
+                ids.add(file.parent.name)
         except OSError:
             continue
-    return found
+    return ids
 
 
 def gone(before: set[str]) -> None:
@@ -90,38 +90,38 @@ def logged(root: Path) -> list[dict[str, float]]:
     return [{(STEP if name == "step" else name): row[name] for name in row if name != "seconds"} for row in rows]
 
 
-def at_wandb(found: list) -> list[dict[str, float]]:
-    return [{name: value for name, value in row.items() if name[0] != "_"} for row in wandb_records.rows(found)]
+def at_wandb(records: list) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name[0] != "_"} for row in wandb_records.rows(records)]
 
 
 def test_wandb_records_are_complete_and_only_in_run_folder(tiny_target, chats, tmp_path, isolated):
     """Metrics, configuration, revision and bundle are recorded, and only in the run folder."""
     before, here = services(), everything(Path.cwd() / "wandb", Path.cwd() / "runs", Path.cwd() / "artifacts")
     root, out = tmp_path / "run", tmp_path / "a bundle"
-    given = tracked(arguments("draft", tiny_target, chats, root, **{"trainer.max_steps": 12}))
-    assert code_of(start(within, isolated, run, "fit", given)) == 0
+    args = tracked(arguments("draft", tiny_target, chats, root, **{"trainer.max_steps": 12}))
+    assert code_of(start(within, isolated, run, "fit", args)) == 0
     gone(before)
 
     (file,) = wandb_records.files(root)
-    found = wandb_records.records(file)
-    assert at_wandb(found) == logged(root) and [row[STEP] for row in logged(root)][-2:] == [12, 12]
-    config = wandb_records.config(found)
+    records = wandb_records.records(file)
+    assert at_wandb(records) == logged(root) and [row[STEP] for row in logged(root)][-2:] == [12, 12]
+    config = wandb_records.config(records)
     assert config["model"] == yaml.safe_load((root / "config.yaml").read_text())["model"]
     assert config["checkpoint"]["every_n_steps"] == 4
     assert config["code"] == code_revision()
-    (made,) = wandb_records.of_kind(found, "run")
-    assert (made.project, made.display_name) == ("trainkit", f"{tmp_path.name}/run")
+    (started,) = wandb_records.of_kind(records, "run")
+    assert (started.project, started.display_name) == ("trainkit", f"{tmp_path.name}/run")
     if config["code"]:
-        assert made.git.commit == config["code"]["commit"] and len(made.git.commit) == 40
-    assert [end.exit_code for end in wandb_records.of_kind(found, "exit")] == [0]
+        assert started.git.commit == config["code"]["commit"] and len(started.git.commit) == 40
+    assert [end.exit_code for end in wandb_records.of_kind(records, "exit")] == [0]
 
     last = root / "checkpoints" / "last.ckpt"
     assert code_of(start(within, isolated, main, ["export", str(last), str(out)])) == 0
     gone(before)
     _, file = wandb_records.files(root)
-    found = wandb_records.records(file)
-    assert [again.run_id for again in wandb_records.of_kind(found, "run")] == [made.run_id]
-    (artifact,) = wandb_records.of_kind(found, "artifact")
+    records = wandb_records.records(file)
+    assert [again.run_id for again in wandb_records.of_kind(records, "run")] == [started.run_id]
+    (artifact,) = wandb_records.of_kind(records, "artifact")
     written = bundle.read(out)
     assert (artifact.name, artifact.type, artifact.description) == ("a-bundle", "model", describe(written))
     contents = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
@@ -141,8 +141,8 @@ def test_wandb_records_are_complete_and_only_in_run_folder(tiny_target, chats, t
 def test_wandb_loses_no_row_on_signal_and_resumes_its_run(number, tiny_target, chats, tmp_path, isolated):
     """A signal loses no row and leaves no process, and a resumed run continues the same W&B run."""
     before, root = services(), tmp_path / "run"
-    given = tracked(arguments("draft", tiny_target, chats, root, **{"trainer.log_every_n_steps": 1, "trainer.max_steps": 20}))
-    process = start(within, isolated, fit_slowly, given)
+    args = tracked(arguments("draft", tiny_target, chats, root, **{"trainer.log_every_n_steps": 1, "trainer.max_steps": 20}))
+    process = start(within, isolated, fit_slowly, args)
     wait_until(lambda: lines(root) > 5 or not process.is_alive())
     known = logged(root)
     # W&B writes its records half a second later; a kill may cost what it has not written yet
@@ -157,7 +157,7 @@ def test_wandb_loses_no_row_on_signal_and_resumes_its_run(number, tiny_target, c
         assert rows == logged(root)
         assert [end.exit_code for end in wandb_records.of_kind(first, "exit")] == [1]
 
-    assert code_of(start(within, isolated, run, "fit", resumed(given, root))) == 0
+    assert code_of(start(within, isolated, run, "fit", resumed(args, root))) == 0
     gone(before)
     parts = [wandb_records.records(file) for file in wandb_records.files(root)]
     (one,), (other,) = (wandb_records.of_kind(part, "run") for part in parts)
@@ -170,7 +170,7 @@ def test_wandb_loses_no_row_on_signal_and_resumes_its_run(number, tiny_target, c
         assert rows + again == logged(root), "no row is lost or logged twice"
 
 
-def fit_slowly(given: list[str]) -> int:
+def fit_slowly(args: list[str]) -> int:
     """Trains slowly enough to be stopped before the end."""
     from trainkit.modules.draft import DraftModule
 
@@ -181,7 +181,7 @@ def fit_slowly(given: list[str]) -> int:
         return step(self, batch, batch_idx)
 
     DraftModule.training_step = slow
-    return run("fit", given)
+    return run("fit", args)
 
 
 def test_wandb_mode_disabled_writes_nothing(tmp_path, monkeypatch):
@@ -213,8 +213,8 @@ def test_invalid_wandb_settings_give_one_line(tmp_path, monkeypatch, isolated):
         (lambda: WandbLog(mode="online").begin(tmp_path / "c", ""), "W&B .online.: .*API key.*WANDB_MODE=offline"),
         (spoiled, "run.json: not readable"),
     ]
-    for work, said in cases:
-        with pytest.raises(UserError, match=said) as caught:
+    for work, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
             work()
         assert "\n" not in str(caught.value)
     monkeypatch.setenv("WANDB_MODE", "onlin")
@@ -224,12 +224,12 @@ def test_invalid_wandb_settings_give_one_line(tmp_path, monkeypatch, isolated):
 
 def test_missing_wandb_package_is_explained(tiny_target, chats, tmp_path, monkeypatch):
     """If wandb is not installed the error says how to go on."""
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else found(name, *more))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find_spec(name, *more))
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    given = tracked(arguments("draft", tiny_target, chats, tmp_path / "run"))
+    args = tracked(arguments("draft", tiny_target, chats, tmp_path / "run"))
     with pytest.raises(UserError, match="wandb is not installed; pip install wandb, or leave"):
-        run("fit", given)
+        run("fit", args)
     (tmp_path / "run" / "wandb").mkdir(parents=True)
     (tmp_path / "run" / "wandb" / "run.json").write_text('{"id": "a", "project": "b", "entity": null, "mode": "offline"}')
     with pytest.raises(UserError, match="wandb is not installed; pip install wandb, or --track false"):

@@ -104,10 +104,6 @@ class MixtureData(TextData):
             raise UserError("data.weights: draft and mixed texts are for training a drafter; set model.class_path: DraftModule")
         super().connect(module)
 
-    @property
-    def training_sets(self) -> list[PackedSet]:
-        return list(self.sets.values())
-
     def prepare_data(self) -> None:
         super().prepare_data()
         for name in list(self._files)[1:]:
@@ -118,6 +114,7 @@ class MixtureData(TextData):
         if self._files and not self.sets:
             first, *others = self._files
             self.sets = {first: self.rows[0]} | {name: self._prepare_stored(name).train for name in others}
+        self.training_sets = list(self.sets.values())
         if self.prompts is not None and not self._prompts:
             self._read_prompts(self.prompts)
 

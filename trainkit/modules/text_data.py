@@ -30,6 +30,8 @@ class TextData(TrainingData):
     """
 
     rows: tuple[PackedSet, PackedSet]
+    training_sets: list[PackedSet]
+    """All stored sets that are trained on; `setup` sets them."""
 
     def __init__(
         self,
@@ -61,11 +63,6 @@ class TextData(TrainingData):
             raise UserError("data.tokenizer: the model has no tokenizer; set data.tokenizer to the folder of one")
         return folder
 
-    @property
-    def training_sets(self) -> list[PackedSet]:
-        """All stored sets that are trained on."""
-        return [self.rows[0]]
-
     def check_fits(self, vocab_size: int, max_positions: int) -> None:
         """Compares the rows with the sizes of the model that reads them.
 
@@ -86,6 +83,7 @@ class TextData(TrainingData):
         if self.fingerprint is None:
             prepared = self._prepare()
             self.rows, self.fingerprint = (prepared.train, prepared.validation), prepared.fingerprint
+            self.training_sets = [prepared.train]
 
     def _prepare(self) -> Prepared:
         return prepare(self.train, self.validation, self.tokenizer_folder, self.length, seed=global_seed(), **self._options)

@@ -41,11 +41,7 @@ class TrainingData(LightningDataModule):
         self.batch_size = batch_size
 
     def connect(self, module: TrainingModule) -> None:
-        """Stores the module that trains on this data.
-
-        Raises:
-            UserError: this data is not for such a module.
-        """
+        """Stores the module that trains on this data. Raises UserError if the data does not suit it."""
         self.module = module
 
     def train_dataloader(self) -> Any:

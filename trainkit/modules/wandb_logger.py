@@ -165,9 +165,8 @@ class Session:
         if wandb.run is None:  # otherwise a caller of our Python functions has a run of its own in this process
             wandb.teardown()
         for name, value in self._environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
+            os.environ.pop(name, None)
+            if value is not None:
                 os.environ[name] = value
 
 
