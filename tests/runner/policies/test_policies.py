@@ -132,7 +132,7 @@ class Telling(PolicyChain):
 
 
 LIKELY_ZERO = np.array([0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3])  # the draft's law everywhere; the target's is uniform
-BLOCKS = 1500
+BLOCKS = 2500
 
 
 def choosy_counts(drops: bool, seed: int) -> np.ndarray:
