@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +15,8 @@ from tests.support.drafters import VARIANTS
 from tests.support.processes import code_of, start, torchrun
 from tests.support.runs import arguments, log, weights
 from tests.support.targets import make_target
+from tests.support.training import fit as train
+from tests.support.training import text_data
 from trainkit import bundle
 from trainkit.cli import main
 from trainkit.commands.export import export
@@ -27,7 +29,6 @@ from trainkit.errors import UserError
 from trainkit.losses.divergence import CrossEntropy, ForwardKL, TVDpp
 from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget, merge_adapter
 from trainkit.models.target import FrozenTarget, target_shape
-from trainkit.modules.callbacks import Checkpoints
 from trainkit.modules.checkpoint import read_checkpoint
 from trainkit.modules.draft import DraftModule
 from trainkit.modules.joint import JointModule
@@ -63,25 +64,10 @@ def joint_module(target: Path, **more) -> JointModule:
     return JointModule(str(target), **(options | more))
 
 
-def fit(module, chats: Path, cache: Path, root: Path, *callbacks, steps: int = 6, ckpt_path=None, **more) -> Trainer:
-    seed_everything(3, verbose=False)
-    data = TextData(str(chats), cache=str(cache), length=96, batch_size=more.pop("batch_size", 2), validation_share=0.1)
-    options = {
-        "max_steps": steps,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "num_sanity_val_steps": 0,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "check_val_every_n_epoch": None,
-        "val_check_interval": 1000,
-        "default_root_dir": root,
-        "callbacks": [Checkpoints(), *callbacks],
-    }
-    trainer = Trainer(**(options | more))
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return trainer
+def fit(module, chats: Path, cache: Path, root: Path, *callbacks, **more) -> Trainer:
+    """Trains on rows of 96 tokens; the rest as in `tests.support.training.fit`."""
+    data = text_data(chats, cache, length=96, batch_size=more.pop("batch_size", 2))
+    return train(module, data, root, *callbacks, **more)
 
 
 def saved(root: Path) -> dict:
