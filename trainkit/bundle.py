@@ -19,7 +19,7 @@ from typing import Any
 
 from trainkit import __version__
 from trainkit.errors import UserError
-from trainkit.files import tidy, write_folder, write_text
+from trainkit.files import file_digest, tidy, write_folder, write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "trainkit.json"
@@ -34,7 +34,8 @@ _VOLATILE = {
     *("transformers_version", "_name_or_path", "dtype", "torch_dtype"),
     *("use_cache", "initializer_range", "_attn_implementation"),
 }
-_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+VOCABULARY_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+"""Files that hold the vocabulary of a tokenizer without tokenizer.json."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +181,8 @@ def _hash_all(folder: Path) -> dict[str, str]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or path.suffix not in SUFFIXES or name == MANIFEST:
             raise ValueError(f"a bundle may not hold {name!r}; it takes plain files ending in {', '.join(SUFFIXES)}")
-        files[name] = _sha256(path)
+        files[name] = file_digest(path)
     return files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_hidden(name: Path) -> bool:
@@ -214,7 +210,7 @@ def read(folder: str | Path, checksums: bool = True) -> Bundle:
         path = _inside(folder, name)
         if not path.is_file():
             raise UserError(f"{path}: missing, though {MANIFEST} lists it; export it again")
-        if checksums and _sha256(path) != expected:
+        if checksums and file_digest(path) != expected:
             raise UserError(f"{path}: changed since it was written (sha256 differs); export it again")
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
@@ -332,7 +328,7 @@ def _tokenizer_hash(folder: Path) -> str:
         if isinstance(model, dict) and model.get("merges"):  # older versions write "a b", newer ones ["a", "b"]
             model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         return _sha256_json(values)
-    files = {name: _sha256(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    files = {name: file_digest(folder / name) for name in VOCABULARY_FILES if (folder / name).is_file()}
     return _sha256_json(files) if files else ""
 
 

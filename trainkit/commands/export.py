@@ -106,7 +106,7 @@ def _export_drafter(
                 f"{folder}: its weights are not those that were tuned; give the tuned target's folder with --target"
             )
         model, tuned_path = merge_adapter(folder, *adapter, digest), path.with_name(f"{path.name}-target")
-        tuned = export_model(model, tuned_path, tokenizer=folder, dtype=options["dtype"], own_ids=True, **_card(saved))
+        tuned = export_model(model, tuned_path, tokenizer=folder, dtype=options["dtype"], **_card(saved))
         drafter.target = replace(drafter.target, fingerprint=fingerprint(tuned.path))
         target, notes = str(tuned.path), [f"target: {tuned.path}; this drafter works only with it"]
     source = tokenizer or saved.info["tokenizer"]

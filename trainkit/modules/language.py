@@ -54,8 +54,9 @@ class LanguageModule(TrainingModule):
             self.lm.train()
 
     def describe(self) -> dict[str, Any]:
+        values = {"model_config": self.lm.config.to_dict(), "generation_config": self.lm.generation_config.to_diff_dict()}
         left_out = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # depend on the library or the machine
-        return {"model_config": {name: value for name, value in self.lm.config.to_dict().items() if name not in left_out}}
+        return {name: {key: value for key, value in inner.items() if key not in left_out} for name, inner in values.items()}
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         tokens_BT, document_BT = batch["tokens_BT"], batch["document_BT"]

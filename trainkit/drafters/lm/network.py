@@ -33,6 +33,7 @@ from trainkit.models.load import (
     read_config,
     read_tensors,
     save_decoder,
+    with_known_rope,
 )
 from trainkit.models.shape import TargetHandle, TargetShape
 
@@ -78,6 +79,7 @@ class LMDraft(Drafter):
             shape = replace(
                 shape, num_layers=num_layers, hidden_size=width, intermediate_size=inner, num_heads=heads, num_kv_heads=kv_heads
             )
+            shape = with_known_rope(shape) if init == "scratch" else shape
         else:
             config = read_config(init)
             check_covered(config, init, 0)
