@@ -1,6 +1,7 @@
 """All readers of a model folder agree with transformers on which files and tensors are its weights."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,15 @@ def test_weight_files_follow_index_config_and_pickles(tiny_target, tmp_path):
     assert weight_files(tmp_path) == [tmp_path / "pytorch_model.bin"]
     (tmp_path / "pytorch_model.bin").unlink()
     assert weight_files(tmp_path) == []
+
+
+def test_weights_digest_sees_every_byte(tmp_path, seed):
+    """One changed byte anywhere, or another name of a file, changes the digest."""
+    content = bytearray(random.randbytes(1 << 20))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    before = weights_digest(tmp_path)
+    content[random.randrange(len(content))] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    changed = weights_digest(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert len({before, changed, weights_digest(tmp_path)}) == 3
