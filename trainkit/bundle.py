@@ -270,7 +270,7 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     text_config = text_config if isinstance(text_config, dict) and text_config else config
     digests = {
         "config": _sha256_json({key: value for key, value in config.items() if key not in _VOLATILE}),
-        "tokenizer": _tokenizer_hash(folder),
+        "tokenizer": tokenizer_digest(folder),
         "vocab_size": str(text_config.get("vocab_size", "")),
         "path": folder.resolve().name,
     }
@@ -319,7 +319,8 @@ def _sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _tokenizer_hash(folder: Path) -> str:
+def tokenizer_digest(folder: Path) -> str:
+    """The `tokenizer` of `fingerprint`."""
     if (folder / "tokenizer.json").is_file():
         values = read_json(folder / "tokenizer.json")
         for key in ("version", "padding", "truncation"):

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests.support.equality import exact_logits
 from tests.support.models import ragged_prompts
 from tests.support.targets import make_target
+from trainkit import errors
+from trainkit.commands.import_drafter import import_outside
 from trainkit.data.manifest import weights_digest
 from trainkit.drafters.base import load_kind
 from trainkit.drafters.lm import LMDraft
@@ -164,3 +166,41 @@ def test_weights_digest_sees_every_byte(tmp_path, seed):
     changed = weights_digest(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     assert len({before, changed, weights_digest(tmp_path)}) == 3
+
+
+def swap_tokens(folder: Path) -> Path:
+    """Exchanges two tokens of a folder's tokenizer."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    vocab = values["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_draft_with_another_tokenizer_gets_a_note(tiny_target, tmp_path, capsys):
+    """The runner, an import and an initialisation from a folder say once which share of the ids are other tokens."""
+    other = swap_tokens(make_target(tmp_path / "other", num_hidden_layers=1))
+    same = make_target(tmp_path / "same", num_hidden_layers=1)
+    values = json.loads((same / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}  # the ids stay
+    (same / "tokenizer.json").write_text(json.dumps(values))
+    uses = {
+        "runner": lambda folder, number: Runner.load(tiny_target, folder, max_len=64),
+        "import": lambda folder, number: import_outside(str(folder), str(tmp_path / number), target=str(tiny_target)),
+        "init": lambda folder, number: LMDraft(target_shape(tiny_target), init=str(folder)).initialise(tiny_target),
+    }
+    for name, use in uses.items():
+        errors.note.cache_clear()
+        capsys.readouterr()
+        for folder in (same, other, other):
+            use(folder, f"{name}-{folder.name}")
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+        assert line.startswith(f"note: {other}: 2 of 320 token ids are other tokens"), name
+
+
+def test_bundle_of_a_changed_target_gets_a_note(tiny_target, tmp_path, capsys):
+    """The runner prints what `check_fit` notes."""
+    export_drafter(LMDraft(target_shape(tiny_target), init="scratch"), tmp_path / "draft", tokenizer=tiny_target)
+    target = edit_config(make_target(tmp_path / "target"), rms_norm_eps=1e-4)
+    errors.note.cache_clear()
+    Runner.load(target, tmp_path / "draft", max_len=64)
+    assert "its config is not the one the bundle was made for" in capsys.readouterr().err

@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 
 from trainkit.bundle import Bundle, fingerprint
-from trainkit.card import describe
 from trainkit.data.manifest import weights_digest
 from trainkit.drafters.base import kind_name
 from trainkit.errors import UserError
-from trainkit.export.checks import layout_for
+from trainkit.export.checks import layout_for, written
 from trainkit.export.drafter import export_drafter
 from trainkit.export.model import export_model
 from trainkit.export.predictor import export_predictor
@@ -80,7 +79,7 @@ def export(
         bundle = export_model(saved.language_model(), out, tokenizer=source, **options, **_card(saved))
     else:
         bundle, notes = _export_drafter(saved, out, tokenizer, target, options)
-    lines = [describe(bundle), *notes]
+    lines = [written(bundle), *notes]
     if run_folder is not None:
         lines.append(attach(bundle, run_folder, checkpoint))
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainkit import bundle
+from trainkit.card import describe
 from trainkit.errors import UserError
 
 _TOKENIZER_FILES = (
@@ -58,6 +59,11 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for template in (source / "additional_chat_templates").glob("*.jinja"):
         (folder / template.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(template, folder / template.parent.name / template.name)
+
+
+def written(exported: bundle.Bundle) -> str:
+    """What a command prints about a bundle that passed its checks: the card, and where it was written."""
+    return f"{describe(exported)}\nwritten to {exported.path}; the reloaded files compute exactly what was exported"
 
 
 def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, out: str) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainkit.bundle import read_json, tensor_entries
+from trainkit.bundle import VOCABULARY_FILES, read_json, tensor_entries, tokenizer_digest
 from trainkit.errors import UserError, note
 from trainkit.files import write_json
 from trainkit.layers.attention import rotary_table
@@ -94,6 +94,32 @@ def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust library raises plain Exceptions for files it cannot read
         raise UserError(f"tokenizer {folder}: cannot be loaded ({first_lines(error, 1)}); {remedy}") from error
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds files of a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", *VOCABULARY_FILES))
+
+
+def note_other_tokenizer(drafter: str | Path, target: str | Path) -> None:
+    """Prints a note if a draft model's folder has a tokenizer that gives the ids to other tokens than the target's does.
+
+    The output stays exact with any drafter, so it is not refused. A folder without a tokenizer cannot be compared.
+    """
+    folders = Path(drafter), Path(target)
+    if not all(map(has_tokenizer, folders)) or len(set(map(tokenizer_digest, folders))) == 1:
+        return
+    try:
+        ours, theirs = ({(id, token) for token, id in read_tokenizer(folder).get_vocab().items()} for folder in folders)
+    except UserError as error:
+        note(f"{drafter}: its tokenizer cannot be compared with the target's ({error})")
+        return
+    if ids := {id for id, _ in ours ^ theirs}:
+        known = len({id for id, _ in ours | theirs})
+        note(
+            f"{drafter}: {len(ids):,} of {known:,} token ids are other tokens in its tokenizer than in that of {target}; the "
+            "output stays exact, but drafts with these ids are hardly ever accepted"
+        )
 
 
 def first_lines(error: Exception, count: int = 2) -> str:

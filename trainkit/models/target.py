@@ -18,9 +18,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from trainkit.bundle import VOCABULARY_FILES, fingerprint
+from trainkit.bundle import fingerprint
 from trainkit.errors import UserError
-from trainkit.models.load import MODEL_ERRORS, check_finite, decoder_shape, first_lines, read_config, read_tokenizer
+from trainkit.models.load import (
+    MODEL_ERRORS,
+    check_finite,
+    decoder_shape,
+    first_lines,
+    has_tokenizer,
+    read_config,
+    read_tokenizer,
+)
 from trainkit.models.shape import TargetHandle, TargetShape
 
 
@@ -35,7 +43,7 @@ def end_ids(folder: str | Path, config: Any, trust_remote_code: bool = False) ->
             sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}/generation_config.json: {first_lines(error, 1)}; fix it or remove it") from error
-    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", *VOCABULARY_FILES)):
+    if has_tokenizer(path):
         sources.append(read_tokenizer(path, trust_remote_code).eos_token_id)
     for value in sources:
         ids |= set(value) if isinstance(value, (list, tuple)) else {value}

@@ -31,7 +31,7 @@ class Checkpoint:
         path: File of the checkpoint.
         description: Values that rebuild the network, from `TrainingModule.describe`.
         info: About the run: `module` (class name), `recipe`, `seed`, `step`, `metrics` (validation, by name), `data`
-            (fingerprint), `tokenizer` (folder) and, for a drafter, `target` (folder).
+            (fingerprint), `tokenizer` (folder) and, for a drafter, `target` (folder), for a language model `generation_config`.
         weights: Trained weights by name, all networks together.
     """
 
@@ -52,7 +52,7 @@ class Checkpoint:
         config = lambda saved: AutoConfig.for_model(**saved["model_config"])
         build = lambda saved: AutoModelForCausalLM.from_config(config(saved), dtype=torch.float32)
         model = self._network("language model", "model_config", "lm.", build)
-        if generation := self.description.get("generation_config"):
+        if generation := self.info.get("generation_config"):
             model.generation_config = GenerationConfig.from_dict(generation)
         return model
 

@@ -30,6 +30,7 @@ from trainkit.models.load import (
     decoder_shape,
     hf_shapes,
     load_decoder,
+    note_other_tokenizer,
     read_config,
     read_tensors,
     save_decoder,
@@ -97,6 +98,7 @@ class LMDraft(Drafter):
         if self.init == "scratch":
             return
         if self.init != "target":
+            note_other_tokenizer(self.init, target_folder)
             copy_weights(self.decoder, read_tensors(self.init), self.init)
             return
         # Sizes: all but the number of layers must be the target's
