@@ -306,7 +306,7 @@ def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 <= length <= path.stat().st_size - 8:
-            raise UserError(f"{path}: not a safetensors file, or cut short; export it again")
+            raise UserError(f"{path}: not a safetensors file, or cut short; copy or export it again")
         try:
             header = json.loads(file.read(length))
         except ValueError:
