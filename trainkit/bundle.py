@@ -19,7 +19,7 @@ from typing import Any
 
 from trainkit import __version__
 from trainkit.errors import UserError
-from trainkit.files import tidy, write_folder, write_text
+from trainkit.files import file_digest, tidy, write_folder, write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "trainkit.json"
@@ -34,7 +34,8 @@ _VOLATILE = {
     *("transformers_version", "_name_or_path", "dtype", "torch_dtype"),
     *("use_cache", "initializer_range", "_attn_implementation"),
 }
-_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+VOCABULARY_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+"""Files that hold the vocabulary of a tokenizer without tokenizer.json."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +181,8 @@ def _hash_all(folder: Path) -> dict[str, str]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or path.suffix not in SUFFIXES or name == MANIFEST:
             raise ValueError(f"a bundle may not hold {name!r}; it takes plain files ending in {', '.join(SUFFIXES)}")
-        files[name] = _sha256(path)
+        files[name] = file_digest(path)
     return files
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_hidden(name: Path) -> bool:
@@ -214,7 +210,7 @@ def read(folder: str | Path, checksums: bool = True) -> Bundle:
         path = _inside(folder, name)
         if not path.is_file():
             raise UserError(f"{path}: missing, though {MANIFEST} lists it; export it again")
-        if checksums and _sha256(path) != expected:
+        if checksums and file_digest(path) != expected:
             raise UserError(f"{path}: changed since it was written (sha256 differs); export it again")
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
@@ -274,7 +270,7 @@ def fingerprint(model_folder: str | Path) -> dict[str, str]:
     text_config = text_config if isinstance(text_config, dict) and text_config else config
     digests = {
         "config": _sha256_json({key: value for key, value in config.items() if key not in _VOLATILE}),
-        "tokenizer": _tokenizer_hash(folder),
+        "tokenizer": tokenizer_digest(folder),
         "vocab_size": str(text_config.get("vocab_size", "")),
         "path": folder.resolve().name,
     }
@@ -310,7 +306,7 @@ def tensor_entries(path: Path) -> dict[str, dict[str, Any]]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 0 <= length <= path.stat().st_size - 8:
-            raise UserError(f"{path}: not a safetensors file, or cut short; export it again")
+            raise UserError(f"{path}: not a safetensors file, or cut short; copy or export it again")
         try:
             header = json.loads(file.read(length))
         except ValueError:
@@ -323,7 +319,8 @@ def _sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _tokenizer_hash(folder: Path) -> str:
+def tokenizer_digest(folder: Path) -> str:
+    """The `tokenizer` of `fingerprint`."""
     if (folder / "tokenizer.json").is_file():
         values = read_json(folder / "tokenizer.json")
         for key in ("version", "padding", "truncation"):
@@ -332,7 +329,7 @@ def _tokenizer_hash(folder: Path) -> str:
         if isinstance(model, dict) and model.get("merges"):  # older versions write "a b", newer ones ["a", "b"]
             model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         return _sha256_json(values)
-    files = {name: _sha256(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    files = {name: file_digest(folder / name) for name in VOCABULARY_FILES if (folder / name).is_file()}
     return _sha256_json(files) if files else ""
 
 

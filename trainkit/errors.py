@@ -1,6 +1,8 @@
-"""The exception for a user's mistake, and remedies for errors of the system."""
+"""The exception for a user's mistake, remedies for errors of the system, and notes on what works but deserves attention."""
 
 import errno
+import sys
+from functools import cache
 
 REMEDIES = {
     errno.ENOENT: "give a path that exists",
@@ -13,6 +15,12 @@ REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or choose another disk"),
 }
 """Errors of the system that a user can fix, and how."""
+
+
+@cache
+def note(line: str) -> None:
+    """Prints a line for the user on stderr, only once in a process."""
+    print(f"note: {line}", file=sys.stderr)
 
 
 class UserError(ValueError):

@@ -10,12 +10,14 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +37,54 @@ def cache_folder(name: str) -> Path:
         return Path.home() / ".cache" / "trainkit" / name
     except RuntimeError:  # a user id without an entry in the user database, as in some containers
         return Path(tempfile.gettempdir()) / "trainkit" / name
+
+
+CACHED_BYTES = 1 << 24
+"""Size from which the digest of a file is cached; smaller files are hashed in milliseconds."""
+_digests: dict[Path, tuple[list[int], str]] = {}
+
+
+def file_digest(path: Path, cached: bool = False) -> str:
+    """SHA-256 (hex) of a file's content.
+
+    With `cached`, a large file that was hashed before is not read again, in this process or a later one, while its path, size,
+    inode, and times of modification and status change are the same. A file that changed less than two seconds ago is not
+    cached, because a further change within the resolution of the clock would not be seen. Without a cache folder that can be
+    written, the digest is cached in this process only.
+    """
+    path = path.resolve()
+    state = _state(path)
+    if not cached or state[0] < CACHED_BYTES:
+        return _sha256(path)
+    entry = cache_folder("digests") / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    stored, digest = _digests.get(path) or _read_entry(entry)
+    if stored == state:
+        return digest
+    digest = _sha256(path)
+    if state == _state(path) and time.time_ns() - max(state[2:]) > 2_000_000_000:
+        _digests[path] = state, digest
+        with contextlib.suppress(UserError, OSError):
+            write_json(entry, {"state": state, "sha256": digest})
+    return digest
+
+
+def _state(path: Path) -> list[int]:
+    """Size, inode, and times of modification and status change in nanoseconds."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_entry(entry: Path) -> tuple[list[int], str]:
+    try:
+        values = json.loads(entry.read_text(encoding="utf-8"))
+        return list(values["state"]), str(values["sha256"])
+    except (OSError, ValueError, TypeError, KeyError):  # none yet, or damaged
+        return [], ""
 
 
 def write_file(path: str | Path, write: Callable[[Path], object]) -> None:

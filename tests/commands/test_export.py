@@ -42,6 +42,8 @@ def test_drafter_and_model_export_and_decode(tiny_target, rows, tmp_path, capsys
     assert main(["inspect", str(tmp_path / "draft"), "--target", str(tiny_target)]) == 0
     assert bundle.read(tmp_path / "draft").extra["format"] == "vllm" and not (tmp_path / "none").exists()
     printed = capsys.readouterr().out
+    for name in ("draft", "model"):
+        assert f"written to {tmp_path / name}; the reloaded files compute exactly what was exported" in printed
     assert "draft: lm" in printed and "model: model" in printed and "It fits" in printed and "val/alpha" in printed
     assert Runner.load(tiny_target, tmp_path / "draft", max_len=64).generate(["How many"], max_new_tokens=8)[0].tokens
     assert Runner.load(tmp_path / "model", max_len=64).generate(["How many"], max_new_tokens=8)[0].tokens

@@ -96,6 +96,7 @@ def test_trimmed_bundle_keeps_full_head_on_disk(tied, tiny_target, untied, text,
     flags = ["--target", str(target), "--text", str(text), "--keep", "0.25"]
     assert main(["trim", str(whole), str(tmp_path / "trimmed"), *flags]) == 0
     said = capsys.readouterr().out
+    assert f"written to {tmp_path / 'trimmed'}; the reloaded files compute" in said
     packed = prepare([str(text)], None, str(target), 2048, validation_share=0.0).train
     counted, ids = packed.tokens_N[packed.mask_N], ids_in(tmp_path / "trimmed")
     assert len(ids) == 80 and set(target_shape(target).end_ids) <= set(ids)

@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.equality import exact_logits
 from tests.support.targets import make_target
-from trainkit.drafters.base import DraftBatch, LossOutput, TargetHandle, load_kind
+from trainkit import errors
+from trainkit.drafters.base import DraftBatch, LossOutput, TargetHandle, load_bundle, load_kind
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
+from trainkit.export.drafter import export_drafter
 from trainkit.models.load import load_decoder
 from trainkit.models.target import target_shape
 from trainkit.runner import Runner, Stats
@@ -151,3 +153,47 @@ def test_step_bytes_by_hand(tiny_target):
     draft = LMDraft(target_shape(tiny_target), num_layers=1)
     layer = 64 * (4 + 2 + 2) * 16 + 64 * 64 + 3 * 64 * 128 + 2 * 64
     assert draft.step_bytes(0) == 4 * (320 * 64 + layer + 64)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reason", "theta"),
+    [
+        ("glm4", {}, "partial_rotary_factor", 10000.0),
+        ("gemma3_text", {}, "between types of layers", 1e6),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 5e3,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                }
+            },
+            "rope_type 'longrope'",
+            5e3,
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e3, "factor": 2.0}}, "rope_type 'dynamic'", 5e3),
+    ],
+)
+def test_draft_replaces_a_rope_it_cannot_have(model_type, fields, reason, theta, tmp_path, capsys):
+    """A new draft of such a target is built with plain rotary positions, says so once, and is exported as it was built."""
+    target = make_target(tmp_path / "target", model_type, num_hidden_layers=2, **fields)
+    shape, plain = target_shape(target), {"rope_type": "default", "rope_theta": theta}
+    errors.note.cache_clear()
+    capsys.readouterr()
+    draft = LMDraft(shape, init="scratch")
+    LMDraft(shape, init="scratch")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: the target's ") and reason in line and line.endswith(f"rope_theta {theta:g}")
+    assert draft.decoder.shape.rope == plain
+    out = export_drafter(draft, tmp_path / "out", tokenizer=target)
+    assert load_bundle(out, shape).decoder.shape.rope == plain
+    for other in (load_kind("eagle")(shape), load_kind("hydra")(shape, prefix=True).prefix):
+        assert other.shape.rope == plain
+
+
+def test_unsupported_rope_of_eagle_is_refused(tiny_target):
+    """Rotary parameters that are given, not the target's, are refused when the drafter is built."""
+    with pytest.raises(UserError, match="drafter.rope: rope_type 'dynamic' is not supported"):
+        load_kind("eagle")(target_shape(tiny_target), rope={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})

@@ -3,6 +3,7 @@
 # T positions  V vocabulary
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,17 +13,23 @@ from transformers import AutoModelForCausalLM
 from tests.support.equality import assert_few, compare, exact_logits
 from tests.support.models import ragged_prompts
 from tests.support.targets import make_target
+from trainkit.drafters.base import load_kind
 from trainkit.errors import UserError
+from trainkit.export.drafter import export_drafter
+from trainkit.export.model import export_model
+from trainkit.layers.attention import rotary_table
 from trainkit.models.load import (
     check_covered,
     decoder_shape,
     find_device,
     hf_views,
     load_decoder,
+    old_rope,
     read_config,
     read_tensors,
     save_decoder,
 )
+from trainkit.models.target import load_model, target_shape
 from trainkit.runner import Runner
 from trainkit.runner.sampling import Sampling
 
@@ -209,6 +216,46 @@ def test_old_config_without_rope_parameters_is_read(tiny_target, tmp_path):
     rope = decoder_shape(read_config(tmp_path)).rope
     assert (rope["rope_type"], rope["rope_theta"], rope["factor"]) == ("linear", 777.0, 2.0)
     check_covered(read_config(tmp_path), tmp_path, 10)
+
+
+def read_as_transformers_4(config):
+    """The rotary parameters that Llama of transformers 4.57 computes with: `rope_theta`, and `rope_scaling` unless null."""
+    scaling = dict(config["rope_scaling"] or {})
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    return {**scaling, "rope_type": rope_type, "rope_theta": config.get("rope_theta", 10000.0)}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_exports_have_their_rope_for_old_readers(rope, tmp_path):
+    """Readers built on transformers 4 find the same rotary frequencies in every Llama-like config.json."""
+    target = make_target(tmp_path / "target", rope_parameters=ROPES[rope])
+    shape = target_shape(target)
+    export_model(load_model(target, torch.float32), tmp_path / "model", tokenizer=target)
+    written = {"model": json.loads((tmp_path / "model" / "config.json").read_text())}
+    for kind, format in (("lm", "hf"), ("lm", "vllm"), ("eagle", "vllm"), ("eagle", "speculators")):
+        draft = load_kind(kind)(shape)
+        export_drafter(draft, tmp_path / kind / format, tokenizer=target, format=format)
+        config = json.loads((tmp_path / kind / format / "config.json").read_text())
+        written[f"{kind} {format}"] = config.get("transformer_layer_config", config)
+    for name, config in written.items():
+        old = replace(shape.decoder, rope=read_as_transformers_4(config))
+        assert torch.equal(rotary_table(old, 300), rotary_table(shape.decoder, 300)), name
+        assert config["rope_scaling"] is None or config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"]
+    assert all(decoder_shape(read_config(tmp_path / name)).rope == shape.decoder.rope for name in ("model", "lm/hf"))
+
+
+def test_rope_outside_of_scaling_is_written_for_old_readers():
+    """Of partial and long rotary parameters, transformers 4 reads some beside `rope_scaling`."""
+    assert old_rope({"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 0.5}) == {
+        "rope_theta": 5.0,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": None,
+    }
+    long = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    given = long | {"rope_theta": 5.0, "original_max_position_embeddings": 64}
+    written = old_rope(given)
+    assert (written["rope_theta"], written["original_max_position_embeddings"]) == (5.0, 64)
+    assert long.items() <= written["rope_scaling"].items()
 
 
 def test_automatic_device_is_a_gpu_if_present():

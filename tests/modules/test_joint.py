@@ -298,15 +298,17 @@ def test_merged_target_equals_tuned_and_decodes(trained, tiny_target, tmp_path, 
 
 
 def test_merged_target_keeps_end_ids_and_has_dtype(trained, tiny_target, tmp_path, chats):
-    """The target's list of end ids must be kept: the tokenizer has only one of them."""
+    """The target's end ids, of which the tokenizer has only one, and its defaults for sampling are kept."""
     source = make_target(tmp_path / "source")
     for name in ("config.json", "generation_config.json"):
         values = json.loads((source / name).read_text())
-        (source / name).write_text(json.dumps(values | {"eos_token_id": [0, 7]}))
+        sampling = {"temperature": 0.6, "do_sample": True} if name.startswith("generation") else {}
+        (source / name).write_text(json.dumps(values | sampling | {"eos_token_id": [0, 7]}))
     fit(joint_module(source), chats, tmp_path, tmp_path / "run", steps=5)
     export(str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out") + "/", dtype="bfloat16")
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out-target" / name).read_text())["eos_token_id"] == [0, 7]
+    assert json.loads((tmp_path / "out-target" / "generation_config.json").read_text())["temperature"] == 0.6
     for folder in ("out", "out-target"):
         assert {value.dtype for value in load_file(tmp_path / folder / "model.safetensors").values()} == {torch.bfloat16}
     prompts = ["How many"]

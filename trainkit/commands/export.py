@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 
 from trainkit.bundle import Bundle, fingerprint
-from trainkit.card import describe
 from trainkit.data.manifest import weights_digest
 from trainkit.drafters.base import kind_name
 from trainkit.errors import UserError
-from trainkit.export.checks import layout_for
+from trainkit.export.checks import layout_for, written
 from trainkit.export.drafter import export_drafter
 from trainkit.export.model import export_model
 from trainkit.export.predictor import export_predictor
@@ -80,7 +79,7 @@ def export(
         bundle = export_model(saved.language_model(), out, tokenizer=source, **options, **_card(saved))
     else:
         bundle, notes = _export_drafter(saved, out, tokenizer, target, options)
-    lines = [describe(bundle), *notes]
+    lines = [written(bundle), *notes]
     if run_folder is not None:
         lines.append(attach(bundle, run_folder, checkpoint))
     return "\n".join(lines)
@@ -106,7 +105,7 @@ def _export_drafter(
                 f"{folder}: its weights are not those that were tuned; give the tuned target's folder with --target"
             )
         model, tuned_path = merge_adapter(folder, *adapter, digest), path.with_name(f"{path.name}-target")
-        tuned = export_model(model, tuned_path, tokenizer=folder, dtype=options["dtype"], own_ids=True, **_card(saved))
+        tuned = export_model(model, tuned_path, tokenizer=folder, dtype=options["dtype"], **_card(saved))
         drafter.target = replace(drafter.target, fingerprint=fingerprint(tuned.path))
         target, notes = str(tuned.path), [f"target: {tuned.path}; this drafter works only with it"]
     source = tokenizer or saved.info["tokenizer"]

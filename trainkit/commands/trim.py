@@ -11,10 +11,10 @@ import inspect
 from pathlib import Path
 
 from trainkit import bundle
-from trainkit.card import describe
 from trainkit.data.text.vocabulary import frequent_ids
 from trainkit.drafters.base import load_bundle, load_kind
-from trainkit.errors import UserError
+from trainkit.errors import UserError, note
+from trainkit.export.checks import written
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
 
@@ -56,7 +56,8 @@ def trim(
     if "draft_vocab" not in inspect.signature(load_kind(source.kind)).parameters:
         raise UserError(f"{drafter}: kind {source.kind!r} has no output head of its own to trim")
     shape = target_shape(target)
-    bundle.check_fit(source, shape.fingerprint or {}, shape.decoder.to_dict())
+    for line in bundle.check_fit(source, shape.fingerprint or {}, shape.decoder.to_dict()):
+        note(line)
     # The same weights with another `draft_vocab`
     ids, coverage, summary = frequent_ids(target, shape, text, keep, limit, columns)
     network = load_bundle(source, shape, draft_vocab=ids)
@@ -64,7 +65,7 @@ def trim(
     format, dtype = source.extra.get("format", "native"), next(network.parameters()).dtype
     metrics = {"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)}
     trimmed = export_drafter(network, out, tokenizer=target, dtype=dtype, format=format, metrics=metrics, **origin)
-    lines = [describe(trimmed), summary]
+    lines = [written(trimmed), summary]
     if names := [name for name in _REMEDIES if name in source.runner]:
         remedies = ", ".join(_REMEDIES[name] for name in names)
         lines.append(f"not copied: the {' and the '.join(names)} of {source.path}; {remedies}")

@@ -12,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from trainkit.errors import UserError
+from trainkit.files import file_digest
+from trainkit.models.load import weight_files
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,6 @@ def distilled_files(folder: Path) -> list[Path]:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """SHA-256 that distinguishes a model's weights: of each weight file, its name, size and 16 blocks spread over the file."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".bin")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            for block in range(16):
-                stream.seek(block * max(0, size - 65536) // 15)
-                digest.update(stream.read(65536))
-    return digest.hexdigest()
+    """SHA-256 of the names and contents of a model folder's weight files; `file_digest` caches that of each file."""
+    digests = {path.name: file_digest(path, cached=True) for path in weight_files(folder)}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -29,6 +29,7 @@ from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.vocabulary import checked_vocab, trim_rows
 from trainkit.losses.output import LossOutput
+from trainkit.models.load import note_other_tokenizer
 from trainkit.models.shape import TargetHandle, TargetShape
 
 State: TypeAlias = dict[str, Tensor]
@@ -443,8 +444,10 @@ def parse_rank_paths(tree: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(path) for path in tree)
 
 
-def load_outside(folder: Path, target: TargetShape) -> Drafter:
+def load_outside(folder: Path, target: TargetShape, target_folder: str | Path) -> Drafter:
     """The drafter in a folder that another program wrote, loaded by the first kind that claims it.
+
+    A note is printed if its tokenizer is not the target's.
 
     Raises:
         UserError: no such folder, it holds only a pickle, no kind claims it, or it does not fit the target.
@@ -458,5 +461,6 @@ def load_outside(folder: Path, target: TargetShape) -> Drafter:
         raise UserError(f"{pickle}: a pickle may run code and is not read; convert it to safetensors with {convert}")
     for kind in discover().values():
         if folder.is_dir() and kind.claims(folder):
+            note_other_tokenizer(folder, target_folder)
             return kind.load(folder, target, {})
     raise UserError(f"{folder}: neither a trainkit bundle (no {MANIFEST}) nor a model folder that a drafter kind reads")

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from trainkit import bundle
+from trainkit.card import describe
 from trainkit.errors import UserError
 
 _TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt special_tokens_map.json added_tokens.json "
-    "chat_template.jinja"
-).split()
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    *bundle.VOCABULARY_FILES,
+)
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 
 
@@ -42,7 +46,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the tokenizer files of a model folder.
+    """Copies the tokenizer files of a model folder, with all its chat templates.
 
     Raises:
         UserError: the folder has none.
@@ -52,6 +56,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         raise UserError(f"{source}: has no tokenizer files; name the target's folder with --target")
     for name in names:
         shutil.copyfile(source / name, folder / name)
+    for template in (source / "additional_chat_templates").glob("*.jinja"):
+        (folder / template.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / template.parent.name / template.name)
+
+
+def written(exported: bundle.Bundle) -> str:
+    """What a command prints about a bundle that passed its checks: the card, and where it was written."""
+    return f"{describe(exported)}\nwritten to {exported.path}; the reloaded files compute exactly what was exported"
 
 
 def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, out: str) -> None:
@@ -75,6 +87,17 @@ def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: to
             faults.append(f"{name!r} is {entry['dtype']}, not {_DTYPES[dtype]}")
     if faults:
         raise UserError(f"{out}: tensor {faults[0]}; nothing was written, report this as a bug")
+
+
+def check_weights(before: Mapping[str, Tensor], after: Mapping[str, Tensor], out: str | Path) -> None:
+    """Compares the weights of a network with those of its reloaded files.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or not exactly equal; names the first.
+    """
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before or name not in after or not torch.equal(before[name], after[name]):
+            raise UserError(f"{out}: tensor {name!r} of the reloaded files differs; nothing was written, report this as a bug")
 
 
 def check_reload(before: Tensor, after: Tensor, out: str | Path, network: str = "export") -> None:

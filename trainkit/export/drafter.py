@@ -16,7 +16,7 @@ from torch import Tensor
 from trainkit import bundle
 from trainkit.drafters.base import Chunk, Drafter, Frontier, TargetHandle, TargetShape, kind_name, load_kind
 from trainkit.errors import UserError
-from trainkit.export.checks import check_finite, check_reload, check_tensors, copy_tokenizer, layout_for
+from trainkit.export.checks import check_finite, check_reload, check_tensors, check_weights, copy_tokenizer, layout_for
 
 
 def export_drafter(
@@ -62,13 +62,16 @@ def export_drafter(
         drafter.use_target_folder(source)
 
     # Write to a temporary folder, check it, and only then put it at `out`
+    before = first_logits(drafter)
+
     def write_files(folder: Path) -> None:
         drafter.export(folder, dtype, layout)
         if shapes is not None:
             check_tensors(folder, shapes, dtype, str(out))
         copy_tokenizer(Path(tokenizer), folder)
         reloaded = load_kind(kind).load(folder, drafter.target, drafter.config()).to(dtype)
-        check_reload(first_logits(drafter), first_logits(reloaded), out)
+        check_reload(before, first_logits(reloaded), out)
+        check_weights(drafter.state_dict(), reloaded.state_dict(), out)
 
     extra = {"taps": list(drafter.taps), "format": format, "layout": layout if shapes is not None else "native"}
     config, shape = drafter.config(), drafter.target.to_dict()

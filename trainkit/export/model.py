@@ -8,11 +8,17 @@ from typing import Any
 import torch
 
 from trainkit import bundle
+from trainkit.bundle import read_json
 from trainkit.errors import UserError
-from trainkit.export.checks import check_finite, check_reload, copy_tokenizer, layout_for
+from trainkit.export.checks import check_finite, check_reload, check_weights, copy_tokenizer, layout_for
+from trainkit.files import write_json
+from trainkit.models.load import old_rope, read_tokenizer
 
 FORMATS = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
 """Requested format -> layout of the files; transformers, vLLM and SGLang load the same folder."""
+
+
+_SPECIAL_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 @torch.no_grad()
@@ -23,12 +29,13 @@ def export_model(
     tokenizer: str | Path,
     dtype: torch.dtype = torch.float32,
     format: str = "native",
-    own_ids: bool = False,
     **card: Any,
 ) -> bundle.Bundle:
     """Writes a transformers model with its tokenizer as a bundle and returns it.
 
-    The written model is reloaded, and its logits are compared, before anything is written to `out`.
+    The written files are reloaded, and weights and logits compared with those of `model`, before anything is at `out`. The end
+    ids are the model's and the tokenizer's together; start and padding ids are the model's, or else the tokenizer's. Settings
+    for generation (generation_config.json) stay.
 
     Args:
         model: A transformers causal LM on the CPU.
@@ -36,14 +43,13 @@ def export_model(
         tokenizer: Folder whose tokenizer files are copied.
         dtype: Dtype of the written weights.
         format: One of `FORMATS`.
-        own_ids: Whether to write the model's own end, start and padding ids; otherwise the tokenizer's are written.
         card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:
         UserError: weights that are not finite, a format that models do not have, no tokenizer, or `out` is something other than
             a bundle.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     # Refuse what cannot be exported, and cast
     layout = layout_for(format, FORMATS, "language model")
@@ -51,22 +57,39 @@ def export_model(
     for value in model.parameters():  # not the buffers: rotary frequencies are float32 after a reload
         value.data = value.data.to(dtype)
     model.eval()
+    tokens = torch.randint(model.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
+    before = model(tokens).logits
 
     # Write to a temporary folder, check it, and only then put it at `out`
     def write_files(folder: Path) -> None:
         copy_tokenizer(Path(tokenizer), folder)
-        loaded = AutoTokenizer.from_pretrained(folder)
-        if not own_ids:
-            for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-                for config in (model.config, model.generation_config):
-                    setattr(config, name, getattr(loaded, name))
+        generation = model.generation_config
+        for name, value in _special_ids(read_tokenizer(folder), model.config, generation).items():
+            setattr(model.config, name, value)
+            setattr(generation, name, value)
+        # transformers refuses to save settings for sampling beside do_sample false, though it reads them
+        model.generation_config = GenerationConfig()
         model.save_pretrained(folder)
+        model.generation_config = generation
+        write_json(folder / "generation_config.json", generation.to_diff_dict())
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        if "rope_type" in rope:  # not for models with other rotary parameters in each type of layer
+            write_json(folder / "config.json", read_json(folder / "config.json") | old_rope(rope))
         result: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         reloaded, report = result[0].eval(), result[1]
         if faults := sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]})):
             raise UserError(f"{out}: tensor {faults[0]} would not reload; nothing was written, report this as a bug")
-        tokens = torch.randint(model.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
-        check_reload(model(tokens).logits, reloaded(tokens).logits, out)
+        check_reload(before, reloaded(tokens).logits, out)
+        check_weights(model.state_dict(), reloaded.state_dict(), out)
 
     extra = {"format": format, "layout": layout}
     return bundle.write(out, write_files, kind="model", config={}, target={}, extra=extra, **card)
+
+
+def _special_ids(tokenizer: Any, *configs: Any) -> dict[str, Any]:
+    """`eos_token_id` of all configs and the tokenizer, and for the start and padding ids the first value that is set."""
+    values = {name: [getattr(source, name, None) for source in (*configs, tokenizer)] for name in _SPECIAL_IDS}
+    ends = dict.fromkeys(id for value in values.pop("eos_token_id") for id in (value if isinstance(value, list) else [value]))
+    ends.pop(None, None)
+    first = {name: next((value for value in found if value is not None), None) for name, found in values.items()}
+    return first | {"eos_token_id": next(iter(ends), None) if len(ends) < 2 else list(ends)}

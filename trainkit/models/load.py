@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainkit.errors import UserError
+from trainkit.bundle import VOCABULARY_FILES, read_json, tensor_entries, tokenizer_digest
+from trainkit.errors import UserError, note
 from trainkit.files import write_json
 from trainkit.layers.attention import rotary_table
 from trainkit.layers.blocks import Decoder
@@ -30,6 +31,7 @@ MODEL_ERRORS = (
     *(AttributeError, ArithmeticError, ImportError, StrictDataclassError),
 )
 """Errors that transformers raises for a config.json with odd values."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -46,6 +48,9 @@ _SIZES = {
 def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a local model folder.
 
+    Its `tie_word_embeddings` is false if the files hold a head that differs from the embedding. transformers then uses both,
+    whatever config.json says, and so do all readers here.
+
     Raises:
         UserError: the folder or its config.json is missing or unreadable.
     """
@@ -55,9 +60,23 @@ def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no config.json there; give a Hugging Face model folder")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except MODEL_ERRORS as error:
         raise UserError(f"{path}/config.json: {first_lines(error)}; fix it or copy it again") from error
+    if getattr(config, "tie_word_embeddings", False) and _has_own_head(path):
+        config.tie_word_embeddings = False
+    return config
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether the files hold both an embedding and an output head, and the two differ."""
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors" and file.is_file()]
+    holders = {name: file for file in files for name in {EMBEDDING, HEAD} & tensor_entries(file).keys()}
+    if len(holders) < 2:
+        return False
+    embedding, head = (next(tensors_in(holders[name], (name,)))[1] for name in (EMBEDDING, HEAD))
+    dtype = torch.promote_types(embedding.dtype, head.dtype)
+    return not torch.equal(embedding.to(dtype), head.to(dtype))
 
 
 def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -75,6 +94,32 @@ def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust library raises plain Exceptions for files it cannot read
         raise UserError(f"tokenizer {folder}: cannot be loaded ({first_lines(error, 1)}); {remedy}") from error
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds files of a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", *VOCABULARY_FILES))
+
+
+def note_other_tokenizer(drafter: str | Path, target: str | Path) -> None:
+    """Prints a note if a draft model's folder has a tokenizer that gives the ids to other tokens than the target's does.
+
+    The output stays exact with any drafter, so it is not refused. A folder without a tokenizer cannot be compared.
+    """
+    folders = Path(drafter), Path(target)
+    if not all(map(has_tokenizer, folders)) or len(set(map(tokenizer_digest, folders))) == 1:
+        return
+    try:
+        ours, theirs = ({(id, token) for token, id in read_tokenizer(folder).get_vocab().items()} for folder in folders)
+    except UserError as error:
+        note(f"{drafter}: its tokenizer cannot be compared with the target's ({error})")
+        return
+    if ids := {id for id, _ in ours ^ theirs}:
+        known = len({id for id, _ in ours | theirs})
+        note(
+            f"{drafter}: {len(ids):,} of {known:,} token ids are other tokens in its tokenizer than in that of {target}; the "
+            "output stays exact, but drafts with these ids are hardly ever accepted"
+        )
 
 
 def first_lines(error: Exception, count: int = 2) -> str:
@@ -119,7 +164,7 @@ def decoder_shape(config: Any) -> DecoderShape:
     if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
     defaults = {"intermediate_size": 4 * hidden, "num_kv_heads": heads, "head_dim": hidden // heads, "max_positions": 2048}
-    rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope = {name: value for name, value in (getattr(config, "rope_parameters", None) or {}).items() if name != "type"}
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
     return DecoderShape(
@@ -162,18 +207,8 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     if getattr(config, "quantization_config", None):
         raise UserError(f"{where}: quantised weights are not supported by the runner; give the dense folder")
     # Rotary positions.
-    shape = decoder_shape(config)
-    rope, rope_type = shape.rope, shape.rope["rope_type"]
-    if rope_type not in ROPE_TYPES:
-        known = ", ".join(sorted(ROPE_TYPES))
-        raise UserError(f"{where}: rope_type {rope_type!r} is not supported by the runner; give one of {known}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is not supported by the runner")
-    try:
-        rotary_table(shape, 1)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        reason = f"{type(error).__name__} {first_lines(error, 1)}"
-        raise UserError(f"{where}: no rotary table can be computed from rope_parameters ({reason}); fix them") from error
+    if fault := rope_fault(decoder_shape(config)):
+        raise UserError(f"{where}: {fault}")
     # Length.
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window and type(window) is not int:
@@ -183,6 +218,35 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     if max_len > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise UserError(f"{where}: max_position_embeddings {limit} is shorter than max_len {max_len}; lower max_len")
+
+
+def rope_fault(shape: DecoderShape) -> str:
+    """Why `Decoder` cannot compute these rotary parameters, with the remedy; empty if it can."""
+    rope, rope_type = shape.rope, shape.rope["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        return f"rope_type {rope_type!r} is not supported by the runner; give one of {', '.join(sorted(ROPE_TYPES))}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "partial_rotary_factor is not supported by the runner"
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return "rotary parameters that differ between types of layers are not supported by the runner"
+    try:
+        rotary_table(shape, 1)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__} {first_lines(error, 1)}"
+        return f"rope_parameters give no rotary table ({reason}); fix them"
+    return ""
+
+
+def with_known_rope(shape: DecoderShape) -> DecoderShape:
+    """The shape of a new network after the target's, with plain rotary positions if the target's are not supported.
+
+    A note says so. The base is the target's; of several, that of the layers with full attention.
+    """
+    if not (fault := rope_fault(shape)):
+        return shape
+    theta = shape.rope.get("full_attention", shape.rope).get("rope_theta", shape.rope["rope_theta"])
+    note(f"the target's {fault.partition(';')[0]}; the drafter gets plain rotary positions with rope_theta {theta:g}")
+    return replace(shape, rope={"rope_type": "default", "rope_theta": theta})
 
 
 def hf_views(decoder: Decoder) -> dict[str, Tensor]:
@@ -213,9 +277,49 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name and size of every tensor of this shape."""
-    with torch.device("meta"):
-        return {name: tuple(view.shape) for name, view in hf_views(Decoder(shape)).items()}
+    """Hugging Face name and size of every tensor of this shape, written down apart from `hf_views`, to check what it writes."""
+    D, inner, V, width = shape.hidden_size, shape.intermediate_size, shape.vocab_size, shape.head_dim
+    q, kv = shape.num_heads * width, shape.num_kv_heads * width
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (q, D),
+        "self_attn.k_proj.weight": (kv, D),
+        "self_attn.v_proj.weight": (kv, D),
+        "self_attn.o_proj.weight": (D, q),
+        "post_attention_layernorm.weight": (D,),
+        "mlp.gate_proj.weight": (inner, D),
+        "mlp.up_proj.weight": (inner, D),
+        "mlp.down_proj.weight": (D, inner),
+    }
+    if shape.qkv_bias:
+        layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if shape.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
+    ends = {EMBEDDING: (V, D), "model.norm.weight": (D,)} | ({} if shape.tied else {HEAD: (V, D)})
+    layers = range(shape.num_layers)
+    return ends | {f"model.layers.{index}.{name}": size for index in layers for name, size in layer.items()}
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files from which transformers reads a model's weights; empty if it finds none.
+
+    The first that exists of: the file that config.json names, model.safetensors, the files in its index, pytorch_model.bin, and
+    the files in its index.
+
+    Raises:
+        UserError: an index is not readable.
+    """
+    path = Path(folder)
+    named = read_json(path / "config.json").get("transformers_weights") if (path / "config.json").is_file() else None
+    names = [f"{stem}{suffix}" for stem in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")]
+    first = str(named) if named else next((name for name in names if (path / name).is_file()), None)
+    if first is None or not first.endswith(".json"):
+        return [] if first is None else [path / first]
+    try:
+        files = json.loads((path / first).read_text())["weight_map"].values()
+        return sorted({path / str(file) for file in files})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / first}: lists no weight files ({first_lines(error, 1)}); copy it again") from error
 
 
 def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -224,17 +328,8 @@ def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Ite
     Raises:
         UserError: no safetensors there, or a file is truncated.
     """
-    path = Path(folder)
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed = json.loads(index.read_text())["weight_map"].items()
-            files = sorted({path / str(file) for name, file in listed if only is None or name in only})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: lists no weight files ({first_lines(error, 1)}); copy it again") from error
-    else:
-        files = [path / "model.safetensors"]
-    for file in files:
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+    for file in files or [Path(folder) / "model.safetensors"]:
         if not file.is_file():
             raise UserError(f"{file}: not found; give a folder with weights in safetensors files")
         yield from tensors_in(file, only)
@@ -254,19 +349,27 @@ def tensors_in(file: Path, only: Collection[str] | None = None) -> Iterator[tupl
 def copy_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], source: str, complete: bool = True) -> None:
     """Copies Hugging Face tensors into the decoder's fused storage, in place, casting to its dtype.
 
+    A decoder with a tied head takes embedding or head, or both if they are equal.
+
     Raises:
-        UserError: a tensor is unknown, of another size, not finite, or (with `complete`) missing.
+        UserError: a tensor is unknown, of another size, not finite, or (with `complete`) missing; or a head differs from the
+            embedding, and the decoder's head is tied.
     """
     views, copied = hf_views(decoder), dict[str, Tensor]()
     for name, value in tensors:
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and decoder.shape.tied):
+        if name.endswith("rotary_emb.inv_freq"):
             continue
-        if name not in views:
+        place = EMBEDDING if name == HEAD and decoder.shape.tied else name
+        if place not in views:
             raise UserError(f"{source}: tensor {name!r} has no place in this model; give weights that fit config.json")
-        if views[name].shape != value.shape:
-            sizes = f"{list(value.shape)}, but the config requires {list(views[name].shape)}"
+        if views[place].shape != value.shape:
+            sizes = f"{list(value.shape)}, but the config requires {list(views[place].shape)}"
             raise UserError(f"{source}: tensor {name!r} is {sizes}; give weights that fit config.json")
-        copied[name] = views[name].copy_(value.detach())
+        if place in copied and not torch.equal(copied[place], value.detach().to(copied[place])):
+            raise UserError(
+                f"{source}: {HEAD} and {EMBEDDING} differ, but this model has one tensor for both; give one of them"
+            )
+        copied[place] = views[place].copy_(value.detach())
     missing = sorted(views.keys() - copied.keys())
     if complete and missing:
         raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]!r}; copy all weight files")
@@ -320,8 +423,23 @@ def load_decoder(
         shape = decoder_shape(config)
         decoder = Decoder(shape if layers else replace(shape, num_layers=0))
     decoder = decoder.to(dtype).to_empty(device=device)
-    copy_weights(decoder, read_tensors(folder, None if layers else hf_views(decoder)), str(folder))
+    copy_weights(decoder, read_tensors(folder, None if layers else {*hf_views(decoder), HEAD}), str(folder))
     return decoder.requires_grad_(False).eval()
+
+
+def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that hold rotary parameters for readers built on transformers 4, which ignore `rope_parameters`.
+
+    `rope_theta` and the other fields that were not part of `rope_scaling`, and `rope_scaling` with the type under its newer
+    and its older name; null for the default type.
+    """
+    outside = ("rope_theta", "partial_rotary_factor")
+    scaling = {name: value for name, value in rope.items() if name not in (*outside, "type")}
+    if rope["rope_type"] == "longrope":
+        outside += ("original_max_position_embeddings",)
+    fields = {name: rope[name] for name in outside if name in rope}
+    default = rope["rope_type"] == "default"
+    return fields | {"rope_scaling": None if default else scaling | {"type": rope["rope_type"]}}
 
 
 def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -335,6 +453,7 @@ def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, d
         "hidden_act": "silu",
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": dict(shape.rope),
+        **old_rope(shape.rope),
         "tie_word_embeddings": shape.tied,
         "attention_bias": False,
         "mlp_bias": False,

@@ -18,11 +18,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from trainkit.bundle import fingerprint
 from trainkit.errors import UserError
-from trainkit.models.load import MODEL_ERRORS, check_finite, decoder_shape, first_lines, read_config, read_tokenizer
+from trainkit.models.load import (
+    MODEL_ERRORS,
+    check_finite,
+    decoder_shape,
+    first_lines,
+    has_tokenizer,
+    read_config,
+    read_tokenizer,
+)
 from trainkit.models.shape import TargetHandle, TargetShape
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def end_ids(folder: str | Path, config: Any, trust_remote_code: bool = False) -> tuple[int, ...]:
@@ -36,7 +43,7 @@ def end_ids(folder: str | Path, config: Any, trust_remote_code: bool = False) ->
             sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}/generation_config.json: {first_lines(error, 1)}; fix it or remove it") from error
-    if any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if has_tokenizer(path):
         sources.append(read_tokenizer(path, trust_remote_code).eos_token_id)
     for value in sources:
         ids |= set(value) if isinstance(value, (list, tuple)) else {value}
@@ -49,8 +56,6 @@ def target_shape(folder: str | Path, trust_remote_code: bool = False) -> TargetS
     Raises:
         UserError: no readable config.json there.
     """
-    from trainkit.bundle import fingerprint
-
     config = read_config(folder, trust_remote_code)
     return TargetShape(
         decoder=decoder_shape(config),
@@ -106,6 +111,9 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}; copy all weight files")
     if layers and (unused := sorted(report["unexpected_keys"])):
         print(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]!r}")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False  # the files hold two that differ, whatever config.json says
     check_finite(model.named_parameters(), str(folder))
     return model
 

@@ -31,7 +31,7 @@ class Checkpoint:
         path: File of the checkpoint.
         description: Values that rebuild the network, from `TrainingModule.describe`.
         info: About the run: `module` (class name), `recipe`, `seed`, `step`, `metrics` (validation, by name), `data`
-            (fingerprint), `tokenizer` (folder) and, for a drafter, `target` (folder).
+            (fingerprint), `tokenizer` (folder) and, for a drafter, `target` (folder), for a language model `generation_config`.
         weights: Trained weights by name, all networks together.
     """
 
@@ -47,11 +47,14 @@ class Checkpoint:
 
     def language_model(self) -> Any:
         """The trained transformers model. Raises UserError if the run trained none."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
         config = lambda saved: AutoConfig.for_model(**saved["model_config"])
         build = lambda saved: AutoModelForCausalLM.from_config(config(saved), dtype=torch.float32)
-        return self._network("language model", "model_config", "lm.", build)
+        model = self._network("language model", "model_config", "lm.", build)
+        if generation := self.info.get("generation_config"):
+            model.generation_config = GenerationConfig.from_dict(generation)
+        return model
 
     def predictor(self) -> AcceptancePredictor:
         """The trained acceptance predictor. Raises UserError if the run trained none."""
@@ -70,9 +73,12 @@ class Checkpoint:
         """The network whose weights have names with `prefix`; `key` is in the description of a run that trained one."""
         if key not in self.description:
             raise UserError(f"{self.path}: holds no trained {content}; {REMEDY} that trained one")
-        network = build(self.description)
+        network, weights = build(self.description), self._weights(prefix)
         try:
-            network.load_state_dict(self._weights(prefix))
+            network.load_state_dict(weights)
+            for name, value in network.state_dict().items():
+                if not torch.allclose(value, weights[name].to(value), rtol=0, atol=0, equal_nan=True):
+                    raise RuntimeError(f"{name} shares its storage with a tensor of another value")
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

@@ -15,7 +15,7 @@ from trainkit.losses.divergence import CrossEntropy
 from trainkit.losses.output import LossOutput
 from trainkit.models.load import first_lines, read_config, read_tokenizer
 from trainkit.models.target import check_head, load_model
-from trainkit.modules.base import Batch, TrainingModule
+from trainkit.modules.base import CHECKPOINT_KEY, Batch, TrainingModule
 from trainkit.modules.meter import means
 from trainkit.modules.text_data import TextData
 
@@ -56,6 +56,10 @@ class LanguageModule(TrainingModule):
     def describe(self) -> dict[str, Any]:
         left_out = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # depend on the library or the machine
         return {"model_config": {name: value for name, value in self.lm.config.to_dict().items() if name not in left_out}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["info"]["generation_config"] = self.lm.generation_config.to_diff_dict()
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         tokens_BT, document_BT = batch["tokens_BT"], batch["document_BT"]

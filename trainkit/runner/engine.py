@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainkit import bundle
 from trainkit.drafters.base import Drafter, load_bundle, load_outside
-from trainkit.errors import UserError
+from trainkit.errors import UserError, note
 from trainkit.layers.attention import causal_bias
 from trainkit.layers.linear import stream_weights
 from trainkit.models.load import copy_weights, covered_positions, find_device, load_decoder, read_tokenizer
@@ -342,9 +342,10 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
         raise UserError(f"{folder}: no such folder; give a drafter bundle or a Hugging Face folder{hint}")
     manifest = bundle.read(folder) if bundle.is_bundle(folder) else None
     if manifest is not None and manifest.target:
-        bundle.check_fit(manifest, bundle.fingerprint(target_folder), shape.decoder.to_dict())
+        for line in bundle.check_fit(manifest, bundle.fingerprint(target_folder), shape.decoder.to_dict()):
+            note(line)
         return load_bundle(manifest, shape)
-    return load_outside(folder, shape)
+    return load_outside(folder, shape, target_folder)
 
 
 def load_bundle_predictor(folder: Path, device: torch.device) -> AcceptancePredictor | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from trainkit.bundle import read_json
 from trainkit.errors import UserError
 from trainkit.layers.shape import DecoderShape
-from trainkit.models.load import hf_config, read_tensors
+from trainkit.models.load import EMBEDDING, HEAD, hf_config, read_tensors
 from trainkit.models.shape import TargetShape
 
 PREFIX = {"flat": "midlayer", "speculators": "layers.0"}
@@ -142,10 +142,7 @@ def configuration(
             "draft_vocab_size": draft_vocab_size,
             "tie_word_embeddings": False,
             "norm_before_residual": False,
-            "rope_theta": layer.rope["rope_theta"],
         }
-        if layer.rope["rope_type"] != "default":  # programs built on transformers 4 read it here
-            config["rope_scaling"] = {name: value for name, value in layer.rope.items() if name != "rope_theta"}
         if layers < 7 or tuple(taps) != default_taps(layers):
             config["eagle_aux_hidden_state_layer_ids"] = list(taps)
             config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps]}
@@ -227,8 +224,10 @@ def embedding(folder: Path) -> Tensor:
     Raises:
         UserError: the folder has none.
     """
-    for _, value in read_tensors(folder, only=("model.embed_tokens.weight", "embed_tokens.weight")):
-        return value
+    names = (EMBEDDING, "embed_tokens.weight", *(() if is_eagle(folder) else (HEAD,)))  # a tied target may store only its head
+    for name in names:
+        for _, value in read_tensors(folder, only=(name,)):
+            return value
     raise UserError(f"{folder}: has no embed_tokens.weight, which an EAGLE-3 export copies; name the target's folder")
 
 

@@ -28,7 +28,7 @@ from trainkit.layers.shape import DecoderShape
 from trainkit.layers.vocabulary import trim_rows
 from trainkit.losses.chunked import target_choices
 from trainkit.losses.output import LossOutput, combine_heads
-from trainkit.models.load import load_decoder, read_tensors
+from trainkit.models.load import load_decoder, read_tensors, rope_fault, with_known_rope
 from trainkit.models.shape import TargetHandle, TargetShape
 
 
@@ -80,7 +80,7 @@ class Eagle(Drafter):
         intermediate_size: Width inside the layer's MLP; the target's by default.
         num_heads: Query heads; the target's by default.
         num_kv_heads: Key and value heads; the target's by default.
-        rope: Rotary parameters as Hugging Face names them; the target's by default.
+        rope: Rotary parameters as Hugging Face names them; the target's by default, or plain ones if those are not supported.
         norm_eps: Epsilon of the norms; the target's by default.
         draft_vocab: Token ids it may propose, ascending, or a JSON file of them (`trainkit vocab`); all by default.
     """
@@ -111,7 +111,7 @@ class Eagle(Drafter):
         if steps < 1:
             raise UserError(f"drafter.steps: {steps} must be at least 1")
         self.steps, self.decay = steps, decay
-        self.shape = replace(  # one layer in Llama's layout, whatever biases and norms the target's attention has
+        shape = replace(  # one layer in Llama's layout, whatever biases and norms the target's attention has
             decoder,
             num_layers=1,
             intermediate_size=intermediate_size or decoder.intermediate_size,
@@ -123,6 +123,9 @@ class Eagle(Drafter):
             rope=dict(rope or decoder.rope),
             norm_eps=norm_eps or decoder.norm_eps,
         )
+        if rope and (fault := rope_fault(shape)):
+            raise UserError(f"drafter.rope: {fault}")
+        self.shape = with_known_rope(shape)
         self.fc = Linear(len(self.taps) * D, D, bias=False)
         self.layer = EagleLayer(self.shape)
         self.norm = nn.RMSNorm(D, eps=self.shape.norm_eps)

@@ -30,9 +30,11 @@ from trainkit.models.load import (
     decoder_shape,
     hf_shapes,
     load_decoder,
+    note_other_tokenizer,
     read_config,
     read_tensors,
     save_decoder,
+    with_known_rope,
 )
 from trainkit.models.shape import TargetHandle, TargetShape
 
@@ -78,6 +80,7 @@ class LMDraft(Drafter):
             shape = replace(
                 shape, num_layers=num_layers, hidden_size=width, intermediate_size=inner, num_heads=heads, num_kv_heads=kv_heads
             )
+            shape = with_known_rope(shape) if init == "scratch" else shape
         else:
             config = read_config(init)
             check_covered(config, init, 0)
@@ -95,6 +98,7 @@ class LMDraft(Drafter):
         if self.init == "scratch":
             return
         if self.init != "target":
+            note_other_tokenizer(self.init, target_folder)
             copy_weights(self.decoder, read_tensors(self.init), self.init)
             return
         # Sizes: all but the number of layers must be the target's

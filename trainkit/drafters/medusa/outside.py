@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainkit.bundle import tensor_entries
 from trainkit.errors import UserError
-from trainkit.models.load import tensors_in
+from trainkit.models.load import tensors_in, weight_files
 
 _BLOCK = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.linear\.(weight|bias)")
 _PROJECTION = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.weight")
@@ -23,8 +23,14 @@ _VLLM = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(?:weight|bias)|lm_heads\.(\d
 
 def is_medusa(folder: Path) -> bool:
     """Whether the safetensors files of a folder contain Medusa heads."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = _files(folder)
     return any(_BLOCK.fullmatch(name) or name == "blocks.0.layers.0.weight" for file in files for name in tensor_entries(file))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The folder's weight files, or any safetensors, because the original code names its file otherwise."""
+    listed = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+    return listed or sorted(folder.glob("*.safetensors"))
 
 
 def read_heads(folder: Path) -> tuple[dict[str, Tensor], int, int]:
@@ -35,7 +41,7 @@ def read_heads(folder: Path) -> tuple[dict[str, Tensor], int, int]:
     """
     tensors: dict[str, Tensor] = {}
     projection_layers: set[int] = set()  # in the original layout a projection is numbered as the layer after the blocks
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _files(folder):
         for name, value in tensors_in(file):
             renamed = _vllm_name(name, file)
             if renamed in tensors:
