@@ -7,8 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from trainkit.bundle import Bundle, tensor_entries
+from trainkit.bundle import Bundle, read_json, tensor_entries
 
+CERTIFICATE = "certificate.json"
+"""File of a bundle in which `trainkit verify` records what it checked."""
 _SIZES = {"vocab_size": "vocabulary", "hidden_size": "hidden", "num_layers": "layers"}
 
 
@@ -25,6 +27,7 @@ def describe(bundle: Bundle) -> str:
         "metrics": _items(bundle.metrics) or "none recorded",
         "runner": _items({name: value for name, value in bundle.runner.items() if name != "predictor"}),
         "predictor": _predictor(bundle.runner.get("predictor")),
+        "certificate": _certificate(bundle),
         "recipe": _text(bundle.recipe),
         "seed": bundle.seed,
         "data": _text(bundle.data),
@@ -43,6 +46,26 @@ def weight_count(bundle: Bundle) -> tuple[int, int]:
                 count += math.prod(entry["shape"]) if entry["dtype"] not in ("BOOL", "I64") else 0  # those are index maps
                 size += entry["data_offsets"][1] - entry["data_offsets"][0]
     return count, size
+
+
+def certified_files(bundle: Bundle) -> dict[str, str]:
+    """sha256 of each file that decides what a drafter computes: all but the certificate and an acceptance predictor."""
+    return {name: digest for name, digest in bundle.files.items() if name != CERTIFICATE and not name.startswith("predictor/")}
+
+
+def _certificate(bundle: Bundle) -> str:
+    """Result of the last `trainkit verify`, with date, precision and ties; empty if it never ran."""
+    if CERTIFICATE not in bundle.files:
+        return ""
+    values = read_json(bundle.path / CERTIFICATE)
+    if values["files"] != certified_files(bundle):
+        return "outdated, files changed since; run trainkit verify again"
+    checks = {check["name"]: check for check in values["checks"]}
+    broken = [name for name, check in checks.items() if check["status"] == "BROKEN"]
+    result = f"BROKEN: {', '.join(broken)}" if broken else f"all {len(checks)} promises kept"
+    texts = checks.get("texts", {}).get("figure", "")
+    where = f"{values['dtype']} on {values['device']['type']}, {values['date']}, trainkit {values['versions']['trainkit']}"
+    return f"{result} ({where}){'; ' if texts else ''}{texts}"
 
 
 def _predictor(values: Any) -> str:

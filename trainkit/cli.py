@@ -38,6 +38,7 @@ COMMANDS = {
     "generate": "generate text: trainkit generate --target DIR --drafter DIR --prompt TEXT",
     "eval": "exact acceptance on given texts, with intervals: trainkit eval --target DIR --drafter A --drafter B --data SET",
     "predictor": "calibration of a bundle's acceptance predictor: trainkit predictor BUNDLE --data SET",
+    "verify": "check what trainkit promises of a drafter, and certify it: trainkit verify BUNDLE --target DIR",
     "bench": "speed beside plain decoding: trainkit bench --target DIR --drafter A --drafter B --prompts FILE --json OUT",
 }
 """Command -> help. The command X is the function X in trainkit/commands/X.py, except for those in `OTHER_NAMES`."""

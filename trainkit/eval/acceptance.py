@@ -97,7 +97,7 @@ def _values(drafter: Drafter, batch: DraftBatch, temperatures: Sequence[float]) 
             continue
         divergence = ForwardKL(temperature=temperature or 1.0, chunk=256)
         output = drafter(batch, divergence.measuring(coupled=True) if temperature else divergence)
-        by_head = _by_head(drafter, batch, output)
+        by_head = per_head(drafter, batch, output)
         heads = heads or [(counted_BT, {}) for counted_BT, _ in by_head]
         for (_, values), (_, measured) in zip(heads, by_head, strict=True):
             if temperature:
@@ -107,7 +107,7 @@ def _values(drafter: Drafter, batch: DraftBatch, temperatures: Sequence[float]) 
     return heads
 
 
-def _by_head(drafter: Drafter, batch: DraftBatch, output: LossOutput) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
+def per_head(drafter: Drafter, batch: DraftBatch, output: LossOutput) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
     """The per-token values of a loss, separated by head."""
     per_token = {name.removesuffix("_HBT"): value.cpu() for name, value in output.per_token.items()}
     if "counted" in per_token:

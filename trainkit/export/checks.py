@@ -23,6 +23,10 @@ _TOKENIZER_FILES = (
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 
 
+class ReloadError(UserError):
+    """Written files are not those of their format, or do not reload to the same logits: a fault of the exporter."""
+
+
 def layout_for(format: str, formats: Mapping[str, str], network: str) -> str:
     """The layout of files for a format, from a table of format -> layout; `network` names the exported network in the error.
 
@@ -73,7 +77,7 @@ def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: to
     must have `dtype`; a vector may be an index map instead (int64 or bool).
 
     Raises:
-        UserError: a tensor or file is missing, unexpected, or of another shape or dtype; names the first.
+        ReloadError: a tensor or file is missing, unexpected, or of another shape or dtype; names the first.
     """
     files = {path.name: bundle.tensor_entries(path) for path in folder.glob("*.safetensors")}
     tensors = files.pop("model.safetensors", {})
@@ -86,7 +90,7 @@ def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: to
         if entry["dtype"] != _DTYPES[dtype] and not is_index_map:
             faults.append(f"{name!r} is {entry['dtype']}, not {_DTYPES[dtype]}")
     if faults:
-        raise UserError(f"{out}: tensor {faults[0]}; nothing was written, report this as a bug")
+        raise ReloadError(f"{out}: tensor {faults[0]}; nothing was written, report this as a bug")
 
 
 def check_weights(before: Mapping[str, Tensor], after: Mapping[str, Tensor], out: str | Path) -> None:
@@ -104,8 +108,8 @@ def check_reload(before: Tensor, after: Tensor, out: str | Path, network: str = 
     """Compares outputs before the export with those of the reloaded files; equal weights give exactly equal outputs.
 
     Raises:
-        UserError: they are not exactly equal.
+        ReloadError: they are not exactly equal.
     """
     difference = (before - after).abs().max().item()
     if not difference == 0:  # also refuses NaN
-        raise UserError(f"{out}: the logits of the reloaded {network} differ by {difference:.3g}; nothing was written")
+        raise ReloadError(f"{out}: the logits of the reloaded {network} differ by {difference:.3g}; nothing was written")

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from trainkit.bundle import Bundle
+from trainkit.card import CERTIFICATE
 from trainkit.data.manifest import ACCEPTANCE
 from trainkit.data.sets.writer import SetJob, SetStats, SetWriter, comparable
 from trainkit.errors import UserError
@@ -70,8 +71,8 @@ class AcceptanceLayout:
 
 
 def drafter_fingerprint(drafter: Bundle) -> dict[str, Any]:
-    """Kind of a drafter, hashes of its files without those of a predictor, and its name for messages."""
-    files = {name: digest for name, digest in drafter.files.items() if name != FILE}
+    """Kind of a drafter, hashes of its files without a predictor and a certificate, and its name for messages."""
+    files = {name: digest for name, digest in drafter.files.items() if name not in (FILE, CERTIFICATE)}
     return {"name": drafter.path.resolve().name, "kind": drafter.kind, "files": files}
 
 

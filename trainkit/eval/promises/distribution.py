@@ -1,0 +1,137 @@
+"""The promise of residual verification: sampled texts have the target's distribution, by a test on a reduced vocabulary.
+
+Target and drafter may emit a few token ids only, all others have no mass. So the joint distribution of a few consecutive tokens
+can be enumerated: every possible beginning is read once by the target, without draft or cache. Pearson's chi-square compares
+these probabilities with the counts of texts that the runner sampled, drafts and all.
+"""
+
+# T positions  V vocabulary  K draft vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trainkit.eval.bench.identity import logits
+from trainkit.eval.promises.types import Check, Subject
+from trainkit.runner import Runner
+from trainkit.runner.request import Request, Stopping
+from trainkit.runner.round import Plan
+from trainkit.runner.sampling import Sampling, request_keys
+from trainkit.runner.trees.dynamic import parse_tree
+from trainkit.runner.trees.static import build, chain
+from trainkit.runner.verify import Typical, build_verification
+
+IDS, LENGTH, CONTEXT, ROWS = 3, 4, 16, 64
+"""Token ids that may be emitted; tokens of a text; tokens of the prompt that are used; texts decoded together."""
+LEVEL = 1e-5
+"""P-value below which the promise counts as broken: the chance of a false alarm of each test."""
+
+
+@dataclass(frozen=True)
+class Restricted(Sampling):
+    """Sampling from a few token ids.
+
+    Attributes:
+        ids: The ids.
+        draft_ids: Ids of the drafter's columns, if its vocabulary is trimmed.
+    """
+
+    ids: tuple[int, ...] = ()
+    draft_ids: tuple[int, ...] | None = None
+
+    def process(self, logits: Tensor) -> Tensor:
+        trimmed = self.draft_ids is not None and logits.shape[-1] == len(self.draft_ids)
+        allowed = torch.tensor(self.ids, device=logits.device)
+        columns = torch.tensor(self.draft_ids, device=logits.device) if trimmed else torch.arange(logits.shape[-1]).to(allowed)
+        return super().process(logits).masked_fill(~(columns[:, None] == allowed).any(1), float("-inf"))
+
+
+def check_distribution(subject: Subject) -> Check:
+    """Tests chains, static trees and dynamic trees under residual verification."""
+    promise = "Under residual verification texts are distributed as the target alone would sample them."
+    runner, prompt = subject.runner, subject.prompts[0][-CONTEXT:]
+    sampling = _restricted(subject, prompt)
+    expected = _law(runner, prompt, sampling)
+    deepest = min(subject.depth, LENGTH - 1)
+    paths = tuple(path for path in subject.tree if len(path) <= deepest and max(path) < IDS - 1)
+    shapes: dict[str, Any] = {"chain": build(chain(deepest), runner.device), "tree": build(paths, runner.device)}
+    if subject.drafter.max_width is None or subject.drafter.max_width >= 2:
+        shapes["dynamic tree"] = parse_tree(f"dynamic:{min(2, deepest)},2,4")
+    values, texts = {}, subject.arguments.samples
+    wide = Runner(runner.rounds.target, runner.drafter, runner.shape, None, ROWS, len(prompt) + LENGTH, capture=False)
+    for name, shape in shapes.items():
+        rule = build_verification("residual", False, shape.ranked, Typical())
+        counts = _sample(wide, prompt, Plan(sampling, shape, rule), subject.arguments, name)
+        values[name] = p_value(counts, expected)
+    figure = ", ".join(f"{name} p = {value:.2g}" for name, value in values.items()) + f"; limit {LEVEL:g}"
+    details = [f"chi-square of {IDS**LENGTH} outcomes: {texts:,} texts of {LENGTH} tokens, each one of the ids {sampling.ids}"]
+    status = "kept" if min(values.values()) >= LEVEL else "BROKEN"
+    return Check("distribution", promise, status, figure, details, {"p_values": values, "samples": texts, "ids": sampling.ids})
+
+
+def _restricted(subject: Subject, prompt: list[int]) -> Restricted:
+    """Sampling from the `IDS` ids that the target finds likeliest after the prompt; if possible all but one are the drafter's.
+
+    The temperature flattens the distributions, so that no outcome has nearly all of the mass.
+    """
+    ids_K = subject.drafter.ids_K
+    draft_ids = None if ids_K is None else tuple(ids_K.tolist())
+    ranked = logits(subject.runner.rounds.target, prompt)[-1].argsort(descending=True).tolist()
+    ids = ranked[:IDS]
+    if draft_ids is not None:
+        known = set(draft_ids)
+        inside = [token for token in ranked if token in known]
+        outside = [token for token in ranked[: 8 * IDS] if token not in known]
+        ids = [*inside[: IDS - 1], *(outside or inside[IDS - 1 :])[:1]]
+    return Restricted(2.0, ids=tuple(sorted(ids)), draft_ids=draft_ids)
+
+
+def _law(runner: Runner, prompt: list[int], sampling: Restricted) -> np.ndarray:
+    """[IDS, ..., IDS] probability of every text of `LENGTH` tokens under the target alone, in float64."""
+    law = np.ones(())
+    for length in range(LENGTH):
+        steps = [
+            sampling.process(logits(runner.rounds.target, [*prompt, *text])[-1])[list(sampling.ids)].double().softmax(-1).cpu()
+            for text in product(sampling.ids, repeat=length)
+        ]
+        law = law[..., None] * torch.stack(steps).numpy().reshape(*[IDS] * length, IDS)
+    return law
+
+
+def _sample(runner: Runner, prompt: list[int], plan: Plan, arguments: Any, name: str) -> np.ndarray:
+    """[IDS, ..., IDS] number of sampled texts of each kind."""
+    keys = [request_keys(arguments.seed, index, 1) for index in range(arguments.samples)]
+    requests = [Request(index, prompt, pair, len(prompt) + LENGTH) for index, pair in enumerate(keys)]
+    counts, index = np.zeros((IDS,) * LENGTH), {token: number for number, token in enumerate(plan.sampling.ids)}  # type: ignore[attr-defined]
+    with tqdm(total=len(requests), desc=f"distribution, {name}", unit=" texts", disable=None, leave=False) as bar:
+        for request, finished in runner.scheduler.decode(requests, plan, Stopping((), (), None)):
+            if finished:
+                counts[tuple(index[token] for token in request.tokens)] += 1
+                bar.update()
+    return counts
+
+
+def p_value(counts: np.ndarray, law: np.ndarray) -> float:
+    """P-value of Pearson's chi-square test; outcomes that are expected fewer than 5 times are pooled.
+
+    0 if an outcome without probability occurred; 1 if fewer than two groups of outcomes remain.
+    """
+    expected, observed = law.ravel() * counts.sum(), counts.ravel()
+    if observed[expected < 1e-9].sum():
+        return 0.0
+    large = expected >= 5
+    if not large.all():
+        pooled, expected = (observed[~large].sum(), expected[~large].sum()), np.append(expected[large], expected[~large].sum())
+        observed = np.append(observed[large], pooled[0])
+    degrees = len(expected) - 1
+    if degrees < 1:
+        return 1.0
+    statistic = float(((observed - expected) ** 2 / np.maximum(expected, 1e-12)).sum())
+    return float(torch.special.gammaincc(torch.tensor(degrees / 2.0).double(), torch.tensor(statistic / 2.0).double()))
