@@ -97,11 +97,13 @@ def check_weights(before: Mapping[str, Tensor], after: Mapping[str, Tensor], out
     """Compares the weights of a network with those of its reloaded files.
 
     Raises:
-        UserError: a tensor is missing, unexpected or not exactly equal; names the first.
+        ReloadError: a tensor is missing, unexpected or not exactly equal; names the first.
     """
     for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after or not torch.equal(before[name], after[name]):
-            raise UserError(f"{out}: tensor {name!r} of the reloaded files differs; nothing was written, report this as a bug")
+            raise ReloadError(
+                f"{out}: tensor {name!r} of the reloaded files differs; nothing was written, report this as a bug"
+            )
 
 
 def check_reload(before: Tensor, after: Tensor, out: str | Path, network: str = "export") -> None:

@@ -59,7 +59,7 @@ def check_formats(subject: Subject) -> Check:
             results = ["reloads to equal logits"]
             (folder / bundles.MANIFEST).unlink()
             if type(drafter).claims(folder) and drafter.ids_K is None:
-                same = bool((first_logits(load_outside(folder, shape).float()) == before).all())
+                same = bool((first_logits(load_outside(folder, shape, subject.target_folder).float()) == before).all())
                 results.append("also without trainkit.json" if same else "BROKEN: other logits without trainkit.json")
                 broken += not same
             decoder = drafter.standalone_decoder()
