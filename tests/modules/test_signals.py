@@ -119,5 +119,5 @@ def test_second_run_in_a_folder_is_refused(tiny_target, chats, tmp_path):
     """A second run in the folder of another is refused."""
     args = arguments("draft", tiny_target, chats, tmp_path / "run", **{"trainer.max_steps": 4})
     assert code_of(start(run, "fit", args)) == 0
-    with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
+    with pytest.raises(UserError, match=r"holds a run already; continue with --ckpt_path .*last.ckpt \(launch.sh: --resume "):
         run("fit", args)
