@@ -119,6 +119,12 @@ class TrainingModule(LightningModule):
                 f"data.class_path: {type(self).__name__} cannot train on {type(data).__name__}; "
                 f"set data.class_path: {self.data_class.__name__}"
             )
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            if strategy.zero_stage_3:  # it takes the output head away before the backward pass computes the logits again
+                raise UserError("trainer.strategy: DeepSpeed stage 3 cannot train here; use configs/strategy/fsdp.yaml")
+            if self.on_nonfinite == "skip":
+                raise UserError("model.on_nonfinite: DeepSpeed steps by itself and cannot skip a step; leave it out")
         self.data = data
         data.connect(self)
         return []
@@ -316,8 +322,6 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with weight decay for matrices but not for vectors (norms, biases), and its learning rate schedule."""
-        if self.on_nonfinite == "skip" and isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            raise UserError("model.on_nonfinite: DeepSpeed steps by itself and cannot skip a step; leave it out")
         groups, shares = [], []
         for network, share in self.trained():
             trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
