@@ -296,6 +296,20 @@ def rows(root: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "seconds" and "speed" not in k} for row in csv.DictReader(file)]
 
 
+@pytest.mark.parametrize("torn", ["3", "", "3,0.5,1."])
+def test_torn_row_of_metrics_is_dropped(torn, tmp_path):
+    """A last row of metrics.csv that a full disk cut short is dropped on resume, whatever is left of it."""
+    assert main(["fit", *scripted(tmp_path / "straight", **{"trainer.max_steps": 32})]) == 0
+    root = tmp_path / "torn"
+    with pytest.raises(AssertionError, match="crash"):
+        main(["fit", *scripted(root, **{"trainer.max_steps": 32, "model.crash": 31})])
+    with (root / "metrics.csv").open("a") as file:
+        file.write(torn)
+    last = root / "checkpoints" / "last.ckpt"
+    assert main(["fit", *scripted(root, **{"trainer.max_steps": 32}, ckpt_path=last)]) == 0
+    assert rows(root) == rows(tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("mode", "values"), [("min", "[.nan,0.9,0.5,0.4]"), ("min", "[-.inf,0.9,0.5,0.4]"), ("max", "[.inf,0.1,.nan,0.4]")]
 )

@@ -232,6 +232,12 @@ def run(command: str, args: Sequence[str]) -> int:
         if os.environ.get("RANK", "0") == "0":  # all ranks stop together
             print(f"trainkit: {interrupted}", file=sys.stderr)
         return interrupted.exit_code
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        if os.environ.get("RANK", "0") == "0":  # Lightning ends with code 1 and says nothing
+            print("trainkit: aborted by Ctrl-C; the checkpoints written before are kept", file=sys.stderr)
+        return 130
     if cli.trainer.is_global_zero:
         for line in summary(cli.trainer, command):
             print(line)
