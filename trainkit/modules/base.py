@@ -259,9 +259,12 @@ class TrainingModule(LightningModule):
         if not sums.get("count"):
             raise UserError("data.validation: no token counts in the loss; give rows with assistant text")
         values = {f"val/{name}": value for name, value in self.validation_values(sums).items()}
+        fits = self.trainer.state.fn == "fit"
         for name, value in values.items():  # Lightning takes the mean over ranks; the values are equal on all ranks
-            self.log(name, value, prog_bar=name == "val/loss", logger=False, sync_dist=True)
-        if not self.trainer.sanity_checking:
+            self.log(name, value, prog_bar=name == "val/loss", logger=not fits, sync_dist=True)
+        if not fits:  # Lightning writes them, and `Trainer.validate` returns them
+            self.log("step", float(self.trainer.global_step), sync_dist=True)
+        elif not self.trainer.sanity_checking:
             self._write(values)
 
     def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
