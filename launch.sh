@@ -12,8 +12,8 @@ usage: ./launch.sh COMMAND ...
   ./launch.sh RECIPE.sh [arguments]              run a recipe script
   ./launch.sh test [pytest arguments]            the tests
   ./launch.sh lint                               ruff, pyright, import floors, shellcheck, documentation
-  ./launch.sh distill --target DIR --prompts FILE --out DIR   generate training data with the target, on all GPUs
-  ./launch.sh export|generate|bench|inspect|...  any trainkit command; add --help for its usage
+  ./launch.sh distill|features|acceptance ...    make training data with the target; in NPROC processes, as training
+  ./launch.sh export|generate|bench|inspect|...  any trainkit command, in one process; add --help for its usage
 
 Environment:
   NPROC        number of processes on this machine; default: number of GPUs, or 1
@@ -172,7 +172,7 @@ case ${1:-} in
         exit "$failed"
         ;;
     *.yaml | *.yml) fit "$@" ;;
-    distill) # each process generates its share of the data
+    distill | features | acceptance) # each process makes its share of the data
         setup; nproc=$(processes)
         if [ "$nproc" -gt 1 ]; then
             exec "$python" -P -m trainkit.launch --standalone --nproc-per-node="$nproc" -m trainkit.cli "$@"

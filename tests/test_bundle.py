@@ -316,7 +316,7 @@ def test_check_fit_names_what_does_not_fit():
     made = bundle.Bundle(Path("b"), "fake", {}, target, extra={"taps": [-1]})
     same = {"config": "c", "tokenizer": "t", "path": "big"}
     assert bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 64}) == []
-    with pytest.raises(UserError, match="target big: vocab_size 400 does not fit the bundle, made for 320 .small."):
+    with pytest.raises(UserError, match="big: vocab_size 400 does not fit the bundle, made for 320 .small."):
         bundle.check_fit(made, same, {"vocab_size": 400, "hidden_size": 64})
     with pytest.raises(UserError, match="hidden_size 96"):
         bundle.check_fit(made, same, {"vocab_size": 320, "hidden_size": 96})

@@ -149,20 +149,19 @@ def test_killed_export_leaves_old_or_new_bundle(old, some, recipe, checkpoint, t
 class FakeTrainer:
     """Saves like Lightning with one process: a file, or a folder of files as sharded strategies do."""
 
-    is_global_zero, fast_dev_run = True, False
+    is_global_zero, fast_dev_run, world_size, global_rank = True, False, 1, 0
 
     def __init__(self, root: Path, step: int, shards: int) -> None:
         self.default_root_dir, self.global_step, self.shards = str(root), step, shards
-        self.strategy = self
+        self.strategy = self._checkpoint_connector = self
 
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def barrier(self, name: str) -> None:
-        pass
+    def dump_checkpoint(self, weights_only: bool) -> dict[str, Any]:
+        return {"step": self.global_step, "weights": torch.zeros(100)}
 
-    def save_checkpoint(self, path: Path, weights_only: bool) -> None:
-        content = {"step": self.global_step, "weights": torch.zeros(100)}
+    def save_checkpoint(self, content: dict[str, Any], path: Path) -> None:
         if not self.shards:
             return TorchCheckpointIO().save_checkpoint(content, path)
         path.mkdir(parents=True, exist_ok=True)

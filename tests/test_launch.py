@@ -221,6 +221,17 @@ def test_processes_share_the_cores(checkout):
     assert f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 2)}" in line(done, "ENV")
 
 
+@pytest.mark.parametrize(
+    ("command", "several"), [("distill", True), ("features", True), ("acceptance", True), ("export", False)]
+)
+def test_sets_are_made_in_several_processes(command, several, checkout):
+    """The commands that make training data run in NPROC processes, each with its share; the others run in one."""
+    checkout.python(held=checkout.root)
+    words = ran(checkout.launch(command, "--out", "a b", NPROC="3"))
+    launcher = ["-m", "trainkit.launch", "--standalone", "--nproc-per-node=3"] if several else []
+    assert words[1:] == ["-P", *launcher, "-m", "trainkit.cli", command, "--out", "a b"]
+
+
 def test_every_gpu_gets_a_process(checkout):
     """Each GPU gets one process."""
     checkout.python(held=checkout.root, gpus=8)

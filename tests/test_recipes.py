@@ -9,12 +9,17 @@ from types import ModuleType, SimpleNamespace
 
 import jsonargparse
 import pytest
+import torch
 import yaml
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 
+from tests.support.processes import code_of, start
 from tests.support.recipes import tiny_flags
+from tests.support.runs import arguments, log
 from trainkit.commands.fit import TrainingCLI, run
 from trainkit.layers.blocks import DecoderLayer
+from trainkit.modules.checkpoint import read_checkpoint
 
 RECIPES = sorted(Path("recipes").rglob("*.yaml"))
 STRATEGIES = sorted(Path("configs/strategy").glob("*.yaml"))
@@ -66,7 +71,7 @@ def test_fragment_parses(file, tiny_target, rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", STRATEGIES, ids=str)
 def test_strategy_fragment_is_built(file, monkeypatch):
-    """Without GPUs Lightning runs DDP only, so the test only builds each strategy from its fragment."""
+    """Each strategy is built from its fragment; DeepSpeed, an optional extra, is not run."""
     if not importlib.util.find_spec("deepspeed"):  # an optional extra; the strategy only checks that it is installed
         stand_in = ModuleType("deepspeed")
         stand_in.utils = SimpleNamespace(logging=SimpleNamespace(logger=logging.getLogger("deepspeed")))
@@ -83,6 +88,45 @@ def test_strategy_fragment_is_built(file, monkeypatch):
     if isinstance(strategy, FSDPStrategy):
         assert strategy.sharding_strategy.name == given["init_args"]["sharding_strategy"]
         assert strategy.kwargs["auto_wrap_policy"]._module_classes == {DecoderLayer}
+
+
+class FSDPOnCPU(FSDPStrategy):
+    """FSDP on a CPU, which torch allows if the device is given as such; Lightning gives a number."""
+
+    def _setup_model(self, model):
+        return FullyShardedDataParallel(
+            model,
+            cpu_offload=self.cpu_offload,
+            mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            device_id=torch.device("cpu"),
+            **self.kwargs,
+        )
+
+
+def test_fsdp_fragment_trains_and_clips(tiny_target, chats, tmp_path):
+    """Under the FSDP fragment, clipped steps give the losses and gradient norms of DDP; the run resumes and exports."""
+    given = yaml.safe_load(Path("configs/strategy/fsdp.yaml").read_text()) | {"class_path": f"{__name__}.FSDPOnCPU"}
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(given))
+    more = {
+        "trainer.max_steps": 8,
+        "trainer.log_every_n_steps": 1,
+        "trainer.gradient_clip_val": 0.1,
+        "model.divergence": "ForwardKL",
+    }
+    more |= dict.fromkeys(f"model.divergence.{name}" for name in ("estimator", "samples", "normalise"))
+    sharded, last = {"trainer.strategy": tmp_path / "fsdp.yaml"}, tmp_path / "fsdp" / "checkpoints" / "last.ckpt"
+    flags = lambda name, **others: arguments("draft", tiny_target, chats, tmp_path / name, **(more | others))
+    assert code_of(start(run, "fit", flags("ddp"))) == 0
+    assert code_of(start(run, "fit", flags("fsdp", **sharded, **{"trainer.max_steps": 4}))) == 0
+    assert code_of(start(run, "fit", flags("fsdp", **sharded, ckpt_path=last))) == 0
+    names = ("step", "train/loss", "optim/grad_norm")
+    values = [
+        [float(row[name]) for row in log(tmp_path / run) if row["train/loss"] for name in names] for run in ("ddp", "fsdp")
+    ]
+    assert len(values[0]) == 24 and min(values[0][2::3]) > 0.1, "nothing was clipped"
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    assert read_checkpoint(last).drafter()
 
 
 def test_every_config_names_a_class():

@@ -347,7 +347,7 @@ def check_fit(bundle: Bundle, fingerprint: Mapping[str, str], decoder: Mapping[s
         UserError: vocabulary size, hidden size or tokenizer differ, or it is not the target that was tuned with the drafter.
     """
     made_for = bundle.target.get("fingerprint") or {}
-    target = f"target {fingerprint.get('path', '')}".strip()
+    target = fingerprint.get("path") or "target"
     source = f" ({made_for['path']})" if made_for.get("path") else ""
     remedy = "use the target it was trained for"
     for key in ("vocab_size", "hidden_size") if bundle.extra.get("taps") else ("vocab_size",):

@@ -1,14 +1,18 @@
 """Traps of the configuration: what Lightning or jsonargparse silently ignores stops the run, or has the requested effect."""
 
 import csv
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
+from trainkit.cli import main
 from trainkit.commands.fit import TrainingCLI, run
 from trainkit.errors import UserError
 from trainkit.losses.output import LossOutput
@@ -222,3 +226,211 @@ def test_missing_base_config_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr("trainkit.commands.fit.BASE", tmp_path / "base.yaml")
     with pytest.raises(UserError, match="base.yaml"):
         run("fit", [])
+
+
+class ScriptedModule(ToyModule):
+    """A toy whose loss or gradient is not finite at some steps, and whose training or validation may crash at one.
+
+    Args:
+        loss_at: Steps whose loss is infinite and whose gradient is finite.
+        gradient_at: Steps whose gradient is NaN and whose loss is finite.
+        crash: Step in whose loss the run crashes.
+        crash_validation: Step in whose validation the run crashes.
+        val: Value of `val/loss` after each step.
+        extra: Number of further metrics of a validation.
+    """
+
+    def __init__(
+        self,
+        loss_at: list[int] | None = None,
+        gradient_at: list[int] | None = None,
+        crash: int = 0,
+        crash_validation: int = 0,
+        val: list[float] | None = None,
+        extra: int = 0,
+        **more,
+    ) -> None:
+        super().__init__(**more)
+        self._make_optimizer = lambda groups: torch.optim.AdamW(groups, lr=0.1)
+        self.loss_at, self.gradient_at, self.val, self.extra = loss_at or [], gradient_at or [], val, extra
+        self.crash, self.crash_validation = crash, crash_validation
+
+    def loss(self, batch, micro):
+        output, step = super().loss(batch, micro), self.trainer.global_step + 1
+        if micro is None:
+            assert step - 1 != self.crash_validation, "crash"
+            return output
+        assert step != self.crash, "crash"
+        return LossOutput(output.sum + math.inf if step in self.loss_at else output.sum, output.count)
+
+    def on_after_backward(self):
+        if self.trainer.global_step + 1 in self.gradient_at:
+            self.line.weight.grad.fill_(math.nan)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def validation_values(self, sums):
+        values = {"loss": self.val[self.trainer.global_step - 1]} if self.val else super().validation_values(sums)
+        return values | {f"loss_head{n}": float(n) for n in range(self.extra)}
+
+
+def scripted(root: Path, **more) -> list[str]:
+    """Flags of a run of ScriptedModule in the folder `root`."""
+    flags = {
+        "model": f"{__name__}.ScriptedModule",
+        "data": DATA,
+        "trainer.default_root_dir": root,
+        "trainer.max_steps": 6,
+        "trainer.val_check_interval": 1,
+        "trainer.log_every_n_steps": 2,
+        "checkpoint.every_n_steps": 1,
+    } | more
+    return [*(str(part) for name, value in flags.items() for part in (f"--{name}", value)), *QUIET]
+
+
+def saved(root: Path, name: str = "last") -> dict:
+    return torch.load(root / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def rows(root: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv without times."""
+    with (root / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds" and "speed" not in k} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("torn", ["3", "", "3,0.5,1."])
+def test_torn_row_of_metrics_is_dropped(torn, tmp_path):
+    """A last row of metrics.csv that a full disk cut short is dropped on resume, whatever is left of it."""
+    assert main(["fit", *scripted(tmp_path / "straight", **{"trainer.max_steps": 32})]) == 0
+    root = tmp_path / "torn"
+    with pytest.raises(AssertionError, match="crash"):
+        main(["fit", *scripted(root, **{"trainer.max_steps": 32, "model.crash": 31})])
+    with (root / "metrics.csv").open("a") as file:
+        file.write(torn)
+    last = root / "checkpoints" / "last.ckpt"
+    assert main(["fit", *scripted(root, **{"trainer.max_steps": 32}, ckpt_path=last)]) == 0
+    assert rows(root) == rows(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("mode", "values"), [("min", "[.nan,0.9,0.5,0.4]"), ("min", "[-.inf,0.9,0.5,0.4]"), ("max", "[.inf,0.1,.nan,0.4]")]
+)
+def test_nan_is_never_best(mode, values, tmp_path):
+    """A NaN or infinite value of the monitored metric is never the best one, and does not hide the best one."""
+    more = {"model.val": values, "checkpoint.mode": mode, "trainer.max_steps": 4}
+    assert main(["fit", *scripted(tmp_path, **more)]) == 0
+    assert saved(tmp_path)["callbacks"]["Checkpoints"]["best"] == pytest.approx(0.4)
+    assert saved(tmp_path, "best")["global_step"] == 4
+
+
+@pytest.mark.parametrize(("cause", "name"), [("loss_at", "train/loss"), ("gradient_at", "optim/grad_norm")])
+def test_first_nonfinite_step_stops_the_run(cause, name, tmp_path, capsys):
+    """The first NaN or infinite loss or gradient norm stops the run in one line with code 2, and keeps the last checkpoint."""
+    assert main(["fit", *scripted(tmp_path, **{f"model.{cause}": "[3]"})]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"{name} is NaN or infinite at step 3; " in message
+    assert saved(tmp_path)["global_step"] == 2 and saved(tmp_path)["state_dict"]["line.weight"].isfinite().all()
+
+
+def test_skipped_steps_change_nothing_and_are_counted(tmp_path, capsys):
+    """A skipped step leaves weights and optimiser as they were and out of the metrics; a resumed run counts it too."""
+    skip = {"model.on_nonfinite": "skip", "model.loss_at": "[3,5]", "model.gradient_at": "[4]"}
+    assert main(["fit", *scripted(tmp_path / "straight", **skip)]) == 0
+    assert "train/loss is NaN or infinite at step 5; the step is skipped" in capsys.readouterr().err
+    root = tmp_path / "resumed"
+    with pytest.raises(AssertionError, match="crash"):
+        main(["fit", *scripted(root, **skip, **{"model.crash": 4})])
+    assert saved(root)["global_step"] == 3
+    assert main(["fit", *scripted(root, **skip, ckpt_path=root / "checkpoints" / "last.ckpt")]) == 0
+    straight, resumed = saved(tmp_path / "straight"), saved(root)
+    assert torch.equal(straight["state_dict"]["line.weight"], resumed["state_dict"]["line.weight"])
+    assert straight["optimizer_states"][0]["state"][0]["step"] == 3  # of 6
+    assert rows(root) == rows(tmp_path / "straight")
+    logged = [row for row in rows(root) if row["optim/skipped_steps"]]
+    assert [float(row["optim/skipped_steps"]) for row in logged] == [0, 2, 1]
+    assert [bool(row["train/loss"]) for row in logged] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("stage", "skip", "message"), [(3, "error", "stage 3 cannot train"), (2, "skip", "on_nonfinite"), (2, "error", None)]
+)
+def test_deepspeed_refuses_what_it_cannot_do(stage, skip, message):
+    """DeepSpeed is refused at stage 3, and for skipping steps, before any data is prepared."""
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # deepspeed need not be installed
+    strategy.config = {"zero_optimization": {"stage": stage}}
+    module = ScriptedModule(on_nonfinite=skip)
+    module._trainer = SimpleNamespace(strategy=strategy, datamodule=ToyData())  # pyright: ignore[reportAttributeAccessIssue]
+    if message is None:
+        assert module.configure_callbacks() == []
+    else:
+        with pytest.raises(UserError, match=message):
+            module.configure_callbacks()
+
+
+@pytest.mark.parametrize("each", [{}, {"trainer.check_val_every_n_epoch": 1, "trainer.val_check_interval": 1.0}])
+def test_run_by_epochs_ends_with_a_validation(each, tmp_path):
+    """With `max_epochs` the last step of the last epoch is validated, once, also if no interval ends there."""
+    more = {"trainer.max_epochs": 2, "trainer.max_steps": 100, "trainer.val_check_interval": 3} | each
+    assert main(["fit", *scripted(tmp_path, **more)]) == 0
+    assert [row["step"] for row in rows(tmp_path) if row["val/loss"]] == (["4", "8"] if each else ["3", "6", "8"])
+    assert [row["step"] for row in rows(tmp_path) if row["train/loss"]] == ["2", "4", "6", "8"]
+
+
+def test_schedule_needs_a_last_step(tmp_path, capsys):
+    """Without max_steps and max_epochs the default schedule has no end, which is reported in one line."""
+    assert main(["fit", *scripted(tmp_path, **{"trainer.max_steps": -1})]) == 2
+    assert "the default schedule needs a last step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"trainer.max_steps": 4},
+        {"trainer.max_steps": 100, "trainer.max_epochs": 1},
+        {"trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1, "trainer.val_check_interval": 1.0},
+        {"trainer.max_steps": 7},
+    ],
+    ids=["steps", "epochs", "each epoch", "within"],
+)
+def test_interrupted_validation_is_repeated(more, tmp_path, capsys):
+    """A run killed in a validation, also its last one, repeats it on resume and then equals an uninterrupted run."""
+    more = {"trainer.val_check_interval": 4, "checkpoint.every_n_steps": 3} | more
+    assert main(["fit", *scripted(tmp_path / "straight", **more)]) == 0
+    root = tmp_path / "killed"
+    with pytest.raises(AssertionError, match="crash"):
+        main(["fit", *scripted(root, **more, **{"model.crash_validation": 4})])
+    assert saved(root)["global_step"] == 4
+    again = scripted(root, **more, ckpt_path=root / "checkpoints" / "last.ckpt")
+    assert main(["fit", *again]) == 0
+    assert rows(root) == rows(tmp_path / "straight")
+    assert saved(root, "best")["global_step"] == saved(tmp_path / "straight", "best")["global_step"]
+    capsys.readouterr()
+    assert main(["fit", *again]) == 0
+    assert "nothing to train" in capsys.readouterr().out
+    assert rows(root) == rows(tmp_path / "straight")
+
+
+def test_resume_from_best_does_not_validate_again(tmp_path):
+    """`best.ckpt` is written after its validation, so a run that continues from it does not repeat the validation."""
+    more = {"trainer.val_check_interval": 3, "model.val": "[9,9,1,9,9,2,9,9]", "trainer.max_steps": 8}
+    assert main(["fit", *scripted(tmp_path / "straight", **more)]) == 0
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    best = tmp_path / "straight" / "checkpoints" / "best.ckpt"
+    assert main(["fit", *scripted(tmp_path / "run", **more, ckpt_path=best)]) == 0
+    assert [row["step"] for row in rows(tmp_path / "run") if row["val/loss"]] == ["6", "8"]
+
+
+def test_console_shows_the_main_metrics_only(tmp_path, capsys):
+    """Of many metrics the console shows the main ones and names the file that has all."""
+    assert main(["fit", *scripted(tmp_path, **{"model.extra": 30})]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("validation: "))
+    assert line.startswith("validation: loss ") and "head" not in line
+    assert line.endswith(f"(all 31 metrics: {tmp_path}/metrics.csv)")
+    assert sum("val/loss_head" in name for name in rows(tmp_path)[-1]) == 30
+
+
+def test_help_explains_ckpt_path(capsys):
+    """The help of fit names the command and says what --ckpt_path is, in one sentence."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: trainkit ")
+    assert "Checkpoint to continue training from, or to validate: last.ckpt or best.ckpt of a run." in text

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +143,46 @@ def test_two_processes_train_as_one(loss, steps, names, weight, tiny_target, tmp
     ]
     assert set(seen[1].values()) == {1} and seen[0] == seen[1]
     assert len({json.loads(line)[0] for line in seen[1]}) > 1, "less than an epoch"
+
+
+class FaultyModule(DraftModule):
+    """Its loss is infinite on rank 1 at step 7; after step 5 rank 0 can write no file of more than 20 kB."""
+
+    def __init__(self, *args, disk_full: bool = False, **more) -> None:
+        super().__init__(*args, **more)
+        self.disk_full = disk_full
+
+    def loss(self, batch, micro):
+        output, step = super().loss(batch, micro), self.trainer.global_step + 1
+        if self.disk_full and step > 5 and self.global_rank == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        if not self.disk_full and micro == 1 and step == 7 and self.global_rank == 1:
+            return replace(output, sum=output.sum + math.inf)  # the gradient remains finite
+        return output
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message", "step"),
+    [
+        ({"model.on_nonfinite": "error"}, 2, "trainkit: error: train/loss is NaN or infinite at step 7;", 4),
+        ({"model.on_nonfinite": "skip"}, 0, "train/loss is NaN or infinite at step 7; the step is skipped", 9),
+        ({"model.disk_full": "true"}, 2, "last.ckpt: cannot be written (File too large); free space, then continue", 4),
+    ],
+    ids=["error", "skip", "disk full"],
+)
+def test_fault_of_one_rank_stops_or_skips_on_all(more, code, message, step, tiny_target, chats, tmp_path):
+    """An infinite loss or a full disk on one of two ranks stops both with one line; a step is skipped on both."""
+    root = tmp_path / "run"
+    more = {"model": f"{__name__}.FaultyModule", "trainer.max_steps": 9, "trainer.log_every_n_steps": 1} | more
+    process = torchrun(arguments("draft", tiny_target, chats, root, **more), tmp_path / "output")
+    assert process.wait(120) == code
+    printed = [line for line in (tmp_path / "output").read_text().splitlines() if "NaN" in line or "error" in line]
+    assert len(printed) == 1 and message in printed[0] and "Traceback" not in (tmp_path / "output").read_text()
+    assert torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == step
+    if not code:
+        counts = {row["step"]: float(row["optim/skipped_steps"]) for row in log(root) if row["optim/skipped_steps"]}
+        assert counts == {str(n): float(n == 7) for n in range(1, 10)}
+        assert all(value.isfinite().all() for value in weights(root).values())
 
 
 class SpreadModule(DraftModule):

@@ -106,18 +106,20 @@ def fit_stuck(args: list[str], marker: Path) -> int:
 
 
 def test_second_ctrl_c_aborts(tiny_target, chats, tmp_path):
-    """A second Ctrl-C aborts a run that does not end."""
-    process = start(fit_stuck, arguments("draft", tiny_target, chats, tmp_path / "run"), tmp_path / "training")
+    """A second Ctrl-C aborts a run that does not end, with one line and the exit code of a Ctrl-C."""
+    args, output = arguments("draft", tiny_target, chats, tmp_path / "run"), tmp_path / "output"
+    process = start(fit_stuck, args, tmp_path / "training", stderr=output)
     wait_until(lambda: (tmp_path / "training").exists() or not process.is_alive())
     for _ in range(2):
         kill(process.pid, signal.SIGINT)
         time.sleep(0.2)
-    assert code_of(process) not in (0, None)
+    assert code_of(process) == 130
+    assert output.read_text() == "trainkit: aborted by Ctrl-C; the checkpoints written before are kept\n"
 
 
 def test_second_run_in_a_folder_is_refused(tiny_target, chats, tmp_path):
     """A second run in the folder of another is refused."""
     args = arguments("draft", tiny_target, chats, tmp_path / "run", **{"trainer.max_steps": 4})
     assert code_of(start(run, "fit", args)) == 0
-    with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
+    with pytest.raises(UserError, match=r"holds a run already; continue with --ckpt_path .*last.ckpt \(launch.sh: --resume "):
         run("fit", args)

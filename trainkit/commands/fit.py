@@ -28,9 +28,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from trainkit.drafters.base import discover
 from trainkit.errors import UserError
 from trainkit.modules.base import TrainingModule
-from trainkit.modules.callbacks import Checkpoints, RunFolder, is_dry, put_back
+from trainkit.modules.callbacks import Checkpoints, RunFolder, how_to_resume, is_dry, put_back
 from trainkit.modules.checkpoint import read_checkpoint
-from trainkit.modules.progress import Progress
+from trainkit.modules.progress import METRICS, Progress
 from trainkit.modules.run_log import RunLog, quiet_libraries
 from trainkit.modules.signals import Interrupted, Signals
 from trainkit.modules.training_data import TrainingData
@@ -76,13 +76,13 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,
-            parser_kwargs={name: {"default_config_files": [str(BASE)]} for name in COMMANDS},
+            parser_kwargs={"prog": "trainkit"} | {name: {"default_config_files": [str(BASE)]} for name in COMMANDS},
         )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         skipped = LightningCLI.subcommands()
-        return {name: {*skipped[name], "weights_only", "verbose"} for name in COMMANDS}
+        return {name: {*skipped[name], "weights_only", "verbose", "ckpt_path"} for name in COMMANDS}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         flags = [part for flag in args for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
@@ -96,6 +96,11 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="Checkpoint to continue training from, or to validate: last.ckpt or best.ckpt of a run.",
+        )
 
     def before_instantiate_classes(self) -> None:
         values, fits = self.config[self.command], self.command == "fit"
@@ -114,7 +119,7 @@ class TrainingCLI(LightningCLI):
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         put_back(last)
         if fits and not values.get("ckpt_path") and not trainer.fast_dev_run and last.exists():
-            raise UserError(f"{last.parents[1]}: holds a run already; continue it with --resume, or name another folder")
+            raise UserError(f"{last.parents[1]}: holds a run already; {how_to_resume(last)}, or name another folder")
         # Use all processes that torchrun started.
         processes, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if processes > 1 and trainer.devices == "auto":
@@ -131,8 +136,9 @@ class TrainingCLI(LightningCLI):
         return Path("runs") / name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        quiet = {} if subcommand == "fit" else {"verbose": False}  # `summary` prints the metrics
-        return super()._prepare_subcommand_kwargs(subcommand) | {"weights_only": True} | quiet
+        options = {} if subcommand == "fit" else {"verbose": False}  # `summary` prints the metrics
+        options |= {"ckpt_path": self.config[subcommand].ckpt_path, "weights_only": True}
+        return super()._prepare_subcommand_kwargs(subcommand) | options
 
     @property
     def recipe(self) -> str | None:
@@ -223,8 +229,15 @@ def run(command: str, args: Sequence[str]) -> int:
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     except Interrupted as interrupted:
-        print(f"trainkit: stopped by {interrupted}; the state is saved, continue with --resume", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
+            print(f"trainkit: {interrupted}", file=sys.stderr)
         return interrupted.exit_code
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        if os.environ.get("RANK", "0") == "0":  # Lightning ends with code 1 and says nothing
+            print("trainkit: aborted by Ctrl-C; the checkpoints written before are kept", file=sys.stderr)
+        return 130
     if cli.trainer.is_global_zero:
         for line in summary(cli.trainer, command):
             print(line)
@@ -232,14 +245,21 @@ def run(command: str, args: Sequence[str]) -> int:
 
 
 def summary(trainer: Trainer, command: str) -> list[str]:
-    """Lines that end a run's output: the metrics of the last validation and the paths of the checkpoints."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    text = " ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in sorted(metrics.items()))
-    lines = [f"validation: {text}"] if text else []
+    """Lines that end a run's output: the main metrics of the last validation and the paths of the checkpoints."""
     checkpoints = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)  # pyright: ignore[reportAttributeAccessIssue]
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    main = {f"val/{name}" for name in METRICS} | {checkpoints.monitor if checkpoints else ""}
+    log = Path(trainer.default_root_dir) / "metrics.csv"
+    shown = [name for name in metrics if name in main or not log.is_file()]
+    text = "  ".join(f"{name.removeprefix('val/')} {metrics[name]:.4g}" for name in shown)
+    more = f"  (all {len(metrics)} metrics: {log})" if len(shown) < len(metrics) else ""
+    lines = [f"validation: {text}{more}"] if text else []
     if command == "fit" and checkpoints is not None and not is_dry(trainer):
         folder = Path(trainer.default_root_dir) / "checkpoints"
-        lines.append(f"checkpoint: {folder / 'last.ckpt'} (step {trainer.global_step})")
+        last = f"{folder / 'last.ckpt'} (step {trainer.global_step})"
+        lines.append(f"checkpoint: {last}")
+        if not checkpoints.started:
+            lines = [f"nothing to train: {last} is the last step already; raise trainer.max_steps or trainer.max_epochs"]
         if checkpoints.best is not None:
             best = f"{checkpoints.monitor} {checkpoints.best:.4g} at step {checkpoints.best_step}"
             lines.append(f"best:       {folder / 'best.ckpt'} ({best})")

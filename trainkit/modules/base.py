@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from tqdm import tqdm
 
 from trainkit.errors import UserError
 from trainkit.losses.output import LossOutput
 from trainkit.modules.meter import Meter, means
+from trainkit.modules.ranks import failing_together, stop_all
 from trainkit.modules.training_data import TrainingData, global_seed
 
 CHECKPOINT_KEY = "trainkit"
@@ -34,6 +39,12 @@ def differences(name: str, saved: Any, current: Any) -> Iterator[tuple[str, Any,
         yield name, saved, current
 
 
+def ends_now(trainer: Trainer) -> bool:
+    """Whether the last trained batch is the last one of the run, by `max_steps` or `max_epochs`."""
+    is_last_batch: bool = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return trainer.global_step == trainer.max_steps or (is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs)
+
+
 class TrainingModule(LightningModule):
     """Trains a network with one optimiser and a loss that is returned as a sum and a count.
 
@@ -46,6 +57,8 @@ class TrainingModule(LightningModule):
         lr_scheduler: Scheduler class with its arguments, stepped each optimiser step; by default linear warm-up, then cosine.
         warmup_steps: Optimiser steps of warm-up in the default schedule.
         final_lr: Last learning rate of the default schedule, as a share of the peak learning rate.
+        on_nonfinite: For an optimiser step whose loss or gradient norm is NaN or infinite: stop the run (error), or leave the
+            weights and the optimiser's state unchanged, count the step in `optim/skipped_steps` and continue (skip).
     """
 
     data_class: ClassVar[type[TrainingData]] = TrainingData
@@ -62,12 +75,14 @@ class TrainingModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 50,
         final_lr: float = 0.1,
+        on_nonfinite: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
-        self.warmup_steps, self.final_lr = warmup_steps, final_lr
+        self.warmup_steps, self.final_lr, self.on_nonfinite = warmup_steps, final_lr, on_nonfinite
         self.recipe: str | None = None
-        self._training, self._validation = Meter(), Meter()
+        # Sums of the current optimiser step, of all steps since the last log line, and of the validation.
+        self._step, self._training, self._validation = Meter(), Meter(), Meter()
         self._configured_groups: list[dict[str, Any]] = []
         self._logged_step = 0
         self._gradient_norm: Tensor | None = None
@@ -104,6 +119,12 @@ class TrainingModule(LightningModule):
                 f"data.class_path: {type(self).__name__} cannot train on {type(data).__name__}; "
                 f"set data.class_path: {self.data_class.__name__}"
             )
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy):
+            if strategy.zero_stage_3:  # it takes the output head away before the backward pass computes the logits again
+                raise UserError("trainer.strategy: DeepSpeed stage 3 cannot train here; use configs/strategy/fsdp.yaml")
+            if self.on_nonfinite == "skip":
+                raise UserError("model.on_nonfinite: DeepSpeed steps by itself and cannot skip a step; leave it out")
         self.data = data
         data.connect(self)
         return []
@@ -122,7 +143,7 @@ class TrainingModule(LightningModule):
         micro = batch_idx % self.trainer.accumulate_grad_batches
         self.key_randomness(micro)
         output = self.loss(batch, micro)
-        self._training.add_output(output)
+        self._step.add_output(output)
         self._training.add("tokens", (batch["document_BT"] >= 0).sum())
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         return output.sum / torch.as_tensor(batch["window_count"], device=output.sum.device).clamp(min=1) * scale
@@ -132,18 +153,58 @@ class TrainingModule(LightningModule):
         parts = (global_seed(), self.trainer.global_step, micro, self.trainer.global_rank)
         torch.manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        step = self.trainer.global_step + 1
-        if self._logs_at(step, last=step == self.trainer.max_steps):
-            grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            if grads:  # sharded strategies store gradients elsewhere
-                self._gradient_norm = torch.nn.utils.get_total_norm(grads)
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Computes the norm of the gradient, clips the gradient, and checks before the optimiser steps that both are finite."""
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        limit = gradient_clip_val if by_norm and gradient_clip_val and gradient_clip_val > 0 else math.inf
+        root = self.trainer.strategy.model
+        with_grad = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        norm = None
+        if isinstance(root, FullyShardedDataParallel):  # each rank holds a part of the gradient
+            norm = root.clip_grad_norm_(limit)
+        elif with_grad:  # none under DeepSpeed, which stores and clips gradients itself
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in with_grad if parameter.grad is not None])
+            if limit < math.inf:
+                torch.nn.utils.clip_grads_with_norm_(with_grad, limit, norm)
+        if not by_norm:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._gradient_norm = norm
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Ends or skips the current optimiser step on all ranks if its loss or gradient norm is not finite on any of them."""
+        checked = {"train/loss": self._step.sums["loss"]}
+        # In 16-bit precision a gradient may overflow: the scaler then skips the step and lowers its scale.
+        if self._gradient_norm is not None and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            checked["optim/grad_norm"] = self._gradient_norm
+        faults = self._reduce(torch.stack([(~value.isfinite()).float() for value in checked.values()])).tolist()
+        wrong = " and ".join(name for name, ranks in zip(checked, faults, strict=True) if ranks)
+        found = f"{wrong} {'are' if ' and ' in wrong else 'is'} NaN or infinite at step {self.trainer.global_step + 1}"
+        if wrong and self.on_nonfinite == "error":
+            stop_all(
+                self.trainer,
+                f"{found}; lower the learning rate or trainer.gradient_clip_val, or skip such steps with model.on_nonfinite: "
+                "skip; the checkpoints of earlier steps are kept",
+            )
+        if wrong:
+            for parameter in self.parameters():
+                parameter.grad = None  # optimisers skip parameters without a gradient
+            self._gradient_norm = None
+            if self.trainer.is_global_zero:
+                tqdm.write(f"{found}; the step is skipped", file=sys.stderr)
+        else:
+            self._training.merge(self._step)
+        if self.on_nonfinite == "skip":  # summed over the ranks, so counted on one of them
+            self._training.add("skipped_steps", float(bool(wrong) and self.trainer.is_global_zero))
+        self._step = Meter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = self.trainer.global_step
         if step != self._logged_step:
             self._logged_step = step
-            if self._logs_at(step, last=self.trainer.should_stop or step == self.trainer.max_steps):
+            if self._logs_at(step, last=self.trainer.should_stop or ends_now(self.trainer)):
                 self._log_training()
             # Lightning calls the callbacks' own on_train_batch_end before this hook, but the step must be logged before a
             # checkpoint is saved.
@@ -160,21 +221,28 @@ class TrainingModule(LightningModule):
     def _log_training(self) -> None:
         sums = self._training.take(self._reduce, self.device)
         seconds = self._busy + self._waited + time.perf_counter() - self._step_start
-        values = {f"train/{name}": value for name, value in means(sums, exclude=("tokens",)).items()}
+        values = {f"train/{name}": value for name, value in means(sums, exclude=("tokens", "skipped_steps")).items()}
         values["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if self._gradient_norm is not None:
             values["optim/grad_norm"] = float(self._gradient_norm)
             self._gradient_norm = None
+        if "skipped_steps" in sums:
+            values["optim/skipped_steps"] = sums["skipped_steps"]
         values["speed/tokens_per_second"] = sums["tokens"] / seconds
         values["speed/data_wait"] = self._waited / seconds
         for name in ("train/loss", "train/alpha", "speed/tokens_per_second"):
             if name in values:
                 self.log(name, values[name], prog_bar=True, logger=False)
         # Not through `self.log`, which writes later, and twice when a run stops between two log intervals.
-        for logger in self.trainer.loggers:
-            logger.log_metrics(values, self.trainer.global_step)
+        self._write(values)
         self._busy = self._waited = 0.0
         self._step_start = time.perf_counter()
+
+    def _write(self, values: dict[str, float]) -> None:
+        """Writes metrics to the loggers."""
+        with failing_together(self.trainer):
+            for logger in self.trainer.loggers:
+                logger.log_metrics(values, self.trainer.global_step)
 
     def on_train_start(self) -> None:
         self._logged_step = self.trainer.global_step
@@ -190,10 +258,14 @@ class TrainingModule(LightningModule):
         sums = self._validation.take(self._reduce, self.device)
         if not sums.get("count"):
             raise UserError("data.validation: no token counts in the loss; give rows with assistant text")
-        # Lightning takes the mean over ranks (sync_dist); the values are equal on all ranks.
-        for name, value in self.validation_values(sums).items():
-            self.log(f"val/{name}", value, prog_bar=name == "loss", sync_dist=True)
-        self.log("step", float(self.trainer.global_step), sync_dist=True)
+        values = {f"val/{name}": value for name, value in self.validation_values(sums).items()}
+        fits = self.trainer.state.fn == "fit"
+        for name, value in values.items():  # Lightning takes the mean over ranks; the values are equal on all ranks
+            self.log(name, value, prog_bar=name == "val/loss", logger=not fits, sync_dist=True)
+        if not fits:  # Lightning writes them, and `Trainer.validate` returns them
+            self.log("step", float(self.trainer.global_step), sync_dist=True)
+        elif not self.trainer.sanity_checking:
+            self._write(values)
 
     def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics to log under `val/`, by name, from the sums over all ranks."""
@@ -266,8 +338,13 @@ class TrainingModule(LightningModule):
         if self._make_scheduler is not None:
             scheduler = self._make_scheduler(optimizer)
         else:
-            total = int(self.trainer.estimated_stepping_batches)
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, total))
+            total = self.trainer.estimated_stepping_batches
+            if math.isinf(total):
+                raise UserError(
+                    "trainer.max_steps and trainer.max_epochs are -1, but the default schedule needs a last step; "
+                    "set one of them, or model.lr_scheduler"
+                )
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, int(total)))
         self._configured_groups = [
             {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
         ]

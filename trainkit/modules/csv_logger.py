@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from trainkit.errors import UserError
 from trainkit.files import write_file
 
 
@@ -38,22 +39,28 @@ class CSVLog(Logger):
         self._columns = known + [name for name in row if name not in known]
         if self._columns != known or not self.path.exists():
             self._rewrite(self._read()[1])
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free space, then resume the run") from error
 
     def rewind(self, step: int, validated: bool = True) -> None:
-        """Drops the rows that a resumed run will log again: those after `step`, and its validation if not `validated` yet."""
+        """Drops the rows that a resumed run will log again: those after `step`, and its validation if not `validated` yet.
+
+        A last row that a full disk or a kill cut short is dropped too.
+        """
         self._columns, rows = self._read()
         repeated = lambda row: int(row["step"]) == step and not validated and any(row[n] for n in row if n.startswith("val/"))
         remaining = [row for row in rows if int(row["step"]) <= step and not repeated(row)]
-        if len(remaining) < len(rows):
+        if self.path.exists():
             self._rewrite(remaining)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         if not self.path.exists():
             return [], []
         with self.path.open(newline="") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(line for line in file if line.endswith("\n"))
             return list(reader.fieldnames or []), list(reader)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:

@@ -152,4 +152,3 @@ class JointModule(DraftModule):
         if not self.joint:  # the optimiser skips parameters without a gradient, so weight decay and moments do not change them
             for parameter in self.adapter.parameters():
                 parameter.grad = None
-        super().on_before_optimizer_step(optimizer)

@@ -26,6 +26,11 @@ class Meter:
         for name, value in {"loss": output.sum, "count": output.count, **output.metrics}.items():
             self.add(name, value)
 
+    def merge(self, other: Meter) -> None:
+        """Adds the sums of another meter."""
+        for name, value in other.sums.items():
+            self.add(name, value)
+
     def take(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Sums over all ranks, by name; resets them to zero. All ranks must call it with the same names."""
         names = sorted(self.sums)

@@ -7,21 +7,23 @@ Ctrl-C they stop in the middle of a step, from which a run cannot resume exactly
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from trainkit.modules.callbacks import Checkpoints
+from trainkit.modules.callbacks import Checkpoints, how_to_resume
+from trainkit.modules.ranks import largest
 
 
 class Interrupted(Exception):
-    """A signal stopped training after the state was saved."""
+    """A signal stopped training after the state was saved. The text names the signal and how to continue."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
+    def __init__(self, signum: int, last: Path) -> None:
+        state = f"the state is saved, {how_to_resume(last)}" if last.exists() else "before the first step; start again"
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {state}")
         self.exit_code = 128 + signum  # as shells count: 130 for Ctrl-C, 143 for SIGTERM
 
 
@@ -42,19 +44,22 @@ class Signals(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning has installed its own handlers before this hook.
-        if trainer.received_sigterm:
-            raise Interrupted(signal.SIGTERM)
+        if largest(trainer, trainer.received_sigterm):
+            self._stop(trainer, signal.SIGTERM)
         self._handlers = {signum: signal.signal(signum, self._receive) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the run if any rank received a signal."""
-        if signum := self._received_by_any(trainer, pl_module):
+        if signum := largest(trainer, self.received):
             self.checkpoints.save_last(trainer)
-            raise Interrupted(signum)
+            self._stop(trainer, signum)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        if trainer.state.fn == "fit" and (signum := self._received_by_any(trainer, pl_module)):
-            raise Interrupted(signum)
+        if trainer.state.fn == "fit" and (signum := largest(trainer, self.received)):
+            self._stop(trainer, signum)
+
+    def _stop(self, trainer: Trainer, signum: int) -> NoReturn:
+        raise Interrupted(signum, self.checkpoints.folder(trainer) / "last.ckpt")
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         for signum, handler in self._handlers.items():
@@ -67,10 +72,3 @@ class Signals(Callback):
         if signum == signal.SIGINT and self.received:
             signal.default_int_handler(signum, frame)
         self.received = self.received or signum
-
-    def _received_by_any(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        """Number of a signal that any rank received, the same on all ranks; 0 for none."""
-        if trainer.world_size == 1:
-            return self.received
-        received = torch.tensor(float(self.received), device=pl_module.device)
-        return int(trainer.strategy.reduce(received, reduce_op="max"))  # pyright: ignore[reportArgumentType]
