@@ -110,17 +110,23 @@ def test_chats_need_a_template(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "share"),
+    ("template", "message"),
     [
-        ("{% generation %}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}{% endgeneration %}", "every token"),
-        ("{% if add_generation_prompt %}{% else %}{{ messages[-1]['content'] }}<|end|>{% endif %}", "every token"),
+        (
+            "{% generation %}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}{% endgeneration %}",
+            "generation spans contain every token of this chat",
+        ),
+        (
+            "{% if add_generation_prompt %}{% else %}{{ messages[-1]['content'] }}<|end|>{% endif %}",
+            "train: every token of the chats is a label",
+        ),
     ],
 )
-def test_mask_over_all_tokens_is_an_error(template: str, share: str, tokenizer: Any, rows_file: Callable[..., str]) -> None:
+def test_mask_over_all_tokens_is_an_error(template: str, message: str, tokenizer: Any, rows_file: Callable[..., str]) -> None:
     """A mask that covers every token of every chat is an error."""
     tokenizer.chat_template = template
     path = rows_file(*({"prompt": f"q{n}", "response": f"a{n}"} for n in range(3)))
-    with pytest.raises(UserError, match=f"train: {share} of the chats is a label"):
+    with pytest.raises(UserError, match=message):
         prepare([path], None, tokenizer, 64)
 
 

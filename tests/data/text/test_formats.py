@@ -80,7 +80,10 @@ BAD = [
     ({"messages": ["x"]}, r"messages\[0\] must be an object"),
     ({"messages": [{"content": "x"}]}, r"messages\[0\]\.role must be a name, not null"),
     ({"messages": [*TURNS[:1], {"role": "assistant", "content": None}]}, r"messages\[1\]\.content must be text, not null"),
-    ({"messages": [*TURNS[:1], {"role": "assistant", "content": ["x"]}]}, r"messages\[1\]\.content must be text, not a list"),
+    (
+        {"messages": [*TURNS[:1], {"role": "assistant", "content": ["x"]}]},
+        r"messages\[1\]\.content\[0\] is text; only parts of type 'text'",
+    ),
     ({"messages": TURNS[:1]}, "no assistant turn"),
     ({"messages": [*TURNS[:1], {"role": "assistant", "content": " "}]}, "turn 1 is an empty assistant turn"),
     ({"messages": [{"role": "judge", "content": "x"}, *TURNS]}, "the chat template rejects the turns: roles are user and"),

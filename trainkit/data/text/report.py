@@ -22,7 +22,10 @@ class SetReport:
         too_long: Documents left out because they are longer than a packed row.
         cut: Plain texts that were cut into several documents.
         unlabelled: Documents left out because none of their tokens counts as a label, often after truncation.
+        excluded: Rows left out because their prompt is one of the held-out ones.
+        unended: Assistant turns whose labels contain no end token.
         unused: Number of rows that have a column that was not read, by column.
+        left_out: Files of the given folders that were not read.
         documents: Documents packed.
         tokens: Tokens packed.
         counted: Tokens that count as labels.
@@ -40,7 +43,10 @@ class SetReport:
     too_long: int = 0
     cut: int = 0
     unlabelled: int = 0
+    excluded: int = 0
+    unended: int = 0
     unused: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     documents: int = 0
     tokens: int = 0
     counted: int = 0
@@ -76,12 +82,19 @@ class SetReport:
             (self.too_long, f"left out, longer than {self.length} tokens"),
             (self.cut, f"plain texts cut into pieces of {self.length}"),
             (self.unlabelled, "left out, no token is a label"),
+            (self.excluded, "rows left out, their prompt is held out for validation"),
+            (
+                self.unended,
+                "assistant turns without an end token as label; the chat template must write one in its generation span",
+            ),
         ]
         for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1]):
             counts.append((count, f"skipped: {reason} (first: {self.examples[reason]})"))
         lines += [f"  {count:,} {effect}" for count, effect in counts if count]
         if self.unused:
             lines.append("  columns not read: " + ", ".join(f"{key} ({count:,})" for key, count in sorted(self.unused.items())))
+        if self.left_out:
+            lines.append(f"  files not read: {', '.join(self.left_out)}")
         return "\n".join(lines)
 
 
