@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -69,3 +70,18 @@ def test_unwritable_path_gives_one_line(tmp_path):
             write_json(path, {})
         assert "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_full_disk_leaves_the_old_json(tmp_path, monkeypatch):
+    """Without space for a JSON file, the error is one line, and the old file stays as it was."""
+
+    def full(self: Path, *_: object, **__: object) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    write_json(tmp_path / "a.json", {"x": 1})
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="a.json: cannot be written .No space left on device.; free space there") as caught:
+        write_json(tmp_path / "a.json", {"x": 2})
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}

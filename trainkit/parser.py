@@ -46,6 +46,8 @@ def one_line(message: str, known: list[str]) -> str:
     text = "; ".join(dict.fromkeys(_plain(line) for line in lines))
     if value:  # shown once, as the user wrote it; the other lines show it half parsed
         text = re.sub(r", got [^;]*", "", text) + f", got {value[1]}"
+    if single := re.search(r"expected (?:tuple|list), got ([-+\d.,; ()]+)$", text):
+        text += f"; write [{','.join(re.findall(r'[^,; ()]+', single[1]))}]"
     text = f"{key[1]}: {text}" if key else text
     return text.replace('"<unicode string>"', "the file") + _suggestion(message, known)
 

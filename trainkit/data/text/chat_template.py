@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainkit.data.text.formats import Chat, PlainText, PromptResponse, Row, TokenRow
-from trainkit.data.text.sources import RowError, lone_surrogate
-from trainkit.errors import UserError
+from trainkit.data.text.sources import RowError
+from trainkit.errors import UserError, lone_surrogate
 from trainkit.models.load import first_lines, read_config, read_tokenizer
 from trainkit.models.target import end_ids
 

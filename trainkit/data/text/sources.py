@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.data.manifest import distilled_files
-from trainkit.errors import UserError
+from trainkit.errors import UserError, lone_surrogate
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -146,8 +146,11 @@ def _json_list(path: Path) -> Iterator[LocatedRow]:
 def _csv_lines(path: Path) -> Iterator[LocatedRow]:
     """Rows of a CSV file with a header; all values are texts."""
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+    line = 0  # of the end of the last record
+    with path.open("rb") as stream:
+        # decoded line by line, so that an error of either kind is in the record that begins at the next line
+        lines = (text.decode("utf-8-sig" if n == 0 else "utf-8") for n, text in enumerate(stream))
+        reader = csv.reader(lines, strict=True)
         try:
             header, line = next(reader, []), reader.line_num
             for fields in reader:
@@ -159,7 +162,7 @@ def _csv_lines(path: Path) -> Iterator[LocatedRow]:
                     yield f"{path}:{start}", RowError(f"{counts}; put quotes around texts that hold a comma")
         except (csv.Error, UnicodeDecodeError) as error:
             reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not CSV: {error}"
-            raise UserError(f"{path}:{reader.line_num + 1}: {reason}; correct the file") from None
+            raise UserError(f"{path}:{line + 1}: {reason}; correct the file") from None
 
 
 def _check_row(row: Any, doubtful: bool) -> dict[str, Any] | RowError:
@@ -172,11 +175,6 @@ def _check_row(row: Any, doubtful: bool) -> dict[str, Any] | RowError:
     except UnicodeEncodeError as error:
         return RowError(lone_surrogate(error))
     return row
-
-
-def lone_surrogate(error: UnicodeEncodeError) -> str:
-    """Why a text cannot be encoded, for a message."""
-    return f"has a lone surrogate, {error.object[error.start]!a}, which is half of a character"
 
 
 _READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_list, ".csv": _csv_lines}
