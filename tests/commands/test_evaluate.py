@@ -238,6 +238,8 @@ def test_paired_difference_to_itself_is_zero(tiny_target, texts, bundles, capsys
         ("temperatures", "[]", "temperatures"),
         ("drafter", "[]", "drafter"),
         ("batch", "0", "batch"),
+        ("limit", "-1", "--limit: -1 must be at least 1"),
+        ("questions", "-1", "--questions: -1 must be at least 1"),
         ("length", "1024", "512 positions"),
         ("data", "none.jsonl", "none.jsonl"),
     ],

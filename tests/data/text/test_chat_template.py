@@ -240,7 +240,8 @@ def test_tool_calls_with_null_content_are_rendered(tokenizer: Any) -> None:
     """A turn of tool calls with null content is a turn with labels, its arguments an object."""
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is none %}"
-        "{{ m['tool_calls'][0].function.arguments | tojson }}{% else %}{{ m['content'] }}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        "{{ m['tool_calls'][0].function.arguments | tojson }}{% else %}{{ m['content'] }}{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
     turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
