@@ -407,7 +407,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "tokenizer beyond the vocabulary": (
         lambda it: it.fit(data__tokenizer=it.other, data__train=it.lines({"text": "<|reserved_4|>" * 9}, *ROWS)),
-        ("data.tokenizer", "320", "use its own tokenizer"),
+        ("rows.jsonl:1", "320", "use the model's own tokenizer"),
     ),
     "truncated target": (lambda it: it.generate(target=it.model(cut)), ("model/model.safetensors", "copy it again")),
     "truncated target in training": (lambda it: it.fit(model__target=it.model(cut)), ("model", "copy it again")),

@@ -143,6 +143,8 @@ def test_options_come_from_their_dataclass(capsys):
     for part in ("--plates PLATES", "Number of plates.", "--table {window,door}", "Names of the guests."):
         assert part in text
     assert "--options" not in text
+    assert "--guests GUESTS  " in text and "--guests+" not in text
+    assert "type: list[str] | null" in text and "type: 'window' or 'door'" in text
     given = cli.parse("serve", serve, ["soup", "--table", "door"])
     assert given == {"dish": "soup", "guests": None, "plates": 2, "toasts": (), "table": "door"}
     assert cli.main("serve soup --plates 3 --toasts a --guests b --toasts c".split()) == 0

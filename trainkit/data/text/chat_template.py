@@ -149,9 +149,10 @@ class Encoder:
             return templates or None
         name = "tool_use" if tools and "tool_use" in templates else "default"
         if templates and name not in templates:
+            names = ", ".join(sorted(templates))
             raise UserError(
-                f"tokenizer {self.tokenizer.name_or_path}: has the chat templates {', '.join(templates)}, but none is the "
-                "default; copy the one to use to its folder as chat_template.jinja"
+                f"tokenizer {self.tokenizer.name_or_path}: has the chat templates {names}, but none is the default; copy the one "
+                "to use to its folder as chat_template.jinja"
             )
         return templates.get(name)
 
@@ -203,7 +204,9 @@ class Encoder:
         """The ids; raises RowError if the model does not know one of them."""
         for token in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token < self.vocab_size:
-                raise RowError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+                larger = len(self.tokenizer) > self.vocab_size
+                fix = f"; the tokenizer has {len(self.tokenizer)}, use the model's own tokenizer" if larger else ""
+                raise RowError(f"token id {token} is outside the vocabulary of {self.vocab_size}{fix}")
         return ids
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
