@@ -151,8 +151,8 @@ class Encoder:
         if templates and name not in templates:
             names = ", ".join(sorted(templates))
             raise UserError(
-                f"tokenizer {self.tokenizer.name_or_path}: has the chat templates {names}, but none is the default; copy the one "
-                "to use to its folder as chat_template.jinja"
+                f"tokenizer {self.tokenizer.name_or_path}: has the chat templates {names}, but none is the default; copy "
+                "the one to use to its folder as chat_template.jinja"
             )
         return templates.get(name)
 
