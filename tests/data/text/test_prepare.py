@@ -253,17 +253,15 @@ def test_rows_of_a_prompt_are_held_out_together(
         documents = documents_of(prepare([path], None, tokenizer, 64, validation_share=0).train)
         given = [{"input_ids": ids.tolist(), "loss_mask": mask.astype(int).tolist()} for ids, mask in documents]
         path = rows_file(*given, name="tokens.jsonl")
+    other = rows_file(*({"question": f"What is {n}?", "answer": "Who knows."} for n in range(12)), name="other.jsonl")
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         prepared = prepare([path], None, tokenizer, 64, validation_share=0.2, seed=seed, cache_dir=cache)
         train, validation = ({*map(prompt_of, texts(part, tokenizer))} for part in (prepared.train, prepared.validation))
         assert (len(train), len(validation), prepared.report.validation.rows) == (8, 2, 8) and not train & validation
-        assert len(prepared.held_out) == 2
-    other = rows_file(*({"question": f"What is {n}?", "answer": "Who knows."} for n in range(12)), name="other.jsonl")
-    rest = prepare([other], None, tokenizer, 64, validation_share=0, exclude=prepared.held_out)  # pyright: ignore
-    assert {*map(prompt_of, texts(rest.train, tokenizer))} == {
-        f"<|bos|><|user|>What is {n}?<|end|>" for n in range(12)
-    } - validation  # pyright: ignore
-    assert "2 rows left out, their prompt is held out for validation" in str(rest.report)
+        rest = prepare([other], None, tokenizer, 64, validation_share=0, exclude=prepared.held_out, cache_dir=cache)
+        asked = {f"<|bos|><|user|>What is {n}?<|end|>" for n in range(12)}
+        assert {*map(prompt_of, texts(rest.train, tokenizer))} == asked - validation
+        assert "2 rows left out, their prompt is held out for validation" in str(rest.report)
 
 
 def test_rows_of_one_prompt_are_held_out_one_by_one(rows_file: Callable[..., str], tokenizer: Any, seed: int) -> None:
