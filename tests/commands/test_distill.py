@@ -236,7 +236,8 @@ def test_dashes_and_underscores_are_accepted():
 def served_target(tiny_target: Path, tmp_path: Path) -> Path:
     """A folder with the config and the fake server's tokenizer, and no weights."""
     folder = shutil.copytree(TOKENIZER, tmp_path / "served")
-    shutil.copy(tiny_target / "config.json", folder)
+    config = json.loads((tiny_target / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1024}))
     return folder
 
 

@@ -83,6 +83,7 @@ def evaluate(
     read_config(target)  # otherwise a missing folder's name would be looked up on the hub as a tokenizer
     tokenizer = load_tokenizer(target)
     prepared = prepare([data], None, tokenizer, length, columns=columns, validation_share=0.0, limit=limit)
+    prepared.report.warn()
     teacher = FrozenTarget(target).to(torch_device)
     if length > (covered := teacher.shape().decoder.max_positions):
         raise UserError(f"--length: {length}, but the target covers {covered} positions")

@@ -125,6 +125,8 @@ def features(
         "versions": {"trainkit": __version__, "torch": torch.__version__},
     }
     job = SetJob.from_environment(out, provenance)
+    if job.progress:
+        prepared.report.warn()
     stats = write_features(job, layout, sets, LiveTeacher(model.to(on), top_k=top_k), batch)
     return stats.summary(job, len(layout.shards()), "shards", f"{stats.bytes / 1e9:.2f} GB, ")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -71,31 +72,31 @@ class SetReport:
         self.packed_rows, self.length = len(packed), packed.length
         self.efficiency = self.tokens / max(1, self.packed_rows * self.length)
 
-    def __str__(self) -> str:
-        origin = "held out of train" if self.held_out else "read"
-        lines = [
-            f"{self.name}: {self.rows:,} rows {origin}, {self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{self.counted:,} labels; {self.packed_rows:,} packed rows of {self.length}, {self.efficiency:.1%} full"
-        ]
+    @property
+    def notes(self) -> list[str]:
+        """A line for each way in which rows, columns or files were not used as they are."""
         counts = [
             (self.truncated, f"truncated to {self.length} tokens"),
             (self.too_long, f"left out, longer than {self.length} tokens"),
             (self.cut, f"plain texts cut into pieces of {self.length}"),
             (self.unlabelled, "left out, no token is a label"),
             (self.excluded, "rows left out, their prompt is held out for validation"),
-            (
-                self.unended,
-                "assistant turns without an end token as label; the chat template must write one in its generation span",
-            ),
+            (self.unended, "assistant turns without an end token as label; write one in the chat template's generation span"),
         ]
         for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1]):
             counts.append((count, f"skipped: {reason} (first: {self.examples[reason]})"))
-        lines += [f"  {count:,} {effect}" for count, effect in counts if count]
+        notes = [f"{count:,} {effect}" for count, effect in counts if count]
         if self.unused:
-            lines.append("  columns not read: " + ", ".join(f"{key} ({count:,})" for key, count in sorted(self.unused.items())))
-        if self.left_out:
-            lines.append(f"  files not read: {', '.join(self.left_out)}")
-        return "\n".join(lines)
+            notes.append("columns not read: " + ", ".join(f"{key} ({count:,})" for key, count in sorted(self.unused.items())))
+        return notes + ([f"files not read: {', '.join(self.left_out)}"] if self.left_out else [])
+
+    def __str__(self) -> str:
+        origin = "held out of train" if self.held_out else "read"
+        line = (
+            f"{self.name}: {self.rows:,} rows {origin}, {self.documents:,} documents, {self.tokens:,} tokens, "
+            f"{self.counted:,} labels; {self.packed_rows:,} packed rows of {self.length}, {self.efficiency:.1%} full"
+        )
+        return "\n  ".join([line, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,9 @@ class Report:
 
     def __str__(self) -> str:
         return f"{self.train}\n{self.validation}"
+
+    def warn(self) -> None:
+        """Prints the notes of both sets to standard error, for commands whose output is something else."""
+        for report in (self.train, self.validation):
+            for note in report.notes:
+                print(f"{report.name}: {note}", file=sys.stderr)
