@@ -248,6 +248,56 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "broken JSON in prompts": (lambda it: it.bench(prompts=it.lines(*ROWS[:2], "{"), limit=9), ("rows.jsonl:3", "fix")),
     "row of unknown shape": (lambda it: it.eval(data=it.lines(ROWS[0], {"q": 1})), ("rows.jsonl:2", "'q'", "column mapping")),
     "prompt of unknown shape": (lambda it: it.distill(prompts=it.lines({"q": 1})), ("rows.jsonl:1", "'q'", "column mapping")),
+    "id of a validation row outside the vocabulary": (
+        lambda it: it.fit(data__validation=it.lines(ROWS[0], {"input_ids": [1, 320], "loss_mask": [0, 1]})),
+        ("rows.jsonl:2", "token id 320 is outside the vocabulary of 320", "fix this row"),
+    ),
+    "id outside the vocabulary by another tokenizer": (
+        lambda it: it.fit(data__tokenizer=it.other, data__validation=it.lines({"input_ids": [1, 399], "loss_mask": [0, 1]})),
+        ("rows.jsonl:1", "token id 399 is outside the vocabulary of 320", "fix this row"),
+    ),
+    "blank validation file": (
+        lambda it: it.fit(data__validation=it.lines("", " ")),
+        ("rows.jsonl", "validation: no usable row", "give rows"),
+    ),
+    "half of a character in training rows": (
+        lambda it: it.fit(data__train=it.lines('{"text": "bad \\ud83d emoji"}')),
+        ("rows.jsonl:1", "lone surrogate", "on_bad_row"),
+    ),
+    "half of a character in prompts": (
+        lambda it: it.distill(prompts=it.lines('{"prompt": "bad \\ud83d emoji"}')),
+        ("rows.jsonl:1", "lone surrogate", "fix"),
+    ),
+    "half of a character in a prompt": (lambda it: it.generate(prompt="bad \udcff"), ("prompt", "lone surrogate", "UTF-8")),
+    "half of a character in a raw prompt": (
+        lambda it: it.generate(prompt="bad \udcff", raw="true"),
+        ("prompt", "lone surrogate", "UTF-8"),
+    ),
+    "half of a character in a stop string": (lambda it: it.generate(stop="\udcff"), ("--stop", "lone surrogate", "UTF-8")),
+    "chat templates without a default": (
+        lambda it: it.fit(data__tokenizer=it.model(name_templates)),
+        ("model: has the chat templates rag, tool_use", "chat_template.jinja"),
+    ),
+    "rows that hold an image": (
+        lambda it: it.eval(data=it.lines({"messages": [{"role": "user", "content": [{"type": "image"}]}]})),
+        ("rows.jsonl:1", "messages[0].content[0] is of type 'image'", "only parts of type 'text'"),
+    ),
+    "folder without data": (lambda it: it.eval(data=occupied(it)), ("occupied: holds no data file", "give a folder with")),
+    "temperatures without brackets": (lambda it: it.distill(temperatures="0,1"), ("temperatures", "0,1", "write [0,1]")),
+    **{
+        f"negative limit of {name}": (
+            lambda it, name=name: getattr(it, name)(**{"data__limit" if name == "fit" else "limit": -1}),
+            ("limit", "-1", "at least 1"),
+        )
+        for name in ("fit", "distill", "bench", "eval", "trim")
+    },
+    "no prompts to mix": (
+        lambda it: it.fit(
+            it.recipe(data={"class_path": "MixtureData", "init_args": {"weights": {"draft": 1.0}}}),
+            **{"data.prompts": it.rows, "data.validation": it.rows, "data.limit_prompts": 0},
+        ),
+        ("data.limit_prompts", "0", "at least 1"),
+    ),
     "empty training file": (lambda it: it.fit(data__train=it.lines(name="empty.jsonl")), ("empty.jsonl", "give")),
     "only blank prompts": (lambda it: it.distill(prompts=it.lines("", "  ", "")), ("rows.jsonl", "no prompts", "use a file")),
     "only blank rows": (lambda it: it.trim(text=it.lines("", " \t", "")), ("rows.jsonl", "no usable row", "give")),
@@ -357,7 +407,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "tokenizer beyond the vocabulary": (
         lambda it: it.fit(data__tokenizer=it.other, data__train=it.lines({"text": "<|reserved_4|>" * 9}, *ROWS)),
-        ("data.tokenizer", "320", "use its own tokenizer"),
+        ("rows.jsonl:1", "320", "use the model's own tokenizer"),
     ),
     "truncated target": (lambda it: it.generate(target=it.model(cut)), ("model/model.safetensors", "copy it again")),
     "truncated target in training": (lambda it: it.fit(model__target=it.model(cut)), ("model", "copy it again")),
@@ -543,6 +593,13 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     ),
     "no folder for a result": (lambda it: it.eval(json=it.folder / "no" / "eval.json"), ("no/eval.json", "make")),
 }
+
+
+def name_templates(folder: Path) -> None:
+    """Replaces the chat template by two with names."""
+    (folder / "additional_chat_templates").mkdir()
+    template = (folder / "chat_template.jinja").rename(folder / "additional_chat_templates" / "rag.jinja")
+    shutil.copy(template, template.with_stem("tool_use"))
 
 
 def torchrun(it: Inputs) -> None:

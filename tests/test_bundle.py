@@ -89,10 +89,13 @@ def test_unsafe_file_types_are_not_written(tmp_path, name):
     assert not (tmp_path / "b").exists()
 
 
-def test_nan_metrics_stop_before_writing(tmp_path):
-    """Metrics of NaN stop before anything is written."""
-    with pytest.raises(ValueError, match="metrics"):
-        make(tmp_path / "b", metrics={"tau": float("nan")})
+def test_nan_metrics_are_null_but_a_nan_setting_stops(tmp_path):
+    """Metrics of NaN are written as null; a setting of NaN stops before anything is written."""
+    make(tmp_path / "a", metrics={"tau": float("nan"), "alpha": 0.5})
+    assert bundle.read(tmp_path / "a").metrics == {"tau": None, "alpha": 0.5}
+    assert "tau" in describe(bundle.read(tmp_path / "a"))
+    with pytest.raises(ValueError, match="runner"):
+        make(tmp_path / "b", runner={"threshold": float("nan")})
     assert not (tmp_path / "b").exists()
 
 

@@ -143,6 +143,8 @@ def test_options_come_from_their_dataclass(capsys):
     for part in ("--plates PLATES", "Number of plates.", "--table {window,door}", "Names of the guests."):
         assert part in text
     assert "--options" not in text
+    assert "--guests GUESTS  " in text and "--guests+" not in text
+    assert "type: list[str] | null" in text and "type: 'window' or 'door'" in text
     given = cli.parse("serve", serve, ["soup", "--table", "door"])
     assert given == {"dish": "soup", "guests": None, "plates": 2, "toasts": (), "table": "door"}
     assert cli.main("serve soup --plates 3 --toasts a --guests b --toasts c".split()) == 0
@@ -171,12 +173,21 @@ def test_only_a_json_list_is_a_list_of_strings(text, value):
     assert cli.parse("serve", serve, ["soup", f"--toasts={text}", "--toasts=x"])["toasts"] == (text, "x")
 
 
+@pytest.mark.parametrize("text", ["a\udcff", '["\\ud83d"]'])
+def test_text_that_is_not_unicode_is_one_line(text, capsys):
+    """A string flag with a lone surrogate, from bytes that are not UTF-8 or from JSON, gives one line."""
+    assert cli.main(["serve", "soup", "--toasts", text]) == 2
+    assert capsys.readouterr().err.startswith("trainkit: error: --toasts: has a lone surrogate, ")
+
+
 # Each row: a wrong command line, and text that its one line must contain.
 MISTAKES = {
     "cook soup 3 --target x --temperatrues [0]": ["--temperatrues", "did you mean --temperatures?"],
     "cook soup 3 --target x --depth deep": ["depth", "int", "got deep"],
     "cook soup 3 --target x --verify sloppy": ["verify", "coupled", "got sloppy"],
     "cook soup 3 --target x --temperatures [0,hot]": ["temperatures", "float", "hot"],
+    "cook soup 3 --target x --temperatures 0,0.7": ["temperatures", "expected list, got 0,0.7; write [0,0.7]"],
+    "cook soup 3 --target x --temperatures 1": ["temperatures", "write [1]"],
     "cook soup 3": ["required", "target"],
     "cook soup --target x": ["required", "plates"],
     "cook soup 3 4 --target x": ["unrecognized arguments: 4", "--help"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -155,3 +156,18 @@ def test_digests_of_concurrent_writers_agree(large):
     printed = {line for process in running for line in process.communicate()[0].split()}
     assert printed == {hashlib.sha256(b"abc").hexdigest()} and all(process.returncode == 0 for process in running)
     assert large.digest() in printed and large.read == 0
+
+
+def test_full_disk_leaves_the_old_json(tmp_path, monkeypatch):
+    """Without space for a JSON file, the error is one line, and the old file stays as it was."""
+
+    def full(self: Path, *_: object, **__: object) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    write_json(tmp_path / "a.json", {"x": 1})
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="a.json: cannot be written .No space left on device.; free space there") as caught:
+        write_json(tmp_path / "a.json", {"x": 2})
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}

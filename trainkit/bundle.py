@@ -19,7 +19,7 @@ from typing import Any
 
 from trainkit import __version__
 from trainkit.errors import UserError
-from trainkit.files import file_digest, tidy, write_folder, write_text
+from trainkit.files import file_digest, finite, tidy, write_folder, write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "trainkit.json"
@@ -160,6 +160,7 @@ def _write(bundle: Bundle, fill: Callable[[Path], Mapping[str, str]]) -> Bundle:
 
 def _to_json(bundle: Bundle) -> str:
     values = {item.name: getattr(bundle, item.name) for item in fields(bundle) if item.name != "path"}
+    values["metrics"] = finite(values["metrics"])  # a run may have measured NaN
     for name, value in values.items():
         try:
             json.dumps(value, allow_nan=False)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainkit import __version__
-from trainkit.errors import REMEDIES, UserError
+from trainkit.errors import REMEDIES, UserError, check_unicode
 
 TRAINING = {
     "fit": "train by a recipe: trainkit fit --config recipes/X.yaml",
@@ -139,16 +139,19 @@ def _gather(arguments: list[str], lists: set[str]) -> list[str]:
         else:
             gathered.setdefault(name, []).append(text)
     for name, texts in gathered.items():
-        single = len(texts) == 1 and (texts[0] == "null" or _is_json_list(texts[0]))
-        others.append(f"{name}={texts[0] if single else json.dumps(texts, ensure_ascii=False)}")
+        given = _json_list(texts[0]) if len(texts) == 1 else None
+        text = "null" if texts == ["null"] else json.dumps(texts if given is None else given, ensure_ascii=False)
+        others.append(f"{name}={check_unicode(name, text)}")
     return others
 
 
-def _is_json_list(text: str) -> bool:
+def _json_list(text: str) -> list[Any] | None:
+    """The list that a JSON text holds; None for any other text."""
     try:
-        return isinstance(json.loads(text), list)
+        value = json.loads(text)
     except ValueError:
-        return False
+        return None
+    return value if isinstance(value, list) else None
 
 
 def _overview() -> str:

@@ -28,3 +28,17 @@ class UserError(ValueError):
 
     The command line prints only that line and exits with code 2; in Python it is an ordinary ValueError.
     """
+
+
+def lone_surrogate(error: UnicodeEncodeError) -> str:
+    """Why a text is not valid Unicode, for a message; such a text comes from JSON, or from a command line that is not UTF-8."""
+    return f"has a lone surrogate, {error.object[error.start]!a}, which is no character"
+
+
+def check_unicode(name: str, text: str) -> str:
+    """The text; raises UserError if it is not valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: {lone_surrogate(error)}; give text in UTF-8") from None
+    return text

@@ -30,7 +30,21 @@ class OneLine:
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-    """Keeps the line breaks of examples in the help."""
+    """Keeps the line breaks of examples in the help, and shows types and flags as users write them."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = action.option_strings
+        action.option_strings = [flag for flag in flags if not flag.endswith("+")]  # --data+ is jsonargparse's own
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = flags
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = re.sub(r"<class '(\w+)'>", r"\1", super()._expand_help(action))
+        text = re.sub(r"type: Optional\[(.*)\](?=, default)", r"type: \1 | null", text)
+        text = re.sub(r"type: Union\[(.*)\](?=, default)", lambda match: f"type: {match[1].replace(', ', ' | ')}", text)
+        return re.sub(r"type: Literal\[(.*)\]", lambda match: f"type: {match[1].replace(', ', ' or ')}", text)
 
 
 class Parser(OneLine, jsonargparse.ArgumentParser):
@@ -46,6 +60,8 @@ def one_line(message: str, known: list[str]) -> str:
     text = "; ".join(dict.fromkeys(_plain(line) for line in lines))
     if value:  # shown once, as the user wrote it; the other lines show it half parsed
         text = re.sub(r", got [^;]*", "", text) + f", got {value[1]}"
+    if single := re.search(r"expected (?:tuple|list), got ([-+\d.,; ()]+)$", text):
+        text += f"; write [{','.join(re.findall(r'[^,; ()]+', single[1]))}]"
     text = f"{key[1]}: {text}" if key else text
     return text.replace('"<unicode string>"', "the file") + _suggestion(message, known)
 

@@ -172,6 +172,8 @@ MISTAKES = {
     ("--temperatures=[1,1]",): "has a value twice",
     ("--temperatures=[-1]",): "temperature -1.0",
     ("--depth=0",): "--depth: 0 must be at least 1",
+    ("--limit=-1",): "--limit: -1 must be at least 1",
+    ("--batch=0",): "--batch: 0 must be at least 1",
     ("--max_new_tokens=0",): "--max_new_tokens: 0 must be at least 1",
     ("--part_prompts=0",): "--part_prompts: 0 must be at least 1",
     ("--dtype=float16",): "float16",
@@ -202,3 +204,12 @@ def test_drafter_of_another_target_is_refused(given, tmp_path, capsys):
     other = make_target(tmp_path / "other", vocab_size=400)
     assert command({**given, "target": other}, tmp_path / "set") == 2
     assert "vocab_size 400 does not fit" in capsys.readouterr().err
+
+
+def test_equal_prompts_are_one_prompt(seed):
+    """Records of equal prompts have the index of the first one, so that they are held out together."""
+    runner, prompts = pair(noise=0.05), ragged_prompts(3)
+    records = recorder_of(runner, [prompts[0], prompts[1], prompts[0], prompts[2], prompts[1]], "coupled")(
+        range(5), 1.0, [].append
+    )
+    assert records["prompt"].unique().tolist() == [0, 1, 3]

@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import fake_server
+from tests.support import fake_server, training
 from tests.support.processes import ended, files_of, fork, rows_in, wait_until
+from tests.support.targets import make_target, make_tokenizer
 from trainkit.cli import main, parse
 from trainkit.commands.distill import distill
 from trainkit.data.openai_client import request_seed
+from trainkit.data.text.prepare import prepare
 from trainkit.drafters.lm import LMDraft
 from trainkit.export.drafter import export_drafter
+from trainkit.models.load import read_tokenizer
 from trainkit.models.target import target_shape
 
 TOKENIZER = Path(__file__).parents[2] / "data" / "tiny" / "tokenizer"
@@ -193,6 +196,7 @@ def test_resume_with_other_setting_gives_one_line(key, command, straight, tiny_t
         ("top_p", 1.5),
         ("top_k", -1),
         ("n", 0),
+        ("limit", -1),
         ("part_rows", 0),
         ("temperatures", "[-1]"),
         ("temperatures", "[0,0]"),
@@ -232,7 +236,8 @@ def test_dashes_and_underscores_are_accepted():
 def served_target(tiny_target: Path, tmp_path: Path) -> Path:
     """A folder with the config and the fake server's tokenizer, and no weights."""
     folder = shutil.copytree(TOKENIZER, tmp_path / "served")
-    shutil.copy(tiny_target / "config.json", folder)
+    config = json.loads((tiny_target / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1024}))
     return folder
 
 
@@ -282,3 +287,58 @@ def test_failed_server_gives_one_line_and_keeps_rows(command, served_target, tmp
         assert command(tmp_path / "set", **options) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert "status 400" in line and rows_in(tmp_path / "set") >= 4
+
+
+def test_padded_vocabulary_works_in_every_command(tmp_path, capsys, seed):
+    """Ids beyond the tokenizer's, which a model with a padded vocabulary samples, are read by every command."""
+    target = make_target(tmp_path / "target", num_hidden_layers=2, vocab_size=384, seed=seed)
+    make_tokenizer(300).save_pretrained(target)
+    draft, rows, data = tmp_path / "draft", tmp_path / "rows.jsonl", str(tmp_path / "set")
+    network = LMDraft(target_shape(target), num_layers=1)
+    network.initialise(target)
+    export_drafter(network, draft, tokenizer=str(target))
+    rows.write_text("".join(json.dumps({"prompt": f"How many, {n}?"}) + "\n" for n in range(6)))
+    common = ["--target", str(target)]
+    flags = ["--prompts", str(rows), "--out", data, "--temperatures=[1]", "--n=2", "--max_new_tokens=20"]
+    assert main(["distill", *common, *flags]) == 0
+    ids = [token for row in rows_of(files_of(Path(data))) for token in row["input_ids"]]
+    assert max(ids) >= 300
+    assert main(["features", *common, "--data", data, "--out", str(tmp_path / "features"), "--length=64"]) == 0
+    assert main(["eval", *common, "--data", data, "--drafter", str(draft), "--length=64", "--prompts", data]) == 0
+    acceptance = [str(draft), "--prompts", data, "--out", str(tmp_path / "acceptance"), "--max_new_tokens=4"]
+    assert main(["acceptance", *common, *acceptance]) == 0
+    assert main(["vocab", str(tmp_path / "ids.json"), *common, "--text", data, "--keep=0.5"]) == 0
+    assert main(["trim", str(draft), str(tmp_path / "trimmed"), *common, "--text", data, "--keep=0.5"]) == 0
+    training.fit(training.draft_module(target), training.text_data(Path(data), tmp_path, length=64), tmp_path, steps=1)
+    # An id that the model does not have is a bad row in each of them.
+    rows.write_text(json.dumps({"input_ids": [1, 384, 5], "loss_mask": [0, 0, 1]}) + "\n")
+    capsys.readouterr()
+    for arguments in (
+        ["distill", *common, "--prompts", str(rows), "--out", str(tmp_path / "x")],
+        ["features", *common, "--data", str(rows), "--out", str(tmp_path / "x")],
+        ["eval", *common, "--data", str(rows), "--drafter", str(draft)],
+        ["acceptance", str(draft), *common, "--prompts", str(rows), "--out", str(tmp_path / "x")],
+        ["vocab", str(tmp_path / "x"), *common, "--text", str(rows)],
+        ["trim", str(draft), str(tmp_path / "x"), *common, "--text", str(rows)],
+    ):
+        assert main(arguments) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{rows}:1: token id 384 is outside the vocabulary of 384" in line, arguments
+    assert not (tmp_path / "x").exists()
+
+
+def test_tools_of_a_prompt_are_in_its_distilled_row(tmp_path, seed):
+    """Tools are rendered into the prompt, and the row has them for other programs; its columns are no unread ones."""
+    target = make_target(tmp_path / "target", num_hidden_layers=1, seed=seed)
+    template = target / "chat_template.jinja"
+    template.write_text("{%- if tools %}{{ tools[0]['function']['name'] }}{%- endif %}" + template.read_text())
+    rows, tools = tmp_path / "rows.jsonl", [{"type": "function", "function": {"name": "add"}}]
+    rows.write_text("".join(json.dumps({"prompt": "2 + 2?"} | more) + "\n" for more in ({"tools": tools}, {})))
+    out = tmp_path / "set"
+    flags = [f"--target={target}", f"--prompts={rows}", f"--out={out}", "--temperatures=[0]", "--max_new_tokens=3"]
+    assert main(["distill", *flags]) == 0
+    first, second = rows_of(files_of(out))
+    decode = read_tokenizer(target).decode
+    assert decode(first["input_ids"]).startswith("add<|user|>2 + 2?") and first["tools"] == tools
+    assert decode(second["input_ids"]).startswith("<|user|>2 + 2?") and "tools" not in second
+    assert "columns not read" not in str(prepare([str(out)], None, str(target), 64, validation_share=0).report)

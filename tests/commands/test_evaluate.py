@@ -231,6 +231,19 @@ def test_paired_difference_to_itself_is_zero(tiny_target, texts, bundles, capsys
     assert same.splitlines()[-1].count("+0.0000 [+0.0000, +0.0000]") == 2
 
 
+def test_what_became_of_the_rows_is_on_stderr(tiny_target, bundles, tmp_path, capsys):
+    """Truncated rows, columns and files that were not read are named on standard error, also by vocab."""
+    row = {"prompt": "How many?", "response": "In May she sold 3 clips. " * 9, "id": 3}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "README.md").write_text("two answers")
+    common = [f"--target={tiny_target}"]
+    assert main(["eval", *common, f"--data={tmp_path}", f"--drafter={bundles[0]}", "--length=32"]) == 0
+    noted = ["train: columns not read: id (1)", "train: files not read: README.md"]
+    assert capsys.readouterr().err.splitlines()[-3:] == ["train: 1 truncated to 32 tokens", *noted]
+    assert main(["vocab", str(tmp_path / "ids.json"), *common, f"--text={tmp_path / 'rows.jsonl'}"]) == 0
+    assert noted[0] in capsys.readouterr().err.splitlines()
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
@@ -238,6 +251,8 @@ def test_paired_difference_to_itself_is_zero(tiny_target, texts, bundles, capsys
         ("temperatures", "[]", "temperatures"),
         ("drafter", "[]", "drafter"),
         ("batch", "0", "batch"),
+        ("limit", "-1", "--limit: -1 must be at least 1"),
+        ("questions", "-1", "--questions: -1 must be at least 1"),
         ("length", "1024", "512 positions"),
         ("data", "none.jsonl", "none.jsonl"),
     ],

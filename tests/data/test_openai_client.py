@@ -102,6 +102,28 @@ def test_text_is_encoded_if_server_gives_no_ids(refuse: bool, ask: Any, tokenize
     assert with_ids == (1 if refuse else 12), "refused once, then no longer requested"
 
 
+@pytest.mark.parametrize("give_ids", [True, False])
+def test_what_ended_a_text_is_what_the_server_says(give_ids: bool, ask: Any, tokenizer: Any, end_id: int) -> None:
+    """The end token is the one that the server names, else the chat template's; a stop string is none."""
+    other, text = tokenizer.convert_tokens_to_ids("<|bos|>"), "the box"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for said, end, finish in (
+        ({"matched_stop": other}, [other], "end"),
+        ({"matched_stop": 9}, [9], "end"),
+        ({"stop_reason": other}, [other], "end"),
+        ({"stop_reason": None}, [end_id], "end"),  # vLLM: the end token of the tokenizer
+        ({"matched_stop": "<|bos|>"}, [other], "end"),
+        ({"matched_stop": "Question:"}, [], "stop"),
+        ({"stop_reason": "Question:"}, [], "stop"),
+        ({}, [other], "end"),
+        ({"matched_stop": None}, [other], "end"),
+        ({"matched_stop": None, "finish_reason": "length"}, [], "length"),
+    ):
+        choice = {"text": text, "finish_reason": "stop"} | ({"token_ids": ids} if give_ids else {}) | said
+        answer = ask("http://127.0.0.1:1/v1", end_ids=[other], end_id=other)._completion(0, choice)
+        assert (answer.tokens, answer.finish) == (ids + end, finish), said
+
+
 def test_other_end_token_is_not_followed_by_eos(ask: Any, end_id: int) -> None:
     """A reply that ends in another end token gets no second one."""
     for patch, tokens in (
@@ -239,7 +261,7 @@ def test_persistent_fault_ends_after_all_attempts(always: str, ask: Any) -> None
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("patch", [{"finish_reason": "abort"}, {"text": None}, {"token_ids": ["a"]}])
+@pytest.mark.parametrize("patch", [{"finish_reason": "abort"}, {"text": None}, {"token_ids": ["a"]}, {"matched_stop": [1]}])
 def test_malformed_reply_is_not_accepted(patch: dict[str, Any], ask: Any) -> None:
     """A malformed reply is not accepted."""
     with (

@@ -166,3 +166,28 @@ def test_loader_length_is_one_chapter(tiny_target, chats, tmp_path):
     trainer = fit(draft_module(tiny_target), mixture_data(chats, tmp_path, {"target": 1.0}), tmp_path, steps=2)
     loader = trainer.train_dataloader
     assert isinstance(loader, MixedLoader) and len(loader) == 2
+
+
+def test_held_out_prompts_are_in_no_source(tiny_target, tmp_path):
+    """Prompts held out of the first source are in no other source, and none of the prompts to answer."""
+    questions = [f"How many clips, {n}?" for n in range(20)]
+    write = lambda name, rows: (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write("target.jsonl", [{"prompt": q, "response": f"{k} clips."} for q in questions for k in range(3)])
+    write("corpus.jsonl", [{"question": q, "answer": "Many."} for q in questions])
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("target", "corpus")}
+    data = mixture_data(
+        tmp_path / "corpus.jsonl", tmp_path, {"corpus": 1.0, "target": 1.0, "draft": 1.0}, **files, validation_share=0.2
+    )
+    data.validation = None
+    data.connect(draft_module(tiny_target))
+    data.prepare_data()
+    data.setup("fit")
+
+    def prompts_of(packed) -> set[tuple[int, ...]]:
+        found = documents(packed.batch(range(len(packed)), len(packed)))
+        return {tuple(prompt) for prompt, _ in found}
+
+    held_out = prompts_of(data.rows[1])
+    assert len(held_out) == 4 and [len(prompts_of(packed)) for packed in data.training_sets] == [16, 16]
+    others = [*map(prompts_of, data.training_sets), set(map(tuple, data._prompts))]
+    assert len(others[2]) == 16 and not any(held_out & other for other in others)

@@ -60,7 +60,7 @@ def acceptance(
         drafter: Bundle of the drafter whose proposals are recorded.
         target: Hugging Face folder of the target.
         prompts: File, folder or hub name of rows with prompts: chats (up to their last user turn), `prompt`, `question`,
-            `turns` or `text`.
+            the first of `turns`, or `text`, which is raw: no chat template and no BOS token is added.
         out: Folder of the set; pass it to training as `data.train`.
         temperatures: Sampling temperatures, all of which are used for each prompt.
         verify: Verification that the predictor will be used with.
@@ -77,7 +77,7 @@ def acceptance(
     """
     # Check every option before the folder is created, since a set is continued only with the options that started it.
     check_sampling(temperatures)
-    check_positive(depth=depth, max_new_tokens=max_new_tokens, part_prompts=part_prompts)
+    check_positive(depth=depth, max_new_tokens=max_new_tokens, part_prompts=part_prompts, batch=batch, limit=limit)
     quiet_libraries()
     read_config(target)  # first, since a missing folder would be taken for a tokenizer's name on the hub
     # Read the prompts, and load target and drafter.
@@ -115,9 +115,10 @@ def recording(runner: Runner, prompts: Sequence[Sequence[int]], dtype: torch.dty
         **settings: `verify`, `depth`, `max_new_tokens` and `seed` of `Runner.generate_each`. The random draws of a prompt
             depend only on its index and `seed`.
     """
+    first = {tuple(prompt): number for number, prompt in reversed(list(enumerate(prompts)))}  # equal prompts are one prompt
 
     def record(numbers: Sequence[int], temperature: float, on_text: Callable[[int], None]) -> dict[str, Tensor]:
-        prompt_of_key = {request_keys(settings["seed"], number, 0): number for number in numbers}
+        prompt_of_key = {request_keys(settings["seed"], number, 0): first[tuple(prompts[number])] for number in numbers}
         assert len(prompt_of_key) == len(numbers)
         soft, rounds = settings["verify"] == "residual" and temperature > 0, []
         # Decode; sorted, so that rows decoded side by side have prompts of similar length.

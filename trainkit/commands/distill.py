@@ -11,7 +11,7 @@ from trainkit import __version__, bundle
 from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.distilled import Complete, DistilledLayout, PlannedRow, write_distilled
 from trainkit.data.sets.writer import SetJob, check_positive, local_device, quiet_libraries
-from trainkit.data.text.chat_template import load_tokenizer, vocabulary_hash
+from trainkit.data.text.chat_template import Encoder, load_tokenizer, vocabulary_hash
 from trainkit.data.text.prompts import Completion, Prompt, read_prompt_rows
 from trainkit.data.text.sources import content_hash
 from trainkit.errors import UserError
@@ -57,7 +57,7 @@ def distill(
     Args:
         target: Hugging Face folder of the target; with --base-url, only its tokenizer and config are read.
         prompts: File, folder or hub name of rows with prompts: chats (up to their last user turn), `prompt`, `question`,
-            `turns` or `text`.
+            the first of `turns`, or `text`, which is raw: no chat template and no BOS token is added.
         out: Folder of the set; pass it to training as `data.train`.
         temperatures: Sampling temperatures, all of which are used for each prompt; 0 takes the most probable tokens.
         n: Completions for each prompt and temperature.
@@ -81,14 +81,14 @@ def distill(
     """
     # Check every option before the folder is created, since a set is continued only with the options that started it.
     check_sampling(temperatures, top_k, top_p)
-    check_positive(n=n, part_rows=part_rows, max_new_tokens=max_new_tokens, concurrency=concurrency)
+    check_positive(n=n, part_rows=part_rows, max_new_tokens=max_new_tokens, concurrency=concurrency, batch=batch, limit=limit)
     if base_url is not None and (drafter is not None or depth is not None):
         raise UserError("--drafter and --depth: only for decoding on this machine; leave them out with --base-url")
     quiet_libraries()
     read_config(target)  # first, since a missing folder would be taken for a tokenizer's name on the hub
     # Read the prompts.
-    tokenizer = load_tokenizer(target)
-    rows = read_prompt_rows(prompts, tokenizer, limit, columns)
+    encoder = Encoder(load_tokenizer(target))
+    rows = read_prompt_rows(prompts, encoder, limit, columns)
     layout = DistilledLayout(len(rows), tuple(temperatures), n, part_rows)
     sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k, "seed": seed}
     # Load the target, or connect to the server.
@@ -98,11 +98,11 @@ def distill(
         complete = _local(runner, rows, sampling, depth)
         source: dict[str, Any] = {"dtype": dtype, "weights": weights_digest(target)}
     else:
-        complete, source = _remote(base_url, model, tokenizer, rows, sampling, concurrency)
+        complete, source = _remote(base_url, model, encoder, rows, sampling, concurrency)
     # Write the set.
     provenance = {
         "target": bundle.fingerprint(target),
-        "vocabulary": vocabulary_hash(tokenizer),
+        "vocabulary": vocabulary_hash(encoder.tokenizer),
         **sampling,
         **source,
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
@@ -151,11 +151,13 @@ def _local(runner: Runner, prompts: Sequence[Prompt], sampling: dict[str, Any], 
 
 
 def _remote(
-    base_url: str, model: str | None, tokenizer: Any, prompts: Sequence[Prompt], sampling: dict[str, Any], concurrency: int
+    base_url: str, model: str | None, encoder: Encoder, prompts: Sequence[Prompt], sampling: dict[str, Any], concurrency: int
 ) -> tuple[Complete, dict[str, Any]]:
     from trainkit.data.openai_client import CompletionClient
 
-    client = CompletionClient(base_url, model, tokenizer=tokenizer, concurrency=concurrency)
+    end_id = None if all(prompt.text for prompt in prompts) else encoder.turn_end_id  # raw text ends with the tokenizer's
+    ends: dict[str, Any] = {"end_ids": encoder.end_ids, "end_id": end_id}
+    client = CompletionClient(base_url, model, tokenizer=encoder.tokenizer, **ends, concurrency=concurrency)
 
     def complete(rows: Sequence[PlannedRow], temperature: float) -> Iterator[Completion]:
         before = client.encoded

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainkit.data.sets.writer import check_positive
 from trainkit.data.teacher.live import LiveTeacher
 from trainkit.data.text.chat_template import load_tokenizer
 from trainkit.data.text.prepare import prepare
@@ -72,9 +73,9 @@ def evaluate(
     # check the arguments
     if not temperatures or not drafter:
         raise UserError("--temperatures and --drafter: give at least one temperature and one drafter")
-    for name, value, minimum in (("temperatures", min(temperatures), 0), ("batch", batch, 1), ("depth", depth, 1)):
-        if value < minimum:
-            raise UserError(f"--{name}: {value} must be at least {minimum}")
+    check_positive(batch=batch, depth=depth, limit=limit, questions=questions, max_new_tokens=max_new_tokens)
+    if min(temperatures) < 0:
+        raise UserError(f"--temperatures: {min(temperatures)} must be at least 0")
     if json is not None and not Path(json).resolve().parent.is_dir():
         raise UserError(f"--json {json}: its folder does not exist; make it first")
     # load texts, target and drafters
@@ -82,6 +83,7 @@ def evaluate(
     read_config(target)  # otherwise a missing folder's name would be looked up on the hub as a tokenizer
     tokenizer = load_tokenizer(target)
     prepared = prepare([data], None, tokenizer, length, columns=columns, validation_share=0.0, limit=limit)
+    prepared.report.warn()
     teacher = FrozenTarget(target).to(torch_device)
     if length > (covered := teacher.shape().decoder.max_positions):
         raise UserError(f"--length: {length}, but the target covers {covered} positions")

@@ -71,7 +71,7 @@ def features(
         dtype: Dtype of the stored values; float32 is exact.
         target_dtype: Precision of the target's weights, as in `model.target_dtype`.
         length: Tokens in a packed row, as in `data.length`.
-        validation_share: Share of rows held out if no validation files are given.
+        validation_share: Share of rows held out if no validation files are given; the rows of a prompt stay together.
         seed: Seed for drawing the held-out rows.
         limit: Number of training rows to read, from the beginning; all by default.
         limit_validation: Number of validation rows to read; all by default.
@@ -86,7 +86,7 @@ def features(
         trust_remote_code: Whether to run model code from the target's folder.
     """
     # Check the options that need no data.
-    check_positive(batch=batch, shard_rows=shard_rows)
+    check_positive(batch=batch, shard_rows=shard_rows, limit=limit, limit_validation=limit_validation)
     if taps is not None and kind is not None:
         raise UserError("--taps and --kind: both select the states to store; give only one of them")
     quiet_libraries()
@@ -105,8 +105,6 @@ def features(
     vocabulary = shape.decoder.vocab_size
     if length > (covered := shape.decoder.max_positions):
         raise UserError(f"--length: {length}, but the target covers {covered} positions; give a smaller length")
-    if (largest := int(prepared.train.tokens_N.max())) >= vocabulary:
-        raise UserError(f"--data: token id {largest} is outside the target's vocabulary of {vocabulary}; use its own tokenizer")
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise UserError(f"--top_k: {top_k} must be between 1 and the target's vocabulary size, {vocabulary}")
     # Decide what to store.
@@ -127,6 +125,8 @@ def features(
         "versions": {"trainkit": __version__, "torch": torch.__version__},
     }
     job = SetJob.from_environment(out, provenance)
+    if job.progress:
+        prepared.report.warn()
     stats = write_features(job, layout, sets, LiveTeacher(model.to(on), top_k=top_k), batch)
     return stats.summary(job, len(layout.shards()), "shards", f"{stats.bytes / 1e9:.2f} GB, ")
 

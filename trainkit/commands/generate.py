@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from trainkit.data.text.chat_template import Encoder
 from trainkit.data.text.sources import RowError
-from trainkit.errors import UserError
+from trainkit.errors import UserError, check_unicode
 from trainkit.runner.engine import Runner
 from trainkit.runner.options import GenerateOptions
 
@@ -38,7 +38,7 @@ def generate(
 
     Args:
         target: Hugging Face folder of the target.
-        prompt: The text; `-` reads standard input, `@FILE` a file.
+        prompt: The text; `-` reads standard input, `@FILE` a file, both without their final line break.
         drafter: Drafter bundle, or a plain folder of a small model with the same tokenizer.
         max_new_tokens: Largest number of new tokens, the end token included.
         verify: coupled: the text of plain decoding with the same seed, token for token; residual: the same distribution;
@@ -48,7 +48,8 @@ def generate(
             [[0],[1],[0,0]] is a static tree of rank paths: the root's two likeliest children, and the first one's likeliest
             child.
         stop: Strings that end the text.
-        raw: Give the prompt to the model as it is; otherwise it becomes a user turn if the tokenizer has a chat template.
+        raw: Give the prompt to the model as it is, without a BOS token; otherwise it becomes a user turn if the tokenizer has a
+            chat template.
         device: Torch device.
         dtype: float32, bfloat16 or float16.
         **options: Sampling and drafting, as in `GenerateOptions`.
@@ -80,14 +81,13 @@ def generate(
 
 
 def _read_prompt(prompt: str) -> str:
-    """The text of `--prompt`: as given, from standard input (-), or from a file (@FILE)."""
-    if prompt == "-":
-        return sys.stdin.read()
-    if not prompt.startswith("@"):
-        return prompt
-    if not Path(prompt[1:]).is_file():
+    """The text of `--prompt`: as given, or from standard input (-) or a file (@FILE) without the final line break."""
+    if prompt != "-" and not prompt.startswith("@"):
+        return check_unicode("prompt", prompt)
+    if prompt != "-" and not Path(prompt[1:]).is_file():
         raise UserError(f"prompt {prompt}: no such file; give one, or the text itself without @")
+    content = sys.stdin.buffer.read() if prompt == "-" else Path(prompt[1:]).read_bytes()
     try:
-        return Path(prompt[1:]).read_text(encoding="utf-8")
+        return content.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(f"prompt {prompt}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+        raise UserError(f"prompt {prompt}: not UTF-8 at byte {error.start + 1}; give text in UTF-8") from None

@@ -12,7 +12,7 @@ import asyncio
 import atexit
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from hashlib import sha256
 from itertools import islice
 from math import isfinite
 from queue import SimpleQueue
+from types import NoneType
 from typing import Any, TypeVar
 
 import anyio
@@ -35,7 +36,8 @@ from trainkit.errors import UserError
 
 T = TypeVar("T")
 _Choice = dict[str, Any]
-"""Checked `choices[0]` of a reply: `text`, `finish_reason` (stop or length), and perhaps `token_ids` and `stop_reason`."""
+"""Checked `choices[0]` of a reply: `text`, `finish_reason` (stop or length), and perhaps `token_ids` and what ended the text:
+`stop_reason` of vLLM or `matched_stop` of SGLang."""
 ClientPool = asyncio.LifoQueue[httpx.AsyncClient]
 """One client, which keeps one connection, for each request that may be in flight."""
 
@@ -55,6 +57,8 @@ class CompletionClient:
         base_url: URL that ends in /v1, such as `http://localhost:8000/v1`; a trailing slash is allowed.
         model: Name of the model to request; None uses the first model that the server lists.
         tokenizer: Tokenizer of the model; encodes the text if the server returns no token ids.
+        end_ids: Ids that end a text of the model.
+        end_id: Id that ends a text if the server does not say what did; None takes that of the tokenizer.
         concurrency: Maximum number of requests in flight.
 
     Attributes:
@@ -64,13 +68,25 @@ class CompletionClient:
         UserError: the URL or the API key, which is read from OPENAI_API_KEY, is invalid.
     """
 
-    def __init__(self, base_url: str, model: str | None = None, *, tokenizer: Tokenizer, concurrency: int = 32) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None = None,
+        *,
+        tokenizer: Tokenizer,
+        end_ids: Collection[int] = (),
+        end_id: int | None = None,
+        concurrency: int = 32,
+    ) -> None:
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()  # it appears in no message and in no provenance
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError("the API key (OPENAI_API_KEY) has characters that are not allowed in a key; set it again")
         self._url = _check_url(base_url)
         self.base_url = str(httpx.URL(self._url).copy_with(userinfo=b""))  # messages and provenance show no password
         self.tokenizer, self.concurrency = tokenizer, concurrency
+        self._eos: Any = tokenizer.eos_token_id
+        self._end_id = self._eos if end_id is None else end_id
+        self._end_ids = {*end_ids, self._eos, self._end_id} - {None}
         if model is not None:
             self.model = model
         self.encoded = 0
@@ -247,11 +263,28 @@ class CompletionClient:
             written = text if ended else text.rstrip("\ufffd")
             tokens = self.tokenizer.encode(written, add_special_tokens=False) if written else []
             self.encoded += 1
-        # vLLM gives an end token other than the tokenizer's as `stop_reason`.
-        end_id = self.tokenizer.eos_token_id
-        if ended and end_id is not None and not (tokens and tokens[-1] in (end_id, choice.get("stop_reason"))):
-            tokens = [*tokens, end_id]
-        return Completion(id, tokens, text, "end" if ended else "length")
+        if not ended:
+            return Completion(id, tokens, text, "length")
+        end = self._end_of(choice)
+        if isinstance(end, str):
+            return Completion(id, tokens, text, "stop")
+        if end is not None and not (tokens and (tokens[-1] == end or tokens[-1] in self._end_ids)):
+            tokens = [*tokens, end]
+        return Completion(id, tokens, text, "end")
+
+    def _end_of(self, choice: _Choice) -> int | str | None:
+        """What ended the text: the id of an end token, or a stop string that is not the text of one.
+
+        SGLang names every id or string as `matched_stop`. vLLM names it as `stop_reason`, which is null for the tokenizer's end
+        token. Other servers name nothing.
+        """
+        reason = choice.get("matched_stop")
+        if reason is None and "stop_reason" in choice:
+            reason = self._eos if choice["stop_reason"] is None else choice["stop_reason"]
+        if isinstance(reason, str):
+            ids = self.tokenizer.encode(reason, add_special_tokens=False)
+            return ids[0] if len(ids) == 1 and ids[0] in self._end_ids else reason
+        return self._end_id if reason is None else reason
 
 
 class _TransientError(Exception):
@@ -316,6 +349,9 @@ def _check_choice(values: dict[str, Any]) -> _Choice:
     tokens, finish = choice.get("token_ids"), choice.get("finish_reason")
     if tokens is not None and not (isinstance(tokens, list) and all(type(t) is int for t in tokens)):
         raise _TransientError("a reply with invalid token_ids")
+    for name in ("matched_stop", "stop_reason"):
+        if not isinstance(choice.get(name), (int, str, NoneType)):
+            raise _TransientError(f"a reply with {name} {choice[name]!r}")
     if finish not in ("stop", "length"):
         raise _TransientError(f"a reply with finish_reason {finish!r}")
     return choice

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from trainkit.data.mixture import MixedLoader, sequence
-from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer
+from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer, prompt_digest
 from trainkit.data.text.packing import PackedSet, pack
-from trainkit.data.text.prepare import Prepared, prepare
-from trainkit.data.text.prompts import read_prompts
+from trainkit.data.text.prepare import Prepared
+from trainkit.data.text.prompts import read_prompt_rows
 from trainkit.errors import UserError
 from trainkit.models.load import load_decoder
 from trainkit.modules.base import TrainingModule
@@ -48,7 +48,8 @@ class MixtureData(TextData):
         temperature: Sampling temperature of the generated texts.
         max_new_tokens: Maximum length of a generated answer, in tokens.
         sample_batch: Number of answers generated at the same time.
-        validation: Validation files; by default a share of the first stored source is held out.
+        validation: Validation files; by default a share of the first stored source is held out, and its prompts are left out
+            of the other sources.
         **text: As in `TextData`; `limit` applies to each stored source.
     """
 
@@ -74,10 +75,12 @@ class MixtureData(TextData):
                 raise UserError(f"data.weights: unknown source {name!r}; choose from {', '.join(get_args(Source))}")
         if any(weight < 0 for weight in weights.values()) or not sum(weights.values()) > 0:
             raise UserError(f"data.weights: {weights}: each weight must be at least 0, and one of them above 0")
-        if refresh < 1 or not 0 <= share <= 1 or temperature < 0:
-            raise UserError(
-                f"data: refresh {refresh} must be at least 1, share {share} in 0..1, temperature {temperature} >= 0"
-            )
+        counts = {"refresh": refresh, "depth": depth, "max_new_tokens": max_new_tokens, "sample_batch": sample_batch}
+        for name, count in (counts | {"limit_prompts": 1 if limit_prompts is None else limit_prompts}).items():
+            if count < 1:
+                raise UserError(f"data.{name}: {count} must be at least 1")
+        if not 0 <= share <= 1 or temperature < 0:
+            raise UserError(f"data: share {share} must be in 0..1, temperature {temperature} at least 0")
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         files = {name: paths for name, paths in {"corpus": corpus, "target": target}.items() if name in self.weights}
         for name, paths in files.items():
@@ -124,22 +127,32 @@ class MixtureData(TextData):
         return MixedLoader(self.sets, generators, self.weights, self.batch_size, refresh=self.refresh, **options)
 
     def _prepare_stored(self, name: str) -> Prepared:
-        options = self._options | {"validation_share": 0.0, "limit_validation": None}
-        return prepare(self._files[name], None, self.tokenizer_folder, self.length, seed=global_seed(), **options)
+        """The rows of another source than the first, without the prompts that are held out of the first."""
+        options = self._options | {"validation_share": 0.0, "limit_validation": None, "exclude": self._prepare().held_out}
+        return self._prepare_files(self._files[name], None, **options)
 
     def _read_prompts(self, file: str) -> None:
         tokenizer = load_tokenizer(self.tokenizer_folder)
-        prompts = read_prompts(file, tokenizer, self.limit_prompts, self._options["columns"])
-        self._prompts = [prompt for prompt in prompts if len(prompt) <= self.length - self.max_new_tokens]
-        if not self._prompts:
+        encoder, held_out = Encoder(tokenizer, self.module.tokenizer_folder), self._prepare().held_out
+        prompts = [prompt.tokens for prompt in read_prompt_rows(file, encoder, self.limit_prompts, self._options["columns"])]
+        short = [prompt for prompt in prompts if len(prompt) <= self.length - self.max_new_tokens]
+        self._prompts = [prompt for prompt in short if prompt_digest(prompt) not in held_out]
+        if not short:
             raise UserError(
                 f"data.prompts: none of {len(prompts)} prompts leaves room for {self.max_new_tokens} new tokens in a row of "
                 f"data.length {self.length}; lower data.max_new_tokens"
             )
-        if len(self._prompts) < len(prompts):
-            print(f"prompts: {len(prompts) - len(self._prompts)} of {len(prompts)} left out, too long for data.length")
+        if not self._prompts:
+            raise UserError(f"data.prompts: all {len(short)} prompts are held out for validation; give data.validation files")
+        counts = (
+            (len(prompts) - len(short), "too long for data.length"),
+            (len(short) - len(self._prompts), "held out for validation"),
+        )
+        for count, reason in counts:
+            if count:
+                print(f"prompts: {count} of {len(prompts)} left out, {reason}")
         pad = tokenizer.pad_token_id
-        self._pad_id = pad if isinstance(pad, int) else Encoder(tokenizer).end_id
+        self._pad_id = pad if isinstance(pad, int) else encoder.end_id
 
     # Generating text during training
 

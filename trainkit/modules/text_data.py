@@ -23,7 +23,8 @@ class TextData(TrainingData):
         on_bad_row: For a row that cannot be read: stop (error), or count it and continue (skip).
         on_long_row: For a row longer than `length` that is not plain text: train on its beginning (truncate), count it and
             leave it out (skip), or stop (error).
-        validation_share: Share of the training rows that is held out if `validation` is not set.
+        validation_share: Share of the training rows that is held out if `validation` is not set; the rows of a prompt stay
+            together.
         limit: Number of rows to read from the training files, from the first one.
         limit_validation: Number of rows to read from the validation files, from the first one.
         cache: Folder where prepared sets are cached by content; ~/.cache/trainkit/data by default.
@@ -64,14 +65,14 @@ class TextData(TrainingData):
         return folder
 
     def check_fits(self, vocab_size: int, max_positions: int) -> None:
-        """Compares the rows with the sizes of the model that reads them.
+        """Compares training and validation rows with the sizes of the model that reads them.
 
         Raises:
             UserError: a row is longer than `max_positions` tokens, or a token id is not below `vocab_size`.
         """
         if self.length > max_positions:
             raise UserError(f"data.length is {self.length}, the model has {max_positions} positions; lower data.length")
-        largest = max((int(packed.tokens_N.max()) for packed in self.training_sets), default=0)
+        largest = max(int(packed.tokens_N.max(initial=0)) for packed in (*self.training_sets, self.rows[1]))
         if largest >= vocab_size:
             raise UserError(f"data.tokenizer: token id {largest} exceeds the model's {vocab_size} ids; use its own tokenizer")
 
@@ -86,4 +87,9 @@ class TextData(TrainingData):
             self.training_sets = [prepared.train]
 
     def _prepare(self) -> Prepared:
-        return prepare(self.train, self.validation, self.tokenizer_folder, self.length, seed=global_seed(), **self._options)
+        return self._prepare_files(self.train, self.validation, **self._options)
+
+    def _prepare_files(self, train: list[str], validation: list[str] | None, **options: Any) -> Prepared:
+        """The packed rows of files, with this run's tokenizer, length and seed."""
+        tokenizer, model = self.tokenizer_folder, self.module.tokenizer_folder
+        return prepare(train, validation, tokenizer, self.length, model=model, seed=global_seed(), **options)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainkit import bundle
 from trainkit.drafters.base import Drafter, load_bundle, load_outside
-from trainkit.errors import UserError, note
+from trainkit.errors import UserError, check_unicode, note
 from trainkit.layers.attention import causal_bias
 from trainkit.layers.linear import stream_weights
 from trainkit.models.load import copy_weights, covered_positions, find_device, load_decoder, read_tokenizer
@@ -302,7 +302,7 @@ class Runner:
 
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
         if isinstance(prompt, str):
-            tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
+            tokens = self.tokenizer.encode(check_unicode(f"prompt {index}", prompt), add_special_tokens=False)
         else:
             tokens = [int(token) for token in prompt]
         if not tokens:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from trainkit.errors import UserError
+from trainkit.errors import UserError, check_unicode
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.trees.dynamic import parse_tree
 from trainkit.runner.trees.shape import RankPath, Shape
@@ -68,7 +68,7 @@ class GenerateOptions:
             object.__setattr__(self, "tree", parse_tree(self.tree))
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
-        if any(not text for text in self.stop):
+        if any(not check_unicode("stop", text) for text in self.stop):
             raise UserError("stop: an empty string would end every text at once")
         if self.tree is not None and self.depth is not None:
             raise UserError("give depth or tree, not both")

@@ -23,7 +23,7 @@ from tests.support.targets import make_tokenizer
 from trainkit.data.manifest import DISTILLED, SetKind, distilled_files
 from trainkit.data.sets.distilled import Complete, DistilledLayout, PlannedRow, write_distilled
 from trainkit.data.sets.writer import SetJob, SetStats
-from trainkit.data.text.chat_template import vocabulary_hash
+from trainkit.data.text.chat_template import Encoder, vocabulary_hash
 from trainkit.data.text.prepare import prepare
 from trainkit.data.text.prompts import Completion, Prompt, read_prompt_rows
 from trainkit.data.text.sources import read_rows
@@ -357,7 +357,7 @@ def test_rows_have_columns_of_their_prompt_kind(tmp_path):
 def made_with(tokenizer: Any, rows_file: Callable[..., str], out: Path, limit: float = float("inf")) -> list[Prompt]:
     """Writes a set as the command does; its prompts are a chat, a raw text and a token row."""
     given = {"input_ids": [5, 6, 7], "loss_mask": [0, 0, 1]}
-    prompts = read_prompt_rows(rows_file({"prompt": "Wie viele?"}, {"text": "Once"}, given), tokenizer)
+    prompts = read_prompt_rows(rows_file({"prompt": "Wie viele?"}, {"text": "Once"}, given), Encoder(tokenizer))
     job = SetJob(out, {"vocabulary": vocabulary_hash(tokenizer)}, progress=False)
     write_distilled(job, DistilledLayout(3, (0.0, 1.0), 2, 5), prompts, completing(limit=limit))
     return prompts
@@ -376,7 +376,9 @@ def test_packed_tokens_equal_sampled_tokens(tokenizer, rows_file, tmp_path):
     spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
     found = [(packed.tokens_N[span].tolist(), packed.mask_N[span].tolist()) for span in spans]
     assert sorted(found) == sorted(expected)
-    assert [prompt.tokens for prompt in read_prompt_rows(str(tmp_path / "set"), tokenizer)][::4] == [p.tokens for p in prompts]
+    assert [prompt.tokens for prompt in read_prompt_rows(str(tmp_path / "set"), Encoder(tokenizer))][::4] == [
+        p.tokens for p in prompts
+    ]
 
 
 def test_unfinished_or_foreign_set_is_refused(tokenizer, rows_file, tmp_path):

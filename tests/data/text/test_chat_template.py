@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 from tests.support.tiny_data import NO_SPANS, STRIPS_THINKING
 from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer
-from trainkit.data.text.formats import Chat, PlainText, PromptResponse, TokenRow
+from trainkit.data.text.formats import Chat, PlainText, PromptResponse, TokenRow, parse_row
 from trainkit.data.text.prepare import prepare
 from trainkit.data.text.sources import RowError
 from trainkit.errors import UserError
@@ -110,17 +112,23 @@ def test_chats_need_a_template(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "share"),
+    ("template", "message"),
     [
-        ("{% generation %}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}{% endgeneration %}", "every token"),
-        ("{% if add_generation_prompt %}{% else %}{{ messages[-1]['content'] }}<|end|>{% endif %}", "every token"),
+        (
+            "{% generation %}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}{% endgeneration %}",
+            "generation spans contain every token of this chat",
+        ),
+        (
+            "{% if add_generation_prompt %}{% else %}{{ messages[-1]['content'] }}<|end|>{% endif %}",
+            "train: every token of the chats is a label",
+        ),
     ],
 )
-def test_mask_over_all_tokens_is_an_error(template: str, share: str, tokenizer: Any, rows_file: Callable[..., str]) -> None:
+def test_mask_over_all_tokens_is_an_error(template: str, message: str, tokenizer: Any, rows_file: Callable[..., str]) -> None:
     """A mask that covers every token of every chat is an error."""
     tokenizer.chat_template = template
     path = rows_file(*({"prompt": f"q{n}", "response": f"a{n}"} for n in range(3)))
-    with pytest.raises(UserError, match=f"train: {share} of the chats is a label"):
+    with pytest.raises(UserError, match=message):
         prepare([path], None, tokenizer, 64)
 
 
@@ -140,3 +148,132 @@ def test_unloadable_tokenizer_is_named(tmp_path: Any) -> None:
     """A tokenizer that cannot be loaded is named in the error."""
     with pytest.raises(UserError, match=f"^tokenizer {tmp_path}: cannot be loaded"):
         load_tokenizer(str(tmp_path))
+
+
+TWO_ENDS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>\n"
+    "{% endgeneration %}{% else %}{{ m['content'] }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""A template that writes a line break after the end token, as Qwen's and Gemma's do."""
+
+
+def model_folder(folder: Path, tokenizer: Any, **config: Any) -> str:
+    """A folder with the tokenizer and a config.json, as far as encoding reads it; the tokenizer's end token is <|bos|>."""
+    tokenizer.eos_token = "<|bos|>"
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": tokenizer.eos_token_id} | config))
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("generation", ["{% generation %}", ""], ids=["spans", "prefixes"])
+def test_labels_end_at_the_first_end_id_of_the_model(generation: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Labels end at the first end token of the model, also where the tokenizer names another end token."""
+    tokenizer.chat_template = (
+        TWO_ENDS if generation else TWO_ENDS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    )
+    encoder = Encoder(load_tokenizer(model_folder(tmp_path, tokenizer)))
+    assert len(encoder.end_ids) == 2 and encoder.tokenizer.eos_token == "<|bos|>"
+    turns = chat("2 + 2?", "It is 4.", "And 3 + 3?", "That is<|end|>6.")
+    labels = [text for document in encoder.documents(turns) for label, text in spans(encoder.tokenizer, document) if label]
+    assert labels == ["It is 4.<|end|>", "That is<|end|>"]
+    assert sum(document.unended for document in encoder.documents(turns)) == 0
+    assert encoder.turn_end_id == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+@pytest.mark.parametrize("generation", ["{% generation %}", ""], ids=["spans", "prefixes"])
+def test_template_without_end_label_is_reported(generation: str, tokenizer: Any, rows_file: Callable[..., str]) -> None:
+    """A template whose labels leave the end token out is reported, with the number of turns."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}END{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    if generation:
+        tokenizer.chat_template = tokenizer.chat_template.replace("END", "<|end|>")
+    else:
+        tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    rows = [{"messages": chat("a", "b", "c", "d").messages}, {"prompt": "e", "response": "f"}]
+    report = prepare([rows_file(*rows)], None, tokenizer, 64, validation_share=0).report
+    assert report.train.unended == 3 and "3 assistant turns without an end token as label" in str(report)
+    assert Encoder(tokenizer).turn_end_id is None
+
+
+@pytest.mark.parametrize("size", [1100, 1000])
+def test_ids_are_compared_with_the_vocabulary_of_the_model(size: int, tokenizer: Any, tmp_path: Path) -> None:
+    """Ids are compared with the vocabulary of the model, which may be larger or smaller than the tokenizer's."""
+    encoder = Encoder(load_tokenizer(model_folder(tmp_path, tokenizer, vocab_size=size)))
+    assert len(encoder.tokenizer) == 1024
+    (document,) = encoder.documents(TokenRow([size - 1, 3], [0, 1]))
+    assert document.tokens.tolist() == [size - 1, 3]
+    for token in (size, -1, 2**40):
+        with pytest.raises(RowError, match=f"token id {token} is outside the vocabulary of {size}"):
+            encoder.documents(TokenRow([token, 3], [0, 1]))
+    rare = encoder.tokenizer.decode([1023])
+    for row in (PlainText(rare), PromptResponse("a", rare), PromptResponse(rare, "a")):
+        if size < 1024:
+            with pytest.raises(RowError, match="token id 1023 is outside"):
+                encoder.documents(row)
+        else:
+            assert encoder.documents(row)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+WITH_TOOLS = "{% if tools %}<|system|>{{ tools[0]['function']['name'] }}{% endif %}"
+
+
+def test_tools_reach_the_chat_template(tokenizer: Any, rows_file: Callable[..., str]) -> None:
+    """Tools are written by the template, with spans and without; a template that does not read them is reported."""
+    plain = tokenizer.chat_template
+    row = {"prompt": "2 + 2?", "completion": "It is 4.", "tools": TOOLS}
+    report = prepare([rows_file(row)], None, tokenizer, 64, validation_share=0).report
+    assert report.train.unused == {"tools": 1}
+    for template in (WITH_TOOLS + plain, WITH_TOOLS + NO_SPANS):
+        tokenizer.chat_template = template
+        prepared = prepare([rows_file(row)], None, tokenizer, 64, validation_share=0)
+        assert tokenizer.decode(prepared.train.tokens_N).startswith("<|system|>add<|") and not prepared.report.train.unused
+
+
+def test_tool_calls_with_null_content_are_rendered(tokenizer: Any) -> None:
+    """A turn of tool calls with null content is a turn with labels, its arguments an object."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['content'] is none %}"
+        "{{ m['tool_calls'][0].function.arguments | tojson }}{% else %}{{ m['content'] }}{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    row, _ = parse_row({"messages": turns}, {})
+    (document,) = Encoder(tokenizer).documents(row)
+    assert spans(tokenizer, document)[1] == (True, '{"a": 2}<|end|>')
+
+
+@pytest.mark.parametrize("generation", [True, False], ids=["spans", "prefixes"])
+def test_turns_of_a_given_prompt_have_no_labels(generation: bool, tokenizer: Any) -> None:
+    """In a prompt and a completion of several turns, only the assistant turns of the completion count."""
+    if not generation:
+        tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    turns = chat("1?", "One.", "2?", "Two.", "3?", "Three.").messages
+    row, _ = parse_row({"prompt": turns[:3], "completion": turns[3:]}, {})
+    documents = Encoder(tokenizer).documents(row)
+    assert [text for document in documents for label, text in spans(tokenizer, document) if label] == [
+        "Two.<|end|>",
+        "Three.<|end|>",
+    ]
+
+
+def test_named_templates_need_a_default(tokenizer: Any, rows_file: Callable[..., str]) -> None:
+    """Of several chat templates the default is used, and `tool_use` for tools; without a default, one line says so."""
+    plain = tokenizer.chat_template
+    row = {"prompt": "2 + 2?", "response": "It is 4."}
+    path = rows_file(row, row | {"tools": TOOLS})
+    tokenizer.chat_template = {"default": plain, "tool_use": WITH_TOOLS + NO_SPANS}
+    texts = tokenizer.decode(prepare([path], None, tokenizer, 64, validation_share=0).train.tokens_N)
+    assert texts.count("<|system|>add") == 1 and texts.count("<|end|>\n") == 2
+    tokenizer.chat_template = {"rag": plain, "tool_use": plain}
+    with pytest.raises(UserError, match="has the chat templates rag, tool_use, but none is the default; copy") as caught:
+        prepare([path], None, tokenizer, 64)
+    assert "\n" not in str(caught.value)
+    assert Encoder(tokenizer).documents(PlainText("needs no template"))

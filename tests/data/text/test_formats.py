@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from trainkit.data.text.sources import RowError, read_rows
 from trainkit.errors import UserError
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,15 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
     [
         ({"messages": TURNS}, Chat(TURNS)),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, Chat(TURNS)),
+        ({"conversations": TURNS}, Chat(TURNS)),
+        ({"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, Chat(TURNS)),
         ({"prompt": "Hi", "response": "Hello"}, PromptResponse("Hi", "Hello")),
+        ({"prompt": "Hi", "completion": "Hello"}, PromptResponse("Hi", "Hello")),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, Chat(TURNS, 1)),
+        ({"prompt": TURNS + TURNS[:1], "response": TURNS[1:]}, Chat(TURNS + TURNS, 3)),
+        ({"messages": TURNS, "tools": [TOOL]}, Chat(TURNS, 0, [TOOL])),
+        ({"conversations": TURNS, "tools": json.dumps([TOOL])}, Chat(TURNS, 0, [TOOL])),
+        ({"prompt": "Hi", "completion": "Hello", "tools": "[]"}, PromptResponse("Hi", "Hello")),
         ({"question": "Hi", "answer": "Hello"}, PromptResponse("Hi", "Hello", "\n")),
         ({"text": "Hi"}, PlainText("Hi")),
         ({"input_ids": [5, 6], "loss_mask": [0, 1]}, TokenRow([5, 6], [0, 1])),
@@ -45,6 +55,25 @@ def test_null_key_of_a_turn_is_ignored() -> None:
     """A null key of a turn is ignored."""
     row, _ = parse_row({"messages": [{**turn, "tool_calls": None} for turn in TURNS]}, {})
     assert row == Chat(TURNS)
+
+
+def test_parts_and_tool_calls_are_read_in_openai_form() -> None:
+    """Text parts are joined; null content stays null beside tool calls, whose arguments become objects."""
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, 2]}'}}
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]
+    turns = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [call, {"function": {"name": "now", "arguments": ""}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+        {"role": "assistant", "content": "3", "tool_calls": []},
+    ]
+    row, unused = parse_row({"messages": turns, "functions": [TOOL]}, {"tools": "functions"})
+    assert isinstance(row, Chat) and row.tools == [TOOL] and not unused
+    assert row.messages[0]["content"] == "How many?" and row.messages[1]["content"] is None
+    functions = [called["function"] for called in row.messages[1]["tool_calls"]]
+    assert functions == [{"name": "add", "arguments": {"a": [1, 2]}}, {"name": "now", "arguments": {}}]
+    assert row.messages[1]["tool_calls"][0]["id"] == "c1" and turns[1]["tool_calls"][0] is call
+    assert call["function"] == {"name": "add", "arguments": '{"a": [1, 2]}'}  # the row of the file is as it was
 
 
 def test_column_mapping_selects_the_format() -> None:
@@ -80,7 +109,28 @@ BAD = [
     ({"messages": ["x"]}, r"messages\[0\] must be an object"),
     ({"messages": [{"content": "x"}]}, r"messages\[0\]\.role must be a name, not null"),
     ({"messages": [*TURNS[:1], {"role": "assistant", "content": None}]}, r"messages\[1\]\.content must be text, not null"),
-    ({"messages": [*TURNS[:1], {"role": "assistant", "content": ["x"]}]}, r"messages\[1\]\.content must be text, not a list"),
+    (
+        {"messages": [*TURNS[:1], {"role": "assistant", "content": ["x"]}]},
+        r"messages\[1\]\.content\[0\] is text; only parts of type 'text'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}, *TURNS]},
+        r"messages\[0\]\.content\[1\] is of type 'image_url'; only parts of type 'text'",
+    ),
+    (
+        {"messages": [*TURNS, {"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "{1"}}]}]},
+        r"messages\[2\]\.tool_calls\[0\]\.function\.arguments is text that is not JSON",
+    ),
+    (
+        {"messages": [*TURNS, {"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "3"}}]}]},
+        r"arguments must be an object, not int 3",
+    ),
+    ({"messages": TURNS, "tools": "add"}, "tools is text that is not JSON"),
+    ({"messages": TURNS, "tools": ["add"]}, "tools must be a list of objects, not a list"),
+    ({"prompt": TURNS[:1], "completion": "x"}, "completion must be a list of turns, not text"),
+    ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": TURNS[1:]}, "columns are 'prompt', 'chosen', 'rejected', expected"),
+    ('{"messages": [{"role": "user", "content": "bad \\ud83d emoji"}]}', r"has a lone surrogate, '\\ud83d'"),
+    ('{"id": "\\uDE00\\uD83D", "text": "x"}', r"has a lone surrogate, '\\ude00'"),
     ({"messages": TURNS[:1]}, "no assistant turn"),
     ({"messages": [*TURNS[:1], {"role": "assistant", "content": " "}]}, "turn 1 is an empty assistant turn"),
     ({"messages": [{"role": "judge", "content": "x"}, *TURNS]}, "the chat template rejects the turns: roles are user and"),
@@ -162,3 +212,79 @@ def test_missing_file_is_named(tokenizer: Any) -> None:
     """A missing file is named in the error."""
     with pytest.raises(UserError, match="^nowhere.jsonl: there is no such file"):
         prepare(["nowhere.jsonl"], None, tokenizer, 64)
+
+
+def test_pair_of_surrogates_is_a_character(rows_file: Callable[..., str]) -> None:
+    """An escaped pair of surrogates is one character, in both kinds of JSON files."""
+    line = '{"text": "a \\ud83d\\ude00"}'
+    lines, array = rows_file(line), rows_file(f"[{line}]", name="rows.json")
+    assert [row for path in (lines, array) for _, row in read_rows(path)] == [{"text": "a \U0001f600"}] * 2
+
+
+def test_lone_surrogate_in_a_json_list_is_a_bad_row(rows_file: Callable[..., str]) -> None:
+    """A lone surrogate in a list of rows makes only its own row bad."""
+    path = rows_file('[{"text": "a"}, {"text": "\\udc00"}]', name="rows.json")
+    (_, first), (location, second) = read_rows(path)
+    assert first == {"text": "a"} and isinstance(second, RowError) and location == f"{path}: row 2"
+
+
+def test_csv_values_stay_texts(tmp_path: Path) -> None:
+    """CSV values that look like None, numbers, dates or truth values are texts, and lines are counted."""
+    texts = ["None", "nan", "null", "3", "1e3", "2024-01-02", "true", "007", "", 'a "quoted", comma']
+    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8-sig") as stream:
+        csv.writer(stream).writerows([("prompt", "response"), *((text, "two\nlines") for text in texts)])
+    rows = list(read_rows(str(tmp_path / "x.csv")))
+    assert [row["prompt"] for _, row in rows if not isinstance(row, RowError)] == texts
+    assert [location for location, _ in rows] == [f"{tmp_path}/x.csv:{2 + 2 * n}" for n in range(len(texts))]
+
+
+def test_faulty_csv_is_named(tmp_path: Path) -> None:
+    """A line with another number of fields is a bad row; bytes and quotes that cannot be read stop, with the line."""
+    (tmp_path / "x.csv").write_text("prompt,response\na,b\na,b,c\na\n\na,b\n")
+    rows = [row for _, row in read_rows(str(tmp_path / "x.csv"))]
+    assert [str(row) for row in rows if isinstance(row, RowError)] == [
+        f"{n} fields, but the header has 2; put quotes around texts that hold a comma" for n in (3, 1)
+    ]
+    for content, message in ((b'prompt\n"a"b\n', "x.csv:2: not CSV"), (b"prompt\n\xff\n", "x.csv:2: not UTF-8")):
+        (tmp_path / "x.csv").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            list(read_rows(str(tmp_path / "x.csv")))
+
+
+def test_every_data_file_of_a_folder_is_read(tmp_path: Path, rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """A folder's data files are read whatever their names, or reported as left out; strings like dates stay strings."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "set"
+    (folder / "more" / ".cache").mkdir(parents=True)
+    for name in ("math.jsonl", "code.jsonl", "extra_train.jsonl", "latest.jsonl", "test.jsonl", "more/validation-01.jsonl"):
+        (folder / name).write_text(json.dumps({"text": f"{name} 2024-01-02"}) + "\n")
+    (folder / "rows.json").write_text(' [{"text": "2024-01-02"}]')
+    (folder / "info.json").write_text('{"text": "no row"}')
+    (folder / "README.md").write_text("no row")
+    (folder / "more" / ".cache" / "hidden.jsonl").write_text("no row")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "2024-01-03"}]), folder / "more" / "x.parquet")
+    texts = [row["text"] for _, row in read_rows(str(folder)) if not isinstance(row, RowError)]
+    named = [f"{name} 2024-01-02" for name in ("code.jsonl", "extra_train.jsonl", "latest.jsonl", "math.jsonl")]
+    assert texts == [*named, "2024-01-03", "2024-01-02"]
+    report = prepare([str(folder)], None, tokenizer, 64, validation_share=0).report
+    assert report.train.rows == 6
+    assert "files not read: README.md, info.json, more/validation-01.jsonl, test.jsonl" in str(report)
+
+
+def test_folder_of_validation_files_alone_is_read(tmp_path: Path) -> None:
+    """Files named as validation sets are read if there are no others; a folder without data files is refused."""
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="a: holds no data file; give a folder with .jsonl"):
+        read_rows(str(tmp_path / "a"))
+    (tmp_path / "a" / "dev.jsonl").write_text('{"text": "x"}\n')
+    assert [row for _, row in read_rows(str(tmp_path / "a"))] == [{"text": "x"}]
+
+
+@pytest.mark.parametrize("option", ["limit", "limit_validation"])
+@pytest.mark.parametrize("count", [0, -1])
+def test_limit_below_one_is_refused(option: str, count: int, rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """A limit below 1 is refused in one line."""
+    with pytest.raises(UserError, match=f"{option}: {count} must be at least 1; leave it out"):
+        prepare([rows_file({"text": "x"})], None, tokenizer, 64, **{option: count})

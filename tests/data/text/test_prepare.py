@@ -236,3 +236,57 @@ def test_report_survives_the_cache(tmp_path: Path, rows_file: Callable[..., str]
     reports = [prepare([path], None, tokenizer, 64, on_bad_row="skip", cache_dir=cache).report for cache in (None, tmp_path)]
     assert reports[0] == reports[1] and reports[0].train.unused == {"id": 3, "score": 3}
     assert reports[0].train.skipped == {"text must be text, not empty": 1}
+
+
+def prompt_of(text: str) -> str:
+    return text.split("<|assistant|>")[0]
+
+
+@pytest.mark.parametrize("form", ["chats", "tokens"])
+def test_rows_of_a_prompt_are_held_out_together(
+    form: str, rows_file: Callable[..., str], tokenizer: Any, seed: int, tmp_path: Path
+) -> None:
+    """Held-out rows share no prompt with training rows, and another set can leave their prompts out."""
+    rows = [{"prompt": f"What is {n}?", "response": f"It is {n + k}."} for n in range(10) for k in range(4)]
+    path = rows_file(*rows)
+    if form == "tokens":  # as a distillation set has them
+        documents = documents_of(prepare([path], None, tokenizer, 64, validation_share=0).train)
+        given = [{"input_ids": ids.tolist(), "loss_mask": mask.astype(int).tolist()} for ids, mask in documents]
+        path = rows_file(*given, name="tokens.jsonl")
+    other = rows_file(*({"question": f"What is {n}?", "answer": "Who knows."} for n in range(12)), name="other.jsonl")
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        prepared = prepare([path], None, tokenizer, 64, validation_share=0.2, seed=seed, cache_dir=cache)
+        train, validation = ({*map(prompt_of, texts(part, tokenizer))} for part in (prepared.train, prepared.validation))
+        assert (len(train), len(validation), prepared.report.validation.rows) == (8, 2, 8) and not train & validation
+        rest = prepare([other], None, tokenizer, 64, validation_share=0, exclude=prepared.held_out, cache_dir=cache)
+        asked = {f"<|bos|><|user|>What is {n}?<|end|>" for n in range(12)}
+        assert {*map(prompt_of, texts(rest.train, tokenizer))} == asked - validation
+        assert "2 rows left out, their prompt is held out for validation" in str(rest.report)
+
+
+def test_rows_of_one_prompt_are_held_out_one_by_one(rows_file: Callable[..., str], tokenizer: Any, seed: int) -> None:
+    """Where all rows have the same prompt, or a prompt has more rows than the share, the share is kept as far as possible."""
+    path = rows_file(*({"prompt": "Tell a story.", "response": f"Story {n}."} for n in range(20)))
+    prepared = prepare([path], None, tokenizer, 64, validation_share=0.2, seed=seed)
+    assert prepared.report.validation.rows == 4 and not prepared.held_out
+    rows = [{"prompt": "Tell a story.", "response": f"Story {n}."} for n in range(20)]
+    path = rows_file(*rows, *({"prompt": "Tell a joke.", "response": f"Joke {n}."} for n in range(3)))
+    prepared = prepare([path], None, tokenizer, 64, validation_share=0.04, seed=seed)
+    assert prepared.report.validation.rows == 3 and all("joke" in text for text in texts(prepared.validation, tokenizer))
+
+
+def test_chats_that_start_with_the_assistant_are_no_one_prompt(
+    rows_file: Callable[..., str], tokenizer: Any, seed: int
+) -> None:
+    """Chats that start with an assistant turn, and plain texts, do not count as rows of one empty prompt."""
+    turns = [{"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "X"}]
+    rows = [{"conversations": [*turns[:2], {"from": "gpt", "value": f"{n}"}]} for n in range(10)]
+    rows += [{"text": f"{n} sheep"} for n in range(10)]
+    prepared = prepare([rows_file(*rows)], None, tokenizer, 64, validation_share=0.2, seed=seed)
+    assert prepared.report.validation.rows == 4
+
+
+def test_negative_seed_is_refused(rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """A negative seed is refused in one line."""
+    with pytest.raises(UserError, match="seed: -1 must be at least 0"):
+        prepare([rows_file(*chat_rows(4))], None, tokenizer, 64, seed=-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,10 @@ HI = "<|bos|><|user|>Hi<|end|><|assistant|>"
         ({"task_id": "HumanEval/0", "prompt": "Hi", "canonical_solution": "x", "test": "y"}, HI, "Hi"),
         ({"question_id": 81, "category": "writing", "turns": ["Hi", "And?"]}, HI, "Hi"),
         ({"text": "Hi"}, "Hi", "Hi"),
+        ({"conversations": [USER, ANSWER]}, HI, None),
+        ({"prompt": [USER]}, HI, None),
+        ({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, f"{HI}Yes<|end|><|user|>Hi<|end|><|assistant|>", None),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}, HI, None),
     ],
 )
 def test_each_row_format_gives_its_prompt(
@@ -76,6 +82,10 @@ def test_columns_can_be_named(rows_file: Callable[..., str], tokenizer: Any) -> 
     [
         ({"answer": "x"}, "columns are 'answer', expected input_ids\\+loss_mask or messages or .*turns or prompt"),
         ({"messages": [ANSWER]}, "the chat has no user turn"),
+        ({"prompt": [USER, ANSWER]}, "the prompt ends with an assistant turn"),
+        ({"prompt": "Hi", "tools": "["}, "tools is text that is not JSON"),
+        ({"input_ids": [7, 1024], "loss_mask": [0, 0]}, "token id 1024 is outside the vocabulary of 1024"),
+        ('{"prompt": "bad \\ud83d emoji"}', r"has a lone surrogate, '.ud83d'"),
         ({"turns": []}, "turns must be a list of texts"),
         ({"turns": [3]}, "turns must be text, not int 3"),
         ({"prompt": ""}, "prompt must be text, not empty"),
@@ -94,3 +104,31 @@ def test_empty_file_is_an_error(rows_file: Callable[..., str], tokenizer: Any) -
     """A file without prompts is an error."""
     with pytest.raises(UserError, match="holds no prompts"):
         read_prompts(rows_file(), tokenizer)
+
+
+def test_tools_of_prompts_reach_the_template(rows_file: Callable[..., str], tokenizer: Any, capsys: Any) -> None:
+    """Tools of a prompt are written by the template; a template that does not read them is reported."""
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    path = rows_file({"messages": [USER], "tools": json.dumps(tools)}, {"prompt": "Hi", "tools": tools}, {"prompt": "Hi"})
+    assert [tokenizer.decode(ids) for ids in read_prompts(path, tokenizer)] == [HI] * 3
+    assert "2 rows have tools, which the chat template does not read" in capsys.readouterr().err
+    tokenizer.chat_template = "{% if tools %}{{ tools[0]['function']['name'] }}{% endif %}" + tokenizer.chat_template
+    assert [tokenizer.decode(ids) for ids in read_prompts(path, tokenizer)] == [f"add{HI}", f"add{HI}", HI]
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limit_of_prompts_below_one_is_refused(limit: int, rows_file: Callable[..., str], tokenizer: Any) -> None:
+    """A limit below 1 is refused in one line."""
+    with pytest.raises(UserError, match=f"limit: {limit} must be at least 1"):
+        read_prompts(rows_file({"prompt": "Hi"}), tokenizer, limit)
+
+
+def test_files_left_out_of_a_folder_are_named(
+    rows_file: Callable[..., str], tokenizer: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """Files of a folder that hold no prompts are named."""
+    rows_file({"prompt": "Hi"}, name="a.jsonl")
+    rows_file({"prompt": "Hi"}, name="test.jsonl")
+    assert len(read_prompts(str(tmp_path), tokenizer)) == 1
+    assert capsys.readouterr().err == f"{tmp_path}: left out: test.jsonl\n"

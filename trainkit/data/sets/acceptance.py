@@ -15,7 +15,7 @@ Tensors of a part, ordered by prompt, round and position:
 - `depth` [N] int16: position in the round, 0 for the first
 - `label` [N, W] float32: whether the target chose each proposal, or the probability of that; a chain drafts the first proposal
 - `max_q` [N] float32: the draft's highest probability
-- `prompt` [N] int32: the prompt's index
+- `prompt` [N] int32: the prompt's index, that of the first one if several are equal
 W is 1 under `residual`.
 """
 

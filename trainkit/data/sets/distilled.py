@@ -5,8 +5,8 @@ rows are in `part-*.partial`, and each row is flushed as soon as its text ends. 
 last line is dropped, and only the remaining rows are requested. The provenance is in the manifest and not in a first row, so
 that every line of every part has the same columns.
 
-Columns: `input_ids` and `loss_mask` hold exactly the sampled tokens, and trainkit trains on these; `messages` (chats) or
-`prompt` and `response` (raw text) are for other programs and for people; `id`, `temperature`, `finish`.
+Columns: `input_ids` and `loss_mask` hold exactly the sampled tokens, and trainkit trains on these; `messages` and `tools`
+(chats) or `prompt` and `response` (raw text) are for other programs and for people; `id`, `temperature`, `finish`.
 """
 
 from __future__ import annotations
@@ -190,6 +190,7 @@ def _columns(row: PlannedRow, prompt: Prompt, completion: Completion) -> dict[st
     columns: dict[str, Any] = {"id": row.id, "temperature": row.temperature, "finish": completion.finish}
     if prompt.messages is not None:
         columns["messages"] = [*prompt.messages, {"role": "assistant", "content": completion.text}]
+        columns |= {} if prompt.tools is None else {"tools": prompt.tools}
     elif prompt.text:
         columns |= {"prompt": prompt.text, "response": completion.text}
     mask = [0] * len(prompt.tokens) + [1] * len(completion.tokens)

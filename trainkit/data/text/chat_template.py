@@ -3,6 +3,9 @@
 A chat template with `{% generation %}` spans marks these tokens. Without such spans, each assistant turn becomes a document of
 its own: the template renders the turns before it (with `add_generation_prompt`), and then the same turns and itself; the mask
 covers what was added. So a template that removes the thinking of earlier turns is followed exactly.
+
+In both cases the labels of a turn end with the first token that ends a text of the model. What the template writes after it,
+often a line break, is never generated.
 """
 
 from __future__ import annotations
@@ -10,16 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainkit.data.text.formats import Chat, PlainText, PromptResponse, Row, TokenRow
 from trainkit.data.text.sources import RowError
-from trainkit.errors import UserError
-from trainkit.models.load import read_tokenizer
+from trainkit.errors import UserError, lone_surrogate
+from trainkit.models.load import first_lines, read_config, read_tokenizer
+from trainkit.models.target import end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -39,12 +46,14 @@ class Document:
         chat: Whether the mask is from a template or a prompt. Over all such documents of a set, some tokens must be labels
             and some must not.
         divisible: Whether it is plain text, which may be cut anywhere.
+        unended: Number of assistant turns whose labels contain no end token.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     chat: bool = True
     divisible: bool = False
+    unended: int = 0
 
 
 def load_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer:
@@ -75,22 +84,42 @@ def _core(tokenizer: Tokenizer) -> Any:
     return core
 
 
+def prompt_digest(tokens: Sequence[int] | np.ndarray) -> str:
+    """Digest that rows of the same prompt share, 16 hex digits."""
+    return hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest()[:16]
+
+
 class Encoder:
     """Turns rows into documents with one tokenizer.
 
+    Args:
+        tokenizer: The tokenizer.
+        model: Folder of the model that will read the tokens; None takes the folder that the tokenizer was loaded from. Without
+            a config.json there, the tokenizer's own end token and size are used.
+
     Attributes:
-        template: Chat template, or None.
-        has_spans: Whether the template marks the assistant's tokens with generation spans.
+        end_ids: Ids that end a text of the model: the union of its config, generation_config and tokenizer.
+        vocab_size: Number of ids that the model knows, often more than the tokenizer has.
+        has_template: Whether the tokenizer has a chat template.
+
+    Raises:
+        UserError: the model's config or generation_config cannot be read.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, template = tokenizer, tokenizer.chat_template
-        self.template: str | None = (tokenizer.get_chat_template() if isinstance(template, dict) else template) or None
-        self.has_spans = bool(self.template and _GENERATION.search(self.template)) and tokenizer.is_fast
+    def __init__(self, tokenizer: Tokenizer, model: str | None = None) -> None:
+        self.tokenizer, self.has_template = tokenizer, bool(tokenizer.chat_template)
+        folder = model or tokenizer.name_or_path
+        if folder and (Path(folder) / "config.json").is_file():
+            config = _model_fields(folder)
+            self.end_ids = frozenset(end_ids(folder, config))
+            self.vocab_size: int = config.vocab_size or len(tokenizer)
+        else:
+            self.end_ids = frozenset(id for id in [tokenizer.eos_token_id] if isinstance(id, int))
+            self.vocab_size = len(tokenizer)
 
     @cached_property
     def end_id(self) -> int:
-        """Id of the token that ends a text.
+        """Id of the tokenizer's token that ends a text.
 
         Raises:
             UserError: the tokenizer has none.
@@ -100,79 +129,150 @@ class Encoder:
             raise UserError(f"tokenizer {self.tokenizer.name_or_path}: has no end token; set eos_token in its config")
         return end
 
+    @cached_property
+    def turn_end_id(self) -> int | None:
+        """Id of the end token that the chat template writes after an answer, or None."""
+        try:
+            document = self.documents(PromptResponse("a", "b"))[-1]
+        except RowError:  # a template for chats of another form
+            return None
+        return next((token for token in document.tokens[document.mask].tolist() if token in self.end_ids), None)
+
+    def template(self, tools: Any = None) -> str | None:
+        """The chat template for chats with or without tools, or None.
+
+        Raises:
+            UserError: there are several templates, and none of them is the default.
+        """
+        templates = self.tokenizer.chat_template
+        if not isinstance(templates, dict):
+            return templates or None
+        name = "tool_use" if tools and "tool_use" in templates else "default"
+        if templates and name not in templates:
+            names = ", ".join(sorted(templates))
+            raise UserError(
+                f"tokenizer {self.tokenizer.name_or_path}: has the chat templates {names}, but none is the default; copy "
+                "the one to use to its folder as chat_template.jinja"
+            )
+        return templates.get(name)
+
+    def reads_tools(self, tools: Any) -> bool:
+        """Whether the chat template writes the definitions of tools."""
+        return "tools" in (self.template(tools) or "")
+
     def documents(self, row: Row) -> list[Document]:
         """The row's documents: one, or one for each assistant turn if the template has no generation spans.
 
         Raises:
             RowError: the template rejects the row, the tokens of prompt and response cannot be separated, or an id is outside
-                the vocabulary.
+                the model's vocabulary.
             UserError: the row is a chat and there is no chat template.
         """
         if isinstance(row, TokenRow):
-            return [self._from_tokens(row)]
+            return [self._document(row.input_ids, np.asarray(row.loss_mask, np.bool_), chat=False)]
         if isinstance(row, PlainText):
             ids = [*self.encode(row.text), self.end_id]
-            return [_document(ids, [1] * len(ids), chat=False, divisible=True)]
-        if self.template is None and isinstance(row, PromptResponse):
-            prompt, response = self.encode(row.prompt + row.separator), [*self.encode(row.response), self.end_id]
-            return [_document(prompt + response, [0] * len(prompt) + [1] * len(response))]
-        assert isinstance(row, (Chat, PromptResponse))
-        if self.has_spans:
-            return [self._from_spans(row.messages)]
-        turns = [n for n, message in enumerate(row.messages) if message["role"] == "assistant"]
-        return [self._from_prefix(row.messages[: n + 1]) for n in turns]
+            return [self._document(ids, np.ones(len(ids), np.bool_), chat=False, divisible=True)]
+        if isinstance(row, PromptResponse):
+            if not self.has_template:
+                prompt, response = self.encode(row.prompt + row.separator), [*self.encode(row.response), self.end_id]
+                return [self._document(prompt + response, np.arange(len(prompt) + len(response)) >= len(prompt))]
+            row = Chat(row.messages, tools=row.tools)
+        template = self.template(row.tools)
+        if template and _GENERATION.search(template) and self.tokenizer.is_fast:
+            return [self._from_spans(row)]
+        turns = [n for n, message in enumerate(row.messages) if message["role"] == "assistant" and n >= row.context]
+        return [self._from_prefix(row.messages[: n + 1], row.tools) for n in turns]
 
-    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+    def prompt_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of a chat up to the point where the assistant starts to write."""
-        return self.encode(self._render(messages, prompt=True))
+        return self.encode(self._render(messages, tools, prompt=True))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no special token is added, as in the runner."""
+        """Token ids of a text; no special token is added, as in the runner.
+
+        Raises:
+            RowError: the text has half of a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(lone_surrogate(error)) from None
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
-    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
-        return self._apply(messages, tokenize=False, add_generation_prompt=prompt)
+    def check_ids(self, ids: list[int]) -> list[int]:
+        """The ids; raises RowError if the model does not know one of them."""
+        for token in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token < self.vocab_size:
+                larger = len(self.tokenizer) > self.vocab_size
+                fix = f"; the tokenizer has {len(self.tokenizer)}, use the model's own tokenizer" if larger else ""
+                raise RowError(f"token id {token} is outside the vocabulary of {self.vocab_size}{fix}")
+        return ids
 
-    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        if self.template is None:
+    def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
+        return self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt)
+
+    def _apply(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
+        template = self.template(tools)
+        if template is None:
             raise UserError(
                 f"tokenizer {self.tokenizer.name_or_path}: has no chat template, but the data has chats; "
                 "add a chat_template.jinja, or use prompt and response columns"
             )
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
+            return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, **options)
         except Exception as error:  # a template is a small program: its own exceptions, and any that its mistakes cause
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RowError(f"the chat template rejects the turns: {reason}") from None
 
-    def _from_tokens(self, row: TokenRow) -> Document:
-        vocabulary = len(self.tokenizer)
-        for token in (min(row.input_ids), max(row.input_ids)):
-            if not 0 <= token < vocabulary:
-                raise RowError(f"token id {token} is outside the vocabulary of {vocabulary}")
-        return _document(row.input_ids, row.loss_mask, chat=False)
+    def _from_spans(self, row: Chat) -> Document:
+        out = self._apply(row.messages, row.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = out["input_ids"], np.asarray(out["assistant_masks"], np.bool_)
+        if row.context:
+            context = self.prompt_ids(row.messages[: row.context], row.tools)
+            if ids[: len(context)] != context:
+                raise RowError("the chat template renders the prompt's turns differently when the response follows")
+            mask[: len(context)] = False
+        if mask.all() or not mask.any():
+            raise RowError(f"the template's generation spans contain {'every' if mask.all() else 'no'} token of this chat")
+        return self._document(ids, mask, unended=self._end_labels(ids, mask))
 
-    def _from_spans(self, messages: list[dict[str, Any]]) -> Document:
-        out = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        if not any(out["assistant_masks"]):
-            raise RowError("the template's generation spans contain no token of this chat")
-        return _document(out["input_ids"], out["assistant_masks"])
-
-    def _from_prefix(self, messages: list[dict[str, Any]]) -> Document:
-        before, after = self._render(messages[:-1], prompt=True), self._render(messages, prompt=False)
+    def _from_prefix(self, messages: list[dict[str, Any]], tools: Any) -> Document:
+        before, after = self._render(messages[:-1], tools, prompt=True), self._render(messages, tools, prompt=False)
         if not after.startswith(before):
             raise RowError("the chat template renders a prompt differently when its answer follows; add generation spans to it")
         prompt, ids = self.encode(before), self.encode(after)
         if ids[: len(prompt)] != prompt:
             raise RowError("prompt and answer tokenise differently together than apart; add generation spans to the template")
-        # what the template renders after the end token (often a line break) is not written by the model
-        end = len(ids)
-        if self.end_id in ids[len(prompt) :]:
-            end -= ids[::-1].index(self.end_id)
-        if end == len(prompt):
+        if len(ids) == len(prompt):
             raise RowError("the template renders nothing for the assistant's turn")
-        return _document(ids, [0] * len(prompt) + [1] * (end - len(prompt)) + [0] * (len(ids) - end))
+        mask = np.arange(len(ids)) >= len(prompt)
+        return self._document(ids, mask, unended=self._end_labels(ids, mask))
+
+    def _end_labels(self, ids: list[int], mask: np.ndarray) -> int:
+        """Removes the labels after the first end token of each run of labels; returns the number of runs without one."""
+        is_end, unended = np.isin(ids, list(self.end_ids)), 0
+        edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+        for start, stop in edges.reshape(-1, 2):
+            ends = np.flatnonzero(is_end[start:stop])
+            if len(ends):
+                mask[start + ends[0] + 1 : stop] = False
+            else:
+                unended += 1
+        return unended
+
+    def _document(self, ids: list[int], mask: np.ndarray, **options: Any) -> Document:
+        return Document(np.asarray(self.check_ids(ids), np.int32), mask, **options)
 
 
-def _document(ids: list[int], mask: list[int], chat: bool = True, divisible: bool = False) -> Document:
-    return Document(np.asarray(ids, np.int32), np.asarray(mask, np.bool_), chat, divisible)
+def _model_fields(folder: str) -> Any:
+    """`eos_token_id` and `vocab_size` of a model folder, or None; a config that needs code of the folder is read as it is."""
+    from transformers import PreTrainedConfig
+
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(folder)
+    except OSError as error:
+        raise UserError(f"{folder}/config.json: {first_lines(error, 1)}; fix it or copy it again") from None
+    config = SimpleNamespace(**values) if "auto_map" in values else read_config(folder).get_text_config()
+    size = getattr(config, "vocab_size", None)
+    return SimpleNamespace(eos_token_id=getattr(config, "eos_token_id", None), vocab_size=size if type(size) is int else None)

@@ -1,13 +1,15 @@
 """Row formats: a dictionary read from a file becomes a chat, a prompt with its response, plain text or token ids.
 
-The first format in `FORMATS` whose columns a row has is used. Columns that it does not use are returned to the caller, which
-counts them. A column mapping gives the file's name for some of our columns: `{"prompt": "instruction", "response": "output"}`.
+The first format in `FORMATS` whose columns a row has is used; `tools` may be added to any of them. Columns that are not used
+are returned to the caller, which counts them. A column mapping gives the file's name for some of our columns:
+`{"prompt": "instruction", "response": "output"}`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from trainkit.data.text.sources import RowError
@@ -16,9 +18,17 @@ from trainkit.errors import UserError
 
 @dataclass(frozen=True)
 class Chat:
-    """Turns as the chat template takes them: `role`, `content` and any other keys."""
+    """Turns as the chat template takes them: `role`, `content` and any other keys.
+
+    Attributes:
+        messages: The turns.
+        context: Number of turns at the start whose tokens never count as labels.
+        tools: Definitions of the tools that the assistant may call, or None.
+    """
 
     messages: list[dict[str, Any]]
+    context: int = 0
+    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class PromptResponse:
     prompt: str
     response: str
     separator: str = ""
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -55,7 +66,8 @@ class TokenRow:
 Row: TypeAlias = Chat | PromptResponse | PlainText | TokenRow
 
 _COMMON = (("input_ids", "loss_mask"), ("messages",), ("conversations",))
-FORMATS: tuple[tuple[str, ...], ...] = (*_COMMON, ("prompt", "response"), ("question", "answer"), ("text",))
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+FORMATS: tuple[tuple[str, ...], ...] = (*_COMMON, *_PAIRS, ("text",))
 PROMPT_FORMATS: tuple[tuple[str, ...], ...] = (*_COMMON, ("turns",), ("prompt",), ("question",), ("text",))
 QUESTION_SEPARATOR = "\n"
 """Goes between question and answer if there is no template: models have rarely seen the two without any separator."""
@@ -75,7 +87,7 @@ def check_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
     Raises:
         UserError: a key is not a column name of any format.
     """
-    names = sorted({name for fmt in (*FORMATS, *PROMPT_FORMATS) for name in fmt})
+    names = sorted({name for fmt in (*FORMATS, *PROMPT_FORMATS, ("tools",)) for name in fmt})
     for ours in columns or {}:
         if ours not in names:
             raise UserError(f"columns: unknown key {ours!r}; choose from {', '.join(names)}")
@@ -90,7 +102,8 @@ def pick_format(
     Raises:
         RowError: the row has the columns of no format.
     """
-    formats = tuple(fmt for fmt in formats if not columns or set(fmt) & set(columns))
+    mapped = set(columns) - {"tools"}
+    formats = tuple(fmt for fmt in formats if not mapped or set(fmt) & mapped)
     for fmt in formats:
         if all(columns.get(name, name) in values for name in fmt):
             return fmt
@@ -107,29 +120,55 @@ def parse_row(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Ro
     """
     fmt = pick_format(values, columns)
     names = [columns.get(name, name) for name in fmt]
-    return _PARSERS[fmt](*(values[name] for name in names)), [key for key in values if key not in names]
+    row = _PARSERS[fmt](*(values[name] for name in names))
+    if isinstance(row, (Chat, PromptResponse)):
+        row = replace(row, tools=parse_tools(values, columns))
+        names.append(columns.get("tools", "tools"))
+    return row, [key for key in values if key not in names]
 
 
-def parse_messages(messages: Any) -> list[dict[str, Any]]:
-    """Turns with `role` and `content`, checked."""
-    for n, (role, content) in enumerate(_check_turns(messages, "messages", "role", "content")):
+def parse_turns(turns: Any, column: str) -> list[dict[str, Any]]:
+    """Checked turns with `role` and `content`, from OpenAI's form or from ShareGPT's (`from` and `value`).
+
+    Text parts are joined, and the arguments of tool calls, which OpenAI writes as JSON text, become objects, as chat templates
+    expect them. The content may be null only beside tool calls.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"{column} must be a list of turns, not {_describe(turns)}")
+    sharegpt = isinstance(turns[0], Mapping) and "role" not in turns[0] and ("from" in turns[0] or column == "conversations")
+    keys = ("from", "value") if sharegpt else ("role", "content")
+    messages = []
+    for n, turn in enumerate(turns):
+        where = f"{column}[{n}]"
+        if not isinstance(turn, Mapping):
+            raise RowError(f"{where} must be an object with {' and '.join(keys)}, not {_describe(turn)}")
+        role, content = (turn.get(key) for key in keys)
+        if sharegpt and (not isinstance(role, str) or role not in _ROLES):
+            raise RowError(f"{where}.from is {role!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(role, str) or not role:
-            raise RowError(f"messages[{n}].role must be a name, not {_describe(role)}")
-        if not isinstance(content, str):
-            raise RowError(f"messages[{n}].content must be text, not {_describe(content)}")
-    # Parquet gives every turn the union of all keys, with null where a turn has no value
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+            raise RowError(f"{where}.role must be a name, not {_describe(role)}")
+        calls = None if sharegpt else turn.get("tool_calls")
+        if content is not None or not calls:
+            content = _join_parts(content, f"{where}.{keys[1]}")
+        if sharegpt:
+            messages.append({"role": _ROLES[role], "content": content})
+            continue
+        # null is no value: Arrow gives every turn the union of all keys
+        messages.append({key: value for key, value in turn.items() if value is not None} | {"content": content})
+        if calls:
+            messages[-1]["tool_calls"] = _parse_calls(calls, f"{where}.tool_calls")
+    return messages
 
 
-def parse_sharegpt(conversations: Any) -> list[dict[str, Any]]:
-    """ShareGPT turns (`from`, `value`) as turns with `role` and `content`."""
-    turns = _check_turns(conversations, "conversations", "from", "value")
-    for n, (speaker, value) in enumerate(turns):
-        if not isinstance(speaker, str) or speaker not in _ROLES:
-            raise RowError(f"conversations[{n}].from is {speaker!r}; it must be one of {', '.join(_ROLES)}")
-        if not isinstance(value, str):
-            raise RowError(f"conversations[{n}].value must be text, not {_describe(value)}")
-    return [{"role": _ROLES[speaker], "content": value} for speaker, value in turns]
+def parse_tools(values: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]] | None:
+    """The `tools` column of a row, a list of objects or the JSON text of one; None if the row has no tools."""
+    name = columns.get("tools", "tools")
+    tools = _parse_json(values.get(name) or None, name)
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowError(f"{name} must be a list of objects, not {_describe(tools)}")
+    return tools
 
 
 def check_text(name: str, value: Any) -> str:
@@ -151,28 +190,64 @@ def parse_token_row(input_ids: Any, loss_mask: Any) -> TokenRow:
     return TokenRow(input_ids, [int(x) for x in loss_mask])
 
 
-def _check_turns(turns: Any, column: str, *keys: str) -> list[tuple[Any, ...]]:
-    """The values of two keys in each turn of a column, None if a turn does not have the key."""
-    if not isinstance(turns, list) or not turns:
-        raise RowError(f"{column} must be a list of turns, not {_describe(turns)}")
-    for n, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise RowError(f"{column}[{n}] must be an object with {' and '.join(keys)}, not {_describe(turn)}")
-    return [tuple(turn.get(key) for key in keys) for turn in turns]
+def _join_parts(content: Any, where: str) -> str:
+    """The content of a turn, which is text or a list of text parts."""
+    if isinstance(content, list) and content:
+        for n, part in enumerate(content):
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = f"of type {part.get('type')!r}" if isinstance(part, Mapping) else _describe(part)
+                raise RowError(f"{where}[{n}] is {kind}; only parts of type 'text' can be used")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise RowError(f"{where} must be text, not {_describe(content)}")
+    return content
 
 
-def _chat(messages: list[dict[str, Any]]) -> Chat:
-    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+def _parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls, with their arguments as objects."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise RowError(f"{where} must be a list of objects, not {_describe(calls)}")
+    parsed = []
+    for n, call in enumerate(calls):
+        function = call.get("function", call)
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            name = f"{where}[{n}].function.arguments"
+            arguments = _parse_json(function["arguments"] or "{}", name)
+            if not isinstance(arguments, dict):
+                raise RowError(f"{name} must be an object, not {_describe(arguments)}")
+            function = {**function, "arguments": arguments}
+        parsed.append({**call, "function": function} if "function" in call else dict(function))
+    return parsed
+
+
+def _parse_json(value: Any, name: str) -> Any:
+    """The value; text is parsed as JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise RowError(f"{name} is text that is not JSON: {error.msg} at column {error.colno}") from None
+
+
+def _chat(messages: list[dict[str, Any]], context: int = 0) -> Chat:
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n >= context]
     if not turns:
         raise RowError("the chat has no assistant turn")
     for n in turns:
-        if not messages[n]["content"].strip() and not messages[n].get("tool_calls"):
+        if not (messages[n]["content"] or "").strip() and not messages[n].get("tool_calls"):
             raise RowError(f"turn {n} is an empty assistant turn")
-    return Chat(messages)
+    return Chat(messages, context)
 
 
-def _pair(first: str, second: str, separator: str) -> Any:
-    return lambda prompt, response: PromptResponse(check_text(first, prompt), check_text(second, response), separator)
+def _pair(first: str, second: str, separator: str = "") -> Any:
+    """Parser of a prompt and its response: two texts, or two lists of turns, of which only the second has labels."""
+
+    def parse(prompt: Any, response: Any) -> Row:
+        if isinstance(prompt, list) or isinstance(response, list):
+            context = parse_turns(prompt, first)
+            return _chat(context + parse_turns(response, second), len(context))
+        return PromptResponse(check_text(first, prompt), check_text(second, response), separator)
+
+    return parse
 
 
 def _describe(value: Any) -> str:
@@ -187,9 +262,10 @@ def _describe(value: Any) -> str:
 
 _PARSERS: dict[tuple[str, ...], Any] = {
     ("input_ids", "loss_mask"): parse_token_row,
-    ("messages",): lambda messages: _chat(parse_messages(messages)),
-    ("conversations",): lambda conversations: _chat(parse_sharegpt(conversations)),
-    ("prompt", "response"): _pair("prompt", "response", ""),
+    ("messages",): lambda messages: _chat(parse_turns(messages, "messages")),
+    ("conversations",): lambda conversations: _chat(parse_turns(conversations, "conversations")),
+    ("prompt", "response"): _pair("prompt", "response"),
+    ("prompt", "completion"): _pair("prompt", "completion"),
     ("question", "answer"): _pair("question", "answer", QUESTION_SEPARATOR),
     ("text",): lambda text: PlainText(check_text("text", text)),
 }

@@ -1,23 +1,29 @@
 """Rows of files, folders and hub data sets as dictionaries, each with its location for error messages.
 
-JSON Lines and JSON are parsed here, because their errors must name the line. Everything else is read by `datasets`, which is
-imported only when it is needed.
+JSON Lines, JSON and CSV are parsed here: their errors must name the line, and their texts must stay texts, also where they look
+like dates, numbers or None. Everything else is read by `datasets`, which is imported only when it is needed. Of a folder,
+`datasets` reads only the files whose names it takes for a training set, so the files of a folder are listed here as well.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from trainkit.data.manifest import distilled_files
-from trainkit.errors import UserError
+from trainkit.errors import UserError, lone_surrogate
 
-_LINES = {".jsonl", ".ndjson"}
-_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""A \\uD800 to \\uDFFF in JSON: half of a pair, which must be checked, since no tokenizer reads it alone."""
+_HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
+"""Names of files that are a test or validation set, as `datasets` recognises them."""
 
 
 class RowError(Exception):
@@ -32,23 +38,65 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[LocatedRow]:
     """The rows of a source, in order.
 
     Args:
-        source: A local file (.jsonl, .ndjson, .json, .parquet, .csv, .arrow) or folder (such as a distillation set), otherwise
-            a name on the Hugging Face hub as `owner/name[:configuration][@split]`; the default split is `train`.
+        source: A local file (.jsonl, .ndjson, .json, .csv, .parquet, .arrow) or folder (see `data_files`), otherwise a name on
+            the Hugging Face hub as `owner/name[:configuration][@split]`; the default split is `train`.
         limit: Number of rows to read, from the beginning; None reads all.
 
     Raises:
-        UserError: there is no such file or name, or it cannot be read at all.
+        UserError: there is no such file or name, it cannot be read at all, or `limit` is below 1.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: {limit} must be at least 1; leave it out to read all rows")
     path = Path(source)
-    if path.is_file() and path.suffix in _LINES:
-        rows = _json_lines(path)
-    elif path.is_file() and path.suffix == ".json":
-        rows = _json_list(path)
-    elif path.is_dir() and (parts := distilled_files(path)):
-        rows = chain.from_iterable(map(_json_lines, parts))
-    else:
-        rows = ((f"{source}: row {n}", row) for n, row in enumerate(_load_dataset(source), start=1))
-    return islice(rows, limit)
+    files = data_files(path)[0] if path.is_dir() else [path] if path.exists() else None
+    return islice(_dataset_rows(source) if files is None else chain.from_iterable(map(_read_file, files)), limit)
+
+
+def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a folder whose rows are read, in order, and those that are left out.
+
+    A distillation set has its parts. In any other folder and its subfolders all data files are read, but not hidden ones,
+    those whose name says that they are a test or validation set (if there are others), and .json files that hold no list.
+
+    Raises:
+        UserError: the folder holds no data file.
+    """
+    if parts := distilled_files(folder):
+        return parts, []
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    data = [name for name in visible if _holds_rows(folder / name)]
+    chosen = [name for name in data if not _HELD_OUT.search(str(name))] or data
+    if not chosen:
+        raise UserError(f"{folder}: holds no data file; give a folder with {', '.join([*_READERS, *_BUILDERS])} files")
+    return [folder / name for name in chosen], [folder / name for name in visible if name not in set(chosen)]
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a file of a folder is data by its suffix; a .json file must also start as a list."""
+    if path.suffix != ".json":
+        return path.suffix in _READERS or path.suffix in _BUILDERS
+    with path.open("rb") as stream:
+        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _read_file(path: Path) -> Iterator[LocatedRow]:
+    return _READERS[path.suffix](path) if path.suffix in _READERS else _dataset_rows(str(path))
+
+
+def _dataset_rows(source: str) -> Iterator[LocatedRow]:
+    return ((f"{source}: row {n}", _without_null(row)) for n, row in enumerate(_load_dataset(source), start=1))
+
+
+def _without_null(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without null inside its columns: Arrow gives every object of a column the union of all keys."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(inner) for key, inner in value.items() if inner is not None}
+        return [clean(inner) for inner in value] if isinstance(value, list) else value
+
+    return {key: clean(value) for key, value in row.items()}
 
 
 def content_hash(source: str) -> str:
@@ -71,7 +119,7 @@ def _json_lines(path: Path) -> Iterator[LocatedRow]:
             if not line.strip():
                 continue
             try:
-                row = _check_row(json.loads(line.decode("utf-8-sig" if n == 1 else "utf-8")))
+                row = _check_row(json.loads(line.decode("utf-8-sig" if n == 1 else "utf-8")), bool(_SURROGATE.search(line)))
             except UnicodeDecodeError as error:
                 row = RowError(f"not UTF-8 at byte {error.start + 1} of the line")
             except json.JSONDecodeError as error:
@@ -80,8 +128,9 @@ def _json_lines(path: Path) -> Iterator[LocatedRow]:
 
 
 def _json_list(path: Path) -> Iterator[LocatedRow]:
+    content = path.read_bytes()
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -89,19 +138,55 @@ def _json_list(path: Path) -> Iterator[LocatedRow]:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}; {fix}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: holds one JSON {type(rows).__name__}; a .json file must be a list of rows")
+    doubtful = bool(_SURROGATE.search(content))
     for n, row in enumerate(rows, start=1):
-        yield f"{path}: row {n}", _check_row(row)
+        yield f"{path}: row {n}", _check_row(row, doubtful)
 
 
-def _check_row(row: Any) -> dict[str, Any] | RowError:
-    return row if isinstance(row, dict) else RowError(f"a row must be an object, not {type(row).__name__}")
+def _csv_lines(path: Path) -> Iterator[LocatedRow]:
+    """Rows of a CSV file with a header; all values are texts."""
+    csv.field_size_limit(2**31 - 1)
+    line = 0  # of the end of the last record
+    with path.open("rb") as stream:
+        # decoded line by line, so that an error of either kind is in the record that begins at the next line
+        lines = (text.decode("utf-8-sig" if n == 0 else "utf-8") for n, text in enumerate(stream))
+        reader = csv.reader(lines, strict=True)
+        try:
+            header, line = next(reader, []), reader.line_num
+            for fields in reader:
+                start, line = line + 1, reader.line_num
+                if len(fields) == len(header):
+                    yield f"{path}:{start}", dict(zip(header, fields, strict=True))
+                elif fields:  # not a blank line
+                    counts = f"{len(fields)} fields, but the header has {len(header)}"
+                    yield f"{path}:{start}", RowError(f"{counts}; put quotes around texts that hold a comma")
+        except (csv.Error, UnicodeDecodeError) as error:
+            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not CSV: {error}"
+            raise UserError(f"{path}:{line + 1}: {reason}; correct the file") from None
+
+
+def _check_row(row: Any, doubtful: bool) -> dict[str, Any] | RowError:
+    """The row if it is an object; a `doubtful` one must have no lone surrogate."""
+    if not isinstance(row, dict):
+        return RowError(f"a row must be an object, not {type(row).__name__}")
+    try:
+        if doubtful:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return RowError(lone_surrogate(error))
+    return row
+
+
+_READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_list, ".csv": _csv_lines}
 
 
 def _load_dataset(source: str) -> Any:
     path = Path(source)
+    known = {*_READERS, *_BUILDERS}
     if path.is_file() and path.suffix not in _BUILDERS:
-        raise UserError(f"{source}: unknown file type {path.suffix!r}; use .jsonl, .json, {', '.join(_BUILDERS)}")
-    if not path.exists() and (path.is_absolute() or path.suffix in {*_LINES, ".json", *_BUILDERS} or source.startswith(".")):
+        types = ", ".join([*_READERS, *_BUILDERS])
+        raise UserError(f"{source}: unknown file type {path.suffix!r}; use {types}, a plain text as the column `text`")
+    if not path.exists() and (path.is_absolute() or path.suffix in known or source.startswith(".")):
         raise UserError(f"{source}: there is no such file; give an existing file or a hub name like owner/name@split")
     from datasets import load_dataset  # takes seconds to import
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainkit.data.text.chat_template import load_tokenizer
 from trainkit.data.text.prepare import prepare
 from trainkit.errors import UserError
 from trainkit.models.shape import TargetShape
@@ -24,7 +23,9 @@ def frequent_ids(
     number = round(keep * size) if keep <= 1 else int(keep) if float(keep).is_integer() else 0
     if not len(shape.end_ids) < number <= size:
         raise UserError(f"--keep {keep:g}: must be a share or a number of ids, above the end ids and at most all {size}")
-    packed = prepare([text], None, load_tokenizer(target), 2048, columns=columns, validation_share=0.0, limit=limit).train
+    prepared = prepare([text], None, target, 2048, columns=columns, validation_share=0.0, limit=limit)
+    prepared.report.warn()
+    packed = prepared.train
     counts_V = np.bincount(packed.tokens_N[packed.mask_N], minlength=size)
     ids = most_frequent(counts_V, number, shape.end_ids)
     coverage = float(counts_V[ids].sum() / counts_V.sum())
