@@ -93,9 +93,9 @@ def test_multi_byte_character_is_streamed_whole(runner, monkeypatch):
     told = iter(tokens)
     take = Request.take
 
-    def forced(self, output, slot, stopping, prefill=False):
+    def forced(self, output, slot, end_ids, prefill=False):
         output.emitted_BP[slot, 0] = next(told)
-        take(self, output, slot, stopping, prefill)
+        take(self, output, slot, end_ids, prefill)
 
     monkeypatch.setattr(Request, "take", forced)
     pieces = list(scripted.stream([1], max_new_tokens=len(tokens)))
@@ -191,7 +191,7 @@ def test_cache_can_be_filled_completely(seed):
     for length in (1, 32, 62, 63):
         for depth in (0, 1, 8):
             out = runner.generate([[3] * length, [4] * 63], max_new_tokens=1000, depth=depth, temperature=1.0, seed=seed)[0]
-            assert len(out.tokens) == 64 - length and out.finish == "length"
+            assert len(out.tokens) == 64 - length and out.finish == "max_len"
     with pytest.raises(UserError, match=r"prompt 1 has 64 tokens.*max_len 64"):
         runner.generate([[1], [3] * 64])
 

@@ -26,11 +26,12 @@ from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
 from trainkit.runner.options import GenerateOptions
 from trainkit.runner.policies.build import Policies
-from trainkit.runner.request import Output, Request, Stopping
+from trainkit.runner.request import Output, Request
 from trainkit.runner.round import Plan, Rounds, Trace
 from trainkit.runner.sampling import request_keys
 from trainkit.runner.scheduler import Scheduler
 from trainkit.runner.stats import Stats
+from trainkit.runner.text import GrowingText, special_tokens
 from trainkit.runner.trees.shape import RankPath, Shape
 from trainkit.runner.trees.static import Tree, build, chain
 from trainkit.runner.verify import Typical, Verification, build_verification
@@ -190,21 +191,19 @@ class Runner:
         return self._finished(prompts, pairs, chosen)
 
     def stream(self, prompt: Prompt, options: GenerateOptions | None = None, **named: Any) -> Iterator[str]:
-        """Yields the text of one prompt as rounds emit it; options as an object or by name."""
+        """Yields the text of one prompt as rounds emit it; options as an object or by name, checked before the first round."""
         chosen = options or GenerateOptions.from_names("stream", named)
         request = self._request(prompt, 0, (0, 0), chosen)
-        plan = self._plan(chosen)
-        # A stop string may begin in text already decoded: as many characters are held back as it could still need.
-        held_back = max((len(text) for text in chosen.stop), default=1) - 1
+        request.text = request.text or self._growing_text(chosen)
+        return self._streamed(request, request.text, self._plan(chosen), self._end_ids(chosen))
+
+    def _streamed(self, request: Request, text: GrowingText, plan: Plan, end_ids: tuple[int, ...]) -> Iterator[str]:
         shown = 0
-        for _, finished in self.scheduler.decode([request], plan, self._stopping(chosen)):
-            text = self.tokenizer.decode(request.tokens, skip_special_tokens=True)
-            if finished:
-                text = text if request.text_end is None else text[: request.text_end]
-                yield text[shown:]
-            elif not text.endswith("\ufffd") and len(text) - held_back > shown:
-                yield text[shown : len(text) - held_back]
-                shown = len(text) - held_back
+        for _, finished in self.scheduler.decode([request], plan, end_ids):
+            known = self._text(request) if finished else text.shown[: text.certain]
+            if finished or len(known) > shown:
+                yield known[shown:]
+                shown = len(known)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], chunk: int = 256) -> list[list[float]]:
@@ -250,7 +249,7 @@ class Runner:
     ) -> Iterator[tuple[int, Output]]:
         pairs = enumerate(zip(prompts, draws, strict=True))
         requests = [self._request(prompt, index, pair, options) for index, (prompt, pair) in pairs]
-        for request, finished in self.scheduler.decode(requests, self._plan(options), self._stopping(options)):
+        for request, finished in self.scheduler.decode(requests, self._plan(options), self._end_ids(options)):
             if finished:
                 yield request.index, self._output(request, options.logprobs)
 
@@ -296,9 +295,24 @@ class Runner:
                 raise UserError(f"tree: {shape.widest} nodes on a level, this drafter expands at most {widest} together")
         return shape
 
-    def _stopping(self, options: GenerateOptions) -> Stopping:
-        decode = (lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)) if options.stop else None
-        return Stopping(() if options.ignore_end else self.shape.end_ids, tuple(options.stop), decode)
+    def _end_ids(self, options: GenerateOptions) -> tuple[int, ...]:
+        return () if options.ignore_end else self.shape.end_ids
+
+    @cached_property
+    def _special_tokens(self) -> dict[int, str]:
+        return special_tokens(self.tokenizer)
+
+    def _growing_text(self, options: GenerateOptions) -> GrowingText:
+        return GrowingText(self._decode, self._special_tokens, options.stop)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _text(self, request: Request) -> str:
+        """The text of a request that has ended."""
+        if request.text is not None and request.text_end is not None:
+            return request.text.shown[: request.text_end]
+        return self._decode(request.tokens)
 
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
         if isinstance(prompt, str):
@@ -319,15 +333,14 @@ class Runner:
                 f"prompt {index} has {len(tokens)} tokens, and max_len {self.max_len} must hold one new one too; "
                 "shorten it or load with a larger max_len"
             )
-        limit = min(len(tokens) + options.max_new_tokens, self.max_len)
-        return Request(index, tokens, request_keys(options.seed, *draws), limit)
+        wanted, keys = len(tokens) + options.max_new_tokens, request_keys(options.seed, *draws)
+        text = self._growing_text(options) if options.stop else None
+        return Request(index, tokens, keys, min(wanted, self.max_len), wanted > self.max_len, text)
 
     def _output(self, request: Request, logprobs: bool) -> Output:
-        text = ""
         # Token ids can be continued without a tokenizer, as with a folder of weights alone.
-        if self.folder is not None and any(self.folder.glob("tokenizer*")):
-            text = self.tokenizer.decode(request.tokens, skip_special_tokens=True)
-            text = text if request.text_end is None else text[: request.text_end]
+        readable = self.folder is not None and any(self.folder.glob("tokenizer*"))
+        text = self._text(request) if readable else ""
         return Output(request.tokens, text, request.finish, request.stats, request.logprobs if logprobs else None)
 
 

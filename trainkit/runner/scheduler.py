@@ -17,7 +17,7 @@ import torch
 from trainkit.errors import UserError
 from trainkit.runner.graphs import Graphs
 from trainkit.runner.policy import RoundOutcome
-from trainkit.runner.request import Request, Stopping
+from trainkit.runner.request import Request
 from trainkit.runner.round import MISSED, Plan, RoundOutput, Rounds, RoundState
 from trainkit.runner.stats import Stats
 
@@ -69,7 +69,7 @@ class Scheduler:
         return self._state
 
     @torch.inference_mode()
-    def decode(self, requests: Sequence[Request], plan: Plan, stopping: Stopping) -> Iterator[tuple[Request, bool]]:
+    def decode(self, requests: Sequence[Request], plan: Plan, end_ids: tuple[int, ...]) -> Iterator[tuple[Request, bool]]:
         """Decodes all requests; yields a request whenever it received tokens, and whether it is finished.
 
         The host reads `lag` rounds behind the device, so a GPU never waits for the host.
@@ -77,7 +77,7 @@ class Scheduler:
         # Prepare: static tensors for the largest round, all rows free.
         began = perf_counter()
         call = self.begin()
-        self.rounds.set_end_ids(stopping.end_ids)
+        self.rounds.set_end_ids(end_ids)
         self.rounds.seconds = dict.fromkeys(self.rounds.seconds, 0.0)
         step = plan.shape.depth + 1
         batch = min(self.max_batch, len(requests))
@@ -100,7 +100,7 @@ class Scheduler:
                 request.stats.lossy = plan.verification.lossy
                 first = self._prefill(request, plan, state.rows(len(rows), len(rows) + 1))
                 rows.append(request)
-                request.take(first, 0, stopping, prefill=True)
+                request.take(first, 0, end_ids, prefill=True)
                 prefill_seconds += perf_counter() - started
                 yield request, bool(request.finish)
                 self._check_call(call)
@@ -125,7 +125,7 @@ class Scheduler:
                 plan.shape.policy.learn(_outcome(emitted, len(members)))
             for slot, request in enumerate(members):
                 if not request.finish:
-                    request.take(emitted, slot, stopping)
+                    request.take(emitted, slot, end_ids)
                     yield request, bool(request.finish)
                     self._check_call(call)
             self._release(rows, state)
