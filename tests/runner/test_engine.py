@@ -278,3 +278,32 @@ def test_float64_weights_decode_the_exact_argmax(seed, tmp_path):
     for prompt, out in zip(prompts, runner.generate(prompts, max_new_tokens=12, depth=2), strict=True):
         logits = exact_logits(decoder, prompt + out.tokens[:-1])[len(prompt) - 1 :]
         assert logits.argmax(-1).tolist() == out.tokens
+
+
+def test_by_default_a_text_may_fill_all_positions(tiny_target, tmp_path):
+    """Without `max_len` a text ends at `max_new_tokens`, or where the target's positions end, and its finish says which."""
+    default = Runner.load(tiny_target)
+    assert default.max_len == 512
+    (long,) = default.generate([[5] * 500], max_new_tokens=40, ignore_end=True)
+    assert (len(long.tokens), long.finish, long.stats.cut_texts) == (12, "max_len", 1)
+    (short,) = default.generate([[5]], max_new_tokens=40, ignore_end=True)
+    assert (len(short.tokens), short.finish, default.last.cut_texts) == (40, "length", 0)
+    capped = Runner.load(tiny_target, max_len=30).generate([[5]], max_new_tokens=40, ignore_end=True)[0]
+    assert (capped.tokens, capped.finish) == (short.tokens[:29], "max_len")
+    with pytest.raises(UserError, match="covers; shorten it"):
+        default.generate([[5] * 512])
+    with pytest.raises(UserError, match="max_len 1"):
+        Runner.load(tiny_target, max_len=1)
+    window = make_target(tmp_path / "window", "mistral", sliding_window=64)
+    assert Runner.load(window).max_len == 64
+
+
+def test_rows_grow_with_the_texts_of_a_call(tiny_target):
+    """A cache row is as long as the longest text so far; scores and texts are those of a row of full length."""
+    grown, full = Runner.load(tiny_target, tiny_target), Runner.load(tiny_target, tiny_target, max_len=512)
+    for length, new in ((3, 10), (200, 20), (5, 300), (4, 4)):
+        for options in ({"depth": 0}, {"depth": 3}):
+            ours, theirs = (r.generate([[7] * length] * 2, new, ignore_end=True, **options)[1] for r in (grown, full))
+            assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
+        assert grown.score([[7] * length], [[9]]) == full.score([[7] * length], [[9]])
+    assert grown.scheduler.state(1, 1).cache.shape[3] < 400 < full.scheduler.state(1, 1).cache.shape[3]

@@ -16,6 +16,7 @@ from trainkit.errors import UserError
 from trainkit.eval import bootstrap
 from trainkit.eval.acceptance import Sums, decode_tau, measure
 from trainkit.eval.bench.table import grid
+from trainkit.eval.lengths import fitting
 from trainkit.files import write_json
 from trainkit.models.load import find_device, read_config
 from trainkit.models.target import FrozenTarget
@@ -36,6 +37,7 @@ def evaluate(
     questions: int = 100,
     depth: int = 4,
     max_new_tokens: int = 256,
+    max_len: int | None = None,
     teacher_cache: str | None = None,
     device: str = "cpu",
     json: str | None = None,
@@ -65,6 +67,7 @@ def evaluate(
         questions: Number of prompts to decode, from the start of the file.
         depth: Number of tokens drafted per round, at most the drafter's number of heads.
         max_new_tokens: Maximum number of tokens of a decoded answer.
+        max_len: Prompts to decode that need more positions, answer included, are left out; by default none may.
         teacher_cache: Folder that caches the target's hidden states for later runs on the same data.
         device: Torch device; `auto` uses a GPU if there is one.
         json: File for all figures, including those of each question.
@@ -88,11 +91,13 @@ def evaluate(
     reader = LiveTeacher(teacher, teacher_cache)
     networks = [load_drafter(Path(folder), Path(target), teacher.shape()).to(torch_device).eval() for folder in drafter]
     # measure
+    note = ""
     measured = measure(reader, networks, prepared.train, temperatures, batch, prepared.fingerprint)
     if prompts is not None:
         rows = read_prompts(prompts, tokenizer, questions, columns)
+        rows, longest, note = fitting(rows, max_new_tokens, max_len, target, prompts)
         for (first_head, *_), network in zip(measured, networks, strict=True):
-            first_head |= decode_tau(target, network, rows, temperatures, depth, max_new_tokens)
+            first_head |= decode_tau(target, network, rows, temperatures, depth, max_new_tokens, longest)
     by_head = [
         (folder if number == 1 else f"{folder} head {number}", sums)
         for folder, heads in zip(drafter, measured, strict=True)
@@ -112,7 +117,7 @@ def evaluate(
     }
     if json is not None:
         write_json(json, values)
-    return _report(by_head, values)
+    return "\n\n".join([_report(by_head, values), *([note] if note else [])])
 
 
 def _ratio(sums: Sums, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -49,9 +49,10 @@ class Runner:
         shape: Shape of the target, with its end tokens.
         folder: Folder of the target, for its tokenizer; without one, prompts must be token ids.
         max_batch: As in `load`.
-        max_len: As in `load`.
+        max_len: Largest number of tokens of prompt and continuation together.
         capture: As in `load`.
         predictor: Predicts how likely the drafter's proposals are accepted, or None.
+        grow: Size cache rows by the texts of each call; otherwise every row has room for `max_len` tokens from the start.
 
     Attributes:
         observe: Set to a function to receive every round's `Trace`; rounds then run eagerly.
@@ -68,6 +69,7 @@ class Runner:
         max_len: int = 2048,
         capture: bool | None = None,
         predictor: AcceptancePredictor | None = None,
+        grow: bool = False,
     ) -> None:
         self.drafter, self.shape, self.folder, self.max_len, self.predictor = drafter, shape, folder, max_len, predictor
         if drafter is not None:
@@ -76,7 +78,7 @@ class Runner:
         self.rounds = Rounds(target, drafter)
         self.device = self.rounds.device
         capture = self.device.type == "cuda" if capture is None else capture
-        self.scheduler = Scheduler(self.rounds, max_batch, max_len, capture)
+        self.scheduler = Scheduler(self.rounds, max_batch, max_len, capture, grow)
         self.policies = Policies(self.scheduler)
         self.observe: Callable[[Trace], None] | None = None
         self._trees: dict[tuple[RankPath, ...], Tree] = {}
@@ -99,8 +101,8 @@ class Runner:
             device: Torch device.
             dtype: float32, bfloat16 or float16.
             max_batch: Largest number of texts decoded together; further prompts wait.
-            max_len: Largest number of tokens of prompt and continuation together; by default 2048, or what the model covers if
-                that is less.
+            max_len: Largest number of tokens of prompt and continuation together; every cache row then has room for them. By
+                default as many as the model covers, and rows grow with the texts of each call.
             capture: Whether to capture rounds as CUDA graphs; by default where there is a GPU.
 
         Raises:
@@ -113,13 +115,15 @@ class Runner:
         folder = Path(target)
         if max_batch < 1:
             raise UserError(f"max_batch {max_batch}: must be at least 1")
-        length = max_len or min(2048, covered_positions(folder))
+        if max_len is not None and max_len < 2:
+            raise UserError(f"max_len {max_len}: must be at least 2, a token of the prompt and a new one")
+        length = max_len or covered_positions(folder)
         decoder = load_decoder(folder, where, kind, length)
         shape, draft, predictor = target_shape(folder), None, None
         if drafter is not None:
             draft = load_drafter(Path(drafter), folder, shape).to(device=where, dtype=kind)
             predictor = load_bundle_predictor(Path(drafter), where)
-        return Runner(decoder, draft, shape, folder, max_batch, length, capture, predictor)
+        return Runner(decoder, draft, shape, folder, max_batch, length, capture, predictor, grow=max_len is None)
 
     @property
     def last(self) -> Stats:
@@ -220,7 +224,7 @@ class Runner:
             head, tail = self._encode(prompt, i), self._encode(continuation, i)
             if len(head) + len(tail) > self.max_len:
                 raise UserError(f"score: pair {i} has {len(head) + len(tail)} tokens, max_len is {self.max_len}")
-            cache = self.scheduler.state(1, self.max_len).cache[:1]
+            cache = self.scheduler.state(1, len(head) + len(tail) if self.scheduler.grow else self.max_len).cache[:1]
             tokens_T = torch.tensor(head + tail, device=self.device)
             parts: list[Tensor] = []
             for start in range(0, len(tokens_T) - 1, chunk):
@@ -329,9 +333,9 @@ class Runner:
     def _request(self, prompt: Prompt, index: int, draws: tuple[int, int], options: GenerateOptions) -> Request:
         tokens = self._encode(prompt, index)
         if len(tokens) >= self.max_len:
+            remedy = "which is all that the target covers; shorten it" if self.scheduler.grow else "shorten it or raise max_len"
             raise UserError(
-                f"prompt {index} has {len(tokens)} tokens, and max_len {self.max_len} must hold one new one too; "
-                "shorten it or load with a larger max_len"
+                f"prompt {index} has {len(tokens)} tokens and one new one must fit max_len {self.max_len}, {remedy}"
             )
         wanted, keys = len(tokens) + options.max_new_tokens, request_keys(options.seed, *draws)
         text = self._growing_text(options) if options.stop else None

@@ -79,6 +79,7 @@ class Request:
                 self.finish, self.text_end = "stop", stop_at
             elif len(self.prompt) + len(self.tokens) >= self.limit:
                 self.finish = "max_len" if self.cut else "length"
+                self.stats.cut_texts += self.cut
             if self.finish:
                 break
         if output.logprobs_BP is not None:

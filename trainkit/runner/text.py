@@ -43,7 +43,7 @@ class GrowingText:
         return max(0, len(self.shown) - max((len(text) - 1 for text in self.stop), default=0))
 
     def add(self, token: int) -> int | None:
-        """Adds a token; returns the number of characters of `shown` before a stop string that ends with it, None without one."""
+        """Adds a token; returns the number of characters of `shown` before a stop string that ends with it, if one does."""
         if token in self.special:
             piece, shown = self.special[token], ""
             self._hidden.append((len(self._written), len(piece)))
@@ -63,7 +63,7 @@ class GrowingText:
         return min(found, default=None)
 
     def _piece(self, token: int) -> str:
-        """What an ordinary token adds; it is decoded with those before it, because at the start of a text spaces are dropped."""
+        """What an ordinary token adds; decoded with those before it, because at the start of a text spaces are dropped."""
         self._tokens.append(token)
         whole = self.decode(self._tokens)
         text = whole.rstrip("\ufffd")  # perhaps a part of a character

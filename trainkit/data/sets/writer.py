@@ -63,6 +63,7 @@ class SetStats:
         seconds: Duration of the call.
         bytes: Size of the parts written.
         ended: Rows written whose text ended with an end token.
+        cut: Texts that ended before `max_new_tokens` because they fill `max_len`.
         records: Acceptance records written.
         accepted: Sum of the labels of their first proposals; divided by `records`, the share accepted.
     """
@@ -73,6 +74,7 @@ class SetStats:
     seconds: float = 0.0
     bytes: int = 0
     ended: int = 0
+    cut: int = 0
     records: int = 0
     accepted: float = 0.0
 
@@ -80,6 +82,11 @@ class SetStats:
     def speed(self) -> str:
         """Tokens per second, with the unit."""
         return f"{self.tokens / self.seconds if self.seconds else 0.0:,.0f} tokens/s"
+
+    @property
+    def cut_note(self) -> str:
+        """How many texts were cut, for the summary; empty if none was."""
+        return f"{self.cut:,} cut by max_len, before max_new_tokens; " if self.cut else ""
 
     def summary(self, job: SetJob, total: int, unit: str, details: str = "") -> str:
         """One line for the user; `total` counts the `unit`s of the whole set, `details` is inserted before the speed."""
