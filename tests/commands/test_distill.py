@@ -196,6 +196,7 @@ def test_resume_with_other_setting_gives_one_line(key, command, straight, tiny_t
         ("part_rows", 0),
         ("temperatures", "[-1]"),
         ("temperatures", "[0,0]"),
+        ("temperatures", "[0,1e-39]"),
         ("temperatures", "[]"),
         ("batch", 0),
         ("concurrency", 0),

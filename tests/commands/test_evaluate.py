@@ -234,7 +234,7 @@ def test_paired_difference_to_itself_is_zero(tiny_target, texts, bundles, capsys
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("temperatures", "[-1]", "temperatures"),
+        ("temperatures", "[-1]", "temperature -1"),
         ("temperatures", "[]", "temperatures"),
         ("drafter", "[]", "drafter"),
         ("batch", "0", "batch"),

@@ -78,7 +78,7 @@ def acceptance(
         part_prompts: Prompts in a file, at one temperature: the unit that processes share out, and the work that a kill loses.
     """
     # Check every option before the folder is created, since a set is continued only with the options that started it.
-    check_sampling(temperatures)
+    temperatures = check_sampling(temperatures)
     check_positive(depth=depth, max_new_tokens=max_new_tokens, part_prompts=part_prompts)
     quiet_libraries()
     read_config(target)  # first, since a missing folder would be taken for a tokenizer's name on the hub
@@ -102,7 +102,7 @@ def acceptance(
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
         "versions": {"trainkit": __version__, "torch": torch.__version__},
     }
-    job, layout = SetJob.from_environment(out, provenance), AcceptanceLayout(len(tokens), tuple(temperatures), part_prompts)
+    job, layout = SetJob.from_environment(out, provenance), AcceptanceLayout(len(tokens), temperatures, part_prompts)
     stats = write_acceptance(job, layout, recording(runner, tokens, getattr(torch, dtype), **settings))
     share = f"{stats.records:,} records, {stats.accepted / stats.records:.3f} of them accepted; " if stats.records else ""
     return stats.summary(job, len(layout.parts()), "parts", share + stats.cut_note)

@@ -82,7 +82,7 @@ def distill(
         part_rows: Rows in a file of the set, which is the unit that processes share out.
     """
     # Check every option before the folder is created, since a set is continued only with the options that started it.
-    check_sampling(temperatures, top_k, top_p)
+    temperatures = check_sampling(temperatures, top_k, top_p)
     check_positive(n=n, part_rows=part_rows, max_new_tokens=max_new_tokens, max_len=max_len, concurrency=concurrency)
     if base_url is not None and (drafter, depth, max_len) != (None, None, None):
         raise UserError("--drafter, --depth and --max_len: only for decoding on this machine; leave them out with --base-url")
@@ -91,7 +91,7 @@ def distill(
     # Read the prompts.
     tokenizer = load_tokenizer(target)
     rows = read_prompt_rows(prompts, tokenizer, limit, columns)
-    layout = DistilledLayout(len(rows), tuple(temperatures), n, part_rows)
+    layout = DistilledLayout(len(rows), temperatures, n, part_rows)
     sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k, "seed": seed}
     # Load the target, or connect to the server.
     if base_url is None:
@@ -117,14 +117,18 @@ def distill(
     return stats.summary(job, layout.rows, "rows", ended + stats.cut_note)
 
 
-def check_sampling(temperatures: Sequence[float], top_k: int = 0, top_p: float = 1.0) -> None:
-    """Raises UserError for temperatures that are missing, repeated or out of range, and for top-k or top-p out of range."""
-    if not temperatures:
+def check_sampling(temperatures: Sequence[float], top_k: int = 0, top_p: float = 1.0) -> tuple[float, ...]:
+    """The temperatures as decoding uses them (`Sampling`).
+
+    Raises:
+        UserError: temperatures that are missing, repeated or out of range, or top-k or top-p out of range.
+    """
+    used = tuple(Sampling(temperature, top_k, top_p).temperature for temperature in temperatures)
+    if not used:
         raise UserError("--temperatures: give at least one, such as [0,0.7]")
-    for temperature in temperatures:
-        Sampling(temperature, top_k, top_p)
-    if len(set(temperatures)) < len(temperatures):
+    if len(set(used)) < len(used):
         raise UserError(f"--temperatures: {list(temperatures)} has a value twice; for several completions at each, use --n")
+    return used
 
 
 def check_lengths(target: str, lengths: Sequence[int], max_len: int | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainkit.commands.distill import check_sampling
 from trainkit.data.teacher.live import LiveTeacher
 from trainkit.data.text.chat_template import load_tokenizer
 from trainkit.data.text.prepare import prepare
@@ -73,9 +74,10 @@ def evaluate(
         json: File for all figures, including those of each question.
     """
     # check the arguments
-    if not temperatures or not drafter:
-        raise UserError("--temperatures and --drafter: give at least one temperature and one drafter")
-    for name, value, minimum in (("temperatures", min(temperatures), 0), ("batch", batch, 1), ("depth", depth, 1)):
+    temperatures = check_sampling(temperatures)
+    if not drafter:
+        raise UserError("--drafter: give at least one")
+    for name, value, minimum in (("batch", batch, 1), ("depth", depth, 1)):
         if value < minimum:
             raise UserError(f"--{name}: {value} must be at least {minimum}")
     if json is not None and not Path(json).resolve().parent.is_dir():

@@ -18,6 +18,7 @@ from trainkit.eval.tree_search.ranks import accuracies, replay_ranks, shares, si
 from trainkit.eval.tree_search.search import Candidate, Costs, expected_tau, full_tree, measure_costs, search
 from trainkit.files import finite
 from trainkit.runner import Runner, Stats
+from trainkit.runner.sampling import Sampling
 from trainkit.runner.trees.static import chain
 
 SHOWN = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -80,6 +81,7 @@ def tree(
             raise UserError(f"{name} {flags[name]}: must be at least {minimum}{note}")
 
     # check everything before the long part
+    temperature = Sampling(temperature).temperature
     bundle.read(drafter)
     prompt_ids, longest, note = fitting(read_prompts(prompts, target, limit), max_new_tokens, max_len, target, prompts)
     if len(prompt_ids) <= held_out:

@@ -23,6 +23,7 @@ from trainkit.modules.mixed_text import Mixed
 from trainkit.modules.text_data import TextData
 from trainkit.modules.training_data import global_seed
 from trainkit.runner import Runner
+from trainkit.runner.sampling import Sampling
 
 Source = Literal["corpus", "target", "draft", "mixed"]
 
@@ -74,7 +75,7 @@ class MixtureData(TextData):
                 raise UserError(f"data.weights: unknown source {name!r}; choose from {', '.join(get_args(Source))}")
         if any(weight < 0 for weight in weights.values()) or not sum(weights.values()) > 0:
             raise UserError(f"data.weights: {weights}: each weight must be at least 0, and one of them above 0")
-        if refresh < 1 or not 0 <= share <= 1 or temperature < 0:
+        if refresh < 1 or not 0 <= share <= 1 or not temperature >= 0:
             raise UserError(
                 f"data: refresh {refresh} must be at least 1, share {share} in 0..1, temperature {temperature} >= 0"
             )
@@ -93,7 +94,7 @@ class MixtureData(TextData):
         super().__init__(next(iter(files.values()), validation) or [], validation=validation, **text)
         self._files = {name: [paths] if isinstance(paths, str) else list(paths or ()) for name, paths in files.items()}
         self.prompts, self.limit_prompts = prompts, limit_prompts
-        self.refresh, self.share, self.depth, self.temperature = refresh, share, depth, temperature
+        self.refresh, self.share, self.depth, self.temperature = refresh, share, depth, Sampling(temperature).temperature
         self.max_new_tokens, self.sample_batch = max_new_tokens, sample_batch
         self.sets: dict[str, PackedSet] = {}
         self._prompts: list[list[int]] = []

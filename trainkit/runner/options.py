@@ -20,7 +20,7 @@ class GenerateOptions:
 
     Args:
         max_new_tokens: Largest number of new tokens for each prompt, the end token included.
-        temperature: Softmax temperature; 0 takes the likeliest token.
+        temperature: Softmax temperature; 0, or below 1e-6, takes the likeliest token.
         top_p: Probability mass of the nucleus that is sampled from.
         top_k: Number of likeliest tokens that are sampled from; 0 takes all.
         seed: Seed of the noise. With a prompt's index in the call it fixes every draw, whatever the batch, depth or drafter.
@@ -66,6 +66,7 @@ class GenerateOptions:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if isinstance(self.tree, str):
             object.__setattr__(self, "tree", parse_tree(self.tree))
+        object.__setattr__(self, "temperature", self.sampling.temperature)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
         if any(not text for text in self.stop):

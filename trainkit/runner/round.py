@@ -312,7 +312,7 @@ class Rounds:
         state.token_B.copy_(torch.where(counts > 0, last, state.token_B))
         state.position_B.add_(counts)
         inside = torch.arange(emitted.shape[1], device=emitted.device) < counts[:, None]
-        ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
+        ended = ((emitted[..., None] == self.end_ids).any(-1) & inside).any(1)
         state.done_B.logical_or_(ended | (state.position_B + 1 >= state.limit_B))
 
     def prefill(self, plan: Plan, state: RoundState, tokens_T: Tensor, later: bool = False, chunk: int = 512) -> RoundOutput:

@@ -72,6 +72,9 @@ class BenchArguments:
     prompt_length: int = 64
 
     def __post_init__(self) -> None:
+        from trainkit.runner.sampling import Sampling
+
+        object.__setattr__(self, "temperature", Sampling(self.temperature).temperature)
         for name in ("max_new_tokens", "limit", "repeats", "batch", "prompt_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
