@@ -269,7 +269,9 @@ class Runner:
             rule = build_verification(rule, sampling.greedy, shape.ranked, thresholds)
         if not (rule.verifies_last_level or (isinstance(shape, Tree) and shape.is_chain and shape.depth)):
             raise UserError(f"{type(rule).__name__} needs a drafter and a chain of at least one token; give depth")
-        return Plan(sampling, shape, rule, options.logprobs, self.observe, can_pause=shape.policy is not None)
+        return Plan(
+            sampling, shape, rule, options.logprobs, self.observe, can_pause=shape.policy is not None and shape.policy.pauses
+        )
 
     def _shape(self, options: GenerateOptions) -> Shape:
         """The requested shape: a tree, a chain, or by default the drafter's own; the root alone without a drafter."""

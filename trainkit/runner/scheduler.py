@@ -48,7 +48,7 @@ class Scheduler:
         self.rounds, self.max_batch, self.max_len, self.grow = rounds, max_batch, max_len, grow
         self.device = rounds.device
         self.lag = 1 if self.device.type == "cuda" else 0
-        self.graphs = Graphs() if capture else None
+        self.graphs = Graphs(rounds.device) if capture else None
         self.seconds: dict[str, float] = {}
         self.rounds_run = 0
         self.last = Stats()
@@ -232,12 +232,13 @@ class Scheduler:
         """Starts copying a round's output to the host; the returned function waits for the copy."""
         if self.device.type != "cuda":
             return lambda: output
-        copies = {
-            name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            for name, tensor in output.tensors.items()
-        }
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(self.device):  # whose stream copies, whatever GPU is the current one
+            copies = {
+                name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+                for name, tensor in output.tensors.items()
+            }
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream())
 
         def wait() -> RoundOutput:
             event.synchronize()
