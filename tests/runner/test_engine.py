@@ -6,13 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support.equality import exact_logits
+from tests.support.equality import assert_few, compare, exact_logits
 from tests.support.models import pair, ragged_prompts, random_decoder
+from tests.support.replaying import replayed
 from tests.support.targets import make_target
 from trainkit.errors import UserError
 from trainkit.models.load import hf_views, load_decoder, save_decoder
-from trainkit.runner import Runner, Stats
+from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.request import Request
+from trainkit.runner.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +218,7 @@ def test_no_prompts_give_no_outputs(runner):
         ({"n": 0}, "n 0"),
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
         ({"stop": ["a", ""]}, "stop"),
+        ({"plain": True, "verify": "residual"}, "plain"),
     ],
 )
 def test_options_out_of_range_are_named(runner, options, named):
@@ -307,3 +310,20 @@ def test_rows_grow_with_the_texts_of_a_call(tiny_target):
             assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
         assert grown.score([[7] * length], [[9]]) == full.score([[7] * length], [[9]])
     assert grown.scheduler.state(1, 1).cache.shape[3] < 400 < full.scheduler.state(1, 1).cache.shape[3]
+
+
+@pytest.mark.parametrize("shaped", [{"depth": 3}, {"tree": ((0,), (1,), (0, 0))}, {"tree": DynamicTree(2, 2, 4)}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_plain_computes_as_many_rows_as_verifying(shaped, temperature, seed):
+    """`plain` gives the text of plain decoding, one token a round, over the rows that the draft would take."""
+    runner, rows = pair(noise=0.02, ends=(), max_batch=1), set()
+    prompts, options = ragged_prompts(3), {"max_new_tokens": 20, "temperature": temperature, "seed": seed}
+    runner.rounds.target.layers[0].register_forward_pre_hook(lambda _, given: rows.add(given[0].shape[1]))
+    padded = runner.generate(prompts, plain=True, **shaped, **options)
+    assert rows - {len(prompt) for prompt in prompts} == {4}
+    assert runner.last.tau == 1.0 and runner.last.drafted == 0 and runner.last.alpha_k == []
+    texts = [[out.tokens for out in outs] for outs in (padded, runner.generate(prompts, depth=0, **options))]
+    assert_few(compare(runner.rounds.target, prompts, *texts, Sampling(temperature), seed), 60)
+    alone = Runner(runner.rounds.target, None, runner.shape, max_batch=1, max_len=96)
+    assert [out.tokens for out in alone.generate(prompts, plain=True, **shaped, **options)] == texts[0]
+    assert replayed(runner, 1).generate(prompts, plain=True, **shaped, **options)[0].tokens == texts[0][0]

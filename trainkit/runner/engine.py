@@ -77,6 +77,10 @@ class Runner:
         stream_weights(target, *([] if drafter is None else [drafter]))
         self.rounds = Rounds(target, drafter)
         self.device = self.rounds.device
+        if self.device.type == "cuda":
+            # sums in half precision would differ more between one row and several
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         capture = self.device.type == "cuda" if capture is None else capture
         self.scheduler = Scheduler(self.rounds, max_batch, max_len, capture, grow)
         self.policies = Policies(self.scheduler)
@@ -269,9 +273,8 @@ class Runner:
             rule = build_verification(rule, sampling.greedy, shape.ranked, thresholds)
         if not (rule.verifies_last_level or (isinstance(shape, Tree) and shape.is_chain and shape.depth)):
             raise UserError(f"{type(rule).__name__} needs a drafter and a chain of at least one token; give depth")
-        return Plan(
-            sampling, shape, rule, options.logprobs, self.observe, can_pause=shape.policy is not None and shape.policy.pauses
-        )
+        can_pause = shape.policy is not None and shape.policy.pauses
+        return Plan(sampling, shape, rule, options.logprobs, self.observe, can_pause, options.plain)
 
     def _shape(self, options: GenerateOptions) -> Shape:
         """The requested shape: a tree, a chain, or by default the drafter's own; the root alone without a drafter."""
@@ -279,7 +282,7 @@ class Runner:
         assert not isinstance(tree, str)  # `GenerateOptions` has parsed it
         if depth is not None and not 0 <= depth < self.max_len:
             raise UserError(f"depth {depth}: must be at least 0 and at most {self.max_len - 1}, the cache's size")
-        if drafter is None and (depth or tree):
+        if drafter is None and (depth or tree) and not options.plain:
             raise UserError("depth or tree given, but this runner was loaded without a drafter; give one (--drafter)")
         if isinstance(tree, Shape):
             shape = tree

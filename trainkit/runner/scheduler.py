@@ -217,7 +217,8 @@ class Scheduler:
         state.done_B[active:batch].fill_(True)
         state.position_B[active:batch].fill_(1)  # a padded row's old position may lie past this round's span
         view, end_key = state.rows(0, batch), self.rounds.end_key
-        key = (plan.shape.key, plan.sampling, plan.verification, plan.logprobs, plan.can_pause, batch, span, end_key)
+        options = plan.sampling, plan.verification, plan.logprobs, plan.can_pause, plan.plain
+        key = (plan.shape.key, options, batch, span, end_key)
         modules = [module for module in (self.rounds.target, self.rounds.drafter) if module is not None]
         tables: list[torch.Tensor] = []
 
