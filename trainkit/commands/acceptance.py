@@ -42,7 +42,7 @@ def acceptance(
     limit: int | None = None,
     columns: dict[str, str] | None = None,
     batch: int = 8,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     target_dtype: Literal["float32", "bfloat16"] = "float32",
     part_prompts: int = 64,
@@ -72,7 +72,7 @@ def acceptance(
         limit: Number of prompts to use, from the beginning; all by default.
         columns: Column mapping, from trainkit's names to the file's.
         batch: Texts decoded at the same time.
-        device: Torch device; under torchrun, `cuda` is each process's own GPU.
+        device: Torch device; `auto` uses a GPU if there is one, under torchrun each process its own.
         dtype: Dtype of the stored hidden states; float16 is not offered, because hidden states may exceed its range.
         target_dtype: Precision of the weights of target and drafter.
         part_prompts: Prompts in a file, at one temperature: the unit that processes share out, and the work that a kill loses.

@@ -37,7 +37,7 @@ def distill(
     drafter: str | None = None,
     depth: int | None = None,
     batch: int = 32,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     base_url: str | None = None,
     model: str | None = None,
@@ -72,7 +72,7 @@ def distill(
         drafter: Drafter bundle for speculative decoding.
         depth: Tokens drafted in each round.
         batch: Completions generated at the same time.
-        device: Torch device; under torchrun, `cuda` is each process's own GPU.
+        device: Torch device; `auto` uses a GPU if there is one, under torchrun each process its own.
         dtype: Precision: float32, bfloat16 or float16.
         base_url: URL, up to /v1, of an OpenAI-compatible server that generates the text; the API key is read from
             OPENAI_API_KEY. Start vLLM with `--generation-config vllm`; otherwise it applies the model's own top-k and top-p

@@ -40,7 +40,7 @@ def evaluate(
     max_new_tokens: int = 256,
     max_len: int | None = None,
     teacher_cache: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     json: str | None = None,
 ) -> str:
     """Exact acceptance of drafters on given texts: alpha (residual verification), alpha_coupled, and argmax agreement.

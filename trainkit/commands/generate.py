@@ -25,7 +25,7 @@ def generate(
     tree: str | None = None,
     stop: list[str] | None = None,
     raw: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     **options: Any,
 ) -> None:
@@ -51,7 +51,7 @@ def generate(
             child.
         stop: Strings that end the text.
         raw: Give the prompt to the model as it is; otherwise it becomes a user turn if the tokenizer has a chat template.
-        device: Torch device.
+        device: Torch device; `auto` uses a GPU if there is one.
         dtype: float32, bfloat16 or float16.
         **options: Sampling and drafting, as in `GenerateOptions`.
     """

@@ -18,6 +18,7 @@ from time import perf_counter
 from typing import IO, Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -234,8 +235,10 @@ def check_positive(**counts: int | None) -> None:
 
 
 def local_device(device: str) -> str:
-    """The torch device of this process: under torchrun, `cuda` is the GPU of its local rank."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    """The torch device of this process: under torchrun, `cuda` and `auto` are the GPU of its local rank, if there are GPUs."""
+    rank = os.environ.get("LOCAL_RANK")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return f"cuda:{rank}" if on_gpu and rank is not None else device
 
 
 def quiet_libraries() -> None:

@@ -42,6 +42,10 @@ def checkpoint_setup(arguments: BenchArguments) -> BenchSetup:
     runner = Runner.load(target, None, arguments.device, arguments.dtype, batch, longest)
     decoder, shape, dtype = runner.rounds.target, runner.shape, getattr(torch, arguments.dtype)
     setup = BenchSetup(runner, prompts, target.resolve().name, notes=[note] if note else [])
+    if dtype != torch.float32:
+        setup.notes.append(
+            f"in {arguments.dtype} rounding depends on the number of rows: texts may differ by ties; float32 has few"
+        )
     # the drafters
     folders = dict(zip(_short_names(arguments.drafters), map(Path, arguments.drafters), strict=True))
     for name, folder in folders.items():
