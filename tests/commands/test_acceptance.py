@@ -41,7 +41,7 @@ def test_records_equal_recount_from_traces(verify, temperature, seed, monkeypatc
     runner, prompts = pair(noise=0.05, ends=()), ragged_prompts(5)  # no text ends early, so there are many records
     traces, lengths = [], []
     watch(monkeypatch, traces.append)
-    records = recorder_of(runner, prompts, verify)(range(5), temperature, lengths.append)
+    records = recorder_of(runner, prompts, verify)(range(5), temperature, lambda tokens, cut: lengths.append(tokens))
     texts = {
         i: out.tokens
         for i, out in runner.generate_each(
@@ -106,7 +106,7 @@ def test_coupled_labels_follow_the_shared_noise(seed, monkeypatch):
 
     positions = {request_keys(5, i, 0): len(prompt) for i, prompt in enumerate(prompts)}
     watch(monkeypatch, look)
-    records = recorder_of(runner, prompts, "coupled")(range(4), temperature, lambda tokens: None)
+    records = recorder_of(runner, prompts, "coupled")(range(4), temperature, lambda tokens, cut: None)
     assert checked == len(records["label"]) > 20 and set(records["label"].unique().tolist()) == {0.0, 1.0}
 
 
@@ -115,8 +115,8 @@ def test_records_do_not_depend_on_the_split(verify, seed):
     """Whole, or prompt by prompt; states to float32's rounding, since the batch shapes differ."""
     runner, prompts = pair(noise=0.05), ragged_prompts(6)
     record = recorder_of(runner, prompts, verify)
-    whole = record(range(6), 1.0, lambda tokens: None)
-    single = [record([number], 1.0, lambda tokens: None) for number in range(6)]
+    whole = record(range(6), 1.0, lambda tokens, cut: None)
+    single = [record([number], 1.0, lambda tokens, cut: None) for number in range(6)]
     for name in COLUMNS:
         together = torch.cat([one[name] for one in single if len(one["label"])])
         if whole[name].is_floating_point():

@@ -200,6 +200,7 @@ def test_resume_with_other_setting_gives_one_line(key, command, straight, tiny_t
         ("part_rows", 0),
         ("temperatures", "[-1]"),
         ("temperatures", "[0,0]"),
+        ("temperatures", "[0,1e-39]"),
         ("temperatures", "[]"),
         ("batch", 0),
         ("concurrency", 0),
@@ -221,6 +222,19 @@ def test_too_long_prompt_is_named(command, tmp_path, capsys):
     assert command(tmp_path / "set", prompts=tmp_path / "long.jsonl") == 2
     assert "prompt 1 has 600 tokens, but the target covers 512" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
+
+
+def test_texts_cut_by_max_len_are_counted(command, tmp_path, capsys):
+    """`--max_len` ends texts before `max_new_tokens`; their rows say so, and the summary counts them."""
+    assert command(tmp_path / "set", max_len=30, temperatures="[0]") == 0
+    rows = rows_of(files_of(tmp_path / "set"))
+    cut = sum(row["finish"] == "max_len" for row in rows)
+    assert 0 < cut < len(rows) and f"{cut} cut by max_len" in capsys.readouterr().out
+    assert all(len(row["input_ids"]) == 30 for row in rows if row["finish"] == "max_len")
+    assert command(tmp_path / "set", max_len=31, temperatures="[0]") == 2
+    assert "started with max_len 30" in capsys.readouterr().err
+    assert command(tmp_path / "other", max_len=17) == 2
+    assert "--max_len is 17" in capsys.readouterr().err
 
 
 def test_dashes_and_underscores_are_accepted():

@@ -161,7 +161,7 @@ def test_tau_equals_runner_statistics(temperature, tiny_target, seed):
     """Tau as evaluated equals tau from the runner's statistics."""
     draft = draft_of(tiny_target, 4, 0.02)
     prompts = [torch.randint(5, 320, (n,)).tolist() for n in (2, 5, 9, 3)]
-    found = decode_tau(str(tiny_target), draft, prompts, [temperature], 3, 24)
+    found = decode_tau(str(tiny_target), draft, prompts, [temperature], 3, 24, 33)
     runner = Runner.load(tiny_target, max_len=64)
     runner = Runner(runner.rounds.target, draft, target_shape(tiny_target), tiny_target, 16, 64)
     for verify in ("coupled", "residual") if temperature else ("coupled",):
@@ -247,7 +247,7 @@ def test_what_became_of_the_rows_is_on_stderr(tiny_target, bundles, tmp_path, ca
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("temperatures", "[-1]", "temperatures"),
+        ("temperatures", "[-1]", "temperature -1"),
         ("temperatures", "[]", "temperatures"),
         ("drafter", "[]", "drafter"),
         ("batch", "0", "batch"),

@@ -1,11 +1,13 @@
 """The frozen target: packing is exact, taps are Hugging Face's hidden states, and unsupported models are refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.support.targets import make_target
 from trainkit.errors import UserError
 from trainkit.models.target import FrozenTarget, end_ids, target_shape
 
@@ -128,6 +130,18 @@ def test_soft_capped_logits_are_refused(tmp_path):
     random_model(tmp_path, "gemma2", head_dim=8, final_logit_softcapping=3.0, attn_logit_softcapping=None)
     with pytest.raises(UserError, match="not output head"):
         FrozenTarget(tmp_path)
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": False}, {"rope_type": "yarn", "factor": None}])
+def test_config_that_no_text_fits_is_refused(rope, tmp_path):
+    """A config with which the model loads, but cannot read a text, gives one line."""
+    folder = make_target(tmp_path / "target", num_hidden_layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    odd = {"rope_theta": 2, "original_max_position_embeddings": True, "partial_rotary_factor": False}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": odd | rope}))
+    with pytest.raises(UserError, match=r"cannot read a text .*config\.json") as caught:
+        FrozenTarget(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_tap_is_named(tmp_path):

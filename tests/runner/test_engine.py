@@ -6,13 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support.equality import exact_logits
+from tests.support.equality import assert_few, compare, exact_logits
 from tests.support.models import pair, ragged_prompts, random_decoder
+from tests.support.replaying import replayed
 from tests.support.targets import make_target
 from trainkit.errors import UserError
 from trainkit.models.load import hf_views, load_decoder, save_decoder
-from trainkit.runner import Runner, Stats
+from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.request import Request
+from trainkit.runner.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +95,9 @@ def test_multi_byte_character_is_streamed_whole(runner, monkeypatch):
     told = iter(tokens)
     take = Request.take
 
-    def forced(self, output, slot, stopping, prefill=False):
+    def forced(self, output, slot, end_ids, prefill=False):
         output.emitted_BP[slot, 0] = next(told)
-        take(self, output, slot, stopping, prefill)
+        take(self, output, slot, end_ids, prefill)
 
     monkeypatch.setattr(Request, "take", forced)
     pieces = list(scripted.stream([1], max_new_tokens=len(tokens)))
@@ -191,7 +193,7 @@ def test_cache_can_be_filled_completely(seed):
     for length in (1, 32, 62, 63):
         for depth in (0, 1, 8):
             out = runner.generate([[3] * length, [4] * 63], max_new_tokens=1000, depth=depth, temperature=1.0, seed=seed)[0]
-            assert len(out.tokens) == 64 - length and out.finish == "length"
+            assert len(out.tokens) == 64 - length and out.finish == "max_len"
     with pytest.raises(UserError, match=r"prompt 1 has 64 tokens.*max_len 64"):
         runner.generate([[1], [3] * 64])
 
@@ -216,6 +218,7 @@ def test_no_prompts_give_no_outputs(runner):
         ({"n": 0}, "n 0"),
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
         ({"stop": ["a", ""]}, "stop"),
+        ({"plain": True, "verify": "residual"}, "plain"),
     ],
 )
 def test_options_out_of_range_are_named(runner, options, named):
@@ -278,3 +281,49 @@ def test_float64_weights_decode_the_exact_argmax(seed, tmp_path):
     for prompt, out in zip(prompts, runner.generate(prompts, max_new_tokens=12, depth=2), strict=True):
         logits = exact_logits(decoder, prompt + out.tokens[:-1])[len(prompt) - 1 :]
         assert logits.argmax(-1).tolist() == out.tokens
+
+
+def test_by_default_a_text_may_fill_all_positions(tiny_target, tmp_path):
+    """Without `max_len` a text ends at `max_new_tokens`, or where the target's positions end, and its finish says which."""
+    default = Runner.load(tiny_target)
+    assert default.max_len == 512
+    (long,) = default.generate([[5] * 500], max_new_tokens=40, ignore_end=True)
+    assert (len(long.tokens), long.finish, long.stats.cut_texts) == (12, "max_len", 1)
+    (short,) = default.generate([[5]], max_new_tokens=40, ignore_end=True)
+    assert (len(short.tokens), short.finish, default.last.cut_texts) == (40, "length", 0)
+    capped = Runner.load(tiny_target, max_len=30).generate([[5]], max_new_tokens=40, ignore_end=True)[0]
+    assert (capped.tokens, capped.finish) == (short.tokens[:29], "max_len")
+    with pytest.raises(UserError, match="covers; shorten it"):
+        default.generate([[5] * 512])
+    with pytest.raises(UserError, match="max_len 1"):
+        Runner.load(tiny_target, max_len=1)
+    window = make_target(tmp_path / "window", "mistral", sliding_window=64)
+    assert Runner.load(window).max_len == 64
+
+
+def test_rows_grow_with_the_texts_of_a_call(tiny_target):
+    """A cache row is as long as the longest text so far; scores and texts are those of a row of full length."""
+    grown, full = Runner.load(tiny_target, tiny_target), Runner.load(tiny_target, tiny_target, max_len=512)
+    for length, new in ((3, 10), (200, 20), (5, 300), (4, 4)):
+        for options in ({"depth": 0}, {"depth": 3}):
+            ours, theirs = (r.generate([[7] * length] * 2, new, ignore_end=True, **options)[1] for r in (grown, full))
+            assert (ours.tokens, ours.finish) == (theirs.tokens, theirs.finish)
+        assert grown.score([[7] * length], [[9]]) == full.score([[7] * length], [[9]])
+    assert grown.scheduler.state(1, 1).cache.shape[3] < 400 < full.scheduler.state(1, 1).cache.shape[3]
+
+
+@pytest.mark.parametrize("shaped", [{"depth": 3}, {"tree": ((0,), (1,), (0, 0))}, {"tree": DynamicTree(2, 2, 4)}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_plain_computes_as_many_rows_as_verifying(shaped, temperature, seed):
+    """`plain` gives the text of plain decoding, one token a round, over the rows that the draft would take."""
+    runner, rows = pair(noise=0.02, ends=(), max_batch=1), set()
+    prompts, options = ragged_prompts(3), {"max_new_tokens": 20, "temperature": temperature, "seed": seed}
+    runner.rounds.target.layers[0].register_forward_pre_hook(lambda _, given: rows.add(given[0].shape[1]))
+    padded = runner.generate(prompts, plain=True, **shaped, **options)
+    assert rows - {len(prompt) for prompt in prompts} == {4}
+    assert runner.last.tau == 1.0 and runner.last.drafted == 0 and runner.last.alpha_k == []
+    texts = [[out.tokens for out in outs] for outs in (padded, runner.generate(prompts, depth=0, **options))]
+    assert_few(compare(runner.rounds.target, prompts, *texts, Sampling(temperature), seed), 60)
+    alone = Runner(runner.rounds.target, None, runner.shape, max_batch=1, max_len=96)
+    assert [out.tokens for out in alone.generate(prompts, plain=True, **shaped, **options)] == texts[0]
+    assert replayed(runner, 1).generate(prompts, plain=True, **shaped, **options)[0].tokens == texts[0][0]

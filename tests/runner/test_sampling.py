@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.laws import processed
+from tests.support.models import pair
 from trainkit.errors import UserError
+from trainkit.runner import sampling
+from trainkit.runner.options import GenerateOptions
 from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, RESIDUAL, Noise, Sampling, gumbel, mix, request_keys, uniform
 
 STREAMS = (CHOICE, PROPOSAL, ACCEPT, RESIDUAL)
@@ -191,3 +194,32 @@ def test_lazy_noise_equals_noise_made_at_once():
     assert torch.equal(Noise(keys, roots, tokens, CHOICE, rows=3)[:, :3], whole[:, :3])
     assert torch.equal(noise[:, 1:2], whole[:, 1:2]) and noise._noise_BRV.shape[1] == 4
     assert torch.equal(noise[:, :6], whole) and torch.equal(noise[:, 0:1], whole[:, :1]) and noise._noise_BRV.shape[1] == 8
+
+
+@given(st.lists(st.sampled_from([-2.0, 0.0, 0.5, 3.0]), min_size=1, max_size=12), st.integers(1, 12))
+def test_top_k_keeps_k_tokens_the_lowest_of_equal_ones(logits, top_k):
+    """Of equal logits those of the lowest ids are kept, and never more than k."""
+    ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[:top_k]
+    kept = Sampling(1.0, top_k=top_k).process(torch.tensor([logits, logits])).isfinite()
+    assert kept.tolist() == [[token in ranked for token in range(len(logits))]] * 2
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 5e-324, 9e-7])
+def test_temperature_near_0_is_greedy(temperature):
+    """Below 1e-6 the likeliest token is taken, without dividing by the temperature."""
+    assert Sampling(temperature) == Sampling(0.0) and Sampling(temperature).greedy and not Sampling(1e-6).greedy
+    assert GenerateOptions(temperature=temperature).temperature == 0.0
+    greedy = pair(ends=())
+    texts = [greedy.generate([[3, 4]], 12, value)[0].tokens for value in (temperature, 0.0)]
+    assert texts[0] == texts[1]
+    cold = Sampling(1e-6).process(torch.tensor([8.0, 8.001, -9.0]))
+    assert cold.softmax(-1).isfinite().all() and cold.argmax() == 1
+
+
+def test_noise_in_parts_equals_noise_at_once(monkeypatch):
+    """Large noise is computed some rows at a time and is the same."""
+    keys, positions, tokens = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), torch.arange(10).view(2, 5), torch.arange(40)
+    whole = gumbel(keys, positions, tokens, CHOICE)
+    for limit in (1, 80, 170, 300):
+        monkeypatch.setattr(sampling, "CHUNK", limit)
+        assert torch.equal(gumbel(keys, positions, tokens, CHOICE), whole)

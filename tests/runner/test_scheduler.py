@@ -93,3 +93,30 @@ def test_graphs_keep_the_tables_they_read(seed):
     assert runner.rounds.target.rope.table is not tables[0]()
     assert any(key[0] == GROWING for key in runner.scheduler.graphs.closures)
     assert all(table() is not None for table in tables)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_long_texts_are_decoded_apart(captured, seed, monkeypatch):
+    """One long prompt does not make every row long, and no text changes; a row is as long as its own group needs."""
+    runner = pair(ends=(), max_len=2000)
+    if captured:
+        replayed(runner, 1)
+    prompts = ragged_prompts(9)
+    prompts[3:3] = [torch.randint(0, 48, (n,)).tolist() for n in (1500, 300)]
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed, "depth": 2}
+    whole = [out.tokens for out in runner.generate(prompts, **options)]
+    runner.scheduler._state, runner.scheduler.grow, sizes = None, True, []
+    monkeypatch.setattr("trainkit.runner.scheduler.APART_BYTES", 0)
+    new_state = runner.rounds.new_state
+    monkeypatch.setattr(runner.rounds, "new_state", lambda *args: sizes.append(args[:2]) or new_state(*args))
+    for _ in range(2):
+        apart = [out.tokens for out in runner.generate(prompts, **options)]
+        assert_few(compare(runner.rounds.target, prompts, apart, whole, Sampling(1.0), seed), 132)
+    assert runner.last.tokens == 12 * 11
+    assert [rows for rows, _ in sizes] == [8, 1, 8, 1] and max(rows * slots for rows, slots in sizes) < 8 * 1500 / 3
+    # a single long text, or texts of like lengths, are not divided
+    limits = lambda *lengths: [type("Text", (), {"limit": n}) for n in lengths]
+    assert [(len(g), b, n) for g, b, n in runner.scheduler._groups(limits(1500))] == [(1, 1, 1500)]
+    assert [(len(g), b, n) for g, b, n in runner.scheduler._groups(limits(100, 150, 190))] == [(3, 3, 190)]
+    groups = runner.scheduler._groups(limits(*[100] * 20, 1200, 400, 350, 300))
+    assert [(len(g), b, n) for g, b, n in groups] == [(20, 8, 100), (3, 2, 400), (1, 1, 1200)]

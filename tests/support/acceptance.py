@@ -16,7 +16,7 @@ LAYOUT = AcceptanceLayout(prompts=40, temperatures=(0.0, 1.0), part_prompts=8)
 D = 12
 
 
-def synthetic(numbers: Sequence[int], temperature: float, on_text: Callable[[int], None]) -> dict[str, Tensor]:
+def synthetic(numbers: Sequence[int], temperature: float, on_text: Callable[[int, bool], None]) -> dict[str, Tensor]:
     """20 to 26 records of each prompt, depending on its number; equal at each call. P(accept) = sigmoid(4 h_0 - 1).
 
     A second proposal is right in half of the cases where the first is wrong.
@@ -41,7 +41,7 @@ def synthetic(numbers: Sequence[int], temperature: float, on_text: Callable[[int
                 "prompt": torch.full((n,), number, dtype=torch.int32),
             }
         )
-        on_text(n)
+        on_text(n, False)
     return {name: torch.cat([one[name] for one in records]) for name in records[0]}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from trainkit.runner.graphs import Graphs
 
 
@@ -11,7 +13,7 @@ class Replayed(Graphs):
     """Calls the first closure of each key again at every replay, and writes all its outputs into the same tensors."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(torch.device("cpu"))
         self.closures = {}
         self.replays = 0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainkit import __version__, bundle
-from trainkit.commands.distill import check_sampling, needed_positions
+from trainkit.commands.distill import check_lengths, check_sampling
 from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.acceptance import AcceptanceLayout, Record, drafter_fingerprint, write_acceptance
 from trainkit.data.sets.writer import SetJob, check_positive, local_device, quiet_libraries
@@ -37,11 +37,12 @@ def acceptance(
     verify: Literal["coupled", "residual"] = "coupled",
     depth: int = 8,
     max_new_tokens: int = 128,
+    max_len: int | None = None,
     seed: int = 0,
     limit: int | None = None,
     columns: dict[str, str] | None = None,
     batch: int = 8,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     target_dtype: Literal["float32", "bfloat16"] = "float32",
     part_prompts: int = 64,
@@ -66,24 +67,25 @@ def acceptance(
         verify: Verification that the predictor will be used with.
         depth: Tokens drafted in each round, as a chain; reduced to the drafter's maximum depth.
         max_new_tokens: Maximum length of a text in tokens.
+        max_len: Maximum length of a prompt and its text together; by default as many tokens as the target covers.
         seed: Seed for sampling; with a prompt's index, it determines the prompt's text.
         limit: Number of prompts to use, from the beginning; all by default.
         columns: Column mapping, from trainkit's names to the file's.
         batch: Texts decoded at the same time.
-        device: Torch device; under torchrun, `cuda` is each process's own GPU.
+        device: Torch device; `auto` uses a GPU if there is one, under torchrun each process its own.
         dtype: Dtype of the stored hidden states; float16 is not offered, because hidden states may exceed its range.
         target_dtype: Precision of the weights of target and drafter.
         part_prompts: Prompts in a file, at one temperature: the unit that processes share out, and the work that a kill loses.
     """
     # Check every option before the folder is created, since a set is continued only with the options that started it.
-    check_sampling(temperatures)
+    temperatures = check_sampling(temperatures)
     check_positive(depth=depth, max_new_tokens=max_new_tokens, part_prompts=part_prompts, batch=batch, limit=limit)
     quiet_libraries()
     read_config(target)  # first, since a missing folder would be taken for a tokenizer's name on the hub
     # Read the prompts, and load target and drafter.
     drafter_bundle = bundle.read(drafter)
     tokens = read_prompts(prompts, load_tokenizer(target), limit, columns)
-    max_len = needed_positions(target, [len(prompt) for prompt in tokens], max_new_tokens)
+    check_lengths(target, [len(prompt) for prompt in tokens], max_len)
     runner = Runner.load(target, drafter, local_device(device), target_dtype, batch, max_len)
     assert runner.drafter is not None
     # Write the set.
@@ -95,14 +97,15 @@ def acceptance(
         "precision": target_dtype,
         "drafter": drafter_fingerprint(drafter_bundle),
         **settings,
+        **({} if max_len is None else {"max_len": max_len}),
         "dtype": dtype,
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
         "versions": {"trainkit": __version__, "torch": torch.__version__},
     }
-    job, layout = SetJob.from_environment(out, provenance), AcceptanceLayout(len(tokens), tuple(temperatures), part_prompts)
+    job, layout = SetJob.from_environment(out, provenance), AcceptanceLayout(len(tokens), temperatures, part_prompts)
     stats = write_acceptance(job, layout, recording(runner, tokens, getattr(torch, dtype), **settings))
     share = f"{stats.records:,} records, {stats.accepted / stats.records:.3f} of them accepted; " if stats.records else ""
-    return stats.summary(job, len(layout.parts()), "parts", share)
+    return stats.summary(job, len(layout.parts()), "parts", share + stats.cut_note)
 
 
 def recording(runner: Runner, prompts: Sequence[Sequence[int]], dtype: torch.dtype, **settings: Any) -> Record:
@@ -117,7 +120,7 @@ def recording(runner: Runner, prompts: Sequence[Sequence[int]], dtype: torch.dty
     """
     first = {tuple(prompt): number for number, prompt in reversed(list(enumerate(prompts)))}  # equal prompts are one prompt
 
-    def record(numbers: Sequence[int], temperature: float, on_text: Callable[[int], None]) -> dict[str, Tensor]:
+    def record(numbers: Sequence[int], temperature: float, on_text: Callable[[int, bool], None]) -> dict[str, Tensor]:
         prompt_of_key = {request_keys(settings["seed"], number, 0): first[tuple(prompts[number])] for number in numbers}
         assert len(prompt_of_key) == len(numbers)
         soft, rounds = settings["verify"] == "residual" and temperature > 0, []
@@ -127,7 +130,7 @@ def recording(runner: Runner, prompts: Sequence[Sequence[int]], dtype: torch.dty
         before, runner.observe = runner.observe, lambda trace: rounds.append(round_records(trace, soft, dtype, prompt_of_key))
         try:
             for _, output in runner.generate_each(texts, draws, temperature=temperature, **settings):
-                on_text(len(output.tokens))
+                on_text(len(output.tokens), output.finish == "max_len")
         finally:
             runner.observe = before
         # Join the rounds, and sort by prompt and then by time.

@@ -28,6 +28,7 @@ def distill(
     temperatures: tuple[float, ...] = (0.0, 0.3, 0.7, 1.0),
     n: int = 1,
     max_new_tokens: int = 512,
+    max_len: int | None = None,
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
@@ -36,7 +37,7 @@ def distill(
     drafter: str | None = None,
     depth: int | None = None,
     batch: int = 32,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     base_url: str | None = None,
     model: str | None = None,
@@ -62,6 +63,7 @@ def distill(
         temperatures: Sampling temperatures, all of which are used for each prompt; 0 takes the most probable tokens.
         n: Completions for each prompt and temperature.
         max_new_tokens: Maximum length of a completion in tokens.
+        max_len: Maximum length of a prompt and its completion together; by default as many tokens as the target covers.
         top_p: Nucleus sampling: probability mass to sample from.
         top_k: Number of most probable tokens to sample from; 0 uses all.
         seed: Seed for sampling; with a row's number in the set, it determines the row's text.
@@ -70,7 +72,7 @@ def distill(
         drafter: Drafter bundle for speculative decoding.
         depth: Tokens drafted in each round.
         batch: Completions generated at the same time.
-        device: Torch device; under torchrun, `cuda` is each process's own GPU.
+        device: Torch device; `auto` uses a GPU if there is one, under torchrun each process its own.
         dtype: Precision: float32, bfloat16 or float16.
         base_url: URL, up to /v1, of an OpenAI-compatible server that generates the text; the API key is read from
             OPENAI_API_KEY. Start vLLM with `--generation-config vllm`; otherwise it applies the model's own top-k and top-p
@@ -80,20 +82,21 @@ def distill(
         part_rows: Rows in a file of the set, which is the unit that processes share out.
     """
     # Check every option before the folder is created, since a set is continued only with the options that started it.
-    check_sampling(temperatures, top_k, top_p)
-    check_positive(n=n, part_rows=part_rows, max_new_tokens=max_new_tokens, concurrency=concurrency, batch=batch, limit=limit)
-    if base_url is not None and (drafter is not None or depth is not None):
-        raise UserError("--drafter and --depth: only for decoding on this machine; leave them out with --base-url")
+    temperatures = check_sampling(temperatures, top_k, top_p)
+    check_positive(n=n, part_rows=part_rows, max_new_tokens=max_new_tokens, max_len=max_len)
+    check_positive(concurrency=concurrency, batch=batch, limit=limit)
+    if base_url is not None and (drafter, depth, max_len) != (None, None, None):
+        raise UserError("--drafter, --depth and --max_len: only for decoding on this machine; leave them out with --base-url")
     quiet_libraries()
     read_config(target)  # first, since a missing folder would be taken for a tokenizer's name on the hub
     # Read the prompts.
     encoder = Encoder(load_tokenizer(target))
     rows = read_prompt_rows(prompts, encoder, limit, columns)
-    layout = DistilledLayout(len(rows), tuple(temperatures), n, part_rows)
+    layout = DistilledLayout(len(rows), temperatures, n, part_rows)
     sampling = {"max_new_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k, "seed": seed}
     # Load the target, or connect to the server.
     if base_url is None:
-        max_len = needed_positions(target, [len(row.tokens) for row in rows], max_new_tokens)
+        check_lengths(target, [len(row.tokens) for row in rows], max_len)
         runner = Runner.load(target, drafter, local_device(device), dtype, batch, max_len)
         complete = _local(runner, rows, sampling, depth)
         source: dict[str, Any] = {"dtype": dtype, "weights": weights_digest(target)}
@@ -104,6 +107,7 @@ def distill(
         "target": bundle.fingerprint(target),
         "vocabulary": vocabulary_hash(encoder.tokenizer),
         **sampling,
+        **({} if max_len is None else {"max_len": max_len}),
         **source,
         "prompts": {"name": Path(prompts).name, "sha256": content_hash(prompts), "limit": limit, "columns": columns},
         "versions": {"trainkit": __version__},
@@ -111,31 +115,29 @@ def distill(
     job = SetJob.from_environment(out, provenance)
     stats = write_distilled(job, layout, rows, complete)
     ended = f"{stats.ended / stats.written:.0%} ended with an end token; " if stats.written else ""
-    return stats.summary(job, layout.rows, "rows", ended)
+    return stats.summary(job, layout.rows, "rows", ended + stats.cut_note)
 
 
-def check_sampling(temperatures: Sequence[float], top_k: int = 0, top_p: float = 1.0) -> None:
-    """Raises UserError for temperatures that are missing, repeated or out of range, and for top-k or top-p out of range."""
-    if not temperatures:
-        raise UserError("--temperatures: give at least one, such as [0,0.7]")
-    for temperature in temperatures:
-        Sampling(temperature, top_k, top_p)
-    if len(set(temperatures)) < len(temperatures):
-        raise UserError(f"--temperatures: {list(temperatures)} has a value twice; for several completions at each, use --n")
-
-
-def needed_positions(target: str, lengths: Sequence[int], max_new_tokens: int) -> int:
-    """Positions needed for the longest of the prompts and its completion, at most as many as the target covers.
+def check_sampling(temperatures: Sequence[float], top_k: int = 0, top_p: float = 1.0) -> tuple[float, ...]:
+    """The temperatures as decoding uses them (`Sampling`).
 
     Raises:
-        UserError: a prompt is longer than the target covers.
+        UserError: temperatures that are missing, repeated or out of range, or top-k or top-p out of range.
     """
-    longest, covered = max(range(len(lengths)), key=lengths.__getitem__), covered_positions(target)
-    if lengths[longest] >= covered:
-        raise UserError(
-            f"--prompts: prompt {longest} has {lengths[longest]} tokens, but the target covers {covered}; shorten or remove it"
-        )
-    return min(lengths[longest] + max_new_tokens, covered)
+    used = tuple(Sampling(temperature, top_k, top_p).temperature for temperature in temperatures)
+    if not used:
+        raise UserError("--temperatures: give at least one, such as [0,0.7]")
+    if len(set(used)) < len(used):
+        raise UserError(f"--temperatures: {list(temperatures)} has a value twice; for several completions at each, use --n")
+    return used
+
+
+def check_lengths(target: str, lengths: Sequence[int], max_len: int | None) -> None:
+    """Raises UserError if a prompt leaves no room for a new token in `max_len`, by default all positions of the target."""
+    longest, limit = max(range(len(lengths)), key=lengths.__getitem__), max_len or covered_positions(target)
+    if lengths[longest] >= limit:
+        reason = f"the target covers {limit}" if max_len is None else f"--max_len is {limit}"
+        raise UserError(f"--prompts: prompt {longest} has {lengths[longest]} tokens, but {reason}; shorten or remove it")
 
 
 def _local(runner: Runner, prompts: Sequence[Prompt], sampling: dict[str, Any], depth: int | None) -> Complete:

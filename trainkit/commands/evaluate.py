@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainkit.commands.distill import check_sampling
 from trainkit.data.sets.writer import check_positive
 from trainkit.data.teacher.live import LiveTeacher
 from trainkit.data.text.chat_template import load_tokenizer
@@ -17,6 +18,7 @@ from trainkit.errors import UserError
 from trainkit.eval import bootstrap
 from trainkit.eval.acceptance import Sums, decode_tau, measure
 from trainkit.eval.bench.table import grid
+from trainkit.eval.lengths import fitting
 from trainkit.files import write_json
 from trainkit.models.load import find_device, read_config
 from trainkit.models.target import FrozenTarget
@@ -37,8 +39,9 @@ def evaluate(
     questions: int = 100,
     depth: int = 4,
     max_new_tokens: int = 256,
+    max_len: int | None = None,
     teacher_cache: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     json: str | None = None,
 ) -> str:
     """Exact acceptance of drafters on given texts: alpha (residual verification), alpha_coupled, and argmax agreement.
@@ -66,16 +69,16 @@ def evaluate(
         questions: Number of prompts to decode, from the start of the file.
         depth: Number of tokens drafted per round, at most the drafter's number of heads.
         max_new_tokens: Maximum number of tokens of a decoded answer.
+        max_len: Prompts to decode that need more positions, answer included, are left out; by default none may.
         teacher_cache: Folder that caches the target's hidden states for later runs on the same data.
         device: Torch device; `auto` uses a GPU if there is one.
         json: File for all figures, including those of each question.
     """
     # check the arguments
-    if not temperatures or not drafter:
-        raise UserError("--temperatures and --drafter: give at least one temperature and one drafter")
+    temperatures = check_sampling(temperatures)
+    if not drafter:
+        raise UserError("--drafter: give at least one")
     check_positive(batch=batch, depth=depth, limit=limit, questions=questions, max_new_tokens=max_new_tokens)
-    if min(temperatures) < 0:
-        raise UserError(f"--temperatures: {min(temperatures)} must be at least 0")
     if json is not None and not Path(json).resolve().parent.is_dir():
         raise UserError(f"--json {json}: its folder does not exist; make it first")
     # load texts, target and drafters
@@ -90,11 +93,13 @@ def evaluate(
     reader = LiveTeacher(teacher, teacher_cache)
     networks = [load_drafter(Path(folder), Path(target), teacher.shape()).to(torch_device).eval() for folder in drafter]
     # measure
+    note = ""
     measured = measure(reader, networks, prepared.train, temperatures, batch, prepared.fingerprint)
     if prompts is not None:
         rows = read_prompts(prompts, tokenizer, questions, columns)
+        rows, longest, note = fitting(rows, max_new_tokens, max_len, target, prompts)
         for (first_head, *_), network in zip(measured, networks, strict=True):
-            first_head |= decode_tau(target, network, rows, temperatures, depth, max_new_tokens)
+            first_head |= decode_tau(target, network, rows, temperatures, depth, max_new_tokens, longest)
     by_head = [
         (folder if number == 1 else f"{folder} head {number}", sums)
         for folder, heads in zip(drafter, measured, strict=True)
@@ -114,7 +119,7 @@ def evaluate(
     }
     if json is not None:
         write_json(json, values)
-    return _report(by_head, values)
+    return "\n\n".join([_report(by_head, values), *([note] if note else [])])
 
 
 def _ratio(sums: Sums, name: str) -> tuple[np.ndarray, np.ndarray]:

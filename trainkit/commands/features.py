@@ -42,7 +42,7 @@ def features(
     on_bad_row: Literal["error", "skip"] = "error",
     on_long_row: Literal["truncate", "skip", "error"] = "truncate",
     batch: int = 8,
-    device: str = "cpu",
+    device: str = "auto",
     shard_rows: int | None = None,
     cache: str | None = None,
     trust_remote_code: bool = False,
@@ -80,7 +80,7 @@ def features(
         on_long_row: A row longer than `length` that is not plain text: truncate it, skip and count it, or stop.
         batch: Packed rows in each forward pass; with the value of `data.batch_size`, float32 features are bit-identical to
             the hidden states of training with a live target.
-        device: Torch device; under torchrun, `cuda` is each process's own GPU.
+        device: Torch device; `auto` uses a GPU if there is one, under torchrun each process its own.
         shard_rows: Packed rows in a file; by default as many as make 256 MB.
         cache: Folder of prepared sets, as in `data.cache`.
         trust_remote_code: Whether to run model code from the target's folder.

@@ -20,11 +20,12 @@ def generate(
     prompt: str,
     drafter: str | None = None,
     max_new_tokens: int = 256,
+    max_len: int | None = None,
     verify: Literal["coupled", "residual", "typical"] = "coupled",
     tree: str | None = None,
     stop: list[str] | None = None,
     raw: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str = "float32",
     **options: Any,
 ) -> None:
@@ -41,6 +42,7 @@ def generate(
         prompt: The text; `-` reads standard input, `@FILE` a file, both without their final line break.
         drafter: Drafter bundle, or a plain folder of a small model with the same tokenizer.
         max_new_tokens: Largest number of new tokens, the end token included.
+        max_len: Largest number of tokens of prompt and text together; by default as many as the target covers.
         verify: coupled: the text of plain decoding with the same seed, token for token; residual: the same distribution;
             typical: LOSSY above temperature 0, accepts drafted tokens that the target finds plausible, so the text is another.
         tree: Draft a tree instead of a chain. dynamic:DEPTH,TOP_K,NODES follows the draft's probabilities: on each of DEPTH
@@ -50,14 +52,14 @@ def generate(
         stop: Strings that end the text.
         raw: Give the prompt to the model as it is, without a BOS token; otherwise it becomes a user turn if the tokenizer has a
             chat template.
-        device: Torch device.
+        device: Torch device; `auto` uses a GPU if there is one.
         dtype: float32, bfloat16 or float16.
         **options: Sampling and drafting, as in `GenerateOptions`.
     """
     chosen = GenerateOptions(
         max_new_tokens, verify=verify, tree=tree, stop=tuple(stop or ()), logprobs=False, ignore_end=False, **options
     )
-    runner = Runner.load(target, drafter, device=device, dtype=dtype, max_batch=1)
+    runner = Runner.load(target, drafter, device=device, dtype=dtype, max_batch=1, max_len=max_len)
     text = _read_prompt(prompt)
     if not raw and runner.tokenizer.chat_template:
         try:
@@ -66,16 +68,20 @@ def generate(
             raise UserError(f"{target}: {reason}; fix its chat template, or give --raw true") from None
     else:
         tokens = runner.tokenizer.encode(text, add_special_tokens=False)
+    pieces = runner.stream(tokens, chosen)  # a policy may measure this machine first, once
     began = perf_counter()
-    for piece in runner.stream(tokens, chosen):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     stats, seconds = runner.last, perf_counter() - began
     lossy = f"; LOSSY: {verify} verification, not the target's own text" if stats.lossy else ""
     paused = f", {stats.paused} of them without a draft, because drafting would have been slower" if stats.paused else ""
+    cut = "; ended before max_new_tokens: " if stats.cut_texts else ""
+    if cut:
+        cut += f"the target covers {runner.max_len} positions" if max_len is None else f"max_len {max_len} is reached"
     print(
         f"[{stats.tokens} tokens, {stats.tokens / seconds:.1f} tokens/s, tau {stats.tau:.2f} over {stats.rounds} rounds"
-        f"{paused}{lossy}]",
+        f"{paused}{cut}{lossy}]",
         file=sys.stderr,
     )
 

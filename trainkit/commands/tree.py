@@ -13,11 +13,12 @@ from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
 from trainkit.eval.bench.hardware import examine
 from trainkit.eval.bench.table import grid, ratio
+from trainkit.eval.lengths import fitting
 from trainkit.eval.tree_search.ranks import accuracies, replay_ranks, shares, simulate_decoding
 from trainkit.eval.tree_search.search import Candidate, Costs, expected_tau, full_tree, measure_costs, search
 from trainkit.files import finite
-from trainkit.models.load import covered_positions
 from trainkit.runner import Runner, Stats
+from trainkit.runner.sampling import Sampling
 from trainkit.runner.trees.static import chain
 
 SHOWN = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -36,6 +37,7 @@ def tree(
     limit: int = 50,
     held_out: int = 10,
     max_new_tokens: int = 128,
+    max_len: int | None = None,
     temperature: float = 0.0,
     batch: int = 1,
     device: str = "auto",
@@ -64,6 +66,7 @@ def tree(
         limit: Number of prompts to use, from the start of the file.
         held_out: Number of these prompts, the last ones, that the search does not use; they are decoded to measure tau.
         max_new_tokens: Maximum number of tokens of an answer.
+        max_len: Prompts that need more positions, answer included, are left out; by default none may.
         temperature: Sampling temperature of the answers; the best tree depends on it.
         batch: Number of prompts that will be decoded together; costs are timed for it.
         device: Torch device; `auto` uses a GPU if there is one.
@@ -78,13 +81,11 @@ def tree(
             raise UserError(f"{name} {flags[name]}: must be at least {minimum}{note}")
 
     # check everything before the long part
+    temperature = Sampling(temperature).temperature
     bundle.read(drafter)
-    prompt_ids = read_prompts(prompts, target, limit)
+    prompt_ids, longest, note = fitting(read_prompts(prompts, target, limit), max_new_tokens, max_len, target, prompts)
     if len(prompt_ids) <= held_out:
         raise UserError(f"{prompts}: {len(prompt_ids)} prompts, of which {held_out} are held out; give more, or lower held_out")
-    longest, covered = max(map(len, prompt_ids)) + max_new_tokens, covered_positions(target)
-    if longest > covered:
-        raise UserError(f"{prompts}: {longest} positions are needed, {target} covers {covered}; lower max_new_tokens")
     runner = Runner.load(target, drafter, device, dtype, max(batch, 8), longest)
     assert runner.drafter is not None
     depth, frontier = min(depth, runner.drafter.max_depth or depth), runner.drafter.max_width
@@ -130,7 +131,7 @@ def tree(
     record = finite(record)  # a tau without rounds is nan, which JSON cannot hold
     recommended = {"tree": [list(path) for path in chosen.paths], "tree_search": record}
     bundle.amend(drafter, runner={**bundle.read(drafter).runner, **recommended})
-    return _report(drafter, chosen, record)
+    return "\n".join([_report(drafter, chosen, record), *([note] if note else [])])
 
 
 def _decode(

@@ -31,15 +31,21 @@ Sums = dict[str, np.ndarray]
 
 
 def decode_tau(
-    target: str, drafter: Drafter, prompts: Prompts, temperatures: Sequence[float], depth: int, max_new_tokens: int
+    target: str,
+    drafter: Drafter,
+    prompts: Prompts,
+    temperatures: Sequence[float],
+    depth: int,
+    max_new_tokens: int,
+    max_len: int,
 ) -> Sums:
     """`tau_coupled@T` and `tau_residual@T` [2, Q]: tokens emitted and rounds of each question; tau is the ratio of their sums.
 
-    As in `Stats.tau`, prefill's token and a last round cut by length or end token are not counted.
+    As in `Stats.tau`, prefill's token and a last round cut by length or end token are not counted. `max_len` is the largest
+    number of tokens of a prompt and its answer.
     """
-    decoder = load_decoder(Path(target), next(drafter.parameters()).device, torch.float32)
-    max_len, depth = max(map(len, prompts)) + max_new_tokens, min(depth, drafter.max_depth or depth)
-    runner = Runner(decoder, drafter, drafter.target, Path(target), 16, max_len)
+    decoder = load_decoder(Path(target), next(drafter.parameters()).device, torch.float32, max_len)
+    runner, depth = Runner(decoder, drafter, drafter.target, Path(target), 16, max_len), min(depth, drafter.max_depth or depth)
     sums: Sums = {}
     for temperature in temperatures:
         for verify in ("coupled", "residual") if temperature else ("coupled",):

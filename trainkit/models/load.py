@@ -178,14 +178,14 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def covered_positions(folder: str | Path) -> int:
-    """Maximum number of positions of the model in `folder`.
+    """Maximum number of positions that the runner can decode with the model in `folder`; a sliding window is one.
 
     Raises:
         UserError: no readable config.json there, or the runner does not support this model.
     """
     config = read_config(folder)
     check_covered(config, folder, 0)
-    return config.max_position_embeddings
+    return min(config.max_position_embeddings, _window(config) or config.max_position_embeddings)
 
 
 def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
@@ -210,7 +210,7 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     if fault := rope_fault(decoder_shape(config)):
         raise UserError(f"{where}: {fault}")
     # Length.
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = _window(config)
     if window and type(window) is not int:
         raise UserError(f"{where}: sliding_window is {window!r}; make it a number or null")
     if window and max_len > window:
@@ -218,6 +218,10 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     if max_len > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise UserError(f"{where}: max_position_embeddings {limit} is shorter than max_len {max_len}; lower max_len")
+
+
+def _window(config: Any) -> Any:
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def rope_fault(shape: DecoderShape) -> str:

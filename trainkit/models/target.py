@@ -130,7 +130,12 @@ def check_head(model: Any, name: str) -> None:
         raise UserError(f"{name}: {type(model).__name__} has no output head apart from its backbone; use another model")
     # Tokens from all over the vocabulary, at enough positions that a soft-cap or scale shows.
     tokens_BT = torch.linspace(0, model.config.vocab_size - 1, 16, device=head.weight.device).long().unsqueeze(0)
-    logits = model(input_ids=tokens_BT, use_cache=False).logits.float()
+    try:
+        logits = model(input_ids=tokens_BT, use_cache=False).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # sizes that fit the weights but not each other, such as partial_rotary_factor 0
+        raise UserError(f"{name}: the model cannot read a text ({first_lines(error, 1)}); fix its config.json") from error
     rebuilt = head(model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state).float()
     error = (logits - rebuilt).abs().max().item() if logits.shape == rebuilt.shape else float("inf")
     if not error <= 1e-3 * max(logits.abs().max().item(), 1.0):

@@ -23,6 +23,7 @@ from trainkit.modules.mixed_text import Mixed
 from trainkit.modules.text_data import TextData
 from trainkit.modules.training_data import global_seed
 from trainkit.runner import Runner
+from trainkit.runner.sampling import Sampling
 
 Source = Literal["corpus", "target", "draft", "mixed"]
 
@@ -79,7 +80,7 @@ class MixtureData(TextData):
         for name, count in (counts | {"limit_prompts": 1 if limit_prompts is None else limit_prompts}).items():
             if count < 1:
                 raise UserError(f"data.{name}: {count} must be at least 1")
-        if not 0 <= share <= 1 or temperature < 0:
+        if not 0 <= share <= 1 or not temperature >= 0:
             raise UserError(f"data: share {share} must be in 0..1, temperature {temperature} at least 0")
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         files = {name: paths for name, paths in {"corpus": corpus, "target": target}.items() if name in self.weights}
@@ -96,7 +97,7 @@ class MixtureData(TextData):
         super().__init__(next(iter(files.values()), validation) or [], validation=validation, **text)
         self._files = {name: [paths] if isinstance(paths, str) else list(paths or ()) for name, paths in files.items()}
         self.prompts, self.limit_prompts = prompts, limit_prompts
-        self.refresh, self.share, self.depth, self.temperature = refresh, share, depth, temperature
+        self.refresh, self.share, self.depth, self.temperature = refresh, share, depth, Sampling(temperature).temperature
         self.max_new_tokens, self.sample_batch = max_new_tokens, sample_batch
         self.sets: dict[str, PackedSet] = {}
         self._prompts: list[list[int]] = []

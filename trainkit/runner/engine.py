@@ -26,11 +26,12 @@ from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
 from trainkit.runner.options import GenerateOptions
 from trainkit.runner.policies.build import Policies
-from trainkit.runner.request import Output, Request, Stopping
+from trainkit.runner.request import Output, Request
 from trainkit.runner.round import Plan, Rounds, Trace
 from trainkit.runner.sampling import request_keys
 from trainkit.runner.scheduler import Scheduler
 from trainkit.runner.stats import Stats
+from trainkit.runner.text import GrowingText, special_tokens
 from trainkit.runner.trees.shape import RankPath, Shape
 from trainkit.runner.trees.static import Tree, build, chain
 from trainkit.runner.verify import Typical, Verification, build_verification
@@ -48,9 +49,10 @@ class Runner:
         shape: Shape of the target, with its end tokens.
         folder: Folder of the target, for its tokenizer; without one, prompts must be token ids.
         max_batch: As in `load`.
-        max_len: As in `load`.
+        max_len: Largest number of tokens of prompt and continuation together.
         capture: As in `load`.
         predictor: Predicts how likely the drafter's proposals are accepted, or None.
+        grow: Size cache rows by the texts of each call; otherwise every row has room for `max_len` tokens from the start.
 
     Attributes:
         observe: Set to a function to receive every round's `Trace`; rounds then run eagerly.
@@ -67,6 +69,7 @@ class Runner:
         max_len: int = 2048,
         capture: bool | None = None,
         predictor: AcceptancePredictor | None = None,
+        grow: bool = False,
     ) -> None:
         self.drafter, self.shape, self.folder, self.max_len, self.predictor = drafter, shape, folder, max_len, predictor
         if drafter is not None:
@@ -74,8 +77,12 @@ class Runner:
         stream_weights(target, *([] if drafter is None else [drafter]))
         self.rounds = Rounds(target, drafter)
         self.device = self.rounds.device
+        if self.device.type == "cuda":
+            # sums in half precision would differ more between one row and several
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         capture = self.device.type == "cuda" if capture is None else capture
-        self.scheduler = Scheduler(self.rounds, max_batch, max_len, capture)
+        self.scheduler = Scheduler(self.rounds, max_batch, max_len, capture, grow)
         self.policies = Policies(self.scheduler)
         self.observe: Callable[[Trace], None] | None = None
         self._trees: dict[tuple[RankPath, ...], Tree] = {}
@@ -98,8 +105,8 @@ class Runner:
             device: Torch device.
             dtype: float32, bfloat16 or float16.
             max_batch: Largest number of texts decoded together; further prompts wait.
-            max_len: Largest number of tokens of prompt and continuation together; by default 2048, or what the model covers if
-                that is less.
+            max_len: Largest number of tokens of prompt and continuation together; every cache row then has room for them. By
+                default as many as the model covers, and rows grow with the texts of each call.
             capture: Whether to capture rounds as CUDA graphs; by default where there is a GPU.
 
         Raises:
@@ -112,13 +119,15 @@ class Runner:
         folder = Path(target)
         if max_batch < 1:
             raise UserError(f"max_batch {max_batch}: must be at least 1")
-        length = max_len or min(2048, covered_positions(folder))
+        if max_len is not None and max_len < 2:
+            raise UserError(f"max_len {max_len}: must be at least 2, a token of the prompt and a new one")
+        length = max_len or covered_positions(folder)
         decoder = load_decoder(folder, where, kind, length)
         shape, draft, predictor = target_shape(folder), None, None
         if drafter is not None:
             draft = load_drafter(Path(drafter), folder, shape).to(device=where, dtype=kind)
             predictor = load_bundle_predictor(Path(drafter), where)
-        return Runner(decoder, draft, shape, folder, max_batch, length, capture, predictor)
+        return Runner(decoder, draft, shape, folder, max_batch, length, capture, predictor, grow=max_len is None)
 
     @property
     def last(self) -> Stats:
@@ -190,21 +199,19 @@ class Runner:
         return self._finished(prompts, pairs, chosen)
 
     def stream(self, prompt: Prompt, options: GenerateOptions | None = None, **named: Any) -> Iterator[str]:
-        """Yields the text of one prompt as rounds emit it; options as an object or by name."""
+        """Yields the text of one prompt as rounds emit it; options as an object or by name, checked before the first round."""
         chosen = options or GenerateOptions.from_names("stream", named)
         request = self._request(prompt, 0, (0, 0), chosen)
-        plan = self._plan(chosen)
-        # A stop string may begin in text already decoded: as many characters are held back as it could still need.
-        held_back = max((len(text) for text in chosen.stop), default=1) - 1
+        request.text = request.text or self._growing_text(chosen)
+        return self._streamed(request, request.text, self._plan(chosen), self._end_ids(chosen))
+
+    def _streamed(self, request: Request, text: GrowingText, plan: Plan, end_ids: tuple[int, ...]) -> Iterator[str]:
         shown = 0
-        for _, finished in self.scheduler.decode([request], plan, self._stopping(chosen)):
-            text = self.tokenizer.decode(request.tokens, skip_special_tokens=True)
-            if finished:
-                text = text if request.text_end is None else text[: request.text_end]
-                yield text[shown:]
-            elif not text.endswith("\ufffd") and len(text) - held_back > shown:
-                yield text[shown : len(text) - held_back]
-                shown = len(text) - held_back
+        for _, finished in self.scheduler.decode([request], plan, end_ids):
+            known = self._text(request) if finished else text.shown[: text.certain]
+            if finished or len(known) > shown:
+                yield known[shown:]
+                shown = len(known)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], chunk: int = 256) -> list[list[float]]:
@@ -221,7 +228,7 @@ class Runner:
             head, tail = self._encode(prompt, i), self._encode(continuation, i)
             if len(head) + len(tail) > self.max_len:
                 raise UserError(f"score: pair {i} has {len(head) + len(tail)} tokens, max_len is {self.max_len}")
-            cache = self.scheduler.state(1, self.max_len).cache[:1]
+            cache = self.scheduler.state(1, len(head) + len(tail) if self.scheduler.grow else self.max_len).cache[:1]
             tokens_T = torch.tensor(head + tail, device=self.device)
             parts: list[Tensor] = []
             for start in range(0, len(tokens_T) - 1, chunk):
@@ -250,7 +257,7 @@ class Runner:
     ) -> Iterator[tuple[int, Output]]:
         pairs = enumerate(zip(prompts, draws, strict=True))
         requests = [self._request(prompt, index, pair, options) for index, (prompt, pair) in pairs]
-        for request, finished in self.scheduler.decode(requests, self._plan(options), self._stopping(options)):
+        for request, finished in self.scheduler.decode(requests, self._plan(options), self._end_ids(options)):
             if finished:
                 yield request.index, self._output(request, options.logprobs)
 
@@ -266,7 +273,8 @@ class Runner:
             rule = build_verification(rule, sampling.greedy, shape.ranked, thresholds)
         if not (rule.verifies_last_level or (isinstance(shape, Tree) and shape.is_chain and shape.depth)):
             raise UserError(f"{type(rule).__name__} needs a drafter and a chain of at least one token; give depth")
-        return Plan(sampling, shape, rule, options.logprobs, self.observe, can_pause=shape.policy is not None)
+        can_pause = shape.policy is not None and shape.policy.pauses
+        return Plan(sampling, shape, rule, options.logprobs, self.observe, can_pause, options.plain)
 
     def _shape(self, options: GenerateOptions) -> Shape:
         """The requested shape: a tree, a chain, or by default the drafter's own; the root alone without a drafter."""
@@ -274,7 +282,7 @@ class Runner:
         assert not isinstance(tree, str)  # `GenerateOptions` has parsed it
         if depth is not None and not 0 <= depth < self.max_len:
             raise UserError(f"depth {depth}: must be at least 0 and at most {self.max_len - 1}, the cache's size")
-        if drafter is None and (depth or tree):
+        if drafter is None and (depth or tree) and not options.plain:
             raise UserError("depth or tree given, but this runner was loaded without a drafter; give one (--drafter)")
         if isinstance(tree, Shape):
             shape = tree
@@ -296,9 +304,24 @@ class Runner:
                 raise UserError(f"tree: {shape.widest} nodes on a level, this drafter expands at most {widest} together")
         return shape
 
-    def _stopping(self, options: GenerateOptions) -> Stopping:
-        decode = (lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True)) if options.stop else None
-        return Stopping(() if options.ignore_end else self.shape.end_ids, tuple(options.stop), decode)
+    def _end_ids(self, options: GenerateOptions) -> tuple[int, ...]:
+        return () if options.ignore_end else self.shape.end_ids
+
+    @cached_property
+    def _special_tokens(self) -> dict[int, str]:
+        return special_tokens(self.tokenizer)
+
+    def _growing_text(self, options: GenerateOptions) -> GrowingText:
+        return GrowingText(self._decode, self._special_tokens, options.stop)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _text(self, request: Request) -> str:
+        """The text of a request that has ended."""
+        if request.text is not None and request.text_end is not None:
+            return request.text.shown[: request.text_end]
+        return self._decode(request.tokens)
 
     def _encode(self, prompt: Prompt, index: int) -> list[int]:
         if isinstance(prompt, str):
@@ -315,19 +338,18 @@ class Runner:
     def _request(self, prompt: Prompt, index: int, draws: tuple[int, int], options: GenerateOptions) -> Request:
         tokens = self._encode(prompt, index)
         if len(tokens) >= self.max_len:
+            remedy = "which is all that the target covers; shorten it" if self.scheduler.grow else "shorten it or raise max_len"
             raise UserError(
-                f"prompt {index} has {len(tokens)} tokens, and max_len {self.max_len} must hold one new one too; "
-                "shorten it or load with a larger max_len"
+                f"prompt {index} has {len(tokens)} tokens and one new one must fit max_len {self.max_len}, {remedy}"
             )
-        limit = min(len(tokens) + options.max_new_tokens, self.max_len)
-        return Request(index, tokens, request_keys(options.seed, *draws), limit)
+        wanted, keys = len(tokens) + options.max_new_tokens, request_keys(options.seed, *draws)
+        text = self._growing_text(options) if options.stop else None
+        return Request(index, tokens, keys, min(wanted, self.max_len), wanted > self.max_len, text)
 
     def _output(self, request: Request, logprobs: bool) -> Output:
-        text = ""
         # Token ids can be continued without a tokenizer, as with a folder of weights alone.
-        if self.folder is not None and any(self.folder.glob("tokenizer*")):
-            text = self.tokenizer.decode(request.tokens, skip_special_tokens=True)
-            text = text if request.text_end is None else text[: request.text_end]
+        readable = self.folder is not None and any(self.folder.glob("tokenizer*"))
+        text = self._text(request) if readable else ""
         return Output(request.tokens, text, request.finish, request.stats, request.logprobs if logprobs else None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,33 +15,49 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def capture(function: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+MAX_GRAPHS = 128
+"""Number of graphs that a runner keeps; each takes some megabytes."""
+
+
+def capture(function: Callable[[], T], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
     """The function as a CUDA graph, and its output; two warm-up runs come first, so that nothing is compiled in the capture.
 
     Args:
         function: Reads and writes static tensors only.
+        device: GPU of these tensors, which need not be the current one.
         pool: Memory pool shared with other graphs.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        output = function()
+    with torch.cuda.device(device):
+        stream, current = _capture_stream(torch.cuda.current_device()), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            output = function()
     return graph, output
 
 
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """The stream of all captures on the GPU of this number, the current one.
+
+    torch's own would be on the GPU that captured first; and only graphs captured on one stream share memory of a pool.
+    """
+    return torch.cuda.Stream(index)
+
+
 class Graphs:
-    """Captured rounds by key.
+    """Captured rounds by key; of more than `MAX_GRAPHS` the one not used for longest is dropped.
 
     All graphs share one memory pool. They never overlap in time, and outputs are copied before the next replay is enqueued on
     the same stream, so temporaries of one may use the memory of another's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         # Graph, output, and the round itself, which keeps alive what the graph reads.
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, RoundOutput, Callable[[], RoundOutput]]] = {}
         self._pool: Any = None
@@ -62,10 +79,14 @@ class Graphs:
         if key not in self._captured:
             before_B = done_B.clone()
             done_B.fill_(True)
-            graph, output = capture(round_, self._pool)
+            if len(self._captured) >= MAX_GRAPHS:
+                torch.cuda.synchronize(self.device)  # a replay of it may still run
+                self._captured.pop(next(iter(self._captured)))
+            graph, output = capture(round_, self.device, self._pool)
             self._pool = self._pool or graph.pool()
             self._captured[key] = graph, output, round_
             done_B.copy_(before_B)
-        graph, output, _ = self._captured[key]
-        graph.replay()
+        graph, output, _ = self._captured[key] = self._captured.pop(key)  # the last used comes last
+        with torch.cuda.device(self.device):
+            graph.replay()
         return output

@@ -20,7 +20,7 @@ class GenerateOptions:
 
     Args:
         max_new_tokens: Largest number of new tokens for each prompt, the end token included.
-        temperature: Softmax temperature; 0 takes the likeliest token.
+        temperature: Softmax temperature; 0, or below 1e-6, takes the likeliest token.
         top_p: Probability mass of the nucleus that is sampled from.
         top_k: Number of likeliest tokens that are sampled from; 0 takes all.
         seed: Seed of the noise. With a prompt's index in the call it fixes every draw, whatever the batch, depth or drafter.
@@ -38,6 +38,8 @@ class GenerateOptions:
             than it costs on this machine; predictor:P and confidence:P: until the predicted acceptance, or the draft's own
             probability, falls below P; ema: by what was recently accepted; fixed: always `depth`. The text is the same under
             all.
+        plain: Draft nothing, but compute as many rows in each step as verifying the draft would. In bfloat16 and float16, where
+            rounding depends on the number of rows, this is the text that decoding one prompt at a time with the draft equals.
         ignore_end: Continue to `max_new_tokens` past end tokens; for measurements.
         typical_epsilon: `typical` accepts a token whose probability is above the lower of this and `typical_scale`
             exp(-entropy).
@@ -58,6 +60,7 @@ class GenerateOptions:
     logprobs: bool = False
     tree: str | Sequence[RankPath] | Shape | None = None
     policy: str | None = None
+    plain: bool = False
     ignore_end: bool = False
     typical_epsilon: float = Typical.epsilon
     typical_scale: float = Typical.scale
@@ -66,12 +69,17 @@ class GenerateOptions:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if isinstance(self.tree, str):
             object.__setattr__(self, "tree", parse_tree(self.tree))
+        object.__setattr__(self, "temperature", self.sampling.temperature)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
         if any(not check_unicode("stop", text) for text in self.stop):
             raise UserError("stop: an empty string would end every text at once")
         if self.tree is not None and self.depth is not None:
             raise UserError("give depth or tree, not both")
+        if self.plain and (self.policy is not None or self.verify != "coupled"):
+            raise UserError(
+                "plain: is compared with coupled verification of a fixed depth or tree; leave verify and policy out"
+            )
 
     @staticmethod
     def from_names(caller: str, options: dict[str, Any]) -> GenerateOptions:

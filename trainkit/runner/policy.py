@@ -49,9 +49,11 @@ class Policy:
 
     Attributes:
         signal: What `continues` receives for each row.
+        pauses: Whether it may decode rounds plainly: what the drafter misses is then stored, which takes memory.
     """
 
     signal: Signal = "none"
+    pauses = True
 
     def __init__(self, max_depth: int) -> None:
         self.max_depth = max_depth

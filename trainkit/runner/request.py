@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from trainkit.runner.round import RoundOutput
 from trainkit.runner.stats import Stats
+from trainkit.runner.text import GrowingText
 
 
 @dataclass
@@ -18,7 +19,8 @@ class Output:
     Attributes:
         tokens: The new token ids, the end token included.
         text: Their text without special tokens, cut before a stop string.
-        finish: `end` (end token), `stop` (stop string) or `length`.
+        finish: `end` (end token), `stop` (stop string), `length` (`max_new_tokens`), or `max_len` (prompt and text fill the
+            runner's `max_len`).
         stats: Rounds and accepted lengths.
         logprobs: Log-probability of each token under the target at temperature 1, or None.
     """
@@ -30,21 +32,6 @@ class Output:
     logprobs: list[float] | None = None
 
 
-@dataclass(frozen=True)
-class Stopping:
-    """When a text ends.
-
-    Attributes:
-        end_ids: Token ids that end it.
-        stop: Strings that end it.
-        decode: Turns token ids into text; needed for stop strings.
-    """
-
-    end_ids: tuple[int, ...]
-    stop: tuple[str, ...]
-    decode: Callable[[Sequence[int]], str] | None
-
-
 @dataclass
 class Request:
     """A text being decoded. The host is behind the device by the rounds in flight.
@@ -54,11 +41,13 @@ class Request:
         prompt: Token ids of the prompt.
         keys: Noise keys.
         limit: Number of tokens, prompt included, at which it ends.
+        cut: Whether `max_len` lowered the limit.
+        text: Its text so far; None if neither stop strings nor a stream need it.
         tokens: New token ids so far.
         logprobs: Their log-probabilities, if requested.
         stats: Counts so far.
         finish: Empty until it ends; then as `Output.finish`.
-        text_end: Number of characters before a stop string.
+        text_end: Number of characters of the text before a stop string.
         missed: Number of its tokens that the drafter has not read because drafting is paused; an upper bound.
     """
 
@@ -66,6 +55,8 @@ class Request:
     prompt: list[int]
     keys: tuple[int, int]
     limit: int
+    cut: bool = False
+    text: GrowingText | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
@@ -73,21 +64,22 @@ class Request:
     text_end: int | None = None
     missed: int = 0
 
-    def take(self, output: RoundOutput, slot: int, stopping: Stopping, prefill: bool = False) -> None:
+    def take(self, output: RoundOutput, slot: int, end_ids: Collection[int], prefill: bool = False) -> None:
         """Appends the tokens of a round, ends the text inside them where it ends, and counts the round."""
         count = int(output.counts_B[slot])
         taken = 0
         for token in output.emitted_BP[slot].tolist()[:count]:
             self.tokens.append(token)
             taken += 1
-            if token in stopping.end_ids:
+            stop_at = None if self.text is None else self.text.add(token)
+            # an end token is also the end where it is a stop string, but not where a stop string begins before it
+            if token in end_ids and (self.text is None or stop_at in (None, len(self.text.shown))):
                 self.finish = "end"
-            elif stopping.stop and stopping.decode is not None:
-                text = stopping.decode(self.tokens)
-                if starts := [start for start in map(text.find, stopping.stop) if start >= 0]:
-                    self.finish, self.text_end = "stop", min(starts)
-            if not self.finish and len(self.prompt) + len(self.tokens) >= self.limit:
-                self.finish = "length"
+            elif stop_at is not None:
+                self.finish, self.text_end = "stop", stop_at
+            elif len(self.prompt) + len(self.tokens) >= self.limit:
+                self.finish = "max_len" if self.cut else "length"
+                self.stats.cut_texts += self.cut
             if self.finish:
                 break
         if output.logprobs_BP is not None:

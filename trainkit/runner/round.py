@@ -21,7 +21,7 @@ from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
 from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
 from trainkit.runner.trees.shape import Draft, Shape, Steps
-from trainkit.runner.trees.static import Tree, without_last_level
+from trainkit.runner.trees.static import Tree, build, chain, without_last_level
 from trainkit.runner.verify import Coupled, Verdict, Verification
 
 MISSED = 512
@@ -99,6 +99,7 @@ class Plan:
         logprobs: Also return the log-probability of each emitted token.
         observe: Called in each round with its trace; rounds then run eagerly.
         can_pause: Rounds without a draft may come between others; their tokens are stored for the drafter to read later.
+        plain: Rounds draft nothing, emit one token, and compute as many rows as verifying the shape takes.
     """
 
     sampling: Sampling
@@ -107,6 +108,7 @@ class Plan:
     logprobs: bool = False
     observe: Callable[[Trace], None] | None = None
     can_pause: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Rounds:
         self.device = target.embed.weight.device
         # Every tensor of end ids ever used is retained, because captured graphs point to them.
         self._ends: dict[tuple[int, ...], Tensor] = {}
+        self._padded: dict[int, Tree] = {}
         self.set_end_ids(())
         self.vocabulary = torch.arange(target.shape.vocab_size, device=self.device)
         self.handle = TargetHandle(target.embed, target.head, target.shape.vocab_size)
@@ -211,7 +214,8 @@ class Rounds:
         # Step 3: accept the longest path that the rule allows; nothing in rows whose text has ended.
         scores = plan.sampling.process(logits)
         verdict = rule.verify(draft, scores, noise, state.keys_B2, state.position_B)
-        verdict = replace(verdict, counts_B=verdict.counts_B.masked_fill(state.done_B, 0))
+        counts_B = verdict.counts_B.clamp(max=1) if plan.plain else verdict.counts_B
+        verdict = replace(verdict, counts_B=counts_B.masked_fill(state.done_B, 0))
         if plan.observe is not None:
             plan.observe(Trace(verified, scores, verdict, state.keys_B2.clone(), state.position_B.clone()))
         # Step 4: commit the path to both caches; its last token is the next root.
@@ -225,7 +229,7 @@ class Rounds:
             verdict.emitted_BP,
             verdict.counts_B,
             logprobs,
-            depth=verified.shape.depth,
+            depth=0 if plan.plain else verified.shape.depth,
             drafted=draft.levels if draft.shape.is_chain else verified.shape.size - 1,
             levels=draft.levels,
             paused=plan.can_pause and not draft.levels,
@@ -244,6 +248,11 @@ class Rounds:
     def draft(self, plan: Plan, state: RoundState, noise: Noise | None, span: int, levels: int | None = None) -> Draft:
         """The tree that the drafter proposes; the root alone where nothing is drafted."""
         shape, rule = plan.shape, plan.verification
+        if plan.plain:
+            if shape.size not in self._padded:
+                self._padded[shape.size] = build(chain(shape.size - 1), self.device)
+            padded = self._padded[shape.size]
+            return Draft(padded, state.token_B[:, None].expand(-1, shape.size), padded.topology, 0)
         if self.drafter is None or not shape.depth:
             assert isinstance(shape, Tree)
             return Draft(shape, state.token_B[:, None], shape.topology, 0)
@@ -312,7 +321,7 @@ class Rounds:
         state.token_B.copy_(torch.where(counts > 0, last, state.token_B))
         state.position_B.add_(counts)
         inside = torch.arange(emitted.shape[1], device=emitted.device) < counts[:, None]
-        ended = (torch.isin(emitted, self.end_ids) & inside).any(1)
+        ended = ((emitted[..., None] == self.end_ids).any(-1) & inside).any(1)
         state.done_B.logical_or_(ended | (state.position_B + 1 >= state.limit_B))
 
     def prefill(self, plan: Plan, state: RoundState, tokens_T: Tensor, later: bool = False, chunk: int = 512) -> RoundOutput:

@@ -25,14 +25,20 @@ RESIDUAL: Final = 3  # draws from what remains after rejections
 
 _TOP: Final = 1 - 2.0**-24
 
+COLDEST: Final = 1e-6
+"""Temperatures below are 0: the likeliest token has all the probability, and dividing by less would overflow float32."""
+
+CHUNK: Final = 1 << 24
+"""Numbers of noise that are computed at a time, in rows; their hashes and logarithms take several times the memory."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How logits become a distribution.
 
     Attributes:
-        temperature: Softmax temperature; 0 takes the likeliest token.
-        top_k: Number of likeliest tokens kept; 0 keeps all.
+        temperature: Softmax temperature; 0 takes the likeliest token, and so does one below `COLDEST`, which is set to 0.
+        top_k: Number of likeliest tokens kept, of equal ones those of lowest id; 0 keeps all.
         top_p: The smallest set of likeliest tokens whose probability reaches this is kept; 1 keeps all.
     """
 
@@ -43,6 +49,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature {self.temperature}: must be a finite number of at least 0")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k}: must be at least 0; 0 keeps every token")
         if not 0 < self.top_p <= 1:
@@ -61,7 +69,9 @@ class Sampling:
         logits = logits / self.temperature
         if self.top_k and self.top_k < logits.shape[-1]:
             floor = logits.topk(self.top_k, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < floor, float("-inf"))
+            above, equal = logits > floor, logits == floor
+            kept = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= self.top_k - above.sum(-1, keepdim=True)))
+            logits = logits.masked_fill(~kept, float("-inf"))
         if self.top_p < 1:
             # Stable, so that among equal tokens the lowest ids are kept, on every device.
             ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -98,13 +108,18 @@ def uniform(keys_B2: Tensor, positions_BR: Tensor, tokens_V: Tensor, stream: int
     salt = (stream * 0x9E3779B1 + 0x7F4A7C15) & 0x7FFFFFFF
     rows = mix(mix(positions_BR.int() ^ keys_B2[:, :1]) ^ salt)[..., None]
     h = mix(mix(tokens_V.int() ^ rows) + keys_B2[:, 1:, None] ^ rows * 0x27D4EB2F)
-    v = ((h.long() & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
-    return v.clamp(max=_TOP)
+    return h.view(torch.uint32).float().add_(0.5).mul_(2.0**-32).clamp_(max=_TOP)
 
 
 def gumbel(keys_B2: Tensor, positions_BR: Tensor, tokens_V: Tensor, stream: int) -> Tensor:
     """[B, R, V] float32 Gumbel noise, -log(-log1p(-v)): precise where it is large, which decides, and never infinite."""
-    return -(-torch.log1p(-uniform(keys_B2, positions_BR, tokens_V, stream))).log()
+    if positions_BR.shape[1] > 1 and positions_BR.numel() * len(tokens_V) > CHUNK:
+        noise_BRV = torch.empty(*positions_BR.shape, len(tokens_V), device=tokens_V.device)
+        rows = max(1, CHUNK // (len(positions_BR) * len(tokens_V)))
+        for part_BRV, part_BR in zip(noise_BRV.split(rows, 1), positions_BR.split(rows, 1), strict=True):
+            part_BRV.copy_(gumbel(keys_B2, part_BR, tokens_V, stream))
+        return noise_BRV
+    return uniform(keys_B2, positions_BR, tokens_V, stream).neg_().log1p_().neg_().log_().neg_()
 
 
 class Noise:

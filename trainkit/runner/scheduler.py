@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from time import perf_counter
 
 import torch
@@ -17,9 +18,13 @@ import torch
 from trainkit.errors import UserError
 from trainkit.runner.graphs import Graphs
 from trainkit.runner.policy import RoundOutcome
-from trainkit.runner.request import Request, Stopping
+from trainkit.runner.request import Request
 from trainkit.runner.round import MISSED, Plan, RoundOutput, Rounds, RoundState
 from trainkit.runner.stats import Stats
+from trainkit.runner.timing import synchronize
+
+APART_BYTES = 1 << 30
+"""Size of the target's cache up to which all rows are as long as the longest text; above it, long texts are decoded apart."""
 
 
 class Scheduler:
@@ -30,6 +35,7 @@ class Scheduler:
         max_batch: Largest number of rows.
         max_len: Largest number of tokens of a prompt and its text together.
         capture: Whether rounds are captured as CUDA graphs.
+        grow: Size rows by the texts of each call instead of by `max_len`.
 
     Attributes:
         lag: Number of rounds that the host reads behind the device: none on a CPU, one on a GPU.
@@ -38,11 +44,11 @@ class Scheduler:
         last: Counts of the last call.
     """
 
-    def __init__(self, rounds: Rounds, max_batch: int, max_len: int, capture: bool) -> None:
-        self.rounds, self.max_batch, self.max_len = rounds, max_batch, max_len
+    def __init__(self, rounds: Rounds, max_batch: int, max_len: int, capture: bool, grow: bool = False) -> None:
+        self.rounds, self.max_batch, self.max_len, self.grow = rounds, max_batch, max_len, grow
         self.device = rounds.device
         self.lag = 1 if self.device.type == "cuda" else 0
-        self.graphs = Graphs() if capture else None
+        self.graphs = Graphs(rounds.device) if capture else None
         self.seconds: dict[str, float] = {}
         self.rounds_run = 0
         self.last = Stats()
@@ -55,38 +61,72 @@ class Scheduler:
         return self._call
 
     def state(self, batch_size: int, slots: int, can_pause: bool = False) -> RoundState:
-        """Static tensors for at least this many rows and slots, allocated again only to grow."""
-        old = self._state
-        rows, size, could_pause = (0, 0, False) if old is None else (len(old.done_B), old.cache.shape[3], bool(old.missed))
-        if old is None or rows < batch_size or size < slots or can_pause > could_pause:
+        """Static tensors for at least this many rows and slots, allocated again where there are too few."""
+        old, size = self._state, -(-slots // 64) * 64
+        rows, old_size, could_pause = (0, 0, False) if old is None else (len(old.done_B), old.cache.shape[3], bool(old.missed))
+        if old is None or rows < batch_size or old_size < slots or can_pause > could_pause:
             if self.graphs is not None:
+                synchronize(self.device)  # a replay may still run
                 self.graphs.clear()
-            rows, size, can_pause = max(rows, batch_size), max(size, -(-slots // 64) * 64), can_pause or could_pause
+            needed, grown = (batch_size, size), (max(rows, batch_size), max(old_size, size))
+            # growing both ways, from many short rows to a few long ones, would take far more than either
+            rows, size = grown if prod(grown) <= 2 * max(prod(needed), rows * old_size) else needed
             self._state = old = None  # frees the old tensors first
             self.rounds.target.reserve_positions(size)
-            self._state = self.rounds.new_state(rows, size, can_pause)
+            self._state = self.rounds.new_state(rows, size, can_pause or could_pause)
         assert self._state is not None
         return self._state
 
     @torch.inference_mode()
-    def decode(self, requests: Sequence[Request], plan: Plan, stopping: Stopping) -> Iterator[tuple[Request, bool]]:
+    def decode(self, requests: Sequence[Request], plan: Plan, end_ids: tuple[int, ...]) -> Iterator[tuple[Request, bool]]:
         """Decodes all requests; yields a request whenever it received tokens, and whether it is finished.
 
         The host reads `lag` rounds behind the device, so a GPU never waits for the host.
         """
-        # Prepare: static tensors for the largest round, all rows free.
-        began = perf_counter()
-        call = self.begin()
-        self.rounds.set_end_ids(stopping.end_ids)
+        began, call = perf_counter(), self.begin()
+        self.rounds.set_end_ids(end_ids)
         self.rounds.seconds = dict.fromkeys(self.rounds.seconds, 0.0)
+        self.rounds_run, self.seconds = 0, {"prefill": 0.0}
+        for group, batch, longest in self._groups(requests):
+            yield from self._decode_group(group, batch, longest, plan, end_ids, call)
+        self.seconds |= self.rounds.seconds
+        self.seconds["host"] = perf_counter() - began - sum(self.seconds.values())
+        self.last = Stats.merge(request.stats for request in requests)
+
+    def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[Sequence[Request], int, int]]:
+        """Texts to decode together, the number of their rows, and the number of tokens that a row must hold.
+
+        Texts longer than twice the median come later and over fewer rows, where rows as long as the longest text for the whole
+        batch would be a large cache.
+        """
+        batch, weight, shape = min(self.max_batch, len(requests)), self.rounds.target.embed.weight, self.rounds.target.shape
+        if not requests or not self.grow:
+            yield requests, batch, self.max_len
+            return
+        token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * weight.element_size()
+        slots = 0
+        while requests:
+            longest = max(request.limit for request in requests)
+            if batch * longest * token_bytes > APART_BYTES:
+                median = sorted(request.limit for request in requests)[len(requests) // 2]
+                longest = max(request.limit for request in requests if request.limit <= 2 * median)
+            group = [request for request in requests if request.limit <= longest]
+            slots = slots or min(batch, len(group)) * longest  # of the first group; no other takes more, unless one row does
+            yield group, max(1, min(batch, len(group), slots // longest)), longest
+            requests = [request for request in requests if request.limit > longest]
+
+    def _decode_group(
+        self, requests: Sequence[Request], batch: int, longest: int, plan: Plan, end_ids: tuple[int, ...], call: int
+    ) -> Iterator[tuple[Request, bool]]:
+        """`decode` for texts of up to `longest` tokens, over `batch` rows."""
+        # Prepare: static tensors for the largest round, all rows free.
         step = plan.shape.depth + 1
-        batch = min(self.max_batch, len(requests))
-        slots = self.max_len + plan.shape.slots + (self.lag + 1) * step
-        state = self.state(batch, slots, plan.can_pause)
+        if self.graphs is not None and self.grow:  # few sizes, since graphs are captured again for each
+            longest = min(max(256, 1 << (longest - 1).bit_length()), self.max_len)
+        state = self.state(batch, longest + plan.shape.slots + (self.lag + 1) * step, plan.can_pause)
         state.done_B.fill_(True)
         waiting, rows = deque(requests), []
         flight: deque[tuple[list[Request], Callable[[], RoundOutput]]] = deque()
-        prefill_seconds, rounds_run = 0.0, 0
 
         while waiting or rows:
             # Give free rows to waiting texts, whose first token comes from prefill.
@@ -100,8 +140,8 @@ class Scheduler:
                 request.stats.lossy = plan.verification.lossy
                 first = self._prefill(request, plan, state.rows(len(rows), len(rows) + 1))
                 rows.append(request)
-                request.take(first, 0, stopping, prefill=True)
-                prefill_seconds += perf_counter() - started
+                request.take(first, 0, end_ids, prefill=True)
+                self.seconds["prefill"] += perf_counter() - started
                 yield request, bool(request.finish)
                 self._check_call(call)
                 if request.finish:
@@ -110,11 +150,11 @@ class Scheduler:
                 continue
             # Run a round of all rows.
             ahead = (len(flight) + 1) * step
-            longest = max(len(r.prompt) + len(r.tokens) for r in rows)
-            span = self._span(longest + ahead + plan.shape.slots, state)
+            needed = max(len(r.prompt) + len(r.tokens) for r in rows)
+            span = self._span(needed + ahead + plan.shape.slots, state)
             round_plan, levels = self._next_round(plan, rows, state)
             output = self._run(round_plan, state, len(rows), span, levels)
-            rounds_run += 1
+            self.rounds_run += 1
             flight.append((list(rows), self._fetch(output)))
             # Read the oldest round in flight.
             if len(flight) <= self.lag:
@@ -125,13 +165,10 @@ class Scheduler:
                 plan.shape.policy.learn(_outcome(emitted, len(members)))
             for slot, request in enumerate(members):
                 if not request.finish:
-                    request.take(emitted, slot, stopping)
+                    request.take(emitted, slot, end_ids)
                     yield request, bool(request.finish)
                     self._check_call(call)
             self._release(rows, state)
-        self.rounds_run, self.seconds = rounds_run, {"prefill": prefill_seconds, **self.rounds.seconds}
-        self.seconds["host"] = perf_counter() - began - sum(self.seconds.values())
-        self.last = Stats.merge(request.stats for request in requests)
 
     def _check_call(self, call: int) -> None:
         """Raises UserError if another call has taken the rows since: a stream was left open and is continued now."""
@@ -180,7 +217,8 @@ class Scheduler:
         state.done_B[active:batch].fill_(True)
         state.position_B[active:batch].fill_(1)  # a padded row's old position may lie past this round's span
         view, end_key = state.rows(0, batch), self.rounds.end_key
-        key = (plan.shape.key, plan.sampling, plan.verification, plan.logprobs, plan.can_pause, batch, span, end_key)
+        options = plan.sampling, plan.verification, plan.logprobs, plan.can_pause, plan.plain
+        key = (plan.shape.key, options, batch, span, end_key)
         modules = [module for module in (self.rounds.target, self.rounds.drafter) if module is not None]
         tables: list[torch.Tensor] = []
 
@@ -195,12 +233,13 @@ class Scheduler:
         """Starts copying a round's output to the host; the returned function waits for the copy."""
         if self.device.type != "cuda":
             return lambda: output
-        copies = {
-            name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            for name, tensor in output.tensors.items()
-        }
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(self.device):  # whose stream copies, whatever GPU is the current one
+            copies = {
+                name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+                for name, tensor in output.tensors.items()
+            }
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream())
 
         def wait() -> RoundOutput:
             event.synchronize()

@@ -23,6 +23,7 @@ class Stats:
         drafted: Number of tokens drafted in full rounds; for chains with those that were not verified, for trees the verified
             nodes.
         paused: Number of full rounds without a draft because a policy expected that it would not pay.
+        cut_texts: Number of texts that ended before `max_new_tokens` because they fill `max_len`.
     """
 
     accepted: list[int] = field(default_factory=list)
@@ -32,6 +33,7 @@ class Stats:
     offered: list[int] = field(default_factory=list)
     drafted: int = 0
     paused: int = 0
+    cut_texts: int = 0
 
     def add_round(self, accepted: int, depth: int, drafted: int | None = None, paused: bool = False) -> None:
         """Counts one full round.
@@ -82,6 +84,7 @@ class Stats:
             total.drafted += stats.drafted
             total.paused += stats.paused
             total.cut_rounds += stats.cut_rounds
+            total.cut_texts += stats.cut_texts
             total.tokens += stats.tokens
             total.lossy |= stats.lossy
         return total

@@ -101,17 +101,19 @@ def time_parts(
     slots = max(max(2 * part.drafted.slots, part.verified.size) for part in parts.values())
     span = -(-(length + slots) // 64) * 64
     rounds.target.reserve_positions(span)
-    # One state for all parts, as in decoding, and one for whole rounds, which change theirs.
-    state, whole_state = (rounds.new_state(batch, span, can_pause=True) for _ in range(2))
+    # One state for all parts, as in decoding, and one for whole rounds, which change theirs and store what a pause would.
+    state = rounds.new_state(batch, span)
+    whole_state = state if sampling is None else rounds.new_state(batch, span, can_pause=True)
     for new in (state, whole_state):
         new.position_B.fill_(length)
         new.limit_B.fill_(1 << 40)
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     probes: dict[Hashable, list[Callable[[], object]]] = {}
     for name, part in parts.items():
         probe = [_draft(rounds, part.drafted, state, span, sampling), _verify(rounds, part, state, span, sampling)]
         if sampling is not None and not part.lengths:
             probe.append(_whole(rounds, part.drafted, whole_state, span, sampling))
-        probes[name] = [_graphed(step, device) for step in probe]
+        probes[name] = [_graphed(step, device, pool) for step in probe]
     # Interleaved repeats; the first two are for warm-up.
     seconds: dict[Hashable, list[list[float]]] = {name: [] for name in probes}
     for _ in range(repeats + 2):
@@ -184,13 +186,14 @@ def _whole(rounds: Rounds, shape: Shape, state: RoundState, span: int, sampling:
     return whole
 
 
-def _graphed(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The step as a CUDA graph; on a CPU the step itself."""
+def _graphed(step: Callable[[], object], device: torch.device, pool: Any) -> Callable[[], object]:
+    """The step as a CUDA graph; on a CPU the step itself. Nobody reads its output, so graphs of a pool share all of it."""
     if device.type != "cuda":
         return step
-    graph, output = capture(step)
+    graph, _ = capture(step, device, pool)
 
-    def replay(alive: object = (step, output)) -> None:  # what the graph reads and writes stays alive with the replay
-        graph.replay()
+    def replay(alive: object = step) -> None:  # what the graph reads stays alive with the replay
+        with torch.cuda.device(device):
+            graph.replay()
 
     return replay

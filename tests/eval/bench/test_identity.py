@@ -1,10 +1,11 @@
 """Which differences between texts are ties, and which are mismatches."""
 
+import pytest
 import torch
 
 from tests.support.models import pair, ragged_prompts
-from trainkit.eval.bench.identity import TIE, IdentityChecker, logits, tie_tolerance
-from trainkit.runner.sampling import Sampling
+from trainkit.eval.bench.identity import TIE, IdentityChecker, _sampled, logits, tie_tolerance
+from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 
 
 def test_equal_texts_pass_and_a_wrong_token_fails(seed):
@@ -63,3 +64,45 @@ def test_tolerance_is_measured_in_bfloat16(seed):
     half = target.bfloat16()
     half.rope.table = torch.empty(0, *half.rope.table.shape[1:], dtype=torch.bfloat16)
     assert TIE <= tie_tolerance(half, list(range(20))) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "sampling", "kept", "at_edge"),
+    [
+        ([0.4, 0.3, 0.2, 0.1], Sampling(1.0, top_p=0.7), [0, 1], [2]),
+        ([0.4, 0.3, 0.3, 0.0], Sampling(1.0, top_p=0.5), [0], [1, 2]),
+        ([0.4, 0.3, 0.2, 0.1], Sampling(1.0, top_p=0.75), [0, 1, 2], []),
+        ([0.4, 0.2, 0.2, 0.2], Sampling(1.0, top_k=2), [0], [1, 2, 3]),
+        ([0.4, 0.3, 0.2, 0.1], Sampling(1.0, top_k=2), [0, 1], []),
+        ([0.4, 0.4, 0.1, 0.1], Sampling(1.0, top_k=3, top_p=0.8), [0, 1], []),
+        ([0.9, 0.1, 0.0, 0.0], Sampling(1.0, top_p=0.00001), [0], []),
+    ],
+)
+def test_edges_of_top_k_and_top_p_by_hand(scores, sampling, kept, at_edge):
+    """Tokens that rounding may move over the edge may be sampled, but not surely."""
+    may, surely = _sampled(torch.tensor(scores).log(), sampling, TIE)
+    assert surely.nonzero()[:, 0].tolist() == kept
+    assert may.nonzero()[:, 0].tolist() == sorted(kept + at_edge)
+
+
+def test_rounding_at_the_edge_of_the_nucleus_is_a_tie(seed):
+    """Scores off by rounding put another token into the nucleus: the texts differ by a tie; a token far outside is wrong."""
+    runner, ties = pair(ends=()), 0
+    target = runner.rounds.target
+    for request in range(300):
+        prompt = torch.randint(0, 48, (5,)).tolist()
+        exact = logits(target, prompt)[-1].softmax(-1).sort(descending=True)
+        edge = float(exact.values[:3].sum())
+        one, other = (choice(target, prompt, request, Sampling(1.0, top_p=edge + error)) for error in (1e-6, -1e-6))
+        checker = IdentityChecker(target, Sampling(1.0, top_p=edge), 0)
+        found = checker.compare([[]] * request + [prompt], [[]] * request + [[one]], [[]] * request + [[other]])
+        assert not found.mismatches
+        ties += one != other
+        assert checker.gap(request, prompt, [int(exact.indices[20])]) == float("inf")
+    assert ties > 3
+
+
+def choice(target, prompt, request, sampling):
+    keys = torch.tensor([request_keys(0, request)], dtype=torch.int32)
+    noise = gumbel(keys, torch.tensor([[len(prompt)]]), torch.arange(48), CHOICE)[0, 0]
+    return int((sampling.process(logits(target, prompt)[-1]) + noise).argmax())

@@ -75,6 +75,23 @@ def test_each_method_gets_its_fastest_thread_count(monkeypatch):
     assert estimate == pytest.approx(0.004), "2 methods x 2 prompts at the faster setting"
 
 
+def test_one_lucky_probe_does_not_choose_the_threads(monkeypatch):
+    """Two threads that are fast once and slow twice lose against one thread of middling speed."""
+    clock, probes = [0.0], []
+    monkeypatch.setattr("trainkit.eval.bench.timing.perf_counter", lambda: clock[0])
+
+    def run(prompts, max_new_tokens, first):
+        threads = torch.get_num_threads()
+        if max_new_tokens > 4:
+            probes.append(threads)
+            clock[0] += 0.01 if threads == 1 else (0.001, 0.06, 0.06)[probes.count(2) - 1]
+        return Generated([[1] * max_new_tokens])
+
+    method = Method("x", "trainkit", 0, run)
+    estimate = warm_up([method], [[1]], 10, [1, 2])
+    assert method.threads == 1 and probes == [1, 2] * 3 and estimate == pytest.approx(0.01)
+
+
 def test_method_reports_rounds_of_the_whole_batch(seed):
     """trainkit's method reports the rounds of the whole batch."""
     runner = pair(ends=(), max_batch=4)

@@ -105,10 +105,10 @@ def ends_after_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text ends only after the round that contains its end token."""
     from trainkit.runner.request import Request
 
-    def take(self: Request, output: Any, slot: int, stopping: Any, prefill: bool = False) -> None:
+    def take(self: Request, output: Any, slot: int, end_ids: Any, prefill: bool = False) -> None:
         tokens = output.emitted_BP[slot].tolist()[: int(output.counts_B[slot])]
         self.tokens += tokens
-        ended = not tokens or tokens[-1] in stopping.end_ids
+        ended = not tokens or tokens[-1] in end_ids
         limited = len(self.prompt) + len(self.tokens) >= self.limit
         self.finish = "end" if ended else "length" if limited else ""
         del self.tokens[max(0, self.limit - len(self.prompt)) :]

@@ -45,8 +45,10 @@ COLUMNS = ("hidden", "signals", "depth", "label", "max_q", "prompt")
 
 Records = Mapping[str, Tensor]
 """Tensors by the names in `COLUMNS`."""
-Record = Callable[[Sequence[int], float, Callable[[int], None]], Records]
-"""Decodes the prompts with these indices at a temperature; calls the function with the token count of each finished text."""
+Record = Callable[[Sequence[int], float, Callable[[int, bool], None]], Records]
+"""Decodes the prompts with these indices at a temperature; calls the function for each finished text.
+
+The function takes the number of its tokens, and whether `max_len` cut it."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,12 @@ def write_acceptance(job: SetJob, layout: AcceptanceLayout, record: Record) -> S
     sizes = {name: len(prompts) for name, (prompts, _) in parts.items()}
     with SetWriter(job, ACCEPTANCE, manifest, sizes, "texts") as writer:
 
+        def on_text(tokens: int, cut: bool) -> None:
+            writer.advance(1, tokens)
+            writer.stats.cut += cut
+
         def tensors(name: str) -> Records:
-            records = record(*parts[name], lambda tokens: writer.advance(1, tokens))
+            records = record(*parts[name], on_text)
             writer.stats.records += len(records["label"])
             writer.stats.accepted += float(records["label"][:, 0].sum())
             return {column: records[column].contiguous() for column in COLUMNS}

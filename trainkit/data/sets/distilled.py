@@ -126,6 +126,7 @@ def write_distilled(job: SetJob, layout: DistilledLayout, prompts: Sequence[Prom
                         parts[row.id].add(row.id, _columns(row, prompts[row.prompt], completion))
                         stats.written += 1
                         stats.ended += completion.finish == "end"
+                        stats.cut += completion.finish == "max_len"
                         writer.advance(1, len(completion.tokens))
                 for part in dict.fromkeys(parts.values()):
                     part.finish()

@@ -18,6 +18,7 @@ from time import perf_counter
 from typing import IO, Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,6 +64,7 @@ class SetStats:
         seconds: Duration of the call.
         bytes: Size of the parts written.
         ended: Rows written whose text ended with an end token.
+        cut: Texts that ended before `max_new_tokens` because they fill `max_len`.
         records: Acceptance records written.
         accepted: Sum of the labels of their first proposals; divided by `records`, the share accepted.
     """
@@ -73,6 +75,7 @@ class SetStats:
     seconds: float = 0.0
     bytes: int = 0
     ended: int = 0
+    cut: int = 0
     records: int = 0
     accepted: float = 0.0
 
@@ -80,6 +83,11 @@ class SetStats:
     def speed(self) -> str:
         """Tokens per second, with the unit."""
         return f"{self.tokens / self.seconds if self.seconds else 0.0:,.0f} tokens/s"
+
+    @property
+    def cut_note(self) -> str:
+        """How many texts were cut, for the summary; empty if none was."""
+        return f"{self.cut:,} cut by max_len, before max_new_tokens; " if self.cut else ""
 
     def summary(self, job: SetJob, total: int, unit: str, details: str = "") -> str:
         """One line for the user; `total` counts the `unit`s of the whole set, `details` is inserted before the speed."""
@@ -227,8 +235,10 @@ def check_positive(**counts: int | None) -> None:
 
 
 def local_device(device: str) -> str:
-    """The torch device of this process: under torchrun, `cuda` is the GPU of its local rank."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    """The torch device of this process: under torchrun, `cuda` and `auto` are the GPU of its local rank, if there are GPUs."""
+    rank = os.environ.get("LOCAL_RANK")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return f"cuda:{rank}" if on_gpu and rank is not None else device
 
 
 def quiet_libraries() -> None:

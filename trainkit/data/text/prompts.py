@@ -48,7 +48,8 @@ class Completion:
         id: Id of the request.
         tokens: New token ids, with the end token if the text ended with one.
         text: The text of these tokens without special tokens.
-        finish: `end` (the text ended with an end token), `stop` (a server ended it at a stop string) or `length`.
+        finish: `end` (an end token), `stop` (a server ended it at a stop string), `length` (`max_new_tokens`) or `max_len`
+            (prompt and text fill `max_len`).
     """
 
     id: int

@@ -11,12 +11,12 @@ import torch
 
 from trainkit.data.text.prompts import read_prompts
 from trainkit.drafters.base import discover
-from trainkit.errors import UserError
 from trainkit.eval.bench.synthetic import ScriptedDrafter, accepted_lengths, random_prompts, random_target
 from trainkit.eval.bench.timing import trainkit_method
 from trainkit.eval.bench.transformers import build_model, load_model, transformers_method, why_not_assistant
 from trainkit.eval.bench.types import BenchArguments, BenchSetup
-from trainkit.models.load import covered_positions, find_device
+from trainkit.eval.lengths import fitting
+from trainkit.models.load import find_device
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
 from trainkit.runner.engine import load_bundle_predictor, load_drafter
@@ -37,17 +37,15 @@ def checkpoint_setup(arguments: BenchArguments) -> BenchSetup:
     assert arguments.target is not None and arguments.prompts is not None
     # the target, with positions for every prompt and its answer
     target, batch = Path(arguments.target), arguments.batch
-    covered = covered_positions(target)
     prompts = read_prompts(arguments.prompts, arguments.target, arguments.limit)
-    longest = max(map(len, prompts)) + arguments.max_new_tokens
-    if longest > covered:
-        raise UserError(
-            f"{arguments.prompts}: the longest prompt and {arguments.max_new_tokens} new tokens need {longest} positions, "
-            f"{target} covers {covered}; lower max_new_tokens"
-        )
+    prompts, longest, note = fitting(prompts, arguments.max_new_tokens, arguments.max_len, target, arguments.prompts)
     runner = Runner.load(target, None, arguments.device, arguments.dtype, batch, longest)
     decoder, shape, dtype = runner.rounds.target, runner.shape, getattr(torch, arguments.dtype)
-    setup = BenchSetup(runner, prompts, target.resolve().name)
+    setup = BenchSetup(runner, prompts, target.resolve().name, notes=[note] if note else [])
+    if dtype != torch.float32:
+        setup.notes.append(
+            f"in {arguments.dtype} rounding depends on the number of rows: texts may differ by ties; float32 has few"
+        )
     # the drafters
     folders = dict(zip(_short_names(arguments.drafters), map(Path, arguments.drafters), strict=True))
     for name, folder in folders.items():

@@ -20,8 +20,8 @@ from trainkit.runner import Runner
 from trainkit.runner.stats import Stats
 from trainkit.runner.trees.shape import RankPath
 
-PROBE_TOKENS = 24
-"""Number of tokens that are decoded to compare thread counts."""
+PROBE_TOKENS, PROBES = 24, 3
+"""Number of tokens that are decoded to compare thread counts, and how often."""
 Prompts = Sequence[Sequence[int]]
 
 
@@ -155,21 +155,26 @@ def warm_up(
 ) -> float:
     """Sets each method's fastest thread count, captures every graph, and returns the estimated seconds of one repeat.
 
-    Each thread count decodes at most `PROBE_TOKENS` tokens of the first prompt, after an untimed run of a few tokens.
-    With `whole` the whole load is run once before; on a GPU this captures a graph for every cache size.
+    Each thread count decodes at most `PROBE_TOKENS` tokens of the first prompt, after an untimed run of a few tokens. The
+    thread counts take turns, and medians are compared: where other programs need the cores, threads that wait for each other
+    are fast at one moment and many times slower at the next. With `whole` the whole load is run once before; on a GPU this
+    captures a graph for every cache size.
     """
     estimate = 0.0
     # largest need of cache slots first: static tensors that grow later would drop the graphs captured before
     for method in sorted(methods, key=lambda method: -max(len(method.paths), method.depth) - 2 * method.depth):
         if whole:
             method.run(prompts, max_new_tokens, 0)
-        length, rates = min(PROBE_TOKENS, max_new_tokens), dict[int, float]()
-        for count in threads:
-            set_threads(count)
-            method.run(prompts[:1], min(4, length), 0)
-            rates[count] = method.timed(prompts[:1], length).rate
-        method.threads = max(rates, key=lambda count: rates[count])
-        estimate += max_new_tokens * len(prompts) / rates[method.threads]
+        length = min(PROBE_TOKENS, max_new_tokens)
+        rates: dict[int, list[float]] = {count: [] for count in threads}
+        for _ in range(PROBES if len(threads) > 1 else 1):
+            for count in threads:
+                set_threads(count)
+                method.run(prompts[:1], min(4, length), 0)
+                rates[count].append(method.timed(prompts[:1], length).rate)
+        medians = {count: statistics.median(values) for count, values in rates.items()}
+        method.threads = max(medians, key=lambda count: medians[count])
+        estimate += max_new_tokens * len(prompts) / medians[method.threads]
     return estimate
 
 

@@ -29,6 +29,7 @@ class BenchArguments:
         trees: Rank paths of each additional tree.
         policies: Policies that choose the depth during decoding.
         max_new_tokens: Maximum number of new tokens for each prompt.
+        max_len: Prompts that need more positions, new tokens included, are left out, with a note; by default none may.
         temperature: Sampling temperature; 0 is greedy. Above 0 transformers samples other texts, and only trainkit's outputs
             are compared with plain decoding.
         verify: Verification method, coupled or residual.
@@ -54,6 +55,7 @@ class BenchArguments:
     trees: tuple[tuple[tuple[int, ...], ...], ...] = ()
     policies: tuple[str, ...] = ()
     max_new_tokens: int = 128
+    max_len: int | None = None
     temperature: float = 0.0
     verify: str = "coupled"
     limit: int = 16
@@ -70,6 +72,9 @@ class BenchArguments:
     prompt_length: int = 64
 
     def __post_init__(self) -> None:
+        from trainkit.runner.sampling import Sampling
+
+        object.__setattr__(self, "temperature", Sampling(self.temperature).temperature)
         for name in ("max_new_tokens", "limit", "repeats", "batch", "prompt_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
@@ -83,6 +88,8 @@ class BenchArguments:
             raise UserError("bench needs --target and --prompts (a file), or --synthetic with the name of a shape")
         if self.synthetic is not None and (self.target or self.drafters or self.prompts or self.temperature):
             raise UserError("synthetic: takes no target, drafter or prompts, and decodes at temperature 0")
+        if self.synthetic is not None and self.max_len is not None:
+            raise UserError("max_len: leaves out long prompts, which are all alike with synthetic; set prompt_length")
         if self.trees and not self.drafters:
             raise UserError("trees: only a drafter can draft them; add --drafter")
         if self.policies and not (self.drafters or self.synthetic):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from trainkit.eval.bench.identity import logits
 from trainkit.eval.promises.types import Check, Subject
 from trainkit.runner import Runner
-from trainkit.runner.request import Request, Stopping
+from trainkit.runner.request import Request
 from trainkit.runner.round import Plan
 from trainkit.runner.sampling import Sampling, request_keys
 from trainkit.runner.trees.dynamic import parse_tree
@@ -111,7 +111,7 @@ def _sample(runner: Runner, prompt: list[int], plan: Plan, arguments: Any, name:
     requests = [Request(index, prompt, pair, len(prompt) + LENGTH) for index, pair in enumerate(keys)]
     counts, index = np.zeros((IDS,) * LENGTH), {token: number for number, token in enumerate(plan.sampling.ids)}  # type: ignore[attr-defined]
     with tqdm(total=len(requests), desc=f"distribution, {name}", unit=" texts", disable=None, leave=False) as bar:
-        for request, finished in runner.scheduler.decode(requests, plan, Stopping((), (), None)):
+        for request, finished in runner.scheduler.decode(requests, plan, ()):
             if finished:
                 counts[tuple(index[token] for token in request.tokens)] += 1
                 bar.update()

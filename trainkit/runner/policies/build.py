@@ -12,7 +12,7 @@ from trainkit.runner.options import GenerateOptions
 from trainkit.runner.policies.chain import PolicyChain, RankedChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts, cached_costs, measure_chain_costs, shapes_digest
-from trainkit.runner.policies.simple import Recent, Threshold
+from trainkit.runner.policies.simple import Fixed, Recent, Threshold
 from trainkit.runner.policies.spec import PolicySpec
 from trainkit.runner.policy import MAX_DEPTH, Policy
 from trainkit.runner.sampling import Sampling
@@ -64,7 +64,7 @@ class Policies:
         self, spec: PolicySpec, max_depth: int, predictor: AcceptancePredictor | None, sampling: Sampling, may_drop: bool
     ) -> Policy:
         if spec.name == "fixed":
-            return Policy(max_depth)
+            return Fixed(max_depth)
         if spec.name == "ema":
             return Recent(max_depth)
         if spec.name.startswith("cost"):

@@ -15,6 +15,12 @@ TIERS = (1, 2, 3, 4, 6, 8, 10, 12, 16)
 """Draft depths of captured rounds: few, so that few graphs are captured."""
 
 
+class Fixed(Policy):
+    """Always drafts the same depth."""
+
+    pauses = False
+
+
 class Threshold(Policy):
     """Stops drafting once the signal, averaged over rows, falls below a threshold.
 
@@ -24,6 +30,8 @@ class Threshold(Policy):
         threshold: Drafting stops below this value.
         max_depth: Largest number of levels.
     """
+
+    pauses = False
 
     def __init__(self, signal: Signal, threshold: float, max_depth: int) -> None:
         super().__init__(max_depth)
@@ -48,6 +56,8 @@ class Recent(Policy):
         max_depth: Largest number of levels.
         decay: Weight of the past against a new round.
     """
+
+    pauses = False
 
     def __init__(self, max_depth: int, decay: float = 0.9) -> None:
         super().__init__(max_depth)
