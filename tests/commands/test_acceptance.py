@@ -138,7 +138,9 @@ def given(tmp_path_factory, tiny_target):
 
 
 def command(given, out, **options):
-    return run({**given, "out": out, "max_new_tokens": 8, "depth": 3, "part_prompts": 4, "batch": 4, **options})
+    return run(
+        {**given, "out": out, "device": "cpu", "max_new_tokens": 8, "depth": 3, "part_prompts": 4, "batch": 4, **options}
+    )
 
 
 def run(values, *flags):

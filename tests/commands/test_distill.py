@@ -52,6 +52,7 @@ class Command:
             "part_rows": 3,
             "batch": 2,
             "seed": 1,
+            "device": "cpu",
         }
 
     def __call__(self, out: Path, **options: Any) -> int:

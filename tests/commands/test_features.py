@@ -42,6 +42,7 @@ class Command:
 
     def __init__(self, target: Path, rows: Path, cache: Path) -> None:
         self.fixed = {
+            "device": "cpu",
             "target": target,
             "data": rows,
             "taps": "[1,-1]",

@@ -74,7 +74,7 @@ class FakeCuda:
 
 
 @pytest.fixture
-def cuda(monkeypatch) -> FakeCuda:
+def cuda(monkeypatch):
     fake = FakeCuda()
     for name in (
         "Stream",

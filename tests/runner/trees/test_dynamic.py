@@ -284,7 +284,7 @@ def test_cache_can_be_filled_with_a_wide_dynamic_tree(seed):
     assert tree.slots == 25
     for length in (1, 40, 62):
         out = runner.generate([[3] * length, [4] * 63], 1000, temperature=1.0, seed=seed, tree=tree)[0]
-        assert len(out.tokens) == 64 - length and out.finish == "length"
+        assert len(out.tokens) == 64 - length and out.finish == "max_len"
 
 
 def test_dynamic_tree_with_top_1_is_a_chain(seed):
