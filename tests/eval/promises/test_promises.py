@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -252,7 +253,8 @@ def test_half_precision_reports_a_rate(target, tmp_path, seed):
     folder = make_bundle(target, tmp_path / "bundle")
     subject = load_subject(folder, VerifyArguments(str(target), dtype="bfloat16", seed=seed, **QUICK))
     texts, acceptance = CHECKS["texts"](subject), CHECKS["acceptance"](subject)
-    assert texts.status == "measured" and "%" in texts.figure and acceptance.status == "kept", (texts, acceptance)
+    assert texts.status == "measured" and "%" in texts.figure and "as many rows" in texts.details[0]
+    assert acceptance.status == "kept", (texts, acceptance)
 
 
 def test_plain_folders_are_verified_without_certificate(target, tmp_path, capsys, seed):
@@ -263,6 +265,15 @@ def test_plain_folders_are_verified_without_certificate(target, tmp_path, capsys
     flags = ["--limit=1", "--max_new_tokens=8", "--samples=100", f"--seed={seed}"]
     assert main(["verify", str(folder), "--target", str(target), *flags]) == 0
     assert "not a trainkit bundle" in capsys.readouterr().out and sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_targets_without_chat_template_read_raw_prompts(target, tmp_path):
+    """The built-in prompts are used as they are if the tokenizer has no chat template."""
+    raw = shutil.copytree(target, tmp_path / "raw")
+    (raw / "chat_template.jinja").unlink()
+    folder = make_bundle(raw, tmp_path / "bundle")
+    with_template, without = (load_subject(folder, VerifyArguments(str(path), limit=1)).prompts[0] for path in (target, raw))
+    assert len(without) < len(with_template)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def load_subject(folder: Path, arguments: VerifyArguments) -> Subject:
         prompts = read_prompts(arguments.prompts, arguments.target, arguments.limit)
     else:
         encoder = Encoder(load_tokenizer(arguments.target))
-        chat = encoder.template is not None
-        encode = lambda text: encoder.prompt_ids([{"role": "user", "content": text}]) if chat else encoder.encode(text)
+        chat = lambda text: encoder.prompt_ids([{"role": "user", "content": text}])
+        encode = chat if encoder.has_template else encoder.encode
         prompts = [list(encode(text)) for text in PROMPTS[: arguments.limit]]
     longest, covered = max(map(len, prompts)) + arguments.max_new_tokens, covered_positions(arguments.target)
     if longest > covered:
