@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainkit import bundle
 from trainkit.errors import UserError
+from trainkit.files import write_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json tokenizer.model vocab.json merges.txt special_tokens_map.json added_tokens.json "
@@ -52,6 +53,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         raise UserError(f"{source}: has no tokenizer files; name the target's folder with --target")
     for name in names:
         shutil.copyfile(source / name, folder / name)
+    config = bundle.read_json(path) if (path := folder / "tokenizer_config.json").is_file() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name of a class that 4 knows under its old one
+        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, out: str) -> None:

@@ -10,6 +10,8 @@ import torch
 from trainkit import bundle
 from trainkit.errors import UserError
 from trainkit.export.checks import check_finite, check_reload, copy_tokenizer, layout_for
+from trainkit.files import write_json
+from trainkit.models.load import rope_of_transformers4
 
 FORMATS = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
 """Requested format -> layout of the files; transformers, vLLM and SGLang load the same folder."""
@@ -61,6 +63,9 @@ def export_model(
                 for config in (model.config, model.generation_config):
                     setattr(config, name, getattr(loaded, name))
         model.save_pretrained(folder)
+        config = bundle.read_json(folder / "config.json")
+        if "rope_theta" in (rope := config.get("rope_parameters") or {}):  # not one per layer type
+            write_json(folder / "config.json", config | rope_of_transformers4(rope))
         result: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         reloaded, report = result[0].eval(), result[1]
         if faults := sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]})):

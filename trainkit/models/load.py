@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,17 @@ def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer  # seconds to import
 
     remedy = "give a folder with tokenizer.json"
-    if not Path(folder).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)):
+    if not Path(folder).is_dir() and not is_hub_name(str(folder)):
         raise UserError(f"tokenizer {folder}: no such folder; {remedy}")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust library raises plain Exceptions for files it cannot read
         raise UserError(f"tokenizer {folder}: cannot be loaded ({first_lines(error, 1)}); {remedy}") from error
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the text has the form owner/name of a model on the Hugging Face hub."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
 def first_lines(error: Exception, count: int = 2) -> str:
@@ -324,8 +329,14 @@ def load_decoder(
     return decoder.requires_grad_(False).eval()
 
 
-def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json that loads this shape as Llama, Qwen2 or Qwen3, depending on its biases and norms."""
+def hf_config(
+    shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, dtype: torch.dtype, start_id: int | None = None
+) -> dict[str, Any]:
+    """A config.json that loads this shape as Llama, Qwen2 or Qwen3, depending on its biases and norms.
+
+    The start id is written even if there is none: transformers' default for Llama is 1, and OpenVINO refuses a draft model
+    whose start id is not the target's.
+    """
     model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
     ends = list(end_ids)
     return {
@@ -335,9 +346,11 @@ def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, d
         "hidden_act": "silu",
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": dict(shape.rope),
+        **rope_of_transformers4(shape.rope),
         "tie_word_embeddings": shape.tied,
         "attention_bias": False,
         "mlp_bias": False,
+        "bos_token_id": start_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": pad_id,
         "dtype": str(dtype).removeprefix("torch."),
@@ -345,10 +358,24 @@ def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, d
     }
 
 
+def rope_of_transformers4(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json from which transformers 4, and what is built on it, read `rope_parameters`; 5 reads both.
+
+    Without them transformers 4 computes other positions and gives no warning.
+    """
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"]} | ({} if rope["rope_type"] == "default" else {"rope_scaling": scaling})
+
+
 def save_decoder(
-    decoder: Decoder, folder: Path, dtype: torch.dtype, end_ids: Iterable[int] = (), pad_id: int | None = None
+    decoder: Decoder,
+    folder: Path,
+    dtype: torch.dtype,
+    end_ids: Iterable[int] = (),
+    pad_id: int | None = None,
+    start_id: int | None = None,
 ) -> None:
     """Writes config.json and model.safetensors as transformers, vLLM and SGLang load them."""
-    write_json(folder / "config.json", hf_config(decoder.shape, end_ids, pad_id, dtype))
+    write_json(folder / "config.json", hf_config(decoder.shape, end_ids, pad_id, dtype, start_id))
     tensors = {name: view.to("cpu", dtype).clone() for name, view in hf_views(decoder).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
