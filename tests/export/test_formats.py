@@ -220,9 +220,9 @@ def test_tokenizer_class_is_known_to_transformers_4(tiny_target, tmp_path):
 
 
 def test_speculators_names_the_verifier_given(tiny_target, tmp_path, monkeypatch):
-    """A folder, made absolute, or a hub name is recorded as the target's place; by default none, which speculators accepts."""
+    """A folder, made absolute, or a hub name is recorded as the target's place; by default the folder of the target."""
     monkeypatch.chdir(tiny_target.parent)
-    for given, name in ((None, None), (tiny_target.name, str(tiny_target)), ("org/model-8B", "org/model-8B")):
+    for given, name in ((None, str(tiny_target)), (tiny_target.name, str(tiny_target)), ("org/model-8B", "org/model-8B")):
         out = export_drafter(build("eagle", tiny_target), "out", tokenizer=tiny_target, format="speculators", verifier=given)
         assert json.loads((out.path / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"] == name
 

@@ -58,8 +58,8 @@ def export(
         tokenizer: Folder with the tokenizer files to copy; by default the one that the run used.
         target: Folder of the target, if it was moved since training: EAGLE-3's files contain its embedding, and a JointModule
             run tuned it.
-        verifier: Where readers of the speculators format find the target: a folder, or a hub name owner/name. Without it the
-            files name no target: speculators loads the draft alone, and vLLM serves it only beside a target that you name.
+        verifier: Folder or hub name (owner/name) where readers of the speculators format find the target; by default the
+            target's folder here, so name one if the files leave this machine.
         dtype: Dtype of the written weights, also those of a tuned target.
         track: Whether to add the bundle, as an artifact with its card, to the W&B run of the checkpoint, if it has one.
 

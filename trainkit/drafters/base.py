@@ -243,7 +243,8 @@ class Drafter(nn.Module, ABC):
         max_width: Maximum number of nodes it can expand on one level; None for no limit.
         ids_K: Token ids it may propose, ascending; None for all.
         formats: Format of `trainkit export --format` -> layout of files that this kind writes for it.
-        names_target: Layouts whose files record where the target is: `target_name`, a folder or hub name, or None.
+        names_target: Layouts whose files record where the target is: `target_name`, a folder or hub name. If that is None, the
+            folder of the target.
     """
 
     formats: ClassVar[Mapping[str, str]] = {"native": "native"}

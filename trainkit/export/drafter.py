@@ -43,7 +43,7 @@ def export_drafter(
         target: Folder of the target, for kinds whose files contain target weights; the tokenizer's folder by default.
         dtype: Dtype of the written weights.
         format: One of the kind's `formats`.
-        verifier: Folder or hub name of the target, for layouts that record where it is.
+        verifier: Folder or hub name of the target, for layouts that record where it is; its folder by default.
         card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:

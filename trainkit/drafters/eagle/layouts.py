@@ -135,7 +135,7 @@ def configuration(
         draft_vocab_size: Number of ids K that it may propose.
         layout: `flat` or `speculators`.
         dtype: Dtype of the weights.
-        verifier: Where other programs find the target (speculators layout). None: the draft loads without the target's weights.
+        verifier: Folder or hub name where other programs find the target (speculators layout).
     """
     theirs = read_json(target_folder / "config.json")
     plain = hf_config(layer, target.end_ids, None, dtype, theirs.get("bos_token_id"))

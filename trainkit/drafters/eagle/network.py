@@ -258,8 +258,9 @@ class Eagle(Drafter):
             )
         tensors = layouts.to_file(self.state_dict(), self.shape, self.ids_K, layout)
         tensors["embed_tokens.weight"] = layouts.embedding(source)
+        name = self.target_name or (None if layouts.is_eagle(source) else str(source.resolve()))
         config = layouts.configuration(
-            self.shape, self.taps, self.target, source, self.lm_head.weight.shape[0], layout, dtype, self.target_name
+            self.shape, self.taps, self.target, source, self.lm_head.weight.shape[0], layout, dtype, name
         )
         layouts.write(folder, tensors, config, dtype)
 
