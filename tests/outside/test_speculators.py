@@ -19,11 +19,10 @@ from trainkit.models.target import FrozenTarget
 
 pytestmark = pytest.mark.outside
 STEPS, T = 3, 126  # T + STEPS - 1 tokens: flex attention wants a multiple of 128
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full vocabulary": ({}, {}),
     "trimmed vocabulary": ({}, {"draft_vocab": list(range(3, 320, 3))}),
-    "taps and rope": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, **LLAMA3}}, {"taps": [1, 3, 6]}),
+    "taps and rope": ({"rope_parameters": outside.ROPES["llama3"]}, {"taps": [1, 3, 6]}),
 }
 """Name -> fields of the target's config, arguments of the draft."""
 

@@ -17,13 +17,6 @@ from trainkit.models.load import load_decoder
 from trainkit.models.target import load_model
 
 pytestmark = pytest.mark.outside
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-ROPES: dict[str, dict[str, Any]] = {
-    "default": {"rope_type": "default", "rope_theta": 1234.0},
-    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
-    "llama3": {"rope_type": "llama3", "rope_theta": 5000.0, **_LLAMA3},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 5000.0},
-}
 DEPTH, NEW_TOKENS = 3, 48
 IDS = [7 * index % 320 for index in range(96)]  # beyond the original length of llama3
 
@@ -33,7 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
     """Rope type -> an exported target and an exported draft model for it."""
     root, made = tmp_path_factory.mktemp("ropes"), {}
     torch.manual_seed(SEED)
-    for name, rope in ROPES.items():
+    for name, rope in outside.ROPES.items():
         source = make_target(root / f"{name}-source", rope_parameters=rope)
         target = export_model(load_model(source, torch.float32), root / name, tokenizer=source).path
         made[name] = (target, outside.near_draft(target, root / f"{name}-draft"))
@@ -52,11 +45,11 @@ def answers(folders) -> dict[str, Any]:
     found = outside.ask("transformers4", "transformers_model", {"jobs": jobs})
     assert found["version"].startswith("4.57.")
     names = ("target", "draft", "plain", "assisted")
-    rows = [dict(zip(names, found["answers"][4 * i : 4 * i + 4], strict=True)) for i in range(len(ROPES))]
-    return {"prompts": prompts, **dict(zip(ROPES, rows, strict=True))}
+    rows = [dict(zip(names, found["answers"][4 * i : 4 * i + 4], strict=True)) for i in range(len(outside.ROPES))]
+    return {"prompts": prompts, **dict(zip(outside.ROPES, rows, strict=True))}
 
 
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("rope", outside.ROPES)
 @pytest.mark.parametrize("part", ["target", "draft"])
 def test_logits_equal_ours_for_every_rope(rope, part, folders, answers):
     """Exported targets and draft models of every rope type give our logits in transformers 4.57."""
@@ -66,7 +59,7 @@ def test_logits_equal_ours_for_every_rope(rope, part, folders, answers):
     torch.testing.assert_close(theirs, ours, atol=2e-4, rtol=0)  # logits of size 10; float32, other kernels
 
 
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("rope", outside.ROPES)
 def test_assisted_text_and_rounds_equal_ours(rope, folders, answers):
     """As assistant_model a draft gives our greedy text, and as many accepted tokens as in our runner, for each prompt."""
     target, draft = folders[rope]

@@ -30,6 +30,13 @@ from trainkit.runner import Runner
 from trainkit.runner.sampling import Sampling
 
 READERS = Path(__file__).resolve().parents[1] / "outside" / "readers"
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 1234.0},
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+    "llama3": {"rope_type": "llama3", "rope_theta": 5000.0, **_LLAMA3},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 5000.0},
+}
 
 
 def ask(environment: str, reader: str, request: dict[str, Any], seconds: float = 600) -> Any:
@@ -117,7 +124,7 @@ def check_decoded(target: Path, prompts: Sequence[Sequence[int]], ours: Decoded,
     return line
 
 
-def near_draft(target: Path, out: Path, noise: float = 0.02, num_layers: int = 4, **options: Any) -> Path:
+def near_draft(target: Path, out: Path, noise: float = 0.012, num_layers: int = 4, **options: Any) -> Path:
     """Exports a draft model that agrees with a tiny target of four layers often, but not always: its weights and some noise."""
     draft = LMDraft(target_shape(target), num_layers=num_layers)
     draft.initialise(target)
@@ -133,7 +140,7 @@ def tiny_prompts(count: int = 8, vocab_size: int = 320) -> list[list[int]]:
 
 
 def trained_eagle(
-    target: Path, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int, steps: int = 200, **options: Any
+    target: Path, out: Path, prompts: Sequence[Sequence[int]], new_tokens: int, steps: int = 60, **options: Any
 ) -> Path:
     """Exports an EAGLE-3 draft trained for seconds on the target's own answers to these prompts: some tokens are accepted."""
     teacher = FrozenTarget(target)

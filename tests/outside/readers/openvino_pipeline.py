@@ -27,6 +27,7 @@ def convert(folder, out, eagle):
 
 def main(request):
     scratch, extra = Path(request["scratch"]), {}
+    scratch.mkdir(exist_ok=True)
     model = convert(request["model"], scratch / "model", False)
     if folder := request.get("draft"):
         draft = convert(folder, scratch / "draft", request.get("eagle", False))
