@@ -1,7 +1,7 @@
 """Quantises a folder's linear layers with compressed-tensors and saves it, or says what it finds in a folder.
 
-Request: `folder` and either `out`, to write an int8 copy, or nothing more. Answer: `quantization_config` of config.json and, for
-a folder that was only read, its first logits for `ids`.
+Request: `folder` and either `out`, to write an int8 copy, or nothing more. Answer: `quantization_config` of config.json and,
+for a folder that was only read, its logits for `ids`.
 """
 
 import json
