@@ -18,7 +18,7 @@ fi
 # torch comes first and then stays as it is: a later line would otherwise take a CUDA build
 install --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "${TORCH_SPEC:-torch==2.13.0}"
 "$folder/bin/python" -m pip freeze | grep '^torch==' >"$folder/torch.txt"
-install --constraint "$folder/torch.txt" -r "$requirements"
+install --constraint "$folder/torch.txt" torch -r "$requirements"
 if [ "$1" = openvino ]; then install --no-deps optimum-intel==2.2.0; fi # its own requirements exclude these versions
 # speculators asks for torchvision and torchaudio, whose PyPI builds do not import beside a CPU build of torch; it needs neither
 if [ "$1" = speculators ]; then "$folder/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio; fi
