@@ -165,7 +165,7 @@ case ${1:-} in
         ruff check . || failed=1
         pyright || failed=1
         lint-imports || failed=1
-        shellcheck launch.sh .ci/run recipes/*.sh recipes/studies/*/*.sh || failed=1
+        shellcheck launch.sh .ci/run tests/outside/environments.sh recipes/*.sh recipes/studies/*/*.sh || failed=1
         site=$(mktemp -d) # the built documentation is thrown away: only warnings and errors matter here
         NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site" || failed=1
         rm -rf "$site"

@@ -20,7 +20,7 @@ from trainkit.drafters.medusa import Medusa
 from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter, first_logits
 from trainkit.export.model import FORMATS, export_model
-from trainkit.models.load import hf_shapes, read_config
+from trainkit.models.load import hf_shapes, read_config, read_tokenizer
 from trainkit.models.target import load_model, target_shape
 
 Tensors = dict[str, Tensor]
@@ -177,3 +177,67 @@ def test_language_model_is_equal_in_every_format(tiny_target, tmp_path):
     assert json.loads((tmp_path / "sglang" / "trainkit.json").read_text())["extra"] == {"format": "sglang", "layout": "hf"}
     with pytest.raises(UserError, match="speculators: a language model has no such format; it has native, hf, vllm, sglang"):
         export_model(model, tmp_path / "out", tokenizer=tiny_target, format="speculators")
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 5000.0}, LINEAR], ids=lambda rope: rope["rope_type"])
+def test_rope_is_written_for_transformers_4_too(rope, tmp_path):
+    """transformers 4 reads rope_theta and rope_scaling, and without a word takes its defaults where they are missing."""
+    target = make_target(tmp_path / "target", num_hidden_layers=2, rope_parameters=rope)
+    export_model(load_model(target, torch.float32), tmp_path / "model", tokenizer=target)
+    for kind, format in (("lm", "hf"), ("eagle", "vllm"), ("eagle", "speculators")):
+        export_drafter(build(kind, target), tmp_path / f"{kind}-{format}", tokenizer=target, format=format)
+    for folder in sorted(tmp_path.glob("*/config.json")):
+        if folder.parent == target:
+            continue
+        config = json.loads(folder.read_text())
+        config = config.get("transformer_layer_config", config)
+        assert config["rope_parameters"] == rope, folder
+        scaling = {"rope_type": "linear", "factor": 4.0} if rope is LINEAR else None
+        assert (config["rope_theta"], config.get("rope_scaling")) == (5000.0, scaling), folder
+
+
+@pytest.mark.parametrize("start", [None, 7])
+def test_draft_has_the_targets_start_id(start, tmp_path):
+    """OpenVINO refuses a draft with another start id; transformers' default for Llama is 1."""
+    target = make_target(tmp_path / "target", num_hidden_layers=2, bos_token_id=start)
+    for kind in ("lm", "eagle"):
+        export_drafter(build(kind, target), tmp_path / kind, tokenizer=target)
+        assert json.loads((tmp_path / kind / "config.json").read_text())["bos_token_id"] == start
+
+
+def test_tokenizer_class_is_known_to_transformers_4(tiny_target, tmp_path):
+    """transformers 5 saves a tokenizer class that 4 does not know; the exported name loads in both."""
+    export_drafter(build("lm", tiny_target), tmp_path / "out", tokenizer=tiny_target)
+    names = [
+        json.loads((at / "tokenizer_config.json").read_text())["tokenizer_class"] for at in (tiny_target, tmp_path / "out")
+    ]
+    assert names == ["TokenizersBackend", "PreTrainedTokenizerFast"]
+    first, second = (read_tokenizer(at)("She sold half as many.").input_ids for at in (tiny_target, tmp_path / "out"))
+    assert first == second
+
+
+def test_speculators_names_the_verifier_given(tiny_target, tmp_path, monkeypatch):
+    """A folder, made absolute, or a hub name is recorded as the target's place; by default the folder of the target."""
+    monkeypatch.chdir(tiny_target.parent)
+    for given, name in ((None, str(tiny_target)), (tiny_target.name, str(tiny_target)), ("org/model-8B", "org/model-8B")):
+        out = export_drafter(build("eagle", tiny_target), "out", tokenizer=tiny_target, format="speculators", verifier=given)
+        assert json.loads((out.path / "config.json").read_text())["speculators_config"]["verifier"]["name_or_path"] == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "verifier", "said"),
+    [
+        ("eagle", "vllm", "org/model", "--verifier: files of --format vllm do not name the target"),
+        ("lm", "hf", "org/model", "--verifier: files of --format hf do not name the target"),
+        ("eagle", "speculators", "model", "--verifier model: neither a model folder nor a hub name"),
+        ("eagle", "speculators", "/no/such/folder", "--verifier /no/such/folder: neither a model folder nor a hub name"),
+    ],
+)
+def test_wrong_verifier_is_refused(kind, format, verifier, said, tiny_target, tmp_path):
+    """A format that names no target, and a name that no reader could resolve, give one line; nothing is written."""
+    with pytest.raises(UserError, match=said):
+        export_drafter(build(kind, tiny_target), tmp_path / "out", tokenizer=tiny_target, format=format, verifier=verifier)
+    assert not (tmp_path / "out").exists()

@@ -28,6 +28,7 @@ def export(
     format: str = "native",
     tokenizer: str | None = None,
     target: str | None = None,
+    verifier: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     track: bool = True,
 ) -> str:
@@ -56,6 +57,8 @@ def export(
         tokenizer: Folder with the tokenizer files to copy; by default the one that the run used.
         target: Folder of the target, if it was moved since training: EAGLE-3's files contain its embedding, and a JointModule
             run tuned it.
+        verifier: Folder or hub name (owner/name) where readers of the speculators format find the target; by default the
+            target's folder here, so name one if the files leave this machine.
         dtype: Dtype of the written weights, also those of a tuned target.
         track: Whether to add the bundle, as an artifact with its card, to the W&B run of the checkpoint, if it has one.
 
@@ -63,22 +66,25 @@ def export(
         trainkit export runs/draft_tiny/2026-11-21_10-00-00/checkpoints/last.ckpt models/draft_tiny
         trainkit export last.ckpt models/draft --dtype bfloat16
         trainkit export last.ckpt models/heads --format vllm
+        trainkit export last.ckpt models/eagle --format speculators --verifier meta-llama/Llama-3.1-8B-Instruct
         trainkit export runs/predictor/2026-11-21_10-00-00/checkpoints/best.ckpt models/heads
     """
     run_folder = tracked_folder(checkpoint) if track else None
     saved, options, notes = read_checkpoint(checkpoint), {"dtype": getattr(torch, dtype), "format": format}, []
     if "predictor" in saved.description:
-        changed = {"format": format != "native", "tokenizer": tokenizer, "target": target, "dtype": dtype != "float32"}
+        changed = {"format": format != "native", "tokenizer": tokenizer, "target": target, "verifier": verifier}
+        changed["dtype"] = dtype != "float32"
         if flag := next((name for name, value in changed.items() if value), None):
             raise UserError(f"--{flag}: a predictor is added to its drafter's bundle unchanged; leave it out")
         bundle = export_predictor(saved.predictor(), saved.description["drafter"], out)
     elif "model_config" in saved.description:
-        if target is not None:
-            raise UserError("--target: a language model has none; leave it out")
+        for name, value in (("target", target), ("verifier", verifier)):
+            if value is not None:
+                raise UserError(f"--{name}: a language model has none; leave it out")
         source = tokenizer or saved.info["tokenizer"]
         bundle = export_model(saved.language_model(), out, tokenizer=source, **options, **_card(saved))
     else:
-        bundle, notes = _export_drafter(saved, out, tokenizer, target, options)
+        bundle, notes = _export_drafter(saved, out, tokenizer, target, options | {"verifier": verifier})
     lines = [written(bundle), *notes]
     if run_folder is not None:
         lines.append(attach(bundle, run_folder, checkpoint))

@@ -244,9 +244,13 @@ class Drafter(nn.Module, ABC):
         max_width: Maximum number of nodes it can expand on one level; None for no limit.
         ids_K: Token ids it may propose, ascending; None for all.
         formats: Format of `trainkit export --format` -> layout of files that this kind writes for it.
+        names_target: Layouts whose files record where the target is: `target_name`, a folder or hub name. If that is None, the
+            folder of the target.
     """
 
     formats: ClassVar[Mapping[str, str]] = {"native": "native"}
+    names_target: ClassVar[frozenset[str]] = frozenset()
+    target_name: str | None = None
     taps: tuple[int, ...] = ()
     max_depth: int | None = None
     max_width: int | None = None
@@ -320,7 +324,7 @@ class Drafter(nn.Module, ABC):
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "target"}
 
     def use_target_folder(self, folder: Path) -> None:
-        """Receives the folder of the target before an export, if it is known; for kinds whose files contain target weights."""
+        """Receives the folder of the target before an export, if it is known; for kinds whose files contain parts of it."""
 
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "native") -> None:
         """Writes the weights into `folder` in `dtype`, in one of the layouts of `formats`; `load` recognises the layout."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from trainkit import bundle
 from trainkit.card import describe
 from trainkit.errors import UserError
+from trainkit.files import write_json
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,6 +64,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for template in (source / "additional_chat_templates").glob("*.jinja"):
         (folder / template.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(template, folder / template.parent.name / template.name)
+    config = bundle.read_json(path) if (path := folder / "tokenizer_config.json").is_file() else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name of a class that 4 knows under its old one
+        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def written(exported: bundle.Bundle) -> str:

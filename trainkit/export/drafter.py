@@ -17,6 +17,7 @@ from trainkit import bundle
 from trainkit.drafters.base import Chunk, Drafter, Frontier, TargetHandle, TargetShape, kind_name, load_kind
 from trainkit.errors import UserError
 from trainkit.export.checks import check_finite, check_reload, check_tensors, check_weights, copy_tokenizer, layout_for
+from trainkit.models.load import is_hub_name
 
 
 def export_drafter(
@@ -27,6 +28,7 @@ def export_drafter(
     target: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     format: str = "native",
+    verifier: str | None = None,
     **card: Any,
 ) -> bundle.Bundle:
     """Writes a drafter as a bundle and returns it.
@@ -41,11 +43,12 @@ def export_drafter(
         target: Folder of the target, for kinds whose files contain target weights; the tokenizer's folder by default.
         dtype: Dtype of the written weights.
         format: One of the kind's `formats`.
+        verifier: Folder or hub name of the target, for layouts that record where it is; its folder by default.
         card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:
         UserError: weights that are not finite, a format that the drafter does not have, files that do not match the format, no
-            tokenizer, or `out` is something other than a bundle.
+            tokenizer, a verifier that is neither folder nor hub name, or `out` is something other than a bundle.
     """
     # Refuse what cannot be exported
     kind = kind_name(drafter)
@@ -53,6 +56,14 @@ def export_drafter(
     shapes = drafter.layout_shapes(layout)
     if format != "native" and shapes is None:
         raise UserError(f"--format {format}: needs a head in the files, but this drafter uses its target's; leave --format out")
+    if verifier is not None:
+        if layout not in drafter.names_target:
+            raise UserError(f"--verifier: files of --format {format} do not name the target; leave --verifier out")
+        if (Path(verifier) / "config.json").is_file():
+            verifier = str(Path(verifier).resolve())
+        elif not is_hub_name(verifier):
+            raise UserError(f"--verifier {verifier}: neither a model folder nor a hub name; give a folder, or owner/name")
+    drafter.target_name = verifier
     check_finite(drafter.named_parameters())
 
     # Cast, and find the target if the folder is that of the target (the tokenizer may come from elsewhere)

@@ -88,12 +88,17 @@ def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer  # seconds to import
 
     remedy = "give a folder with tokenizer.json"
-    if not Path(folder).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)):
+    if not Path(folder).is_dir() and not is_hub_name(str(folder)):
         raise UserError(f"tokenizer {folder}: no such folder; {remedy}")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust library raises plain Exceptions for files it cannot read
         raise UserError(f"tokenizer {folder}: cannot be loaded ({first_lines(error, 1)}); {remedy}") from error
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the text has the form owner/name of a model on the Hugging Face hub."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -446,8 +451,14 @@ def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {"rope_scaling": None if default else scaling | {"type": rope["rope_type"]}}
 
 
-def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json that loads this shape as Llama, Qwen2 or Qwen3, depending on its biases and norms."""
+def hf_config(
+    shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, dtype: torch.dtype, start_id: int | None = None
+) -> dict[str, Any]:
+    """A config.json that loads this shape as Llama, Qwen2 or Qwen3, depending on its biases and norms.
+
+    The start id is written even if there is none: transformers' default for Llama is 1, and OpenVINO refuses a draft model
+    whose start id is not the target's.
+    """
     model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
     ends = list(end_ids)
     return {
@@ -461,6 +472,7 @@ def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, d
         "tie_word_embeddings": shape.tied,
         "attention_bias": False,
         "mlp_bias": False,
+        "bos_token_id": start_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": pad_id,
         "dtype": str(dtype).removeprefix("torch."),
@@ -469,9 +481,14 @@ def hf_config(shape: DecoderShape, end_ids: Iterable[int], pad_id: int | None, d
 
 
 def save_decoder(
-    decoder: Decoder, folder: Path, dtype: torch.dtype, end_ids: Iterable[int] = (), pad_id: int | None = None
+    decoder: Decoder,
+    folder: Path,
+    dtype: torch.dtype,
+    end_ids: Iterable[int] = (),
+    pad_id: int | None = None,
+    start_id: int | None = None,
 ) -> None:
     """Writes config.json and model.safetensors as transformers, vLLM and SGLang load them."""
-    write_json(folder / "config.json", hf_config(decoder.shape, end_ids, pad_id, dtype))
+    write_json(folder / "config.json", hf_config(decoder.shape, end_ids, pad_id, dtype, start_id))
     tensors = {name: view.to("cpu", dtype).clone() for name, view in hf_views(decoder).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

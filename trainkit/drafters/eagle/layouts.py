@@ -120,6 +120,7 @@ def configuration(
     draft_vocab_size: int,
     layout: str,
     dtype: torch.dtype,
+    verifier: str | None = None,
 ) -> dict[str, Any]:
     """The layout's config.json.
 
@@ -134,8 +135,11 @@ def configuration(
         draft_vocab_size: Number of ids K that it may propose.
         layout: `flat` or `speculators`.
         dtype: Dtype of the weights.
+        verifier: Folder or hub name where other programs find the target (speculators layout).
     """
-    plain, layers = hf_config(layer, target.end_ids, None, dtype), target.decoder.num_layers
+    theirs = read_json(target_folder / "config.json")
+    plain = hf_config(layer, target.end_ids, None, dtype, theirs.get("bos_token_id"))
+    layers = target.decoder.num_layers
     if layout == "flat":
         config = plain | {
             "architectures": [_ARCHITECTURES[layout]],
@@ -147,12 +151,12 @@ def configuration(
             config["eagle_aux_hidden_state_layer_ids"] = list(taps)
             config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps]}
         return config
-    other = ("architectures", "eos_token_id", "pad_token_id", "dtype", "use_cache")  # not of the layer
+    other = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "use_cache")  # not of the layer
     proposal = {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     if is_eagle(target_folder):  # a folder with the target's embedding but not its config: the architecture of these sizes
         architectures = hf_config(target.decoder, (), None, torch.float32)["architectures"]
     else:
-        architectures = read_json(target_folder / "config.json").get("architectures") or []
+        architectures = theirs.get("architectures") or []
     return {
         "architectures": [_ARCHITECTURES[layout]],
         "speculators_model_type": "eagle3",
@@ -168,7 +172,7 @@ def configuration(
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
-            "verifier": {"name_or_path": (target.fingerprint or {}).get("path", ""), "architectures": architectures},
+            "verifier": {"name_or_path": verifier, "architectures": architectures},
         },
         "transformer_layer_config": {name: value for name, value in plain.items() if name not in other},
     }

@@ -87,6 +87,7 @@ class Eagle(Drafter):
 
     max_width = WIDEST
     formats: ClassVar[Mapping[str, str]] = {"native": "flat", "vllm": "flat", "sglang": "flat", "speculators": "speculators"}
+    names_target: ClassVar[frozenset[str]] = frozenset({"speculators"})
 
     def __init__(
         self,
@@ -260,7 +261,10 @@ class Eagle(Drafter):
             )
         tensors = layouts.to_file(self.state_dict(), self.shape, self.ids_K, layout)
         tensors["embed_tokens.weight"] = layouts.embedding(source)
-        config = layouts.configuration(self.shape, self.taps, self.target, source, self.lm_head.weight.shape[0], layout, dtype)
+        name = self.target_name or (None if layouts.is_eagle(source) else str(source.resolve()))
+        config = layouts.configuration(
+            self.shape, self.taps, self.target, source, self.lm_head.weight.shape[0], layout, dtype, name
+        )
         layouts.write(folder, tensors, config, dtype)
 
     @classmethod

@@ -89,6 +89,7 @@ class LMDraft(Drafter):
                 sizes = f"vocabulary of {shape.vocab_size} ids, the target's has {target.decoder.vocab_size}"
                 raise UserError(f"{init}: {sizes}; choose a model with the target's vocabulary")
         self.init = init
+        self.start_id: int | None = None
         self.decoder = Decoder(shape)
         self.decoder.initialise()
         self.register_buffer("head_KD", None, persistent=False)
@@ -191,11 +192,14 @@ class LMDraft(Drafter):
         values = {name: getattr(self.decoder.shape, name) for name in sizes}
         return values | {"init": self.init, "draft_vocab": self.draft_vocab}
 
+    def use_target_folder(self, folder: Path) -> None:
+        self.start_id = read_json(folder / "config.json").get("bos_token_id")
+
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]]:
         return hf_shapes(self.decoder.shape)
 
     def export(self, folder: Path, dtype: torch.dtype, layout: str = "hf") -> None:
-        save_decoder(self.decoder, folder, dtype, self.target.end_ids, self.target.pad_id)
+        save_decoder(self.decoder, folder, dtype, self.target.end_ids, self.target.pad_id, self.start_id)
 
     @classmethod
     def claims(cls, folder: Path) -> bool:

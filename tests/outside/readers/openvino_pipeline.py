@@ -1,0 +1,54 @@
+"""Greedy text in OpenVINO GenAI on the CPU in float32, alone or with a draft model or an EAGLE-3 draft.
+
+Request: `model`, `prompts`, `new_tokens`; with a drafter `draft`, `depth`, and `eagle` if it is EAGLE-3; `scratch`, a folder
+for the converted models. Answer: `tokens`, and `accepted` as the pipeline counts it.
+"""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import openvino
+import openvino_genai
+from optimum.exporters.openvino import main_export
+
+PRECISION = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
+
+def convert(folder, out, eagle):
+    """Writes the folder `out` in OpenVINO's format with float32 weights, unless it exists."""
+    if not out.exists():
+        options = {"task": "text-generation-with-past", "trust_remote_code": eagle, "convert_tokenizer": True}
+        main_export(folder, out, **options)
+    return str(out)
+
+
+def main(request):
+    scratch, extra = Path(request["scratch"]), {}
+    scratch.mkdir(exist_ok=True)
+    model = convert(request["model"], scratch / "model", False)
+    if folder := request.get("draft"):
+        draft = convert(folder, scratch / "draft", request.get("eagle", False))
+        extra["draft_model"] = openvino_genai.draft_model(draft, "CPU", **PRECISION)
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.enable_prefix_caching = 1, False
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.enable_prefix_caching = 1, False
+    pipeline = openvino_genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, **PRECISION, **extra)
+    tokens, accepted = [], []
+    for prompt in request["prompts"]:
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens, config.do_sample, config.ignore_eos = request["new_tokens"], False, True
+        if extra:
+            config.num_assistant_tokens = request["depth"]
+        ids = np.array([prompt], dtype=np.int64)
+        inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+        found = pipeline.generate(inputs, config)
+        tokens.append(list(found.tokens[0]))
+        accepted.append(found.extended_perf_metrics.get_num_accepted_tokens() if extra else 0)
+    print(json.dumps({"version": version("openvino_genai"), "tokens": tokens, "accepted": accepted}), flush=True)
+
+
+main(json.load(sys.stdin))
