@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
+from trainkit.models.documents import crosses_documents, run_documents_apart
 from trainkit.models.load import MODEL_ERRORS, check_finite, decoder_shape, first_lines, read_config, read_tokenizer
 from trainkit.models.shape import TargetHandle, TargetShape
 
@@ -151,6 +153,8 @@ class FrozenTarget:
 
     frozen = True
     """Whether `forward` runs without gradients; a tuned target's runs with them where gradients are enabled."""
+    apart: bool
+    """Whether `forward` runs packed documents one per row, because the model cannot separate them within a row."""
 
     def __init__(
         self, folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, layers: bool = True
@@ -165,6 +169,7 @@ class FrozenTarget:
         self._head: Any = model.get_output_embeddings()
         check_head(model, str(folder))
         self._layers = self._find_layers() if layers else nn.ModuleList()
+        self.apart = layers and crosses_documents(self.backbone, str(folder))
 
     @property
     def device(self) -> torch.device:
@@ -231,7 +236,8 @@ class FrozenTarget:
 
         Rows are packed: `positions_BT` restarts at 0 with each document, and transformers derives the exact block-diagonal
         causal mask from that, but only without a cache and without an attention_mask. Padding follows the last document of a
-        row (`document_BT` is -1 there), where the causal mask hides it from every counted position.
+        row (`document_BT` is -1 there), where the causal mask hides it from every counted position. For architectures that do
+        not separate documents (`apart`), each document runs alone, and states at padding are 0.
 
         Args:
             tokens_BT: Token ids.
@@ -240,11 +246,20 @@ class FrozenTarget:
             taps: Indices of Hugging Face `hidden_states`: 0 the embeddings, i after i layers, the last (or -1) after the norm.
         """
         assert tokens_BT.shape == positions_BT.shape == document_BT.shape and len(self._layers) == self.num_layers
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), self._recorded(taps) as states:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if self.apart:
+                states = run_documents_apart(partial(self._states, taps), tokens_BT, document_BT)
+            else:
+                states = self._states(taps, tokens_BT, positions_BT)
+            last_BTD, *tapped = states.split(states.shape[-1] // (1 + len(taps)), -1)
+            return last_BTD, torch.stack(tapped, dim=2) if taps else None
+
+    def _states(self, taps: Sequence[int], tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """The last and the tapped hidden states side by side, [B, T, (1 + A) D]."""
+        with self._recorded(taps) as states:
             output = self.backbone(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
             states[len(self._layers)] = output.last_hidden_state
-            tapped = torch.stack([states[self.layer(tap)] for tap in taps], dim=2) if taps else None
-        return output.last_hidden_state, tapped
+            return torch.cat([output.last_hidden_state, *(states[self.layer(tap)] for tap in taps)], -1)
 
     def layer(self, tap: int) -> int:
         """The number of layers before a tap; -1 gives `num_layers`.
