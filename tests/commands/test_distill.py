@@ -21,7 +21,7 @@ from trainkit.commands.distill import distill
 from trainkit.data.openai_client import request_seed
 from trainkit.drafters.lm import LMDraft
 from trainkit.export.drafter import export_drafter
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 
 TOKENIZER = Path(__file__).parents[2] / "data" / "tiny" / "tokenizer"
 
@@ -122,7 +122,7 @@ def test_drafter_and_batch_size_change_no_token(draft, command, straight, tiny_t
     options: dict[str, Any] = {"batch": 7}
     if draft:
         network = LMDraft(target_shape(tiny_target), num_layers=3)
-        network.initialise(tiny_target)
+        network.initialise(FrozenTarget(tiny_target))
         noise = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for parameter in network.parameters():

@@ -145,7 +145,7 @@ def test_only_counted_positions_reach_the_vocabulary(head, tiny_target, seed):
     """Each projection sees the rows with a counted label, in forward and again in backward; NaN elsewhere has no effect."""
     teacher, seen = FrozenTarget(tiny_target), {"target": 0, "own": 0}
     draft = Medusa(teacher.shape(), num_heads=HEADS, head=head)
-    draft.initialise(tiny_target)
+    draft.initialise(FrozenTarget(tiny_target))
 
     def counting(hidden: torch.Tensor) -> torch.Tensor:
         seen["target"] += hidden.shape[0]

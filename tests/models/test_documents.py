@@ -96,4 +96,3 @@ def test_calls_hold_no_more_than_the_packed_tokens(seed):
     tokens_BT = torch.randint(96, document_BT.shape)
     assert torch.equal(run_documents_apart(run, tokens_BT, document_BT)[..., 0], tokens_BT.float())
     assert max(sizes) <= document_BT.numel() and sum(sizes) <= 2 * document_BT.numel()
-

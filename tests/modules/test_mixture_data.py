@@ -15,6 +15,7 @@ from tests.support.training import Losses, StopAt, draft_module, fit
 from trainkit.data.mixture import MixedLoader
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
+from trainkit.models.target import FrozenTarget
 from trainkit.modules.mixture_data import MixtureData
 from trainkit.runner import Runner
 
@@ -60,7 +61,7 @@ def test_draft_texts_are_written_by_the_current_draft(tiny_target, chats, tmp_pa
     shape = module.shape
     for chapter, batches in ((0, seen.batches[:2]), (2, seen.batches[2:])):
         draft = LMDraft(shape, num_layers=1)
-        draft.initialise(tiny_target)
+        draft.initialise(FrozenTarget(tiny_target))
         if chapter:
             draft.load_state_dict(kept[chapter])
         runner = Runner(draft.decoder, None, shape, max_batch=4, max_len=128)

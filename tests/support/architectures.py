@@ -43,9 +43,7 @@ CROSSING = {
 """Architectures whose attention or recurrent state crosses packed documents (transformers 5.17)."""
 
 SEPARATING = {
-    **dict.fromkeys(
-        ["gemma", "gemma3_text", "glm", "glm4", "llama", "mistral", "qwen2", "qwen3", "smollm3"], {"head_dim": 8}
-    ),
+    **dict.fromkeys(["gemma", "gemma3_text", "glm", "glm4", "llama", "mistral", "qwen2", "qwen3", "smollm3"], {"head_dim": 8}),
     **dict.fromkeys(["gpt2", "gpt_neox", "granite", "olmo", "olmo2", "phi", "phi3", "stablelm", "starcoder2"], {}),
     "deepseek_v3": {
         "num_key_value_heads": 4,

@@ -30,6 +30,7 @@ from trainkit.layers.blocks import Decoder
 from trainkit.layers.vocabulary import checked_vocab, trim_rows
 from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.target import FrozenTarget
 
 State: TypeAlias = dict[str, Tensor]
 """A drafter's static tensors. The first axis is ALWAYS the batch: the runner takes views `tensor[a:b]` and copies rows."""
@@ -269,7 +270,7 @@ class Drafter(nn.Module, ABC):
 
     # Training
 
-    def initialise(self, target_folder: Path) -> None:
+    def initialise(self, target: FrozenTarget) -> None:
         """Copies what starts as the target's weights; the trainer calls it once, before the first step of a fresh run."""
 
     @abstractmethod

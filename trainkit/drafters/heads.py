@@ -8,7 +8,6 @@ At position t the target itself predicts the token at t + 1, the root of a round
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from trainkit.drafters.base import Divergence, DraftBatch, Drafter
 from trainkit.errors import UserError
 from trainkit.layers.linear import Linear
 from trainkit.losses.output import LossOutput, combine_heads
-from trainkit.models.load import load_decoder
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.target import FrozenTarget
 
 
 class ResidualBlock(nn.Module):
@@ -70,8 +69,8 @@ class HeadDrafter(Drafter):
         own = range(self.num_heads if self.head == "own" else 0)
         self.lm_heads = nn.ModuleList(Linear(D, self.draft_vocab_size, bias=False) for _ in own)
 
-    def initialise(self, target_folder: Path) -> None:
-        self.copy_head(load_decoder(target_folder, dtype=torch.float32, layers=False).head_weight)
+    def initialise(self, target: FrozenTarget) -> None:
+        self.copy_head(target.head_weight)
 
     @torch.no_grad()
     def copy_head(self, weight_VD: Tensor) -> None:

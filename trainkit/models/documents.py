@@ -2,7 +2,7 @@
 
 transformers derives a block-diagonal causal mask from position ids that restart, but not for every architecture: some build
 their own mask (OPT, BLOOM, MPT, GPT-OSS), and recurrent layers (Mamba, Jamba, ...) carry their state on. `crosses_documents`
-finds that out by running the model. Such models read one document per row, padded at the end, where causality hides the padding.
+finds that out by running the model. Such models read one document per row, padded at the end, where the padding is not seen.
 """
 
 # B packed rows  T positions  N documents  L longest document of a call  C channels
@@ -47,7 +47,7 @@ def crosses_documents(backbone: Any, name: str) -> bool:
 def run_documents_apart(run: Callable[[Tensor, Tensor], Tensor], tokens_BT: Tensor, document_BT: Tensor) -> Tensor:
     """[B, T, C] values of `run` for packed rows, each document computed alone; 0 at padding. Differentiable.
 
-    Documents run in padded batches of similar length and of at most B x T tokens. All processes make equally many calls, because
+    Documents run in padded batches of similar length, of at most B x T tokens. All processes make equally many calls, because
     calls of a sharded model are collective.
 
     Args:
@@ -83,6 +83,8 @@ def run_documents_apart(run: Callable[[Tensor, Tensor], Tensor], tokens_BT: Tens
         parts.append(values_NLC[used_NL.expand(index_NL.shape)])
         indices.append(index_NL[used_NL.expand(index_NL.shape)])
     values = torch.cat(parts)
-    return values.new_zeros(tokens_BT.numel(), values.shape[-1]).index_copy(0, torch.cat(indices), values).unflatten(
-        0, tokens_BT.shape
+    return (
+        values.new_zeros(tokens_BT.numel(), values.shape[-1])
+        .index_copy(0, torch.cat(indices), values)
+        .unflatten(0, tokens_BT.shape)
     )

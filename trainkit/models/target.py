@@ -16,12 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
 from trainkit.models.documents import crosses_documents, run_documents_apart
-from trainkit.models.load import MODEL_ERRORS, check_finite, decoder_shape, first_lines, read_config, read_tokenizer
+from trainkit.models.load import (
+    MODEL_ERRORS,
+    check_covered,
+    check_finite,
+    decoder_shape,
+    first_lines,
+    read_config,
+    read_tokenizer,
+)
 from trainkit.models.shape import TargetHandle, TargetShape
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -53,12 +62,17 @@ def target_shape(folder: str | Path, trust_remote_code: bool = False) -> TargetS
     """
     from trainkit.bundle import fingerprint
 
-    config = read_config(folder, trust_remote_code)
+    config, reason = read_config(folder, trust_remote_code), ""
+    try:
+        check_covered(config, folder, 0)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{folder}/config.json: ").partition(";")[0]
     return TargetShape(
         decoder=decoder_shape(config),
         end_ids=end_ids(folder, config, trust_remote_code),
         pad_id=getattr(config, "pad_token_id", None),
         fingerprint=fingerprint(folder),
+        undecodable=reason,
     )
 
 
@@ -226,8 +240,44 @@ class FrozenTarget:
         return target_shape(self.folder, self._trust)
 
     def handle(self) -> TargetHandle:
-        """The embedding and output head of the loaded model."""
-        return TargetHandle(self._embedding, self._logits, vocab_size=self._head.weight.shape[0])
+        """The embedding and output head of the loaded model.
+
+        Embeddings are rows of the stored weight, without the factor that some models (Gemma) apply to their own input: that is
+        what programs that serve a drafter give it.
+        """
+        embed = partial(F.embedding, weight=self.embedding_weight)
+        return TargetHandle(embed, self._logits, vocab_size=self._head.weight.shape[0])
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The token embedding [V, D]."""
+        return self._embedding.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [V, D]; a head's bias is left out."""
+        return self._head.weight
+
+    @torch.no_grad()
+    def norm_weight(self) -> Tensor:
+        """[D] factors of the final norm, as the weight of an RMSNorm; ones if the backbone does not end with a norm.
+
+        Measured, because names differ and some norms multiply by 1 + w: the norm of x = +-1024, alternating, is +-factor,
+        whatever its epsilon. The bias of a LayerNorm cancels in norm(x) - norm(-x).
+        """
+        calls: list[tuple[nn.Module, Tensor]] = []
+        inside = {module for layer in self._layers for module in layer.modules()}
+        outside = [module for module in self.backbone.modules() if module not in inside and "Norm" in type(module).__name__]
+        hooks = [module.register_forward_hook(lambda module, _, output: calls.append((module, output))) for module in outside]
+        last = self.backbone(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)[0]
+        for hook in hooks:
+            hook.remove()
+        x_D = torch.full((self.hidden_size,), 1024.0, dtype=self.dtype, device=self.device)
+        x_D[1::2] *= -1
+        for module, output in reversed(calls):
+            if output.data_ptr() == last.data_ptr():
+                return (module(x_D) - module(-x_D)).float() / 2 * x_D.sign()
+        return torch.ones_like(x_D, dtype=torch.float32)
 
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor, document_BT: Tensor, taps: Sequence[int] = ()

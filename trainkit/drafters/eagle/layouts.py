@@ -23,6 +23,7 @@ from trainkit.errors import UserError
 from trainkit.layers.shape import DecoderShape
 from trainkit.models.load import hf_config, read_tensors
 from trainkit.models.shape import TargetShape
+from trainkit.models.target import FrozenTarget
 
 PREFIX = {"flat": "midlayer", "speculators": "layers.0"}
 """Layout -> its name of the decoder layer."""
@@ -229,6 +230,8 @@ def embedding(folder: Path) -> Tensor:
     """
     for _, value in read_tensors(folder, only=("model.embed_tokens.weight", "embed_tokens.weight")):
         return value
+    if not is_eagle(folder):  # under another name
+        return FrozenTarget(folder, layers=False).embedding_weight
     raise UserError(f"{folder}: has no embed_tokens.weight, which an EAGLE-3 export copies; name the target's folder")
 
 

@@ -28,8 +28,9 @@ from trainkit.layers.shape import DecoderShape
 from trainkit.layers.vocabulary import trim_rows
 from trainkit.losses.chunked import target_choices
 from trainkit.losses.output import LossOutput, combine_heads
-from trainkit.models.load import load_decoder, read_tensors
+from trainkit.models.load import read_tensors
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.target import FrozenTarget
 
 
 class EagleLayer(nn.Module):
@@ -136,10 +137,9 @@ class Eagle(Drafter):
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
     @torch.no_grad()
-    def initialise(self, target_folder: Path) -> None:
-        source = load_decoder(target_folder, dtype=torch.float32, layers=False)
-        self.lm_head.weight.copy_(source.head_weight if self.ids_K is None else source.head_weight[self.ids_K])
-        self.norm.weight.copy_(source.norm.weight)
+    def initialise(self, target: FrozenTarget) -> None:
+        self.lm_head.weight.copy_(target.head_weight if self.ids_K is None else target.head_weight[self.ids_K])
+        self.norm.weight.copy_(target.norm_weight())
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
         """Sum over steps s of decay^s * (loss sum of step s); the denominator is the number of labels counted in all steps.

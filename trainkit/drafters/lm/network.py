@@ -35,6 +35,7 @@ from trainkit.models.load import (
     save_decoder,
 )
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.target import FrozenTarget
 
 
 class LMDraft(Drafter):
@@ -91,7 +92,7 @@ class LMDraft(Drafter):
         self.register_buffer("head_KD", None, persistent=False)
         self.head_KD: Tensor | None  # rows of the head for serving, if the vocabulary is trimmed
 
-    def initialise(self, target_folder: Path) -> None:
+    def initialise(self, target: FrozenTarget) -> None:
         if self.init == "scratch":
             return
         if self.init != "target":
@@ -104,7 +105,7 @@ class LMDraft(Drafter):
             sizes = f"{name} {getattr(ours, name)} is not the target's {getattr(needed, name)}"
             raise UserError(f"drafter.init: 'target' copies whole layers, but {sizes}; set init: scratch, or leave {name} out")
         # Weights: every n-th layer, and everything outside the layers
-        source = load_decoder(target_folder, dtype=torch.float32)
+        source = load_decoder(target.folder, dtype=torch.float32)
         for index, layer in enumerate(self.decoder.layers):
             layer.load_state_dict(source.layers[index * theirs.num_layers // ours.num_layers].state_dict())
         self.decoder.embed.load_state_dict(source.embed.state_dict())
