@@ -136,6 +136,24 @@ def test_training_counts_only_proposable_labels(teacher, seed):
     assert int(draft.eval()(batch, ForwardKL()).count) == 2 * 2 * 12
 
 
+def test_target_head_runs_twice_a_token(teacher, seed):
+    """Seven steps share the target's logits: its head computes each position in forward and again in backward, no more."""
+    draft, rows = scrambled(teacher, draft_vocab=list(range(0, 320, 2))), [0]
+    tokens = torch.randint(320, (2, 64))
+    positions, document = torch.arange(64).expand(2, -1), torch.zeros(2, 64, dtype=torch.long)
+    hidden, taps = teacher.forward(tokens, positions, document, draft.taps)
+
+    def counting(hidden_ND: torch.Tensor) -> torch.Tensor:
+        rows[0] += len(hidden_ND)
+        return teacher.handle().head(hidden_ND)
+
+    handle = replace(teacher.handle(), head=counting)
+    batch = DraftBatch(tokens, positions, document, positions > 3, taps, hidden, handle)
+    output = draft.train()(batch, ForwardKL(chunk=64))
+    output.sum.backward()
+    assert rows[0] == 2 * 2 * 60 and int(output.count) > 0  # labels at 4..63 are predicted at 3..62
+
+
 def exported(draft: Eagle, teacher: FrozenTarget, out: Path) -> Path:
     export_drafter(draft, out, tokenizer=teacher.folder)
     return out

@@ -24,9 +24,10 @@ def test_head_i_at_t_learns_the_token_at_t_plus_2_plus_i(tiny_target):
     """
     asked = []
 
-    def record(draft_ND, draft_head, target_ND, target_head, ids_K=None, mask_N=None, labels_N=None):
-        asked.append((draft_ND[:, 0].tolist(), target_ND[:, 0].tolist(), labels_N.tolist()))
-        return LossOutput(draft_ND.sum() * 0, torch.tensor(float(len(labels_N))), {})
+    def record(draft_ND, draft_head, target_ND, target_head, ids_K=None, labels_N=None, rows=None):
+        parts = (x.split(rows.sizes) for x in (draft_ND[:, 0], target_ND[rows.index_N, 0], labels_N))
+        asked.extend((a.tolist(), b.tolist(), c.tolist()) for a, b, c in zip(*parts, strict=True))
+        return LossOutput(draft_ND.sum() * 0, torch.tensor(1.0), {}, {"counted": torch.ones(len(draft_ND))})
 
     draft, D = Medusa(target_shape(tiny_target), num_heads=2), target_shape(tiny_target).decoder.hidden_size
     tokens = torch.arange(9)[None]

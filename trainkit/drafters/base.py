@@ -28,7 +28,8 @@ from trainkit.bundle import MANIFEST, Bundle
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.vocabulary import checked_vocab, trim_rows
-from trainkit.losses.output import LossOutput
+from trainkit.losses.chunked import HeadRows
+from trainkit.losses.output import LossOutput, by_head
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
 
@@ -95,6 +96,35 @@ class DraftBatch:
             same = self.document_BT[:, offset:] == self.document_BT[:, :-offset]
             mask[:, :-offset] = self.mask_BT[:, offset:] & same & (self.document_BT[:, offset:] >= 0)
         return mask
+
+    def heads_loss(
+        self,
+        divergence: Divergence,
+        hidden: Sequence[Tensor],
+        head: Any,
+        counted: Sequence[tuple[Tensor, int]],
+        ids_K: Tensor | None,
+        decay: float,
+        inside: bool = False,
+    ) -> LossOutput:
+        """The sum over heads i of decay^i * (loss of head i); each target row is computed once for all heads.
+
+        Args:
+            divergence: The loss.
+            hidden: Draft hidden states [N, D] of each head, at the positions that it counts.
+            head: Projection of all heads, or a list of one for each.
+            counted: For each head the mask [B, T] of these positions, and how far after them the predicted token is.
+            ids_K: Token ids of the columns; None for all.
+            decay: Weight of each head relative to the head before it.
+            inside: Whether positions count only where the target's likeliest token is in `ids_K`.
+        """
+        index_N = torch.cat([mask_BT.flatten().nonzero().squeeze(-1) + ahead - 1 for mask_BT, ahead in counted])
+        rows = HeadRows([len(hidden_ND) for hidden_ND in hidden], index_N, decay, inside)
+        # `index_N` is the position before the predicted token
+        labels_N = self.tokens_BT.flatten().roll(-1)[index_N]
+        target_ND = self.hidden_BTD.flatten(0, 1)
+        output = divergence(torch.cat(list(hidden)), head, target_ND, self.teacher_head, ids_K, labels_N=labels_N, rows=rows)
+        return by_head(output, counted)
 
     def training_targets(self, offset: int) -> tuple[Tensor, Tensor, Tensor]:
         """What to compare with a prediction, made at position t, of the token at t + offset.

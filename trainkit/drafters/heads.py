@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainkit.drafters.base import Divergence, DraftBatch, Drafter
 from trainkit.errors import UserError
 from trainkit.layers.linear import Linear
-from trainkit.losses.output import LossOutput, combine_heads
+from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
 
@@ -84,14 +84,14 @@ class HeadDrafter(Drafter):
 
     def heads_loss(self, batch: DraftBatch, divergence: Divergence, inputs: Iterable[Tensor]) -> LossOutput:
         """The sum over heads i of decay^i * (loss of head i), where `inputs` has the input [B, T, I] of each head's block."""
-        outputs, counted = [], []
+        hidden, counted = [], []
         for index, (block, inputs_BTI) in enumerate(zip(self.blocks, inputs, strict=True)):
-            counted_BT, target_ND, labels_N = batch.training_targets(index + 2)
-            hidden_ND = block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training))
-            projection = self.projection(index, batch.handle)
-            outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
+            counted_BT = batch.label_mask(index + 2)
+            hidden.append(block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training)))
             counted.append((counted_BT, index + 2))
-        return combine_heads(outputs, self.decay, counted)
+        projections = [self.projection(index, batch.handle) for index in range(self.num_heads)]
+        head = projections if len(self.lm_heads) else projections[0]
+        return batch.heads_loss(divergence, hidden, head, counted, self.ids_K, self.decay)
 
     def step_bytes(self, head_bytes: int) -> int:
         own = super().step_bytes(head_bytes) // self.num_heads  # a level reads one head

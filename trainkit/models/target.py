@@ -265,7 +265,7 @@ class FrozenTarget:
         Measured, because names differ and some norms multiply by 1 + w: the norm of x = +-1024, alternating, is +-factor,
         whatever its epsilon. The bias of a LayerNorm cancels in norm(x) - norm(-x).
         """
-        calls: list[tuple[nn.Module, Tensor]] = []
+        calls: list[tuple[nn.Module, Any]] = []
         inside = {module for layer in self._layers for module in layer.modules()}
         outside = [module for module in self.backbone.modules() if module not in inside and "Norm" in type(module).__name__]
         hooks = [module.register_forward_hook(lambda module, _, output: calls.append((module, output))) for module in outside]

@@ -26,8 +26,7 @@ from trainkit.layers.blocks import GatedMLP, draw_weights
 from trainkit.layers.linear import Linear
 from trainkit.layers.shape import DecoderShape
 from trainkit.layers.vocabulary import trim_rows
-from trainkit.losses.chunked import target_choices
-from trainkit.losses.output import LossOutput, combine_heads
+from trainkit.losses.output import LossOutput
 from trainkit.models.load import read_tensors
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
@@ -155,33 +154,17 @@ class Eagle(Drafter):
         dtype = self.fc.weight.dtype  # the target may be bfloat16
         embedded_BTD = batch.handle.embed(batch.tokens_BT).to(dtype)
         feature_BTD = self.fc(batch.taps_BTAD.flatten(2).to(dtype))
-        inside_BT = self._inside(batch) if self.training and self.ids_K is not None else None
         self.rope.reserve(batch.tokens_BT.shape[1] + self.steps, feature_BTD)
         entries: list[Entry] = []
-        outputs, counted = [], []
+        hidden, counted = [], []
         for step in range(self.steps):
             # Features of this level, from the tokens one further on and the features of the level above
             rope, next_BTD = self.rope.rows(batch.positions_BT + step), embedded_BTD.roll(-1 - step, 1)
             feature_BTD, entry = self.layer.unrolled(next_BTD, feature_BTD, rope, entries, batch.document_BT)
             entries.append(entry)
-            # Which positions count, and the loss there
-            ahead = step + 2
-            counted_BT, target_ND, labels_N = batch.training_targets(ahead)
-            if inside_BT is not None:
-                inside_N = inside_BT.roll(1 - ahead, 1)[counted_BT]
-                counted_BT = counted_BT.masked_scatter(counted_BT, inside_N)
-                target_ND, labels_N = target_ND[inside_N], labels_N[inside_N]
-            hidden_ND = self.norm(feature_BTD[counted_BT])
-            outputs.append(divergence(hidden_ND, self.lm_head, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
-            counted.append((counted_BT, ahead))
-        return combine_heads(outputs, self.decay, counted)
-
-    @torch.no_grad()
-    def _inside(self, batch: DraftBatch) -> Tensor:
-        """[B, T] whether the target's likeliest token after position t is in the draft vocabulary."""
-        assert self.ids_K is not None
-        choices_N = target_choices(batch.hidden_BTD.flatten(0, 1), batch.teacher_head, 1024)
-        return torch.isin(choices_N, self.ids_K).view(batch.tokens_BT.shape)
+            counted.append((batch.label_mask(step + 2), step + 2))
+            hidden.append(self.norm(feature_BTD[counted[-1][0]]))
+        return batch.heads_loss(divergence, hidden, self.lm_head, counted, self.ids_K, self.decay, inside=self.training)
 
     # Serving: the cache entry of position t is made of x_{t+1} and the target's hidden states at t. So the root, at position R,
     # has slot R - 1, and node i has slot R - 1 + i. The root is known when the round before it ends: its entry is made together
