@@ -361,6 +361,13 @@ class Drafter(nn.Module, ABC):
         tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
         return tensors if self.ids_K is None else tensors | {"token_map": self.ids_K.clone()}
 
+    def check_format(self, format: str) -> None:
+        """Refuses a requested format of `formats` whose readers would not load or compute this drafter as configured.
+
+        Raises:
+            UserError: they would not; the message names the setting.
+        """
+
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
         """Name -> shape of each tensor that other programs expect in model.safetensors; None if only trainkit reads the layout.
 

@@ -125,7 +125,9 @@ def configuration(
     """The layout's config.json.
 
     `norm_before_residual` is written although it is false, because readers assume different defaults. The flat layout has tap
-    ids only if they are not the default: SGLang adds 1 to the ids that it finds, vLLM does not.
+    ids only if they are not the default: SGLang adds 1 to the ids that it finds, vLLM does not. It has `num_aux_hidden_states`,
+    the number of taps, if that is not 3. vLLM and SGLang read this field since they support EAGLE-3.1 (summer 2026); versions
+    before that assume 3, and fail to load other numbers.
 
     Args:
         layer: Sizes of the decoder layer.
@@ -147,6 +149,8 @@ def configuration(
         }
         if layer.rope["rope_type"] != "default":  # programs built on transformers 4 read it here
             config["rope_scaling"] = {name: value for name, value in layer.rope.items() if name != "rope_theta"}
+        if len(taps) != 3:  # what readers expect without this field
+            config["num_aux_hidden_states"] = len(taps)
         if layers < 7 or tuple(taps) != default_taps(layers):
             config["eagle_aux_hidden_state_layer_ids"] = list(taps)
             config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps]}

@@ -24,6 +24,7 @@ from trainkit.errors import UserError
 from trainkit.layers.attention import Attention, Context, Rotary, causal_bias, tree_bias
 from trainkit.layers.blocks import GatedMLP, draw_weights
 from trainkit.layers.linear import Linear
+from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
 from trainkit.layers.vocabulary import trim_rows
 from trainkit.losses.output import LossOutput
@@ -41,9 +42,9 @@ class EagleLayer(nn.Module):
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         D, eps = shape.hidden_size, shape.norm_eps
-        self.embedding_norm, self.hidden_norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
+        self.embedding_norm, self.hidden_norm = RMSNorm(D, eps=eps), RMSNorm(D, eps=eps)
         self.attention = Attention(shape, input_size=2 * D)
-        self.mlp_norm = nn.RMSNorm(D, eps=eps)
+        self.mlp_norm = RMSNorm(D, eps=eps)
         self.mlp = GatedMLP(D, shape.intermediate_size)
 
     def forward(self, embedded_BTD: Tensor, feature_BTD: Tensor, context: Context, cache: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class Eagle(Drafter):
         )
         self.fc = Linear(len(self.taps) * D, D, bias=False)
         self.layer = EagleLayer(self.shape)
-        self.norm = nn.RMSNorm(D, eps=self.shape.norm_eps)
+        self.norm = RMSNorm(D, eps=self.shape.norm_eps)
         self.lm_head = Linear(D, self.draft_vocab_size, bias=False)
         self.rope = Rotary(self.shape)
         self.embedding_folder: Path | None = None
@@ -227,6 +228,13 @@ class Eagle(Drafter):
 
     def use_target_folder(self, folder: Path) -> None:
         self.embedding_folder = folder
+
+    def check_format(self, format: str) -> None:
+        if format == "sglang" and len(self.taps) == 1:
+            raise UserError(
+                "--format sglang: SGLang skips fc if the drafter has one tap, as this one has; export it for vllm, or train it "
+                "with several taps"
+            )
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
         return layouts.shapes(self.shape, len(self.taps), self.lm_head.weight.shape[0], layout)
