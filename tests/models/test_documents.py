@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.architectures import ARCHITECTURES, CROSSING, SIZES
-from trainkit.models.documents import run_documents_apart
+from trainkit.models.documents import crosses_documents, run_documents_apart
 from trainkit.models.target import FrozenTarget
+from trainkit.modules.language import LanguageModule
 
 LENGTHS = ((3, 1, 6), (2, 4), ())  # documents of each packed row
 QUICK = {"opt", "mamba", "gpt_oss", "qwen3_next", "llama", "mixtral", "gemma3_text", "gpt2"}
@@ -96,3 +97,31 @@ def test_calls_hold_no_more_than_the_packed_tokens(seed):
     tokens_BT = torch.randint(96, document_BT.shape)
     assert torch.equal(run_documents_apart(run, tokens_BT, document_BT)[..., 0], tokens_BT.float())
     assert max(sizes) <= document_BT.numel() and sum(sizes) <= 2 * document_BT.numel()
+
+
+@pytest.mark.parametrize("name", ["mamba", "opt", "llama"])
+def test_language_module_trains_on_documents_alone(name, seed, capsys):
+    """Its loss over packed rows is that of one document per row, with gradients, where the model cannot separate them too."""
+    config = SIZES | ARCHITECTURES[name]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **config), dtype=torch.float32)
+    for part, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "A_log" not in part:
+            torch.nn.init.normal_(parameter, std=0.2)
+    module = LanguageModule(config={"model_type": name})
+    module.lm = model.eval()
+    module._apart = crosses_documents(model.base_model, name)
+    tokens_BT, positions_BT, document_BT = packed_rows()
+    batch = {"tokens_BT": tokens_BT, "positions_BT": positions_BT, "document_BT": document_BT, "mask_BT": document_BT >= 0}
+    packed = module.loss(batch, 0)
+    total, count = torch.zeros(()), 0
+    for row, lengths in enumerate(LENGTHS):
+        for number in range(len(lengths)):
+            alone = tokens_BT[row : row + 1, document_BT[row] == number]
+            logits = model(alone, use_cache=False).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits, alone[0, 1:], reduction="sum")
+            count += alone.shape[1] - 1
+    assert int(packed.count) == count
+    torch.testing.assert_close(packed.sum, total, rtol=1e-4, atol=1e-4)
+    weight = model.get_input_embeddings().weight
+    ours, theirs = (torch.autograd.grad(value, weight)[0] for value in (packed.sum, total))
+    assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()

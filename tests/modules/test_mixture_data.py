@@ -93,6 +93,16 @@ def test_ranks_write_the_texts_of_one_process(tiny_target, chats, tmp_path):
     assert sorted(parts[0] + parts[1]) == alone
 
 
+def test_target_writes_in_its_training_dtype(tiny_target, chats, tmp_path):
+    """The target that writes mixed texts is not held a second time in float32."""
+    module, data = draft_module(tiny_target, target_dtype="bfloat16"), mixture_data(chats, tmp_path, {"mixed": 1.0})
+    fit(module, data, tmp_path, steps=1)
+    runner = data._runner("mixed")
+    networks = (runner.rounds.target, runner.rounds.drafter)
+    assert {parameter.dtype for network in networks for parameter in network.parameters()} == {torch.bfloat16}
+    assert next(module.drafter.parameters()).dtype == torch.float32
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_on_drafted_texts(tiny_target, chats, tmp_path):
     """Under torchrun, with half of the rows each: the same weights as one process on the same prompts."""
