@@ -40,7 +40,7 @@ def teacher(tiny_target: Path) -> FrozenTarget:
 def drafter(request: pytest.FixtureRequest, teacher: FrozenTarget, seed: int) -> Drafter:
     kind, options = VARIANTS[request.param]
     made = load_kind(kind)(teacher.shape(), **options)
-    made.initialise(teacher.folder)
+    made.initialise(teacher)
     return made
 
 

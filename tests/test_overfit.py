@@ -57,7 +57,7 @@ def test_overfitted_tau_is_near_its_bound(name: str, tiny_target: Path, tmp_path
 
     kind, options = KINDS[name]
     drafter = load_kind(kind)(teacher.shape(), **options)
-    drafter.initialise(tiny_target)
+    drafter.initialise(FrozenTarget(tiny_target))
     hidden, taps = teacher.forward(tokens, positions, document, drafter.taps)
     batch = DraftBatch(tokens, positions, document, mask, taps, hidden, teacher.handle())
     steps = 1200

@@ -22,6 +22,7 @@ def describe(bundle: Bundle) -> str:
     rows = {
         "weights": f"{count:,} parameters, {size / 1e6:,.1f} MB",
         "target": ", ".join([str(fingerprint["path"]), *sizes] if fingerprint.get("path") else sizes),
+        "decoding": f"not by trainkit's runner: {reason}" if (reason := bundle.target.get("undecodable")) else None,
         "layout": bundle.extra.get("layout"),
         "config": _items(bundle.config),
         "metrics": _items(bundle.metrics) or "none recorded",

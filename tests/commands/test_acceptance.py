@@ -19,7 +19,7 @@ from trainkit.data.sets.acceptance import COLUMNS, AcceptanceSet
 from trainkit.drafters.lm import LMDraft
 from trainkit.export.drafter import export_drafter
 from trainkit.models.predictor import RANKS
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner.sampling import CHOICE, gumbel, request_keys
 
 DEPTH = 3
@@ -130,7 +130,7 @@ def given(tmp_path_factory, tiny_target):
     """A target's folder, the bundle of a draft for it, and prompts."""
     folder = tmp_path_factory.mktemp("given")
     draft = LMDraft(target_shape(tiny_target), num_layers=1, init="target")
-    draft.initialise(tiny_target)
+    draft.initialise(FrozenTarget(tiny_target))
     export_drafter(draft, folder / "draft", tokenizer=tiny_target)
     rows = [{"question": f"How many are {n} clips?"} for n in range(10)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -24,7 +24,7 @@ from trainkit.eval.bench.timing import Generated, Method
 from trainkit.eval.bench.types import BenchArguments
 from trainkit.export.drafter import export_drafter
 from trainkit.files import write_json
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner.timing import RoundCost
 
 
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     (target / "generation_config.json").write_text(json.dumps({**values, "repetition_penalty": 1.7, "do_sample": True}))
     shape = target_shape(target)
     draft = LMDraft(shape, num_layers=2)
-    draft.initialise(target)
+    draft.initialise(FrozenTarget(target))
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -100,7 +100,7 @@ def test_two_drafters_share_one_target(folders, tmp_path, capsys, seed):
     """The flag is given twice; the heads draft at most as deep as their number, and the tree in their bundle is measured."""
     target, draft, prompts = map(str, folders)
     heads = Medusa(target_shape(target), num_heads=2)
-    heads.initialise(Path(target))
+    heads.initialise(FrozenTarget(target))
     tree = [[0], [1], [0, 0]]
     export_drafter(heads, tmp_path / "heads", tokenizer=target, runner={"tree": tree})
     out, given = tmp_path / "bench.json", "[[[0],[1],[1,0]],[[0],[0,0],[0,0,0],[0,1]]]"

@@ -24,7 +24,7 @@ from trainkit.data.text.prepare import prepare
 from trainkit.drafters.lm import LMDraft
 from trainkit.export.drafter import export_drafter
 from trainkit.models.load import read_tokenizer
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 
 TOKENIZER = Path(__file__).parents[2] / "data" / "tiny" / "tokenizer"
 
@@ -126,7 +126,7 @@ def test_drafter_and_batch_size_change_no_token(draft, command, straight, tiny_t
     options: dict[str, Any] = {"batch": 7}
     if draft:
         network = LMDraft(target_shape(tiny_target), num_layers=3)
-        network.initialise(tiny_target)
+        network.initialise(FrozenTarget(tiny_target))
         noise = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for parameter in network.parameters():
@@ -310,7 +310,7 @@ def test_padded_vocabulary_works_in_every_command(tmp_path, capsys, seed):
     make_tokenizer(300).save_pretrained(target)
     draft, rows, data = tmp_path / "draft", tmp_path / "rows.jsonl", str(tmp_path / "set")
     network = LMDraft(target_shape(target), num_layers=1)
-    network.initialise(target)
+    network.initialise(FrozenTarget(target))
     export_drafter(network, draft, tokenizer=str(target))
     rows.write_text("".join(json.dumps({"prompt": f"How many, {n}?"}) + "\n" for n in range(6)))
     common = ["--target", str(target)]

@@ -30,7 +30,7 @@ from trainkit.runner import Runner, Stats
 
 def draft_of(target: Path, layers: int, noise: float, **more: Any) -> LMDraft:
     draft = LMDraft(target_shape(target), num_layers=layers, **more)
-    draft.initialise(target)
+    draft.initialise(FrozenTarget(target))
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.add_(noise * torch.randn_like(parameter))

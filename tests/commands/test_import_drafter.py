@@ -19,7 +19,7 @@ from trainkit.drafters.base import Frontier
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import Runner
 
 # H heads  L blocks in a head  D hidden  V vocabulary
@@ -95,7 +95,7 @@ def test_export_can_be_imported_back(kind, tiny_target, tmp_path):
 
     options = {"draft_vocab": list(range(0, V, 3)), "num_layers": 2, "num_heads": 2} if kind == "medusa" else {}
     drafter = load_kind(kind)(target_shape(tiny_target), **options)
-    drafter.initialise(tiny_target)
+    drafter.initialise(FrozenTarget(tiny_target))
     before = export_drafter(drafter, tmp_path / "out", tokenizer=tiny_target, format="vllm")
     (tmp_path / "out" / "trainkit.json").unlink()
     import_outside(str(tmp_path / "out"), str(tmp_path / "again"), target=str(tiny_target))

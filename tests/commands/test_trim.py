@@ -51,7 +51,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draft_of(target: Path, **more: Any) -> LMDraft:
     draft = LMDraft(target_shape(target), num_layers=2, **more)
-    draft.initialise(target)
+    draft.initialise(FrozenTarget(target))
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

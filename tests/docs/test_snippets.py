@@ -19,7 +19,7 @@ from trainkit import cli
 from trainkit.commands.fit import TrainingCLI
 from trainkit.drafters.base import load_kind
 from trainkit.export.drafter import export_drafter
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -125,7 +125,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("snippets")
     target = make_target(folder / "target")
     drafter = load_kind("lm")(target_shape(target))
-    drafter.initialise(target)
+    drafter.initialise(FrozenTarget(target))
     export_drafter(drafter, folder / "my-draft", tokenizer=target, target=target)
     return folder
 

@@ -68,6 +68,19 @@ def test_structured_attention_equals_dense_attention(steps, block, seed):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_attention_in_bfloat16_rounds_only_its_result(seed):
+    """Under bf16 autocast the error against float64 is at most that of the result's rounding, 2^-8 of a value."""
+    B, T, H, G, E = 1, 40, 4, 2, 16
+    q, *pairs = (torch.randn(B, T, heads, E).mul(2).bfloat16() for heads in (H, *[G] * 6))
+    entries = list(zip(pairs[::2], pairs[1::2], strict=True))
+    document = torch.tensor([[0] * 25 + [1] * 15])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attend(q, entries, document, block=16)
+    expected = dense(q.double(), [(k.double(), v.double()) for k, v in entries], document)
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5).all()
+
+
 def kept_bytes(steps: int, places: int) -> int:
     """Bytes of all tensors that the unrolled attention stores for its backward pass."""
     q = [torch.randn(1, places, 4, 16, requires_grad=True) for _ in range(steps)]
@@ -136,6 +149,24 @@ def test_training_counts_only_proposable_labels(teacher, seed):
     assert int(draft.eval()(batch, ForwardKL()).count) == 2 * 2 * 12
 
 
+def test_target_head_runs_twice_a_token(teacher, seed):
+    """Seven steps share the target's logits: its head computes each position in forward and again in backward, no more."""
+    draft, rows = scrambled(teacher, draft_vocab=list(range(0, 320, 2))), [0]
+    tokens = torch.randint(320, (2, 64))
+    positions, document = torch.arange(64).expand(2, -1), torch.zeros(2, 64, dtype=torch.long)
+    hidden, taps = teacher.forward(tokens, positions, document, draft.taps)
+
+    def counting(hidden_ND: torch.Tensor) -> torch.Tensor:
+        rows[0] += len(hidden_ND)
+        return teacher.handle().head(hidden_ND)
+
+    handle = replace(teacher.handle(), head=counting)
+    batch = DraftBatch(tokens, positions, document, positions > 3, taps, hidden, handle)
+    output = draft.train()(batch, ForwardKL(chunk=64))
+    output.sum.backward()
+    assert rows[0] == 2 * 2 * 60 and int(output.count) > 0  # labels at 4..63 are predicted at 3..62
+
+
 def exported(draft: Eagle, teacher: FrozenTarget, out: Path) -> Path:
     export_drafter(draft, out, tokenizer=teacher.folder)
     return out
@@ -195,6 +226,23 @@ def test_default_taps_match_other_programs(teacher):
     draft = Eagle(deep)
     config = layouts.configuration(draft.shape, draft.taps, deep, teacher.folder, 320, "flat", torch.float32)
     assert "eagle_config" not in config and "eagle_aux_hidden_state_layer_ids" not in config
+
+
+@pytest.mark.parametrize("taps", [[2], [1, 3], [0, 1, 2, 3]])
+def test_other_numbers_of_taps_are_declared(taps, teacher, seed, tmp_path):
+    """vLLM and SGLang size fc by `num_aux_hidden_states`; SGLang skips fc for one tap, so that export is refused."""
+    draft = scrambled(teacher, taps=taps)
+    for format in ("vllm", "sglang"):
+        if format == "sglang" and len(taps) == 1:
+            with pytest.raises(UserError, match="one tap"):
+                export_drafter(draft, tmp_path / format, tokenizer=teacher.folder, format=format)
+            continue
+        bundle = export_drafter(draft, tmp_path / format, tokenizer=teacher.folder, format=format)
+        config = json.loads((bundle.path / "config.json").read_text())
+        assert config["num_aux_hidden_states"] == len(taps) == len(config["eagle_aux_hidden_state_layer_ids"])
+        assert load_file(bundle.path / "model.safetensors")["fc.weight"].shape == (64, 64 * len(taps))
+    usual = json.loads((exported(scrambled(teacher), teacher, tmp_path / "usual") / "config.json").read_text())
+    assert "num_aux_hidden_states" not in usual
 
 
 @pytest.mark.parametrize("layout", ["flat", "speculators"])

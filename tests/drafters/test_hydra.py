@@ -28,9 +28,10 @@ def test_head_reads_state_and_tokens_before_its_label(teacher, seed):
     """Head i reads the hidden state and all tokens before its label."""
     asked = []
 
-    def record(draft_ND, draft_head, target_ND, target_head, ids_K=None, mask_N=None, labels_N=None):
-        asked.append((draft_ND, target_ND, labels_N))
-        return LossOutput(draft_ND.sum() * 0, torch.tensor(float(len(labels_N))), {})
+    def record(draft_ND, draft_head, target_ND, target_head, ids_K=None, labels_N=None, rows=None):
+        parts = (x.split(rows.sizes) for x in (draft_ND, target_ND[rows.index_N], labels_N))
+        asked.extend(zip(*parts, strict=True))
+        return LossOutput(draft_ND.sum() * 0, torch.tensor(1.0), {}, {"counted": torch.ones(len(draft_ND))})
 
     draft = scrambled(teacher, num_heads=3)
     tokens, positions = torch.randint(320, (1, 7)), torch.arange(7)[None]

@@ -14,7 +14,7 @@ from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
 from trainkit.models.load import load_decoder
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import Runner, Stats
 
 
@@ -23,7 +23,7 @@ def test_init_from_target_copies_every_nth_layer(tiny_target):
     theirs = load_decoder(tiny_target).state_dict()
     for count, kept in ((1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3])):
         draft = LMDraft(target_shape(tiny_target), num_layers=count)
-        draft.initialise(tiny_target)
+        draft.initialise(FrozenTarget(tiny_target))
         ours = draft.decoder.state_dict()
         for name in ("embed.weight", "norm.weight"):
             assert torch.equal(ours[name], theirs[name])
@@ -38,7 +38,7 @@ def test_init_from_untied_target_copies_the_head(tmp_path):
     """Initialising from an untied target copies its head too."""
     folder = make_target(tmp_path, "qwen3", tie_word_embeddings=False)
     draft = LMDraft(target_shape(folder), num_layers=4)
-    draft.initialise(folder)
+    draft.initialise(FrozenTarget(folder))
     theirs = load_decoder(folder).state_dict()
     ours = draft.decoder.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -51,7 +51,7 @@ def test_init_from_scratch_uses_given_sizes(tiny_target, seed):
     assert (shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim) == (32, 2, 2, 16)
     assert (shape.intermediate_size, shape.vocab_size, shape.num_layers) == (64, 320, 2)
     before = draft.decoder.layers[0].mlp.down.weight.clone()
-    draft.initialise(tiny_target)
+    draft.initialise(FrozenTarget(tiny_target))
     assert torch.equal(draft.decoder.layers[0].mlp.down.weight, before)
     sizes = {"hidden_size": 48, "num_heads": 3, "num_kv_heads": 1, "intermediate_size": 40}
     other = LMDraft(target_shape(tiny_target), **sizes, init="scratch")
@@ -63,7 +63,7 @@ def test_init_from_folder_uses_its_weights_and_sizes(tiny_target, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     folder = make_target(tmp_path / "small", "qwen2", seed=3, **sizes)
     draft = LMDraft(target_shape(tiny_target), init=str(folder))
-    draft.initialise(tiny_target)
+    draft.initialise(FrozenTarget(tiny_target))
     theirs = load_decoder(folder).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in draft.decoder.state_dict().items())
 
@@ -72,7 +72,7 @@ def test_invalid_init_is_named(tiny_target, tmp_path):
     """An invalid initialisation is named in the error."""
     shape = target_shape(tiny_target)
     with pytest.raises(UserError, match="init"):
-        LMDraft(shape, hidden_size=32, init="target").initialise(tiny_target)
+        LMDraft(shape, hidden_size=32, init="target").initialise(FrozenTarget(tiny_target))
     with pytest.raises(UserError, match="no config.json"):
         LMDraft(shape, init=str(tmp_path))
     with pytest.raises(UserError, match="vocabulary of 300"):
@@ -87,7 +87,7 @@ def test_export_has_equal_logits_in_transformers(model_type, tmp_path, seed):
     """The export loads here and in transformers with equal logits."""
     target = make_target(tmp_path / "target", model_type, tie_word_embeddings=model_type == "llama")
     draft = LMDraft(target_shape(target), num_layers=2, init="target")
-    draft.initialise(target)
+    draft.initialise(FrozenTarget(target))
     (tmp_path / "draft").mkdir()
     draft.export(tmp_path / "draft", torch.float32)
     again = load_kind("lm").load(tmp_path / "draft", draft.target, draft.config())
@@ -107,7 +107,7 @@ def test_export_has_equal_logits_in_transformers(model_type, tmp_path, seed):
 def test_assisted_generation_and_runner_agree(tiny_target, tmp_path, seed):
     """The exported folder works as `assistant_model`; the text equals plain greedy text and our runner's."""
     draft = LMDraft(target_shape(tiny_target), num_layers=4)  # a copy of the target, so that many tokens are accepted
-    draft.initialise(tiny_target)
+    draft.initialise(FrozenTarget(tiny_target))
     draft.export(tmp_path, torch.float32)
     target = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32).eval()
     assistant = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()

@@ -24,9 +24,10 @@ def test_head_i_at_t_learns_the_token_at_t_plus_2_plus_i(tiny_target):
     """
     asked = []
 
-    def record(draft_ND, draft_head, target_ND, target_head, ids_K=None, mask_N=None, labels_N=None):
-        asked.append((draft_ND[:, 0].tolist(), target_ND[:, 0].tolist(), labels_N.tolist()))
-        return LossOutput(draft_ND.sum() * 0, torch.tensor(float(len(labels_N))), {})
+    def record(draft_ND, draft_head, target_ND, target_head, ids_K=None, labels_N=None, rows=None):
+        parts = (x.split(rows.sizes) for x in (draft_ND[:, 0], target_ND[rows.index_N, 0], labels_N))
+        asked.extend((a.tolist(), b.tolist(), c.tolist()) for a, b, c in zip(*parts, strict=True))
+        return LossOutput(draft_ND.sum() * 0, torch.tensor(1.0), {}, {"counted": torch.ones(len(draft_ND))})
 
     draft, D = Medusa(target_shape(tiny_target), num_heads=2), target_shape(tiny_target).decoder.hidden_size
     tokens = torch.arange(9)[None]
@@ -46,7 +47,7 @@ def test_new_head_equals_the_target_head(head, tiny_target, seed):
     """An untrained head gives the target's own logits."""
     teacher = FrozenTarget(tiny_target)
     draft = Medusa(teacher.shape(), num_heads=3, num_layers=2, head=head)
-    draft.initialise(tiny_target)
+    draft.initialise(FrozenTarget(tiny_target))
     state = draft.init_state(1, 8, torch.device("cpu"), torch.float32)
     state["hidden"].copy_(torch.randn(1, 1, teacher.hidden_size))
     zero = torch.zeros(1, 2, dtype=torch.long)
@@ -60,7 +61,7 @@ def test_head_metrics_count_only_their_own_labels(tiny_target, seed):
     """The metrics of each head are averaged over the labels of that head."""
     teacher = FrozenTarget(tiny_target)
     draft = Medusa(teacher.shape(), num_heads=2, decay=0.5)
-    draft.initialise(tiny_target)
+    draft.initialise(FrozenTarget(tiny_target))
     tokens, positions = torch.randint(320, (2, 9)), torch.arange(9).expand(2, -1)
     hidden, _ = teacher.forward(tokens, positions, torch.zeros_like(tokens))
     batch = DraftBatch(tokens, positions, torch.zeros_like(tokens), positions > 0, hidden[:, :, None], hidden, teacher.handle())
@@ -84,7 +85,7 @@ def test_export_has_the_vllm_layout(ids, tiny_target, tmp_path):
     """Keys, shapes and config as vLLM 0.32 reads them; no other config key may hold both num and heads."""
     D = target_shape(tiny_target).decoder.hidden_size
     draft = Medusa(target_shape(tiny_target), num_heads=2, num_layers=2, draft_vocab=ids)
-    draft.initialise(tiny_target)
+    draft.initialise(FrozenTarget(tiny_target))
     draft.export(tmp_path, torch.float32)
     found = {name: tuple(value.shape) for name, value in load_file(tmp_path / "model.safetensors").items()}
     rows = 320 if ids is None else 4
@@ -114,7 +115,7 @@ def test_trimmed_heads_equal_rows_of_the_full_heads(kind, tiny_target, tmp_path,
     """Trimmed heads give the full heads' logits of the retained ids."""
     shape = target_shape(tiny_target)
     whole = kind(shape, num_heads=2)
-    whole.initialise(tiny_target)
+    whole.initialise(FrozenTarget(tiny_target))
     whole.export(tmp_path, torch.float32)
     middle, fewer = list(range(0, 320, 2)), list(range(0, 320, 8))
     trimmed = kind.load(tmp_path, shape, {**whole.config(), "draft_vocab": middle})

@@ -21,7 +21,7 @@ from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter, first_logits
 from trainkit.export.model import FORMATS, export_model
 from trainkit.models.load import hf_shapes, read_config, read_tokenizer
-from trainkit.models.target import load_model, target_shape
+from trainkit.models.target import FrozenTarget, load_model, target_shape
 
 Tensors = dict[str, Tensor]
 OFFERED = [(name, format) for name, (kind, _) in VARIANTS.items() for format in load_kind(kind).formats]
@@ -29,7 +29,7 @@ OFFERED = [(name, format) for name, (kind, _) in VARIANTS.items() for format in 
 
 def build(kind: str, target: Path, **options) -> Drafter:
     drafter = load_kind(kind)(target_shape(target), **options)
-    drafter.initialise(target)
+    drafter.initialise(FrozenTarget(target))
     return drafter
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonargparse
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from tests.support.eager import LOSSES, eager
 from trainkit.losses import divergence
+from trainkit.losses.chunked import HeadRows
 from trainkit.losses.divergence import TV, ChunkedDivergence, CrossEntropy, ForwardKL, LossOutput, TVDpp
 from trainkit.losses.measures import coupled_acceptance
+from trainkit.losses.topk import TopKHead, compress
 
 N, V, K, D = 23, 31, 12, 8
 
@@ -287,3 +290,92 @@ def test_gradients_under_ddp_equal_one_process(seed, tmp_path: Path):
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-13)
         assert gradient.abs().max() > 0 or not mask.any()
+
+
+class Heads:
+    """Rows of three heads over shared target rows, in float64; the middle head counts nothing if `gap`."""
+
+    def __init__(self, trimmed: bool, own: bool, gap: bool = False) -> None:
+        self.case, self.sizes = Case(trimmed), [7, 0 if gap else 9, 11]
+        self.index = torch.cat([torch.randperm(N)[:size].sort().values for size in self.sizes])
+        self.hidden = torch.randn(len(self.index), D, dtype=torch.float64)
+        self.labels = self.case.labels[self.index]
+        self.heads = [copy.deepcopy(self.case.head) for _ in self.sizes]
+        for head in self.heads[1:]:
+            nn.init.normal_(head.weight) if own else None
+        self.own = own
+
+    def together(self, loss: Callable[..., LossOutput], decay: float, inside: bool) -> tuple[LossOutput, list[Tensor]]:
+        rows = HeadRows(self.sizes, self.index, decay, inside)
+        hidden, heads = self.hidden.clone().requires_grad_(), copy.deepcopy(self.heads if self.own else self.heads[:1])
+        head, case = heads if self.own else heads[0], self.case
+        output = loss(hidden, head, case.target_hidden, case.target_head, case.ids, labels_N=self.labels, rows=rows)
+        output.sum.backward()
+        return output, [hidden.grad, *(head.weight.grad for head in heads)]  # type: ignore[list-item]
+
+    def one_by_one(self, loss: Callable[..., LossOutput], decay: float, inside: bool) -> tuple[list[LossOutput], list[Tensor]]:
+        hidden, heads = self.hidden.clone().requires_grad_(), copy.deepcopy(self.heads if self.own else self.heads[:1])
+        case, outputs, total = self.case, [], torch.zeros((), dtype=torch.float64)
+        likely = case.target_head(case.target_hidden).argmax(-1)
+        parts = zip(hidden.split(self.sizes), self.index.split(self.sizes), self.labels.split(self.sizes), strict=True)
+        for number, (hidden_nD, index_n, labels_n) in enumerate(parts):
+            mask = torch.isin(likely[index_n], case.ids) if inside and case.ids is not None else None
+            head = heads[number if self.own else 0]
+            target = case.target_hidden[index_n]
+            outputs.append(loss(hidden_nD, head, target, case.target_head, case.ids, mask, labels_n))
+            total = total + decay**number * outputs[-1].sum
+        total.backward()
+        return outputs, [hidden.grad, *(head.weight.grad for head in heads)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_heads_together_equal_heads_one_by_one(seed, name, trimmed, own):
+    """Sharing target rows changes no loss, gradient, count or metric of any head, also where a head counts nothing."""
+    for gap, chunk, inside in ((False, 4, True), (True, 100, False), (False, 1, False)):
+        heads, loss = Heads(trimmed, own, gap), with_settings(LOSSES[name], chunk, 0.7)
+        if loss.spans_batch:  # statistics of all heads, as in training
+            first = loss.first_pass()  # type: ignore[attr-defined]
+            with torch.no_grad():
+                outputs = [first(*given) for given in heads_arguments(heads, inside)]
+            sums = {"reward": torch.stack([output.metrics["reward"] for output in outputs]).sum()}
+            loss = loss.with_statistics(sums, torch.stack([output.count for output in outputs]).sum())  # type: ignore[attr-defined]
+        if getattr(loss, "estimator", "exact") == "sampled":
+            continue  # other draws
+        output, gradients = heads.together(loss, 0.8, inside)
+        outputs, expected = heads.one_by_one(loss, 0.8, inside)
+        total = sum(0.8**number * part.sum for number, part in enumerate(outputs))
+        torch.testing.assert_close(output.sum, total, rtol=1e-10, atol=1e-12)
+        assert output.count == sum(part.count for part in outputs)
+        counted = output.per_token["counted"].split(heads.sizes)
+        assert [part.sum() for part in counted] == [part.count for part in outputs]
+        for key, value in output.metrics.items():
+            for part, values in zip(outputs, output.per_token[key].split(heads.sizes), strict=True):
+                torch.testing.assert_close(values, part.per_token[key], rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(value, torch.stack([part.metrics[key] for part in outputs]).sum())
+        for ours, theirs in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def heads_arguments(heads: Heads, inside: bool):
+    """Arguments of a call for each head alone."""
+    case = heads.case
+    likely = case.target_head(case.target_hidden).argmax(-1)
+    parts = zip(heads.hidden.split(heads.sizes), heads.index.split(heads.sizes), heads.labels.split(heads.sizes), strict=True)
+    for number, (hidden_nD, index_n, labels_n) in enumerate(parts):
+        mask = torch.isin(likely[index_n], case.ids) if inside and case.ids is not None else None
+        head = heads.heads[number if heads.own else 0]
+        yield hidden_nD, head, case.target_hidden[index_n], case.target_head, case.ids, mask, labels_n
+
+
+def test_heads_of_a_stored_teacher_share_its_rows(seed):
+    """Rows of a top-k teacher at k = V give the loss of the hidden states that they were made from."""
+    heads = Heads(trimmed=True, own=False)
+    expected, gradients = heads.together(ForwardKL(chunk=6), 0.8, inside=True)
+    heads.case.target_hidden = compress(heads.case.target_head(heads.case.target_hidden), V, torch.float64)
+    heads.case.target_head = TopKHead(V, V)  # type: ignore[assignment]
+    output, same = heads.together(ForwardKL(chunk=6), 0.8, inside=True)
+    torch.testing.assert_close(output.sum, expected.sum, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(same, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

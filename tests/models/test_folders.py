@@ -83,7 +83,7 @@ def test_drafts_of_differing_head_serve_as_trained(wrongly_tied, tmp_path):
     prompts = ragged_prompts(2, 320)
     for kind, copied in (("lm", "decoder.lm_head.weight"), ("eagle", "lm_head.weight"), ("medusa", "lm_heads.0.weight")):
         draft = load_kind(kind)(target_shape(wrongly_tied))
-        draft.initialise(wrongly_tied)
+        draft.initialise(FrozenTarget(wrongly_tied))
         assert torch.equal(draft.state_dict()[copied], head)
         out = export_drafter(draft, tmp_path / kind, tokenizer=wrongly_tied)
         stored = load_file(out.path / "model.safetensors")
@@ -91,7 +91,7 @@ def test_drafts_of_differing_head_serve_as_trained(wrongly_tied, tmp_path):
         assert Runner.load(wrongly_tied, out.path, max_len=64).generate(prompts, max_new_tokens=4)
     assert not read_config(tmp_path / "lm").tie_word_embeddings
     draft = LMDraft(target_shape(wrongly_tied), init=str(wrongly_tied))
-    draft.initialise(wrongly_tied)
+    draft.initialise(FrozenTarget(wrongly_tied))
     assert torch.equal(draft.decoder.head_weight, head)
 
 
@@ -102,7 +102,7 @@ def test_eagle_of_a_target_with_only_a_head_exports_it(tmp_path, seed):
     tensors[HEAD] = tensors.pop(EMBEDDING)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     draft = load_kind("eagle")(target_shape(folder))
-    draft.initialise(folder)
+    draft.initialise(FrozenTarget(folder))
     out = export_drafter(draft, tmp_path / "out", tokenizer=folder)
     assert torch.equal(load_file(out.path / "model.safetensors")["embed_tokens.weight"], tensors[HEAD])
 
@@ -186,7 +186,9 @@ def test_draft_with_another_tokenizer_gets_a_note(tiny_target, tmp_path, capsys)
     uses = {
         "runner": lambda folder, number: Runner.load(tiny_target, folder, max_len=64),
         "import": lambda folder, number: import_outside(str(folder), str(tmp_path / number), target=str(tiny_target)),
-        "init": lambda folder, number: LMDraft(target_shape(tiny_target), init=str(folder)).initialise(tiny_target),
+        "init": lambda folder, number: LMDraft(target_shape(tiny_target), init=str(folder)).initialise(
+            FrozenTarget(tiny_target)
+        ),
     }
     for name, use in uses.items():
         errors.note.cache_clear()

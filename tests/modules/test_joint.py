@@ -125,7 +125,7 @@ def test_both_loss_terms_equal_their_formula(base_loss, divergence, tiny_target,
     module = joint_module(tiny_target, base_loss=base_loss)
     module.teacher, module.drafter = tuned_target(tiny_target), None
     drafter = Medusa(module.teacher.shape(), num_heads=2, decay=0.8)
-    drafter.initialise(tiny_target)
+    drafter.initialise(FrozenTarget(tiny_target))
     for block in drafter.blocks:
         torch.nn.init.normal_(block[0].linear.weight, std=0.1)
     batch = batch_of(module.teacher)

@@ -15,6 +15,7 @@ from tests.support.training import Losses, StopAt, draft_module, fit
 from trainkit.data.mixture import MixedLoader
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
+from trainkit.models.target import FrozenTarget
 from trainkit.modules.mixture_data import MixtureData
 from trainkit.runner import Runner
 
@@ -60,7 +61,7 @@ def test_draft_texts_are_written_by_the_current_draft(tiny_target, chats, tmp_pa
     shape = module.shape
     for chapter, batches in ((0, seen.batches[:2]), (2, seen.batches[2:])):
         draft = LMDraft(shape, num_layers=1)
-        draft.initialise(tiny_target)
+        draft.initialise(FrozenTarget(tiny_target))
         if chapter:
             draft.load_state_dict(kept[chapter])
         runner = Runner(draft.decoder, None, shape, max_batch=4, max_len=128)
@@ -90,6 +91,16 @@ def test_ranks_write_the_texts_of_one_process(tiny_target, chats, tmp_path):
     alone = sorted(data._answers(data._runner("mixed"), "mixed", requests))
     parts = [data._answers(data._runner("mixed"), "mixed", requests[rank::2]) for rank in range(2)]
     assert sorted(parts[0] + parts[1]) == alone
+
+
+def test_target_writes_in_its_training_dtype(tiny_target, chats, tmp_path):
+    """The target that writes mixed texts is not held a second time in float32."""
+    module, data = draft_module(tiny_target, target_dtype="bfloat16"), mixture_data(chats, tmp_path, {"mixed": 1.0})
+    fit(module, data, tmp_path, steps=1)
+    runner = data._runner("mixed")
+    networks = (runner.rounds.target, runner.rounds.drafter)
+    assert {parameter.dtype for network in networks for parameter in network.parameters()} == {torch.bfloat16}
+    assert next(module.drafter.parameters()).dtype == torch.float32
 
 
 @pytest.mark.slow

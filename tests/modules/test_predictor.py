@@ -19,7 +19,7 @@ from trainkit.drafters.lm import LMDraft
 from trainkit.eval.calibration import fit_scales, predicted
 from trainkit.export.drafter import export_drafter
 from trainkit.models.predictor import FILE, load_predictor
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.modules.checkpoint import read_checkpoint
 from trainkit.runner import Runner
 
@@ -49,7 +49,7 @@ def arguments(records, root, **more) -> list[str]:
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory, tiny_target):
     network = LMDraft(target_shape(tiny_target), num_layers=1, init="target")
-    network.initialise(tiny_target)
+    network.initialise(FrozenTarget(tiny_target))
     folder = tmp_path_factory.mktemp("bundles") / "draft"
     export_drafter(network, folder, tokenizer=tiny_target)
     return folder

@@ -21,7 +21,7 @@ from tests.support.served_acceptance import served_acceptance
 from trainkit.data.text.prompts import read_prompts
 from trainkit.drafters.lm import LMDraft
 from trainkit.export.drafter import export_drafter
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.sampling import Sampling
 
@@ -48,7 +48,7 @@ def folders(request: pytest.FixtureRequest, tiny_target: Path, tmp_path_factory:
     if TARGET and request.param:
         return Path(TARGET), Path(request.param)
     draft = LMDraft(target_shape(tiny_target), num_layers=2)
-    draft.initialise(tiny_target)
+    draft.initialise(FrozenTarget(tiny_target))
     folder = tmp_path_factory.mktemp("drafts") / "two-layers"
     export_drafter(draft, folder, tokenizer=tiny_target)
     return tiny_target, folder

@@ -11,7 +11,7 @@ from tests.support.models import SIBLINGS
 from tests.support.replaying import replayed
 from trainkit.drafters.base import load_kind
 from trainkit.models.load import load_decoder
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.policies.chain import RankedChain
 from trainkit.runner.round import Rounds
@@ -48,7 +48,7 @@ def test_rounds_read_nothing_on_the_host(kind, tiny_target, seed, monkeypatch):
     """Rounds of every kind, shape and verification, of any temperature, read nothing on the host."""
     name, options = VARIANTS[kind]
     drafter = load_kind(name)(target_shape(tiny_target), **options)
-    drafter.initialise(tiny_target)
+    drafter.initialise(FrozenTarget(tiny_target))
     runner = replayed(Runner(load_decoder(tiny_target), drafter, target_shape(tiny_target), max_len=64), 1)
     depth = min(3, drafter.max_depth or 3)
     shapes = [{"depth": depth}, {"tree": SIBLINGS}, {"tree": DynamicTree(2, 2, 5)}, {"depth": 0}]

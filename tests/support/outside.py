@@ -127,7 +127,7 @@ def check_decoded(target: Path, prompts: Sequence[Sequence[int]], ours: Decoded,
 def near_draft(target: Path, out: Path, noise: float = 0.012, num_layers: int = 4, **options: Any) -> Path:
     """Exports a draft model that agrees with a tiny target of four layers often, but not always: its weights and some noise."""
     draft = LMDraft(target_shape(target), num_layers=num_layers)
-    draft.initialise(target)
+    draft.initialise(FrozenTarget(target))
     with torch.no_grad():
         for weight in draft.parameters():
             weight += noise * torch.randn_like(weight)
@@ -145,7 +145,7 @@ def trained_eagle(
     """Exports an EAGLE-3 draft trained for seconds on the target's own answers to these prompts: some tokens are accepted."""
     teacher = FrozenTarget(target)
     draft = Eagle(teacher.shape(), steps=3, **options.pop("drafter", {}))
-    draft.initialise(target)
+    draft.initialise(FrozenTarget(target))
     texts = [
         [*prompt, *answer] for prompt, answer in zip(prompts, decode(target, None, prompts, new_tokens).tokens, strict=True)
     ]

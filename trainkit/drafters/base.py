@@ -28,9 +28,11 @@ from trainkit.bundle import MANIFEST, Bundle
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.vocabulary import checked_vocab, trim_rows
-from trainkit.losses.output import LossOutput
+from trainkit.losses.chunked import HeadRows
+from trainkit.losses.output import LossOutput, by_head
 from trainkit.models.load import note_other_tokenizer
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.target import FrozenTarget
 
 State: TypeAlias = dict[str, Tensor]
 """A drafter's static tensors. The first axis is ALWAYS the batch: the runner takes views `tensor[a:b]` and copies rows."""
@@ -95,6 +97,35 @@ class DraftBatch:
             same = self.document_BT[:, offset:] == self.document_BT[:, :-offset]
             mask[:, :-offset] = self.mask_BT[:, offset:] & same & (self.document_BT[:, offset:] >= 0)
         return mask
+
+    def heads_loss(
+        self,
+        divergence: Divergence,
+        hidden: Sequence[Tensor],
+        head: Any,
+        counted: Sequence[tuple[Tensor, int]],
+        ids_K: Tensor | None,
+        decay: float,
+        inside: bool = False,
+    ) -> LossOutput:
+        """The sum over heads i of decay^i * (loss of head i); each target row is computed once for all heads.
+
+        Args:
+            divergence: The loss.
+            hidden: Draft hidden states [N, D] of each head, at the positions that it counts.
+            head: Projection of all heads, or a list of one for each.
+            counted: For each head the mask [B, T] of these positions, and how far after them the predicted token is.
+            ids_K: Token ids of the columns; None for all.
+            decay: Weight of each head relative to the head before it.
+            inside: Whether positions count only where the target's likeliest token is in `ids_K`.
+        """
+        index_N = torch.cat([mask_BT.flatten().nonzero().squeeze(-1) + ahead - 1 for mask_BT, ahead in counted])
+        rows = HeadRows([len(hidden_ND) for hidden_ND in hidden], index_N, decay, inside)
+        # `index_N` is the position before the predicted token
+        labels_N = self.tokens_BT.flatten().roll(-1)[index_N]
+        target_ND = self.hidden_BTD.flatten(0, 1)
+        output = divergence(torch.cat(list(hidden)), head, target_ND, self.teacher_head, ids_K, labels_N=labels_N, rows=rows)
+        return by_head(output, counted)
 
     def training_targets(self, offset: int) -> tuple[Tensor, Tensor, Tensor]:
         """What to compare with a prediction, made at position t, of the token at t + offset.
@@ -274,7 +305,7 @@ class Drafter(nn.Module, ABC):
 
     # Training
 
-    def initialise(self, target_folder: Path) -> None:
+    def initialise(self, target: FrozenTarget) -> None:
         """Copies what starts as the target's weights; the trainer calls it once, before the first step of a fresh run."""
 
     @abstractmethod
@@ -334,6 +365,13 @@ class Drafter(nn.Module, ABC):
         """The `state_dict` in `dtype`, and the ids of a trimmed vocabulary as `token_map`."""
         tensors = {name: value.to(dtype).contiguous() for name, value in self.state_dict().items()}
         return tensors if self.ids_K is None else tensors | {"token_map": self.ids_K.clone()}
+
+    def check_format(self, format: str) -> None:
+        """Refuses a requested format of `formats` whose readers would not load or compute this drafter as configured.
+
+        Raises:
+            UserError: they would not; the message names the setting.
+        """
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
         """Name -> shape of each tensor that other programs expect in model.safetensors; None if only trainkit reads the layout.

@@ -8,7 +8,6 @@ At position t the target itself predicts the token at t + 1, the root of a round
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from trainkit.drafters.base import Divergence, DraftBatch, Drafter
 from trainkit.errors import UserError
 from trainkit.layers.linear import Linear
-from trainkit.losses.output import LossOutput, combine_heads
-from trainkit.models.load import load_decoder
+from trainkit.losses.output import LossOutput
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.target import FrozenTarget
 
 
 class ResidualBlock(nn.Module):
@@ -70,8 +69,8 @@ class HeadDrafter(Drafter):
         own = range(self.num_heads if self.head == "own" else 0)
         self.lm_heads = nn.ModuleList(Linear(D, self.draft_vocab_size, bias=False) for _ in own)
 
-    def initialise(self, target_folder: Path) -> None:
-        self.copy_head(load_decoder(target_folder, dtype=torch.float32, layers=False).head_weight)
+    def initialise(self, target: FrozenTarget) -> None:
+        self.copy_head(target.head_weight)
 
     @torch.no_grad()
     def copy_head(self, weight_VD: Tensor) -> None:
@@ -85,14 +84,14 @@ class HeadDrafter(Drafter):
 
     def heads_loss(self, batch: DraftBatch, divergence: Divergence, inputs: Iterable[Tensor]) -> LossOutput:
         """The sum over heads i of decay^i * (loss of head i), where `inputs` has the input [B, T, I] of each head's block."""
-        outputs, counted = [], []
+        hidden, counted = [], []
         for index, (block, inputs_BTI) in enumerate(zip(self.blocks, inputs, strict=True)):
-            counted_BT, target_ND, labels_N = batch.training_targets(index + 2)
-            hidden_ND = block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training))
-            projection = self.projection(index, batch.handle)
-            outputs.append(divergence(hidden_ND, projection, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
+            counted_BT = batch.label_mask(index + 2)
+            hidden.append(block(F.dropout(inputs_BTI[counted_BT], self.dropout, self.training)))
             counted.append((counted_BT, index + 2))
-        return combine_heads(outputs, self.decay, counted)
+        projections = [self.projection(index, batch.handle) for index in range(self.num_heads)]
+        head = projections if len(self.lm_heads) else projections[0]
+        return batch.heads_loss(divergence, hidden, head, counted, self.ids_K, self.decay)
 
     def step_bytes(self, head_bytes: int) -> int:
         own = super().step_bytes(head_bytes) // self.num_heads  # a level reads one head

@@ -53,6 +53,7 @@ def export_drafter(
     # Refuse what cannot be exported
     kind = kind_name(drafter)
     layout = layout_for(format, drafter.formats, f"drafter of kind {kind!r}")
+    drafter.check_format(format)
     shapes = drafter.layout_shapes(layout)
     if format != "native" and shapes is None:
         raise UserError(f"--format {format}: needs a head in the files, but this drafter uses its target's; leave --format out")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainkit.layers.linear import Linear
+from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
 
 
@@ -181,8 +182,8 @@ class Attention(nn.Module):
         rows = (self.heads + 2 * self.kv_heads) * self.width
         self.qkv = Linear(input_size or shape.hidden_size, rows, bias=shape.qkv_bias)
         self.out = Linear(self.heads * self.width, shape.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
+        self.q_norm = RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
 
     def forward(self, x_BTD: Tensor, context: Context, cache_BGSE: Tensor | None = None) -> Tensor:
         """Attention output [B, T, D], within the sequence or over a cache; new keys and values are written to the cache first.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainkit.layers.attention import Attention, Context, Packing, Rotary
 from trainkit.layers.linear import Linear, project
+from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
 
 
@@ -37,9 +38,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.attention_norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.attention = Attention(shape)
-        self.mlp_norm = nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.mlp_norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size)
 
     def forward(self, x: Tensor, context: Context, cache: Tensor | None = None) -> Tensor:
@@ -73,7 +74,7 @@ class Decoder(nn.Module):
         self.shape = shape
         self.embed = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.num_layers))
-        self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
+        self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.lm_head = None if shape.tied else nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.rope = Rotary(shape)
 

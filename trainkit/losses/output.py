@@ -35,28 +35,24 @@ class LossOutput:
         return self.sum / self.count.clamp(min=1)
 
 
-def combine_heads(outputs: Sequence[LossOutput], decay: float, counted: Sequence[tuple[Tensor, int]]) -> LossOutput:
-    """The loss of several heads: the sum of decay^i * (loss of head i), with metrics over all heads and for each, from 1.
+def by_head(output: LossOutput, counted: Sequence[tuple[Tensor, int]]) -> LossOutput:
+    """The same loss with metrics also for each head, from 1, and with values by the position of the label.
 
     Args:
-        outputs: Loss of each head, over the positions it counts in row-major order.
-        decay: Weight of each head relative to the head before it; metrics are not weighted.
-        counted: For each head, the mask [B, T] of those positions, and the offset from a position to its label.
+        output: Loss of all heads (`chunked.HeadRows`), with a row for each position of each mask, in row-major order.
+        counted: For each head, the mask [B, T] of its positions, and the offset from a position to its label.
     """
     # Metrics.
-    names = outputs[0].metrics
-    metrics = {name: torch.stack([output.metrics[name] for output in outputs]).sum() for name in names}
-    for number, output in enumerate(outputs, start=1):
-        metrics |= {f"{name}_head{number}": output.metrics[name] for name in names}
-        metrics[f"count_head{number}"] = output.count
+    places = [mask_BT.nonzero(as_tuple=True) for mask_BT, _ in counted]
+    values = {name: value_N.split([len(rows) for rows, _ in places]) for name, value_N in output.per_token.items()}
+    metrics = dict(output.metrics)
+    for name, parts in values.items():
+        label = "count" if name == "counted" else name
+        metrics |= {f"{label}_head{number}": part_N.sum() for number, part_N in enumerate(parts, start=1)}
     # Values by token, at the position of the label.
-    size, device = (len(outputs), *counted[0][0].shape), outputs[0].sum.device
-    values = {f"{name}_HBT": torch.zeros(size, device=device) for name in outputs[0].per_token}
-    values["counted_HBT"] = torch.zeros(size, dtype=torch.bool, device=device)
-    for head, (output, (counted_BT, offset)) in enumerate(zip(outputs, counted, strict=True)):
-        rows_N, positions_N = counted_BT.nonzero(as_tuple=True)
-        values["counted_HBT"][head, rows_N, positions_N + offset] = True
-        for name, value_N in output.per_token.items():
-            values[f"{name}_HBT"][head, rows_N, positions_N + offset] = value_N.float()
-    total = torch.stack([decay**head * output.sum for head, output in enumerate(outputs)]).sum()
-    return LossOutput(total, torch.stack([output.count for output in outputs]).sum(), metrics, values)
+    placed = {f"{name}_HBT": torch.zeros(len(counted), *counted[0][0].shape, device=output.sum.device) for name in values}
+    for head, ((rows_N, positions_N), (_, offset)) in enumerate(zip(places, counted, strict=True)):
+        for name, parts in values.items():
+            placed[f"{name}_HBT"][head, rows_N, positions_N + offset] = parts[head].float()
+    placed["counted_HBT"] = placed["counted_HBT"].bool()
+    return LossOutput(output.sum, output.count, metrics, placed)

@@ -70,6 +70,10 @@ class TopK:
     log_rest_n: Tensor
     vocab_size: int
 
+    def rows(self, index_m: Tensor) -> TopK:
+        """The stored teacher at the given rows."""
+        return TopK(self.ids_nk[index_m], self.log_p_nk[index_m], self.log_rest_n[index_m], self.vocab_size)
+
     def log_probabilities(self, draft_nK: Tensor, ids_K: Tensor | None, temperature: float) -> Tensor:
         """[n, V] log-probabilities; those of unstored tokens have the proportions of the draft.
 

@@ -20,12 +20,14 @@ class TargetShape:
         end_ids: Token ids that end a text: the union of config, generation config and tokenizer.
         pad_id: Id used for padding, or None.
         fingerprint: Digests `config` and `tokenizer` (hex), and `path` (folder name), of `bundle.fingerprint`.
+        undecodable: Why trainkit's runner cannot decode this target; empty if it can. Drafters are trained and exported anyway.
     """
 
     decoder: DecoderShape
     end_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     fingerprint: Mapping[str, str] | None = None
+    undecodable: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; `TargetShape.from_dict` reads it back."""
@@ -34,7 +36,8 @@ class TargetShape:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TargetShape:
         """The shape that `to_dict` wrote."""
-        return TargetShape(DecoderShape(**values["decoder"]), tuple(values["end_ids"]), values["pad_id"], values["fingerprint"])
+        decoder, ends = DecoderShape(**values["decoder"]), tuple(values["end_ids"])
+        return TargetShape(decoder, ends, values["pad_id"], values["fingerprint"], values.get("undecodable", ""))
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainkit.bundle import fingerprint
 from trainkit.errors import UserError
+from trainkit.models.documents import crosses_documents, run_documents_apart
 from trainkit.models.load import (
     MODEL_ERRORS,
+    check_covered,
     check_finite,
     decoder_shape,
     first_lines,
@@ -56,12 +60,17 @@ def target_shape(folder: str | Path, trust_remote_code: bool = False) -> TargetS
     Raises:
         UserError: no readable config.json there.
     """
-    config = read_config(folder, trust_remote_code)
+    config, reason = read_config(folder, trust_remote_code), ""
+    try:
+        check_covered(config, folder, 0)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{folder}/config.json: ").partition(";")[0]
     return TargetShape(
         decoder=decoder_shape(config),
         end_ids=end_ids(folder, config, trust_remote_code),
         pad_id=getattr(config, "pad_token_id", None),
         fingerprint=fingerprint(folder),
+        undecodable=reason,
     )
 
 
@@ -164,6 +173,8 @@ class FrozenTarget:
 
     frozen = True
     """Whether `forward` runs without gradients; a tuned target's runs with them where gradients are enabled."""
+    apart: bool
+    """Whether `forward` runs packed documents one per row, because the model cannot separate them within a row."""
 
     def __init__(
         self, folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, layers: bool = True
@@ -178,6 +189,7 @@ class FrozenTarget:
         self._head: Any = model.get_output_embeddings()
         check_head(model, str(folder))
         self._layers = self._find_layers() if layers else nn.ModuleList()
+        self.apart = layers and crosses_documents(self.backbone, str(folder))
 
     @property
     def device(self) -> torch.device:
@@ -234,8 +246,44 @@ class FrozenTarget:
         return target_shape(self.folder, self._trust)
 
     def handle(self) -> TargetHandle:
-        """The embedding and output head of the loaded model."""
-        return TargetHandle(self._embedding, self._logits, vocab_size=self._head.weight.shape[0])
+        """The embedding and output head of the loaded model.
+
+        Embeddings are rows of the stored weight, without the factor that some models (Gemma) apply to their own input: that is
+        what programs that serve a drafter give it.
+        """
+        embed = partial(F.embedding, weight=self.embedding_weight)
+        return TargetHandle(embed, self._logits, vocab_size=self._head.weight.shape[0])
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The token embedding [V, D]."""
+        return self._embedding.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [V, D]; a head's bias is left out."""
+        return self._head.weight
+
+    @torch.no_grad()
+    def norm_weight(self) -> Tensor:
+        """[D] factors of the final norm, as the weight of an RMSNorm; ones if the backbone does not end with a norm.
+
+        Measured, because names differ and some norms multiply by 1 + w: the norm of x = +-1024, alternating, is +-factor,
+        whatever its epsilon. The bias of a LayerNorm cancels in norm(x) - norm(-x).
+        """
+        calls: list[tuple[nn.Module, Any]] = []
+        inside = {module for layer in self._layers for module in layer.modules()}
+        outside = [module for module in self.backbone.modules() if module not in inside and "Norm" in type(module).__name__]
+        hooks = [module.register_forward_hook(lambda module, _, output: calls.append((module, output))) for module in outside]
+        last = self.backbone(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)[0]
+        for hook in hooks:
+            hook.remove()
+        x_D = torch.full((self.hidden_size,), 1024.0, dtype=self.dtype, device=self.device)
+        x_D[1::2] *= -1
+        for module, output in reversed(calls):
+            if output.data_ptr() == last.data_ptr():
+                return (module(x_D) - module(-x_D)).float() / 2 * x_D.sign()
+        return torch.ones_like(x_D, dtype=torch.float32)
 
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor, document_BT: Tensor, taps: Sequence[int] = ()
@@ -244,7 +292,8 @@ class FrozenTarget:
 
         Rows are packed: `positions_BT` restarts at 0 with each document, and transformers derives the exact block-diagonal
         causal mask from that, but only without a cache and without an attention_mask. Padding follows the last document of a
-        row (`document_BT` is -1 there), where the causal mask hides it from every counted position.
+        row (`document_BT` is -1 there), where the causal mask hides it from every counted position. For architectures that do
+        not separate documents (`apart`), each document runs alone, and states at padding are 0.
 
         Args:
             tokens_BT: Token ids.
@@ -253,11 +302,20 @@ class FrozenTarget:
             taps: Indices of Hugging Face `hidden_states`: 0 the embeddings, i after i layers, the last (or -1) after the norm.
         """
         assert tokens_BT.shape == positions_BT.shape == document_BT.shape and len(self._layers) == self.num_layers
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), self._recorded(taps) as states:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if self.apart:
+                states = run_documents_apart(partial(self._states, taps), tokens_BT, document_BT)
+            else:
+                states = self._states(taps, tokens_BT, positions_BT)
+            last_BTD, *tapped = states.split(states.shape[-1] // (1 + len(taps)), -1)
+            return last_BTD, torch.stack(tapped, dim=2) if taps else None
+
+    def _states(self, taps: Sequence[int], tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """The last and the tapped hidden states side by side, [B, T, (1 + A) D]."""
+        with self._recorded(taps) as states:
             output = self.backbone(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
             states[len(self._layers)] = output.last_hidden_state
-            tapped = torch.stack([states[self.layer(tap)] for tap in taps], dim=2) if taps else None
-        return output.last_hidden_state, tapped
+            return torch.cat([output.last_hidden_state, *(states[self.layer(tap)] for tap in taps)], -1)
 
     def layer(self, tap: int) -> int:
         """The number of layers before a tap; -1 gives `num_layers`.

@@ -104,10 +104,12 @@ class DraftModule(TrainingModule):
         )
         self.shape = self.teacher.shape()
         self.data.check_fits(self.shape.decoder.vocab_size, self.shape.decoder.max_positions)
+        if self.shape.undecodable:
+            print(f"{self.target}: {self.shape.undecodable}; the drafter can be trained and exported for other programs")
         # Build the drafter.
         self.drafter = self._make_drafter(self.shape)
         if self.trainer.ckpt_path is None:
-            self.drafter.initialise(Path(self.target))
+            self.drafter.initialise(self.teacher)
         if self.features is not None:  # report missing features now, not at the first validation
             for split in ("train", "validation") if self.trainer.state.fn == "fit" else ("validation",):
                 self._store(split)

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 
 from trainkit.errors import UserError
 from trainkit.losses.divergence import CrossEntropy
 from trainkit.losses.output import LossOutput
+from trainkit.models.documents import crosses_documents, run_documents_apart
 from trainkit.models.load import first_lines, read_config, read_tokenizer
 from trainkit.models.target import check_head, load_model
 from trainkit.modules.base import CHECKPOINT_KEY, Batch, TrainingModule
@@ -51,6 +52,7 @@ class LanguageModule(TrainingModule):
             self.lm = self._build()
             self.data.check_fits(self.lm.config.vocab_size, getattr(self.lm.config, "max_position_embeddings", 1 << 60))
             check_head(self.lm.eval(), self.folder or "model.config")
+            self._apart = crosses_documents(self.lm.base_model, self.folder or "model.config")
             self.lm.train()
 
     def describe(self) -> dict[str, Any]:
@@ -63,14 +65,18 @@ class LanguageModule(TrainingModule):
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         tokens_BT, document_BT = batch["tokens_BT"], batch["document_BT"]
-        # transformers separates packed documents by their position ids only without a cache and without an attention mask.
-        hidden_BTD = self.lm.base_model(
-            input_ids=tokens_BT, position_ids=batch["positions_BT"], use_cache=False
-        ).last_hidden_state
+        if self._apart:
+            hidden_BTD = run_documents_apart(self._hidden, tokens_BT, document_BT)
+        else:
+            hidden_BTD = self._hidden(tokens_BT, batch["positions_BT"])
         counted_BT = batch["mask_BT"][:, 1:] & (document_BT[:, 1:] == document_BT[:, :-1]) & (document_BT[:, 1:] >= 0)
         hidden_ND = hidden_BTD[:, :-1][counted_BT]
         head = self.lm.get_output_embeddings()
         return self.divergence(hidden_ND, head, hidden_ND, None, labels_N=tokens_BT[:, 1:][counted_BT])
+
+    def _hidden(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        # transformers separates packed documents by their position ids only without a cache and without an attention mask.
+        return self.lm.base_model(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
 
     def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
         values = means(sums)

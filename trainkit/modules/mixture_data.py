@@ -197,8 +197,9 @@ class MixtureData(TextData):
         alone = drafter.standalone_decoder() if name == "draft" else None
         if alone is not None:
             return Runner(alone, None, module.shape, None, self.sample_batch, room, capture=False)
-        decoder = load_decoder(module.target, module.device, torch.float32, room + self.depth)
-        return Runner(decoder, drafter, module.shape, None, self.sample_batch, room, capture=False)
+        dtype = module.teacher.dtype
+        decoder = load_decoder(module.target, module.device, dtype, room + self.depth)
+        return Runner(decoder, drafter.to(dtype), module.shape, None, self.sample_batch, room, capture=False)
 
     def _answers(self, runner: Runner, name: str, requests: Sequence[tuple[int, int]]) -> list[tuple[int, int, list[int]]]:
         """Answers to (number, index of the prompt) requests, as (number, index of the prompt, new tokens).

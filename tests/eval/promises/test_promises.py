@@ -25,7 +25,7 @@ from trainkit.eval.promises.distribution import p_value
 from trainkit.eval.promises.run import CHECKS, load_subject, run_checks
 from trainkit.eval.promises.types import Check, VerifyArguments
 from trainkit.export.drafter import export_drafter
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import round as rounds
 from trainkit.runner import verify as rules
 from trainkit.runner.round import Rounds
@@ -47,7 +47,7 @@ def make_bundle(target: Path, folder: Path, variant: str = "lm", noise: float = 
     """A drafter that agrees with the target now and then, with random parts where its kind starts from zero."""
     kind, arguments = VARIANTS[variant]
     drafter = load_kind(kind)(target_shape(target), **arguments)
-    drafter.initialise(target)
+    drafter.initialise(FrozenTarget(target))
     with torch.no_grad():
         for weight in drafter.parameters():
             weight.add_(noise * torch.randn_like(weight))

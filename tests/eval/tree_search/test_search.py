@@ -19,7 +19,7 @@ from trainkit.errors import UserError
 from trainkit.eval.tree_search.ranks import PAST_END, PRIOR, accuracies, rank_of, replay_ranks, shares, simulate_decoding
 from trainkit.eval.tree_search.search import Costs, best_paths, expected_tau, full_tree, measure_costs, path_probability, search
 from trainkit.export.drafter import export_drafter
-from trainkit.models.target import target_shape
+from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import Runner, Stats
 from trainkit.runner.policies.cost_model import isotonic
 from trainkit.runner.trees.static import build, chain
@@ -228,7 +228,7 @@ def test_measured_costs_cover_all_sizes(seed):
 def made(tiny_target, tmp_path, seed):
     """The tiny target, a bundle of Medusa heads for it, and a file of prompts."""
     heads = Medusa(target_shape(tiny_target), num_heads=3)
-    heads.initialise(tiny_target)
+    heads.initialise(FrozenTarget(tiny_target))
     export_drafter(heads, tmp_path / "heads", tokenizer=tiny_target, metrics={"alpha": 0.5})
     rows = tmp_path / "prompts.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"How many are {n}?"}) + "\n" for n in range(5)))

@@ -21,8 +21,9 @@ from torch import Tensor
 from trainkit.bundle import read_json
 from trainkit.errors import UserError
 from trainkit.layers.shape import DecoderShape
-from trainkit.models.load import EMBEDDING, HEAD, hf_config, read_tensors
+from trainkit.models.load import hf_config, read_tensors
 from trainkit.models.shape import TargetShape
+from trainkit.models.target import FrozenTarget
 
 PREFIX = {"flat": "midlayer", "speculators": "layers.0"}
 """Layout -> its name of the decoder layer."""
@@ -125,7 +126,9 @@ def configuration(
     """The layout's config.json.
 
     `norm_before_residual` is written although it is false, because readers assume different defaults. The flat layout has tap
-    ids only if they are not the default: SGLang adds 1 to the ids that it finds, vLLM does not.
+    ids only if they are not the default: SGLang adds 1 to the ids that it finds, vLLM does not. It has `num_aux_hidden_states`,
+    the number of taps, if that is not 3. vLLM and SGLang read this field since they support EAGLE-3.1 (summer 2026); versions
+    before that assume 3, and fail to load other numbers.
 
     Args:
         layer: Sizes of the decoder layer.
@@ -147,6 +150,8 @@ def configuration(
             "tie_word_embeddings": False,
             "norm_before_residual": False,
         }
+        if len(taps) != 3:  # what readers expect without this field
+            config["num_aux_hidden_states"] = len(taps)
         if layers < 7 or tuple(taps) != default_taps(layers):
             config["eagle_aux_hidden_state_layer_ids"] = list(taps)
             config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps]}
@@ -228,10 +233,10 @@ def embedding(folder: Path) -> Tensor:
     Raises:
         UserError: the folder has none.
     """
-    names = (EMBEDDING, "embed_tokens.weight", *(() if is_eagle(folder) else (HEAD,)))  # a tied target may store only its head
-    for name in names:
-        for _, value in read_tensors(folder, only=(name,)):
-            return value
+    for _, value in read_tensors(folder, only=("model.embed_tokens.weight", "embed_tokens.weight")):
+        return value
+    if not is_eagle(folder):  # under another name
+        return FrozenTarget(folder, layers=False).embedding_weight
     raise UserError(f"{folder}: has no embed_tokens.weight, which an EAGLE-3 export copies; name the target's folder")
 
 

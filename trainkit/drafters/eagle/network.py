@@ -24,12 +24,13 @@ from trainkit.errors import UserError
 from trainkit.layers.attention import Attention, Context, Rotary, causal_bias, tree_bias
 from trainkit.layers.blocks import GatedMLP, draw_weights
 from trainkit.layers.linear import Linear
+from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
 from trainkit.layers.vocabulary import trim_rows
-from trainkit.losses.chunked import target_choices
-from trainkit.losses.output import LossOutput, combine_heads
-from trainkit.models.load import load_decoder, read_tensors, rope_fault, with_known_rope
+from trainkit.losses.output import LossOutput
+from trainkit.models.load import read_tensors, rope_fault, with_known_rope
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.target import FrozenTarget
 
 
 class EagleLayer(nn.Module):
@@ -41,9 +42,9 @@ class EagleLayer(nn.Module):
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         D, eps = shape.hidden_size, shape.norm_eps
-        self.embedding_norm, self.hidden_norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
+        self.embedding_norm, self.hidden_norm = RMSNorm(D, eps=eps), RMSNorm(D, eps=eps)
         self.attention = Attention(shape, input_size=2 * D)
-        self.mlp_norm = nn.RMSNorm(D, eps=eps)
+        self.mlp_norm = RMSNorm(D, eps=eps)
         self.mlp = GatedMLP(D, shape.intermediate_size)
 
     def forward(self, embedded_BTD: Tensor, feature_BTD: Tensor, context: Context, cache: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class Eagle(Drafter):
         self.shape = with_known_rope(shape)
         self.fc = Linear(len(self.taps) * D, D, bias=False)
         self.layer = EagleLayer(self.shape)
-        self.norm = nn.RMSNorm(D, eps=self.shape.norm_eps)
+        self.norm = RMSNorm(D, eps=self.shape.norm_eps)
         self.lm_head = Linear(D, self.draft_vocab_size, bias=False)
         self.rope = Rotary(self.shape)
         self.embedding_folder: Path | None = None
@@ -140,10 +141,9 @@ class Eagle(Drafter):
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
     @torch.no_grad()
-    def initialise(self, target_folder: Path) -> None:
-        source = load_decoder(target_folder, dtype=torch.float32, layers=False)
-        self.lm_head.weight.copy_(source.head_weight if self.ids_K is None else source.head_weight[self.ids_K])
-        self.norm.weight.copy_(source.norm.weight)
+    def initialise(self, target: FrozenTarget) -> None:
+        self.lm_head.weight.copy_(target.head_weight if self.ids_K is None else target.head_weight[self.ids_K])
+        self.norm.weight.copy_(target.norm_weight())
 
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
         """Sum over steps s of decay^s * (loss sum of step s); the denominator is the number of labels counted in all steps.
@@ -159,33 +159,17 @@ class Eagle(Drafter):
         dtype = self.fc.weight.dtype  # the target may be bfloat16
         embedded_BTD = batch.handle.embed(batch.tokens_BT).to(dtype)
         feature_BTD = self.fc(batch.taps_BTAD.flatten(2).to(dtype))
-        inside_BT = self._inside(batch) if self.training and self.ids_K is not None else None
         self.rope.reserve(batch.tokens_BT.shape[1] + self.steps, feature_BTD)
         entries: list[Entry] = []
-        outputs, counted = [], []
+        hidden, counted = [], []
         for step in range(self.steps):
             # Features of this level, from the tokens one further on and the features of the level above
             rope, next_BTD = self.rope.rows(batch.positions_BT + step), embedded_BTD.roll(-1 - step, 1)
             feature_BTD, entry = self.layer.unrolled(next_BTD, feature_BTD, rope, entries, batch.document_BT)
             entries.append(entry)
-            # Which positions count, and the loss there
-            ahead = step + 2
-            counted_BT, target_ND, labels_N = batch.training_targets(ahead)
-            if inside_BT is not None:
-                inside_N = inside_BT.roll(1 - ahead, 1)[counted_BT]
-                counted_BT = counted_BT.masked_scatter(counted_BT, inside_N)
-                target_ND, labels_N = target_ND[inside_N], labels_N[inside_N]
-            hidden_ND = self.norm(feature_BTD[counted_BT])
-            outputs.append(divergence(hidden_ND, self.lm_head, target_ND, batch.teacher_head, self.ids_K, labels_N=labels_N))
-            counted.append((counted_BT, ahead))
-        return combine_heads(outputs, self.decay, counted)
-
-    @torch.no_grad()
-    def _inside(self, batch: DraftBatch) -> Tensor:
-        """[B, T] whether the target's likeliest token after position t is in the draft vocabulary."""
-        assert self.ids_K is not None
-        choices_N = target_choices(batch.hidden_BTD.flatten(0, 1), batch.teacher_head, 1024)
-        return torch.isin(choices_N, self.ids_K).view(batch.tokens_BT.shape)
+            counted.append((batch.label_mask(step + 2), step + 2))
+            hidden.append(self.norm(feature_BTD[counted[-1][0]]))
+        return batch.heads_loss(divergence, hidden, self.lm_head, counted, self.ids_K, self.decay, inside=self.training)
 
     # Serving: the cache entry of position t is made of x_{t+1} and the target's hidden states at t. So the root, at position R,
     # has slot R - 1, and node i has slot R - 1 + i. The root is known when the round before it ends: its entry is made together
@@ -248,6 +232,13 @@ class Eagle(Drafter):
 
     def use_target_folder(self, folder: Path) -> None:
         self.embedding_folder = folder
+
+    def check_format(self, format: str) -> None:
+        if format == "sglang" and len(self.taps) == 1:
+            raise UserError(
+                "--format sglang: SGLang skips fc if the drafter has one tap, as this one has; export it for vllm, or train it "
+                "with several taps"
+            )
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
         return layouts.shapes(self.shape, len(self.taps), self.lm_head.weight.shape[0], layout)

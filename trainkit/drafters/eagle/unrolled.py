@@ -27,7 +27,8 @@ Entry: TypeAlias = tuple[Tensor, Tensor]
 def attend(q_BTHE: Tensor, entries: Sequence[Entry], document_BT: Tensor, block: int = 256) -> Tensor:
     """[B, T, H, E] attention of the newest step over the entries that serving would have in its cache.
 
-    softmax over {q_t k0_u : u <= t in t's document} and {q_t kj_t : j = 1..s}, q scaled by E^-1/2; softmax in float32 or wider.
+    softmax over {q_t k0_u : u <= t in t's document} and {q_t kj_t : j = 1..s}, q scaled by E^-1/2. Computed in
+    float32 or wider; the result has q's dtype.
 
     Args:
         q_BTHE: Queries of step s.
@@ -50,19 +51,27 @@ def _block(
     start: int, stop: int, q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor, document_BT: Tensor, *later: Tensor
 ) -> Tensor:
     """[B, Q, H, E] attention of the queries start..stop - 1; `later` are keys and values of steps 1..s in turn."""
+    dtype = torch.promote_types(q_BTHE.dtype, torch.float32)
+    wide = [x.to(dtype) for x in (q_BTHE[:, start:stop], k_BTGE[:, :stop], v_BTGE[:, :stop])]
+    own = [x[:, start:stop].to(dtype) for x in later]
+    with torch.autocast(q_BTHE.device.type, enabled=False):  # it would round the scores before the softmax
+        return _wide(start, *wide, document_BT[:, :stop], *own).to(q_BTHE.dtype)
+
+
+def _wide(start: int, q_BQHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, document_BP: Tensor, *later: Tensor) -> Tensor:
+    """As `_block`, for the last Q of P positions, which are all that `later` has."""
     # Scores over the text in step 0
-    G, E = k_BTGE.shape[2:]
-    q_BGRQE = (q_BTHE[:, start:stop] * E**-0.5).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
-    k_BGPE, v_BGPE = (x[:, :stop].transpose(1, 2) for x in (k_BTGE, v_BTGE))
-    positions = torch.arange(stop, device=q_BTHE.device)
-    seen_BQP = (document_BT[:, start:stop, None] == document_BT[:, None, :stop]) & (positions[start:, None] >= positions)
-    past_BGRQP = (q_BGRQE @ k_BGPE[:, :, None].transpose(-1, -2)).masked_fill(~seen_BQP[:, None, None], float("-inf"))
+    (P, G, E), device = k_BPGE.shape[1:], q_BQHE.device
+    q_BGRQE = (q_BQHE * E**-0.5).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)
+    k_BG1PE, v_BG1PE = (x.transpose(1, 2)[:, :, None] for x in (k_BPGE, v_BPGE))
+    positions = torch.arange(P, device=device)
+    seen_BQP = (document_BP[:, start:, None] == document_BP[:, None]) & (positions[start:, None] >= positions)
+    past_BGRQP = (q_BGRQE @ k_BG1PE.transpose(-1, -2)).masked_fill(~seen_BQP[:, None, None], float("-inf"))
     # One score per later step, at the query's own position
-    own = [x[:, start:stop].transpose(1, 2)[:, :, None] for x in later]  # [B, G, 1, Q, E]
-    scores = torch.cat([past_BGRQP, *((q_BGRQE * k).sum(-1, keepdim=True) for k in own[::2])], -1)
+    own = [x.transpose(1, 2)[:, :, None] for x in later]  # [B, G, 1, Q, E]
+    weights = torch.cat([past_BGRQP, *((q_BGRQE * k).sum(-1, keepdim=True) for k in own[::2])], -1).softmax(-1)
     # Weighted sum of the values
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v_BGPE.dtype)
-    y_BGRQE = weights[..., :stop] @ v_BGPE[:, :, None]
+    y_BGRQE = weights[..., :P] @ v_BG1PE
     for step, v in enumerate(own[1::2]):
-        y_BGRQE = y_BGRQE + weights[..., stop + step, None] * v
+        y_BGRQE = y_BGRQE + weights[..., P + step, None] * v
     return y_BGRQE.permute(0, 3, 1, 2, 4).flatten(2, 3)

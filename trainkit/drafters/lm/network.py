@@ -37,6 +37,7 @@ from trainkit.models.load import (
     with_known_rope,
 )
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.target import FrozenTarget
 
 
 class LMDraft(Drafter):
@@ -95,11 +96,11 @@ class LMDraft(Drafter):
         self.register_buffer("head_KD", None, persistent=False)
         self.head_KD: Tensor | None  # rows of the head for serving, if the vocabulary is trimmed
 
-    def initialise(self, target_folder: Path) -> None:
+    def initialise(self, target: FrozenTarget) -> None:
         if self.init == "scratch":
             return
         if self.init != "target":
-            note_other_tokenizer(self.init, target_folder)
+            note_other_tokenizer(self.init, target.folder)
             copy_weights(self.decoder, read_tensors(self.init), self.init)
             return
         # Sizes: all but the number of layers must be the target's
@@ -109,7 +110,7 @@ class LMDraft(Drafter):
             sizes = f"{name} {getattr(ours, name)} is not the target's {getattr(needed, name)}"
             raise UserError(f"drafter.init: 'target' copies whole layers, but {sizes}; set init: scratch, or leave {name} out")
         # Weights: every n-th layer, and everything outside the layers
-        source = load_decoder(target_folder, dtype=torch.float32)
+        source = load_decoder(target.folder, dtype=torch.float32)
         for index, layer in enumerate(self.decoder.layers):
             layer.load_state_dict(source.layers[index * theirs.num_layers // ours.num_layers].state_dict())
         self.decoder.embed.load_state_dict(source.embed.state_dict())

@@ -30,7 +30,6 @@ from trainkit.drafters.base import (
     TargetHandle,
     TargetShape,
 )
-from trainkit.losses.output import combine_heads
 
 MAX_WIDTH = 4
 
@@ -59,16 +58,13 @@ class Twig(Drafter):
     def forward(self, batch: DraftBatch, divergence: Divergence) -> LossOutput:
         assert batch.taps_BTAD is not None
         hidden_BTD = self.fuse(batch.taps_BTAD.flatten(2).to(self.fuse.weight.dtype))
-        outputs, counted = [], []
+        hidden, counted = [], []
         for step in (1, 2):
             # after reading x_{t+step}, position t predicts x_{t+step+1}
-            counted_BT, target_ND, labels_N = batch.training_targets(step + 1)
+            counted.append((batch.label_mask(step + 1), step + 1))
             hidden_BTD = self._grow(hidden_BTD, batch.tokens_BT.roll(-step, 1), batch.handle)
-            outputs.append(
-                divergence(hidden_BTD[counted_BT], batch.handle.head, target_ND, batch.teacher_head, labels_N=labels_N)
-            )
-            counted.append((counted_BT, step + 1))
-        return combine_heads(outputs, 1.0, counted)
+            hidden.append(hidden_BTD[counted[-1][0]])
+        return batch.heads_loss(divergence, hidden, batch.handle.head, counted, None, decay=1.0)
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         D = self.target.decoder.hidden_size
