@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -133,13 +134,15 @@ class Encoder:
     def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         return self._apply(messages, tokenize=False, add_generation_prompt=prompt)
 
-    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+    def _apply(self, messages: list[dict[str, Any]], spans: bool = False, **options: Any) -> Any:
         if self.template is None:
             raise UserError(
                 f"tokenizer {self.tokenizer.name_or_path}: has no chat template, but the data has chats; "
                 "add a chat_template.jinja, or use prompt and response columns"
             )
         try:
+            if spans:
+                return _render_spans(self.tokenizer, messages, self.template)
             return self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template is a small program: its own exceptions, and any that its mistakes cause
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -153,10 +156,12 @@ class Encoder:
         return _document(row.input_ids, row.loss_mask, chat=False)
 
     def _from_spans(self, messages: list[dict[str, Any]]) -> Document:
-        out = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        if not any(out["assistant_masks"]):
+        text, spans = self._apply(messages, spans=True)
+        out: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        mask = span_mask(out["offset_mapping"], spans)
+        if not any(mask):
             raise RowError("the template's generation spans contain no token of this chat")
-        return _document(out["input_ids"], out["assistant_masks"])
+        return _document(out["input_ids"], mask)
 
     def _from_prefix(self, messages: list[dict[str, Any]]) -> Document:
         before, after = self._render(messages[:-1], prompt=True), self._render(messages, prompt=False)
@@ -172,6 +177,34 @@ class Encoder:
         if end == len(prompt):
             raise RowError("the template renders nothing for the assistant's turn")
         return _document(ids, [0] * len(prompt) + [1] * (end - len(prompt)) + [0] * (len(ids) - end))
+
+
+def _render_spans(tokenizer: Tokenizer, messages: list[dict[str, Any]], template: str) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered chat, and the characters (start, end) of each generation span in it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options: dict[str, Any] = {**tokenizer.special_tokens_map, "chat_template": template, "return_assistant_tokens_mask": True}
+    rendered: Any = render_jinja_template([messages], **options)
+    (text,), (spans,) = rendered
+    return text, spans
+
+
+def span_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 at the tokens that lie inside a span, 0 elsewhere.
+
+    transformers' own mask is not used. It looks up the tokens of a span's first and last character, so it loses the last tokens
+    of a character that has several, and all spans from one on that begins with a blank if offsets are trimmed; and after a span
+    that ends at the first token it labels the rest of the chat (huggingface/transformers issue 47325).
+
+    Args:
+        offsets: First character of each token and the one after its last; tokens of one character have equal offsets.
+        spans: First character of each span and the one after its last, ascending.
+    """
+    starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(starts), np.int64)
+    for start, end in spans:
+        mask |= (starts >= start) & (ends > start) & (ends <= end)
+    return mask.tolist()
 
 
 def _document(ids: list[int], mask: list[int], chat: bool = True, divisible: bool = False) -> Document:

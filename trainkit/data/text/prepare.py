@@ -25,7 +25,7 @@ from trainkit.files import cache_folder, write_folder, write_json
 
 CACHE = cache_folder("data")
 """Default folder for prepared sets."""
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of every fingerprint. Increase it with any change of the code that changes the result for the same files."""
 
 
