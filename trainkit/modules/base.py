@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from trainkit.errors import UserError
 from trainkit.losses.output import LossOutput
@@ -266,8 +267,13 @@ class TrainingModule(LightningModule):
         if self._make_scheduler is not None:
             scheduler = self._make_scheduler(optimizer)
         else:
-            total = int(self.trainer.estimated_stepping_batches)
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, total))
+            total = self.trainer.estimated_stepping_batches
+            if total == math.inf:
+                raise UserError(
+                    "trainer.max_steps and max_epochs are -1, so the default learning rate schedule has no end; give one of "
+                    "them, or a model.lr_scheduler"
+                )
+            scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, int(total)))
         self._configured_groups = [
             {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
         ]
@@ -291,3 +297,8 @@ class TrainingModule(LightningModule):
                 group["lr"] *= new / old
                 for scheduler in schedulers:
                     scheduler.base_lrs[index] = new
+        # The restored learning rate is that of the checkpoint's schedule, which ends elsewhere if the number of steps changed.
+        for scheduler in schedulers:
+            if isinstance(scheduler, LambdaLR):
+                for group, rate, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                    group["lr"] = rate * share(scheduler.last_epoch)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from trainkit.data.mixture import MixedLoader, sequence
-from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer
+from trainkit.data.text.chat_template import Document, load_tokenizer
 from trainkit.data.text.packing import PackedSet, pack
 from trainkit.data.text.prepare import Prepared, prepare
 from trainkit.data.text.prompts import read_prompts
@@ -97,7 +97,6 @@ class MixtureData(TextData):
         self.max_new_tokens, self.sample_batch = max_new_tokens, sample_batch
         self.sets: dict[str, PackedSet] = {}
         self._prompts: list[list[int]] = []
-        self._pad_id = 0
 
     def connect(self, module: TrainingModule) -> None:
         if self.generated and not isinstance(module, DraftModule):
@@ -138,8 +137,6 @@ class MixtureData(TextData):
             )
         if len(self._prompts) < len(prompts):
             print(f"prompts: {len(prompts) - len(self._prompts)} of {len(prompts)} left out, too long for data.length")
-        pad = tokenizer.pad_token_id
-        self._pad_id = pad if isinstance(pad, int) else Encoder(tokenizer).end_id
 
     # Generating text during training
 
@@ -168,7 +165,7 @@ class MixtureData(TextData):
                 ids = torch.tensor([*prompt, *tokens], dtype=torch.int32).numpy()
                 documents.append(Document(ids, torch.arange(len(ids)).ge(len(prompt)).numpy()))
             used += wanted
-            packed = pack(documents, self.length, self._pad_id)
+            packed = pack(documents, self.length)
             if len(packed) > rows:  # one more, because the last row is seldom full and is not trained on
                 return packed, used - start
             # Too few rows: estimate from the mean length so far how many more prompts are needed.

@@ -111,10 +111,7 @@ def prepare(
             held_out, validation_report = _encode("validation", validation, encoder, limit_validation, policy)
         else:
             rows, held_out, validation_report = _hold_out(rows, validation_share, seed)
-        pad_id = loaded.pad_token_id if isinstance(loaded.pad_token_id, int) else encoder.end_id
-        train_set, validation_set = (
-            pack(list(chain.from_iterable(part)), length, pad_id, fingerprint) for part in (rows, held_out)
-        )
+        train_set, validation_set = (pack(list(chain.from_iterable(part)), length, fingerprint) for part in (rows, held_out))
         train_report.measure(train_set)
         validation_report.measure(validation_set)
         return Prepared(train_set, validation_set, Report(train_report, validation_report), fingerprint)
