@@ -191,3 +191,11 @@ def test_lazy_noise_equals_noise_made_at_once():
     assert torch.equal(Noise(keys, roots, tokens, CHOICE, rows=3)[:, :3], whole[:, :3])
     assert torch.equal(noise[:, 1:2], whole[:, 1:2]) and noise._noise_BRV.shape[1] == 4
     assert torch.equal(noise[:, :6], whole) and torch.equal(noise[:, 0:1], whole[:, :1]) and noise._noise_BRV.shape[1] == 8
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 1e-46, 1e-9])
+def test_smallest_top_p_keeps_the_likeliest_token(top_p, seed):
+    """The likeliest token stays, however small top_p is, even if it is 0 in float32."""
+    logits = torch.randn(3, 50)
+    kept = Sampling(temperature=1.0, top_p=top_p).process(logits).isfinite()
+    assert kept.sum(-1).tolist() == [1, 1, 1] and torch.equal(kept.int().argmax(-1), logits.argmax(-1))
