@@ -19,7 +19,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
-from trainkit.models.load import MODEL_ERRORS, check_finite, decoder_shape, first_lines, read_config, read_tokenizer
+from trainkit.models.load import (
+    MODEL_ERRORS,
+    check_finite,
+    check_text_only,
+    decoder_shape,
+    first_lines,
+    read_config,
+    read_tokenizer,
+)
 from trainkit.models.shape import TargetHandle, TargetShape
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -73,8 +81,10 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
     from transformers.utils import logging
 
     options: dict[str, Any] = {}
+    config = read_config(folder, trust_remote_code)
+    check_text_only(config, folder)
     if not layers:
-        options["config"] = config = read_config(folder, trust_remote_code)
+        options["config"] = config
         config.num_hidden_layers = 0
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = []
