@@ -54,6 +54,17 @@ def test_without_spans_each_turn_is_a_document(tokenizer: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("template", [None, NO_SPANS])
+def test_turn_of_weight_0_is_context_only(template: str | None, tokenizer: Any) -> None:
+    """An assistant turn of weight 0 is read by the model but has no labels, with generation spans and without."""
+    tokenizer.chat_template = template or tokenizer.chat_template
+    plain, weighted = chat("Hi", "Wrong", "Sure?", "No, right"), chat("Hi", "Wrong", "Sure?", "No, right")
+    weighted.messages[1]["weight"], weighted.messages[3]["weight"] = 0, 1
+    (document,) = Encoder(tokenizer).documents(weighted)
+    assert [text for label, text in spans(tokenizer, document) if label] == ["No, right<|end|>"]
+    assert document.tokens.tolist() == Encoder(tokenizer).documents(plain)[-1].tokens.tolist()
+
+
 def test_thinking_counts_only_in_its_own_turn(tokenizer: Any) -> None:
     """Thinking that the template strips counts in its own turn and is absent where it would be context."""
     tokenizer.chat_template = STRIPS_THINKING

@@ -102,7 +102,7 @@ class Encoder:
         return end
 
     def documents(self, row: Row) -> list[Document]:
-        """The row's documents: one, or one for each assistant turn if the template has no generation spans.
+        """The row's documents: one; or one for each counted turn if the template has no generation spans or a turn has weight 0.
 
         Raises:
             RowError: the template rejects the row, the tokens of prompt and response cannot be separated, or an id is outside
@@ -118,9 +118,10 @@ class Encoder:
             prompt, response = self.encode(row.prompt + row.separator), [*self.encode(row.response), self.end_id]
             return [_document(prompt + response, [0] * len(prompt) + [1] * len(response))]
         assert isinstance(row, (Chat, PromptResponse))
-        if self.has_spans:
+        roles = [message["role"] for message in row.messages]
+        turns = row.counted if isinstance(row, Chat) else [len(roles) - 1]
+        if self.has_spans and len(turns) == roles.count("assistant"):  # spans do not say which turn they are of
             return [self._from_spans(row.messages)]
-        turns = [n for n, message in enumerate(row.messages) if message["role"] == "assistant"]
         return [self._from_prefix(row.messages[: n + 1]) for n in turns]
 
     def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:

@@ -20,6 +20,11 @@ class Chat:
 
     messages: list[dict[str, Any]]
 
+    @property
+    def counted(self) -> list[int]:
+        """Indices of the assistant turns whose tokens are labels: all but those of `weight` 0, as in OpenAI's format."""
+        return [n for n, turn in enumerate(self.messages) if turn["role"] == "assistant" and turn.get("weight", 1)]
+
 
 @dataclass(frozen=True)
 class PromptResponse:
@@ -129,7 +134,9 @@ def parse_sharegpt(conversations: Any) -> list[dict[str, Any]]:
             raise RowError(f"conversations[{n}].from is {speaker!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(value, str):
             raise RowError(f"conversations[{n}].value must be text, not {_describe(value)}")
-    return [{"role": _ROLES[speaker], "content": value} for speaker, value in turns]
+    messages = [{"role": _ROLES[speaker], "content": value} for speaker, value in turns]
+    weights = [{"weight": turn["weight"]} if turn.get("weight") is not None else {} for turn in conversations]
+    return [message | weight for message, weight in zip(messages, weights, strict=True)]
 
 
 def check_text(name: str, value: Any) -> str:
@@ -168,6 +175,10 @@ def _chat(messages: list[dict[str, Any]]) -> Chat:
     for n in turns:
         if not messages[n]["content"].strip() and not messages[n].get("tool_calls"):
             raise RowError(f"turn {n} is an empty assistant turn")
+        if (weight := messages[n].get("weight", 1)) not in (0, 1):
+            raise RowError(f"turn {n} has weight {weight!r}; it must be 0 (no labels) or 1")
+    if not Chat(messages).counted:
+        raise RowError("all assistant turns have weight 0, so nothing is a label")
     return Chat(messages)
 
 
