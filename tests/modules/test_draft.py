@@ -147,6 +147,13 @@ def test_padding_token_outside_the_vocabulary_is_not_used(tiny_target, chats, tm
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize(("precision", "said"), [("bf16-true", True), ("bf16-mixed", False)])
+def test_weights_trained_in_bfloat16_are_reported(precision, said, tiny_target, chats, tmp_path, capsys):
+    """Weights that are themselves bfloat16 lose most small updates; the run says so, and names the precision that does not."""
+    fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path, steps=1, precision=precision)
+    assert ("update below 0.0039 of a weight is lost; bf16-mixed" in capsys.readouterr().err) == said
+
+
 def test_draft_equal_to_target_accepts_everything(tiny_target, chats, tmp_path):
     """A draft that IS the target accepts everything: alpha, coupled alpha and agreement 1, tau depth + 1."""
     trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_checkpointing=False)

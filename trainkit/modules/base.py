@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -180,6 +181,14 @@ class TrainingModule(LightningModule):
     def on_train_start(self) -> None:
         self._logged_step = self.trainer.global_step
         self._restore_configured_values()
+        narrow = {p.dtype for p in self.parameters() if p.requires_grad and torch.finfo(p.dtype).bits < 32}
+        if narrow and self.trainer.is_global_zero and "DeepSpeed" not in type(self.trainer.strategy).__name__:
+            lost = max(torch.finfo(dtype).eps / 2 for dtype in narrow)
+            print(
+                f"trainer.precision {self.trainer.precision}: the trained weights are not float32, so an update below "
+                f"{lost:.2g} of a weight is lost; bf16-mixed keeps them in float32",
+                file=sys.stderr,
+            )
         self._step_end = time.perf_counter()
 
     # Validation

@@ -102,7 +102,7 @@ class Encoder:
         return end
 
     def documents(self, row: Row) -> list[Document]:
-        """The row's documents: one; or one for each counted turn if the template has no generation spans or a turn has weight 0.
+        """The row's documents: one; or one for each counted turn if the template has no generation spans or some have weight 0.
 
         Raises:
             RowError: the template rejects the row, the tokens of prompt and response cannot be separated, or an id is outside
