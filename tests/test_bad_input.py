@@ -373,6 +373,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "negative temperature": (lambda it: it.generate(temperature=-1), ("temperature", "-1", "at least 0")),
     "negative temperature in a list": (lambda it: it.distill(temperatures="[0,-0.5]"), ("temperature", "-0.5", "at least 0")),
     "top_p out of range": (lambda it: it.distill(top_p=1.5), ("top_p", "1.5", "at most 1")),
+    "one token in a bench": (lambda it: it.bench(max_new_tokens=1), ("max_new_tokens", "1", "no round")),
     "depth 0 in a bench": (lambda it: it.bench(depths="[0,2]"), ("depths", "0", "at least 1")),
     "depth 0 in a recipe": (lambda it: it.fit(model__depth=0), ("model.depth", "0", "at least 1")),
     "depth 0 in eval": (lambda it: it.eval(depth=0, prompts=it.rows), ("depth", "0", "at least 1")),

@@ -147,7 +147,7 @@ def test_state_of_other_settings_is_refused(option: str, value: int) -> None:
 
 def test_empty_set_has_no_batches() -> None:
     """An empty set has no batches."""
-    loader = PackedLoader(pack([], 8, 0), 2)
+    loader = PackedLoader(pack([], 8), 2)
     assert len(loader) == 0 and list(loader) == []
 
 

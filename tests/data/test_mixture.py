@@ -27,7 +27,7 @@ class TextGenerator:
     def __call__(self, rows: int, used: int) -> tuple[PackedSet, int]:
         self.calls.append((rows, used))
         token = 1000 + len(self.calls)
-        return pack([Document(np.full(8, token, np.int32), np.ones(8, np.bool_))] * (rows + 1), 8, 0), rows + 1
+        return pack([Document(np.full(8, token, np.int32), np.ones(8, np.bool_))] * (rows + 1), 8), rows + 1
 
 
 def mixed(generator: TextGenerator, **options: Any) -> MixedLoader:

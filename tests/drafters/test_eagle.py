@@ -135,6 +135,27 @@ def test_unrolled_step_equals_cached_serving(teacher, seed):
                 torch.testing.assert_close(feature[0, 0], seen[step][place], rtol=1e-4, atol=1e-5)
 
 
+def test_training_covers_the_first_draft_after_a_prompt(teacher, seed):
+    """The feature of a prompt's last token is trained to predict the answer's second token, which serving drafts first."""
+    prompt, T = 6, 12
+    tokens = torch.randint(320, (1, T))
+    row = {"tokens_BT": tokens, "positions_BT": torch.arange(T)[None], "document_BT": torch.zeros_like(tokens)}
+    hidden, taps = teacher.forward(*row.values(), taps=Eagle(teacher.shape()).taps)
+    assert taps is not None
+    taps = taps.detach().requires_grad_()
+    batch = DraftBatch(
+        **row, mask_BT=torch.arange(T)[None] >= prompt, taps_BTAD=taps, hidden_BTD=hidden, handle=teacher.handle()
+    )
+    scrambled(teacher, steps=1)(batch, ForwardKL()).sum.backward()
+    assert taps.grad is not None
+    reached = taps.grad.abs().sum((0, 2, 3)) > 0
+    assert reached[: T - 2].all() and not reached[T - 2 :].any()  # the answer's last two tokens predict nothing
+    only = torch.arange(T)[None] == prompt + 1
+    taps.grad = None
+    scrambled(teacher, steps=1)(replace(batch, mask_BT=only), ForwardKL()).sum.backward()
+    assert (taps.grad.abs().sum((0, 2, 3)) > 0).nonzero()[:, 0].tolist() == list(range(prompt))
+
+
 def test_training_counts_only_proposable_labels(teacher, seed):
     """In training only labels inside the draft vocabulary count."""
     ids = list(range(0, 320, 2))
@@ -324,6 +345,30 @@ def test_missing_tensor_is_refused(teacher, seed, tmp_path):
     del tensors["midlayer.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"midlayer\.mlp\.up_proj\.weight' is missing"):
+        Eagle.load(tmp_path, teacher.shape(), {})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop("d2t"), None),
+        (lambda tensors: tensors.pop("t2d"), None),
+        (lambda tensors: (tensors.pop("d2t"), tensors.pop("t2d")), "no d2t"),
+        (lambda tensors: tensors["d2t"].zero_(), "d2t and t2d name different"),
+        (lambda tensors: tensors["t2d"].zero_(), "d2t and t2d name different"),
+    ],
+)
+def test_one_vocabulary_map_is_enough_and_two_agree(change, said, teacher, seed, tmp_path):
+    """The draft's tokens come from either map; a file without both, or with one that was never filled, is refused."""
+    draft = scrambled(teacher, draft_vocab=list(range(5, 300, 3)))
+    draft.export(tmp_path, torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    if said is None:
+        assert Eagle.load(tmp_path, teacher.shape(), {}).draft_vocab == draft.draft_vocab
+        return
+    with pytest.raises(UserError, match=said):
         Eagle.load(tmp_path, teacher.shape(), {})
 
 

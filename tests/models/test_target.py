@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.targets import make_target
 from trainkit.errors import UserError
-from trainkit.models.target import FrozenTarget, end_ids, target_shape
+from trainkit.models.target import FrozenTarget, end_ids, load_model, target_shape
 
 SIZES = {
     "vocab_size": 96,
@@ -177,3 +177,13 @@ def test_end_ids_are_the_union_of_both_configs(tmp_path):
     model.generation_config.eos_token_id = [5, 7]
     model.generation_config.save_pretrained(tmp_path)
     assert end_ids(tmp_path, model.config) == (2, 5, 7)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "llama4"])
+def test_model_of_text_and_images_gives_one_line(model_type, tmp_path):
+    """A model of several inputs is refused by its config, before any weights are read, and the remedy is named."""
+    AutoConfig.for_model(model_type, text_config=SIZES).save_pretrained(tmp_path)
+    for read in (FrozenTarget, target_shape, lambda folder: load_model(folder, torch.float32)):
+        with pytest.raises(UserError, match=f"{model_type}.*text and other inputs.*language model") as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)

@@ -20,6 +20,16 @@ from trainkit.modules.draft import rounds
 from trainkit.modules.language import LanguageModule
 
 
+class Rates(Callback):
+    """Records the learning rate of every step in `values`."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        self.values.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
 class Start(Callback):
     """Saves the untrained weights as a checkpoint."""
 
@@ -46,6 +56,25 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(stop, tiny_target, chats, 
     fit(resumed, text_data(chats, tmp_path), tmp_path / "b", second, steps=30, ckpt_path=last)
     assert first.values + second.values == straight.values
     assert all(torch.equal(value, weights(tmp_path / "b")[name]) for name, value in weights(tmp_path / "a").items())
+
+
+def test_resumed_run_follows_the_schedule_of_its_new_end(tiny_target, chats, tmp_path):
+    """A run of 4 steps that is resumed to 12 takes its first step, too, with the learning rate of a run of 12 steps."""
+    straight, resumed = Rates(), Rates()
+    fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path / "a", straight, steps=12)
+    fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path / "b", steps=4)
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path / "b", resumed, steps=12, ckpt_path=last)
+    assert resumed.values == straight.values[4:] and straight.values[3] > straight.values[4] > straight.values[11]
+
+
+def test_schedule_without_an_end_gives_one_line(tiny_target, chats, tmp_path):
+    """Without a number of steps or epochs the default schedule has no end, which is said before training."""
+    with pytest.raises(UserError, match=r"trainer\.max_steps.*model\.lr_scheduler"):
+        fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path, steps=-1, max_epochs=-1, max_time="00:00:01:00")
+    constant = draft_module(tiny_target, lr_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0))
+    trainer = fit(constant, text_data(chats, tmp_path), tmp_path, StopAt(2), steps=-1, max_epochs=-1)
+    assert trainer.global_step == 2
 
 
 @pytest.mark.parametrize("divergence", [ForwardKL(), TVDpp(normalise="batch")], ids=["kl", "tvdpp"])
@@ -98,6 +127,31 @@ def test_foreign_checkpoint_gives_one_line(tmp_path):
         with pytest.raises(UserError) as caught:
             read_checkpoint(path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_padding_token_outside_the_vocabulary_is_not_used(tiny_target, chats, tmp_path):
+    """A tokenizer whose padding token the model does not know, as many fine-tunes have, trains like one without it."""
+    from transformers import AutoTokenizer
+
+    losses = []
+    for pad in (None, "<pad>"):
+        tokenizer, folder = AutoTokenizer.from_pretrained(tiny_target), tmp_path / f"tokenizer-{pad}"
+        tokenizer.add_special_tokens({"pad_token": pad or tokenizer.eos_token})
+        assert pad is None or tokenizer.pad_token_id == len(tokenizer) - 1 == 320
+        tokenizer.save_pretrained(folder)
+        seen = Losses()
+        fit(
+            draft_module(tiny_target), text_data(chats, tmp_path, tokenizer=str(folder)), tmp_path / f"run-{pad}", seen, steps=2
+        )
+        losses.append(seen.values)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("precision", "said"), [("bf16-true", True), ("bf16-mixed", False)])
+def test_weights_trained_in_bfloat16_are_reported(precision, said, tiny_target, chats, tmp_path, capsys):
+    """Weights that are themselves bfloat16 lose most small updates; the run says so, and names the precision that does not."""
+    fit(draft_module(tiny_target), text_data(chats, tmp_path), tmp_path, steps=1, precision=precision)
+    assert ("update below 0.0039 of a weight is lost; bf16-mixed" in capsys.readouterr().err) == said
 
 
 def test_draft_equal_to_target_accepts_everything(tiny_target, chats, tmp_path):

@@ -272,6 +272,15 @@ def test_invalid_calls_and_folders_are_named(runner, tiny_target, tmp_path):
             Runner.load(tiny_target, device="cuda")
 
 
+def test_logits_that_are_not_finite_are_refused(tmp_path):
+    """A target that overflows float16 is refused with the remedy; it would otherwise write token 0 for ever."""
+    folder = make_target(tmp_path / "loud", std=6.0)
+    prompts = [[5], [6, 7, 8]]
+    with pytest.raises(UserError, match="prompt 0: the target's logits are NaN or infinite in float16; .*bfloat16"):
+        Runner.load(folder, dtype="float16").generate(prompts, max_new_tokens=4)
+    assert all(len(out.tokens) for out in Runner.load(folder, dtype="bfloat16").generate(prompts, max_new_tokens=4))
+
+
 def test_float64_weights_decode_the_exact_argmax(seed, tmp_path):
     """In float64 the decoder's rounding is far below any gap, so each token is the argmax of an uncached forward."""
     decoder = random_decoder()

@@ -223,3 +223,11 @@ def test_noise_in_parts_equals_noise_at_once(monkeypatch):
     for limit in (1, 80, 170, 300):
         monkeypatch.setattr(sampling, "CHUNK", limit)
         assert torch.equal(gumbel(keys, positions, tokens, CHOICE), whole)
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 1e-46, 1e-9])
+def test_smallest_top_p_keeps_the_likeliest_token(top_p, seed):
+    """The likeliest token stays, however small top_p is, even if it is 0 in float32."""
+    logits = torch.randn(3, 50)
+    kept = Sampling(temperature=1.0, top_p=top_p).process(logits).isfinite()
+    assert kept.sum(-1).tolist() == [1, 1, 1] and torch.equal(kept.int().argmax(-1), logits.argmax(-1))

@@ -15,7 +15,7 @@ def packed_set(rows: int, seed: int = 0) -> PackedSet:
     """Rows of 8 slots, each with two documents of 4 equal tokens (10, 11, ...), under random loss masks."""
     rng = np.random.default_rng(seed)
     documents = [Document(np.full(4, 10 + n, np.int32), rng.random(4) < 0.6) for n in range(2 * rows)]
-    return pack(documents, 8, 0, "fingerprint")
+    return pack(documents, 8, "fingerprint")
 
 
 def documents_of(packed: PackedSet) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -81,7 +81,7 @@ class MixedLoader:
                 packed = self._loader.packed
                 assert isinstance(packed, PackedSet)
                 state["rows"] = {name: torch.from_numpy(np.array(getattr(packed, name))) for name in ARRAYS}
-                state["rows"] |= {"length": packed.length, "pad_id": packed.pad_id}
+                state["rows"] |= {"length": packed.length}
                 state["used"] = dict(self._used)
         return state
 
@@ -97,7 +97,7 @@ class MixedLoader:
         if "inner" in state:
             if "rows" in state:
                 arrays = {name: state["rows"][name].numpy() for name in ARRAYS}
-                packed = PackedSet(**arrays, length=state["rows"]["length"], pad_id=state["rows"]["pad_id"])
+                packed = PackedSet(**arrays, length=state["rows"]["length"])
                 self._before, self._used = dict(state["before"]), dict(state["used"])
             else:
                 packed = self._draw()

@@ -152,12 +152,22 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def check_text_only(config: Any, folder: str | Path) -> None:
+    """Raises UserError for a model of text and images or sound: its sizes and layers are those of several models."""
+    if getattr(config, "text_config", None) is not None:
+        raise UserError(
+            f"{folder}/config.json: model_type {config.model_type!r} is a model of text and other inputs (text_config); save "
+            "its language model in a folder of its own and give that"
+        )
+
+
 def decoder_shape(config: Any) -> DecoderShape:
     """The sizes of any Llama-like config; does not check whether `Decoder` supports it.
 
     Raises:
         UserError: a size is missing or not a positive integer.
     """
+    check_text_only(config, config._name_or_path or config.model_type)
     where = f"{config._name_or_path or config.model_type}/config.json"
     sizes: dict[str, Any] = {name: getattr(config, name, None) for name in _SIZES}
     for name, value in sizes.items():

@@ -27,6 +27,7 @@ from trainkit.models.load import (
     MODEL_ERRORS,
     check_covered,
     check_finite,
+    check_text_only,
     decoder_shape,
     first_lines,
     has_tokenizer,
@@ -87,8 +88,10 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
     from transformers.utils import logging
 
     options: dict[str, Any] = {}
+    config = read_config(folder, trust_remote_code)
+    check_text_only(config, folder)
     if not layers:
-        options["config"] = config = read_config(folder, trust_remote_code)
+        options["config"] = config
         config.num_hidden_layers = 0
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = []

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from trainkit.errors import UserError
@@ -247,6 +248,14 @@ class TrainingModule(LightningModule):
     def on_train_start(self) -> None:
         self._logged_step = self.trainer.global_step
         self._restore_configured_values()
+        narrow = {p.dtype for p in self.parameters() if p.requires_grad and torch.finfo(p.dtype).bits < 32}
+        if narrow and self.trainer.is_global_zero and "DeepSpeed" not in type(self.trainer.strategy).__name__:
+            lost = max(torch.finfo(dtype).eps / 2 for dtype in narrow)
+            print(
+                f"trainer.precision {self.trainer.precision}: the trained weights are not float32, so an update below "
+                f"{lost:.2g} of a weight is lost; bf16-mixed keeps them in float32",
+                file=sys.stderr,
+            )
         self._step_end = time.perf_counter()
 
     # Validation
@@ -344,7 +353,7 @@ class TrainingModule(LightningModule):
                     "trainer.max_steps and trainer.max_epochs are -1, but the default schedule needs a last step; "
                     "set one of them, or model.lr_scheduler"
                 )
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, int(total)))
+            scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, int(total)))
         self._configured_groups = [
             {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
         ]
@@ -368,3 +377,8 @@ class TrainingModule(LightningModule):
                 group["lr"] *= new / old
                 for scheduler in schedulers:
                     scheduler.base_lrs[index] = new
+        # The restored learning rate is that of the checkpoint's schedule, which ends elsewhere if the number of steps changed.
+        for scheduler in schedulers:
+            if isinstance(scheduler, LambdaLR):
+                for group, rate, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                    group["lr"] = rate * share(scheduler.last_epoch)

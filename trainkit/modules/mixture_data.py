@@ -101,7 +101,6 @@ class MixtureData(TextData):
         self.max_new_tokens, self.sample_batch = max_new_tokens, sample_batch
         self.sets: dict[str, PackedSet] = {}
         self._prompts: list[list[int]] = []
-        self._pad_id = 0
 
     def connect(self, module: TrainingModule) -> None:
         if self.generated and not isinstance(module, DraftModule):
@@ -152,8 +151,6 @@ class MixtureData(TextData):
         for count, reason in counts:
             if count:
                 print(f"prompts: {count} of {len(prompts)} left out, {reason}")
-        pad = tokenizer.pad_token_id
-        self._pad_id = pad if isinstance(pad, int) else encoder.end_id
 
     # Generating text during training
 
@@ -182,7 +179,7 @@ class MixtureData(TextData):
                 ids = torch.tensor([*prompt, *tokens], dtype=torch.int32).numpy()
                 documents.append(Document(ids, torch.arange(len(ids)).ge(len(prompt)).numpy()))
             used += wanted
-            packed = pack(documents, self.length, self._pad_id)
+            packed = pack(documents, self.length)
             if len(packed) > rows:  # one more, because the last row is seldom full and is not trained on
                 return packed, used - start
             # Too few rows: estimate from the mean length so far how many more prompts are needed.

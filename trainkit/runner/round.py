@@ -350,7 +350,7 @@ class Rounds:
         return output
 
     def _first_token(self, plan: Plan, state: RoundState, hidden_11D: Tensor, length: int) -> RoundOutput:
-        """The token after a prompt of this length; initialises the row."""
+        """The token after a prompt of this length, -1 if the target's logits are not finite; initialises the row."""
         logits = self.target.head(hidden_11D)
         state.position_B.fill_(length - 1)
         state.done_B.fill_(False)
@@ -359,7 +359,8 @@ class Rounds:
         scores = plan.sampling.process(logits)
         if not plan.sampling.greedy:
             scores = scores + gumbel(state.keys_B2, state.position_B[:, None] + 1, self.vocabulary, CHOICE)
-        token = scores.argmax(-1)
+        # NaN, as of float16 that overflowed, would silently become token 0.
+        token = scores.argmax(-1).masked_fill(~logits.amax(-1).isfinite(), -1)
         verdict = Verdict(None, torch.ones_like(token[:, 0]), token)
         self._move_root(state, verdict)
         return RoundOutput(token, verdict.counts_B, _logprobs(logits, token) if plan.logprobs else None)

@@ -78,6 +78,7 @@ class Sampling:
             ordered, order = logits.sort(dim=-1, descending=True, stable=True)
             probabilities = ordered.softmax(-1)
             cut = probabilities.cumsum(-1) - probabilities >= self.top_p
+            cut[..., 0] = False  # a top_p below the smallest float32 would leave no token
             logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), float("-inf"))
         return logits
 

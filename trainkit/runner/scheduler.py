@@ -178,11 +178,21 @@ class Scheduler:
             )
 
     def _prefill(self, request: Request, plan: Plan, row: RoundState) -> RoundOutput:
-        """Reads a prompt into a free row and returns its first token."""
+        """Reads a prompt into a free row and returns its first token.
+
+        Raises:
+            UserError: the target's logits are not finite.
+        """
         row.keys_B2.copy_(torch.tensor([request.keys], dtype=torch.int32))
         row.limit_B.fill_(request.limit)
         output = self.rounds.prefill(plan, row, torch.tensor(request.prompt, device=self.device), later=request.missed > 0)
-        return replace(output, **{name: tensor.cpu() for name, tensor in output.tensors.items()})
+        output = replace(output, **{name: tensor.cpu() for name, tensor in output.tensors.items()})
+        if int(output.emitted_BP) < 0:
+            dtype = str(row.cache.dtype).removeprefix("torch.")
+            raise UserError(
+                f"prompt {request.index}: the target's logits are NaN or infinite in {dtype}; decode in bfloat16 or float32"
+            )
+        return output
 
     def _span(self, needed: int, state: RoundState) -> int:
         """Number of cache slots that a round reads, at most all; one of a few sizes, so that few graphs are captured."""

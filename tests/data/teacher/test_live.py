@@ -34,7 +34,7 @@ def packed(seed: int) -> PackedSet:
     """A few rows of random documents, the last row not full."""
     lengths = torch.randint(4, 20, (9,)).tolist()
     documents = [Document(np.array(torch.randint(0, 320, (n,)).tolist(), np.int32), np.arange(n) > 1) for n in lengths]
-    return pack(documents, 24, 1)
+    return pack(documents, 24)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.targets import make_tokenizer
 from tests.support.tiny_data import NO_SPANS, STRIPS_THINKING
-from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer
+from trainkit.data.text.chat_template import Document, Encoder, load_tokenizer, span_mask
 from trainkit.data.text.formats import Chat, PlainText, PromptResponse, TokenRow, parse_row
 from trainkit.data.text.prepare import prepare
 from trainkit.data.text.sources import RowError
@@ -52,6 +54,17 @@ def test_without_spans_each_turn_is_a_document(tokenizer: Any) -> None:
         (True, "Good night<|end|>"),
         (False, "\n"),
     ]
+
+
+@pytest.mark.parametrize("template", [None, NO_SPANS])
+def test_turn_of_weight_0_is_context_only(template: str | None, tokenizer: Any) -> None:
+    """An assistant turn of weight 0 is read by the model but has no labels, with generation spans and without."""
+    tokenizer.chat_template = template or tokenizer.chat_template
+    plain, weighted = chat("Hi", "Wrong", "Sure?", "No, right"), chat("Hi", "Wrong", "Sure?", "No, right")
+    weighted.messages[1]["weight"], weighted.messages[3]["weight"] = 0, 1
+    (document,) = Encoder(tokenizer).documents(weighted)
+    assert [text for label, text in spans(tokenizer, document) if label] == ["No, right<|end|>"]
+    assert document.tokens.tolist() == Encoder(tokenizer).documents(plain)[-1].tokens.tolist()
 
 
 def test_thinking_counts_only_in_its_own_turn(tokenizer: Any) -> None:
@@ -277,3 +290,40 @@ def test_named_templates_need_a_default(tokenizer: Any, rows_file: Callable[...,
         prepare([path], None, tokenizer, 64)
     assert "\n" not in str(caught.value)
     assert Encoder(tokenizer).documents(PlainText("needs no template"))
+
+
+MARKED = "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+MARKED += "{% else %}<|user|>{{ m['content'] }}{% endif %}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("turns", "labels"),
+    [
+        ([("assistant", "A"), ("user", "and B?"), ("assistant", "no")], ["A", "no"]),
+        ([("user", "which?"), ("assistant", "this 😀"), ("user", "and?"), ("assistant", "é")], ["this 😀", "é"]),
+        ([("user", "which?"), ("assistant", "yes"), ("user", "and?"), ("assistant", " sold")], ["yes", " sold"]),
+    ],
+)
+def test_span_mask_covers_whole_answers_only(turns: list[tuple[str, str]], labels: list[str]) -> None:
+    """Labels are all tokens of every answer: one token at the start, a last character of several tokens, a first blank."""
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as that of GPT-2 and Llama 3
+    tokenizer.chat_template = MARKED
+    (document,) = Encoder(tokenizer).documents(Chat([{"role": role, "content": content} for role, content in turns]))
+    assert [text for label, text in spans(tokenizer, document) if label] == labels
+
+
+def test_span_mask_is_of_the_tokens_inside(seed: int) -> None:
+    """Labels are the tokens whose bytes all lie inside a span, wherever the edges of the spans lie."""
+    tokenizer, rng = make_tokenizer(), random.Random(seed)
+    for _ in range(50):
+        text = "".join(rng.choices(["Natalia", " sold", " clips", "4", "8", " ", "\n", "é", "😀", "<|end|>"], k=12))
+        edges = sorted(rng.sample(range(len(text) + 1), 4))
+        out = tokenizer(text, return_offsets_mapping=True)
+        bounds, inside, at = [len(text[:edge].encode()) for edge in edges], [], 0
+        for token in tokenizer.convert_ids_to_tokens(out["input_ids"]):
+            start, at = at, at + len(token)  # a byte-level token has one character per byte
+            inside.append(any(first <= start and at <= last for first, last in (bounds[:2], bounds[2:])))
+        assert span_mask(out["offset_mapping"], [(edges[0], edges[1]), (edges[2], edges[3])]) == inside, (text, edges)

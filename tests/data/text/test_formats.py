@@ -132,6 +132,8 @@ BAD = [
     ('{"messages": [{"role": "user", "content": "bad \\ud83d emoji"}]}', r"has a lone surrogate, '\\ud83d'"),
     ('{"id": "\\uDE00\\uD83D", "text": "x"}', r"has a lone surrogate, '\\ude00'"),
     ({"messages": TURNS[:1]}, "no assistant turn"),
+    ({"messages": [*TURNS[:1], {"role": "assistant", "content": "x", "weight": 0.5}]}, "turn 1 has weight 0.5"),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]}, "have weight 0"),
     ({"messages": [*TURNS[:1], {"role": "assistant", "content": " "}]}, "turn 1 is an empty assistant turn"),
     ({"messages": [{"role": "judge", "content": "x"}, *TURNS]}, "the chat template rejects the turns: roles are user and"),
     ({"conversations": [{"from": "alien", "value": "x"}]}, r"conversations\[0\]\.from is 'alien'; it must be one of human"),

@@ -122,7 +122,7 @@ def test_invalid_settings_are_named(
 
 
 def equal(a: Prepared, b: Prepared) -> bool:
-    fields = ("tokens_N", "mask_N", "documents_D", "rows_R", "length", "pad_id", "fingerprint")
+    fields = ("tokens_N", "mask_N", "documents_D", "rows_R", "length", "fingerprint")
     pairs = [(a.train, b.train), (a.validation, b.validation)]
     same_sets = all(np.array_equal(getattr(x, name), getattr(y, name)) for x, y in pairs for name in fields)
     return a.fingerprint == b.fingerprint and a.report == b.report and same_sets

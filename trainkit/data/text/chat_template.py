@@ -161,7 +161,7 @@ class Encoder:
         return "tools" in (self.template(tools) or "")
 
     def documents(self, row: Row) -> list[Document]:
-        """The row's documents: one, or one for each assistant turn if the template has no generation spans.
+        """The row's documents: one; or one for each counted turn if the template has no generation spans or some have weight 0.
 
         Raises:
             RowError: the template rejects the row, the tokens of prompt and response cannot be separated, or an id is outside
@@ -178,10 +178,11 @@ class Encoder:
                 prompt, response = self.encode(row.prompt + row.separator), [*self.encode(row.response), self.end_id]
                 return [self._document(prompt + response, np.arange(len(prompt) + len(response)) >= len(prompt))]
             row = Chat(row.messages, tools=row.tools)
-        template = self.template(row.tools)
-        if template and _GENERATION.search(template) and self.tokenizer.is_fast:
+        template, turns = self.template(row.tools), row.counted
+        assistant = [n for n, message in enumerate(row.messages) if message["role"] == "assistant" and n >= row.context]
+        # spans do not say which turn they are of, so a turn of weight 0 needs prefixes
+        if template and _GENERATION.search(template) and self.tokenizer.is_fast and turns == assistant:
             return [self._from_spans(row)]
-        turns = [n for n, message in enumerate(row.messages) if message["role"] == "assistant" and n >= row.context]
         return [self._from_prefix(row.messages[: n + 1], row.tools) for n in turns]
 
     def prompt_ids(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
@@ -212,7 +213,7 @@ class Encoder:
     def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
         return self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt)
 
-    def _apply(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
+    def _apply(self, messages: list[dict[str, Any]], tools: Any, spans: bool = False, **options: Any) -> Any:
         template = self.template(tools)
         if template is None:
             raise UserError(
@@ -220,14 +221,17 @@ class Encoder:
                 "add a chat_template.jinja, or use prompt and response columns"
             )
         try:
+            if spans:
+                return _render_spans(self.tokenizer, messages, tools, template)
             return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, **options)
         except Exception as error:  # a template is a small program: its own exceptions, and any that its mistakes cause
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RowError(f"the chat template rejects the turns: {reason}") from None
 
     def _from_spans(self, row: Chat) -> Document:
-        out = self._apply(row.messages, row.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = out["input_ids"], np.asarray(out["assistant_masks"], np.bool_)
+        text, spans = self._apply(row.messages, row.tools, spans=True)
+        out: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, mask = out["input_ids"], np.asarray(span_mask(out["offset_mapping"], spans), np.bool_)
         if row.context:
             context = self.prompt_ids(row.messages[: row.context], row.tools)
             if ids[: len(context)] != context:
@@ -263,6 +267,36 @@ class Encoder:
 
     def _document(self, ids: list[int], mask: np.ndarray, **options: Any) -> Document:
         return Document(np.asarray(self.check_ids(ids), np.int32), mask, **options)
+
+
+def _render_spans(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Any, template: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered chat, and the characters (start, end) of each generation span in it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    options: dict[str, Any] = {**tokenizer.special_tokens_map, "chat_template": template, "return_assistant_tokens_mask": True}
+    rendered: Any = render_jinja_template([messages], tools=tools, **options)
+    (text,), (spans,) = rendered
+    return text, spans
+
+
+def span_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 at the tokens that lie inside a span, 0 elsewhere.
+
+    transformers' own mask is not used. It looks up the tokens of a span's first and last character, so it loses the last tokens
+    of a character that has several, and all spans from one on that begins with a blank if offsets are trimmed; and after a span
+    that ends at the first token it labels the rest of the chat (huggingface/transformers issue 47325).
+
+    Args:
+        offsets: First character of each token and the one after its last; tokens of one character have equal offsets.
+        spans: First character of each span and the one after its last, ascending.
+    """
+    starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(starts), np.int64)
+    for start, end in spans:
+        mask |= (starts >= start) & (ends > start) & (ends <= end)
+    return mask.tolist()
 
 
 def _model_fields(folder: str) -> Any:

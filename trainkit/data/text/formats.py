@@ -30,6 +30,12 @@ class Chat:
     context: int = 0
     tools: list[dict[str, Any]] | None = None
 
+    @property
+    def counted(self) -> list[int]:
+        """Indices of the assistant turns whose tokens are labels: none of the context, none of `weight` 0 (OpenAI's format)."""
+        turns = enumerate(self.messages)
+        return [n for n, turn in turns if n >= self.context and turn["role"] == "assistant" and turn.get("weight", 1)]
+
 
 @dataclass(frozen=True)
 class PromptResponse:
@@ -151,7 +157,8 @@ def parse_turns(turns: Any, column: str) -> list[dict[str, Any]]:
         if content is not None or not calls:
             content = _join_parts(content, f"{where}.{keys[1]}")
         if sharegpt:
-            messages.append({"role": _ROLES[role], "content": content})
+            weight = {} if turn.get("weight") is None else {"weight": turn["weight"]}
+            messages.append({"role": _ROLES[role], "content": content} | weight)
             continue
         # null is no value: Arrow gives every turn the union of all keys
         messages.append({key: value for key, value in turn.items() if value is not None} | {"content": content})
@@ -235,7 +242,12 @@ def _chat(messages: list[dict[str, Any]], context: int = 0) -> Chat:
     for n in turns:
         if not (messages[n]["content"] or "").strip() and not messages[n].get("tool_calls"):
             raise RowError(f"turn {n} is an empty assistant turn")
-    return Chat(messages, context)
+        if (weight := messages[n].get("weight", 1)) not in (0, 1):
+            raise RowError(f"turn {n} has weight {weight!r}; it must be 0 (no labels) or 1")
+    chat = Chat(messages, context)
+    if not chat.counted:
+        raise RowError("all assistant turns have weight 0, so nothing is a label")
+    return chat
 
 
 def _pair(first: str, second: str, separator: str = "") -> Any:

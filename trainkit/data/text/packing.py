@@ -36,7 +36,6 @@ class PackedSet:
         documents_D: Start of each document in `tokens_N`, and the end of the last one: D + 1 entries, int64.
         rows_R: Start of each row in `documents_D`, and the end of the last one: R + 1 entries, int64.
         length: Tokens in a padded row.
-        pad_id: Id of padding.
         fingerprint: Digest of the data and settings that determine the set.
     """
 
@@ -45,7 +44,6 @@ class PackedSet:
     documents_D: np.ndarray
     rows_R: np.ndarray
     length: int
-    pad_id: int
     fingerprint: str = ""
 
     def __len__(self) -> int:
@@ -74,10 +72,11 @@ class PackedSet:
 
         Returns:
             tokens_BT and positions_BT, int64; document_BT, int64, numbered from 0 in each row and -1 on padding; mask_BT, bool;
-            rows_B, int64, the rows' indices and -1 for a row of padding. Padding has the id `pad_id` and positions that count
-            up from 0, as if it were one more document.
+            rows_B, int64, the rows' indices and -1 for a row of padding. Padding has the id 0, which every model knows (the
+            tokenizer's padding id may be outside its vocabulary), and positions that count up from 0, as if it were one more
+            document.
         """
-        tokens_BT = np.full((size, self.length), self.pad_id, np.int64)
+        tokens_BT = np.zeros((size, self.length), np.int64)
         positions_BT = np.tile(np.arange(self.length, dtype=np.int64), (size, 1))
         document_BT = np.full((size, self.length), -1, np.int64)
         mask_BT = np.zeros((size, self.length), np.bool_)
@@ -103,7 +102,7 @@ class PackedSet:
         folder.mkdir()
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name))
-        write_json(folder / "packed.json", {name: getattr(self, name) for name in ("length", "pad_id", "fingerprint")})
+        write_json(folder / "packed.json", {name: getattr(self, name) for name in ("length", "fingerprint")})
 
     @staticmethod
     def load(folder: Path) -> PackedSet:
@@ -115,9 +114,9 @@ class PackedSet:
 
 
 def join(parts: Sequence[tuple[PackedSet, Sequence[int]]]) -> PackedSet:
-    """One set of the selected rows of several sets, in order; all must have the same length and padding id."""
+    """One set of the selected rows of several sets, in order; all must have the same length."""
     first = parts[0][0]
-    assert all((packed.length, packed.pad_id) == (first.length, first.pad_id) for packed, _ in parts)
+    assert all(packed.length == first.length for packed, _ in parts)
     tokens, masks, sizes, rows = [first.tokens_N[:0]], [first.mask_N[:0]], [0], [0]
     for packed, chosen in parts:
         for row in chosen:
@@ -127,16 +126,15 @@ def join(parts: Sequence[tuple[PackedSet, Sequence[int]]]) -> PackedSet:
             sizes.extend(np.diff(bounds).tolist())
             rows.append(rows[-1] + len(bounds) - 1)
     arrays = np.concatenate(tokens), np.concatenate(masks), np.cumsum(sizes, dtype=np.int64), np.asarray(rows, np.int64)
-    return PackedSet(*arrays, first.length, first.pad_id)
+    return PackedSet(*arrays, first.length)
 
 
-def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: str = "") -> PackedSet:
+def pack(documents: Sequence[Document], length: int, fingerprint: str = "") -> PackedSet:
     """Documents packed into rows by best fit, longest first; deterministic, and each document is whole in exactly one row.
 
     Args:
         documents: Documents of 1 to `length` tokens.
         length: Tokens in a row.
-        pad_id: Id of padding.
         fingerprint: Digest of the data and settings.
     """
     # Each document goes into the fullest row that still has room for it, otherwise into a new row.
@@ -168,4 +166,4 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, fingerprint: s
     mask_N = np.concatenate([np.zeros(0, np.bool_), *(document.mask for document in placed)])
     mask_N[starts[:-1]] = False
     tokens_N = np.concatenate([np.zeros(0, np.int32), *(document.tokens for document in placed)])
-    return PackedSet(tokens_N, mask_N, starts, np.cumsum([0, *map(len, bins)], dtype=np.int64), length, pad_id, fingerprint)
+    return PackedSet(tokens_N, mask_N, starts, np.cumsum([0, *map(len, bins)], dtype=np.int64), length, fingerprint)

@@ -33,7 +33,7 @@ from trainkit.files import cache_folder, write_folder, write_json
 
 CACHE = cache_folder("data")
 """Default folder for prepared sets."""
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of every fingerprint. Increase it with any change of the code that changes the result for the same files."""
 EncodedRow = tuple[str, list[Document]]
 """Digest of a row's prompt, and its documents."""
@@ -144,9 +144,8 @@ def prepare(
         else:
             rows, held_out, prompts = _hold_out(rows, validation_share, seed)
             validation_report = SetReport("validation", rows=len(held_out), held_out=True)
-        pad_id = loaded.pad_token_id if isinstance(loaded.pad_token_id, int) else encoder.end_id
         train_set, validation_set = (
-            pack(list(chain.from_iterable(documents for _, documents in part)), length, pad_id, fingerprint)
+            pack(list(chain.from_iterable(documents for _, documents in part)), length, fingerprint)
             for part in (rows, held_out)
         )
         train_report.measure(train_set)

@@ -98,19 +98,32 @@ def to_file(state: Mapping[str, Tensor], layer: DecoderShape, ids_K: Tensor | No
     }
 
 
-def from_file(tensors: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Tensor], Tensor]:
+def from_file(tensors: Mapping[str, Tensor], source: Path, vocab_size: int) -> tuple[dict[str, Tensor], Tensor]:
     """The drafter's `state_dict` and the token ids of its head's rows [K], from a file of either layout.
 
+    Some published files have one of the maps `d2t` and `t2d`, or one that was never filled. For a head of all `vocab_size` ids
+    neither is needed. For a smaller one the ids come from the map that is there, and two must agree: a wrong map would propose
+    other tokens than were trained, and the text would stay exact but gain no speed.
+
     Raises:
-        UserError: a tensor is missing.
+        UserError: a tensor is missing, or both maps of a smaller vocabulary, or these disagree.
     """
     at = PREFIX["speculators" if any(name.startswith(PREFIX["speculators"]) for name in tensors) else "flat"]
     try:
         state = {ours: torch.cat([tensors[name] for name in theirs]) for ours, theirs in _names(at).items()}
     except KeyError as error:
         raise UserError(f"{source}: tensor {error.args[0]!r} is missing; give a whole EAGLE-3 checkpoint") from None
-    offsets_K = tensors.get("d2t", torch.zeros(len(state["lm_head.weight"]), dtype=torch.long))
-    return state, offsets_K.long() + torch.arange(len(offsets_K))
+    rows = len(state["lm_head.weight"])
+    found = [tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))] if "d2t" in tensors else []
+    if rows < vocab_size:
+        found += [tensors["t2d"].nonzero()[:, 0]] if "t2d" in tensors else []
+        if not found:
+            raise UserError(f"{source}: has {rows} draft tokens but no d2t that names them; give a whole EAGLE-3 checkpoint")
+        if any(not torch.equal(ids, found[0]) for ids in found):
+            raise UserError(
+                f"{source}: d2t and t2d name different draft tokens; give a checkpoint whose vocabulary map is filled"
+            )
+    return state, found[0] if found else torch.arange(rows)
 
 
 def configuration(

@@ -264,7 +264,7 @@ class Eagle(Drafter):
 
     @classmethod
     def load(cls, folder: Path, target: TargetShape, config: Mapping[str, Any]) -> Eagle:
-        weights, ids_K = layouts.from_file(dict(read_tensors(folder)), folder)
+        weights, ids_K = layouts.from_file(dict(read_tensors(folder)), folder, target.decoder.vocab_size)
         if not config:  # written by another program
             trimmed = len(ids_K) < target.decoder.vocab_size
             ids = ids_K.tolist() if trimmed else None

@@ -95,7 +95,7 @@ def _generation_config(temperature: float, shape: TargetShape, max_new_tokens: i
     from transformers import GenerationConfig
 
     ends = list(shape.end_ids)
-    pad = shape.pad_id if shape.pad_id is not None else (ends[0] if ends else 0)
+    pad = ends[0] if ends else 0  # masked; the model's own padding id may be outside its vocabulary
     settings: dict[str, Any] = {"num_beams": 1, "use_cache": True, "disable_compile": True, "do_sample": temperature > 0}
     if temperature:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}

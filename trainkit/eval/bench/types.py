@@ -78,6 +78,8 @@ class BenchArguments:
         for name in ("max_new_tokens", "limit", "repeats", "batch", "prompt_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.max_new_tokens == 1:
+            raise UserError("max_new_tokens 1: the first token comes from the prompt's own pass, so no round would be measured")
         if any(depth < 1 for depth in self.depths) or len(set(self.depths)) != len(self.depths):
             raise UserError(f"depths {list(self.depths)}: must differ and be at least 1; plain decoding is always measured")
         folders = [str(Path(folder).resolve()) for folder in self.drafters]
