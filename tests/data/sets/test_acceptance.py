@@ -65,7 +65,7 @@ def test_two_ranks_make_the_same_set_as_one(straight, tmp_path):
 def test_acceptance_set_reads_back_unchanged(straight):
     """The set that is read equals what was written."""
     records = AcceptanceSet.read(straight)
-    written = [synthetic(*part, lambda tokens: None) for part in LAYOUT.parts().values()]
+    written = [synthetic(*part, lambda tokens, cut: None) for part in LAYOUT.parts().values()]
     for name, values in records.tensors.items():
         assert torch.equal(values, torch.cat([part[name] for part in written])), name
     assert records.prompts == 40 and records.hidden_size == D and set(records.temperature.tolist()) == {0.0, 1.0}
