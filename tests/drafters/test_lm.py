@@ -197,3 +197,29 @@ def test_unsupported_rope_of_eagle_is_refused(tiny_target):
     """Rotary parameters that are given, not the target's, are refused when the drafter is built."""
     with pytest.raises(UserError, match="drafter.rope: rope_type 'dynamic' is not supported"):
         load_kind("eagle")(target_shape(tiny_target), rope={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_exported_trimmed_draft_serves_elsewhere_too(tied, tmp_path, seed):
+    """Other programs, which use the whole head, accept as much of a draft trained on a trimmed vocabulary as our runner."""
+    target = make_target(tmp_path / "target", num_hidden_layers=2, tie_word_embeddings=tied)
+    ids = sorted(torch.randperm(320)[:160].tolist())
+    draft = LMDraft(target_shape(target), num_layers=2, draft_vocab=ids)
+    draft.initialise(FrozenTarget(target))
+    with torch.no_grad():  # what training leaves: rows inside that fit the hidden states, and rows outside that do not
+        head, outside = draft.decoder.head_weight, torch.ones(320, dtype=torch.bool).index_fill(0, torch.tensor(ids), False)
+        head[outside] = 3 * torch.randn_like(head[outside])
+    draft.fill_untrained()
+    export_drafter(draft, tmp_path / "draft", tokenizer=target, target=target)
+    prompts = torch.randint(0, 320, (4, 12)).tolist()
+    taus = [_tau(target, tmp_path / "draft", prompts)]
+    (tmp_path / "draft" / "trainkit.json").unlink()
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")(torch.tensor(prompts)).logits
+    assert set(logits.argmax(-1).flatten().tolist()) <= set(ids)
+    taus.append(_tau(target, tmp_path / "draft", prompts))
+    assert taus[0] == taus[1] and (tied or taus[0] > 1)  # random rows of a tied embedding may leave nothing to accept
+
+
+def _tau(target, draft, prompts):
+    outputs = Runner.load(target, draft).generate(prompts, 24, depth=3, ignore_end=True)
+    return Stats.merge(output.stats for output in outputs).tau

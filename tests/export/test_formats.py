@@ -179,26 +179,6 @@ def test_language_model_is_equal_in_every_format(tiny_target, tmp_path):
         export_model(model, tmp_path / "out", tokenizer=tiny_target, format="speculators")
 
 
-LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
-
-
-@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 5000.0}, LINEAR], ids=lambda rope: rope["rope_type"])
-def test_rope_is_written_for_transformers_4_too(rope, tmp_path):
-    """transformers 4 reads rope_theta and rope_scaling, and without a word takes its defaults where they are missing."""
-    target = make_target(tmp_path / "target", num_hidden_layers=2, rope_parameters=rope)
-    export_model(load_model(target, torch.float32), tmp_path / "model", tokenizer=target)
-    for kind, format in (("lm", "hf"), ("eagle", "vllm"), ("eagle", "speculators")):
-        export_drafter(build(kind, target), tmp_path / f"{kind}-{format}", tokenizer=target, format=format)
-    for folder in sorted(tmp_path.glob("*/config.json")):
-        if folder.parent == target:
-            continue
-        config = json.loads(folder.read_text())
-        config = config.get("transformer_layer_config", config)
-        assert config["rope_parameters"] == rope, folder
-        scaling = {"rope_type": "linear", "factor": 4.0} if rope is LINEAR else None
-        assert (config["rope_theta"], config.get("rope_scaling")) == (5000.0, scaling), folder
-
-
 @pytest.mark.parametrize("start", [None, 7])
 def test_draft_has_the_targets_start_id(start, tmp_path):
     """OpenVINO refuses a draft with another start id; transformers' default for Llama is 1."""

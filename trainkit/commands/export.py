@@ -114,6 +114,7 @@ def _export_drafter(
         tuned = export_model(model, tuned_path, tokenizer=folder, dtype=options["dtype"], **_card(saved))
         drafter.target = replace(drafter.target, fingerprint=fingerprint(tuned.path))
         target, notes = str(tuned.path), [f"target: {tuned.path}; this drafter works only with it"]
+    drafter.fill_untrained()
     source = tokenizer or saved.info["tokenizer"]
     return export_drafter(drafter, out, tokenizer=source, target=target, **options, **_card(saved)), notes
 

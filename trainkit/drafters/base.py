@@ -354,6 +354,12 @@ class Drafter(nn.Module, ABC):
         """Constructor arguments after `target`, JSON-able, that rebuild this drafter's shape: its attributes of these names."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "target"}
 
+    def fill_untrained(self) -> None:
+        """Replaces weights that a trimmed vocabulary kept from training, before a checkpoint is exported.
+
+        For kinds whose files contain the whole head.
+        """
+
     def use_target_folder(self, folder: Path) -> None:
         """Receives the folder of the target before an export, if it is known; for kinds whose files contain parts of it."""
 

@@ -196,6 +196,21 @@ class LMDraft(Drafter):
     def use_target_folder(self, folder: Path) -> None:
         self.start_id = read_json(folder / "config.json").get("bos_token_id")
 
+    def fill_untrained(self) -> None:
+        """Sets the rows of the head outside `draft_vocab`, which training never reached, to the mean of those inside.
+
+        Other programs use the whole head. The logits of these ids are then the mean of the trained ones, so never the largest,
+        instead of values left over from the start. A tied head becomes one of its own.
+        """
+        if self.ids_K is None:
+            return
+        weight_VD = self.decoder.head_weight.detach().clone()
+        trained_KD, weight_VD[:] = weight_VD[self.ids_K], weight_VD[self.ids_K].mean(0)
+        weight_VD[self.ids_K] = trained_KD
+        weights = {**self.decoder.state_dict(), "lm_head.weight": weight_VD}
+        self.decoder = Decoder(replace(self.decoder.shape, tied=False)).to(weight_VD.dtype)
+        self.decoder.load_state_dict(weights)
+
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]]:
         return hf_shapes(self.decoder.shape)
 
