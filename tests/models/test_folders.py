@@ -19,8 +19,9 @@ from trainkit.drafters.base import load_kind
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
-from trainkit.models.load import EMBEDDING, HEAD, load_decoder, read_config, weight_files
+from trainkit.models.load import load_decoder, read_config
 from trainkit.models.target import FrozenTarget, load_model, target_shape
+from trainkit.models.weights import EMBEDDING, HEAD, weight_files
 from trainkit.runner import Runner
 
 

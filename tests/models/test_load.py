@@ -26,10 +26,10 @@ from trainkit.models.load import (
     load_decoder,
     old_rope,
     read_config,
-    read_tensors,
     save_decoder,
 )
 from trainkit.models.target import load_model, target_shape
+from trainkit.models.weights import read_tensors
 from trainkit.runner import Runner
 from trainkit.runner.sampling import Sampling
 

@@ -21,20 +21,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainkit.bundle import fingerprint
-from trainkit.errors import UserError
+from trainkit.errors import UserError, first_lines
 from trainkit.models.documents import crosses_documents, run_documents_apart
 from trainkit.models.load import (
     MODEL_ERRORS,
     check_covered,
-    check_finite,
     check_text_only,
     decoder_shape,
-    first_lines,
     has_tokenizer,
     read_config,
     read_tokenizer,
 )
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.weights import check_finite
 
 
 def end_ids(folder: str | Path, config: Any, trust_remote_code: bool = False) -> tuple[int, ...]:

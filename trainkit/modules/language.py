@@ -10,11 +10,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from trainkit.errors import UserError
+from trainkit.errors import UserError, first_lines
 from trainkit.losses.divergence import CrossEntropy
 from trainkit.losses.output import LossOutput
 from trainkit.models.documents import crosses_documents, run_documents_apart
-from trainkit.models.load import first_lines, read_config, read_tokenizer
+from trainkit.models.load import read_config, read_tokenizer
 from trainkit.models.target import check_head, load_model
 from trainkit.modules.base import CHECKPOINT_KEY, Batch, TrainingModule
 from trainkit.modules.meter import means

@@ -24,8 +24,8 @@ import numpy as np
 
 from trainkit.data.text.formats import Chat, PlainText, PromptResponse, Row, TokenRow
 from trainkit.data.text.sources import RowError
-from trainkit.errors import UserError, lone_surrogate
-from trainkit.models.load import first_lines, read_config, read_tokenizer
+from trainkit.errors import UserError, first_lines, lone_surrogate
+from trainkit.models.load import read_config, read_tokenizer
 from trainkit.models.target import end_ids
 
 if TYPE_CHECKING:

@@ -21,9 +21,10 @@ from torch import Tensor
 from trainkit.bundle import read_json
 from trainkit.errors import UserError
 from trainkit.layers.shape import DecoderShape
-from trainkit.models.load import hf_config, read_tensors
+from trainkit.models.load import hf_config
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import FrozenTarget
+from trainkit.models.weights import read_tensors
 
 PREFIX = {"flat": "midlayer", "speculators": "layers.0"}
 """Layout -> its name of the decoder layer."""

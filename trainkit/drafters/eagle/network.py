@@ -28,9 +28,10 @@ from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
 from trainkit.layers.vocabulary import trim_rows
 from trainkit.losses.output import LossOutput
-from trainkit.models.load import read_tensors, rope_fault, with_known_rope
+from trainkit.models.load import rope_fault, with_known_rope
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
+from trainkit.models.weights import read_tensors
 
 
 class EagleLayer(nn.Module):

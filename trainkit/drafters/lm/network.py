@@ -32,12 +32,12 @@ from trainkit.models.load import (
     load_decoder,
     note_other_tokenizer,
     read_config,
-    read_tensors,
     save_decoder,
     with_known_rope,
 )
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
+from trainkit.models.weights import read_tensors
 
 
 class LMDraft(Drafter):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainkit.bundle import tensor_entries
 from trainkit.errors import UserError
-from trainkit.models.load import tensors_in, weight_files
+from trainkit.models.weights import tensors_in, weight_files
 
 _BLOCK = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.linear\.(weight|bias)")
 _PROJECTION = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.weight")
