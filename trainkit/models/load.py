@@ -49,8 +49,8 @@ _SIZES = {
 def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a local model folder.
 
-    Its `tie_word_embeddings` is false if the files hold a head that differs from the embedding. transformers then uses both,
-    whatever config.json says, and so do all readers here.
+    Its `tie_word_embeddings` is false if the files hold a head that differs from the embedding. transformers then uses both
+    tensors even if config.json calls them tied, and so does trainkit.
 
     Raises:
         UserError: the folder or its config.json is missing or unreadable.
@@ -97,9 +97,9 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def note_other_tokenizer(drafter: str | Path, target: str | Path) -> None:
-    """Prints a note if a draft model's folder has a tokenizer that gives the ids to other tokens than the target's does.
+    """Prints a note if the tokenizer of a draft model assigns token ids to other tokens than the target's tokenizer does.
 
-    The output stays exact with any drafter, so it is not refused. A folder without a tokenizer cannot be compared.
+    The output is exact with any drafter, so such a draft is not refused. A folder without a tokenizer cannot be compared.
     """
     folders = Path(drafter), Path(target)
     if not all(map(has_tokenizer, folders)) or len(set(map(tokenizer_digest, folders))) == 1:
@@ -112,7 +112,7 @@ def note_other_tokenizer(drafter: str | Path, target: str | Path) -> None:
     if ids := {id for id, _ in ours ^ theirs}:
         known = len({id for id, _ in ours | theirs})
         note(
-            f"{drafter}: {len(ids):,} of {known:,} token ids are other tokens in its tokenizer than in that of {target}; the "
+            f"{drafter}: {len(ids):,} of {known:,} token ids have other tokens in its tokenizer than in that of {target}; the "
             "output stays exact, but drafts with these ids are hardly ever accepted"
         )
 
@@ -138,7 +138,7 @@ def find_device(name: str) -> torch.device:
 
 
 def check_text_only(config: Any, folder: str | Path) -> None:
-    """Raises UserError for a model of text and images or sound: its sizes and layers are those of several models."""
+    """Raises UserError for a model of text and images or sound, whose config describes several models."""
     if getattr(config, "text_config", None) is not None:
         raise UserError(
             f"{folder}/config.json: model_type {config.model_type!r} is a model of text and other inputs (text_config); save "
@@ -178,7 +178,7 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def covered_positions(folder: str | Path) -> int:
-    """Maximum number of positions that the runner can decode with the model in `folder`; a sliding window is one.
+    """Maximum number of positions that the runner can decode with the model in `folder`; at most its sliding window.
 
     Raises:
         UserError: no readable config.json there, or the runner does not support this model.
@@ -241,10 +241,10 @@ def rope_fault(shape: DecoderShape) -> str:
     return ""
 
 
-def with_known_rope(shape: DecoderShape) -> DecoderShape:
-    """The shape of a new network after the target's, with plain rotary positions if the target's are not supported.
+def with_supported_rope(shape: DecoderShape) -> DecoderShape:
+    """The shape, with plain rotary positions if its own are not supported; a note then names the reason.
 
-    A note says so. The base is the target's; of several, that of the layers with full attention.
+    The base (rope_theta) stays. If it differs between types of layers, it is that of the layers with full attention.
     """
     if not (fault := rope_fault(shape)):
         return shape
@@ -281,7 +281,7 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name and size of every tensor of this shape, written down apart from `hf_views`, to check what it writes."""
+    """Hugging Face name and size of every tensor of this shape; independent of `hf_views`, so that exports can be checked."""
     D, inner, V, width = shape.hidden_size, shape.intermediate_size, shape.vocab_size, shape.head_dim
     q, kv = shape.num_heads * width, shape.num_kv_heads * width
     layer: dict[str, tuple[int, ...]] = {
@@ -368,11 +368,11 @@ def load_decoder(
     return decoder.requires_grad_(False).eval()
 
 
-def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that hold rotary parameters for readers built on transformers 4, which ignore `rope_parameters`.
+def transformers4_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters in the fields of transformers 4, for readers that ignore `rope_parameters`.
 
-    `rope_theta` and the other fields that were not part of `rope_scaling`, and `rope_scaling` with the type under its newer
-    and its older name; null for the default type.
+    These are `rope_theta` and other fields outside `rope_scaling`, and `rope_scaling`, which has the type under its newer and
+    its older name (`rope_type`, `type`) and is null for the default type.
     """
     outside = ("rope_theta", "partial_rotary_factor")
     scaling = {name: value for name, value in rope.items() if name not in (*outside, "type")}
@@ -400,7 +400,7 @@ def hf_config(
         "hidden_act": "silu",
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": dict(shape.rope),
-        **old_rope(shape.rope),
+        **transformers4_rope(shape.rope),
         "tie_word_embeddings": shape.tied,
         "attention_bias": False,
         "mlp_bias": False,

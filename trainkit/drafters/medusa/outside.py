@@ -28,7 +28,7 @@ def is_medusa(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The folder's weight files, or any safetensors, because the original code names its file otherwise."""
+    """The folder's weight files; if none has a usual name, all safetensors files: the original code uses other names."""
     listed = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
     return listed or sorted(folder.glob("*.safetensors"))
 
