@@ -18,8 +18,8 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 class IncrementalText:
     """The text of the new tokens of one request; each token is decoded a few times, never the whole text.
 
-    A character of several tokens is added once it is complete. Stop strings are searched in the text with special tokens, as the
-    model wrote it, and in the text without them, as it is shown. The prompt is not searched.
+    A character of several tokens is added once it is complete. Stop strings are searched in the text with special tokens, as
+    the model wrote it, and in the text without them, as it is shown. The prompt is not searched.
 
     Args:
         decode: Turns token ids into text, without special tokens.

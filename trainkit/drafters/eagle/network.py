@@ -237,8 +237,8 @@ class Eagle(Drafter):
     def check_format(self, format: str) -> None:
         if format == "sglang" and len(self.taps) == 1:
             raise UserError(
-                "--format sglang: SGLang skips fc if a drafter has a single tap, like this one; export it for vllm, or train it "
-                "with several taps"
+                "--format sglang: SGLang skips fc if a drafter has a single tap, like this one; export it for vllm, or train "
+                "it with several taps"
             )
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:
