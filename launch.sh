@@ -12,7 +12,7 @@ usage: ./launch.sh COMMAND ...
   ./launch.sh RECIPE.sh [arguments]              run a recipe script
   ./launch.sh test [pytest arguments]            the tests
   ./launch.sh lint                               ruff, pyright, import floors, shellcheck, documentation
-  ./launch.sh distill|features|acceptance ...    make training data with the target; in NPROC processes, as training
+  ./launch.sh distill|features|acceptance ...    make training data with the target; in NPROC processes, like training
   ./launch.sh export|generate|bench|inspect|...  any trainkit command, in one process; add --help for its usage
 
 Environment:

@@ -321,7 +321,7 @@ def _sha256_json(value: Any) -> str:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """The `tokenizer` of `fingerprint`."""
+    """Digest of a folder's tokenizer files, empty if there are none; `fingerprint` has it as `tokenizer`."""
     if (folder / "tokenizer.json").is_file():
         values = read_json(folder / "tokenizer.json")
         for key in ("version", "padding", "truncation"):

@@ -30,9 +30,14 @@ class UserError(ValueError):
     """
 
 
+def first_lines(error: Exception, count: int = 2) -> str:
+    """The first `count` lines of an error message joined to one, or the error's class name if it has no message."""
+    return " ".join(" ".join(str(error).strip().splitlines()[:count]).split()) or type(error).__name__
+
+
 def lone_surrogate(error: UnicodeEncodeError) -> str:
     """Why a text is not valid Unicode, for a message; such a text comes from JSON, or from a command line that is not UTF-8."""
-    return f"has a lone surrogate, {error.object[error.start]!a}, which is no character"
+    return f"has a lone surrogate, {error.object[error.start]!a}, which is not a character"
 
 
 def check_unicode(name: str, text: str) -> str:

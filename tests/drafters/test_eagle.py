@@ -255,7 +255,7 @@ def test_other_numbers_of_taps_are_declared(taps, teacher, seed, tmp_path):
     draft = scrambled(teacher, taps=taps)
     for format in ("vllm", "sglang"):
         if format == "sglang" and len(taps) == 1:
-            with pytest.raises(UserError, match="one tap"):
+            with pytest.raises(UserError, match="a single tap"):
                 export_drafter(draft, tmp_path / format, tokenizer=teacher.folder, format=format)
             continue
         bundle = export_drafter(draft, tmp_path / format, tokenizer=teacher.folder, format=format)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.architectures import ARCHITECTURES, CROSSING, SIZES
-from trainkit.models.documents import crosses_documents, run_documents_apart
+from trainkit.models.documents import crosses_documents, run_documents_separately
 from trainkit.models.target import FrozenTarget
 from trainkit.modules.language import LanguageModule
 
@@ -44,7 +44,7 @@ def test_packed_states_equal_each_document_alone(name, tmp_path, seed, capsys):
     """Last and tapped hidden states of packed documents equal transformers' for the document alone; crossing is announced."""
     model = random_architecture(tmp_path, name)
     target = FrozenTarget(tmp_path)
-    assert target.apart == (name in CROSSING) == ("one document per row" in capsys.readouterr().out)
+    assert target.one_document_per_row == (name in CROSSING) == ("one document per row" in capsys.readouterr().out)
     tokens_BT, positions_BT, document_BT = packed_rows()
     taps = (0, 1, -1)
     hidden_BTD, taps_BTAD = target.forward(tokens_BT, positions_BT, document_BT, taps)
@@ -57,7 +57,8 @@ def test_packed_states_equal_each_document_alone(name, tmp_path, seed, capsys):
                 states = output.hidden_states
                 if name in ("mamba", "mamba2", "falcon_mamba"):  # their tuple has no embeddings
                     states = (model.get_input_embeddings()(alone), states[0], states[-1])
-            # 1e-4: float32 sums in another order; crossing costs tenths
+            assert taps_BTAD is not None
+            # 1e-4: float32 sums in another order; mixing documents changes states by tenths
             assert torch.allclose(target.handle().head(hidden_BTD[row, here]), output.logits[0], atol=1e-4, rtol=1e-4)
             for index, tap in enumerate(taps):
                 error = (taps_BTAD[row, here, index] - states[tap][0]).norm() / states[tap].norm()
@@ -72,7 +73,7 @@ def test_documents_apart_pass_gradients(seed):
     def run(tokens_NL, positions_NL):  # a running mean within the row, as recurrent layers compute it
         return weight_VC[tokens_NL].cumsum(1) / (positions_NL[..., None] + 1)
 
-    values_BTC = run_documents_apart(run, tokens_BT, document_BT)
+    values_BTC = run_documents_separately(run, tokens_BT, document_BT)
     expected = torch.zeros_like(values_BTC)
     for row, lengths in enumerate(LENGTHS):
         for number in range(len(lengths)):
@@ -95,7 +96,7 @@ def test_calls_hold_no_more_than_the_packed_tokens(seed):
         return tokens_NL[..., None].float()
 
     tokens_BT = torch.randint(96, document_BT.shape)
-    assert torch.equal(run_documents_apart(run, tokens_BT, document_BT)[..., 0], tokens_BT.float())
+    assert torch.equal(run_documents_separately(run, tokens_BT, document_BT)[..., 0], tokens_BT.float())
     assert max(sizes) <= document_BT.numel() and sum(sizes) <= 2 * document_BT.numel()
 
 
@@ -109,7 +110,7 @@ def test_language_module_trains_on_documents_alone(name, seed, capsys):
             torch.nn.init.normal_(parameter, std=0.2)
     module = LanguageModule(config={"model_type": name})
     module.lm = model.eval()
-    module._apart = crosses_documents(model.base_model, name)
+    module._one_document_per_row = crosses_documents(model.base_model, name)
     tokens_BT, positions_BT, document_BT = packed_rows()
     batch = {"tokens_BT": tokens_BT, "positions_BT": positions_BT, "document_BT": document_BT, "mask_BT": document_BT >= 0}
     packed = module.loss(batch, 0)

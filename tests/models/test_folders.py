@@ -19,8 +19,9 @@ from trainkit.drafters.base import load_kind
 from trainkit.drafters.lm import LMDraft
 from trainkit.errors import UserError
 from trainkit.export.drafter import export_drafter
-from trainkit.models.load import EMBEDDING, HEAD, load_decoder, read_config, weight_files
+from trainkit.models.load import load_decoder, read_config
 from trainkit.models.target import FrozenTarget, load_model, target_shape
+from trainkit.models.weights import EMBEDDING, HEAD, weight_files
 from trainkit.runner import Runner
 
 
@@ -178,7 +179,7 @@ def swap_tokens(folder: Path) -> Path:
 
 
 def test_draft_with_another_tokenizer_gets_a_note(tiny_target, tmp_path, capsys):
-    """The runner, an import and an initialisation from a folder say once which share of the ids are other tokens."""
+    """The runner, an import and an initialisation from a folder say once how many ids have other tokens."""
     other = swap_tokens(make_target(tmp_path / "other", num_hidden_layers=1))
     same = make_target(tmp_path / "same", num_hidden_layers=1)
     values = json.loads((same / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}  # the ids stay
@@ -196,7 +197,7 @@ def test_draft_with_another_tokenizer_gets_a_note(tiny_target, tmp_path, capsys)
         for folder in (same, other, other):
             use(folder, f"{name}-{folder.name}")
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
-        assert line.startswith(f"note: {other}: 2 of 320 token ids are other tokens"), name
+        assert line.startswith(f"note: {other}: 2 of 320 token ids have other tokens"), name
 
 
 def test_bundle_of_a_changed_target_gets_a_note(tiny_target, tmp_path, capsys):

@@ -24,12 +24,12 @@ from trainkit.models.load import (
     find_device,
     hf_views,
     load_decoder,
-    old_rope,
     read_config,
-    read_tensors,
     save_decoder,
+    transformers4_rope,
 )
 from trainkit.models.target import load_model, target_shape
+from trainkit.models.weights import read_tensors
 from trainkit.runner import Runner
 from trainkit.runner.sampling import Sampling
 
@@ -246,14 +246,14 @@ def test_exports_have_their_rope_for_old_readers(rope, tmp_path):
 
 def test_rope_outside_of_scaling_is_written_for_old_readers():
     """Of partial and long rotary parameters, transformers 4 reads some beside `rope_scaling`."""
-    assert old_rope({"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 0.5}) == {
+    assert transformers4_rope({"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 0.5}) == {
         "rope_theta": 5.0,
         "partial_rotary_factor": 0.5,
         "rope_scaling": None,
     }
     long = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
     given = long | {"rope_theta": 5.0, "original_max_position_embeddings": 64}
-    written = old_rope(given)
+    written = transformers4_rope(given)
     assert (written["rope_theta"], written["original_max_position_embeddings"]) == (5.0, 64)
     assert long.items() <= written["rope_scaling"].items()
 

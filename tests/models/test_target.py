@@ -134,12 +134,12 @@ def test_soft_capped_logits_are_refused(tmp_path):
 
 @pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": False}, {"rope_type": "yarn", "factor": None}])
 def test_config_that_no_text_fits_is_refused(rope, tmp_path):
-    """A config with which the model loads, but cannot read a text, gives one line."""
+    """A config with which the model loads, but its forward pass fails, gives one line."""
     folder = make_target(tmp_path / "target", num_hidden_layers=1)
     config = json.loads((folder / "config.json").read_text())
     odd = {"rope_theta": 2, "original_max_position_embeddings": True, "partial_rotary_factor": False}
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": odd | rope}))
-    with pytest.raises(UserError, match=r"cannot read a text .*config\.json") as caught:
+    with pytest.raises(UserError, match=r"forward pass of the model fails .*config\.json") as caught:
         FrozenTarget(folder)
     assert "\n" not in str(caught.value)
 

@@ -106,7 +106,7 @@ def test_long_texts_are_decoded_apart(captured, seed, monkeypatch):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed, "depth": 2}
     whole = [out.tokens for out in runner.generate(prompts, **options)]
     runner.scheduler._state, runner.scheduler.grow, sizes = None, True, []
-    monkeypatch.setattr("trainkit.runner.scheduler.APART_BYTES", 0)
+    monkeypatch.setattr("trainkit.runner.scheduler.SPLIT_CACHE_BYTES", 0)
     new_state = runner.rounds.new_state
     monkeypatch.setattr(runner.rounds, "new_state", lambda *args: sizes.append(args[:2]) or new_state(*args))
     for _ in range(2):

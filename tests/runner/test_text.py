@@ -10,7 +10,7 @@ from tests.support.models import pair
 from tests.support.targets import make_tokenizer
 from trainkit.runner import Runner
 from trainkit.runner.request import Request
-from trainkit.runner.text import GrowingText, special_tokens
+from trainkit.runner.text import IncrementalText, special_tokens
 
 END = "<|end|>"
 
@@ -27,7 +27,7 @@ def spaced_tokenizer():
 
 
 def growing(tokenizer, stop=()):
-    return GrowingText(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), special_tokens(tokenizer), stop)
+    return IncrementalText(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), special_tokens(tokenizer), stop)
 
 
 def grown(tokenizer, tokens, stop=()):

@@ -118,7 +118,9 @@ def recording(runner: Runner, prompts: Sequence[Sequence[int]], dtype: torch.dty
         **settings: `verify`, `depth`, `max_new_tokens` and `seed` of `Runner.generate_each`. The random draws of a prompt
             depend only on its index and `seed`.
     """
-    first = {tuple(prompt): number for number, prompt in reversed(list(enumerate(prompts)))}  # equal prompts are one prompt
+    first = {
+        tuple(prompt): number for number, prompt in reversed(list(enumerate(prompts)))
+    }  # equal prompts get the index of the first
 
     def record(numbers: Sequence[int], temperature: float, on_text: Callable[[int, bool], None]) -> dict[str, Tensor]:
         prompt_of_key = {request_keys(settings["seed"], number, 0): first[tuple(prompts[number])] for number in numbers}

@@ -18,7 +18,7 @@ from trainkit.errors import UserError
 from trainkit.eval import bootstrap
 from trainkit.eval.acceptance import Sums, decode_tau, measure
 from trainkit.eval.bench.table import grid
-from trainkit.eval.lengths import fitting
+from trainkit.eval.lengths import prompts_that_fit
 from trainkit.files import write_json
 from trainkit.models.load import find_device, read_config
 from trainkit.models.target import FrozenTarget
@@ -97,7 +97,7 @@ def evaluate(
     measured = measure(reader, networks, prepared.train, temperatures, batch, prepared.fingerprint)
     if prompts is not None:
         rows = read_prompts(prompts, tokenizer, questions, columns)
-        rows, longest, note = fitting(rows, max_new_tokens, max_len, target, prompts)
+        rows, longest, note = prompts_that_fit(rows, max_new_tokens, max_len, target, prompts)
         for (first_head, *_), network in zip(measured, networks, strict=True):
             first_head |= decode_tau(target, network, rows, temperatures, depth, max_new_tokens, longest)
     by_head = [

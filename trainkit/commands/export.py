@@ -12,7 +12,7 @@ from trainkit.bundle import Bundle, fingerprint
 from trainkit.data.manifest import weights_digest
 from trainkit.drafters.base import kind_name
 from trainkit.errors import UserError
-from trainkit.export.checks import layout_for, written
+from trainkit.export.checks import export_report, layout_for
 from trainkit.export.drafter import export_drafter
 from trainkit.export.model import export_model
 from trainkit.export.predictor import export_predictor
@@ -85,7 +85,7 @@ def export(
         bundle = export_model(saved.language_model(), out, tokenizer=source, **options, **_card(saved))
     else:
         bundle, notes = _export_drafter(saved, out, tokenizer, target, options | {"verifier": verifier})
-    lines = [written(bundle), *notes]
+    lines = [export_report(bundle), *notes]
     if run_folder is not None:
         lines.append(attach(bundle, run_folder, checkpoint))
     return "\n".join(lines)

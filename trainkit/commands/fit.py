@@ -235,7 +235,7 @@ def run(command: str, args: Sequence[str]) -> int:
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        if os.environ.get("RANK", "0") == "0":  # Lightning ends with code 1 and says nothing
+        if os.environ.get("RANK", "0") == "0":  # Lightning exits with code 1 and prints nothing
             print("trainkit: aborted by Ctrl-C; the checkpoints written before are kept", file=sys.stderr)
         return 130
     if cli.trainer.is_global_zero:
@@ -259,7 +259,7 @@ def summary(trainer: Trainer, command: str) -> list[str]:
         last = f"{folder / 'last.ckpt'} (step {trainer.global_step})"
         lines.append(f"checkpoint: {last}")
         if not checkpoints.started:
-            lines = [f"nothing to train: {last} is the last step already; raise trainer.max_steps or trainer.max_epochs"]
+            lines = [f"nothing to train: {last} is already the last step; raise trainer.max_steps or trainer.max_epochs"]
         if checkpoints.best is not None:
             best = f"{checkpoints.monitor} {checkpoints.best:.4g} at step {checkpoints.best_step}"
             lines.append(f"best:       {folder / 'best.ckpt'} ({best})")

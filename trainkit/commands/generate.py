@@ -56,6 +56,7 @@ def generate(
         dtype: float32, bfloat16 or float16.
         **options: Sampling and drafting, as in `GenerateOptions`.
     """
+    # Load the models, and encode the prompt.
     chosen = GenerateOptions(
         max_new_tokens, verify=verify, tree=tree, stop=tuple(stop or ()), logprobs=False, ignore_end=False, **options
     )
@@ -68,7 +69,8 @@ def generate(
             raise UserError(f"{target}: {reason}; fix its chat template, or give --raw true") from None
     else:
         tokens = runner.tokenizer.encode(text, add_special_tokens=False)
-    pieces = runner.stream(tokens, chosen)  # a policy may measure this machine first, once
+    # Print the text while it is decoded, then the statistics.
+    pieces = runner.stream(tokens, chosen)  # not timed: a policy may first measure this machine
     began = perf_counter()
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -10,7 +10,7 @@ import torch
 from trainkit import bundle
 from trainkit.drafters.base import load_outside
 from trainkit.errors import UserError
-from trainkit.export.checks import written
+from trainkit.export.checks import export_report
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
 
@@ -43,4 +43,6 @@ def import_outside(
         raise UserError(f"{folder}: already a trainkit bundle; use it as it is")
     drafter, recipe = load_outside(Path(folder), target_shape(target), target), f"imported from {Path(folder).resolve().name}"
     torch_dtype = next(drafter.parameters()).dtype if dtype is None else getattr(torch, dtype)
-    return written(export_drafter(drafter.float(), out, tokenizer=target, dtype=torch_dtype, format=format, recipe=recipe))
+    return export_report(
+        export_drafter(drafter.float(), out, tokenizer=target, dtype=torch_dtype, format=format, recipe=recipe)
+    )

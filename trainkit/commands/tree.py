@@ -13,7 +13,7 @@ from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
 from trainkit.eval.bench.hardware import examine
 from trainkit.eval.bench.table import grid, ratio
-from trainkit.eval.lengths import fitting
+from trainkit.eval.lengths import prompts_that_fit
 from trainkit.eval.tree_search.ranks import accuracies, replay_ranks, shares, simulate_decoding
 from trainkit.eval.tree_search.search import Candidate, Costs, expected_tau, full_tree, measure_costs, search
 from trainkit.files import finite
@@ -83,7 +83,7 @@ def tree(
     # check everything before the long part
     temperature = Sampling(temperature).temperature
     bundle.read(drafter)
-    prompt_ids, longest, note = fitting(read_prompts(prompts, target, limit), max_new_tokens, max_len, target, prompts)
+    prompt_ids, longest, note = prompts_that_fit(read_prompts(prompts, target, limit), max_new_tokens, max_len, target, prompts)
     if len(prompt_ids) <= held_out:
         raise UserError(f"{prompts}: {len(prompt_ids)} prompts, of which {held_out} are held out; give more, or lower held_out")
     runner = Runner.load(target, drafter, device, dtype, max(batch, 8), longest)

@@ -14,7 +14,7 @@ from trainkit import bundle
 from trainkit.data.text.vocabulary import frequent_ids
 from trainkit.drafters.base import load_bundle, load_kind
 from trainkit.errors import UserError, note
-from trainkit.export.checks import written
+from trainkit.export.checks import export_report
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import target_shape
 
@@ -65,7 +65,7 @@ def trim(
     format, dtype = source.extra.get("format", "native"), next(network.parameters()).dtype
     metrics = {"vocabulary_kept": len(ids) / shape.decoder.vocab_size, "coverage": round(coverage, 5)}
     trimmed = export_drafter(network, out, tokenizer=target, dtype=dtype, format=format, metrics=metrics, **origin)
-    lines = [written(trimmed), summary]
+    lines = [export_report(trimmed), summary]
     if names := [name for name in _REMEDIES if name in source.runner]:
         remedies = ", ".join(_REMEDIES[name] for name in names)
         lines.append(f"not copied: the {' and the '.join(names)} of {source.path}; {remedies}")

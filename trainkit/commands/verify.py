@@ -15,12 +15,12 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
       files         every file has its checksum, and the drafter was made for this target
       target        the runner computes what transformers computes: logits, and greedy texts
       ends          a text ends at every end token that the model's files name, also inside a draft
-      texts         texts decoded with the drafter equal those of plain decoding token for token: greedy, seeded and nucleus
+      texts         texts decoded with the drafter equal those of plain decoding, token for token: greedy, seeded and nucleus
                     sampling, batch 1 and 8, chains, trees and a policy; ties of rounding are listed
       distribution  residual verification samples from the target's distribution: a chi-square test on a reduced vocabulary
       acceptance    the acceptance that training measures is the one that decoding shows, node by node
       formats       every export format reloads to the same logits
-    In half precision another number of rows gives other roundings: the share of differing texts is then reported, not judged.
+    In half precision, rounding depends on the number of rows. The share of differing texts is then reported and not evaluated.
 
     The certificate (certificate.json) names the files, the target, precision, machine, versions, all counts and all ties;
     `trainkit inspect` shows its result. The checks take minutes on a CPU for a target of 135M parameters. The exit code is 1 if
@@ -40,11 +40,13 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
     Returns:
         0, or 1 if a promise is broken.
     """
+    # Check the arguments.
     from trainkit.eval.promises.types import VerifyArguments
 
     arguments = VerifyArguments(**options)
     if json is not None and not Path(json).resolve().parent.is_dir():
         raise UserError(f"--json {json}: its folder does not exist; make it first")
+    # Load target and drafter, which imports the heavy modules.
     from trainkit import bundle as bundles
     from trainkit.eval.promises.certificate import certificate
     from trainkit.eval.promises.certificate import save as save_certificate
@@ -56,6 +58,7 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
         f"{bundle} for {arguments.target}: {len(subject.prompts)} prompts, {arguments.dtype} on {subject.runner.device.type}\n"
     )
 
+    # Run the checks; each result is printed as soon as it is known.
     def report(check: Any) -> None:
         print(f"{check.status:<9} {check.name:<13} {check.figure}  ({check.seconds:.1f} s)", flush=True)
         for line in check.details:
@@ -63,6 +66,7 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
 
     checks = run_checks(subject, report)
     values = certificate(subject, checks)
+    # Summarise, and write the certificate.
     broken = [check for check in checks if check.status == "BROKEN"]
     print()
     for check in broken:

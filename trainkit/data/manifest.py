@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from trainkit.errors import UserError
 from trainkit.files import file_digest
-from trainkit.models.load import weight_files
+from trainkit.models.weights import weight_files
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class CompletionClient:
         model: Name of the model to request; None uses the first model that the server lists.
         tokenizer: Tokenizer of the model; encodes the text if the server returns no token ids.
         end_ids: Ids that end a text of the model.
-        end_id: Id that ends a text if the server does not say what did; None takes that of the tokenizer.
+        end_id: End token to add if the server does not report what ended a text; None takes the tokenizer's.
         concurrency: Maximum number of requests in flight.
 
     Attributes:
@@ -273,10 +273,10 @@ class CompletionClient:
         return Completion(id, tokens, text, "end")
 
     def _end_of(self, choice: _Choice) -> int | str | None:
-        """What ended the text: the id of an end token, or a stop string that is not the text of one.
+        """What ended the text: the id of an end token, or a stop string that is not the text of an end token.
 
-        SGLang names every id or string as `matched_stop`. vLLM names it as `stop_reason`, which is null for the tokenizer's end
-        token. Other servers name nothing.
+        SGLang reports the id or string as `matched_stop`. vLLM reports it as `stop_reason`, which is null for the tokenizer's
+        end token. Other servers report nothing.
         """
         reason = choice.get("matched_stop")
         if reason is None and "stop_reason" in choice:

@@ -106,7 +106,7 @@ class DraftBatch:
         counted: Sequence[tuple[Tensor, int]],
         ids_K: Tensor | None,
         decay: float,
-        inside: bool = False,
+        target_in_ids: bool = False,
     ) -> LossOutput:
         """The sum over heads i of decay^i * (loss of head i); each target row is computed once for all heads.
 
@@ -117,10 +117,10 @@ class DraftBatch:
             counted: For each head the mask [B, T] of these positions, and how far after them the predicted token is.
             ids_K: Token ids of the columns; None for all.
             decay: Weight of each head relative to the head before it.
-            inside: Whether positions count only where the target's likeliest token is in `ids_K`.
+            target_in_ids: Whether positions count only where the target's likeliest token is in `ids_K`.
         """
         index_N = torch.cat([mask_BT.flatten().nonzero().squeeze(-1) + ahead - 1 for mask_BT, ahead in counted])
-        rows = HeadRows([len(hidden_ND) for hidden_ND in hidden], index_N, decay, inside)
+        rows = HeadRows([len(hidden_ND) for hidden_ND in hidden], index_N, decay, target_in_ids)
         # `index_N` is the position before the predicted token
         labels_N = self.tokens_BT.flatten().roll(-1)[index_N]
         target_ND = self.hidden_BTD.flatten(0, 1)
@@ -275,8 +275,8 @@ class Drafter(nn.Module, ABC):
         max_width: Maximum number of nodes it can expand on one level; None for no limit.
         ids_K: Token ids it may propose, ascending; None for all.
         formats: Format of `trainkit export --format` -> layout of files that this kind writes for it.
-        names_target: Layouts whose files record where the target is: `target_name`, a folder or hub name. If that is None, the
-            folder of the target.
+        names_target: Layouts whose files record where the target is: `target_name`, or the target's folder if that is None.
+        target_name: Folder or hub name of the target to record.
     """
 
     formats: ClassVar[Mapping[str, str]] = {"native": "native"}
@@ -355,7 +355,7 @@ class Drafter(nn.Module, ABC):
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters if name != "target"}
 
     def fill_untrained(self) -> None:
-        """Replaces weights that a trimmed vocabulary kept from training, before a checkpoint is exported.
+        """Replaces weights that were not trained because the vocabulary is trimmed; called before a checkpoint is exported.
 
         For kinds whose files contain the whole head.
         """

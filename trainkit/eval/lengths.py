@@ -1,4 +1,4 @@
-"""Which prompts are decoded, by the positions that they need."""
+"""Selects the prompts that fit into the positions of a target."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from trainkit.errors import UserError
 from trainkit.models.load import covered_positions
 
 
-def fitting(
+def prompts_that_fit(
     prompts: Sequence[list[int]], max_new_tokens: int, max_len: int | None, target: str | Path, source: str
 ) -> tuple[list[list[int]], int, str]:
-    """The prompts that fit with their new tokens, the positions that the longest needs, and a note on those left out, or "".
+    """The prompts that fit with their new tokens, the positions that the longest needs, and a note on the others ("" if none).
 
     Args:
         prompts: Token ids of each prompt.
         max_new_tokens: Largest number of new tokens.
-        max_len: Largest number of both together; longer prompts are left out. None: no prompt is.
+        max_len: Largest number of tokens of a prompt and its text; longer prompts are left out. None: all must fit.
         target: Folder of the target.
         source: Where the prompts are from, for messages.
 

@@ -65,12 +65,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         (folder / template.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(template, folder / template.parent.name / template.name)
     config = bundle.read_json(path) if (path := folder / "tokenizer_config.json").is_file() else {}
-    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name of a class that 4 knows under its old one
+    if (
+        config.get("tokenizer_class") == "TokenizersBackend"
+    ):  # the name in transformers 5; transformers 4 knows only the old one
         write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def written(exported: bundle.Bundle) -> str:
-    """What a command prints about a bundle that passed its checks: the card, and where it was written."""
+def export_report(exported: bundle.Bundle) -> str:
+    """Text that a command prints after an export that passed its checks: the card, and the folder."""
     return f"{describe(exported)}\nwritten to {exported.path}; the reloaded files compute exactly what was exported"
 
 

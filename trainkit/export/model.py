@@ -12,7 +12,7 @@ from trainkit.bundle import read_json
 from trainkit.errors import UserError
 from trainkit.export.checks import check_finite, check_reload, check_weights, copy_tokenizer, layout_for
 from trainkit.files import write_json
-from trainkit.models.load import old_rope, read_tokenizer
+from trainkit.models.load import read_tokenizer, transformers4_rope
 
 FORMATS = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
 """Requested format -> layout of the files; transformers, vLLM and SGLang load the same folder."""
@@ -33,9 +33,9 @@ def export_model(
 ) -> bundle.Bundle:
     """Writes a transformers model with its tokenizer as a bundle and returns it.
 
-    The written files are reloaded, and weights and logits compared with those of `model`, before anything is at `out`. The end
-    ids are the model's and the tokenizer's together; start and padding ids are the model's, or else the tokenizer's. Settings
-    for generation (generation_config.json) stay.
+    The written files are reloaded, and weights and logits compared with those of `model`, before they are moved to `out`. The
+    end ids are the union of the model's and the tokenizer's; start and padding ids are the model's, or else the tokenizer's.
+    Settings for generation (generation_config.json) do not change.
 
     Args:
         model: A transformers causal LM on the CPU.
@@ -67,14 +67,14 @@ def export_model(
         for name, value in _special_ids(read_tokenizer(folder), model.config, generation).items():
             setattr(model.config, name, value)
             setattr(generation, name, value)
-        # transformers refuses to save settings for sampling beside do_sample false, though it reads them
+        # transformers loads sampling settings next to do_sample false, but refuses to save them
         model.generation_config = GenerationConfig()
         model.save_pretrained(folder)
         model.generation_config = generation
         write_json(folder / "generation_config.json", generation.to_diff_dict())
         rope = getattr(model.config, "rope_parameters", None) or {}
         if "rope_type" in rope:  # not for models with other rotary parameters in each type of layer
-            write_json(folder / "config.json", read_json(folder / "config.json") | old_rope(rope))
+            write_json(folder / "config.json", read_json(folder / "config.json") | transformers4_rope(rope))
         result: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         reloaded, report = result[0].eval(), result[1]
         if faults := sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]})):

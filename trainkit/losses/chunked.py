@@ -76,13 +76,13 @@ class HeadRows:
         sizes: Number of rows of each of the H heads; the draft's rows are sorted by head.
         index_N: For each draft row the row of the target.
         decay: Weight of head i in the loss is decay^i; metrics are not weighted.
-        inside: Whether rows count only if the target's likeliest token is one of the draft's columns.
+        target_in_ids: Whether rows count only if the target's likeliest token is one of the draft's columns.
     """
 
     sizes: Sequence[int]
     index_N: Tensor
     decay: float = 1.0
-    inside: bool = False
+    target_in_ids: bool = False
 
 
 class ChunkedDivergence(ABC):
@@ -192,8 +192,8 @@ class ChunkedDivergence(ABC):
         for hidden_nD, part in zip(draft_ND.split(self.chunk if sizes is None else sizes), parts, strict=True):
             span = slice(start, start := start + len(hidden_nD))
             labels_n, uniforms_nS = (None if x is None else x[span] for x in (columns_N, uniforms_NS))
-            inside = rows is not None and rows.inside and ids_K is not None
-            chunk = _Chunk(self, draft_head, target_head, ids_K, totals, *part, labels_n, uniforms_nS, inside)
+            target_in_ids = rows is not None and rows.target_in_ids and ids_K is not None
+            chunk = _Chunk(self, draft_head, target_head, ids_K, totals, *part, labels_n, uniforms_nS, target_in_ids)
             sums.append(checkpoint(chunk, hidden_nD, use_reentrant=False) if torch.is_grad_enabled() else chunk(hidden_nD))
             chunks.append(chunk)
         # Sums, and values by token.
@@ -253,12 +253,12 @@ class _Chunk:
     ids_K: Tensor | None
     totals: Mapping[str, Tensor]
     target_uD: Tensor
-    rows_n: Tensor | None  # for each draft row its row of `target_uD`; None: the same
+    rows_n: Tensor | None  # index into `target_uD` for each draft row; None: row i of both
     scale_n: Tensor | None  # weight of each row in the loss
-    head_sizes: list[int] | None
+    head_sizes: list[int] | None  # number of draft rows of each head
     labels_n: Tensor | None
     uniforms_nS: Tensor | None
-    inside: bool
+    target_in_ids: bool
     metrics: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, Tensor] = field(default_factory=dict)
     choices_n: Tensor | None = None
@@ -290,7 +290,7 @@ class _Chunk:
 
     def _count(self, counted_n: Tensor) -> None:
         """Stores which rows count, and sets the others to 0 in metrics, moments and the loss."""
-        if self.inside:
+        if self.target_in_ids:
             assert self.ids_K is not None and self.choices_n is not None and self.scale_n is not None
             counted_n = torch.isin(self.choices_n, self.ids_K).to(counted_n.dtype)
             self.scale_n = self.scale_n * counted_n

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.bundle import ADAPTER
-from trainkit.errors import UserError
-from trainkit.models.load import first_lines
+from trainkit.errors import UserError, first_lines
 from trainkit.models.target import FrozenTarget
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,8 +1,9 @@
 """Runs a causal LM on packed rows so that no attention or recurrent state crosses documents, whatever its architecture.
 
 transformers derives a block-diagonal causal mask from position ids that restart, but not for every architecture: some build
-their own mask (OPT, BLOOM, MPT, GPT-OSS), and recurrent layers (Mamba, Jamba, ...) carry their state on. `crosses_documents`
-finds that out by running the model. Such models read one document per row, padded at the end, where the padding is not seen.
+their own mask (OPT, BLOOM, MPT, GPT-OSS), and recurrent layers (Mamba, Jamba, ...) keep their state from one document to the
+next. `crosses_documents` detects this by running the model. Such models read one document per row, padded at the end; the
+causal mask hides the padding.
 """
 
 # B packed rows  T positions  N documents  L longest document of a call  C channels
@@ -17,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Largest relative difference by rounding, by dtype; 0.1 for narrower ones. Crossing changes a state by 0.3 to 1.5."""
+"""Largest relative difference that rounding causes, by dtype; 0.1 for other dtypes. Mixing documents causes 0.3 to 1.5."""
 
 
 @torch.no_grad()
 def crosses_documents(backbone: Any, name: str) -> bool:
-    """Whether the hidden states of a document depend on the documents before it in its row; says so in one line.
+    """Whether the hidden states of a document depend on the documents before it in its row; if so, prints a line.
 
-    Two short documents run packed and apart, in eval mode; the first states of the second document differ most.
+    Compares the second of two short documents, packed and alone, in eval mode.
 
     Args:
         backbone: The model without its output head.
@@ -33,22 +34,22 @@ def crosses_documents(backbone: Any, name: str) -> bool:
     weight = backbone.get_input_embeddings().weight
     tokens_BT = torch.linspace(0, len(weight) - 1, 12, device=weight.device).long()[None]
     positions_BT = torch.cat([torch.arange(5), torch.arange(7)]).to(weight.device)[None]
-    packed, apart = (
+    packed, alone = (
         backbone(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state[0, -7:].double()
         for tokens, positions in ((tokens_BT, positions_BT), (tokens_BT[:, 5:], positions_BT[:, 5:]))
     )
-    error = ((packed - apart).norm(dim=-1) / apart.norm(dim=-1)).max().item()
+    error = ((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max().item()
     crosses = not error <= _TOLERANCE.get(weight.dtype, 0.1)
     if crosses:
         print(f"{name}: {type(backbone).__name__} cannot separate packed documents; it runs one document per row, more slowly")
     return crosses
 
 
-def run_documents_apart(run: Callable[[Tensor, Tensor], Tensor], tokens_BT: Tensor, document_BT: Tensor) -> Tensor:
+def run_documents_separately(run: Callable[[Tensor, Tensor], Tensor], tokens_BT: Tensor, document_BT: Tensor) -> Tensor:
     """[B, T, C] values of `run` for packed rows, each document computed alone; 0 at padding. Differentiable.
 
-    Documents run in padded batches of similar length, of at most B x T tokens. All processes make equally many calls, because
-    calls of a sharded model are collective.
+    Documents run in padded batches of similar length, of at most B x T tokens. All processes make the same number of calls,
+    because calls of a sharded model are collective.
 
     Args:
         run: Maps token ids and positions [N, L] to values [N, L, C].

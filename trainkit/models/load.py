@@ -1,28 +1,30 @@
-"""Reads and writes Hugging Face folders: configs, tokenizers, tensor names, and the fused storage of a `Decoder`."""
+"""Reads and writes Hugging Face folders: configs, tokenizers, tensor names, and the fused storage of a `Decoder`.
+
+`weights.py` lists and reads the weight files.
+"""
 
 # D hidden
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainkit.bundle import VOCABULARY_FILES, read_json, tensor_entries, tokenizer_digest
-from trainkit.errors import UserError, note
+from trainkit.bundle import VOCABULARY_FILES, tokenizer_digest
+from trainkit.errors import UserError, first_lines, note
 from trainkit.files import write_json
 from trainkit.layers.attention import rotary_table
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
+from trainkit.models.weights import EMBEDDING, HEAD, check_finite, has_own_head, read_tensors
 
 LAYOUTS = {"llama", "mistral", "qwen2", "qwen3"}
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
@@ -31,7 +33,6 @@ MODEL_ERRORS = (
     *(AttributeError, ArithmeticError, ImportError, StrictDataclassError),
 )
 """Errors that transformers raises for a config.json with odd values."""
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -48,8 +49,8 @@ _SIZES = {
 def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a local model folder.
 
-    Its `tie_word_embeddings` is false if the files hold a head that differs from the embedding. transformers then uses both,
-    whatever config.json says, and so do all readers here.
+    Its `tie_word_embeddings` is false if the files hold a head that differs from the embedding. transformers then uses both
+    tensors even if config.json calls them tied, and so does trainkit.
 
     Raises:
         UserError: the folder or its config.json is missing or unreadable.
@@ -63,20 +64,9 @@ def read_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except MODEL_ERRORS as error:
         raise UserError(f"{path}/config.json: {first_lines(error)}; fix it or copy it again") from error
-    if getattr(config, "tie_word_embeddings", False) and _has_own_head(path):
+    if getattr(config, "tie_word_embeddings", False) and has_own_head(path):
         config.tie_word_embeddings = False
     return config
-
-
-def _has_own_head(folder: Path) -> bool:
-    """Whether the files hold both an embedding and an output head, and the two differ."""
-    files = [file for file in weight_files(folder) if file.suffix == ".safetensors" and file.is_file()]
-    holders = {name: file for file in files for name in {EMBEDDING, HEAD} & tensor_entries(file).keys()}
-    if len(holders) < 2:
-        return False
-    embedding, head = (next(tensors_in(holders[name], (name,)))[1] for name in (EMBEDDING, HEAD))
-    dtype = torch.promote_types(embedding.dtype, head.dtype)
-    return not torch.equal(embedding.to(dtype), head.to(dtype))
 
 
 def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -107,9 +97,9 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def note_other_tokenizer(drafter: str | Path, target: str | Path) -> None:
-    """Prints a note if a draft model's folder has a tokenizer that gives the ids to other tokens than the target's does.
+    """Prints a note if the tokenizer of a draft model assigns token ids to other tokens than the target's tokenizer does.
 
-    The output stays exact with any drafter, so it is not refused. A folder without a tokenizer cannot be compared.
+    The output is exact with any drafter, so such a draft is not refused. A folder without a tokenizer cannot be compared.
     """
     folders = Path(drafter), Path(target)
     if not all(map(has_tokenizer, folders)) or len(set(map(tokenizer_digest, folders))) == 1:
@@ -122,14 +112,9 @@ def note_other_tokenizer(drafter: str | Path, target: str | Path) -> None:
     if ids := {id for id, _ in ours ^ theirs}:
         known = len({id for id, _ in ours | theirs})
         note(
-            f"{drafter}: {len(ids):,} of {known:,} token ids are other tokens in its tokenizer than in that of {target}; the "
+            f"{drafter}: {len(ids):,} of {known:,} token ids have other tokens in its tokenizer than in that of {target}; the "
             "output stays exact, but drafts with these ids are hardly ever accepted"
         )
-
-
-def first_lines(error: Exception, count: int = 2) -> str:
-    """The first `count` lines of an error message joined to one, or the error's class name if it has no message."""
-    return " ".join(" ".join(str(error).strip().splitlines()[:count]).split()) or type(error).__name__
 
 
 def find_device(name: str) -> torch.device:
@@ -153,7 +138,7 @@ def find_device(name: str) -> torch.device:
 
 
 def check_text_only(config: Any, folder: str | Path) -> None:
-    """Raises UserError for a model of text and images or sound: its sizes and layers are those of several models."""
+    """Raises UserError for a model of text and images or sound, whose config describes several models."""
     if getattr(config, "text_config", None) is not None:
         raise UserError(
             f"{folder}/config.json: model_type {config.model_type!r} is a model of text and other inputs (text_config); save "
@@ -193,7 +178,7 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def covered_positions(folder: str | Path) -> int:
-    """Maximum number of positions that the runner can decode with the model in `folder`; a sliding window is one.
+    """Maximum number of positions that the runner can decode with the model in `folder`; at most its sliding window.
 
     Raises:
         UserError: no readable config.json there, or the runner does not support this model.
@@ -256,10 +241,10 @@ def rope_fault(shape: DecoderShape) -> str:
     return ""
 
 
-def with_known_rope(shape: DecoderShape) -> DecoderShape:
-    """The shape of a new network after the target's, with plain rotary positions if the target's are not supported.
+def with_supported_rope(shape: DecoderShape) -> DecoderShape:
+    """The shape, with plain rotary positions if its own are not supported; a note then names the reason.
 
-    A note says so. The base is the target's; of several, that of the layers with full attention.
+    The base (rope_theta) stays. If it differs between types of layers, it is that of the layers with full attention.
     """
     if not (fault := rope_fault(shape)):
         return shape
@@ -296,7 +281,7 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name and size of every tensor of this shape, written down apart from `hf_views`, to check what it writes."""
+    """Hugging Face name and size of every tensor of this shape; independent of `hf_views`, so that exports can be checked."""
     D, inner, V, width = shape.hidden_size, shape.intermediate_size, shape.vocab_size, shape.head_dim
     q, kv = shape.num_heads * width, shape.num_kv_heads * width
     layer: dict[str, tuple[int, ...]] = {
@@ -317,52 +302,6 @@ def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
     ends = {EMBEDDING: (V, D), "model.norm.weight": (D,)} | ({} if shape.tied else {HEAD: (V, D)})
     layers = range(shape.num_layers)
     return ends | {f"model.layers.{index}.{name}": size for index in layers for name, size in layer.items()}
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """The files from which transformers reads a model's weights; empty if it finds none.
-
-    The first that exists of: the file that config.json names, model.safetensors, the files in its index, pytorch_model.bin, and
-    the files in its index.
-
-    Raises:
-        UserError: an index is not readable.
-    """
-    path = Path(folder)
-    named = read_json(path / "config.json").get("transformers_weights") if (path / "config.json").is_file() else None
-    names = [f"{stem}{suffix}" for stem in ("model.safetensors", "pytorch_model.bin") for suffix in ("", ".index.json")]
-    first = str(named) if named else next((name for name in names if (path / name).is_file()), None)
-    if first is None or not first.endswith(".json"):
-        return [] if first is None else [path / first]
-    try:
-        files = json.loads((path / first).read_text())["weight_map"].values()
-        return sorted({path / str(file) for file in files})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / first}: lists no weight files ({first_lines(error, 1)}); copy it again") from error
-
-
-def read_tensors(folder: str | Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor in a folder's safetensors files, or of those named in `only`, one at a time.
-
-    Raises:
-        UserError: no safetensors there, or a file is truncated.
-    """
-    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
-    for file in files or [Path(folder) / "model.safetensors"]:
-        if not file.is_file():
-            raise UserError(f"{file}: not found; give a folder with weights in safetensors files")
-        yield from tensors_in(file, only)
-
-
-def tensors_in(file: Path, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """As `read_tensors`, for one safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
-                if only is None or name in only:
-                    yield name, tensors.get_tensor(name)
-    except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
 
 
 def copy_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], source: str, complete: bool = True) -> None:
@@ -393,23 +332,6 @@ def copy_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], source
     if complete and missing:
         raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]!r}; copy all weight files")
     check_finite(copied.items(), source)
-
-
-@torch.no_grad()
-def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
-    """Refuses weights with NaN or infinite values, including those that became infinite in a narrower dtype.
-
-    Taking minimum and maximum costs one read of the weights (7 GB/s on one core) and, on a GPU, one sync for all tensors.
-
-    Raises:
-        UserError: a tensor is not finite; the message names the first.
-    """
-    bounds = [(name, value, torch.stack(value.aminmax())) for name, value in tensors if value.numel()]
-    if not bounds or bool(torch.stack([pair.float().isfinite().all() for _, _, pair in bounds]).all()):
-        return
-    name, value, _ = next(entry for entry in bounds if not bool(entry[2].isfinite().all()))
-    dtype = str(value.dtype).removeprefix("torch.")
-    raise UserError(f"{source}: tensor {name!r} holds values that are not finite in {dtype}; copy it again or train it again")
 
 
 def load_decoder(
@@ -446,11 +368,11 @@ def load_decoder(
     return decoder.requires_grad_(False).eval()
 
 
-def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that hold rotary parameters for readers built on transformers 4, which ignore `rope_parameters`.
+def transformers4_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters in the fields of transformers 4, for readers that ignore `rope_parameters`.
 
-    `rope_theta` and the other fields that were not part of `rope_scaling`, and `rope_scaling` with the type under its newer
-    and its older name; null for the default type.
+    These are `rope_theta` and other fields outside `rope_scaling`, and `rope_scaling`, which has the type under its newer and
+    its older name (`rope_type`, `type`) and is null for the default type.
     """
     outside = ("rope_theta", "partial_rotary_factor")
     scaling = {name: value for name, value in rope.items() if name not in (*outside, "type")}
@@ -478,7 +400,7 @@ def hf_config(
         "hidden_act": "silu",
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": dict(shape.rope),
-        **old_rope(shape.rope),
+        **transformers4_rope(shape.rope),
         "tie_word_embeddings": shape.tied,
         "attention_bias": False,
         "mlp_bias": False,

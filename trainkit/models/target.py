@@ -21,20 +21,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainkit.bundle import fingerprint
-from trainkit.errors import UserError
-from trainkit.models.documents import crosses_documents, run_documents_apart
+from trainkit.errors import UserError, first_lines
+from trainkit.models.documents import crosses_documents, run_documents_separately
 from trainkit.models.load import (
     MODEL_ERRORS,
     check_covered,
-    check_finite,
     check_text_only,
     decoder_shape,
-    first_lines,
     has_tokenizer,
     read_config,
     read_tokenizer,
 )
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.weights import check_finite
 
 
 def end_ids(folder: str | Path, config: Any, trust_remote_code: bool = False) -> tuple[int, ...]:
@@ -87,6 +86,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    # Read the config; without layers, set their number to 0.
     options: dict[str, Any] = {}
     config = read_config(folder, trust_remote_code)
     check_text_only(config, folder)
@@ -95,6 +95,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
         config.num_hidden_layers = 0
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = []
+    # Load.
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its report repeats the errors below
     try:
@@ -114,6 +115,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
         raise UserError(f"{folder}: not a causal LM that transformers can load ({reason}); give another folder") from error
     finally:
         logging.set_verbosity(level)
+    # Check that all weights exist, fit and are finite.
     model, report = loaded
     if report["mismatched_keys"]:
         name, stored, required = sorted(report["mismatched_keys"])[0]
@@ -125,7 +127,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
         print(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]!r}")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
-        model.config.tie_word_embeddings = False  # the files hold two that differ, whatever config.json says
+        model.config.tie_word_embeddings = False  # the files hold two different tensors, even if config.json calls them tied
     check_finite(model.named_parameters(), str(folder))
     return model
 
@@ -146,8 +148,12 @@ def check_head(model: Any, name: str) -> None:
         logits = model(input_ids=tokens_BT, use_cache=False).logits.float()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # sizes that fit the weights but not each other, such as partial_rotary_factor 0
-        raise UserError(f"{name}: the model cannot read a text ({first_lines(error, 1)}); fix its config.json") from error
+    except (
+        RuntimeError
+    ) as error:  # values of config.json that fit the weights but are inconsistent, such as partial_rotary_factor 0
+        raise UserError(
+            f"{name}: the forward pass of the model fails ({first_lines(error, 1)}); fix its config.json"
+        ) from error
     rebuilt = head(model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state).float()
     error = (logits - rebuilt).abs().max().item() if logits.shape == rebuilt.shape else float("inf")
     if not error <= 1e-3 * max(logits.abs().max().item(), 1.0):
@@ -176,7 +182,7 @@ class FrozenTarget:
 
     frozen = True
     """Whether `forward` runs without gradients; a tuned target's runs with them where gradients are enabled."""
-    apart: bool
+    one_document_per_row: bool
     """Whether `forward` runs packed documents one per row, because the model cannot separate them within a row."""
 
     def __init__(
@@ -192,7 +198,7 @@ class FrozenTarget:
         self._head: Any = model.get_output_embeddings()
         check_head(model, str(folder))
         self._layers = self._find_layers() if layers else nn.ModuleList()
-        self.apart = layers and crosses_documents(self.backbone, str(folder))
+        self.one_document_per_row = layers and crosses_documents(self.backbone, str(folder))
 
     @property
     def device(self) -> torch.device:
@@ -251,8 +257,8 @@ class FrozenTarget:
     def handle(self) -> TargetHandle:
         """The embedding and output head of the loaded model.
 
-        Embeddings are rows of the stored weight, without the factor that some models (Gemma) apply to their own input: that is
-        what programs that serve a drafter give it.
+        Embeddings are rows of the stored weight, without the factor by which some models (Gemma) multiply them: programs that
+        serve a drafter pass it these rows too.
         """
         embed = partial(F.embedding, weight=self.embedding_weight)
         return TargetHandle(embed, self._logits, vocab_size=self._head.weight.shape[0])
@@ -271,8 +277,8 @@ class FrozenTarget:
     def norm_weight(self) -> Tensor:
         """[D] factors of the final norm, as the weight of an RMSNorm; ones if the backbone does not end with a norm.
 
-        Measured, because names differ and some norms multiply by 1 + w: the norm of x = +-1024, alternating, is +-factor,
-        whatever its epsilon. The bias of a LayerNorm cancels in norm(x) - norm(-x).
+        They are measured, because names differ and some norms multiply by 1 + w. For x = 1024, -1024, 1024, ... the output is
+        the factor times the sign of x, and epsilon is negligible. The bias of a LayerNorm cancels in norm(x) - norm(-x).
         """
         calls: list[tuple[nn.Module, Any]] = []
         inside = {module for layer in self._layers for module in layer.modules()}
@@ -296,7 +302,7 @@ class FrozenTarget:
         Rows are packed: `positions_BT` restarts at 0 with each document, and transformers derives the exact block-diagonal
         causal mask from that, but only without a cache and without an attention_mask. Padding follows the last document of a
         row (`document_BT` is -1 there), where the causal mask hides it from every counted position. For architectures that do
-        not separate documents (`apart`), each document runs alone, and states at padding are 0.
+        not separate documents (`one_document_per_row`), each document runs alone, and states at padding are 0.
 
         Args:
             tokens_BT: Token ids.
@@ -306,8 +312,8 @@ class FrozenTarget:
         """
         assert tokens_BT.shape == positions_BT.shape == document_BT.shape and len(self._layers) == self.num_layers
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            if self.apart:
-                states = run_documents_apart(partial(self._states, taps), tokens_BT, document_BT)
+            if self.one_document_per_row:
+                states = run_documents_separately(partial(self._states, taps), tokens_BT, document_BT)
             else:
                 states = self._states(taps, tokens_BT, positions_BT)
             last_BTD, *tapped = states.split(states.shape[-1] // (1 + len(taps)), -1)

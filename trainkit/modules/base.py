@@ -122,10 +122,10 @@ class TrainingModule(LightningModule):
             )
         strategy = self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy):
-            if strategy.zero_stage_3:  # it takes the output head away before the backward pass computes the logits again
+            if strategy.zero_stage_3:  # it releases the output head before the backward pass computes the logits again
                 raise UserError("trainer.strategy: DeepSpeed stage 3 cannot train here; use configs/strategy/fsdp.yaml")
             if self.on_nonfinite == "skip":
-                raise UserError("model.on_nonfinite: DeepSpeed steps by itself and cannot skip a step; leave it out")
+                raise UserError("model.on_nonfinite: DeepSpeed runs the optimiser itself and cannot skip a step; leave it out")
         self.data = data
         data.connect(self)
         return []
@@ -175,7 +175,7 @@ class TrainingModule(LightningModule):
         self._check_finite()
 
     def _check_finite(self) -> None:
-        """Ends or skips the current optimiser step on all ranks if its loss or gradient norm is not finite on any of them."""
+        """Stops the run, or skips the optimiser step, on all ranks if the loss or gradient norm is not finite on any rank."""
         checked = {"train/loss": self._step.sums["loss"]}
         # In 16-bit precision a gradient may overflow: the scaler then skips the step and lowers its scale.
         if self._gradient_norm is not None and getattr(self.trainer.precision_plugin, "scaler", None) is None:
@@ -197,7 +197,7 @@ class TrainingModule(LightningModule):
                 tqdm.write(f"{found}; the step is skipped", file=sys.stderr)
         else:
             self._training.merge(self._step)
-        if self.on_nonfinite == "skip":  # summed over the ranks, so counted on one of them
+        if self.on_nonfinite == "skip":  # the sum over ranks is logged, so only one rank counts
             self._training.add("skipped_steps", float(bool(wrong) and self.trainer.is_global_zero))
         self._step = Meter()
 
@@ -377,7 +377,7 @@ class TrainingModule(LightningModule):
                 group["lr"] *= new / old
                 for scheduler in schedulers:
                     scheduler.base_lrs[index] = new
-        # The restored learning rate is that of the checkpoint's schedule, which ends elsewhere if the number of steps changed.
+        # The restored learning rate follows the checkpoint's schedule, which differs if the number of steps changed.
         for scheduler in schedulers:
             if isinstance(scheduler, LambdaLR):
                 for group, rate, share in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):

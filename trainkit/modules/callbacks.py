@@ -49,7 +49,7 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None
         self.best_step: int | None = None
         self.validation_due = False
-        """Whether a validation of the current step has not ended; saved, so that a resumed run validates first."""
+        """Whether the validation of the current step is not finished; saved, so that a resumed run validates first."""
         self.started = False
         self._saved_step = 0  # of the newest `last.ckpt`
 
@@ -120,7 +120,7 @@ class Checkpoints(Checkpoint):
             self._saved_step = trainer.global_step
         path = self.folder(trainer) / name
         partial, scratch, before = path.with_suffix(".partial"), path.with_suffix(".scratch"), tempfile.tempdir
-        # Not by `trainer.save_checkpoint`, in whose barrier the other ranks would wait if rank 0 cannot write.
+        # Not by `trainer.save_checkpoint`: if rank 0 cannot write, the other ranks would wait in its barrier.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         try:
             with failing_together(trainer), _explained(path, partial):
@@ -166,7 +166,7 @@ def put_back(checkpoint: Path) -> None:
 
 
 class _FinishingLoop(_FitLoop):
-    """Lightning's loop, which also runs if all that a resumed run still has to do is its last validation."""
+    """Lightning's loop, which also runs if a resumed run has only its last validation left to do."""
 
     @property
     def skip(self) -> bool:

@@ -48,7 +48,7 @@ class CSVLog(Logger):
     def rewind(self, step: int, validated: bool = True) -> None:
         """Drops the rows that a resumed run will log again: those after `step`, and its validation if not `validated` yet.
 
-        A last row that a full disk or a kill cut short is dropped too.
+        An incomplete last row, written before a full disk or a kill, is dropped too.
         """
         self._columns, rows = self._read()
         repeated = lambda row: int(row["step"]) == step and not validated and any(row[n] for n in row if n.startswith("val/"))

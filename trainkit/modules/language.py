@@ -10,11 +10,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from trainkit.errors import UserError
+from trainkit.errors import UserError, first_lines
 from trainkit.losses.divergence import CrossEntropy
 from trainkit.losses.output import LossOutput
-from trainkit.models.documents import crosses_documents, run_documents_apart
-from trainkit.models.load import first_lines, read_config, read_tokenizer
+from trainkit.models.documents import crosses_documents, run_documents_separately
+from trainkit.models.load import read_config, read_tokenizer
 from trainkit.models.target import check_head, load_model
 from trainkit.modules.base import CHECKPOINT_KEY, Batch, TrainingModule
 from trainkit.modules.meter import means
@@ -52,7 +52,7 @@ class LanguageModule(TrainingModule):
             self.lm = self._build()
             self.data.check_fits(self.lm.config.vocab_size, getattr(self.lm.config, "max_position_embeddings", 1 << 60))
             check_head(self.lm.eval(), self.folder or "model.config")
-            self._apart = crosses_documents(self.lm.base_model, self.folder or "model.config")
+            self._one_document_per_row = crosses_documents(self.lm.base_model, self.folder or "model.config")
             self.lm.train()
 
     def describe(self) -> dict[str, Any]:
@@ -65,8 +65,8 @@ class LanguageModule(TrainingModule):
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
         tokens_BT, document_BT = batch["tokens_BT"], batch["document_BT"]
-        if self._apart:
-            hidden_BTD = run_documents_apart(self._hidden, tokens_BT, document_BT)
+        if self._one_document_per_row:
+            hidden_BTD = run_documents_separately(self._hidden, tokens_BT, document_BT)
         else:
             hidden_BTD = self._hidden(tokens_BT, batch["positions_BT"])
         counted_BT = batch["mask_BT"][:, 1:] & (document_BT[:, 1:] == document_BT[:, :-1]) & (document_BT[:, 1:] >= 0)

@@ -1,4 +1,4 @@
-"""Decisions that all ranks of a training run take together, so that none waits for one that has stopped."""
+"""Decisions that all ranks of a training run take together, so that no rank waits for another that has stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stop_all(trainer: Trainer, message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def failing_together(trainer: Trainer) -> Iterator[None]:
-    """If the file system refuses within the block on any rank, all ranks end with exit code 2, and one of them prints why.
+    """If a file cannot be written within the block on any rank, all ranks exit with code 2, and one of them prints why.
 
     Every rank must enter the block. Its end is a barrier.
     """

@@ -25,9 +25,8 @@ from lightning.pytorch.loggers import WandbLogger
 
 from trainkit import bundle
 from trainkit.card import describe
-from trainkit.errors import UserError
+from trainkit.errors import UserError, first_lines
 from trainkit.files import write_json
-from trainkit.models.load import first_lines
 
 STEP = "trainer/global_step"
 """The horizontal axis of every chart; Lightning's logger adds it to each row."""

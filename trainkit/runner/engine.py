@@ -31,7 +31,7 @@ from trainkit.runner.round import Plan, Rounds, Trace
 from trainkit.runner.sampling import request_keys
 from trainkit.runner.scheduler import Scheduler
 from trainkit.runner.stats import Stats
-from trainkit.runner.text import GrowingText, special_tokens
+from trainkit.runner.text import IncrementalText, special_tokens
 from trainkit.runner.trees.shape import RankPath, Shape
 from trainkit.runner.trees.static import Tree, build, chain
 from trainkit.runner.verify import Typical, Verification, build_verification
@@ -78,7 +78,7 @@ class Runner:
         self.rounds = Rounds(target, drafter)
         self.device = self.rounds.device
         if self.device.type == "cuda":
-            # sums in half precision would differ more between one row and several
+            # half-precision accumulation would increase the difference between one row and several
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         capture = self.device.type == "cuda" if capture is None else capture
@@ -202,13 +202,13 @@ class Runner:
         """Yields the text of one prompt as rounds emit it; options as an object or by name, checked before the first round."""
         chosen = options or GenerateOptions.from_names("stream", named)
         request = self._request(prompt, 0, (0, 0), chosen)
-        request.text = request.text or self._growing_text(chosen)
+        request.text = request.text or self._incremental_text(chosen)
         return self._streamed(request, request.text, self._plan(chosen), self._end_ids(chosen))
 
-    def _streamed(self, request: Request, text: GrowingText, plan: Plan, end_ids: tuple[int, ...]) -> Iterator[str]:
+    def _streamed(self, request: Request, text: IncrementalText, plan: Plan, end_ids: tuple[int, ...]) -> Iterator[str]:
         shown = 0
         for _, finished in self.scheduler.decode([request], plan, end_ids):
-            known = self._text(request) if finished else text.shown[: text.certain]
+            known = self._text(request) if finished else text.shown[: text.safe_length]
             if finished or len(known) > shown:
                 yield known[shown:]
                 shown = len(known)
@@ -311,8 +311,8 @@ class Runner:
     def _special_tokens(self) -> dict[int, str]:
         return special_tokens(self.tokenizer)
 
-    def _growing_text(self, options: GenerateOptions) -> GrowingText:
-        return GrowingText(self._decode, self._special_tokens, options.stop)
+    def _incremental_text(self, options: GenerateOptions) -> IncrementalText:
+        return IncrementalText(self._decode, self._special_tokens, options.stop)
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -343,7 +343,7 @@ class Runner:
                 f"prompt {index} has {len(tokens)} tokens and one new one must fit max_len {self.max_len}, {remedy}"
             )
         wanted, keys = len(tokens) + options.max_new_tokens, request_keys(options.seed, *draws)
-        text = self._growing_text(options) if options.stop else None
+        text = self._incremental_text(options) if options.stop else None
         return Request(index, tokens, keys, min(wanted, self.max_len), wanted > self.max_len, text)
 
     def _output(self, request: Request, logprobs: bool) -> Output:

@@ -42,15 +42,15 @@ def capture(function: Callable[[], T], device: torch.device, pool: Any = None) -
 
 @cache
 def _capture_stream(index: int) -> torch.cuda.Stream:
-    """The stream of all captures on the GPU of this number, the current one.
+    """The stream for all captures on GPU `index`, which must be the current device.
 
-    torch's own would be on the GPU that captured first; and only graphs captured on one stream share memory of a pool.
+    torch's default capture stream is on the GPU that captured first. Only graphs captured on the same stream share a pool.
     """
     return torch.cuda.Stream(index)
 
 
 class Graphs:
-    """Captured rounds by key; of more than `MAX_GRAPHS` the one not used for longest is dropped.
+    """Captured rounds by key, at most `MAX_GRAPHS`; the least recently used one is dropped.
 
     All graphs share one memory pool. They never overlap in time, and outputs are copied before the next replay is enqueued on
     the same stream, so temporaries of one may use the memory of another's.
@@ -86,7 +86,7 @@ class Graphs:
             self._pool = self._pool or graph.pool()
             self._captured[key] = graph, output, round_
             done_B.copy_(before_B)
-        graph, output, _ = self._captured[key] = self._captured.pop(key)  # the last used comes last
+        graph, output, _ = self._captured[key] = self._captured.pop(key)  # moved to the end: most recently used
         with torch.cuda.device(self.device):
             graph.replay()
         return output

@@ -20,7 +20,7 @@ class GenerateOptions:
 
     Args:
         max_new_tokens: Largest number of new tokens for each prompt, the end token included.
-        temperature: Softmax temperature; 0, or below 1e-6, takes the likeliest token.
+        temperature: Softmax temperature; 0 takes the likeliest token, and so does any value below 1e-6.
         top_p: Probability mass of the nucleus that is sampled from.
         top_k: Number of likeliest tokens that are sampled from; 0 takes all.
         seed: Seed of the noise. With a prompt's index in the call it fixes every draw, whatever the batch, depth or drafter.
@@ -38,8 +38,8 @@ class GenerateOptions:
             than it costs on this machine; predictor:P and confidence:P: until the predicted acceptance, or the draft's own
             probability, falls below P; ema: by what was recently accepted; fixed: always `depth`. The text is the same under
             all.
-        plain: Draft nothing, but compute as many rows in each step as verifying the draft would. In bfloat16 and float16, where
-            rounding depends on the number of rows, this is the text that decoding one prompt at a time with the draft equals.
+        plain: Draft nothing, but compute as many rows in each step as verifying the draft would. In bfloat16 and float16,
+            rounding depends on the number of rows; compare drafted texts, one prompt at a time, with this text.
         ignore_end: Continue to `max_new_tokens` past end tokens; for measurements.
         typical_epsilon: `typical` accepts a token whose probability is above the lower of this and `typical_scale`
             exp(-entropy).
@@ -77,9 +77,7 @@ class GenerateOptions:
         if self.tree is not None and self.depth is not None:
             raise UserError("give depth or tree, not both")
         if self.plain and (self.policy is not None or self.verify != "coupled"):
-            raise UserError(
-                "plain: is compared with coupled verification of a fixed depth or tree; leave verify and policy out"
-            )
+            raise UserError("plain: only with coupled verification and a fixed depth or tree; leave verify and policy out")
 
     @staticmethod
     def from_names(caller: str, options: dict[str, Any]) -> GenerateOptions:

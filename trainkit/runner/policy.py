@@ -49,7 +49,7 @@ class Policy:
 
     Attributes:
         signal: What `continues` receives for each row.
-        pauses: Whether it may decode rounds plainly: what the drafter misses is then stored, which takes memory.
+        pauses: Whether some rounds may have no draft; what the drafter misses in them is stored, which takes memory.
     """
 
     signal: Signal = "none"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from trainkit.runner.round import RoundOutput
 from trainkit.runner.stats import Stats
-from trainkit.runner.text import GrowingText
+from trainkit.runner.text import IncrementalText
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Request:
         prompt: Token ids of the prompt.
         keys: Noise keys.
         limit: Number of tokens, prompt included, at which it ends.
-        cut: Whether `max_len` lowered the limit.
+        cut: Whether `max_len`, and not `max_new_tokens`, sets the limit.
         text: Its text so far; None if neither stop strings nor a stream need it.
         tokens: New token ids so far.
         logprobs: Their log-probabilities, if requested.
@@ -56,7 +56,7 @@ class Request:
     keys: tuple[int, int]
     limit: int
     cut: bool = False
-    text: GrowingText | None = None
+    text: IncrementalText | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
@@ -72,7 +72,7 @@ class Request:
             self.tokens.append(token)
             taken += 1
             stop_at = None if self.text is None else self.text.add(token)
-            # an end token is also the end where it is a stop string, but not where a stop string begins before it
+            # if an end token completes a stop string, that string is the reason only if it begins before the token
             if token in end_ids and (self.text is None or stop_at in (None, len(self.text.shown))):
                 self.finish = "end"
             elif stop_at is not None:

@@ -359,7 +359,7 @@ class Rounds:
         scores = plan.sampling.process(logits)
         if not plan.sampling.greedy:
             scores = scores + gumbel(state.keys_B2, state.position_B[:, None] + 1, self.vocabulary, CHOICE)
-        # NaN, as of float16 that overflowed, would silently become token 0.
+        # NaN, for example after an overflow in float16, would silently become token 0.
         token = scores.argmax(-1).masked_fill(~logits.amax(-1).isfinite(), -1)
         verdict = Verdict(None, torch.ones_like(token[:, 0]), token)
         self._move_root(state, verdict)

@@ -26,10 +26,10 @@ RESIDUAL: Final = 3  # draws from what remains after rejections
 _TOP: Final = 1 - 2.0**-24
 
 COLDEST: Final = 1e-6
-"""Temperatures below are 0: the likeliest token has all the probability, and dividing by less would overflow float32."""
+"""Lower temperatures are treated as 0: the likeliest token has all the probability, and the division would overflow."""
 
 CHUNK: Final = 1 << 24
-"""Numbers of noise that are computed at a time, in rows; their hashes and logarithms take several times the memory."""
+"""Number of noise values computed at once; the intermediate tensors take several times the memory of the result."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Sampling:
             ordered, order = logits.sort(dim=-1, descending=True, stable=True)
             probabilities = ordered.softmax(-1)
             cut = probabilities.cumsum(-1) - probabilities >= self.top_p
-            cut[..., 0] = False  # a top_p below the smallest float32 would leave no token
+            cut[..., 0] = False  # otherwise a top_p below the smallest float32 leaves no token
             logits = logits.masked_fill(torch.zeros_like(cut).scatter(-1, order, cut), float("-inf"))
         return logits
 

@@ -23,8 +23,8 @@ from trainkit.runner.round import MISSED, Plan, RoundOutput, Rounds, RoundState
 from trainkit.runner.stats import Stats
 from trainkit.runner.timing import synchronize
 
-APART_BYTES = 1 << 30
-"""Size of the target's cache up to which all rows are as long as the longest text; above it, long texts are decoded apart."""
+SPLIT_CACHE_BYTES = 1 << 30
+"""Largest size of the target's cache with rows for the longest text; otherwise long texts are decoded after the others."""
 
 
 class Scheduler:
@@ -61,7 +61,7 @@ class Scheduler:
         return self._call
 
     def state(self, batch_size: int, slots: int, can_pause: bool = False) -> RoundState:
-        """Static tensors for at least this many rows and slots, allocated again where there are too few."""
+        """Static tensors with at least this many rows and slots; allocated again if the present ones have fewer."""
         old, size = self._state, -(-slots // 64) * 64
         rows, old_size, could_pause = (0, 0, False) if old is None else (len(old.done_B), old.cache.shape[3], bool(old.missed))
         if old is None or rows < batch_size or old_size < slots or can_pause > could_pause:
@@ -69,7 +69,7 @@ class Scheduler:
                 synchronize(self.device)  # a replay may still run
                 self.graphs.clear()
             needed, grown = (batch_size, size), (max(rows, batch_size), max(old_size, size))
-            # growing both ways, from many short rows to a few long ones, would take far more than either
+            # keep both maxima, unless many short rows before and few long rows now would make that far too large
             rows, size = grown if prod(grown) <= 2 * max(prod(needed), rows * old_size) else needed
             self._state = old = None  # frees the old tensors first
             self.rounds.target.reserve_positions(size)
@@ -94,10 +94,10 @@ class Scheduler:
         self.last = Stats.merge(request.stats for request in requests)
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[tuple[Sequence[Request], int, int]]:
-        """Texts to decode together, the number of their rows, and the number of tokens that a row must hold.
+        """Splits the texts into groups; yields the texts, the number of rows, and the largest number of tokens of a row.
 
-        Texts longer than twice the median come later and over fewer rows, where rows as long as the longest text for the whole
-        batch would be a large cache.
+        Usually there is one group. If rows for the longest text would make the cache larger than `SPLIT_CACHE_BYTES`, texts
+        longer than twice the median are decoded later, in fewer rows.
         """
         batch, weight, shape = min(self.max_batch, len(requests)), self.rounds.target.embed.weight, self.rounds.target.shape
         if not requests or not self.grow:
@@ -107,21 +107,23 @@ class Scheduler:
         slots = 0
         while requests:
             longest = max(request.limit for request in requests)
-            if batch * longest * token_bytes > APART_BYTES:
+            if batch * longest * token_bytes > SPLIT_CACHE_BYTES:
                 median = sorted(request.limit for request in requests)[len(requests) // 2]
                 longest = max(request.limit for request in requests if request.limit <= 2 * median)
             group = [request for request in requests if request.limit <= longest]
-            slots = slots or min(batch, len(group)) * longest  # of the first group; no other takes more, unless one row does
+            slots = (
+                slots or min(batch, len(group)) * longest
+            )  # of the first group; the later groups take no more, except that a single row may
             yield group, max(1, min(batch, len(group), slots // longest)), longest
             requests = [request for request in requests if request.limit > longest]
 
     def _decode_group(
         self, requests: Sequence[Request], batch: int, longest: int, plan: Plan, end_ids: tuple[int, ...], call: int
     ) -> Iterator[tuple[Request, bool]]:
-        """`decode` for texts of up to `longest` tokens, over `batch` rows."""
+        """Decodes texts of at most `longest` tokens in `batch` rows; yields as `decode` does."""
         # Prepare: static tensors for the largest round, all rows free.
         step = plan.shape.depth + 1
-        if self.graphs is not None and self.grow:  # few sizes, since graphs are captured again for each
+        if self.graphs is not None and self.grow:  # few sizes, because graphs are captured again for each size
             longest = min(max(256, 1 << (longest - 1).bit_length()), self.max_len)
         state = self.state(batch, longest + plan.shape.slots + (self.lag + 1) * step, plan.can_pause)
         state.done_B.fill_(True)
@@ -171,7 +173,7 @@ class Scheduler:
             self._release(rows, state)
 
     def _check_call(self, call: int) -> None:
-        """Raises UserError if another call has taken the rows since: a stream was left open and is continued now."""
+        """Raises UserError if another call has used the rows meanwhile: a stream was left open and is continued now."""
         if self._call != call:
             raise UserError(
                 "this stream cannot continue: its runner has begun another generate, stream or score; finish one first"

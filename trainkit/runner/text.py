@@ -1,4 +1,4 @@
-"""The text of tokens as they come, and where a stop string begins in it; the whole text is never decoded again."""
+"""Incremental detokenisation: the text of tokens as they arrive, and where a stop string begins in it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
     return {id: text for id in skipped if (text := tokenizer.decode([id]))}
 
 
-class GrowingText:
-    """The text of the new tokens of one request; a character of several tokens is added once it is complete.
+class IncrementalText:
+    """The text of the new tokens of one request; each token is decoded a few times, never the whole text.
 
-    A stop string is found in the text with special tokens, as the model wrote it, and in the text without them, as it is shown.
-    The prompt is no part of either.
+    A character of several tokens is added once it is complete. Stop strings are searched in the text with special tokens, as
+    the model wrote it, and in the text without them, as it is shown. The prompt is not searched.
 
     Args:
         decode: Turns token ids into text, without special tokens.
@@ -33,13 +33,14 @@ class GrowingText:
     def __init__(self, decode: Decode, special: dict[int, str], stop: Sequence[str] = ()) -> None:
         self.decode, self.special, self.stop, self.shown = decode, special, stop, ""
         self._written = ""  # with special tokens
-        self._hidden: list[tuple[int, int]] = []  # start in `_written` and length of each special token
-        self._tokens: list[int] = []  # the last ordinary tokens: some before and all after a character's end
-        self._before = self._known = 0  # number of the tokens before it, and of characters of all that are in `shown`
+        self._hidden: list[tuple[int, int]] = []  # (start, length) of each special token in `_written`
+        self._tokens: list[int] = []  # the last ordinary tokens: `_before` tokens as context, then those of an open character
+        self._before = 0
+        self._known = 0  # number of characters of `_tokens` that are in `shown`
 
     @property
-    def certain(self) -> int:
-        """Number of characters of `shown` that no stop string can still begin in."""
+    def safe_length(self) -> int:
+        """Number of characters of `shown` in which no stop string can begin any more, so that a stream may show them."""
         return max(0, len(self.shown) - max((len(text) - 1 for text in self.stop), default=0))
 
     def add(self, token: int) -> int | None:
@@ -63,10 +64,10 @@ class GrowingText:
         return min(found, default=None)
 
     def _piece(self, token: int) -> str:
-        """What an ordinary token adds; decoded with those before it, because at the start of a text spaces are dropped."""
+        """The text that an ordinary token adds; decoded with the tokens before it, because decoders drop a leading space."""
         self._tokens.append(token)
         whole = self.decode(self._tokens)
-        text = whole.rstrip("\ufffd")  # perhaps a part of a character
+        text = whole.rstrip("\ufffd")  # U+FFFD at the end may be a part of a character
         piece, self._known = text[self._known :], max(self._known, len(text))
         if piece and text == whole:
             del self._tokens[: self._before]

@@ -187,7 +187,7 @@ def _whole(rounds: Rounds, shape: Shape, state: RoundState, span: int, sampling:
 
 
 def _graphed(step: Callable[[], object], device: torch.device, pool: Any) -> Callable[[], object]:
-    """The step as a CUDA graph; on a CPU the step itself. Nobody reads its output, so graphs of a pool share all of it."""
+    """The step as a CUDA graph; on a CPU the step itself. Its output is not read, so graphs of a pool share its memory."""
     if device.type != "cuda":
         return step
     graph, _ = capture(step, device, pool)

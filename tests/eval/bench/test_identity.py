@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support.models import pair, ragged_prompts
-from trainkit.eval.bench.identity import TIE, IdentityChecker, _sampled, logits, tie_tolerance
+from trainkit.eval.bench.identity import TIE, IdentityChecker, _sampling_bounds, logits, tie_tolerance
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 
 
@@ -79,10 +79,10 @@ def test_tolerance_is_measured_in_bfloat16(seed):
     ],
 )
 def test_edges_of_top_k_and_top_p_by_hand(scores, sampling, kept, at_edge):
-    """Tokens that rounding may move over the edge may be sampled, but not surely."""
-    may, surely = _sampled(torch.tensor(scores).log(), sampling, TIE)
-    assert surely.nonzero()[:, 0].tolist() == kept
-    assert may.nonzero()[:, 0].tolist() == sorted(kept + at_edge)
+    """Tokens that rounding may move over the boundary are possibly kept, but not certainly."""
+    possible, certain = _sampling_bounds(torch.tensor(scores).log(), sampling, TIE)
+    assert certain.nonzero()[:, 0].tolist() == kept
+    assert possible.nonzero()[:, 0].tolist() == sorted(kept + at_edge)
 
 
 def test_rounding_at_the_edge_of_the_nucleus_is_a_tie(seed):

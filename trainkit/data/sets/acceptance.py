@@ -35,11 +35,10 @@ import torch
 from torch import Tensor
 
 from trainkit.bundle import Bundle
-from trainkit.card import CERTIFICATE
+from trainkit.card import certified_files
 from trainkit.data.manifest import ACCEPTANCE
 from trainkit.data.sets.writer import SetJob, SetStats, SetWriter, comparable
 from trainkit.errors import UserError
-from trainkit.models.predictor import FILE
 
 COLUMNS = ("hidden", "signals", "depth", "label", "max_q", "prompt")
 
@@ -73,9 +72,8 @@ class AcceptanceLayout:
 
 
 def drafter_fingerprint(drafter: Bundle) -> dict[str, Any]:
-    """Kind of a drafter, hashes of its files without a predictor and a certificate, and its name for messages."""
-    files = {name: digest for name, digest in drafter.files.items() if name not in (FILE, CERTIFICATE)}
-    return {"name": drafter.path.resolve().name, "kind": drafter.kind, "files": files}
+    """Kind of a drafter, hashes of the files that decide what it computes, and its name for messages."""
+    return {"name": drafter.path.resolve().name, "kind": drafter.kind, "files": certified_files(drafter)}
 
 
 def write_acceptance(job: SetJob, layout: AcceptanceLayout, record: Record) -> SetStats:

@@ -152,7 +152,7 @@ class LiveTeacher(Teacher):
             autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
             key = {"set": name, "target": self._digests, "taps": others, "top_k": self.top_k}
             key["precision"] = [str(self.target.dtype), autocast]
-            if self.target.apart:  # caches of other targets are the same as before this key
+            if self.target.one_document_per_row:  # only then, so that existing caches of other targets stay valid
                 key["apart"] = True
             width = (hidden if self.top_k is None else 2 * self.top_k + 1) + hidden * len(others)
             dtype = self.target.dtype if self.top_k is None else torch.float32

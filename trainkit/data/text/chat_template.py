@@ -24,8 +24,8 @@ import numpy as np
 
 from trainkit.data.text.formats import Chat, PlainText, PromptResponse, Row, TokenRow
 from trainkit.data.text.sources import RowError
-from trainkit.errors import UserError, lone_surrogate
-from trainkit.models.load import first_lines, read_config, read_tokenizer
+from trainkit.errors import UserError, first_lines, lone_surrogate
+from trainkit.models.load import read_config, read_tokenizer
 from trainkit.models.target import end_ids
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def prompt_digest(tokens: Sequence[int] | np.ndarray) -> str:
 
 
 class Encoder:
-    """Turns rows into documents with one tokenizer.
+    """Turns rows into documents, with one tokenizer for one model.
 
     Args:
         tokenizer: The tokenizer.
@@ -134,7 +134,7 @@ class Encoder:
         """Id of the end token that the chat template writes after an answer, or None."""
         try:
             document = self.documents(PromptResponse("a", "b"))[-1]
-        except RowError:  # a template for chats of another form
+        except RowError:  # the template accepts only chats of another form
             return None
         return next((token for token in document.tokens[document.mask].tolist() if token in self.end_ids), None)
 
@@ -180,7 +180,7 @@ class Encoder:
             row = Chat(row.messages, tools=row.tools)
         template, turns = self.template(row.tools), row.counted
         assistant = [n for n, message in enumerate(row.messages) if message["role"] == "assistant" and n >= row.context]
-        # spans do not say which turn they are of, so a turn of weight 0 needs prefixes
+        # a span does not name its turn, so a chat with a turn of weight 0 is rendered by prefixes
         if template and _GENERATION.search(template) and self.tokenizer.is_fast and turns == assistant:
             return [self._from_spans(row)]
         return [self._from_prefix(row.messages[: n + 1], row.tools) for n in turns]
@@ -284,9 +284,10 @@ def _render_spans(
 def span_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
     """1 at the tokens that lie inside a span, 0 elsewhere.
 
-    transformers' own mask is not used. It looks up the tokens of a span's first and last character, so it loses the last tokens
-    of a character that has several, and all spans from one on that begins with a blank if offsets are trimmed; and after a span
-    that ends at the first token it labels the rest of the chat (huggingface/transformers issue 47325).
+    transformers' own mask is not used, because it looks up the tokens of a span's first and last character
+    (huggingface/transformers issue 47325). If that character has several tokens, the last ones get no label. If offsets are
+    trimmed and a span begins with a space, this span and all later ones get no label. If a span ends at the first token, the
+    rest of the chat gets labels.
 
     Args:
         offsets: First character of each token and the one after its last; tokens of one character have equal offsets.
@@ -300,7 +301,7 @@ def span_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
 
 
 def _model_fields(folder: str) -> Any:
-    """`eos_token_id` and `vocab_size` of a model folder, or None; a config that needs code of the folder is read as it is."""
+    """`eos_token_id` and `vocab_size` of a model folder, or None; a config with custom code is read as JSON."""
     from transformers import PreTrainedConfig
 
     try:

@@ -160,7 +160,7 @@ def parse_turns(turns: Any, column: str) -> list[dict[str, Any]]:
             weight = {} if turn.get("weight") is None else {"weight": turn["weight"]}
             messages.append({"role": _ROLES[role], "content": content} | weight)
             continue
-        # null is no value: Arrow gives every turn the union of all keys
+        # null is left out: Arrow adds it to give all turns the same keys
         messages.append({key: value for key, value in turn.items() if value is not None} | {"content": content})
         if calls:
             messages[-1]["tool_calls"] = _parse_calls(calls, f"{where}.tool_calls")

@@ -179,7 +179,7 @@ def _encode(
         if limit is not None and report.rows >= limit:
             break
         remaining = None if limit is None else limit - report.rows
-        is_ours = Path(file).is_dir() and DISTILLED.read(Path(file)) is not None  # its columns are for other programs, too
+        is_ours = Path(file).is_dir() and DISTILLED.read(Path(file)) is not None  # has columns that only other programs read
         if Path(file).is_dir():
             report.left_out += [str(path.relative_to(file)) for path in data_files(Path(file))[1]]
         bar = {"desc": f"{name}: {Path(file).name}", "unit": " rows", "delay": 2, "disable": None}  # no bar for small files
@@ -222,11 +222,11 @@ def _encode(
 
 
 def _prompt_of(row: Row, documents: Sequence[Document]) -> str:
-    """Digest of the tokens before a row's first label; of all tokens, if no prompt of a user is there."""
+    """Digest of the tokens before a row's first label; of all its tokens if it has no user prompt."""
     first = documents[0]
     roles = [message["role"] for message in row.messages] if isinstance(row, Chat) else []
-    opens = isinstance(row, PlainText) or ("assistant" in roles and "user" not in roles[: roles.index("assistant")])
-    start = 0 if opens else int(first.mask.argmax())
+    has_no_prompt = isinstance(row, PlainText) or ("assistant" in roles and "user" not in roles[: roles.index("assistant")])
+    start = 0 if has_no_prompt else int(first.mask.argmax())
     return prompt_digest(first.tokens[:start] if start else first.tokens)
 
 
@@ -256,13 +256,14 @@ def _fit(document: Document, location: str, policy: Mapping[str, Any], report: S
 def _hold_out(rows: list[EncodedRow], share: float, seed: int) -> tuple[list[EncodedRow], list[EncodedRow], frozenset[str]]:
     """Training rows, held-out rows (at least one unless `share` is 0), and the digests of the prompts of the latter.
 
-    Prompts are drawn at random, and taken while their rows do not exceed the share; if none fits, the one with fewest rows is.
+    Prompts are taken in random order, except those whose rows would exceed the share. If that leaves none, the prompt with the
+    fewest rows is taken.
     """
     count = max(1, round(len(rows) * share)) if share else 0
     if count >= len(rows):
         raise UserError(f"validation_share: {share} of {len(rows)} rows leaves none to train on; give validation files")
     groups: dict[Any, list[int]] = {}
-    by_prompt = len({prompt for prompt, _ in rows}) > 1  # a single prompt says nothing about the texts, so rows are drawn
+    by_prompt = len({prompt for prompt, _ in rows}) > 1  # rows are drawn if all have the same prompt
     for n, (prompt, _) in enumerate(rows):
         groups.setdefault(prompt if by_prompt else n, []).append(n)
     members = list(groups.values())

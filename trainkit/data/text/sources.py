@@ -1,8 +1,8 @@
 """Rows of files, folders and hub data sets as dictionaries, each with its location for error messages.
 
-JSON Lines, JSON and CSV are parsed here: their errors must name the line, and their texts must stay texts, also where they look
-like dates, numbers or None. Everything else is read by `datasets`, which is imported only when it is needed. Of a folder,
-`datasets` reads only the files whose names it takes for a training set, so the files of a folder are listed here as well.
+JSON Lines, JSON and CSV are parsed here: their errors must name the line, and their texts must stay strings, even if they look
+like dates, numbers or None. Everything else is read by `datasets`, which is imported only when it is needed. The files of a
+folder are listed here too, because `datasets` reads only those whose names it recognises as a training set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainkit.errors import UserError, lone_surrogate
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""A \\uD800 to \\uDFFF in JSON: half of a pair, which must be checked, since no tokenizer reads it alone."""
+"""An escape \\uD800 to \\uDFFF in JSON, one half of a surrogate pair; alone it is not valid Unicode, so the row is checked."""
 _HELD_OUT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
 """Names of files that are a test or validation set, as `datasets` recognises them."""
 
@@ -56,7 +56,7 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of a folder whose rows are read, in order, and those that are left out.
 
     A distillation set has its parts. In any other folder and its subfolders all data files are read, but not hidden ones,
-    those whose name says that they are a test or validation set (if there are others), and .json files that hold no list.
+    those named as a test or validation set (if there are others), and .json files that hold no list.
 
     Raises:
         UserError: the folder holds no data file.
@@ -89,7 +89,7 @@ def _dataset_rows(source: str) -> Iterator[LocatedRow]:
 
 
 def _without_null(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without null inside its columns: Arrow gives every object of a column the union of all keys."""
+    """The row without the null values inside its columns, which Arrow adds to give all objects of a column the same keys."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -166,7 +166,7 @@ def _csv_lines(path: Path) -> Iterator[LocatedRow]:
 
 
 def _check_row(row: Any, doubtful: bool) -> dict[str, Any] | RowError:
-    """The row if it is an object; a `doubtful` one must have no lone surrogate."""
+    """The row, or what is wrong with it; a `doubtful` one is searched for lone surrogates."""
     if not isinstance(row, dict):
         return RowError(f"a row must be an object, not {type(row).__name__}")
     try:

@@ -21,9 +21,10 @@ from torch import Tensor
 from trainkit.bundle import read_json
 from trainkit.errors import UserError
 from trainkit.layers.shape import DecoderShape
-from trainkit.models.load import hf_config, read_tensors
+from trainkit.models.load import hf_config
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import FrozenTarget
+from trainkit.models.weights import read_tensors
 
 PREFIX = {"flat": "midlayer", "speculators": "layers.0"}
 """Layout -> its name of the decoder layer."""
@@ -101,9 +102,9 @@ def to_file(state: Mapping[str, Tensor], layer: DecoderShape, ids_K: Tensor | No
 def from_file(tensors: Mapping[str, Tensor], source: Path, vocab_size: int) -> tuple[dict[str, Tensor], Tensor]:
     """The drafter's `state_dict` and the token ids of its head's rows [K], from a file of either layout.
 
-    Some published files have one of the maps `d2t` and `t2d`, or one that was never filled. For a head of all `vocab_size` ids
-    neither is needed. For a smaller one the ids come from the map that is there, and two must agree: a wrong map would propose
-    other tokens than were trained, and the text would stay exact but gain no speed.
+    Some published files have only one of the maps `d2t` and `t2d`, or an empty one. A head of all `vocab_size` ids needs
+    neither. For a smaller head the ids are read from the map that exists; if both exist they must agree. With a wrong map the
+    drafter would propose other tokens than it was trained on: the text would stay exact, but nearly no draft would be accepted.
 
     Raises:
         UserError: a tensor is missing, or both maps of a smaller vocabulary, or these disagree.
@@ -153,6 +154,7 @@ def configuration(
         dtype: Dtype of the weights.
         verifier: Folder or hub name where other programs find the target (speculators layout).
     """
+    # What both layouts contain.
     theirs = read_json(target_folder / "config.json")
     plain = hf_config(layer, target.end_ids, None, dtype, theirs.get("bos_token_id"))
     layers = target.decoder.num_layers
@@ -163,13 +165,21 @@ def configuration(
             "tie_word_embeddings": False,
             "norm_before_residual": False,
         }
-        if len(taps) != 3:  # what readers expect without this field
+        if len(taps) != 3:  # without this field readers expect 3
             config["num_aux_hidden_states"] = len(taps)
         if layers < 7 or tuple(taps) != default_taps(layers):
             config["eagle_aux_hidden_state_layer_ids"] = list(taps)
             config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in taps]}
         return config
-    other = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "use_cache")  # not of the layer
+    # The speculators layout.
+    other = (
+        "architectures",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "dtype",
+        "use_cache",
+    )  # these do not describe the layer
     proposal = {"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     if is_eagle(target_folder):  # a folder with the target's embedding but not its config: the architecture of these sizes
         architectures = hf_config(target.decoder, (), None, torch.float32)["architectures"]
@@ -248,7 +258,7 @@ def embedding(folder: Path) -> Tensor:
     """
     for _, value in read_tensors(folder, only=("model.embed_tokens.weight", "embed_tokens.weight")):
         return value
-    if not is_eagle(folder):  # under another name
+    if not is_eagle(folder):  # a target whose embedding has another name
         return FrozenTarget(folder, layers=False).embedding_weight
     raise UserError(f"{folder}: has no embed_tokens.weight, which an EAGLE-3 export copies; name the target's folder")
 

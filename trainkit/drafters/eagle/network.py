@@ -28,9 +28,10 @@ from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
 from trainkit.layers.vocabulary import trim_rows
 from trainkit.losses.output import LossOutput
-from trainkit.models.load import read_tensors, rope_fault, with_known_rope
+from trainkit.models.load import rope_fault, with_supported_rope
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
+from trainkit.models.weights import read_tensors
 
 
 class EagleLayer(nn.Module):
@@ -113,7 +114,7 @@ class Eagle(Drafter):
         if steps < 1:
             raise UserError(f"drafter.steps: {steps} must be at least 1")
         self.steps, self.decay = steps, decay
-        shape = replace(  # one layer in Llama's layout, whatever biases and norms the target's attention has
+        shape = replace(  # one layer in Llama's layout, without the attention biases and norms that a target may have
             decoder,
             num_layers=1,
             intermediate_size=intermediate_size or decoder.intermediate_size,
@@ -127,7 +128,7 @@ class Eagle(Drafter):
         )
         if rope and (fault := rope_fault(shape)):
             raise UserError(f"drafter.rope: {fault}")
-        self.shape = with_known_rope(shape)
+        self.shape = with_supported_rope(shape)
         self.fc = Linear(len(self.taps) * D, D, bias=False)
         self.layer = EagleLayer(self.shape)
         self.norm = RMSNorm(D, eps=self.shape.norm_eps)
@@ -169,7 +170,7 @@ class Eagle(Drafter):
             entries.append(entry)
             counted.append((batch.label_mask(step + 2), step + 2))
             hidden.append(self.norm(feature_BTD[counted[-1][0]]))
-        return batch.heads_loss(divergence, hidden, self.lm_head, counted, self.ids_K, self.decay, inside=self.training)
+        return batch.heads_loss(divergence, hidden, self.lm_head, counted, self.ids_K, self.decay, target_in_ids=self.training)
 
     # Serving: the cache entry of position t is made of x_{t+1} and the target's hidden states at t. So the root, at position R,
     # has slot R - 1, and node i has slot R - 1 + i. The root is known when the round before it ends: its entry is made together
@@ -236,8 +237,8 @@ class Eagle(Drafter):
     def check_format(self, format: str) -> None:
         if format == "sglang" and len(self.taps) == 1:
             raise UserError(
-                "--format sglang: SGLang skips fc if the drafter has one tap, as this one has; export it for vllm, or train it "
-                "with several taps"
+                "--format sglang: SGLang skips fc if a drafter has a single tap, like this one; export it for vllm, or train "
+                "it with several taps"
             )
 
     def layout_shapes(self, layout: str) -> Mapping[str, tuple[int, ...]] | None:

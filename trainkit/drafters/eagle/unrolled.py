@@ -59,7 +59,7 @@ def _block(
 
 
 def _wide(start: int, q_BQHE: Tensor, k_BPGE: Tensor, v_BPGE: Tensor, document_BP: Tensor, *later: Tensor) -> Tensor:
-    """As `_block`, for the last Q of P positions, which are all that `later` has."""
+    """As `_block`, in one dtype: the queries are the last Q of P positions; `later` has keys and values of these Q only."""
     # Scores over the text in step 0
     (P, G, E), device = k_BPGE.shape[1:], q_BQHE.device
     q_BGRQE = (q_BQHE * E**-0.5).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4)

@@ -23,7 +23,7 @@ from trainkit.layers.attention import Rotary, causal_bias, document_bias
 from trainkit.layers.blocks import DecoderLayer, draw_weights
 from trainkit.layers.linear import Linear
 from trainkit.losses.output import LossOutput
-from trainkit.models.load import with_known_rope
+from trainkit.models.load import with_supported_rope
 from trainkit.models.shape import TargetHandle, TargetShape
 
 
@@ -142,7 +142,7 @@ class PrefixLayer(nn.Module):
 
     def __init__(self, target: TargetShape) -> None:
         super().__init__()
-        self.shape = with_known_rope(replace(target.decoder, num_layers=1))
+        self.shape = with_supported_rope(replace(target.decoder, num_layers=1))
         self.layer = DecoderLayer(self.shape)
         draw_weights(self.layer, residual_std=0.0)
         self.rope = Rotary(self.shape)

@@ -32,12 +32,12 @@ from trainkit.models.load import (
     load_decoder,
     note_other_tokenizer,
     read_config,
-    read_tensors,
     save_decoder,
-    with_known_rope,
+    with_supported_rope,
 )
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
+from trainkit.models.weights import read_tensors
 
 
 class LMDraft(Drafter):
@@ -81,7 +81,7 @@ class LMDraft(Drafter):
             shape = replace(
                 shape, num_layers=num_layers, hidden_size=width, intermediate_size=inner, num_heads=heads, num_kv_heads=kv_heads
             )
-            shape = with_known_rope(shape) if init == "scratch" else shape
+            shape = with_supported_rope(shape) if init == "scratch" else shape
         else:
             config = read_config(init)
             check_covered(config, init, 0)
@@ -199,13 +199,14 @@ class LMDraft(Drafter):
     def fill_untrained(self) -> None:
         """Sets the rows of the head outside `draft_vocab`, which training never reached, to the mean of those inside.
 
-        Other programs use the whole head. The logits of these ids are then the mean of the trained ones, so never the largest,
-        instead of values left over from the start. A tied head becomes one of its own.
+        Other programs use the whole head. With the mean, the logits of untrained ids are the mean of the trained logits and so
+        never the largest; initial values could be. A tied head becomes a separate tensor.
         """
         if self.ids_K is None:
             return
         weight_VD = self.decoder.head_weight.detach().clone()
-        trained_KD, weight_VD[:] = weight_VD[self.ids_K], weight_VD[self.ids_K].mean(0)
+        trained_KD = weight_VD[self.ids_K]
+        weight_VD[:] = trained_KD.mean(0)
         weight_VD[self.ids_K] = trained_KD
         weights = {**self.decoder.state_dict(), "lm_head.weight": weight_VD}
         self.decoder = Decoder(replace(self.decoder.shape, tied=False)).to(weight_VD.dtype)

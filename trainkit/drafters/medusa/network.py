@@ -22,8 +22,8 @@ from trainkit.drafters.base import Accepted, Chunk, Divergence, DraftBatch, Fron
 from trainkit.drafters.heads import HeadDrafter, ResidualBlock
 from trainkit.drafters.medusa.outside import check_heads, is_medusa, read_heads
 from trainkit.losses.output import LossOutput
-from trainkit.models.load import check_finite
 from trainkit.models.shape import TargetHandle, TargetShape
+from trainkit.models.weights import check_finite
 
 _NAMES, _FILE_NAMES = re.compile(r"(blocks\.\d+)\.(\d+)\.linear\.(.*)"), re.compile(r"(blocks\.\d+)\.layers\.(\d+)\.(.*)")
 

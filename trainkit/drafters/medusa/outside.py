@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainkit.bundle import tensor_entries
 from trainkit.errors import UserError
-from trainkit.models.load import tensors_in, weight_files
+from trainkit.models.weights import tensors_in, weight_files
 
 _BLOCK = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.linear\.(weight|bias)")
 _PROJECTION = re.compile(r"(?:medusa_heads\.)?(\d+)\.(\d+)\.weight")
@@ -28,7 +28,7 @@ def is_medusa(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The folder's weight files, or any safetensors, because the original code names its file otherwise."""
+    """The folder's weight files; if none has a usual name, all safetensors files: the original code uses other names."""
     listed = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
     return listed or sorted(folder.glob("*.safetensors"))
 

@@ -94,42 +94,42 @@ class IdentityChecker:
 
     @torch.inference_mode()
     def gap(self, request: int, text: Sequence[int], tokens: Sequence[int]) -> float:
-        """Distance of the lowest score among `tokens` from the best token's score after `text`, sampling noise included.
+        """Difference between the best score after `text` and the lowest score of `tokens`, sampling noise included.
 
-        At the edge of top-k or top-p, where rounding decides whether a token may be sampled, only tokens that surely may count
-        as the best; the distance is infinite if one of `tokens` surely may not.
+        At the boundary of top-k or top-p, rounding decides whether a token is kept. Only tokens that are kept whatever the
+        rounding can have the best score; the difference is infinite if one of `tokens` is removed whatever the rounding.
         """
         scores_V = logits(self.target, text)[-1].float()
         if self.sampling.greedy:
             return float(scores_V.max() - scores_V[list(tokens)].min())
         scores_V = scores_V / self.sampling.temperature
-        may_V, surely_V = _sampled(scores_V, self.sampling, self.tolerance)
+        possible_V, certain_V = _sampling_bounds(scores_V, self.sampling, self.tolerance)
         device, position = scores_V.device, torch.tensor([[len(text)]], device=scores_V.device)
         keys = torch.tensor([request_keys(self.seed, request)], dtype=torch.int32, device=device)
         scores_V = scores_V + gumbel(keys, position, torch.arange(len(scores_V), device=device), CHOICE)[0, 0]
-        if not may_V[list(tokens)].all():
+        if not possible_V[list(tokens)].all():
             return float("inf")
-        return max(0.0, float(scores_V[surely_V].max() - scores_V[list(tokens)].min()))
+        return max(0.0, float(scores_V[certain_V].max() - scores_V[list(tokens)].min()))
 
 
-def _sampled(scores_V: Tensor, sampling: Sampling, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Which tokens top-k and top-p may keep, and which they surely keep, if scores are off by up to `tolerance`."""
+def _sampling_bounds(scores_V: Tensor, sampling: Sampling, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Which tokens top-k and top-p possibly keep, and which they certainly keep, for rounding errors up to `tolerance`."""
     ordered_V = scores_V.sort(descending=True).values
-    above_V = torch.searchsorted(-ordered_V, -(scores_V + tolerance))  # number of tokens that surely come before
-    others_V = torch.searchsorted(-ordered_V, -(scores_V - tolerance), right=True) - 1  # and of those that may
-    may_V = surely_V = torch.ones_like(scores_V, dtype=torch.bool)
+    above_V = torch.searchsorted(-ordered_V, -(scores_V + tolerance))  # number of tokens that certainly rank higher
+    others_V = torch.searchsorted(-ordered_V, -(scores_V - tolerance), right=True) - 1  # and of those that possibly do
+    possible_V = certain_V = torch.ones_like(scores_V, dtype=torch.bool)
     if 0 < sampling.top_k < len(scores_V):
-        may_V, surely_V = above_V < sampling.top_k, others_V < sampling.top_k
+        possible_V, certain_V = above_V < sampling.top_k, others_V < sampling.top_k
         ordered_V = ordered_V.masked_fill(
             torch.arange(len(ordered_V), device=ordered_V.device) >= sampling.top_k, float("-inf")
         )
     if sampling.top_p < 1:
-        mass_V = F.pad(ordered_V.softmax(-1).cumsum(-1), (1, 0))  # of the first 0, 1, 2 ... tokens
+        mass_V = F.pad(ordered_V.softmax(-1).cumsum(-1), (1, 0))  # probability of the first 0, 1, 2, ... tokens
         own_V = (scores_V - ordered_V.logsumexp(-1)).exp()
-        may_V = may_V & (mass_V[above_V] < sampling.top_p + tolerance)
-        surely_V = surely_V & (mass_V[others_V + 1] - own_V < sampling.top_p - tolerance)
-    surely_V = surely_V | (scores_V == ordered_V[0])  # the likeliest token always is
-    return may_V, surely_V
+        possible_V = possible_V & (mass_V[above_V] < sampling.top_p + tolerance)
+        certain_V = certain_V & (mass_V[others_V + 1] - own_V < sampling.top_p - tolerance)
+    certain_V = certain_V | (scores_V == ordered_V[0])  # the likeliest token is always kept
+    return possible_V, certain_V
 
 
 @torch.inference_mode()

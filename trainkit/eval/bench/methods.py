@@ -15,7 +15,7 @@ from trainkit.eval.bench.synthetic import ScriptedDrafter, accepted_lengths, ran
 from trainkit.eval.bench.timing import trainkit_method
 from trainkit.eval.bench.transformers import build_model, load_model, transformers_method, why_not_assistant
 from trainkit.eval.bench.types import BenchArguments, BenchSetup
-from trainkit.eval.lengths import fitting
+from trainkit.eval.lengths import prompts_that_fit
 from trainkit.models.load import find_device
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
@@ -38,13 +38,13 @@ def checkpoint_setup(arguments: BenchArguments) -> BenchSetup:
     # the target, with positions for every prompt and its answer
     target, batch = Path(arguments.target), arguments.batch
     prompts = read_prompts(arguments.prompts, arguments.target, arguments.limit)
-    prompts, longest, note = fitting(prompts, arguments.max_new_tokens, arguments.max_len, target, arguments.prompts)
+    prompts, longest, note = prompts_that_fit(prompts, arguments.max_new_tokens, arguments.max_len, target, arguments.prompts)
     runner = Runner.load(target, None, arguments.device, arguments.dtype, batch, longest)
     decoder, shape, dtype = runner.rounds.target, runner.shape, getattr(torch, arguments.dtype)
     setup = BenchSetup(runner, prompts, target.resolve().name, notes=[note] if note else [])
     if dtype != torch.float32:
         setup.notes.append(
-            f"in {arguments.dtype} rounding depends on the number of rows: texts may differ by ties; float32 has few"
+            f"in {arguments.dtype} rounding depends on the number of rows, so texts may differ by ties; float32 has few ties"
         )
     # the drafters
     folders = dict(zip(_short_names(arguments.drafters), map(Path, arguments.drafters), strict=True))

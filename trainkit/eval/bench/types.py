@@ -79,7 +79,7 @@ class BenchArguments:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.max_new_tokens == 1:
-            raise UserError("max_new_tokens 1: the first token comes from the prompt's own pass, so no round would be measured")
+            raise UserError("max_new_tokens 1: the first token comes from prefill, so no round would be measured")
         if any(depth < 1 for depth in self.depths) or len(set(self.depths)) != len(self.depths):
             raise UserError(f"depths {list(self.depths)}: must differ and be at least 1; plain decoding is always measured")
         folders = [str(Path(folder).resolve()) for folder in self.drafters]
@@ -91,7 +91,9 @@ class BenchArguments:
         if self.synthetic is not None and (self.target or self.drafters or self.prompts or self.temperature):
             raise UserError("synthetic: takes no target, drafter or prompts, and decodes at temperature 0")
         if self.synthetic is not None and self.max_len is not None:
-            raise UserError("max_len: leaves out long prompts, which are all alike with synthetic; set prompt_length")
+            raise UserError(
+                "max_len: leaves out long prompts, but synthetic prompts all have the same length; set prompt_length"
+            )
         if self.trees and not self.drafters:
             raise UserError("trees: only a drafter can draft them; add --drafter")
         if self.policies and not (self.drafters or self.synthetic):

@@ -1,8 +1,8 @@
 """The promise that the drafter trains like it serves: acceptance in training equals acceptance in decoding, node by node.
 
-Decoding drafts with caches that were filled round by round. Training reads the whole text at once, with hidden states that
-transformers computed. Both predict the same tokens of the same texts, so both must assign them the same acceptance: a head or
-mask of another position, a stale cache, or other rotary positions in one of the two show here.
+Decoding drafts with caches that were filled round by round. Training reads the whole text in one forward pass, with hidden
+states that transformers computed. Both predict the same tokens of the same texts, so the acceptance must be the same. It is not
+if one of them uses a head or mask of another position, a stale cache, or other rotary positions.
 """
 
 # B rows  F frontier nodes  T positions  V vocabulary
@@ -25,12 +25,12 @@ from trainkit.runner.round import Trace
 from trainkit.runner.sampling import request_keys
 
 TOLERANCE = {"float32": (2e-2, 1e-3), "bfloat16": (1.0, 3e-2), "float16": (1.0, 1e-2)}
-"""Largest and mean difference of the acceptance of a node in training and in decoding that rounding may cause."""
+"""Limits of the largest and the mean difference between the acceptance of a node in training and in decoding."""
 
 
 @dataclass
-class Served:
-    """Acceptance at the nodes that the runner evaluated, from its traces; chains only.
+class DecodedAcceptance:
+    """Collects the acceptance at the nodes that the runner verified, from its traces; chains only.
 
     Attributes:
         numbers: Noise keys -> index of the prompt.
@@ -65,8 +65,8 @@ def check_acceptance(subject: Subject) -> Check:
     arguments, runner = subject.arguments, subject.runner
     # Decode
     numbers = {request_keys(arguments.seed, index): index for index in range(len(subject.prompts))}
-    served, before = Served(numbers), runner.observe
-    runner.observe = served
+    decoded, before = DecodedAcceptance(numbers), runner.observe
+    runner.observe = decoded
     try:
         outputs = runner.generate(
             subject.prompts, arguments.max_new_tokens, 1.0, depth=subject.depth, verify="residual", seed=arguments.seed
@@ -77,20 +77,22 @@ def check_acceptance(subject: Subject) -> Check:
     trained: dict[tuple[int, int, int], float] = {}
     single = False
     for index, (prompt, output) in enumerate(zip(subject.prompts, outputs, strict=True)):
-        heads = _trained(subject, prompt, output.tokens)
+        heads = _training_acceptance(subject, prompt, output.tokens)
         single = single or len(heads) == 1
         trained |= {(index, position, head): alpha for head, values in enumerate(heads) for position, alpha in values.items()}
-    # Compare: a kind with one prediction per position makes it at every depth
-    lookup = {node: trained.get((*node[:2], 0 if single else node[2])) for node in served.alpha}
-    pairs = np.array([(served.alpha[node], value) for node, value in lookup.items() if value is not None]).reshape(-1, 2)
+    # Pair the nodes; a kind with one prediction per position makes the same one at every depth
+    lookup = {node: trained.get((*node[:2], 0 if single else node[2])) for node in decoded.alpha}
+    pairs = np.array([(decoded.alpha[node], value) for node, value in lookup.items() if value is not None]).reshape(-1, 2)
     if not len(pairs):
         return Check("acceptance", promise, "BROKEN", "decoding and training have no predicted token in common")
-    difference, exact = np.abs(pairs[:, 0] - pairs[:, 1]), np.array(list(served.alpha.values()))
+    # Compare the acceptance of each node, and the share of accepted nodes with the mean acceptance
+    difference, exact = np.abs(pairs[:, 0] - pairs[:, 1]), np.array(list(decoded.alpha.values()))
     error = float(np.sqrt((exact * (1 - exact)).sum())) / len(exact)
-    share, expected = served.accepted / len(exact), float(exact.mean())
+    share, expected = decoded.accepted / len(exact), float(exact.mean())
     deviation = abs(share - expected) / error if error else (0.0 if share == expected else np.inf)
     largest, mean = TOLERANCE[arguments.dtype]
     same, fair = difference.max() <= largest and difference.mean() <= mean, deviation <= 4
+    # Report
     figure = (
         f"alpha {pairs[:, 1].mean():.4f} in training, {pairs[:, 0].mean():.4f} in decoding, at the same {len(pairs):,} nodes"
     )
@@ -98,14 +100,14 @@ def check_acceptance(subject: Subject) -> Check:
         f"at a node the two differ by {difference.mean():.1e} on average, {difference.max():.1e} at most",
         f"{share:.4f} of {len(exact):,} nodes accepted, {deviation:.1f} standard errors from the expected {expected:.4f}",
     ]
-    counts: dict[str, Any] = {"nodes": len(pairs), "evaluated": len(exact), "accepted": served.accepted, "error": error}
-    counts |= {"trained": float(pairs[:, 1].mean()), "served": float(pairs[:, 0].mean()), "expected": expected}
+    counts: dict[str, Any] = {"nodes": len(pairs), "evaluated": len(exact), "accepted": decoded.accepted, "error": error}
+    counts |= {"training": float(pairs[:, 1].mean()), "decoding": float(pairs[:, 0].mean()), "expected": expected}
     counts |= {"mean_difference": float(difference.mean()), "largest_difference": float(difference.max())}
     return Check("acceptance", promise, "kept" if same and fair else "BROKEN", figure, details, counts)
 
 
 @torch.inference_mode()
-def _trained(subject: Subject, prompt: list[int], continuation: list[int]) -> list[dict[int, float]]:
+def _training_acceptance(subject: Subject, prompt: list[int], continuation: list[int]) -> list[dict[int, float]]:
     """For each head: position of a predicted token -> its acceptance, from the training forward pass over one text."""
     tokens_BT = torch.tensor([[*prompt, *continuation]], device=subject.runner.device)
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]

@@ -24,7 +24,7 @@ def certificate(subject: Subject, checks: Sequence[Check]) -> dict[str, Any]:
     The target is identified by its fingerprint and the digest of its weights, the drafter by the sha256 of each file.
     """
     libraries = ("torch", "transformers", "safetensors", "tokenizers")
-    runner, read = subject.runner, subject.bundle
+    runner = subject.runner
     return {
         "passed": all(check.status != "BROKEN" for check in checks),
         "date": date.today().isoformat(),
@@ -35,7 +35,7 @@ def certificate(subject: Subject, checks: Sequence[Check]) -> dict[str, Any]:
         "settings": {name: value for name, value in asdict(subject.arguments).items() if name not in ("target", "prompts")},
         "prompts": {"count": len(subject.prompts), "file": subject.arguments.prompts and Path(subject.arguments.prompts).name},
         "target": {**(runner.shape.fingerprint or {}), "weights": weights_digest(subject.target_folder)},
-        "files": {} if read is None else certified_files(read),
+        "files": {} if subject.bundle is None else certified_files(subject.bundle),
         "checks": [check.to_dict() for check in checks],
     }
 

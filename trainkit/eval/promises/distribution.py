@@ -1,8 +1,8 @@
 """The promise of residual verification: sampled texts have the target's distribution, by a test on a reduced vocabulary.
 
-Target and drafter may emit a few token ids only, all others have no mass. So the joint distribution of a few consecutive tokens
-can be enumerated: every possible beginning is read once by the target, without draft or cache. Pearson's chi-square compares
-these probabilities with the counts of texts that the runner sampled, drafts and all.
+Target and drafter may emit only a few token ids; all others have probability 0. So the joint distribution of a few consecutive
+tokens can be enumerated: the target reads every possible prefix once, without draft or cache. Pearson's chi-square test
+compares these probabilities with the counts of texts that the runner sampled with drafts.
 """
 
 # T positions  V vocabulary  K draft vocabulary
@@ -55,10 +55,10 @@ class Restricted(Sampling):
 
 def check_distribution(subject: Subject) -> Check:
     """Tests chains, static trees and dynamic trees under residual verification."""
-    promise = "Under residual verification texts are distributed as the target alone would sample them."
+    promise = "With residual verification, texts have the distribution that sampling from the target alone gives."
     runner, prompt = subject.runner, subject.prompts[0][-CONTEXT:]
     sampling = _restricted(subject, prompt)
-    expected = _law(runner, prompt, sampling)
+    expected = _exact_distribution(runner, prompt, sampling)
     deepest = min(subject.depth, LENGTH - 1)
     paths = tuple(path for path in subject.tree if len(path) <= deepest and max(path) < IDS - 1)
     shapes: dict[str, Any] = {"chain": build(chain(deepest), runner.device), "tree": build(paths, runner.device)}
@@ -77,7 +77,7 @@ def check_distribution(subject: Subject) -> Check:
 
 
 def _restricted(subject: Subject, prompt: list[int]) -> Restricted:
-    """Sampling from the `IDS` ids that the target finds likeliest after the prompt; if possible all but one are the drafter's.
+    """Sampling from the `IDS` ids that the target finds likeliest after the prompt, with all but one from the draft vocabulary.
 
     The temperature flattens the distributions, so that no outcome has nearly all of the mass.
     """
@@ -93,20 +93,20 @@ def _restricted(subject: Subject, prompt: list[int]) -> Restricted:
     return Restricted(2.0, ids=tuple(sorted(ids)), draft_ids=draft_ids)
 
 
-def _law(runner: Runner, prompt: list[int], sampling: Restricted) -> np.ndarray:
+def _exact_distribution(runner: Runner, prompt: list[int], sampling: Restricted) -> np.ndarray:
     """[IDS, ..., IDS] probability of every text of `LENGTH` tokens under the target alone, in float64."""
-    law = np.ones(())
+    probabilities = np.ones(())
     for length in range(LENGTH):
         steps = [
             sampling.process(logits(runner.rounds.target, [*prompt, *text])[-1])[list(sampling.ids)].double().softmax(-1).cpu()
             for text in product(sampling.ids, repeat=length)
         ]
-        law = law[..., None] * torch.stack(steps).numpy().reshape(*[IDS] * length, IDS)
-    return law
+        probabilities = probabilities[..., None] * torch.stack(steps).numpy().reshape(*[IDS] * length, IDS)
+    return probabilities
 
 
 def _sample(runner: Runner, prompt: list[int], plan: Plan, arguments: Any, name: str) -> np.ndarray:
-    """[IDS, ..., IDS] number of sampled texts of each kind."""
+    """[IDS, ..., IDS] number of times that each text was sampled."""
     keys = [request_keys(arguments.seed, index, 1) for index in range(arguments.samples)]
     requests = [Request(index, prompt, pair, len(prompt) + LENGTH) for index, pair in enumerate(keys)]
     counts, index = np.zeros((IDS,) * LENGTH), {token: number for number, token in enumerate(plan.sampling.ids)}  # type: ignore[attr-defined]
@@ -118,18 +118,17 @@ def _sample(runner: Runner, prompt: list[int], plan: Plan, arguments: Any, name:
     return counts
 
 
-def p_value(counts: np.ndarray, law: np.ndarray) -> float:
+def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
     """P-value of Pearson's chi-square test; outcomes that are expected fewer than 5 times are pooled.
 
     0 if an outcome without probability occurred; 1 if fewer than two groups of outcomes remain.
     """
-    expected, observed = law.ravel() * counts.sum(), counts.ravel()
+    expected, observed = probabilities.ravel() * counts.sum(), counts.ravel()
     if observed[expected < 1e-9].sum():
         return 0.0
     large = expected >= 5
     if not large.all():
-        pooled, expected = (observed[~large].sum(), expected[~large].sum()), np.append(expected[large], expected[~large].sum())
-        observed = np.append(observed[large], pooled[0])
+        observed, expected = (np.append(values[large], values[~large].sum()) for values in (observed, expected))
     degrees = len(expected) - 1
     if degrees < 1:
         return 1.0

@@ -10,6 +10,8 @@ import torch
 from trainkit import bundle as bundles
 from trainkit.drafters.base import kind_name, load_outside
 from trainkit.errors import UserError
+from trainkit.eval.bench.identity import logits
+from trainkit.eval.bench.transformers import load_model
 from trainkit.eval.promises.types import Check, Subject
 from trainkit.export.checks import ReloadError
 from trainkit.export.drafter import export_drafter, first_logits
@@ -29,22 +31,24 @@ def check_files(subject: Subject) -> Check:
 
 @torch.inference_mode()
 def check_formats(subject: Subject) -> Check:
-    """Exports the drafter again in each of its formats, and reloads each.
+    """Exports the drafter in each of its formats to a temporary folder, and reloads it.
 
     The exporter compares names and shapes with the format, and the logits of the reloaded drafter with those before. A format
     that a kind also recognises without trainkit.json is loaded once more without it, as another program's folder. A draft
     model is loaded by transformers too, and its logits on the prompts are compared with those of our own decoder.
     """
-    promise = "Each export format reloads to the same logits, ours and those of other programs that can be asked here."
+    promise = "Each export format reloads to the same logits, in trainkit and in transformers where it can load the format."
     # A copy in float32 on the CPU: exporting casts and moves it
     shape, drafter = subject.runner.shape, load_drafter(subject.folder, subject.target_folder, subject.runner.shape).float()
     by_layout: dict[str, list[str]] = {}
+    # Formats by layout: formats with the same layout write the same files
     for format, layout in drafter.formats.items():
         by_layout.setdefault(layout, []).append(format)
     details, broken, before = [], 0, first_logits(drafter)
     with tempfile.TemporaryDirectory() as temporary:
         for formats in by_layout.values():
             name, folder = ", ".join(formats), Path(temporary) / formats[0]
+            # Export, which reloads the files and compares the logits
             try:
                 export_drafter(
                     drafter, folder, tokenizer=subject.target_folder, target=subject.target_folder, format=formats[-1]
@@ -57,6 +61,7 @@ def check_formats(subject: Subject) -> Check:
                 details.append(f"{name}: not available for this drafter, {error}")
                 continue
             results = ["reloads to equal logits"]
+            # Load without trainkit.json, and with transformers
             (folder / bundles.MANIFEST).unlink()
             if type(drafter).claims(folder) and drafter.ids_K is None:
                 same = bool((first_logits(load_outside(folder, shape, subject.target_folder).float()) == before).all())
@@ -74,9 +79,6 @@ def check_formats(subject: Subject) -> Check:
 
 def _transformers_difference(folder: Path, subject: Subject, decoder: torch.nn.Module) -> float:
     """Largest difference between transformers' logits of an exported draft model and our decoder's, relative to the largest."""
-    from trainkit.eval.bench.identity import logits
-    from trainkit.eval.bench.transformers import load_model
-
     model, worst = load_model(folder, torch.device("cpu"), torch.float32), 0.0
     for prompt in subject.prompts[:4]:
         theirs = model(torch.tensor([prompt]), use_cache=False).logits[0]

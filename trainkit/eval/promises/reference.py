@@ -1,4 +1,4 @@
-"""The promises about the target: our decoder computes what transformers computes, and a text ends where the model ends it."""
+"""The promises about the target: our decoder computes what transformers computes, and a text ends at every end token."""
 
 # T positions  V vocabulary
 
@@ -17,7 +17,7 @@ from trainkit.eval.promises.types import Check, Subject
 from trainkit.runner.sampling import Sampling
 
 EXTRA_ENDS = 4
-"""Number of tokens that are made end tokens in turn, those that occur in most texts after their first token."""
+"""Number of tokens that are made end tokens, one at a time: those that occur in most texts, the first token left out."""
 PROMPTS = 3
 """Number of prompts that transformers continues token by token; it is the slowest part of the check."""
 
@@ -51,7 +51,7 @@ def check_target(subject: Subject) -> Check:
 
 
 def _greedy(model: Any, prompt: list[int], length: int, device: torch.device) -> list[int]:
-    """The likeliest continuation by repeated whole forward passes: no cache of transformers' takes part."""
+    """The greedy continuation, with a forward pass over the whole text for each token, so without transformers' cache."""
     tokens = list(prompt)
     for _ in range(length):
         last_V = model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1]
@@ -62,8 +62,8 @@ def _greedy(model: Any, prompt: list[int], length: int, device: torch.device) ->
 def check_ends(subject: Subject) -> Check:
     """Compares the runner's end ids with the folder's files, and ends texts in the middle of drafts.
 
-    For the second part frequent tokens are made end tokens too, one after the other: plain decoding, chains and trees must then
-    stop right after its first occurrence in every text, end token included.
+    For the second part, frequent tokens are made end tokens too, one at a time. Plain decoding, chains and trees must then end
+    every text right after the first occurrence of that token.
     """
     promise = "A text ends at every end token that the model's files name, also inside an accepted draft."
     runner, prompts, length = subject.runner, subject.prompts, subject.arguments.max_new_tokens

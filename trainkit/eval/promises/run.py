@@ -39,7 +39,7 @@ PROMPTS = (
     "What does the following command do: tar -xzf archive.tar.gz -C /opt",
     "Give me a short recipe for lentil soup with the quantities for four people.",
 )
-"""Used if the user gives no prompts."""
+"""Default prompts."""
 
 
 def load_subject(folder: Path, arguments: VerifyArguments) -> Subject:
@@ -69,7 +69,7 @@ def load_subject(folder: Path, arguments: VerifyArguments) -> Subject:
 
 
 def run_checks(subject: Subject, report: Callable[[Check], None]) -> list[Check]:
-    """Runs every check and passes its result to `report`; a check that cannot be completed has broken its promise."""
+    """Runs every check and passes each result to `report`; a check that cannot be completed counts as BROKEN."""
     checks = []
     for name, function in CHECKS.items():
         began = perf_counter()

@@ -22,9 +22,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def check_texts(subject: Subject) -> Check:
     """Compares each way to draft with plain decoding one prompt at a time, greedy and seeded.
 
-    Where two texts first differ, the target's scores of both tokens decide: within the tolerance it is a tie of rounding and is
-    listed; otherwise the promise is broken. In half precision the share of differing texts is reported, and beside it, for
-    prompts decoded one at a time, the share against plain decoding that computes as many rows in each step as verifying does.
+    Where two texts first differ, the target's scores of both tokens are compared. If they are within the tolerance, the
+    difference is a tie caused by rounding and is listed; otherwise the promise is broken. In half precision the share of
+    differing texts is reported instead; for prompts decoded one at a time also the share that differs from plain decoding with
+    as many rows in each step as verification has.
     """
     promise = "Texts decoded with the drafter are those of plain decoding, token for token."
     exact, decisions = subject.arguments.exact, 0

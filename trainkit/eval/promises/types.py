@@ -1,4 +1,4 @@
-"""What the checks of `trainkit verify` share: the checked arguments, the loaded models, and the result of a check."""
+"""What the checks of `trainkit verify` share: the validated arguments, the loaded models, and the result of a check."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Status = Literal["kept", "BROKEN", "measured"]
 
 @dataclass(frozen=True)
 class VerifyArguments:
-    """Arguments of `trainkit verify`, checked.
+    """Validated arguments of `trainkit verify`.
 
     Args:
         target: Hugging Face folder of the target that the bundle drafts for.
-        prompts: File of prompts or chats, as in `trainkit bench`; by default eight prompts of our own.
+        prompts: File of prompts or chats, as in `trainkit bench`; by default eight built-in prompts.
         limit: Number of prompts to use, from the start of the file.
         max_new_tokens: Maximum number of new tokens for each prompt.
         depth: Number of tokens drafted per round in a chain; by default 4, or as many as the drafter has heads for.
@@ -56,7 +56,7 @@ class VerifyArguments:
 
     @property
     def exact(self) -> bool:
-        """Whether token equality is promised; in half precision another number of rows gives other roundings."""
+        """Whether token equality is promised; in half precision, rounding depends on the number of rows."""
         return self.dtype == "float32"
 
 
@@ -132,15 +132,15 @@ class Subject:
 
     @cached_property
     def reference(self) -> FrozenTarget:
-        """The target as transformers loads and computes it, in the same precision and on the same device."""
+        """The target in transformers, in the same precision and on the same device."""
         dtype = getattr(torch, self.arguments.dtype)
         return FrozenTarget(self.target_folder, dtype).to(self.runner.device)
 
     @cached_property
     def tolerance(self) -> float:
-        """Score gap below which two different tokens are a tie of rounding."""
+        """Difference of scores below which two tokens are a tie, so that rounding may decide between them."""
         return tie_tolerance(self.runner.rounds.target, self.prompts[0])
 
     def checker(self, sampling: Sampling) -> IdentityChecker:
-        """Compares texts that were sampled in this way."""
+        """Compares texts that were sampled with these settings."""
         return IdentityChecker(self.runner.rounds.target, sampling, self.arguments.seed, self.tolerance)
