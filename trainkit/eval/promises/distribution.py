@@ -9,7 +9,8 @@ compares these probabilities with the counts of texts that the runner sampled wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -19,10 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainkit.eval.bench.identity import logits
-from trainkit.eval.promises.types import Check, Subject
+from trainkit.eval.promises.types import Check, Subject, VerifyArguments
 from trainkit.runner import Runner
-from trainkit.runner.request import Request
-from trainkit.runner.round import Plan
+from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import Sampling, request_keys
 from trainkit.runner.trees.dynamic import parse_tree
 from trainkit.runner.trees.static import build, chain
@@ -57,6 +57,7 @@ def check_distribution(subject: Subject) -> Check:
     """Tests chains, static trees and dynamic trees under residual verification."""
     promise = "With residual verification, texts have the distribution that sampling from the target alone gives."
     runner, prompt = subject.runner, subject.prompts[0][-CONTEXT:]
+    prompt = prompt if len(prompt) > 1 else 2 * prompt
     sampling = _restricted(subject, prompt)
     expected = _exact_distribution(runner, prompt, sampling)
     deepest = min(subject.depth, LENGTH - 1)
@@ -65,10 +66,9 @@ def check_distribution(subject: Subject) -> Check:
     if subject.drafter.max_width is None or subject.drafter.max_width >= 2:
         shapes["dynamic tree"] = parse_tree(f"dynamic:{min(2, deepest)},2,4")
     values, texts = {}, subject.arguments.samples
-    wide = Runner(runner.rounds.target, runner.drafter, runner.shape, None, ROWS, len(prompt) + LENGTH, capture=False)
     for name, shape in shapes.items():
         rule = build_verification("residual", False, shape.ranked, Typical())
-        counts = _sample(wide, prompt, Plan(sampling, shape, rule), subject.arguments, name)
+        counts = _sample(runner.rounds, prompt, Plan(sampling, shape, rule), subject.arguments, name)
         values[name] = p_value(counts, expected)
     figure = ", ".join(f"{name} p = {value:.2g}" for name, value in values.items()) + f"; limit {LEVEL:g}"
     details = [f"chi-square of {IDS**LENGTH} outcomes: {texts:,} texts of {LENGTH} tokens, each one of the ids {sampling.ids}"]
@@ -105,16 +105,33 @@ def _exact_distribution(runner: Runner, prompt: list[int], sampling: Restricted)
     return probabilities
 
 
-def _sample(runner: Runner, prompt: list[int], plan: Plan, arguments: Any, name: str) -> np.ndarray:
-    """[IDS, ..., IDS] number of times that each text was sampled."""
-    keys = [request_keys(arguments.seed, index, 1) for index in range(arguments.samples)]
-    requests = [Request(index, prompt, pair, len(prompt) + LENGTH) for index, pair in enumerate(keys)]
-    counts, index = np.zeros((IDS,) * LENGTH), {token: number for number, token in enumerate(plan.sampling.ids)}  # type: ignore[attr-defined]
-    with tqdm(total=len(requests), desc=f"distribution, {name}", unit=" texts", disable=None, leave=False) as bar:
-        for request, finished in runner.scheduler.decode(requests, plan, ()):
-            if finished:
-                counts[tuple(index[token] for token in request.tokens)] += 1
-                bar.update()
+@torch.inference_mode()
+def _sample(rounds: Rounds, prompt: list[int], plan: Plan, arguments: VerifyArguments, name: str) -> np.ndarray:
+    """[IDS, ..., IDS] number of times that each text was sampled; the prompt is read once and shared by all texts."""
+    # Read all but the last token of the prompt; the "sampled" first token is the last one, the only id that is allowed.
+    ids, limit = plan.sampling.ids, len(prompt) + LENGTH  # type: ignore[attr-defined]
+    slots = -(-(limit + plan.shape.slots + plan.shape.depth) // 64) * 64
+    rounds.target.reserve_positions(slots)
+    rounds.set_end_ids(())
+    first = rounds.new_state(1, slots)
+    first.limit_B.fill_(limit)
+    forced = replace(plan, sampling=replace(plan.sampling, ids=(prompt[-1],)))  # type: ignore[call-arg]
+    rounds.prefill(forced, first, torch.tensor(prompt[:-1], device=rounds.device))
+    # Decode copies of that row, each with noise of its own
+    counts, number = np.zeros((IDS,) * LENGTH), {token: index for index, token in enumerate(ids)}
+    with tqdm(total=arguments.samples, desc=f"distribution, {name}", unit=" texts", disable=None, leave=False) as bar:
+        for start in range(0, arguments.samples, ROWS):
+            rows = range(start, min(start + ROWS, arguments.samples))
+            state = first.map(partial(torch.repeat_interleave, repeats=len(rows), dim=0))
+            state.keys_B2.copy_(torch.tensor([request_keys(arguments.seed, row, 1) for row in rows], dtype=torch.int32))
+            texts: list[list[int]] = [[] for _ in rows]
+            while not bool(state.done_B.all()):
+                output = rounds(plan, state, slots)
+                for text, emitted, count in zip(texts, output.emitted_BP.tolist(), output.counts_B.tolist(), strict=True):
+                    text += emitted[:count]
+            for text in texts:
+                counts[tuple(number[token] for token in text[:LENGTH])] += 1
+            bar.update(len(rows))
     return counts
 
 

@@ -16,7 +16,7 @@ from trainkit.eval.bench.identity import logits
 from trainkit.eval.promises.types import Check, Subject
 from trainkit.runner.sampling import Sampling
 
-EXTRA_ENDS = 4
+EXTRA_ENDS = 3
 """Number of tokens that are made end tokens, one at a time: those that occur in most texts, the first token left out."""
 PROMPTS = 3
 """Number of prompts that transformers continues token by token; it is the slowest part of the check."""
@@ -37,7 +37,7 @@ def check_target(subject: Subject) -> Check:
         agreed += int((theirs_TV.argmax(-1) == ours_TV.argmax(-1)).sum())
         count += len(prompt)
     # Texts
-    length = min(32, subject.arguments.max_new_tokens)
+    length = min(16, subject.arguments.max_new_tokens)
     theirs = [_greedy(model, prompt, length, device) for prompt in prompts[:PROMPTS]]
     ours = [output.tokens for output in subject.runner.generate(prompts[:PROMPTS], length, depth=0, ignore_end=True)]
     identity = subject.checker(Sampling()).compare(prompts[:PROMPTS], theirs, ours)
@@ -66,7 +66,7 @@ def check_ends(subject: Subject) -> Check:
     every text right after the first occurrence of that token.
     """
     promise = "A text ends at every end token that the model's files name, also inside an accepted draft."
-    runner, prompts, length = subject.runner, subject.prompts, subject.arguments.max_new_tokens
+    runner, prompts, length = subject.runner, subject.prompts[:8], subject.arguments.max_new_tokens
     # The ids, from the files as plain JSON
     named, known = named_end_ids(subject.target_folder), set(runner.shape.end_ids)
     details = [f"end id {token} of {source} does not end a text" for token, source in named.items() if token not in known]

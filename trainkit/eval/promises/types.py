@@ -42,9 +42,9 @@ class VerifyArguments:
     limit: int = 8
     max_new_tokens: int = 64
     depth: int | None = None
-    samples: int = 1000
+    samples: int = 2000
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
