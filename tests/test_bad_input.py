@@ -237,6 +237,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "target of a recipe missing": (lambda it: it.fit(model__target="nowhere"), ("nowhere", "give")),
     "drafter missing": (lambda it: it.generate(drafter="nowhere"), ("nowhere: no such folder", "give a drafter bundle")),
     "checkpoint missing": (lambda it: it.export(Path("nowhere.ckpt")), ("nowhere.ckpt", "give")),
+    "run folder for its checkpoint": (lambda it: it.export(it.run), ("is a folder; give a last.ckpt", "shards")),
     "checkpoint to resume from missing": (lambda it: it.fit(ckpt_path="nowhere.ckpt"), ("nowhere.ckpt", "give")),
     "recipe missing": (lambda it: it.fit(Path("nowhere.yaml")), ("nowhere.yaml", "give a file")),
     "prompt file missing": (lambda it: it.generate(prompt="@nowhere.txt"), ("nowhere.txt", "give")),

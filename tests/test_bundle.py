@@ -113,7 +113,8 @@ DAMAGE = {
     "wrong type": (lambda b: edit(b, target=[]), "target is missing or not a dict"),
     "no JSON": (lambda b: (b / "trainkit.json").write_text("{"), "trainkit.json: not readable as JSON"),
     "a list": (lambda b: (b / "trainkit.json").write_text("[]"), "no format version"),
-    "no manifest": (lambda b: (b / "trainkit.json").unlink(), "not a bundle"),
+    "no manifest": (lambda b: (b / "trainkit.json").unlink(), "not a bundle .*; give a folder that `trainkit export"),
+    "no folder": (lambda b: shutil.rmtree(b), "no such folder; give a folder that `trainkit export"),
     "path upwards": (lambda b: edit(b, files={"../secret.json": "0"}), "'../secret.json' is not a file"),
     "path hidden upwards": (lambda b: edit(b, files={"sub/../../secret.json": "0"}), "is not a file"),
     "absolute path": (lambda b: edit(b, files={"/etc/secret.json": "0"}), "'/etc/secret.json' is not a file"),
@@ -207,7 +208,7 @@ def test_kill_at_any_step_leaves_old_or_new(tmp_path, old):
     for step in range(1, len(list(tmp_path.iterdir())) + 1):
         folder = tmp_path / str(step) / "b"
         if not old and not folder.exists():
-            with pytest.raises(UserError, match="not a bundle"):
+            with pytest.raises(UserError, match="no such folder"):
                 bundle.read(folder)
             states.append("absent")
         else:

@@ -184,12 +184,12 @@ def test_text_that_is_not_unicode_is_one_line(text, capsys):
 MISTAKES = {
     "cook soup 3 --target x --temperatrues [0]": ["--temperatrues", "did you mean --temperatures?"],
     "cook soup 3 --target x --depth deep": ["depth", "int", "got deep"],
-    "cook soup 3 --target x --verify sloppy": ["verify", "coupled", "got sloppy"],
+    "cook soup 3 --target x --verify sloppy": ["verify: expected one of 'coupled', 'residual', got sloppy"],
     "cook soup 3 --target x --temperatures [0,hot]": ["temperatures", "float", "hot"],
-    "cook soup 3 --target x --temperatures 0,0.7": ["temperatures", "expected list, got 0,0.7; write [0,0.7]"],
+    "cook soup 3 --target x --temperatures 0,0.7": ["temperatures", "expected a list, got 0,0.7; write [0,0.7]"],
     "cook soup 3 --target x --temperatures 1": ["temperatures", "write [1]"],
-    "cook soup 3": ["required", "target"],
-    "cook soup --target x": ["required", "plates"],
+    "cook soup 3": ["missing --target; --help explains"],
+    "cook soup --target x": ["missing PLATES; --help explains"],
     "cook soup 3 4 --target x": ["unrecognized arguments: 4", "--help"],
     "cook mud 3 --target x": ["mud: is not food; choose another"],
     "cook file 3 --target x": ["/nowhere/at/all: No such file or directory"],
@@ -245,6 +245,8 @@ RECIPE_ERRORS = {
         "Subcommand 'fit' does not accept option 'trainer.max_stpes'; did you mean trainer.max_steps?"
     ),
     "Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: abc": "trainer.max_steps: expected int, got abc",
+    "Parser key \"limit\":\n  Does not validate against any of the Union subtypes\n  Errors:\n    - Expected <class 'int'>\n"
+    "    - Expected <class 'NoneType'>\n  Given value: a": "limit: expected int, got a",
     "Parser key \"config\": File does not exist: 'x.yaml'": "config: File does not exist: 'x.yaml'; give a file that exists",
     'Parser key "model.drafter":\n  Does not validate against any of the Union subtypes\n  Subtypes: [a, b]\n  Errors:\n'
     "    - Type typing.Callable[[int], M] expects a function or a callable class: Option 'denominatr' is not accepted. "

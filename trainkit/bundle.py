@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainkit import __version__
-from trainkit.errors import UserError
+from trainkit.errors import UserError, note
 from trainkit.files import file_digest, finite, tidy, write_folder, write_text
 
 FORMAT_VERSION = 1
@@ -74,6 +74,16 @@ class Bundle:
 def is_bundle(folder: str | Path) -> bool:
     """Whether `folder` holds a `trainkit.json`; its content is not checked."""
     return (Path(folder) / MANIFEST).is_file()
+
+
+def note_drafter_as_target(folder: str | Path) -> None:
+    """Prints a note if the folder of a target is a drafter's bundle, as when --target and --drafter are swapped.
+
+    It is not refused, because a draft model is a language model too.
+    """
+    if is_bundle(folder) and (target := read(folder, checksums=False).target):
+        name = (target.get("fingerprint") or {}).get("path") or "another model"
+        note(f"{folder}: this target is a drafter, made for {name}; for the text of {name}, give its folder as the target")
 
 
 def write(
@@ -201,7 +211,8 @@ def read(folder: str | Path, checksums: bool = True) -> Bundle:
         tidy(folder.resolve())
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        raise UserError(f"{folder}: not a bundle (no {MANIFEST}); make one with `trainkit export CHECKPOINT {folder}`")
+        reason = f"not a bundle (no {MANIFEST})" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {reason}; give a folder that `trainkit export CHECKPOINT FOLDER` wrote")
     try:
         values = json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -17,7 +17,14 @@ import jsonargparse
 from trainkit.errors import UserError
 
 _UNKNOWN = (r"unrecognized arguments: -{0,2}([^\s=]+)", r"does not accept option '([^']+)'", r"invalid choice: '([^']+)'")
-_NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+_NOISE = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+    "Expected <class 'NoneType'>",
+)
 
 
 class OneLine:
@@ -60,16 +67,21 @@ def one_line(message: str, known: list[str]) -> str:
     text = "; ".join(dict.fromkeys(_plain(line) for line in lines))
     if value:  # shown once, as the user wrote it; the other lines show it half parsed
         text = re.sub(r", got [^;]*", "", text) + f", got {value[1]}"
-    if single := re.search(r"expected (?:tuple|list), got ([-+\d.,; ()]+)$", text):
+    text = text.replace("expected list, got", "expected a list, got")
+    if single := re.search(r"expected a list, got ([-+\d.,; ()]+)$", text):
         text += f"; write [{','.join(re.findall(r'[^,; ()]+', single[1]))}]"
+    if required := re.search(r"^the following arguments are required: (.*)$", text):  # flags as users write them
+        names = [f"--{name}" if name in known else name.upper() for name in required[1].split(", ")]
+        text = f"missing {', '.join(names)}; --help explains all arguments"
     text = f"{key[1]}: {text}" if key else text
     return text.replace('"<unicode string>"', "the file") + _suggestion(message, known)
 
 
 def _plain(line: str) -> str:
     line = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", line).replace("typing.", "").replace(". Got value:", ", got")
+    line = re.sub(r"Literal\[(.*?)\]", r"one of \1", line)
     line = re.sub(r"^Type .* expects a function or a callable class: ", "", line)
-    return re.sub(r"^Expected an? ", "expected ", line)
+    return re.sub(r"^Expected (?:an? )?", "expected ", line).replace("expected tuple", "expected a list")
 
 
 def _suggestion(message: str, known: list[str]) -> str:

@@ -164,7 +164,7 @@ def test_predictor_export_to_wrong_bundle_is_refused(trained, draft, tiny_target
     checkpoint = str(trained[1] / "checkpoints" / "best.ckpt")
     for out, part in (
         (tmp_path / "other", "not the drafter that the predictor was trained for, draft"),
-        (tmp_path / "none", "not a bundle"),
+        (tmp_path / "none", "no such folder"),
     ):
         assert main(["export", checkpoint, str(out)]) == 2
         error = capsys.readouterr().err.strip()

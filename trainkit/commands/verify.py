@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,21 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
         raise UserError(f"--json {json}: its folder does not exist; make it first")
     # Load target and drafter, which imports the heavy modules.
     from trainkit import bundle as bundles
+    from trainkit.data.sets.writer import quiet_libraries
     from trainkit.eval.promises.certificate import certificate
     from trainkit.eval.promises.certificate import save as save_certificate
-    from trainkit.eval.promises.run import load_subject, run_checks
+    from trainkit.eval.promises.run import CHECKS, load_subject, run_checks
     from trainkit.files import write_json
 
+    quiet_libraries()
     subject = load_subject(bundle, arguments)
-    print(
-        f"{bundle} for {arguments.target}: {len(subject.prompts)} prompts, {arguments.dtype} on {subject.runner.device.type}\n"
-    )
+    device = subject.runner.device.type
+    print(f"{bundle} for {arguments.target}: {len(subject.prompts)} prompts, {arguments.dtype} on {device}")
+    print(f"{len(CHECKS)} checks, each printed when it is done; `texts` and `distribution` take longest\n", flush=True)
+
+    def starting(name: str) -> None:
+        if sys.stdout.isatty():  # the line of the result overwrites it
+            print(f"{'...':<9} {name}", end="\r", flush=True)
 
     # Run the checks; each result is printed as soon as it is known.
     def report(check: Any) -> None:
@@ -64,7 +71,7 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
         for line in check.details:
             print(f"{'':<23} {line}", flush=True)
 
-    checks = run_checks(subject, report)
+    checks = run_checks(subject, report, starting)
     values = certificate(subject, checks)
     # Summarise, and write the certificate.
     broken = [check for check in checks if check.status == "BROKEN"]

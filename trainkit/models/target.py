@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from trainkit.bundle import fingerprint
+from trainkit.bundle import fingerprint, note_drafter_as_target
 from trainkit.errors import UserError, first_lines
 from trainkit.models.documents import crosses_documents, run_documents_separately
 from trainkit.models.load import (
@@ -189,6 +189,7 @@ class FrozenTarget:
         self, folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, layers: bool = True
     ) -> None:
         self.folder = Path(folder)
+        note_drafter_as_target(folder)
         self._trust = trust_remote_code
         self.config = read_config(folder, trust_remote_code)
         model = load_model(folder, dtype, trust_remote_code, layers)

@@ -96,7 +96,8 @@ def read_checkpoint(checkpoint: str | Path) -> Checkpoint:
     path = Path(checkpoint)
     if path.is_dir():
         raise UserError(
-            f"{path}: a folder of shards; convert it to one file first (lightning.pytorch.utilities.consolidate_checkpoint)"
+            f"{path}: is a folder; {REMEDY}, or convert a folder of shards to one file first "
+            "(lightning.pytorch.utilities.consolidate_checkpoint)"
         )
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; {REMEDY}")

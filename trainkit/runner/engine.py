@@ -117,6 +117,7 @@ class Runner:
         if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"dtype {dtype!r}: must be float32, bfloat16, float16 or float64")
         folder = Path(target)
+        bundle.note_drafter_as_target(folder)
         if max_batch < 1:
             raise UserError(f"max_batch {max_batch}: must be at least 1")
         if max_len is not None and max_len < 2:

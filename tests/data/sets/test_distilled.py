@@ -242,6 +242,13 @@ def test_resume_with_other_setting_is_refused(key, layout, more, tmp_path):
     assert files_of(tmp_path) == before
 
 
+def test_other_digest_is_named_in_words(tmp_path):
+    """A target or file that changed is reported with short digests, and the message says that its content is another."""
+    write(tmp_path, target={"config": "6f" * 32})
+    with pytest.raises(UserError, match=r"target config 6f6f6f6f, but now it is 0a0a0a0a \(digests: its content is another\);"):
+        write(tmp_path, target={"config": "0a" * 32})
+
+
 def test_missing_setting_is_refused_versions_are_not(tmp_path, straight):
     """A missing setting is refused on resume; other versions are accepted."""
     begin(tmp_path, 5, versions={"trainkit": "0"})

@@ -199,7 +199,7 @@ def test_json_parquet_and_csv_read_like_jsonl(tmp_path: Path) -> None:
     [
         ("x.json", '{"a": 1}', "holds one JSON dict; a .json file must be a list of rows"),
         ("x.json", '{"a": 1}\n{"a": 2}', ":2: not JSON: Extra data .* name it .jsonl"),
-        ("x.doc", "text", "unknown file type '.doc'"),
+        ("x.txt", "text", "unknown file type '.txt'; use .jsonl.* each line is a row, such as .\"prompt\": .* for a prompt"),
         ("x.parquet", "text", "neither a readable local file nor"),
     ],
 )

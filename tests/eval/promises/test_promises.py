@@ -21,11 +21,13 @@ from trainkit.cli import main
 from trainkit.drafters.base import DraftBatch, load_kind
 from trainkit.drafters.eagle import Eagle
 from trainkit.drafters.medusa import Medusa
+from trainkit.errors import note
 from trainkit.eval.promises.distribution import p_value
 from trainkit.eval.promises.run import CHECKS, load_subject, run_checks
 from trainkit.eval.promises.types import Check, VerifyArguments
 from trainkit.export.drafter import export_drafter
 from trainkit.models.target import FrozenTarget, target_shape
+from trainkit.runner import Runner
 from trainkit.runner import round as rounds
 from trainkit.runner import verify as rules
 from trainkit.runner.round import Rounds
@@ -228,7 +230,8 @@ def test_certificate_is_written_shown_and_outdated(target, tmp_path, capsys, mon
     ]
     assert main([*flags, "--json", str(tmp_path / "verify.json")]) == 0
     text = capsys.readouterr().out
-    assert "All promises are kept in float32." in text and f"{folder}/certificate.json" in text
+    assert "7 checks, each printed when it is done" in text and "All promises are kept in float32." in text
+    assert f"{folder}/certificate.json" in text
     values = json.loads((folder / CERTIFICATE).read_text())
     assert values == json.loads((tmp_path / "verify.json").read_text())
     assert values["passed"] and values["dtype"] == "float32" and [check["name"] for check in values["checks"]] == [*CHECKS]
@@ -298,3 +301,22 @@ def test_p_value_by_hand():
     # outcomes expected 4 and 6 times: the first is pooled with nothing else below 5, so three groups remain
     counts, law = np.array([90.0, 4.0, 6.0]), np.array([0.9, 0.04, 0.06])
     assert p_value(counts, law) == pytest.approx(1.0)
+
+
+def test_drafter_given_as_target_is_noted(target, tmp_path, capsys):
+    """A drafter's bundle given as the target, as when flags are swapped, gives a note with the target that it was made for."""
+    folder = make_bundle(target, tmp_path / "bundle")
+    capsys.readouterr()
+    for load in (FrozenTarget, Runner.load):
+        note.cache_clear()
+        load(folder)
+        assert f"note: {folder}: this target is a drafter, made for target; " in capsys.readouterr().err
+        load(target)
+        assert "note:" not in capsys.readouterr().err
+
+
+def test_checks_are_announced_before_they_run(target, tmp_path):
+    """`starting` gets the name of each check before its result is reported."""
+    subject, log = load_subject(make_bundle(target, tmp_path / "bundle"), VerifyArguments(str(target), **QUICK)), []
+    run_checks(subject, lambda check: log.append(f"{check.name} done"), log.append)
+    assert log == [line for name in CHECKS for line in (name, f"{name} done")]

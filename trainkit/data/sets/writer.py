@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -205,8 +206,9 @@ class SetWriter:
                 if isinstance(old, dict) and isinstance(new, dict):
                     inner = next(name for name in {**new, **old} if old.get(name) != new.get(name))
                     key, old, new = f"{key} {inner}", old.get(inner), new.get(inner)
+                digests = " (digests: its content is another)" if _is_digest(old) and _is_digest(new) else ""
                 raise UserError(
-                    f"--out {out}: the set there was started with {key} {_short(old)}, but now it is {_short(new)}; "
+                    f"--out {out}: the set there was started with {key} {_short(old)}, but now it is {_short(new)}{digests}; "
                     "use the same settings to continue it, or another folder"
                 )
         return False
@@ -250,6 +252,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read by datasets when it is imported, which takes seconds
 
 
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 def _short(value: Any) -> str:
+    if _is_digest(value):
+        return value[:8]
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

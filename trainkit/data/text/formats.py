@@ -115,7 +115,10 @@ def pick_format(
             return fmt
     wanted = " or ".join("+".join(columns.get(name, name) for name in fmt) for fmt in formats)
     found = ", ".join(map(repr, values)) or "none"
-    raise RowError(f"columns are {found}, expected {wanted}; set a column mapping if they have other names")
+    raise RowError(
+        f"columns are {found}, expected {wanted}; if they have other names, set the "
+        "column mapping, such as columns: {prompt: query}"
+    )
 
 
 def parse_row(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Row, list[str]]:

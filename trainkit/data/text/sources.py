@@ -185,7 +185,10 @@ def _load_dataset(source: str) -> Any:
     known = {*_READERS, *_BUILDERS}
     if path.is_file() and path.suffix not in _BUILDERS:
         types = ", ".join([*_READERS, *_BUILDERS])
-        raise UserError(f"{source}: unknown file type {path.suffix!r}; use {types}, a plain text as the column `text`")
+        row = '{"prompt": "..."} for a prompt or {"text": "..."} for a text'
+        raise UserError(
+            f"{source}: unknown file type {path.suffix!r}; use {types}; in .jsonl each line is a row, such as {row}"
+        )
     if not path.exists() and (path.is_absolute() or path.suffix in known or source.startswith(".")):
         raise UserError(f"{source}: there is no such file; give an existing file or a hub name like owner/name@split")
     from datasets import load_dataset  # takes seconds to import

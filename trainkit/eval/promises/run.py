@@ -68,10 +68,16 @@ def load_subject(folder: Path, arguments: VerifyArguments) -> Subject:
     return Subject(folder, bundle, runner, prompts, arguments)
 
 
-def run_checks(subject: Subject, report: Callable[[Check], None]) -> list[Check]:
-    """Runs every check and passes each result to `report`; a check that cannot be completed counts as BROKEN."""
+def run_checks(
+    subject: Subject, report: Callable[[Check], None], starting: Callable[[str], None] = lambda name: None
+) -> list[Check]:
+    """Runs every check and passes each result to `report`; a check that cannot be completed counts as BROKEN.
+
+    `starting` is called with the name of a check before it runs.
+    """
     checks = []
     for name, function in CHECKS.items():
+        starting(name)
         began = perf_counter()
         try:
             check = function(subject)
