@@ -46,6 +46,7 @@ def bench(
         if file is not None and Path(file).is_dir():
             raise UserError(f"--{name} {file}: is a folder; name a file in it")
     arguments = BenchArguments(drafters=tuple(drafter or ()), trees=read_trees(trees), policies=tuple(policy or ()), **options)
+    from trainkit.data.sets.writer import quiet_libraries
     from trainkit.eval.bench.methods import checkpoint_setup, synthetic_setup
     from trainkit.eval.bench.metrics import summarise
     from trainkit.eval.bench.plot import figure
@@ -53,6 +54,7 @@ def bench(
     from trainkit.eval.bench.table import table
     from trainkit.files import write_json
 
+    quiet_libraries()
     result = run(arguments, synthetic_setup(arguments) if arguments.synthetic is not None else checkpoint_setup(arguments))
     summary = summarise(result)
     print(table(summary))

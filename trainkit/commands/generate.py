@@ -7,6 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
+from trainkit.data.sets.writer import quiet_libraries
 from trainkit.data.text.chat_template import Encoder
 from trainkit.data.text.sources import RowError
 from trainkit.errors import UserError, check_unicode
@@ -60,6 +61,7 @@ def generate(
     chosen = GenerateOptions(
         max_new_tokens, verify=verify, tree=tree, stop=tuple(stop or ()), logprobs=False, ignore_end=False, **options
     )
+    quiet_libraries()
     runner = Runner.load(target, drafter, device=device, dtype=dtype, max_batch=1, max_len=max_len)
     text = _read_prompt(prompt)
     if not raw and runner.tokenizer.chat_template:

@@ -137,7 +137,8 @@ def _closing(summary: Values) -> str:
     rates = {name: method["tokens_per_second"]["median"] for name, method in methods.items()}
     if (best := summary["best"]) is not None:
         plain, over_plain = _rate(rates["trainkit plain"]), methods[best]["x_plain"]
-        lines.append(f"best: {best}, {_rate(rates[best])} tokens/s, {over_plain:.2f}x plain decoding ({plain})")
+        slower = ": plain decoding is faster" if over_plain < 1 else ""
+        lines.append(f"best: {best}, {_rate(rates[best])} tokens/s, {over_plain:.2f}x plain decoding ({plain}){slower}")
         baselines = [name for name, method in methods.items() if method["family"] == "transformers"]
         if baselines:
             rival = max(baselines, key=lambda name: rates[name])
