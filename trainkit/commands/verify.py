@@ -12,7 +12,7 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
     """Checks on this machine what trainkit promises of a drafter, and writes a certificate into its bundle.
 
     Each line of the report is one promise: kept, BROKEN, or measured where nothing is promised.
-      files         every file has its checksum, and the drafter was made for this target
+      files         every file has its checksum, and the drafter was made for a target of this vocabulary and tokenizer
       target        the runner computes what transformers computes: logits, and greedy texts
       ends          a text ends at every end token that the model's files name, also inside a draft
       texts         texts decoded with the drafter equal those of plain decoding token for token: greedy, seeded and nucleus

@@ -74,6 +74,21 @@ def test_sound_drafters_keep_every_promise(variant, target, tmp_path, seed):
     assert checks["texts"].counts["total"] >= 3 * 3 * 5
 
 
+def test_one_drafted_token_keeps_every_promise(target, tmp_path, seed):
+    """At depth 1 the compared trees have as many nodes as such a depth proposes."""
+    checks = verified(target, make_bundle(target, tmp_path / "bundle", "hydra"), depth=1, seed=seed)
+    assert not broken(checks), [(check.name, check.figure, check.details) for check in checks.values()]
+
+
+def test_draft_vocabulary_of_one_id_can_be_verified(target, tmp_path, seed):
+    """A drafter that can propose a single token id keeps all promises."""
+    drafter = load_kind("lm")(target_shape(target), draft_vocab=[5])
+    drafter.initialise(FrozenTarget(target))
+    export_drafter(drafter, tmp_path / "bundle", tokenizer=target)
+    checks = verified(target, tmp_path / "bundle", seed=seed)
+    assert not broken(checks), [(check.name, check.figure, check.details) for check in checks.values()]
+
+
 def other_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runner uses the embedding as output head."""
     load = Rounds.__init__
@@ -295,6 +310,20 @@ def test_p_value_by_hand():
     """Two equal halves of 100: 60 against 40 has chi-square 4 with one degree of freedom, p = 0.0455."""
     assert p_value(np.array([60.0, 40.0]), np.array([0.5, 0.5])) == pytest.approx(0.0455, abs=1e-4)
     assert p_value(np.array([99.0, 1.0]), np.array([1.0, 0.0])) == 0.0
-    # outcomes expected 4 and 6 times: the first is pooled with nothing else below 5, so three groups remain
+    # outcomes expected 4 and 6 times: nothing but the other is left to pool the first with, so two groups remain
     counts, law = np.array([90.0, 4.0, 6.0]), np.array([0.9, 0.04, 0.06])
     assert p_value(counts, law) == pytest.approx(1.0)
+
+
+def test_p_value_compares_outcomes_that_are_all_rare():
+    """Where every outcome is expected fewer than 5 times, several groups are still compared, and other counts are found."""
+    law, counts = np.full(81, 1 / 81), np.zeros(81)
+    counts[:50] = 2
+    assert p_value(counts, law) < 1e-5
+    assert p_value(law * 100, law) == pytest.approx(1.0)
+
+
+def test_p_value_forgives_one_rare_text():
+    """A single text that is expected once in a hundred runs is no fault."""
+    counts, law = np.array([60.0, 39.0, 1.0]), np.array([0.6, 0.3999, 0.0001])
+    assert p_value(counts, law) > 0.1

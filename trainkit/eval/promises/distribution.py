@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainkit.eval.bench.identity import logits
-from trainkit.eval.promises.types import Check, Subject
+from trainkit.eval.promises.types import Check, Subject, dynamic_tree
 from trainkit.runner import Runner
 from trainkit.runner.request import Request
 from trainkit.runner.round import Plan
@@ -62,8 +62,9 @@ def check_distribution(subject: Subject) -> Check:
     deepest = min(subject.depth, LENGTH - 1)
     paths = tuple(path for path in subject.tree if len(path) <= deepest and max(path) < IDS - 1)
     shapes: dict[str, Any] = {"chain": build(chain(deepest), runner.device), "tree": build(paths, runner.device)}
-    if subject.drafter.max_width is None or subject.drafter.max_width >= 2:
-        shapes["dynamic tree"] = parse_tree(f"dynamic:{min(2, deepest)},2,4")
+    top_k = min(2, subject.drafter.draft_vocab_size)
+    if subject.drafter.max_width is None or subject.drafter.max_width >= top_k:
+        shapes["dynamic tree"] = parse_tree(dynamic_tree(min(2, deepest), top_k, 4))
     values, texts = {}, subject.arguments.samples
     wide = Runner(runner.rounds.target, runner.drafter, runner.shape, None, ROWS, len(prompt) + LENGTH, capture=False)
     for name, shape in shapes.items():
@@ -89,7 +90,7 @@ def _restricted(subject: Subject, prompt: list[int]) -> Restricted:
         known = set(draft_ids)
         inside = [token for token in ranked if token in known]
         outside = [token for token in ranked[: 8 * IDS] if token not in known]
-        ids = [*inside[: IDS - 1], *(outside or inside[IDS - 1 :])[:1]]
+        ids = [*inside[: IDS - 1], *outside, *inside[IDS - 1 :]][:IDS]
     return Restricted(2.0, ids=tuple(sorted(ids)), draft_ids=draft_ids)
 
 
@@ -119,17 +120,21 @@ def _sample(runner: Runner, prompt: list[int], plan: Plan, arguments: Any, name:
 
 
 def p_value(counts: np.ndarray, law: np.ndarray) -> float:
-    """P-value of Pearson's chi-square test; outcomes that are expected fewer than 5 times are pooled.
+    """P-value of Pearson's chi-square test; outcomes that are expected fewer than 5 times are pooled in groups of at least 5.
 
     0 if an outcome without probability occurred; 1 if fewer than two groups of outcomes remain.
     """
     expected, observed = law.ravel() * counts.sum(), counts.ravel()
     if observed[expected < 1e-9].sum():
         return 0.0
-    large = expected >= 5
-    if not large.all():
-        pooled, expected = (observed[~large].sum(), expected[~large].sum()), np.append(expected[large], expected[~large].sum())
-        observed = np.append(observed[large], pooled[0])
+    order, starts, total = np.argsort(-expected, kind="stable"), [0], 0.0
+    for rank, index in enumerate(order.tolist()):
+        if total >= 5:
+            starts, total = [*starts, rank], 0.0
+        total += expected[index]
+    if total < 5 and len(starts) > 1:  # else one text in a rare last group would look like a fault
+        starts.pop()
+    observed, expected = np.add.reduceat(observed[order], starts), np.add.reduceat(expected[order], starts)
     degrees = len(expected) - 1
     if degrees < 1:
         return 1.0
