@@ -23,6 +23,8 @@ from trainkit.files import file_digest, finite, tidy, write_folder, write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "trainkit.json"
+CERTIFICATE = "certificate.json"
+"""What `trainkit verify` records in a bundle. Not listed in the manifest: it may be written again or removed."""
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".md", ".model", ".png")
 """Suffixes of files that a bundle may hold; pickles are never among them."""
 
@@ -226,7 +228,7 @@ def read(folder: str | Path, checksums: bool = True) -> Bundle:
             raise UserError(f"{path}: changed since it was written (sha256 differs); export it again")
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        listed = name.as_posix() in {*bundle.files, MANIFEST}
+        listed = name.as_posix() in {*bundle.files, MANIFEST, CERTIFICATE}
         if not (listed or path.is_dir() or path.suffix in _UNLISTED or _is_hidden(name)):
             raise UserError(f"{path}: not listed in {MANIFEST}; remove it or export again")
     return bundle

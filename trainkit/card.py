@@ -7,10 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from trainkit.bundle import Bundle, read_json, tensor_entries
+from trainkit.bundle import CERTIFICATE, Bundle, read_json, tensor_entries
+from trainkit.errors import UserError
 
-CERTIFICATE = "certificate.json"
-"""File of a bundle in which `trainkit verify` records what it checked."""
 _SIZES = {"vocab_size": "vocabulary", "hidden_size": "hidden", "num_layers": "layers"}
 
 
@@ -50,23 +49,25 @@ def weight_count(bundle: Bundle) -> tuple[int, int]:
 
 
 def certified_files(bundle: Bundle) -> dict[str, str]:
-    """sha256 of each file that decides what a drafter computes: all but the certificate and an acceptance predictor."""
-    return {name: digest for name, digest in bundle.files.items() if name != CERTIFICATE and not name.startswith("predictor/")}
+    """sha256 of each file that decides what a drafter computes: all but an acceptance predictor."""
+    return {name: digest for name, digest in bundle.files.items() if not name.startswith("predictor/")}
 
 
 def _certificate(bundle: Bundle) -> str:
     """Result of the last `trainkit verify`, with date, precision and ties; empty if it never ran."""
-    if CERTIFICATE not in bundle.files:
+    if not (bundle.path / CERTIFICATE).is_file():
         return ""
-    values = read_json(bundle.path / CERTIFICATE)
-    if values["files"] != certified_files(bundle):
-        return "outdated, files changed since; run trainkit verify again"
-    checks = {check["name"]: check for check in values["checks"]}
-    broken = [name for name, check in checks.items() if check["status"] == "BROKEN"]
-    result = f"BROKEN: {', '.join(broken)}" if broken else f"all {len(checks)} promises kept"
-    texts = checks.get("texts", {}).get("figure", "")
-    where = f"{values['dtype']} on {values['device']['type']}, {values['date']}, trainkit {values['versions']['trainkit']}"
-    return f"{result} ({where}){'; ' if texts else ''}{texts}"
+    try:
+        values = read_json(bundle.path / CERTIFICATE)
+        if (values["files"], values["tree"]) != (certified_files(bundle), bundle.runner.get("tree")):
+            return "outdated, files or recommended tree changed since; run trainkit verify again"
+        checks = {check["name"]: check for check in values["checks"]}
+        broken = [name for name, check in checks.items() if check["status"] == "BROKEN"]
+        result = f"BROKEN: {', '.join(broken)}" if broken else f"all {len(checks)} promises kept"
+        where = f"{values['dtype']} on {values['device']['type']}, {values['date']}, trainkit {values['versions']['trainkit']}"
+        return f"{result} ({where}); {checks['texts']['figure']}"
+    except (UserError, KeyError, TypeError):
+        return "unreadable; run trainkit verify again"
 
 
 def _predictor(values: Any) -> str:

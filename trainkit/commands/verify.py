@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
     """Checks on this machine what trainkit promises of a drafter, and writes a certificate into its bundle.
 
     Each line of the report is one promise: kept, BROKEN, or measured where nothing is promised.
-      files         every file has its checksum, and the drafter was made for this target
+      files         every file has its checksum, and the drafter was made for a target of this vocabulary and tokenizer
       target        the runner computes what transformers computes: logits, and greedy texts
       ends          a text ends at every end token that the model's files name, also inside a draft
       texts         texts decoded with the drafter equal those of plain decoding, token for token: greedy, seeded and nucleus
@@ -51,10 +52,11 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
     from trainkit import bundle as bundles
     from trainkit.data.sets.writer import quiet_libraries
     from trainkit.eval.promises.certificate import certificate
-    from trainkit.eval.promises.certificate import save as save_certificate
     from trainkit.eval.promises.run import CHECKS, load_subject, run_checks
     from trainkit.files import write_json
 
+    if save and bundles.is_bundle(bundle) and not os.access(bundle, os.W_OK):
+        raise UserError(f"{bundle}: the certificate cannot be written there; give --save false and --json FILE")
     quiet_libraries()
     subject = load_subject(bundle, arguments)
     device = subject.runner.device.type
@@ -83,6 +85,6 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
     if json is not None:
         write_json(json, values)
     if save and bundles.is_bundle(bundle):
-        save_certificate(bundle, values)
+        write_json(bundle / bundles.CERTIFICATE, values)
         print(f"certificate: {bundle}/certificate.json; `trainkit inspect {bundle}` shows it")
     return int(bool(broken))

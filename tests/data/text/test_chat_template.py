@@ -277,6 +277,17 @@ def test_turns_of_a_given_prompt_have_no_labels(generation: bool, tokenizer: Any
     ]
 
 
+@pytest.mark.parametrize("generation", [True, False], ids=["spans", "prefixes"])
+def test_completion_may_begin_with_another_role(generation: bool, tokenizer: Any) -> None:
+    """A completion may begin with a turn of the user or of a tool; what the assistant says after it counts."""
+    if not generation:
+        tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    turns = chat("1?", "One.", "2?", "Two.").messages
+    row, _ = parse_row({"prompt": turns[:2], "completion": turns[2:]}, {})
+    (document,) = Encoder(tokenizer).documents(row)
+    assert [text for label, text in spans(tokenizer, document) if label] == ["Two.<|end|>"]
+
+
 def test_named_templates_need_a_default(tokenizer: Any, rows_file: Callable[..., str]) -> None:
     """Of several chat templates the default is used, and `tool_use` for tools; without a default, one line says so."""
     plain = tokenizer.chat_template

@@ -16,7 +16,8 @@ import torch
 from tests.support.drafters import VARIANTS
 from tests.support.targets import make_target
 from trainkit import bundle
-from trainkit.card import CERTIFICATE, describe
+from trainkit.bundle import CERTIFICATE
+from trainkit.card import describe
 from trainkit.cli import main
 from trainkit.drafters.base import DraftBatch, load_kind
 from trainkit.drafters.eagle import Eagle
@@ -74,6 +75,21 @@ def test_sound_drafters_keep_every_promise(variant, target, tmp_path, seed):
     assert checks.keys() == CHECKS.keys()
     assert checks["acceptance"].counts["nodes"] > 20 and checks["acceptance"].counts["mean_difference"] < 1e-5
     assert checks["texts"].counts["total"] >= 3 * 3 * 5
+
+
+def test_one_drafted_token_keeps_every_promise(target, tmp_path, seed):
+    """At depth 1 the compared trees have as many nodes as such a depth proposes."""
+    checks = verified(target, make_bundle(target, tmp_path / "bundle", "hydra"), depth=1, seed=seed)
+    assert not broken(checks), [(check.name, check.figure, check.details) for check in checks.values()]
+
+
+def test_draft_vocabulary_of_one_id_can_be_verified(target, tmp_path, seed):
+    """A drafter that can propose a single token id keeps all promises."""
+    drafter = load_kind("lm")(target_shape(target), draft_vocab=[5])
+    drafter.initialise(FrozenTarget(target))
+    export_drafter(drafter, tmp_path / "bundle", tokenizer=target)
+    checks = verified(target, tmp_path / "bundle", seed=seed)
+    assert not broken(checks), [(check.name, check.figure, check.details) for check in checks.values()]
 
 
 def other_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +251,7 @@ def test_certificate_is_written_shown_and_outdated(target, tmp_path, capsys, mon
     values = json.loads((folder / CERTIFICATE).read_text())
     assert values == json.loads((tmp_path / "verify.json").read_text())
     assert values["passed"] and values["dtype"] == "float32" and [check["name"] for check in values["checks"]] == [*CHECKS]
-    assert values["target"]["weights"] and values["files"].keys() == bundle.read(folder).files.keys() - {CERTIFICATE}
+    assert values["target"]["weights"] and values["files"].keys() == bundle.read(folder).files.keys()
     assert main(["inspect", str(folder)]) == 0
     assert "all 7 promises kept (float32 on cpu" in capsys.readouterr().out
     # a fault
@@ -244,6 +260,15 @@ def test_certificate_is_written_shown_and_outdated(target, tmp_path, capsys, mon
         assert main(flags) == 1
     assert "BROKEN PROMISE: A text ends at every end token" in capsys.readouterr().out
     assert "BROKEN: ends" in describe(bundle.read(folder))
+    # a certificate that is edited or removed, another tree
+    (folder / CERTIFICATE).write_text("{}")
+    assert "unreadable" in describe(bundle.read(folder))
+    (folder / CERTIFICATE).unlink()
+    assert "certificate" not in describe(bundle.read(folder))
+    (folder / CERTIFICATE).write_text(json.dumps(values))
+    assert "all 7 promises kept" in describe(bundle.read(folder))
+    assert "outdated" in describe(bundle.amend(folder, runner={"tree": [[0], [1]]}))
+    bundle.amend(folder, runner={})
     # other weights
     manifest = json.loads((folder / "trainkit.json").read_text())
     manifest["files"]["model.safetensors"] = "0" * 64
@@ -298,7 +323,7 @@ def test_p_value_by_hand():
     """Two equal halves of 100: 60 against 40 has chi-square 4 with one degree of freedom, p = 0.0455."""
     assert p_value(np.array([60.0, 40.0]), np.array([0.5, 0.5])) == pytest.approx(0.0455, abs=1e-4)
     assert p_value(np.array([99.0, 1.0]), np.array([1.0, 0.0])) == 0.0
-    # outcomes expected 4 and 6 times: the first is pooled with nothing else below 5, so three groups remain
+    # outcomes expected 4 and 6 times: nothing but the other is left to pool the first with, so two groups remain
     counts, law = np.array([90.0, 4.0, 6.0]), np.array([0.9, 0.04, 0.06])
     assert p_value(counts, law) == pytest.approx(1.0)
 
@@ -320,3 +345,17 @@ def test_checks_are_announced_before_they_run(target, tmp_path):
     subject, log = load_subject(make_bundle(target, tmp_path / "bundle"), VerifyArguments(str(target), **QUICK)), []
     run_checks(subject, lambda check: log.append(f"{check.name} done"), log.append)
     assert log == [line for name in CHECKS for line in (name, f"{name} done")]
+
+
+def test_p_value_compares_outcomes_that_are_all_rare():
+    """Where every outcome is expected fewer than 5 times, several groups are still compared, and other counts are found."""
+    law, counts = np.full(81, 1 / 81), np.zeros(81)
+    counts[:50] = 2
+    assert p_value(counts, law) < 1e-5
+    assert p_value(law * 100, law) == pytest.approx(1.0)
+
+
+def test_p_value_forgives_one_rare_text():
+    """A single text that is expected once in a hundred runs is no fault."""
+    counts, law = np.array([60.0, 39.0, 1.0]), np.array([0.6, 0.3999, 0.0001])
+    assert p_value(counts, law) > 0.1

@@ -233,7 +233,8 @@ class Encoder:
         out: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, mask = out["input_ids"], np.asarray(span_mask(out["offset_mapping"], spans), np.bool_)
         if row.context:
-            context = self.prompt_ids(row.messages[: row.context], row.tools)
+            begins = row.messages[row.context]["role"] == "assistant"  # right after the prompt, not after a tool's answer
+            context = self.encode(self._render(row.messages[: row.context], row.tools, prompt=begins))
             if ids[: len(context)] != context:
                 raise RowError("the chat template renders the prompt's turns differently when the response follows")
             mask[: len(context)] = False

@@ -33,7 +33,7 @@ from trainkit.files import cache_folder, write_folder, write_json
 
 CACHE = cache_folder("data")
 """Default folder for prepared sets."""
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of every fingerprint. Increase it with any change of the code that changes the result for the same files."""
 EncodedRow = tuple[str, list[Document]]
 """Digest of a row's prompt, and its documents."""

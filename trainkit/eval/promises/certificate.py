@@ -10,11 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainkit import __version__, bundle
-from trainkit.card import CERTIFICATE, certified_files
+from trainkit import __version__
+from trainkit.card import certified_files
 from trainkit.data.manifest import weights_digest
 from trainkit.eval.promises.types import Check, Subject
-from trainkit.files import write_json
 from trainkit.runner.timing import processor
 
 
@@ -36,11 +35,6 @@ def certificate(subject: Subject, checks: Sequence[Check]) -> dict[str, Any]:
         "prompts": {"count": len(subject.prompts), "file": subject.arguments.prompts and Path(subject.arguments.prompts).name},
         "target": {**(runner.shape.fingerprint or {}), "weights": weights_digest(subject.target_folder)},
         "files": {} if subject.bundle is None else certified_files(subject.bundle),
+        "tree": None if subject.bundle is None else subject.bundle.runner.get("tree"),
         "checks": [check.to_dict() for check in checks],
     }
-
-
-def save(folder: Path, values: dict[str, Any]) -> None:
-    """Writes the certificate into the bundle at `folder`, replacing an older one; other files do not change."""
-    runner = bundle.read(folder, checksums=False).runner
-    bundle.amend(folder, lambda temporary: write_json(temporary / CERTIFICATE, values), runner=runner)

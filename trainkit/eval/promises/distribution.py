@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainkit.eval.bench.identity import logits
-from trainkit.eval.promises.types import Check, Subject, VerifyArguments
+from trainkit.eval.promises.types import Check, Subject, VerifyArguments, dynamic_tree
 from trainkit.runner import Runner
 from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import Sampling, request_keys
@@ -63,8 +63,9 @@ def check_distribution(subject: Subject) -> Check:
     deepest = min(subject.depth, LENGTH - 1)
     paths = tuple(path for path in subject.tree if len(path) <= deepest and max(path) < IDS - 1)
     shapes: dict[str, Any] = {"chain": build(chain(deepest), runner.device), "tree": build(paths, runner.device)}
-    if subject.drafter.max_width is None or subject.drafter.max_width >= 2:
-        shapes["dynamic tree"] = parse_tree(f"dynamic:{min(2, deepest)},2,4")
+    top_k = min(2, subject.drafter.draft_vocab_size)
+    if subject.drafter.max_width is None or subject.drafter.max_width >= top_k:
+        shapes["dynamic tree"] = parse_tree(dynamic_tree(min(2, deepest), top_k, 4))
     values, texts = {}, subject.arguments.samples
     for name, shape in shapes.items():
         rule = build_verification("residual", False, shape.ranked, Typical())
@@ -89,7 +90,7 @@ def _restricted(subject: Subject, prompt: list[int]) -> Restricted:
         known = set(draft_ids)
         inside = [token for token in ranked if token in known]
         outside = [token for token in ranked[: 8 * IDS] if token not in known]
-        ids = [*inside[: IDS - 1], *(outside or inside[IDS - 1 :])[:1]]
+        ids = [*inside[: IDS - 1], *outside, *inside[IDS - 1 :]][:IDS]
     return Restricted(2.0, ids=tuple(sorted(ids)), draft_ids=draft_ids)
 
 
@@ -136,16 +137,21 @@ def _sample(rounds: Rounds, prompt: list[int], plan: Plan, arguments: VerifyArgu
 
 
 def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """P-value of Pearson's chi-square test; outcomes that are expected fewer than 5 times are pooled.
+    """P-value of Pearson's chi-square test; outcomes that are expected fewer than 5 times are pooled in groups of at least 5.
 
     0 if an outcome without probability occurred; 1 if fewer than two groups of outcomes remain.
     """
     expected, observed = probabilities.ravel() * counts.sum(), counts.ravel()
     if observed[expected < 1e-9].sum():
         return 0.0
-    large = expected >= 5
-    if not large.all():
-        observed, expected = (np.append(values[large], values[~large].sum()) for values in (observed, expected))
+    order, starts, total = np.argsort(-expected, kind="stable"), [0], 0.0
+    for rank, index in enumerate(order.tolist()):
+        if total >= 5:
+            starts, total = [*starts, rank], 0.0
+        total += expected[index]
+    if total < 5 and len(starts) > 1:  # else one text in a rare last group would look like a fault
+        starts.pop()
+    observed, expected = np.add.reduceat(observed[order], starts), np.add.reduceat(expected[order], starts)
     degrees = len(expected) - 1
     if degrees < 1:
         return 1.0

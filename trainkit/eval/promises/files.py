@@ -19,13 +19,17 @@ from trainkit.runner.engine import load_drafter
 
 
 def check_files(subject: Subject) -> Check:
-    """Reads every file again and compares its checksum; compares the target with the one that the bundle was made for."""
-    promise = "Every file is as it was written, and the drafter was made for this target."
+    """Reads every file again and compares its checksum; compares the target with the one that the bundle was made for.
+
+    A bundle does not record the weights of its target, so another target of the same configuration is not recognised.
+    """
+    promise = "Every file is as it was written, and the drafter was made for a target of this vocabulary and tokenizer."
     if subject.bundle is None:
         return Check("files", promise, "measured", "not a trainkit bundle, so it has no checksums")
     bundle, shape = bundles.read(subject.folder), subject.runner.shape
     notes = bundles.check_fit(bundle, shape.fingerprint or {}, shape.decoder.to_dict()) if bundle.target else []
-    figure = f"{len(bundle.files)} files, all checksums agree; {'; '.join(notes) or 'made for this target'}"
+    fit = "; ".join(notes) or "made for a target of this configuration and tokenizer"
+    figure = f"{len(bundle.files)} files, all checksums agree; {fit}"
     return Check("files", promise, "kept", figure, counts={"files": len(bundle.files), "notes": notes})
 
 

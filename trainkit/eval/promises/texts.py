@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from trainkit.eval.bench.identity import Difference, Identity
-from trainkit.eval.promises.types import Check, Subject
+from trainkit.eval.promises.types import Check, Subject, dynamic_tree
 from trainkit.runner.sampling import Sampling
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ def _ways(subject: Subject) -> dict[str, tuple[int, dict[str, Any]]]:
     ways = {f"{name}, batch {batch}": (batch, draft) for name, draft in drafts.items() for batch in (1, 8)}
     top_k = min(3, subject.drafter.draft_vocab_size)
     if subject.drafter.max_width is None or subject.drafter.max_width >= top_k:
-        ways["dynamic tree, batch 8"] = 8, {"tree": f"dynamic:{min(3, subject.depth)},{top_k},8"}
+        ways["dynamic tree, batch 8"] = 8, {"tree": dynamic_tree(min(3, subject.depth), top_k, 8)}
     ways["confidence policy, batch 8"] = 8, {"depth": subject.depth, "policy": "confidence:0.4"}
     return ways
 

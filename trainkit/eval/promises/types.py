@@ -144,3 +144,8 @@ class Subject:
     def checker(self, sampling: Sampling) -> IdentityChecker:
         """Compares texts that were sampled with these settings."""
         return IdentityChecker(self.runner.rounds.target, sampling, self.arguments.seed, self.tolerance)
+
+
+def dynamic_tree(depth: int, top_k: int, nodes: int) -> str:
+    """A dynamic tree of `nodes` nodes, or of all that it proposes if these are fewer, as the command line writes it."""
+    return f"dynamic:{depth},{top_k},{min(nodes, 1 + top_k + (depth - 1) * top_k**2)}"
