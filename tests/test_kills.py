@@ -102,7 +102,7 @@ def kill_exports(checkpoint: str, base: Path, old: bool, some: int, seed: int) -
             found = bundle.read(out)
             state = next(name for name in files if files[name] == found.files)
         except UserError as error:
-            assert not old and "not a bundle" in str(error)
+            assert not old and "no such folder" in str(error)
             assert not out.exists()
             state = "absent"
         export(checkpoint, str(out))

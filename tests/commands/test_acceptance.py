@@ -181,7 +181,7 @@ MISTAKES = {
     ("--dtype=float16",): "float16",
     ("--verify=typical",): "typical",
     ("--prompts=nowhere.jsonl",): "nowhere.jsonl: there is no such file",
-    ("nowhere",): "nowhere: not a bundle",
+    ("nowhere",): "nowhere: no such folder",
 }
 
 
