@@ -25,7 +25,7 @@ def verify(bundle: Path, *, json: str | None = None, save: bool = True, **option
     In half precision, rounding depends on the number of rows. The share of differing texts is then reported and not evaluated.
 
     The certificate (certificate.json) names the files, the target, precision, machine, versions, all counts and all ties;
-    `trainkit inspect` shows its result. The checks take minutes on a CPU for a target of 135M parameters. The exit code is 1 if
+    `trainkit inspect` shows its result. The checks take over ten minutes on a CPU for a target of 135M. The exit code is 1 if
     a promise is broken; the certificate then records that.
 
     Examples:
