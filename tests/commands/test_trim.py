@@ -122,13 +122,13 @@ def test_trimmed_bundle_keeps_full_head_on_disk(tied, tiny_target, untied, text,
 
 def trimmed_pair(ids: list[int] | None, noise: float = 0.03) -> Runner:
     """A random target of 48 ids, and a draft near it that may propose `ids`."""
-    target, told = random_decoder(), TargetShape(SHAPE, (7,))
-    draft = lm_draft(told, near(target, noise))
+    target, shape = random_decoder(), TargetShape(SHAPE, (7,))
+    draft = lm_draft(shape, near(target, noise))
     if ids is not None:
-        trimmed = LMDraft(told, num_layers=SHAPE.num_layers, init="scratch", draft_vocab=ids)
+        trimmed = LMDraft(shape, num_layers=SHAPE.num_layers, init="scratch", draft_vocab=ids)
         trimmed.decoder = draft.decoder
         draft = trimmed
-    return Runner(target, draft, told, max_batch=4, max_len=96)
+    return Runner(target, draft, shape, max_batch=4, max_len=96)
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.support import architectures
 from tests.support.targets import make_target
 from trainkit.errors import UserError
 from trainkit.models.target import FrozenTarget, end_ids, load_model, target_shape
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-}
+SIZES = architectures.SIZES | {"num_hidden_layers": 3}
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 

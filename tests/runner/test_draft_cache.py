@@ -69,10 +69,10 @@ class CheckedDraft(LMDraft):
 
 def checked_runner(noise, ends=(7,)):
     target = random_decoder()
-    told = TargetShape(target.shape, ends)
-    draft = CheckedDraft(told, num_layers=2, init="scratch")
+    shape = TargetShape(target.shape, ends)
+    draft = CheckedDraft(shape, num_layers=2, init="scratch")
     draft.decoder = near(target, noise)
-    return Runner(target, draft, told, max_batch=4, max_len=64)
+    return Runner(target, draft, shape, max_batch=4, max_len=64)
 
 
 @pytest.mark.parametrize("tree", TREES, ids=["chain1", "chain3", "siblings", "bushy", "dynamic", "wide"])
@@ -127,9 +127,9 @@ def test_draft_cache_survives_calls_of_other_depth(seed):
 def test_draft_of_a_runner_can_still_be_trained(seed):
     """Rotary rows that the runner made in inference mode do not stand in the way of a backward pass."""
     target = random_decoder()
-    told = TargetShape(target.shape, ())
-    draft = lm_draft(told, near(target, 0.1))
-    Runner(target, draft, told, max_len=64).generate([[1, 2, 3]], max_new_tokens=4, depth=2)
+    shape = TargetShape(target.shape, ())
+    draft = lm_draft(shape, near(target, 0.1))
+    Runner(target, draft, shape, max_len=64).generate([[1, 2, 3]], max_new_tokens=4, depth=2)
     draft.requires_grad_(True)
     positions = torch.arange(5)[None]
     hidden, _ = draft.decoder(torch.tensor([[1, 2, 3, 4, 5]]), positions, causal_bias(positions, 5, torch.float32))

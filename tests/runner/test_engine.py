@@ -92,11 +92,11 @@ def test_multi_byte_character_is_streamed_whole(runner, monkeypatch):
     assert len(tokens) > 6
     scripted = pair(runner.shape.decoder, noise=None, ends=(), max_len=64)
     scripted.folder = runner.folder
-    told = iter(tokens)
+    emitted = iter(tokens)
     take = Request.take
 
     def forced(self, output, slot, end_ids, prefill=False):
-        output.emitted_BP[slot, 0] = next(told)
+        output.emitted_BP[slot, 0] = next(emitted)
         take(self, output, slot, end_ids, prefill)
 
     monkeypatch.setattr(Request, "take", forced)

@@ -20,7 +20,7 @@ from trainkit.runner.trees.static import build, chain
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "isin", "_unique2", "unique_dim"}
 """Operations whose result or size the host waits for on a GPU; `isin` sorts there once it has more than a few elements."""
 MADE_ON_HOST = {"lift_fresh", "lift_fresh_copy"}
-"""`torch.tensor` of Python numbers: a captured graph would copy them from memory that is gone. A single number is no copy."""
+"""`torch.tensor` of Python numbers: a captured graph would copy them from memory that is gone. One number needs no copy."""
 
 
 class NoReads(TorchDispatchMode):

@@ -202,20 +202,20 @@ def test_captured_budget_goes_to_the_most_probable_tokens(seed):
     assert RankedChain(tree, 3).grow(steps).packing is None
 
 
-def told(policy: Cost, said_DB: list[list[float]]) -> list[int]:
+def verified_counts(policy: Cost, chances_DB: list[list[float]]) -> list[int]:
     """What each row gets where all of this was drafted."""
-    policy.begin(len(said_DB[0]))
-    for said_B in said_DB:
+    policy.begin(len(chances_DB[0]))
+    for said_B in chances_DB:
         policy.continues(said_B)
-    return list(policy.verified(len(said_DB), len(said_DB[0])))
+    return list(policy.verified(len(chances_DB), len(chances_DB[0])))
 
 
-def worth(policy: Cost, said_DB: list[list[float]], lengths: tuple[int, ...] | list[int]) -> float:
+def worth(policy: Cost, chances_DB: list[list[float]], lengths: tuple[int, ...] | list[int]) -> float:
     """Expected tokens kept, less what verifying costs."""
     rows, gained = len(lengths), 0.0
     for row, length in enumerate(lengths):
         chance = 1.0
-        for said_B in said_DB[:length]:
+        for said_B in chances_DB[:length]:
             chance *= said_B[row]
             gained += chance
     return gained - policy.rate(rows) * policy.costs.packed(rows, rows + sum(lengths), 1 + max(lengths))
@@ -228,11 +228,11 @@ def test_shared_budget_is_the_best_split(pack, pad, seed):
     for _ in range(40):
         price = float(torch.rand(()) * 0.5)
         policy = Cost(priced(price, pack=pack, pad=pad), 4, "predictor", per_row=True)
-        said_DB = torch.rand(3, 3).tolist()
+        chances_DB = torch.rand(3, 3).tolist()
         ways = product(range(4), repeat=3) if not pad else ((n, n, n) for n in range(4))
-        found = told(policy, said_DB)
-        best = max(worth(policy, said_DB, way) for way in ways)
-        assert worth(policy, said_DB, found) >= best - 1e-9
+        found = verified_counts(policy, chances_DB)
+        best = max(worth(policy, chances_DB, way) for way in ways)
+        assert worth(policy, chances_DB, found) >= best - 1e-9
         shared += len(set(found)) > 1
     assert shared > 2
 
@@ -240,11 +240,11 @@ def test_shared_budget_is_the_best_split(pack, pad, seed):
 def test_shares_by_hand():
     """At R = 1 a token in 1.1 seconds for two rows, 2 / 1.1, and a node at 0.1, a token needs a chance of 0.18."""
     policy = Cost(priced(0.1), 4, "predictor", per_row=True)
-    assert told(policy, [[0.9, 0.1], [0.9, 0.9], [0.2, 0.9]]) == [2, 0]
-    assert told(policy, [[0.1, 0.1]]) == [0, 0]
-    assert told(policy, [[0.9], [0.9]]) == [2]  # one text has nobody to share with
-    assert told(Cost(priced(0.1), 4, "none", per_row=True), [[0.9, 0.1]]) == [1, 1]
-    assert told(Cost(priced(0.1), 4, "predictor"), [[0.9, 0.1]]) == [1, 1]
+    assert verified_counts(policy, [[0.9, 0.1], [0.9, 0.9], [0.2, 0.9]]) == [2, 0]
+    assert verified_counts(policy, [[0.1, 0.1]]) == [0, 0]
+    assert verified_counts(policy, [[0.9], [0.9]]) == [2]  # one text has nobody to share with
+    assert verified_counts(Cost(priced(0.1), 4, "none", per_row=True), [[0.9, 0.1]]) == [1, 1]
+    assert verified_counts(Cost(priced(0.1), 4, "predictor"), [[0.9, 0.1]]) == [1, 1]
 
 
 def test_one_promising_row_is_drafted_while_it_pays():

@@ -95,7 +95,7 @@ def test_earliest_of_several_stop_strings_cuts(seed):
 
 @pytest.fixture(scope="module")
 def scripted(tiny_target):
-    """A runner whose target says what it is told; and the function that tells it."""
+    """A runner with the target's tokenizer, whose emitted tokens the tests replace."""
     runner = pair(Runner.load(tiny_target, max_len=32).shape.decoder, noise=None, ends=(), max_len=96)
     runner.folder = tiny_target
     return runner

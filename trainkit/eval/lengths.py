@@ -28,7 +28,7 @@ def prompts_that_fit(
     if max_len is None and longest > covered:
         raise UserError(
             f"{source}: the longest prompt and {max_new_tokens} new tokens need {longest} positions, {target} covers "
-            f"{covered}; lower max_new_tokens, or leave long prompts out with max_len"
+            f"{covered}; lower max_new_tokens or remove long prompts (--max_len leaves them out, where a command has it)"
         )
     if max_len is not None and max_len > covered:
         raise UserError(f"max_len {max_len}: {target} covers {covered} positions; lower it")

@@ -356,6 +356,6 @@ def test_p_value_compares_outcomes_that_are_all_rare():
 
 
 def test_p_value_forgives_one_rare_text():
-    """A single text that is expected once in a hundred runs is no fault."""
+    """A single text that is expected once in a hundred runs does not count as a fault."""
     counts, law = np.array([60.0, 39.0, 1.0]), np.array([0.6, 0.3999, 0.0001])
     assert p_value(counts, law) > 0.1

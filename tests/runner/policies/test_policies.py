@@ -191,7 +191,7 @@ def test_thresholds_stop_by_hand():
 
 
 def drafted(policy: Cost, said: list[float], rows: int = 1) -> tuple[int, int]:
-    """Levels run, and kept, when each row is told these chances."""
+    """Levels run, and kept, when each row has these chances."""
     most, level = policy.begin(rows), 0
     while level < most:
         level += 1
@@ -259,7 +259,7 @@ def test_cost_resumes_drafting_when_it_pays_again(seed):
 
 
 def told_rounds(policy: Cost, said: list[float], rounds: int, rows: int, tier: bool, draw: np.random.Generator) -> float:
-    """Tokens per second and row by the costs, where these are the chances by level, and the policy is told them."""
+    """Tokens per second and row by the costs, where these are the chances by level, and the policy knows them."""
     seconds, tokens, truth = 0.0, 0, np.array(said)
     for _ in range(rounds):
         levels, kept = policy.captured_size(rows) if tier else drafted(policy, said, rows)
@@ -307,7 +307,7 @@ def test_nan_probability_is_not_learnt(tier, seed):
 
 
 def test_cost_beats_fixed_depths_if_acceptance_varies(seed):
-    """Half the rounds are hopeless and half are sure: one who is told beats any depth that is the same for both."""
+    """Half the rounds are hopeless and half are sure: a policy that knows which beats any depth that is the same for both."""
     generator, price = np.random.default_rng(seed), flat(verify=0.1, level=0.2)
     chances = np.where(generator.random(4000) < 0.5, 0.1, 0.95)
 
@@ -320,7 +320,7 @@ def test_cost_beats_fixed_depths_if_acceptance_varies(seed):
             tokens, seconds = tokens + accepted + 1, seconds + price.round(1, levels, kept)
         return tokens / seconds
 
-    def told(chance):
+    def informed(chance):
         if not policy.begin(1):
             return 0, 0, lambda accepted: None
         levels, kept = drafted_again(policy, chance, 1)
@@ -328,7 +328,7 @@ def test_cost_beats_fixed_depths_if_acceptance_varies(seed):
 
     policy = Cost(price, 10, signal="predictor")
     fixed = max(rate(lambda chance, depth=depth: (depth, depth, lambda accepted: None)) for depth in range(1, 11))
-    assert rate(told) > 1.1 * fixed
+    assert rate(informed) > 1.1 * fixed
 
 
 def test_ema_follows_accepted_lengths():
@@ -519,7 +519,7 @@ def test_policy_with_memory_keeps_residual_lossless():
 @pytest.mark.parametrize("way", [{"depth": 6}, {"tree": DynamicTree(5, 2, 8)}])
 def test_cost_refuses_more_levels_than_heads(way, seed):
     """`cost` refuses more draft levels than the drafter has heads."""
-    told = TargetShape(SHAPE, ())
-    runner = Runner(random_decoder(), load_kind("medusa")(told, num_heads=3), told, max_batch=1, max_len=64)
+    shape = TargetShape(SHAPE, ())
+    runner = Runner(random_decoder(), load_kind("medusa")(shape, num_heads=3), shape, max_batch=1, max_len=64)
     with pytest.raises(UserError, match="heads for 3 tokens"):
         runner.generate([[1]], max_new_tokens=4, policy="cost", **way)

@@ -80,7 +80,7 @@ def test_dynamic_tree_keeps_the_best_nodes(shape, temperature, seed):
         log_q, noise_DV = sampling.process(logits), torch.zeros(tree.depth, 9) if noise is None else noise[row]
         kept, expanded = by_hand(tree, log_q, roots[row], positions[row], noise_DV)
         assert set(paths_of(draft, row)) == set(kept)
-        # what the drafter is told of each level: whose child a node is, in every way that a kind may look it up
+        # what the drafter gets for each level: whose child a node is, in every way that a kind may look it up
         paths, seen, numbers = [()], [{0}], [0]
         for depth, frontier in enumerate(frontiers):
             assert frontier.depth == depth and set(frontier.positions_BF[row].tolist()) == {positions[row] + depth}

@@ -10,13 +10,13 @@ from trainkit import bundle as bundles
 from trainkit.data.text.chat_template import Encoder, load_tokenizer
 from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
+from trainkit.eval.lengths import prompts_that_fit
 from trainkit.eval.promises.acceptance import check_acceptance
 from trainkit.eval.promises.distribution import check_distribution
 from trainkit.eval.promises.files import check_files, check_formats
 from trainkit.eval.promises.reference import check_ends, check_target
 from trainkit.eval.promises.texts import check_texts
 from trainkit.eval.promises.types import Check, Subject, VerifyArguments
-from trainkit.models.load import covered_positions
 from trainkit.runner import Runner
 
 CHECKS: dict[str, Callable[[Subject], Check]] = {
@@ -58,12 +58,8 @@ def load_subject(folder: Path, arguments: VerifyArguments) -> Subject:
         chat = lambda text: encoder.prompt_ids([{"role": "user", "content": text}])
         encode = chat if encoder.has_template else encoder.encode
         prompts = [list(encode(text)) for text in PROMPTS[: arguments.limit]]
-    longest, covered = max(map(len, prompts)) + arguments.max_new_tokens, covered_positions(arguments.target)
-    if longest > covered:
-        raise UserError(
-            f"{arguments.prompts or 'prompts'}: the longest prompt and {arguments.max_new_tokens} new tokens need {longest} "
-            f"positions, {arguments.target} covers {covered}; lower max_new_tokens or shorten the prompts"
-        )
+    source = arguments.prompts or "built-in prompts"
+    prompts, longest, _ = prompts_that_fit(prompts, arguments.max_new_tokens, None, arguments.target, source)
     runner = Runner.load(arguments.target, folder, arguments.device, arguments.dtype, 8, longest)
     return Subject(folder, bundle, runner, prompts, arguments)
 
