@@ -1,0 +1,477 @@
+"""The sections of the GPU report (tests/gpu_report.py), in the order of their worth."""
+
+# M rows  N outputs  K inputs  B batch  T positions
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        name: Its name on the command line.
+        title: Its heading.
+        budget: Seconds after which it is stopped.
+        needs: Seconds below which it is not begun.
+        run: Fills a table.
+    """
+
+    name: str
+    title: str
+    budget: float
+    needs: float
+    run: Callable[[Table], None]
+
+
+class Table:
+    """Rows of a section, written to a file after each, so that a stopped section keeps what it had."""
+
+    def __init__(self, file: Path, arguments: argparse.Namespace) -> None:
+        self.file, self.arguments = file, arguments
+        self.device = torch.device(arguments.device)
+        self.small = arguments.device == "cpu"
+        self.dtype = torch.float16 if self.small else torch.bfloat16
+        self.began = perf_counter()
+        self.results: dict[str, Any] = {"failed": False, "tables": []}
+
+    @property
+    def left(self) -> float:
+        """Seconds left of the section's time."""
+        return self.arguments.seconds - (perf_counter() - self.began)
+
+    def begin(self, caption: str, *columns: str) -> None:
+        """Begins a table."""
+        self.results["tables"].append({"caption": caption, "columns": columns, "rows": []})
+        self._save()
+
+    def row(self, *cells: object) -> None:
+        """Adds a row."""
+        self.results["tables"][-1]["rows"].append(cells)
+        self._save()
+
+    def fail(self) -> None:
+        """Marks the section as failed."""
+        self.results["failed"] = True
+        self._save()
+
+    @contextmanager
+    def row_or_reason(self, *first: object) -> Iterator[None]:
+        """A row that is not completed says why, and the section goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.row(*first, f"failed: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _save(self) -> None:
+        self.file.write_text(json.dumps(self.results, default=str))
+
+
+def milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median time of a call."""
+    if device.type != "cuda":
+        function()
+        began = perf_counter()
+        function()
+        return (perf_counter() - began) * 1e3
+    for _ in range(3):
+        function()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, stop in events:
+        start.record()
+        function()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+
+
+def graphed(function: Callable[[], object], device: torch.device, calls: int = 1, repeats: int = 20) -> float:
+    """Median milliseconds of one call, among `calls` in a CUDA graph that is replayed."""
+    if device.type != "cuda":
+        return milliseconds(function, device)
+    from trainkit.runner.graphs import capture
+
+    def several() -> None:
+        for _ in range(calls):
+            function()
+
+    graph, _ = capture(several, device)
+    return milliseconds(graph.replay, device, repeats) / calls
+
+
+# Sections
+
+
+def machine(table: Table) -> None:
+    """Versions, copy and read bandwidth, clocks."""
+    from trainkit.eval.bench.hardware import examine
+
+    found = examine(table.device)
+    table.begin("", "what", "value")
+    table.row("processor", found.processor)
+    for name, version in found.versions.items():
+        table.row(name, version)
+    table.row("copy bandwidth", f"{found.copy_bandwidth / 1e9:.0f} GB/s")
+    if table.device.type == "cuda":
+        import triton
+
+        table.row("triton", triton.__version__)
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+        table.row("driver, clocks", subprocess.run(query, capture_output=True, text=True).stdout.strip())
+
+
+def tests(table: Table) -> None:
+    """Tests marked `gpu`, and the kernels' tests, compiled for the GPU."""
+    workers = ["-n", str(table.arguments.workers)] if table.arguments.workers else []
+    folders = table.arguments.tests
+    runs = [("-m", "gpu", *folders)]
+    if folders == ["tests"] and not table.small:
+        runs.append(("-m", "not gpu and not slow", "tests/layers/kernels", "tests/layers/test_fused.py"))
+    table.begin("", "file", "passed", "failed", "skipped")
+    for selection in runs:
+        with TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "--junitxml", str(report)]
+            process = subprocess.run([*command, *selection], cwd=ROOT, capture_output=True, text=True)
+            if not report.is_file():
+                table.row(f"pytest ended with {process.returncode}: {process.stdout[-500:]}", "", "", "")
+                table.fail()
+                continue
+            cases = list(ElementTree.parse(report).iter("testcase"))
+        counts: dict[str, dict[str, int]] = {}
+        for case in cases:
+            outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+            kind = "passed" if outcome is None else outcome.tag
+            row = counts.setdefault(case.get("classname", ""), {})
+            row[kind] = row.get(kind, 0) + 1
+            if outcome is not None and kind != "skipped":
+                table.fail()
+                reason = (outcome.get("message") or "").replace("\n", " ").replace("|", "/")[:300]
+                table.row(f"FAILED {case.get('classname')}::{case.get('name')}: {reason}", "", 1, "")
+        for file, row in sorted(counts.items()):
+            passed, skipped = row.get("passed", 0), row.get("skipped", 0)
+            table.row(file, passed, sum(row.values()) - passed - skipped, skipped)
+
+
+def lossless(table: Table) -> None:
+    """16-bit texts of a chain against plain decoding, bit for bit: greedy and sampled, several batches."""
+    from tests.support.models import noisy_16_bit_pair
+
+    runner = noisy_16_bit_pair(table.device, table.dtype)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(2000, (10 + 7 * i,), generator=generator).tolist() for i in range(2 if table.small else 24)]
+    table.begin("", "temperature", "depth", "batch", "equal texts", "of", "tau")
+    tokens = 8 if table.small else 96
+    for temperature in (0.0, 1.0):
+        options = {"max_new_tokens": tokens, "temperature": temperature, "seed": 1, "ignore_end": True}
+        plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
+        for depth in (3, 4):
+            for batch in (1, 3, 6):
+                texts = [runner.generate(prompts[i : i + batch], depth=depth, **options) for i in range(0, len(prompts), batch)]
+                if temperature:  # draws are numbered by the call: plain decoding of the same calls
+                    plain = [
+                        out.tokens
+                        for i in range(0, len(prompts), batch)
+                        for out in runner.generate(prompts[i : i + batch], depth=0, **options)
+                    ]
+                outs = [out for call in texts for out in call]
+                equal = sum(out.tokens == expected for out, expected in zip(outs, plain, strict=True))
+                tau = runner.last.tau if outs else 0.0
+                table.row(temperature, depth, batch, equal, len(plain), f"{tau:.2f}")
+                if equal < len(plain):
+                    table.fail()
+
+
+def rounds(table: Table) -> None:
+    """Milliseconds of a captured round of the target alone, by context and number of rows, against the bytes it must read."""
+    from trainkit.eval.bench.hardware import examine
+
+    copy = examine(table.device).copy_bandwidth
+    target = _target(table)
+    shape = target.shape
+    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * table.dtype.itemsize
+    table.begin(
+        f"copies {copy / 1e9:.0f} GB/s; weights {target.step_bytes() / 1e9:.2f} GB; share = bytes of weights and live keys / time / copies",
+        *("batch", "context", "nodes", "ms", "share of copies", "x 1 node", "graph nodes", "without dependent launch"),
+    )
+    contexts, sizes = ((64,), (1, 4)) if table.small else ((512, 2048, 8000), (1, 4, 8, 16, 32, 64))
+    one: dict[tuple[int, int], float] = {}
+    cases = [(1, context, size) for context in contexts for size in sizes]
+    cases += [] if table.small else [(8, 512, 1), (8, 512, 4), (64, 512, 1), (8, 2048, 1)]
+    for batch, context, size in cases:
+        if table.left < 8:
+            break
+        with table.row_or_reason(batch, context, size):
+            times, nodes = _round(table, target, batch, context, size)
+            least = target.step_bytes() + batch * context * token_bytes
+            one.setdefault((batch, context), times[0])
+            cells = f"{times[0]:.3f}", f"{least / times[0] * 1e3 / copy:.1%}", f"{times[0] / one[batch, context]:.3f}"
+            table.row(batch, context, size, *cells, nodes, f"{times[1]:.3f}" if len(times) > 1 else "-")
+
+
+def _round(table: Table, target: Any, batch: int, context: int, size: int) -> tuple[list[float], int]:
+    """Times of a round that computes `size` nodes and emits one token, with and without dependent launch, and graph nodes."""
+    from trainkit.models.shape import TargetShape
+    from trainkit.runner import Runner
+
+    times, nodes = list[float](), 0
+    for dependent in (True, False) if table.device.type == "cuda" else (True,):
+        with _dependent_launch(dependent):
+            runner = Runner(target, None, TargetShape(target.shape), None, batch, context + 96)
+            prompts = [torch.randint(1000, (context,)).tolist()] * batch
+            options = {"plain": True, "depth": size - 1} if size > 1 else {"depth": 0}
+            runner.generate(prompts, max_new_tokens=6, ignore_end=True, **options)
+            if table.device.type != "cuda":
+                return [1e3 * sum(runner.scheduler.seconds.values()) / 6], 0
+            graphs = runner.scheduler.graphs
+            assert graphs is not None
+            replay, _, _ = next(reversed(graphs._captured.values()))
+            times.append(milliseconds(replay.replay, table.device))
+            del replay, graphs, runner
+            torch.cuda.empty_cache()
+    return times, nodes
+
+
+@contextmanager
+def _dependent_launch(wanted: bool) -> Iterator[None]:
+    from trainkit.layers.kernels import launch
+
+    before = launch.DEPENDENT
+    launch.DEPENDENT = wanted
+    try:
+        yield
+    finally:
+        launch.DEPENDENT = before
+
+
+def _target(table: Table) -> Any:
+    from trainkit.eval.bench.synthetic import random_target
+
+    return random_target(table.arguments.shape, table.device, table.dtype)
+
+
+def kernels(table: Table) -> None:
+    """Each matrix product at the target's sizes: own kernel and library, dense and packed."""
+    from trainkit.eval.bench.synthetic import SHAPES
+    from trainkit.layers.kernels.few_rows import few_rows
+    from trainkit.layers.packed import KINDS, pack
+
+    shape = SHAPES[table.arguments.shape]
+    D, inner, E = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    sizes = {
+        "qkv": ((shape.num_heads + 2 * shape.num_kv_heads) * E, D, False),
+        "out": (D, shape.num_heads * E, False),
+        "gate_up": (2 * inner, D, True),
+        "down": (D, inner, False),
+        "head": (shape.vocab_size, D, False),
+    }
+    table.begin("microseconds in a graph over several weights (beyond the L2 cache); GB/s of the weight's bytes", "product", "rows", "kind", "us", "GB/s", "library us", "x library")
+    for name, (N, K, silu) in sizes.items():
+        copies = 1 if table.small else max(1, min(12, int(4e8 / (N * K * 2))))
+        weights = [torch.randn(N, K, device=table.device, dtype=table.dtype) / K**0.5 for _ in range(copies)]
+        for M in (1, 4, 16, 32) if not table.small else (1,):
+            x = torch.randn(M, K, device=table.device, dtype=table.dtype)
+
+            def library() -> None:
+                for w in weights:
+                    y = F.linear(x, w)
+                    if silu:
+                        gate, up = y.chunk(2, dim=-1)
+                        F.silu(gate) * up
+
+            library_us = graphed(library, table.device) * 1e3 / copies
+            for kind in ("dense", *(KINDS if name != "head" else ())):
+                if table.left < 3:
+                    return
+                if kind == "int4" and K % 128 or (kind == "sparse" and M > 16):
+                    continue
+                with table.row_or_reason(name, M, kind):
+                    packed: list[Any] = weights if kind == "dense" else [pack(w, kind) for w in weights]
+                    size = weights[0].numel() * 2 if kind == "dense" else sum(t.numel() * t.element_size() for t in packed[0].tensors)
+
+                    def own() -> None:
+                        for w in packed:
+                            few_rows(x, w, silu)
+
+                    us = graphed(own, table.device) * 1e3 / copies
+                    table.row(name, M, kind, f"{us:.1f}", f"{size / us / 1e3:.0f}", f"{library_us:.1f}", f"{library_us / us:.2f}")
+
+
+def attention(table: Table) -> None:
+    """The attention kernel against PyTorch's with and without a bias, one layer of the target."""
+    from trainkit.eval.bench.synthetic import SHAPES
+    from trainkit.layers.kernels.attend import attend
+
+    shape = SHAPES[table.arguments.shape]
+    G, H, E = shape.num_kv_heads, shape.num_heads, shape.head_dim
+    table.begin("microseconds in a graph", "batch", "queries", "cached", "of slots", "own", "library with a bias over the slots", "library over live keys")
+    for B, T, live, S in ((1, 1, 512, 8192), (1, 1, 2048, 8192), (1, 1, 2048, 2304), (1, 1, 8000, 8192), (1, 16, 2048, 8192), (1, 5, 2048, 8192), (8, 1, 2048, 8192), (8, 5, 2048, 8192)):
+        if table.small:
+            B, T, live, S = 1, T, 40, 64
+        with table.row_or_reason(B, T, live, S):
+            cache = torch.randn(B, 4, 2 * G, S, E, device=table.device, dtype=table.dtype)
+            layers = cache.unbind(1)
+            q = torch.randn(B, T, H, E, device=table.device, dtype=table.dtype)
+            first = torch.full((B,), live, dtype=torch.int32, device=table.device)
+            rows = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, E)
+            bias = torch.zeros(B, 1, rows.shape[2], S, device=table.device, dtype=table.dtype)
+
+            def own() -> None:
+                for layer in layers:
+                    attend(q, layer, first, None)
+
+            def library(stop: int, mask: Tensor | None) -> None:
+                for layer in layers:
+                    k, v = layer[:, :, :stop].split(G, dim=1)
+                    F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+
+            times = [graphed(run, table.device) * 1e3 / 4 for run in (own, lambda: library(S, bias), lambda: library(live, None))]
+            table.row(B, T, live, S, *(f"{time:.1f}" for time in times))
+
+
+def drafters(table: Table) -> None:
+    """Tokens per second of whole decoding with a scripted drafter of each kind."""
+    runs = [
+        {"depths": "[3,5]", "synthetic_tau": 3.4},
+        {"synthetic_drafters": "[eagle]", "trees": "true", "synthetic_tau": 4.0},
+    ]
+    for flags in runs[:1]:
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "bench.json"
+            flags = {
+                "synthetic": table.arguments.shape,
+                "device": table.arguments.device,
+                "dtype": "float32" if table.small else "bfloat16",
+                "baselines": "false",
+                "max_new_tokens": 32 if table.small else 192,
+                "repeats": 3,
+                "limit": 2,
+                "prompt_length": 32 if table.small else 512,
+                "max_seconds": max(10.0, table.left - 10),
+                "json": file,
+                **flags,
+            }
+            command = [sys.executable, "-m", "trainkit.cli", "bench", *(str(p) for k, v in flags.items() for p in (f"--{k}", v))]
+            process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            columns = ("decoding", "tokens/s", "x plain", "bandwidth", "tau", "efficiency", "of byte ceiling", "identical")
+            table.begin(" ".join(f"--{k} {v}" for k, v in flags.items() if k != "json"), *columns)
+            if not file.is_file():
+                table.row(f"bench ended with {process.returncode}: {process.stderr[-800:]}")
+                table.fail()
+                continue
+            for method in json.loads(file.read_text(encoding="utf-8"))["methods"]:
+                identical, draft = method["identical"], ("-", "-", "-")
+                same = "reference" if identical is None else f"{identical['equal'] + identical['ties']}/{identical['total']}"
+                if "tau" in method:
+                    ceiling = 1 / (1 + method["c"] * method["depth"])
+                    draft = f"{method['tau']:.2f}", f"{method['efficiency']:.2f}", f"{method['efficiency'] / ceiling:.0%}"
+                share = f"{method['bandwidth']['share']:.0%}" if method.get("bandwidth") else "-"
+                rate = method["tokens_per_second"]["median"]
+                table.row(method["name"], f"{rate:.1f}", f"{method['x_plain']:.2f}", share, *draft, same)
+
+
+def losses(table: Table) -> None:
+    """Time and peak memory of losses with gradient: chunked from hidden states, and from whole logits by autograd."""
+    from tests.support.eager import eager
+    from trainkit.losses.divergence import ForwardKL, TVDpp
+
+    N, V, D = (256, 2048, 64) if table.small else (4096, 128256, 4096)
+    device, dtype = table.device, torch.float32 if table.small else torch.bfloat16
+    generator = torch.Generator(device=device).manual_seed(0)
+    draft_ND, target_ND = (torch.randn(N, D, device=device, dtype=dtype, generator=generator) for _ in range(2))
+    heads = [torch.randn(V, D, device=device, dtype=dtype, generator=generator) / D**0.5 for _ in range(2)]
+    draft_ND.requires_grad_(True)
+    heads[0].requires_grad_(True)
+    draft_head, target_head = (lambda x, W=W: x @ W.T for W in heads)
+    labels_N, weight_N = torch.zeros(N, dtype=torch.long, device=device), torch.ones(N, device=device)
+
+    def chunked(loss: Any) -> None:
+        loss(draft_ND, draft_head, target_ND, target_head).sum.backward()
+
+    def naive(name: str) -> None:
+        with torch.no_grad():
+            target_NV = target_head(target_ND).float()
+        eager(name, draft_head(draft_ND).float(), target_NV, labels_N, weight_N).backward()
+
+    caption = f"{N:,} tokens, V {V:,}, d {D:,}, {str(dtype).removeprefix('torch.')}"
+    table.begin(caption, "loss", "form", "tokens/s", "peak GiB above weights")
+    for name, loss in (("forward_kl", ForwardKL()), ("tvdpp_position", TVDpp())):
+        for form, run in (("chunked", lambda loss=loss: chunked(loss)), ("whole logits", lambda name=name: naive(name))):
+            with table.row_or_reason(name, form):
+                seconds, peak = _timed(run, device, (draft_ND, heads[0]))
+                table.row(name, form, f"{N / seconds:,.0f}", peak)
+
+
+def _timed(run: Callable[[], None], device: torch.device, trained: tuple[Tensor, ...]) -> tuple[float, str]:
+    def once() -> None:
+        for tensor in trained:
+            tensor.grad = None
+        run()
+
+    once()
+    if device.type != "cuda":
+        return milliseconds(once, device) / 1e3, "-"
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds = milliseconds(once, device, 3) / 1e3
+    return seconds, f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.2f}"
+
+
+def profile(table: Table) -> None:
+    """Time of each kernel in one replay of a plain round at 2,048 tokens."""
+    from trainkit.models.shape import TargetShape
+    from trainkit.runner import Runner
+
+    if table.device.type != "cuda":
+        return
+    target, context = _target(table), 2048
+    runner = Runner(target, None, TargetShape(target.shape), None, 1, context + 96)
+    runner.generate([torch.randint(1000, (context,)).tolist()], max_new_tokens=6, ignore_end=True, depth=0)
+    graphs = runner.scheduler.graphs
+    assert graphs is not None
+    replay, _, _ = next(reversed(graphs._captured.values()))
+    replay.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        replay.replay()
+        torch.cuda.synchronize()
+    table.begin("", "kernel", "calls", "total us", "us each")
+    for event in sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)[:30]:
+        total = event.self_device_time_total
+        table.row(event.key[:70].replace("|", "/"), event.count, f"{total:.0f}", f"{total / max(1, event.count):.1f}")
+
+
+SECTIONS = (
+    Section("machine", "Machine", 20, 5, machine),
+    Section("tests", "Tests", 120, 20, tests),
+    Section("lossless", "16-bit texts, a chain against plain decoding", 40, 10, lossless),
+    Section("rounds", "Rounds of the target", 90, 20, rounds),
+    Section("profile", "Kernels of a plain round at 2,048 tokens", 30, 10, profile),
+    Section("kernels", "Matrix products", 70, 15, kernels),
+    Section("attention", "Attention", 30, 10, attention),
+    Section("drafters", "Decoding with scripted drafters", 80, 30, drafters),
+    Section("losses", "Losses", 30, 15, losses),
+)

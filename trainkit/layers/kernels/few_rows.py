@@ -1,0 +1,232 @@
+"""Products of few rows with a weight matrix, y = x w^T, at the speed at which the weight is read.
+
+The weight is the left operand of the tensor cores' product, so that 16 rows cost what one does, and each program streams `BLOCK_N`
+of its rows through shared memory. A row's result does not depend on the other rows: every output is summed over K in the same
+order, in `K / SPLITS` consecutive columns a part, whatever the number of rows. The parts are added by the kernel that reads them
+(add_norm.py, place.py), in order, so no program waits for another.
+"""
+
+# M rows  N outputs  K inputs  S parts
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainkit.layers.kernels.launch import dependent_launch
+from trainkit.layers.packed import GROUP, Packed
+
+MAX_ROWS = 64
+"""More rows than this take as long as a library's product."""
+INVARIANT_ROWS = 32
+"""Up to this many rows, a row's result does not depend on their number."""
+PROGRAMS = 256
+"""Programs that keep the memory of a large GPU busy; `splits` aims at no fewer."""
+BLOCK_N = 32
+
+
+@triton.jit
+def _whole(byte, offset: tl.constexpr):
+    """A byte less an offset, as float32; a GPU converts integers at a quarter of the rate of these two operations."""
+    return (byte.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + offset)
+
+
+@triton.jit(do_not_specialize=["M"])
+def few_rows_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    index_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    x_stride,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    SILU: tl.constexpr,
+    DENSITY: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Part `program_id(1)` of `BLOCK_N` outputs: of consecutive ones, or with SILU of half as many gates and their ups."""
+    part = tl.program_id(1)
+    row_N = tl.arange(0, BLOCK_N)
+    if SILU:
+        half: tl.constexpr = BLOCK_N // 2
+        n_N = tl.program_id(0) * half + row_N % half + (row_N // half) * (N // 2)
+        real_N = tl.program_id(0) * half + row_N % half < N // 2
+    else:
+        n_N = tl.program_id(0) * BLOCK_N + row_N
+        real_N = n_N < N
+    n_N = tl.where(real_N, n_N, 0).to(tl.int64)
+    m_M = tl.arange(0, BLOCK_M)
+    real_M = m_M < M
+    x_M = x_ptr + m_M * x_stride
+    first, length = part * (K // SPLITS), K // SPLITS
+    sum_NM = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    if PDL:
+        # The kernel before may still run: until it has ended, only the weight is read, whose first steps go to the L2 cache.
+        tl.extra.cuda.gdc_launch_dependents()
+        row_bytes = K * w_ptr.dtype.element_ty.primitive_bitwidth // (8 * DENSITY)
+        line_L = tl.arange(0, AHEAD) * 128
+        address_NL = w_ptr.to(tl.int64) + n_N[:, None] * row_bytes + part * (row_bytes // SPLITS) + line_L[None, :]
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [address_NL], dtype=tl.int32, is_pure=False, pack=1)
+    if KIND == "int4":
+        # Groups of 128 columns: 64 bytes whose low halves are the first 64 columns, and their high halves the others.
+        j = tl.arange(0, 64)
+        w_NJ = w_ptr + n_N[:, None] * (K // 2) + first // 2 + j[None, :]
+        x_JM = x_M[None, :] + first + j[:, None]
+        scale_N = scale_ptr + n_N * (K // 128) + first // 128
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        for _ in range(0, length, BLOCK_K):
+            for group in tl.static_range(BLOCK_K // 128):
+                byte = tl.load(w_NJ + group * 64)
+                low = _whole(byte & 15, 8).to(x_ptr.dtype.element_ty)
+                high = _whole(byte >> 4, 8).to(x_ptr.dtype.element_ty)
+                product = tl.dot(low, tl.load(x_JM + group * 128, mask=real_M[None, :], other=0.0), input_precision="ieee")
+                x_high = tl.load(x_JM + group * 128 + 64, mask=real_M[None, :], other=0.0)
+                product = tl.dot(high, x_high, product, input_precision="ieee")
+                sum_NM += product * tl.load(scale_N + group)[:, None].to(tl.float32)
+            w_NJ += BLOCK_K // 2
+            x_JM += BLOCK_K
+            scale_N += BLOCK_K // 128
+    elif KIND == "sparse":
+        # Fours of columns: two values and four bits for their places; column i of each four is one product.
+        g = tl.arange(0, BLOCK_K // 4)
+        w_NV = w_ptr + n_N[:, None] * (K // 2) + first // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+        index_NJ = index_ptr + n_N[:, None] * (K // 8) + first // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
+        x_GM = x_M[None, :] + first + 4 * g[:, None]
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        for _ in range(0, length, BLOCK_K):
+            value_NG0, value_NG1 = tl.split(tl.reshape(tl.load(w_NV), (BLOCK_N, BLOCK_K // 4, 2)))
+            byte = tl.load(index_NJ)
+            four_NG = tl.reshape(tl.join(byte & 15, byte >> 4), (BLOCK_N, BLOCK_K // 4))
+            place_NG0, place_NG1 = four_NG & 3, four_NG >> 2
+            for i in tl.static_range(4):
+                plane = tl.where(place_NG0 == i, value_NG0, tl.where(place_NG1 == i, value_NG1, 0.0))
+                x_plane = tl.load(x_GM + i, mask=real_M[None, :], other=0.0)
+                sum_NM = tl.dot(plane.to(x_ptr.dtype.element_ty), x_plane, sum_NM, input_precision="ieee")
+            w_NV += BLOCK_K // 2
+            index_NJ += BLOCK_K // 8
+            x_GM += BLOCK_K
+    else:
+        k = tl.arange(0, BLOCK_K)
+        w_NK = w_ptr + n_N[:, None] * K + first + k[None, :]
+        x_KM = x_M[None, :] + first + k[:, None]
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        for _ in range(0, length, BLOCK_K):
+            w = tl.load(w_NK)
+            if KIND == "int8":
+                w = _whole(w.to(tl.uint8, bitcast=True) ^ 128, 128)
+            w = w.to(x_ptr.dtype.element_ty)
+            sum_NM = tl.dot(w, tl.load(x_KM, mask=real_M[None, :], other=0.0), sum_NM, input_precision="ieee")
+            w_NK += BLOCK_K
+            x_KM += BLOCK_K
+    if KIND == "int8" or KIND == "fp8":
+        sum_NM *= tl.load(scale_ptr + n_N)[:, None]
+    if SILU:
+        gate, up = tl.split(tl.permute(tl.reshape(sum_NM, (2, half, BLOCK_M)), (1, 2, 0)))
+        # rounded as the two products are where a library computes them
+        gate = gate.to(out_ptr.dtype.element_ty).to(tl.float32)
+        up = up.to(out_ptr.dtype.element_ty).to(tl.float32)
+        y = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32) * up
+        n_H = tl.program_id(0) * half + tl.arange(0, half)
+        out = out_ptr + m_M[None, :].to(tl.int64) * (N // 2) + n_H[:, None]
+        tl.store(out, y.to(out_ptr.dtype.element_ty), mask=real_M[None, :] & (n_H < N // 2)[:, None])
+    else:
+        out = out_ptr + (part.to(tl.int64) * M + m_M[None, :]) * N + n_N[:, None]
+        tl.store(out, sum_NM, mask=real_M[None, :] & real_N[:, None])
+
+
+def splits(N: int, K: int, block_k: int, silu: bool = False) -> int:
+    """Number of parts of the sum over K: the smallest power of two that makes `PROGRAMS` programs, from the shape alone."""
+    count = 1
+    while not silu and count < 8 and triton.cdiv(N, BLOCK_N) * count < PROGRAMS and K % (2 * count * block_k) == 0:
+        count *= 2
+    return count
+
+
+def block_k(K: int, kind: str = "dense") -> int:
+    """Columns of a step: the largest power of two up to 256 (512 of packed weights) that divides K; 0 if below 64."""
+    largest = 256 if kind == "dense" else 512
+    size = min(largest, K & -K)
+    return size if size >= (GROUP if kind == "int4" else 64) else 0
+
+
+def supports(weight: Tensor | Packed) -> bool:
+    """Whether the kernel covers a weight: 16-bit dense or packed, with columns in multiples of 64 (128 for int4)."""
+    kind = weight.kind if isinstance(weight, Packed) else "dense"
+    if kind == "dense" and weight.dtype not in (torch.bfloat16, torch.float16):  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    return block_k(weight.shape[1], kind) > 0
+
+
+def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tensor:
+    """x w^T in parts [S, M, N] of float32, whose sum is the product; with `silu`, silu(gate) * up [M, N / 2] in the dtype of x.
+
+    Args:
+        x_MK: At most `MAX_ROWS` rows, contiguous in K.
+        weight: [N, K], contiguous, or packed; with `silu` the rows of gate, then those of up.
+        silu: Whether to return the gated activation.
+    """
+    (M, K), (N, _) = x_MK.shape, weight.shape
+    kind = weight.kind if isinstance(weight, Packed) else "dense"
+    values, scale, index = (weight.values, weight.scale, weight.index) if isinstance(weight, Packed) else (weight, None, None)
+    size = block_k(K, kind)
+    parts = splits(N, K, size, silu)
+    # lines of 128 bytes of a row that are prefetched: those of the first steps, as many as are in flight later
+    row_bytes = values.shape[1] * values.element_size() // parts
+    ahead = min(16, max(1, 1 << (row_bytes // 128).bit_length() - 1))
+    if silu:
+        out = torch.empty(M, N // 2, dtype=x_MK.dtype, device=x_MK.device)
+        grid = (triton.cdiv(N // 2, BLOCK_N // 2), 1)
+    else:
+        out = torch.empty(parts, M, N, dtype=torch.float32, device=x_MK.device)
+        grid = (triton.cdiv(N, BLOCK_N), parts)
+    few_rows_kernel[grid](
+        x_MK,
+        values,
+        scale,
+        index,
+        out,
+        M,
+        N,
+        K,
+        x_MK.stride(0),
+        SPLITS=parts,
+        BLOCK_M=16 if M <= 16 else 32 if M <= 32 else 64,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=size,
+        KIND=kind,
+        SILU=silu,
+        DENSITY=K // values.shape[1],
+        AHEAD=ahead,
+        num_warps=8 if kind == "sparse" else 4,
+        num_stages=2 if kind == "sparse" else 4,
+        **dependent_launch(x_MK.device),
+    )
+    return out
+
+
+def few_rows_eager(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tensor:
+    """As `few_rows`, by torch."""
+    K = x_MK.shape[1]
+    kind = weight.kind if isinstance(weight, Packed) else "dense"
+    # packed values and scales are multiplied in float32 there too
+    w_NK = (weight.dense(torch.float32) if isinstance(weight, Packed) else weight).float()
+    parts = splits(len(w_NK), K, block_k(K, kind), silu)
+    parts_SMN = torch.stack([x.float() @ w.T for x, w in zip(x_MK.chunk(parts, 1), w_NK.chunk(parts, 1), strict=True)])
+    if not silu:
+        return parts_SMN
+    gate, up = parts_SMN[0].to(x_MK.dtype).chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate.float()).to(x_MK.dtype) * up
