@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainkit.layers.attend import attend, folded, has_kernel, sdpa
+from trainkit.layers import kernels
+from trainkit.layers.attend import attend, folded
 from trainkit.layers.linear import Linear
 from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
@@ -46,6 +47,10 @@ def rotary_table(shape: DecoderShape, length: int) -> Tensor:
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1).float()
 
 
+MAX_KERNEL_QUERIES = 128
+"""Largest number of a row's queries that kernels take; more of them (prefill, scores) share each read of a key anyway."""
+
+
 class Rotary(nn.Module):
     """The rotary table of a decoder, which grows on request, and what attention reads at given positions."""
 
@@ -71,8 +76,8 @@ class Rotary(nn.Module):
         slots_BT: Tensor | None = None,
         span: int | None = None,
         packing: Packing | None = None,
-    ) -> Context:
-        """The context of all layers, computed once; here the implementation of attention is chosen.
+    ) -> Context | KernelContext:
+        """The context of all layers, computed once; here the implementation is chosen: PyTorch, or kernels over a cache.
 
         Args:
             positions_BT: Absolute positions.
@@ -83,12 +88,14 @@ class Rotary(nn.Module):
             packing: As in `Context`.
         """
         shape, T = self.shape, positions_BT.shape[1]
-        if not isinstance(seen, Visible) or slots_BT is None or not has_kernel(self.table, T, shape.head_dim):
-            bias_BTS = seen.bias(T, span or T, self.table.dtype) if isinstance(seen, Visible) else seen
-            seen = folded(bias_BTS, shape.num_heads // shape.num_kv_heads)
+        if isinstance(seen, Visible):
+            few = T <= MAX_KERNEL_QUERIES and shape.head_dim <= 256
+            if slots_BT is not None and few and kernels.available(self.table):
+                return KernelContext(self.table, positions_BT, slots_BT, seen, packing)
+            seen = seen.bias(T, span or T, self.table.dtype)
         if slots_BT is not None:
             slots_BT = slots_BT[:, None, :, None].expand(-1, 2 * shape.num_kv_heads, -1, shape.head_dim)
-        return Context(self.rows(positions_BT), seen, slots_BT, packing)
+        return Context(self.rows(positions_BT), folded(seen, shape.num_heads // shape.num_kv_heads), slots_BT, packing)
 
 
 def rotate(x_BTHE: Tensor, rope_BT2E: Tensor) -> Tensor:
@@ -147,15 +154,33 @@ class Context:
 
     Attributes:
         rope_BT2E: Rows of `rotary_table` at the positions.
-        seen: As `attend` takes it: a `Visible` for the kernel, else the additive bias [B, 1, R, S] of the folded rows. S is T
-            without a cache, else at most the number of cache slots.
+        bias_B1RS: Additive bias of the folded rows; S is T without a cache, else at most the number of cache slots.
         slots_BGTE: Slot of each new key and value, as an index for `scatter` ([B, 2G, T, E]); None without a cache.
         packing: If given, input and output are packed [1, Q, D]; all else belongs to the padded rows.
     """
 
     rope_BT2E: Tensor
-    seen: Visible | Tensor
+    bias_B1RS: Tensor
     slots_BGTE: Tensor | None
+    packing: Packing | None
+
+
+@dataclass(frozen=True)
+class KernelContext:
+    """The same for layers that run in kernels over a cache (layers/fused.py).
+
+    Attributes:
+        rope_S2E: The rotary table.
+        positions_BT: Absolute positions.
+        slots_BT: Cache slots of the new keys and values.
+        seen: What each query sees.
+        packing: As in `Context`.
+    """
+
+    rope_S2E: Tensor
+    positions_BT: Tensor
+    slots_BT: Tensor
+    seen: Visible
     packing: Packing | None
 
 
@@ -170,6 +195,7 @@ class Attention(nn.Module):
     def __init__(self, shape: DecoderShape, input_size: int | None = None) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.width = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self.norm_eps = shape.norm_eps
         rows = (self.heads + 2 * self.kv_heads) * self.width
         self.qkv = Linear(input_size or shape.hidden_size, rows, bias=shape.qkv_bias)
         self.out = Linear(self.heads * self.width, shape.hidden_size, bias=False)
@@ -184,16 +210,16 @@ class Attention(nn.Module):
             context: Positions, mask and cache slots.
             cache_BGSE: This layer's cache [B, 2G, slots, E], keys before values; written in place.
         """
-        H, packing = self.heads, context.packing
+        H, G, packing = self.heads, self.kv_heads, context.packing
         qk, v = self.projected(x_BTD, context.rope_BT2E, packing)
         q_BTHE, k = qk[:, :, :H], qk[:, :, H:]
         if cache_BGSE is None:
-            assert isinstance(context.seen, Tensor)
-            y_BTHE = sdpa(q_BTHE, k.transpose(1, 2), v.transpose(1, 2), context.seen)
+            y_BTHE = attend(q_BTHE, k.transpose(1, 2), v.transpose(1, 2), context.bias_B1RS)
         else:
             assert context.slots_BGTE is not None
             cache_BGSE.scatter_(2, context.slots_BGTE, torch.cat([k, v], dim=2).transpose(1, 2))
-            y_BTHE = attend(q_BTHE, cache_BGSE, context.seen)
+            keys, values = cache_BGSE[:, :, : context.bias_B1RS.shape[3]].split(G, dim=1)
+            y_BTHE = attend(q_BTHE, keys, values, context.bias_B1RS)
         y_BTD = y_BTHE.flatten(2)
         return self.out(y_BTD if packing is None else packing.pack(y_BTD))
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainkit.layers.attention import Attention, Context, Packing, Rotary
+from trainkit.layers import kernels
+from trainkit.layers.attention import Attention, Context, KernelContext, Packing, Rotary
 from trainkit.layers.linear import Linear, project
 from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
@@ -44,7 +45,13 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size)
 
-    def forward(self, x: Tensor, context: Context, cache: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | KernelContext, cache: Tensor | None = None) -> Tensor:
+        """[B, T, D] residual stream after the layer; over a cache as in `Attention.forward`."""
+        if isinstance(context, KernelContext):
+            from trainkit.layers import fused  # it needs Triton
+
+            assert cache is not None
+            return fused.layer(self, x, context, cache)
         x = x + self.attention(self.attention_norm(x), context, cache)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -89,6 +96,10 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states after the final norm."""
+        if kernels.available(hidden):
+            from trainkit.layers import fused  # it needs Triton
+
+            return fused.logits(hidden, self.head_weight)
         return project(hidden, self.head_weight, None, self.streams)
 
     @property
@@ -130,6 +141,11 @@ class Decoder(nn.Module):
         span = span if span or cache is None else cache.shape[3]
         context = self.rope.context(positions_BT, seen, slots_BT, span, packing)
         tapped = [tap % (self.shape.num_layers + 1) for tap in taps]
+        if isinstance(context, KernelContext):
+            from trainkit.layers import fused  # it needs Triton
+
+            assert cache is not None
+            return fused.decode(self, tokens_BT, context, cache, tapped)
         x, states = self.embed(tokens_BT), dict[int, Tensor]()
         for index, layer in enumerate(self.layers):
             if index in tapped:
@@ -140,5 +156,6 @@ class Decoder(nn.Module):
 
     def step_bytes(self) -> int:
         """Bytes of weights that a decoding step reads: all but an untied embedding, of which it reads one row per token."""
-        total = sum(p.numel() * p.element_size() for p in self.parameters())
+        packed = [t for part in self.modules() if isinstance(part, Linear) and part.packed for t in part.packed.tensors]
+        total = sum(t.numel() * t.element_size() for t in (*self.parameters(), *packed))
         return total if self.lm_head is None else total - self.embed.weight.numel() * self.embed.weight.element_size()

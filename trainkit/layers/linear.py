@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainkit.layers.packed import Packed, pack
+
 FEW_ROWS = 8
 CACHE_BYTES = 32 * 2**20
 """Weights larger than this are assumed not to fit in the cache. A constant, because a measurement must not change results."""
@@ -34,12 +36,24 @@ def project(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, streams: bool) 
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that can use the kernel for few rows."""
+    """`nn.Linear` that can use the kernel for few rows, or a packed weight.
+
+    Attributes:
+        packed: The weight in fewer bytes; `weight` is then empty.
+    """
 
     streams = False
+    packed: Packed | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return project(input, self.weight, self.bias, self.streams)
+        weight = self.weight if self.packed is None else self.packed.dense(input.dtype)
+        return project(input, weight, self.bias, self.streams)
+
+    @torch.no_grad()
+    def pack(self, kind: str) -> None:
+        """Replaces the weight by a packed one, for decoding."""
+        self.packed = pack(self.weight, kind)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
 
 def stream_weights(*networks: nn.Module) -> None:

@@ -21,7 +21,7 @@ from trainkit.drafters.base import WIDEST, Accepted, Chunk, Divergence, DraftBat
 from trainkit.drafters.eagle import layouts
 from trainkit.drafters.eagle.unrolled import Entry, attend
 from trainkit.errors import UserError
-from trainkit.layers.attention import Attention, Context, Rotary
+from trainkit.layers.attention import Attention, Context, KernelContext, Rotary
 from trainkit.layers.blocks import GatedMLP, draw_weights
 from trainkit.layers.linear import Linear
 from trainkit.layers.norm import RMSNorm
@@ -49,8 +49,17 @@ class EagleLayer(nn.Module):
         self.mlp_norm = RMSNorm(D, eps=eps)
         self.mlp = GatedMLP(D, shape.intermediate_size)
 
-    def forward(self, embedded_BTD: Tensor, feature_BTD: Tensor, context: Context, cache: Tensor) -> Tensor:
+    def forward(
+        self, embedded_BTD: Tensor, feature_BTD: Tensor, context: Context | KernelContext, cache: Tensor
+    ) -> Tensor:
         """The next features [B, T, D], over a cache as in `Attention.forward`."""
+        if isinstance(context, KernelContext):
+            from trainkit.layers import fused  # it needs Triton
+
+            residual_MD = feature_BTD.flatten(0, 1).clone()
+            inputs_MD = self._inputs(embedded_BTD, feature_BTD).flatten(0, 1)
+            parts_SMD = fused.layer_parts(residual_MD, inputs_MD, self, context, cache)
+            return fused.total(residual_MD, parts_SMD).view_as(feature_BTD)
         return self._residual(feature_BTD, self.attention(self._inputs(embedded_BTD, feature_BTD), context, cache))
 
     def unrolled(
