@@ -1,29 +1,24 @@
-"""Which implementation attention takes, and that a runner decodes the same texts with what it hands to the kernel."""
+"""Attention by PyTorch, and where kernels are chosen instead."""
 
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.support.equality import assert_few, compare
-from tests.support.models import SHAPE, SIBLINGS, pair, ragged_prompts
-from tests.support.replaying import replayed
-from trainkit.layers import attend as module
-from trainkit.layers.attend import folded, has_kernel, sdpa
+from tests.support.models import SHAPE
+from trainkit.layers import kernels
+from trainkit.layers.attend import attend, folded
+from trainkit.layers.attention import KernelContext, Rotary
 from trainkit.layers.visible import Visible
-from trainkit.runner import DynamicTree
-from trainkit.runner.sampling import Sampling
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("T", [1, 3])
-def test_sdpa_equals_softmax_over_visible_keys(T, group, seed):
+def test_attend_equals_softmax_over_visible_keys(T, group, seed):
     """Softmax over the keys that a query sees, head by head, with a view of a cache that has other layers beside it."""
-    cache = torch.randn(2, 3, 4, 20, 8)[:, 1]
+    cache = torch.randn(2, 3, 4, 20, 8)[:, 1, :, :16]
     q, visible = torch.randn(2, T, 2 * group, 8), Visible(torch.tensor([5, 11], dtype=torch.int32))
-    y = module.attend(q, cache, folded(visible.bias(T, 16, torch.float32), group))
+    y = attend(q, *cache.split(2, dim=1), folded(visible.bias(T, 16, torch.float32), group))
     for b, first in enumerate(visible.first_B.tolist()):
         for t in range(T):
             for h in range(2 * group):
@@ -31,40 +26,20 @@ def test_sdpa_equals_softmax_over_visible_keys(T, group, seed):
                 torch.testing.assert_close(y[b, t, h], (q[b, t, h] @ k.T / 8**0.5).softmax(-1) @ v, atol=1e-5, rtol=1e-5)
 
 
-def test_kernel_is_chosen_by_device_dtype_and_size(monkeypatch):
-    """On a CPU only in the interpreter; never in float64, for other head widths, for long prompts, or where gradients flow."""
-    like = torch.zeros(1)
+def test_kernels_are_chosen_by_device_dtype_and_size(monkeypatch):
+    """On a CPU only in the interpreter; never in float64, for wide heads, for long prompts, under a bias, or under autograd."""
+
+    def chosen(T: int = 4, head_dim: int = 16, dtype: torch.dtype = torch.float32, biased: bool = False) -> bool:
+        rotary, positions = Rotary(replace(SHAPE, head_dim=head_dim)), torch.arange(T)[None]
+        rotary.reserve(256, torch.zeros(1, dtype=dtype))
+        seen = Visible.causal(positions)
+        context = rotary.context(positions, seen.bias(T, T, dtype) if biased else seen, positions, T)
+        return isinstance(context, KernelContext)
+
     with torch.no_grad():
-        assert not has_kernel(like, 4, 64)
-        monkeypatch.setattr(module, "INTERPRET", True)
-        assert all(has_kernel(like.to(dtype), 4, 64) for dtype in (torch.float32, torch.float16, torch.bfloat16))
-        assert not has_kernel(like.double(), 4, 64) and not has_kernel(like, 4, 80)
-        assert has_kernel(like, 128, 64) and not has_kernel(like, 129, 64)
-    assert not has_kernel(like, 4, 64)
-
-
-@pytest.mark.parametrize(
-    "shaped",
-    [{"depth": 0}, {"depth": 4}, {"tree": SIBLINGS}, {"tree": DynamicTree(4, 3, 8)}],
-    ids="plain chain tree dynamic".split(),
-)
-def test_runner_with_lengths_and_bits_decodes_the_same(shaped, monkeypatch, seed):
-    """A stand-in for the kernel gets the whole cache, lengths and bits; texts are those of attention with a bias."""
-    runner, prompts, calls = pair(replace(SHAPE, head_dim=16), max_batch=3, ends=()), ragged_prompts(5), []
-    options = {"max_new_tokens": 20, "temperature": 0.7, "seed": seed} | shaped
-    expected = [out.tokens for out in runner.generate(prompts, **options)]
-
-    def kernel(q_BTHE, cache_BGSE, first_B, bits_BTW):
-        assert first_B.dtype == torch.int32 and (bits_BTW is None or bits_BTW.dtype == torch.int64)
-        assert bits_BTW is None or (len(bits_BTW) in (1, len(q_BTHE)) and bits_BTW.shape[1] == q_BTHE.shape[1])
-        calls.append(bits_BTW)
-        (_, T, H, _), (_, G, S, _) = q_BTHE.shape, cache_BGSE.shape
-        bias = folded(Visible(first_B, bits_BTW).bias(T, S, q_BTHE.dtype), 2 * H // G)
-        return sdpa(q_BTHE, *cache_BGSE.split(G // 2, dim=1), bias)
-
-    monkeypatch.setattr(module, "INTERPRET", True)
-    monkeypatch.setitem(sys.modules, "trainkit.layers.kernels.attend", SimpleNamespace(attend=kernel))
-    for run in (runner, replayed(runner, 1)):
-        texts = [out.tokens for out in run.generate(prompts, **options)]
-        assert_few(compare(runner.rounds.target, prompts, texts, expected, Sampling(0.7), seed), 100)
-    assert calls and all((bits is None) == ("tree" not in shaped) for bits in calls[-2:])
+        assert not chosen()
+        monkeypatch.setattr(kernels, "INTERPRET", True)
+        assert all(chosen(dtype=dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
+        assert chosen(T=128) and chosen(head_dim=80)
+        assert not any((chosen(dtype=torch.float64), chosen(T=129), chosen(head_dim=512), chosen(biased=True)))
+    assert not chosen()

@@ -168,3 +168,16 @@ def table_runner(target_PVV: Tensor, draft_PVV: Tensor, max_batch: int, max_len:
     target = TableTarget(target_PVV)
     shape = TargetShape(target.shape, ())
     return Runner(target, TableDraft(shape, draft_PVV), shape, max_batch=max_batch, max_len=max_len)
+
+
+def noisy_16_bit_pair(device: torch.device, dtype: torch.dtype, max_batch: int = 8) -> Runner:
+    """A target in 16 bits whose likeliest tokens are close to each other, so that any other rounding changes texts; and a draft.
+
+    On a CPU it is small, because Triton's interpreter runs it.
+    """
+    torch.manual_seed(5)
+    sizes = (2048, 256, 512, 4, 8, 2, 64) if device.type == "cuda" else (512, 64, 128, 2, 4, 2, 16)
+    shape = DecoderShape(*sizes, max_positions=2048)
+    target = random_decoder(shape, 0.07 if device.type == "cuda" else 0.14)
+    draft = lm_draft(TargetShape(shape), near(target, 0.004)).to(device=device, dtype=dtype)
+    return Runner(target.to(device=device, dtype=dtype), draft, TargetShape(shape), max_batch=max_batch, max_len=512)

@@ -160,7 +160,7 @@ class Context:
     """
 
     rope_BT2E: Tensor
-    seen: Visible | Tensor
+    bias_B1RS: Tensor
     slots_BGTE: Tensor | None
     packing: Packing | None
 

@@ -186,7 +186,7 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
     parts = splits(N, K, size, silu)
     # lines of 128 bytes of a row that are prefetched: those of the first steps, as many as are in flight later
     row_bytes = values.shape[1] * values.element_size() // parts
-    ahead = min(16, max(1, 1 << (row_bytes // 128).bit_length() - 1))
+    ahead = min(16, 1 << max(1, row_bytes // 128).bit_length() - 1)
     if silu:
         out = torch.empty(M, N // 2, dtype=x_MK.dtype, device=x_MK.device)
         grid = (triton.cdiv(N // 2, BLOCK_N // 2), 1)
