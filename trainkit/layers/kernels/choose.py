@@ -2,7 +2,7 @@
 
 # B batch  R rows of logits of one text  V vocabulary  N blocks
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def choose(
 ) -> tuple[Tensor, Tensor | None]:
     """Tokens [B, R] that maximise logit / temperature + Gumbel noise, and on request their log-probabilities [B, R].
 
-    The tokens are those of `Sampling.process` without top-k and top-p, plus `gumbel`, and `argmax`: the same hash, and its float
-    form within a few roundings. Of equal tokens the lowest id is chosen. A row with a logit that is not a number or +inf, or
-    without a finite one, gets token -1.
+    The tokens are those of `Sampling.process` without top-k and top-p, plus `gumbel`, and `argmax`: from the same hash, with
+    logarithms that may differ in their last bits. Of equal tokens the lowest id is chosen. A row with a logit that is not a
+    number or +inf, or without a finite one, gets token -1.
 
     Args:
         logits_BRV: Logits in any dtype.
