@@ -181,7 +181,7 @@ def lossless(table: Table) -> None:
 
     runner = noisy_16_bit_pair(table.device, table.dtype)
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(2000, (10 + 7 * i,), generator=generator).tolist() for i in range(2 if table.small else 24)]
+    prompts = [torch.randint(500, (10 + 7 * i,), generator=generator).tolist() for i in range(2 if table.small else 24)]
     table.begin("", "temperature", "depth", "batch", "equal texts", "of", "tau")
     tokens = 8 if table.small else 96
     for temperature in (0.0, 1.0):
@@ -240,7 +240,7 @@ def _round(table: Table, target: Any, batch: int, context: int, size: int) -> tu
     for dependent in (True, False) if table.device.type == "cuda" else (True,):
         with _dependent_launch(dependent):
             runner = Runner(target, None, TargetShape(target.shape), None, batch, context + 96)
-            prompts = [torch.randint(1000, (context,)).tolist()] * batch
+            prompts = [torch.randint(500, (context,)).tolist()] * batch
             options = {"plain": True, "depth": size - 1} if size > 1 else {"depth": 0}
             runner.generate(prompts, max_new_tokens=6, ignore_end=True, **options)
             if table.device.type != "cuda":
@@ -449,7 +449,7 @@ def profile(table: Table) -> None:
         return
     target, context = _target(table), 2048
     runner = Runner(target, None, TargetShape(target.shape), None, 1, context + 96)
-    runner.generate([torch.randint(1000, (context,)).tolist()], max_new_tokens=6, ignore_end=True, depth=0)
+    runner.generate([torch.randint(500, (context,)).tolist()], max_new_tokens=6, ignore_end=True, depth=0)
     graphs = runner.scheduler.graphs
     assert graphs is not None
     replay, _, _ = next(reversed(graphs._captured.values()))

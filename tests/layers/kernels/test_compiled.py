@@ -5,14 +5,22 @@ To add a kernel, add calls of its function on meta tensors to `CALLS`, and to th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.support.compiled import SHARED_LIMIT, Compiled, compile_launches
 from trainkit.layers.kernels import attend as attend_module
+from trainkit.layers.kernels import launch
+from trainkit.layers.kernels.add_norm import add_norm
 from trainkit.layers.kernels.attend import Plan, attend
+from trainkit.layers.kernels.few_rows import few_rows
+from trainkit.layers.kernels.place import place
+from trainkit.layers.packed import KINDS, Packed, pack
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -25,7 +33,38 @@ def call_attend(T: int, H: int, G: int, E: int, dtype: torch.dtype, words: int =
     attend(q, cache, torch.empty(2, dtype=torch.int32, device="meta"), bits)
 
 
+def call_few_rows(M: int, kind: str = "dense", silu: bool = False) -> None:
+    """`few_rows` of an 8B decoder's sizes."""
+    weight: Tensor | Packed = torch.empty(8192, 4096, dtype=BF16, device="meta")
+    if kind != "dense":
+        weight = pack(torch.zeros(8192, 4096, dtype=BF16), kind)
+        weight = replace(weight, **{k: v.to("meta") for k, v in vars(weight).items() if isinstance(v, Tensor)})
+    few_rows(torch.empty(M, 4096, dtype=BF16, device="meta"), weight, silu)
+
+
+def call_layer_kernels() -> None:
+    """The kernels between the products of a layer."""
+    parts = torch.empty(2, 4, 6144, device="meta")
+    positions = torch.empty(1, 4, dtype=torch.long, device="meta")
+    norm, table = torch.empty(128, dtype=BF16, device="meta"), torch.empty(2048, 2, 128, dtype=BF16, device="meta")
+    cache = torch.empty(1, 16, 2048, 128, dtype=BF16, device="meta")
+    place(parts, None, norm, norm, 1e-6, table, positions, positions, cache)
+    residual, weight = torch.empty(4, 4096, dtype=BF16, device="meta"), torch.empty(4096, dtype=BF16, device="meta")
+    add_norm(residual, parts[:, :, :4096], weight, 1e-6)
+
+
+def dependent(*calls: Callable[[], None]) -> None:
+    """Calls with dependent launch, as on a GPU that has it."""
+    with mock.patch.object(launch, "_capability", return_value=(9, 0)), mock.patch.object(launch, "_is_gpu", return_value=True):
+        for call in calls:
+            call()
+
+
 CALLS = {
+    **{f"few_rows: {M} rows": lambda M=M: dependent(lambda: call_few_rows(M)) for M in (1, 32, 64)},
+    **{f"few_rows: {kind}": lambda kind=kind: dependent(lambda: call_few_rows(8, kind)) for kind in KINDS},
+    "few_rows: gated": lambda: dependent(lambda: call_few_rows(8, silu=True)),
+    "layer": lambda: dependent(call_layer_kernels, lambda: call_attend(1, 32, 8, 128, BF16)),
     "attend: chain": lambda: call_attend(1, 32, 8, 128, BF16),
     "attend: chain, 80 wide": lambda: call_attend(5, 32, 32, 80, BF16),
     "attend: tree of 8": lambda: call_attend(8, 32, 8, 128, BF16, words=1),

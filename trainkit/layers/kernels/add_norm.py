@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainkit.layers.kernels.launch import dependent_launch
+
 
 @triton.jit
 def _add_norm(
@@ -28,7 +30,11 @@ def _add_norm(
     K: tl.constexpr,
     TAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -87,6 +93,7 @@ def add_norm(
         TAPPED=tap_MD is not None,
         BLOCK=block,
         num_warps=min(32, max(1, block // 512)),
+        **dependent_launch(residual_MD.device),
     )
     return normed_MD
 

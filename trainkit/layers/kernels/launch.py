@@ -18,9 +18,13 @@ DEPENDENT = True
 
 def dependent_launch(device: torch.device) -> dict[str, Any]:
     """Launch options of a kernel with the constexpr `PDL`."""
-    if DEPENDENT and device.type == "cuda" and _capability(device) >= (9, 0):
+    if DEPENDENT and _is_gpu(device) and _capability(device) >= (9, 0):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 @cache
