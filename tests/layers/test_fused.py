@@ -34,7 +34,7 @@ def both(decoder: Decoder, forward, monkeypatch) -> list[torch.Tensor]:
     return results
 
 
-@pytest.mark.parametrize("packed", ["", "int8", "fp8", "int4", "sparse"])
+@pytest.mark.parametrize("packed", ["", "int8", "fp8", "int4"])
 @pytest.mark.parametrize(
     "more", [{}, {"qkv_bias": True, "qk_norm": True, "tied": False}], ids=["llama", "bias-and-norms"]
 )

@@ -276,7 +276,7 @@ def kernels(table: Table) -> None:
     """Each matrix product at the target's sizes: own kernel and library, dense and packed."""
     from trainkit.eval.bench.synthetic import SHAPES
     from trainkit.layers.kernels.few_rows import few_rows
-    from trainkit.layers.packed import KINDS, pack
+    from trainkit.layers.packed import VALUES, pack, plane
 
     shape = SHAPES[table.arguments.shape]
     D, inner, E = shape.hidden_size, shape.intermediate_size, shape.head_dim
@@ -302,14 +302,14 @@ def kernels(table: Table) -> None:
                         F.silu(gate) * up
 
             library_us = graphed(library, table.device) * 1e3 / copies
-            for kind in ("dense", *(KINDS if name != "head" else ())):
+            for kind in ("dense", *(VALUES if name != "head" else ())):
                 if table.left < 3:
                     return
-                if kind == "int4" and K % 128 or (kind == "sparse" and M > 16):
+                if kind != "dense" and not plane(K, kind):
                     continue
                 with table.row_or_reason(name, M, kind):
                     packed: list[Any] = weights if kind == "dense" else [pack(w, kind) for w in weights]
-                    size = weights[0].numel() * 2 if kind == "dense" else sum(t.numel() * t.element_size() for t in packed[0].tensors)
+                    size = weights[0].nbytes if kind == "dense" else packed[0].nbytes
 
                     def own() -> None:
                         for w in packed:

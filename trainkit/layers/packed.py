@@ -1,20 +1,18 @@
 """Weights stored in fewer bytes than 16 a value, as the decoding kernels read them (layers/kernels/few_rows.py).
 
-A dense weight [N, K] becomes one of four layouts:
+A dense weight [N, K] becomes words of 32 bits that hold 4 or 8 values, and scales:
 
-| kind   | values                            | scale              | index           | bytes of the bf16 weight |
-|--------|-----------------------------------|--------------------|-----------------|--------------------------|
-| int8   | int8 [N, K]                       | float32 [N]        |                 | 1/2                      |
-| fp8    | float8_e4m3fn [N, K]              | float32 [N]        |                 | 1/2                      |
-| int4   | uint8 [N, K / 2], two of a byte   | bfloat16 [N, K/128]|                 | 0.258                    |
-| sparse | the weight's dtype [N, K / 2]     |                    | uint8 [N, K / 8]| 0.5625                   |
+| kind | values in a word       | words          | scale                  | bytes of the bf16 weight |
+|------|------------------------|----------------|------------------------|--------------------------|
+| int8 | 4, each plus 128       | int32 [N, K/4] | float32 [N]            | 1/2                      |
+| fp8  | 4 of float8_e4m3fn     | int32 [N, K/4] | float32 [N]            | 1/2                      |
+| int4 | 8, each plus 8         | int32 [N, K/8] | bfloat16 [N, K / 128]  | 0.258                    |
 
-int4: byte j of a group of 128 columns holds column j in its low half and column j + 64 in its high half, each plus 8. sparse: two
-of each four columns are kept, in their order; four bits a group of four hold their places, the first in the low two bits, and
-the low half of a byte belongs to the group of even number.
+Columns are taken in blocks of `plane` times the number of values in a word: value i of word j of a block is that of column
+i * plane + j. So a kernel that takes value i of consecutive words has consecutive columns, and reads consecutive inputs.
 """
 
-# N outputs  K inputs
+# N outputs  K inputs  I values in a word  P columns of a plane
 
 from __future__ import annotations
 
@@ -23,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KINDS = ("int8", "fp8", "int4", "sparse")
+VALUES = {"int8": 4, "fp8": 4, "int4": 8}
+"""Kinds, and the number of values in a word."""
 GROUP = 128
 """Columns that share an int4 scale."""
 
@@ -33,71 +32,68 @@ class Packed:
     """A packed weight.
 
     Attributes:
-        kind: One of `KINDS`.
-        values: Packed values.
-        scale: Factor of each row or group; None for sparse.
-        index: Places of the kept values; only for sparse.
+        kind: One of `VALUES`.
+        words: int32 [N, K / values].
+        scale: Factor of each row or group.
     """
 
     kind: str
-    values: Tensor
-    scale: Tensor | None = None
-    index: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Everything that a product reads."""
-        return tuple(tensor for tensor in (self.values, self.scale, self.index) if tensor is not None)
+    words: Tensor
+    scale: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K) of the dense weight."""
-        rows, columns = self.values.shape
-        return rows, columns * (2 if self.kind in ("int4", "sparse") else 1)
+        return len(self.words), self.words.shape[1] * VALUES[self.kind]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.words, self.scale))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] that the packed one stands for."""
         N, K = self.shape
-        if self.kind == "sparse":
-            assert self.index is not None
-            fours = torch.stack([self.index & 15, self.index >> 4], dim=-1).flatten(1).long()  # [N, K / 4]
-            places = torch.stack([fours & 3, fours >> 2], dim=-1)
-            weight = self.values.new_zeros(N, K // 4, 4)
-            return weight.scatter_(2, places, self.values.view(N, K // 4, 2)).view(N, K).to(dtype)
-        assert self.scale is not None
+        bits, P = 32 // VALUES[self.kind], plane(K, self.kind)
+        shifts_I1 = torch.arange(0, 32, bits, device=self.words.device)[:, None]
+        values_NK = (self.words.view(N, -1, 1, P) >> shifts_I1 & (1 << bits) - 1).flatten(1)
         if self.kind == "int4":
-            bytes_ = self.values.view(N, K // GROUP, GROUP // 2)
-            whole = torch.cat([bytes_ & 15, bytes_ >> 4], dim=-1).float() - 8
+            whole = values_NK.view(N, K // GROUP, GROUP).float() - 8
             return (whole * self.scale.float()[..., None]).view(N, K).to(dtype)
-        return (self.values.float() * self.scale[:, None]).to(dtype)
+        value = values_NK.to(torch.uint8).view(torch.float8_e4m3fn).float() if self.kind == "fp8" else values_NK.float() - 128
+        return (value * self.scale[:, None]).to(dtype)
+
+
+def plane(K: int, kind: str) -> int:
+    """Columns of a plane: the largest power of two up to 64 whose blocks divide K; 0 if that is below 16."""
+    size = 64
+    while size >= 16 and (K % (size * VALUES[kind]) or (kind == "int4" and K % GROUP)):
+        size //= 2
+    return size if size >= 16 else 0
 
 
 def pack(weight_NK: Tensor, kind: str) -> Packed:
-    """Packs a weight: int8, fp8 and int4 by rounding to the nearest, sparse by keeping the two largest of each four columns.
+    """Packs a weight by rounding its values to the nearest, with the largest magnitude of each row or group in range.
 
     Raises:
-        ValueError: unknown kind, or columns that the kind's groups do not divide.
+        ValueError: unknown kind, or columns that the kind's blocks do not divide.
     """
     N, K = weight_NK.shape
-    groups = {"int8": 1, "fp8": 1, "int4": GROUP, "sparse": 8}
-    if kind not in groups:
-        raise ValueError(f"kind {kind!r}: must be one of {', '.join(KINDS)}")
-    if K % groups[kind]:
-        raise ValueError(f"{kind} needs a multiple of {groups[kind]} columns, not {K}")
-    if kind == "sparse":
-        fours = weight_NK.view(N, K // 4, 4)
-        places = fours.abs().topk(2, dim=-1).indices.sort(dim=-1).values
-        bits = (places[..., 0] | places[..., 1] << 2).view(N, K // 8, 2)
-        return Packed(kind, fours.gather(2, places).view(N, K // 2), None, (bits[..., 0] | bits[..., 1] << 4).to(torch.uint8))
-    weight = weight_NK.float()
-    if kind == "int4":
-        grouped = weight.view(N, K // GROUP, GROUP)
-        scale = (grouped.abs().amax(-1) / 7).clamp_(min=1e-12).to(torch.bfloat16)
-        whole = ((grouped / scale.float()[..., None]).round().clamp_(-8, 7) + 8).to(torch.uint8)
-        low, high = whole.split(GROUP // 2, dim=-1)
-        return Packed(kind, (low | high << 4).view(N, K // 2), scale)
-    largest = 127.0 if kind == "int8" else 448.0
-    scale = (weight.abs().amax(-1) / largest).clamp_(min=1e-12)
-    scaled = weight / scale[:, None]
-    values = scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn)
-    return Packed(kind, values, scale)
+    if kind not in VALUES:
+        raise ValueError(f"kind {kind!r}: must be one of {', '.join(VALUES)}")
+    P, count = plane(K, kind), VALUES[kind]
+    if not P:
+        raise ValueError(f"{kind}: {K} columns are not a multiple of {GROUP if kind == 'int4' else 16 * count}")
+    grouped = weight_NK.float().view(N, -1, GROUP if kind == "int4" else K)
+    scale = (grouped.abs().amax(-1) / {"int8": 127, "fp8": 448, "int4": 7}[kind]).clamp_(min=1e-12)
+    scale = scale.to(torch.bfloat16) if kind == "int4" else scale
+    scaled = (grouped / scale.float()[..., None]).view(N, K)
+    if kind == "fp8":
+        values = scaled.to(torch.float8_e4m3fn).view(torch.uint8).int()
+    else:
+        zero = 128 if kind == "int8" else 8
+        values = scaled.round().clamp_(1 - zero if kind == "int8" else -zero, zero - 1).int() + zero
+    words = torch.zeros(N, K // (count * P), P, dtype=torch.int32, device=weight_NK.device)
+    for i, value in enumerate(values.view(N, -1, count, P).unbind(2)):
+        words |= value << i * (32 // count)
+    return Packed(kind, words.view(N, -1), scale if kind == "int4" else scale[:, 0])

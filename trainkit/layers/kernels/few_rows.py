@@ -16,21 +16,28 @@ import triton.language as tl
 from torch import Tensor
 
 from trainkit.layers.kernels.launch import dependent_launch
-from trainkit.layers.packed import GROUP, Packed
+from trainkit.layers.packed import VALUES, Packed, plane
 
-MAX_ROWS = 64
-"""More rows than this take as long as a library's product."""
-INVARIANT_ROWS = 32
-"""Up to this many rows, a row's result does not depend on their number."""
+MAX_ROWS = 32
+"""More rows than this take a library less time."""
 PROGRAMS = 256
 """Programs that keep the memory of a large GPU busy; `splits` aims at no fewer."""
 BLOCK_N = 32
+WARPS, PACKED_WARPS = 4, 2
+"""With 4 warps two share each row of weights, which is cheap to read twice, but not to unpack twice."""
 
 
 @triton.jit
-def _whole(byte, offset: tl.constexpr):
-    """A byte less an offset, as float32; a GPU converts integers at a quarter of the rate of these two operations."""
-    return (byte.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + offset)
+def _plane(word, i: tl.constexpr, KIND: tl.constexpr):
+    """Value i of each word, as float32. A GPU converts integers at a quarter of the rate of these operations."""
+    if KIND == "fp8":
+        byte = word >> 8 * i
+        # sign, exponent and mantissa in the places of float32; the difference of the exponents' offsets is 120
+        return ((byte & 0x80) << 24 | (byte & 0x7F) << 20).to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0
+    if KIND == "int4":
+        # 2^23 + value, less 2^23 + 8
+        return (word >> 4 * i & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    return (word >> 8 * i & 255 | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -38,7 +45,6 @@ def few_rows_kernel(
     x_ptr,
     w_ptr,
     scale_ptr,
-    index_ptr,
     out_ptr,
     M,
     N,
@@ -78,60 +84,41 @@ def few_rows_kernel(
         address_NL = w_ptr.to(tl.int64) + n_N[:, None] * row_bytes + part * (row_bytes // SPLITS) + line_L[None, :]
         asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
         tl.inline_asm_elementwise(asm, "=r,l", [address_NL], dtype=tl.int32, is_pure=False, pack=1)
-    if KIND == "int4":
-        # Groups of 128 columns: 64 bytes whose low halves are the first 64 columns, and their high halves the others.
-        j = tl.arange(0, 64)
-        w_NJ = w_ptr + n_N[:, None] * (K // 2) + first // 2 + j[None, :]
-        x_JM = x_M[None, :] + first + j[:, None]
-        scale_N = scale_ptr + n_N * (K // 128) + first // 128
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        for _ in range(0, length, BLOCK_K):
-            for group in tl.static_range(BLOCK_K // 128):
-                byte = tl.load(w_NJ + group * 64)
-                low = _whole(byte & 15, 8).to(x_ptr.dtype.element_ty)
-                high = _whole(byte >> 4, 8).to(x_ptr.dtype.element_ty)
-                product = tl.dot(low, tl.load(x_JM + group * 128, mask=real_M[None, :], other=0.0), input_precision="ieee")
-                x_high = tl.load(x_JM + group * 128 + 64, mask=real_M[None, :], other=0.0)
-                product = tl.dot(high, x_high, product, input_precision="ieee")
-                sum_NM += product * tl.load(scale_N + group)[:, None].to(tl.float32)
-            w_NJ += BLOCK_K // 2
-            x_JM += BLOCK_K
-            scale_N += BLOCK_K // 128
-    elif KIND == "sparse":
-        # Fours of columns: two values and four bits for their places; column i of each four is one product.
-        g = tl.arange(0, BLOCK_K // 4)
-        w_NV = w_ptr + n_N[:, None] * (K // 2) + first // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-        index_NJ = index_ptr + n_N[:, None] * (K // 8) + first // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
-        x_GM = x_M[None, :] + first + 4 * g[:, None]
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        for _ in range(0, length, BLOCK_K):
-            value_NG0, value_NG1 = tl.split(tl.reshape(tl.load(w_NV), (BLOCK_N, BLOCK_K // 4, 2)))
-            byte = tl.load(index_NJ)
-            four_NG = tl.reshape(tl.join(byte & 15, byte >> 4), (BLOCK_N, BLOCK_K // 4))
-            place_NG0, place_NG1 = four_NG & 3, four_NG >> 2
-            for i in tl.static_range(4):
-                plane = tl.where(place_NG0 == i, value_NG0, tl.where(place_NG1 == i, value_NG1, 0.0))
-                x_plane = tl.load(x_GM + i, mask=real_M[None, :], other=0.0)
-                sum_NM = tl.dot(plane.to(x_ptr.dtype.element_ty), x_plane, sum_NM, input_precision="ieee")
-            w_NV += BLOCK_K // 2
-            index_NJ += BLOCK_K // 8
-            x_GM += BLOCK_K
-    else:
+    if KIND == "dense":
         k = tl.arange(0, BLOCK_K)
         w_NK = w_ptr + n_N[:, None] * K + first + k[None, :]
         x_KM = x_M[None, :] + first + k[:, None]
         if PDL:
             tl.extra.cuda.gdc_wait()
         for _ in range(0, length, BLOCK_K):
-            w = tl.load(w_NK)
-            if KIND == "int8":
-                w = _whole(w.to(tl.uint8, bitcast=True) ^ 128, 128)
-            w = w.to(x_ptr.dtype.element_ty)
-            sum_NM = tl.dot(w, tl.load(x_KM, mask=real_M[None, :], other=0.0), sum_NM, input_precision="ieee")
+            sum_NM = tl.dot(tl.load(w_NK), tl.load(x_KM, mask=real_M[None, :], other=0.0), sum_NM, input_precision="ieee")
             w_NK += BLOCK_K
             x_KM += BLOCK_K
+    else:
+        # Words of several values; value i of consecutive words is a plane of consecutive columns (layers/packed.py).
+        PLANE: tl.constexpr = BLOCK_K // DENSITY
+        j = tl.arange(0, PLANE)
+        w_NJ = w_ptr + n_N[:, None] * (K // DENSITY) + first // DENSITY + j[None, :]
+        x_JM = x_M[None, :] + first + j[:, None]
+        scale_N = scale_ptr + n_N * (K // 128) + first // 128
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        for _ in range(0, length, BLOCK_K):
+            word = tl.load(w_NJ).to(tl.uint32, bitcast=True)
+            group_NM = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for i in tl.static_range(DENSITY):
+                x = tl.load(x_JM + i * PLANE, mask=real_M[None, :], other=0.0)
+                w = _plane(word, i, KIND).to(x.dtype)
+                if KIND == "int4":
+                    group_NM = tl.dot(w, x, group_NM, input_precision="ieee")
+                    if (i + 1) * PLANE % 128 == 0:
+                        sum_NM += group_NM * tl.load(scale_N + i * PLANE // 128)[:, None].to(tl.float32)
+                        group_NM = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+                else:
+                    sum_NM = tl.dot(w, x, sum_NM, input_precision="ieee")
+            w_NJ += PLANE
+            x_JM += BLOCK_K
+            scale_N += BLOCK_K // 128
     if KIND == "int8" or KIND == "fp8":
         sum_NM *= tl.load(scale_ptr + n_N)[:, None]
     if SILU:
@@ -157,18 +144,18 @@ def splits(N: int, K: int, block_k: int, silu: bool = False) -> int:
 
 
 def block_k(K: int, kind: str = "dense") -> int:
-    """Columns of a step: the largest power of two up to 256 (512 of packed weights) that divides K; 0 if below 64."""
-    largest = 256 if kind == "dense" else 512
-    size = min(largest, K & -K)
-    return size if size >= (GROUP if kind == "int4" else 64) else 0
+    """Columns of a step: the largest power of two up to 256 that divides K, or a block of words; 0 if not covered."""
+    if kind != "dense":
+        return plane(K, kind) * VALUES[kind]
+    size = min(256, K & -K)
+    return size if size >= 64 else 0
 
 
 def supports(weight: Tensor | Packed) -> bool:
-    """Whether the kernel covers a weight: 16-bit dense or packed, with columns in multiples of 64 (128 for int4)."""
-    kind = weight.kind if isinstance(weight, Packed) else "dense"
-    if kind == "dense" and weight.dtype not in (torch.bfloat16, torch.float16):  # pyright: ignore[reportAttributeAccessIssue]
-        return False
-    return block_k(weight.shape[1], kind) > 0
+    """Whether the kernel covers a weight: packed, or 16-bit with columns in multiples of 64."""
+    if isinstance(weight, Packed):
+        return True
+    return weight.dtype in (torch.bfloat16, torch.float16) and block_k(weight.shape[1]) > 0
 
 
 def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tensor:
@@ -181,7 +168,7 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
     """
     (M, K), (N, _) = x_MK.shape, weight.shape
     kind = weight.kind if isinstance(weight, Packed) else "dense"
-    values, scale, index = (weight.values, weight.scale, weight.index) if isinstance(weight, Packed) else (weight, None, None)
+    values, scale = (weight.words, weight.scale) if isinstance(weight, Packed) else (weight, None)
     size = block_k(K, kind)
     parts = splits(N, K, size, silu)
     # lines of 128 bytes of a row that are prefetched: those of the first steps, as many as are in flight later
@@ -197,22 +184,22 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
         x_MK,
         values,
         scale,
-        index,
         out,
         M,
         N,
         K,
         x_MK.stride(0),
         SPLITS=parts,
-        BLOCK_M=16 if M <= 16 else 32 if M <= 32 else 64,
+        BLOCK_M=16 if M <= 16 else 32,
         BLOCK_N=BLOCK_N,
         BLOCK_K=size,
         KIND=kind,
         SILU=silu,
         DENSITY=K // values.shape[1],
         AHEAD=ahead,
-        num_warps=8 if kind == "sparse" else 4,
-        num_stages=2 if kind == "sparse" else 4,
+        num_warps=WARPS if kind == "dense" else PACKED_WARPS,
+        # two programs on each of the 132 multiprocessors of a large GPU are balanced, where a third would fit on some
+        num_stages=5 if grid[0] * grid[1] <= 264 and M <= 16 else 4,
         **dependent_launch(x_MK.device),
     )
     return out
@@ -222,7 +209,6 @@ def few_rows_eager(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) ->
     """As `few_rows`, by torch."""
     K = x_MK.shape[1]
     kind = weight.kind if isinstance(weight, Packed) else "dense"
-    # packed values and scales are multiplied in float32 there too
     w_NK = (weight.dense(torch.float32) if isinstance(weight, Packed) else weight).float()
     parts = splits(len(w_NK), K, block_k(K, kind), silu)
     parts_SMN = torch.stack([x.float() @ w.T for x, w in zip(x_MK.chunk(parts, 1), w_NK.chunk(parts, 1), strict=True)])
