@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,15 +35,17 @@ class Visible:
 
     def bias(self, T: int, span: int, dtype: torch.dtype) -> Tensor:
         """[B, T, span] additive bias: 0 where visible, else minus infinity. No slot at or past `span` may be visible."""
-        slots_S = torch.arange(span, device=self.first_B.device)
+        device = self.first_B.device
         if self.bits_BTW is None:
-            last_BT = self.first_B[:, None] + slots_S[:T]
+            slots_S = torch.arange(span, dtype=torch.int32, device=device)
+            last_BT = self.first_B[:, None] if T == 1 else self.first_B[:, None] + slots_S[:T]
             return additive(slots_S > last_BT[..., None], dtype)
         # Column 0 stands for all slots before `first`, the last column for all past the bits.
-        seen_BTM = unpack_bits(self.bits_BTW, 64 * self.bits_BTW.shape[2])
-        table_BTM = additive(F.pad(~F.pad(seen_BTM, (1, 0), value=True), (0, 1), value=True), dtype)
-        column_BS = (slots_S + 1 - self.first_B[:, None]).clamp(0, table_BTM.shape[2] - 1)
-        B = len(column_BS)
+        (rows, _, W), B = self.bits_BTW.shape, len(self.first_B)
+        table_BTM = torch.full((rows, T, 64 * W + 2), float("-inf"), dtype=dtype, device=device)
+        table_BTM[..., 0] = 0
+        table_BTM[..., 1:-1].masked_fill_(unpack_bits(self.bits_BTW, 64 * W), 0)
+        column_BS = (torch.arange(1, span + 1, device=device) - self.first_B[:, None]).clamp_(0, 64 * W + 1)
         return table_BTM.expand(B, -1, -1).gather(2, column_BS[:, None].expand(B, T, span))
 
 

@@ -285,7 +285,7 @@ class Rounds:
         position, topology, packing = state.position_B, draft.topology, draft.packing
         positions = position[:, None] + topology.depths_BN
         if draft.shape.is_chain:
-            slots, visible = positions, Visible.causal(positions)
+            slots, visible = positions, Visible(position.int())
         else:
             slots = position[:, None] + torch.arange(draft.shape.size, device=position.device)
             visible = Visible(position.int(), topology.bits_BNW)

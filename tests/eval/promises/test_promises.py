@@ -142,8 +142,8 @@ def shifted_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """In verification a node of a tree sees its siblings' slots shifted by one."""
 
     class Shifted(Visible):
-        def __init__(self, first_B: Any, bits_BTW: Any) -> None:
-            super().__init__(first_B, bits_BTW << 1)
+        def __init__(self, first_B: Any, bits_BTW: Any = None) -> None:
+            super().__init__(first_B, None if bits_BTW is None else bits_BTW << 1)
 
     monkeypatch.setattr(rounds, "Visible", Shifted)
 
