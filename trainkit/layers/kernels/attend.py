@@ -47,7 +47,7 @@ def plan(T: int, group: int, G: int, S: int, E: int, dtype: torch.dtype, causal:
     if T > CHAIN if causal else T * group > 32:
         rows, splits = 128 if causal and T * group >= 1024 else 64, max(1, min(16, 4096 // (T * group)))
     if dtype == torch.float32:  # exact products take many registers
-        rows, keys, warps, stages = 32, *((32, 4) if E <= 64 else (16, 8)), 2
+        rows, keys, warps, stages = 32, 32 if E <= 64 else 16, 8, 2
     else:
         keys, stages = (64, 3) if E <= 128 else (32, 2)
         warps = 8 if rows == 128 or rows == 64 and E > 128 else 4
