@@ -42,17 +42,6 @@ def call_few_rows(M: int, kind: str = "dense", silu: bool = False) -> None:
     few_rows(torch.empty(M, 4096, dtype=BF16, device="meta"), weight, silu)
 
 
-def call_layer_kernels() -> None:
-    """The kernels between the products of a layer."""
-    parts = torch.empty(2, 4, 6144, device="meta")
-    positions = torch.empty(1, 4, dtype=torch.long, device="meta")
-    norm, table = torch.empty(128, dtype=BF16, device="meta"), torch.empty(2048, 2, 128, dtype=BF16, device="meta")
-    cache = torch.empty(1, 16, 2048, 128, dtype=BF16, device="meta")
-    place(parts, None, norm, norm, 1e-6, table, positions, positions, cache)
-    residual, weight = torch.empty(4, 4096, dtype=BF16, device="meta"), torch.empty(4096, dtype=BF16, device="meta")
-    add_norm(residual, parts[:, :, :4096], weight, 1e-6)
-
-
 def dependent(*calls: Callable[[], None]) -> None:
     """Calls with dependent launch, as on a GPU that has it."""
     with mock.patch.object(launch, "_capability", return_value=(9, 0)), mock.patch.object(launch, "_is_gpu", return_value=True):
@@ -64,7 +53,7 @@ CALLS = {
     **{f"few_rows: {M} rows": lambda M=M: dependent(lambda: call_few_rows(M)) for M in (1, 32)},
     **{f"few_rows: {kind}": lambda kind=kind: dependent(lambda: call_few_rows(8, kind)) for kind in VALUES},
     "few_rows: gated": lambda: dependent(lambda: call_few_rows(8, silu=True)),
-    "layer": lambda: dependent(call_layer_kernels, lambda: call_attend(1, 32, 8, 128, BF16)),
+    "attend: chain, dependent launch": lambda: dependent(lambda: call_attend(1, 32, 8, 128, BF16)),
     "attend: chain": lambda: call_attend(1, 32, 8, 128, BF16),
     "attend: chain, 80 wide": lambda: call_attend(5, 32, 32, 80, BF16),
     "attend: tree of 8": lambda: call_attend(8, 32, 8, 128, BF16, words=1),
@@ -110,6 +99,12 @@ def test_row_invariant_kernels_use_no_wgmma(compiled: dict[str, dict[str, Compil
         assert result.count("wgmma.mma_async") == 0
     products = sum(result.count("mma.sync") for result in compiled[call].values())
     assert (products > 0) == ("float32" not in call)
+
+
+def test_dependent_launch_waits_for_the_kernel_before(compiled: dict[str, dict[str, Compiled]]) -> None:
+    """Kernels that may start early wait before they read, and let the next one start."""
+    for result in compiled["attend: chain, dependent launch"].values():
+        assert result.count("griddepcontrol.wait") == result.count("griddepcontrol.launch_dependents") == 1
 
 
 def large_tile() -> None:

@@ -6,7 +6,7 @@ serves every length: a program whose split begins past the live slots returns at
 causal calls of up to `CHAIN` positions run the same binary with the same tile, so that a row's result depends on no other row.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 # B batch  T positions  H query heads  G key-value heads  E head width  S cache slots  W words of 64 bits
 # R rows: t * (H / G) + head within its group  N splits  Z = B * G
@@ -47,13 +47,15 @@ def plan(T: int, group: int, G: int, S: int, E: int, dtype: torch.dtype, causal:
     if T > CHAIN if causal else T * group > 32:
         rows, splits = 128 if causal and T * group >= 1024 else 64, max(1, min(16, 4096 // (T * group)))
     if dtype == torch.float32:  # exact products take many registers
-        rows, keys, warps, stages = 32, *((32, 4) if E <= 64 else (16, 8)), 2
+        rows, keys, warps, stages = 32, 32 if E <= 64 else 16, 8, 2
     else:
         keys, stages = (64, 3) if E <= 128 else (32, 2)
         warps = 8 if rows == 128 or rows == 64 and E > 128 else 4
     split = 64
     while split * (splits + splits // 4) < S:  # a quarter more for slots beyond a power of two
         split *= 2
+    if split <= keys:
+        stages = 2  # one step
     return Plan(rows, keys, split, -(-S // split), warps, stages)
 
 
@@ -204,19 +206,18 @@ def attend(q_BTHE: Tensor, cache_BGSE: Tensor, first_B: Tensor, bits_BTW: Tensor
         sums = torch.empty(B * G, size.splits, T * group, E, dtype=torch.float32, device=q_BTHE.device)
         stats = torch.empty(B * G, size.splits, T * group, 2, dtype=torch.float32, device=q_BTHE.device)
     width = max(16, triton.next_power_of_2(E))
-    tiles = triton.cdiv(T * group, size.rows)
+    tiles, early = triton.cdiv(T * group, size.rows), dependent_launch(q_BTHE.device)
     _split_kernel[(B * G, size.splits, tiles)](
         q_BTHE, cache_BGSE, first_B, first_B if bits_BTW is None else bits_BTW, y_BTHE, sums, stats,
         T, S, size.split, size.splits, *q_BTHE.stride()[:3], *cache_BGSE.stride()[:3], bits_b, E**-0.5 * LOG2E,
         G, group, E, width, size.rows, size.keys, size.splits == 1, words, num_warps=size.warps, num_stages=size.stages,
-        **dependent_launch(q_BTHE.device),
+        **early,
     )  # fmt: skip
     if size.splits > 1:
         chunk = 32 if size.splits > 16 else 16
         _combine_kernel[(T * group, B * G)](
-            sums, stats, first_B, y_BTHE, T, S, size.split, size.splits, G, group, E, width, chunk, words,
-            **dependent_launch(q_BTHE.device),
-        )  # fmt: skip
+            sums, stats, first_B, y_BTHE, T, S, size.split, size.splits, G, group, E, width, chunk, words, **early
+        )
     return y_BTHE
 
 

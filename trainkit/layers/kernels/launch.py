@@ -1,8 +1,8 @@
 """How kernels are launched: where the GPU can, before the kernel that they depend on has ended.
 
-Programmatic dependent launch (compute capability 9.0, CUDA Graphs included): a kernel that calls `gdc_launch_dependents` lets the
-next one start on multiprocessors that become free; the next one calls `gdc_wait` before it touches anything that an earlier kernel
-writes or reads. Every kernel launched this way waits, so that the end of one implies the end of all before it.
+Programmatic dependent launch (compute capability 9.0, CUDA Graphs included): a kernel that calls `gdc_launch_dependents` lets
+the next one start on multiprocessors that become free; the next one calls `gdc_wait` before it touches anything that an earlier
+kernel writes or reads. Every kernel launched this way waits, so that the end of one implies the end of all before it.
 """
 
 from __future__ import annotations
