@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainkit.layers.kernels.launch import dependent_launch
+
 
 @triton.jit
 def _add_norm(
@@ -28,10 +30,15 @@ def _add_norm(
     K: tl.constexpr,
     TAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
+    scale = tl.load(weight + column, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     at = residual + row * residual_stride + column
     x = tl.load(at, mask=inside, other=0.0)
     dtype = x.dtype
@@ -45,8 +52,7 @@ def _add_norm(
     if TAPPED:
         tl.store(tap + row * tap_stride + column, x, mask=inside)
     x = x.to(tl.float32)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(dtype).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * scale
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * scale.to(dtype).to(tl.float32)
     tl.store(normed + row * D + column, x.to(dtype), mask=inside)
 
 
@@ -87,6 +93,7 @@ def add_norm(
         TAPPED=tap_MD is not None,
         BLOCK=block,
         num_warps=min(32, max(1, block // 512)),
+        **dependent_launch(residual_MD.device),
     )
     return normed_MD
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainkit.layers.attention import rotate
+from trainkit.layers.kernels.launch import dependent_launch
 
 
 @triton.jit
@@ -44,7 +45,11 @@ def _place(
     BIAS: tl.constexpr,
     NORMS: tl.constexpr,
     HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     # Step 1: this head's two halves, rounded as a matrix product in the model's dtype would be.
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, HALF)
@@ -144,6 +149,7 @@ def place(
         NORMS=q_norm_E is not None,
         HALF=triton.next_power_of_2(E // 2),
         num_warps=1,
+        **dependent_launch(cache_BGSE.device),
     )
     return q_BTHE
 
