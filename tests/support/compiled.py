@@ -94,7 +94,7 @@ def _compile(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Com
     numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     ptx = compiled.asm["ptx"]
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[\w.:]* \[[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", ptx)
-    names = re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s", ptx, re.MULTILINE)
+    names = re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)[\s;]", ptx, re.MULTILINE)
     return Compiled(
         int(numbers["REG"]),
         int(numbers["STACK"]),

@@ -67,7 +67,13 @@ def call_attend(T: int, H: int, G: int, E: int, dtype: torch.dtype, words: int =
     attend(q, cache, torch.empty(2, dtype=torch.int32, device="meta"), bits)
 
 
+def call_attend_early() -> None:
+    with mock.patch.object(attend_module, "dependent_launch", return_value={"PDL": True, "launch_pdl": True}):
+        call_attend(1, 32, 8, 128, BF16)
+
+
 CALLS = {
+    "attend: chain, dependent launch": call_attend_early,
     "attend: chain": lambda: call_attend(1, 32, 8, 128, BF16),
     "attend: chain, 80 wide": lambda: call_attend(5, 32, 32, 80, BF16),
     "attend: tree of 8": lambda: call_attend(8, 32, 8, 128, BF16, words=1),
@@ -129,6 +135,12 @@ def test_row_invariant_kernels_use_no_wgmma(compiled: dict[str, dict[str, Compil
         assert result.count("wgmma.mma_async") == 0
     products = sum(result.count("mma.sync") for result in compiled[call].values())
     assert (products > 0) == ("float32" not in call)
+
+
+def test_dependent_launch_waits_for_the_kernel_before(compiled: dict[str, dict[str, Compiled]]) -> None:
+    """Kernels that may start early wait before they read, and let the next one start."""
+    for result in compiled["attend: chain, dependent launch"].values():
+        assert result.count("griddepcontrol.wait") == result.count("griddepcontrol.launch_dependents") == 1
 
 
 def large_tile() -> None:

@@ -6,7 +6,7 @@ serves every length: a program whose split begins past the live slots returns at
 causal calls of up to `CHAIN` positions run the same binary with the same tile, so that a row's result depends on no other row.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 # B batch  T positions  H query heads  G key-value heads  E head width  S cache slots  W words of 64 bits
 # R rows: t * (H / G) + head within its group  N splits  Z = B * G
@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from trainkit.layers.kernels.launch import dependent_launch
 
 LOG2E = 1.4426950408889634  # the softmax is computed in powers of two
 CHAIN = 32  # causal calls of up to so many positions give results that are bitwise independent of T
@@ -52,6 +54,8 @@ def plan(T: int, group: int, G: int, S: int, E: int, dtype: torch.dtype, causal:
     split = 64
     while split * (splits + splits // 4) < S:  # a quarter more for slots beyond a power of two
         split *= 2
+    if split <= keys:
+        stages = 2  # one step
     return Plan(rows, keys, split, -(-S // split), warps, stages)
 
 
@@ -73,8 +77,11 @@ def _split_kernel(
     q_ptr, cache_ptr, first_ptr, bits_ptr, y_ptr, sum_ptr, stat_ptr,
     T, S, SPLIT, SPLITS, q_b, q_t, q_h, c_b, c_g, c_s, bits_b, scale,
     G: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DIRECT: tl.constexpr, WORDS: tl.constexpr,
+    DIRECT: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     z, split = tl.program_id(0), tl.program_id(1)
     tile = tl.num_programs(2) - 1 - tl.program_id(2)  # causal tiles with the most keys start first
     b, g = z // G, z % G
@@ -137,7 +144,11 @@ def _split_kernel(
 def _combine_kernel(
     sum_ptr, stat_ptr, first_ptr, y_ptr, T, S, SPLIT, SPLITS,
     G: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, WORDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     r, z = tl.program_id(0), tl.program_id(1)
     b, g, t, R = z // G, z % G, r // GROUP, T * GROUP
     live = tl.cdiv(_live(tl.load(first_ptr + b), T, t, S, WORDS), SPLIT)
@@ -195,16 +206,17 @@ def attend(q_BTHE: Tensor, cache_BGSE: Tensor, first_B: Tensor, bits_BTW: Tensor
         sums = torch.empty(B * G, size.splits, T * group, E, dtype=torch.float32, device=q_BTHE.device)
         stats = torch.empty(B * G, size.splits, T * group, 2, dtype=torch.float32, device=q_BTHE.device)
     width = max(16, triton.next_power_of_2(E))
-    tiles = triton.cdiv(T * group, size.rows)
+    tiles, early = triton.cdiv(T * group, size.rows), dependent_launch(q_BTHE.device)
     _split_kernel[(B * G, size.splits, tiles)](
         q_BTHE, cache_BGSE, first_B, first_B if bits_BTW is None else bits_BTW, y_BTHE, sums, stats,
         T, S, size.split, size.splits, *q_BTHE.stride()[:3], *cache_BGSE.stride()[:3], bits_b, E**-0.5 * LOG2E,
         G, group, E, width, size.rows, size.keys, size.splits == 1, words, num_warps=size.warps, num_stages=size.stages,
+        **early,
     )  # fmt: skip
     if size.splits > 1:
         chunk = 32 if size.splits > 16 else 16
         _combine_kernel[(T * group, B * G)](
-            sums, stats, first_B, y_BTHE, T, S, size.split, size.splits, G, group, E, width, chunk, words
+            sums, stats, first_B, y_BTHE, T, S, size.split, size.splits, G, group, E, width, chunk, words, **early
         )
     return y_BTHE
 

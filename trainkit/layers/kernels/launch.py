@@ -1,0 +1,32 @@
+"""How kernels are launched: where the GPU can, before the kernel that they depend on has ended.
+
+Programmatic dependent launch (compute capability 9.0, CUDA Graphs included): a kernel that calls `gdc_launch_dependents` lets
+the next one start on multiprocessors that become free; the next one calls `gdc_wait` before it touches anything that an earlier
+kernel writes or reads. Every kernel launched this way waits, so that the end of one implies the end of all before it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+DEPENDENT = True
+"""Whether dependent launch is used where the GPU has it; a switch for measurements, read when a kernel is launched."""
+
+
+def dependent_launch(device: torch.device) -> dict[str, Any]:
+    """Launch options of a kernel with the constexpr `PDL`."""
+    if DEPENDENT and _is_gpu(device) and _capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
