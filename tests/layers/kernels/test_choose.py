@@ -56,6 +56,23 @@ def test_choose_draws_the_runners_noise(seed):
         assert torch.equal(chosen, noise.argmax(-1))
 
 
+def test_choose_adds_noise_that_is_precise_at_both_ends(seed):
+    """Between the largest or smallest noise of a row and any other, a logit of 10^-5 beside a tie decides, to both sides."""
+    _, keys, positions = inputs(1, 1, 1)
+    noise = gumbel(keys, positions, torch.arange(BLOCK, device=DEVICE), CHOICE)[0, 0]
+    other = int(torch.randint(BLOCK, (1,)))
+    logits = torch.full((1, 4, BLOCK), float("-inf"), device=DEVICE)
+    for row, (end, margin) in enumerate(
+        [(noise.argmax(), 1e-5), (noise.argmax(), -1e-5), (noise.argmin(), 1e-5), (noise.argmin(), -1e-5)]
+    ):
+        if end != other:
+            logits[0, row, end] = noise[other] - noise[end] + margin
+        logits[0, row, other] = 0.0
+        expected = end if margin > 0 else other
+        chosen, _ = choose(logits[:, row : row + 1], torch.ones(1, device=DEVICE), keys, positions, CHOICE)
+        assert int(chosen) == int(expected)
+
+
 def test_choose_takes_the_lowest_of_equal_tokens():
     """Of equal logits the lowest id wins, within a block and across blocks."""
     logits = torch.zeros(1, 3, 3 * BLOCK, device=DEVICE)

@@ -18,11 +18,43 @@ from trainkit.layers.kernels import attend as attend_module
 from trainkit.layers.kernels import launch
 from trainkit.layers.kernels.add_norm import add_norm
 from trainkit.layers.kernels.attend import Plan, attend
+from trainkit.layers.kernels.choose import choose
 from trainkit.layers.kernels.few_rows import few_rows
+from trainkit.layers.kernels.move import move_slots
 from trainkit.layers.kernels.place import place
+from trainkit.layers.kernels.walk import move_root, walk
 from trainkit.layers.packed import VALUES, Packed, pack
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def meta(*sizes: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.empty(*sizes, dtype=dtype, device="meta")
+
+
+def call_add_norm(M: int, D: int, K: int, dtype: torch.dtype) -> None:
+    parts = meta(K, M, D, dtype=F32) if K else None
+    add_norm(meta(M, D, dtype=dtype), parts, meta(D, dtype=dtype), 1e-5, meta(M, 3, D, dtype=dtype)[:, 1])
+
+
+def call_place(T: int, H: int, G: int, E: int, dtype: torch.dtype, norms: bool = True) -> None:
+    """`place` of two parts for two rows, with a bias."""
+    parts, bias = meta(2, 2 * T, (H + 2 * G) * E, dtype=F32), meta((H + 2 * G) * E, dtype=dtype)
+    weight, rope = meta(E, dtype=dtype) if norms else None, meta(2048, 2, E, dtype=dtype)
+    place(parts, bias, weight, weight, 1e-5, rope, meta(2, T), meta(2, T), meta(2, 2 * G, 2048, E, dtype=dtype))
+
+
+def call_choose(dtype: torch.dtype) -> None:
+    keys, temperatures = meta(2, 2, dtype=torch.int32), meta(2, dtype=F32)
+    choose(meta(2, 5, 128_256, dtype=dtype), temperatures, keys, meta(2, 5), 0, logprobs=True)
+
+
+def call_walk(N: int, parents: int | None, **options: torch.Tensor | bool) -> None:
+    walk(meta(2, N), meta(2, N), None if parents is None else meta(parents, N), meta(2, dtype=torch.bool), 5, **options)
+
+
+def call_move(P: int, E: int) -> None:
+    move_slots(meta(2, 32, 16, 2048, E, dtype=BF16), meta(2, P), meta(2))
 
 
 def call_attend(T: int, H: int, G: int, E: int, dtype: torch.dtype, words: int = 0, pad: int = 0) -> None:
@@ -63,13 +95,32 @@ CALLS = {
     "attend: prefill": lambda: call_attend(512, 32, 8, 128, BF16),
     "attend: prefill, 256 wide": lambda: call_attend(1024, 8, 4, 256, BF16),
     "attend: tree of 64, float32, 256 wide": lambda: call_attend(64, 8, 4, 256, F32, words=1),
+    "add_norm": lambda: call_add_norm(5, 4096, 2, BF16),
+    "add_norm: 16384 wide": lambda: call_add_norm(1, 16384, 4, F32),
+    "add_norm: first layer": lambda: call_add_norm(1, 576, 0, F16),
+    "place": lambda: call_place(5, 32, 8, 128, BF16),
+    "place: float32, 80 wide, without norms": lambda: call_place(1, 8, 8, 80, F32, norms=False),
+    "add_norm, place: dependent launch": lambda: dependent(
+        lambda: call_add_norm(1, 4096, 2, BF16), lambda: call_place(1, 32, 8, 128, BF16)
+    ),
+    "choose": lambda: call_choose(F32),
+    "choose: bfloat16": lambda: call_choose(BF16),
+    "walk: chain": lambda: call_walk(5, None),
+    "walk: packed chain": lambda: call_walk(5, None, lengths_B=meta(2)),
+    "walk: plain": lambda: call_walk(5, None, plain=True),
+    "walk: static tree": lambda: call_walk(16, 1),
+    "walk: dynamic tree": lambda: call_walk(64, 2),
+    "move_root": lambda: move_root(meta(2, 6), meta(2), meta(3), meta(2), meta(2), meta(2), meta(2, dtype=torch.bool)),
+    "move_slots": lambda: call_move(6, 128),
+    "move_slots: 64 of 80": lambda: call_move(64, 80),
 }
-INVARIANT = [
+INVARIANT = [  # rows depend on no other
+    *(call for call in CALLS if call.startswith("few_rows")),
     "attend: chain",
     "attend: chain, 80 wide",
     "attend: tree of 8",
     "attend: chain, float32",
-]  # rows depend on no other
+]
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +171,25 @@ def test_spills_and_narrow_copies_are_seen() -> None:
     results = compile_launches("tests.layers.kernels.test_compiled", "POOR")
     assert results["spilling"]["_split_kernel"].stack > 0
     assert "16" not in results["narrow"]["_split_kernel"].copies
+
+
+def test_early_add_norm_and_place_wait_before_they_read(compiled: dict[str, dict[str, Compiled]]) -> None:
+    """Kernels that may start early wait for the one before, and let the next one start."""
+    results = compiled["add_norm, place: dependent launch"]
+    assert set(results) == {"_add_norm", "_place"}
+    for result in results.values():
+        assert result.count("griddepcontrol.wait") == result.count("griddepcontrol.launch_dependents") == 1
+
+
+@pytest.mark.parametrize("call", ["choose", "choose: bfloat16"])
+def test_choose_divides_and_takes_logarithms_exactly(compiled: dict[str, dict[str, Compiled]], call: str) -> None:
+    """No approximate division or logarithm, which would choose other tokens than torch."""
+    for result in compiled[call].values():
+        assert not result.count("lg2.approx") and not result.count("div.full") and not result.count("div.approx")
+    assert compiled[call]["_best_of_block"].count("div.rn.f32")
+
+
+@pytest.mark.parametrize("call", ["move_slots", "move_slots: 64 of 80"])
+def test_move_slots_waits_between_reading_and_writing(compiled: dict[str, dict[str, Compiled]], call: str) -> None:
+    """A barrier separates the loads of a path from its stores, since the slots may overlap."""
+    assert compiled[call]["_move_slots"].count("bar.sync")

@@ -38,6 +38,10 @@ def _add_norm(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
+    scale = tl.load(weight + column, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     at = residual + row * residual_stride + column
     x = tl.load(at, mask=inside, other=0.0)
     dtype = x.dtype
@@ -51,8 +55,7 @@ def _add_norm(
     if TAPPED:
         tl.store(tap + row * tap_stride + column, x, mask=inside)
     x = x.to(tl.float32)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(dtype).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * scale
+    x = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps) * scale.to(dtype).to(tl.float32)
     tl.store(normed + row * D + column, x.to(dtype), mask=inside)
 
 
