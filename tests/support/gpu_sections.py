@@ -287,7 +287,16 @@ def kernels(table: Table) -> None:
         "down": (D, inner, False),
         "head": (shape.vocab_size, D, False),
     }
-    table.begin("microseconds in a graph over several weights (beyond the L2 cache); GB/s of the weight's bytes", "product", "rows", "kind", "us", "GB/s", "library us", "x library")
+    table.begin(
+        "microseconds in a graph over several weights (beyond the L2 cache); GB/s of the weight's bytes",
+        "product",
+        "rows",
+        "kind",
+        "us",
+        "GB/s",
+        "library us",
+        "x library",
+    )
     for name, (N, K, silu) in sizes.items():
         copies = 1 if table.small else max(1, min(12, int(4e8 / (N * K * 2))))
         weights = [torch.randn(N, K, device=table.device, dtype=table.dtype) / K**0.5 for _ in range(copies)]
@@ -316,7 +325,9 @@ def kernels(table: Table) -> None:
                             few_rows(x, w, silu)
 
                     us = graphed(own, table.device) * 1e3 / copies
-                    table.row(name, M, kind, f"{us:.1f}", f"{size / us / 1e3:.0f}", f"{library_us:.1f}", f"{library_us / us:.2f}")
+                    table.row(
+                        name, M, kind, f"{us:.1f}", f"{size / us / 1e3:.0f}", f"{library_us:.1f}", f"{library_us / us:.2f}"
+                    )
 
 
 def attention(table: Table) -> None:
@@ -326,8 +337,26 @@ def attention(table: Table) -> None:
 
     shape = SHAPES[table.arguments.shape]
     G, H, E = shape.num_kv_heads, shape.num_heads, shape.head_dim
-    table.begin("microseconds in a graph", "batch", "queries", "cached", "of slots", "own", "library with a bias over the slots", "library over live keys")
-    for B, T, live, S in ((1, 1, 512, 8192), (1, 1, 2048, 8192), (1, 1, 2048, 2304), (1, 1, 8000, 8192), (1, 16, 2048, 8192), (1, 5, 2048, 8192), (8, 1, 2048, 8192), (8, 5, 2048, 8192)):
+    table.begin(
+        "microseconds in a graph",
+        "batch",
+        "queries",
+        "cached",
+        "of slots",
+        "own",
+        "library with a bias over the slots",
+        "library over live keys",
+    )
+    for B, T, live, S in (
+        (1, 1, 512, 8192),
+        (1, 1, 2048, 8192),
+        (1, 1, 2048, 2304),
+        (1, 1, 8000, 8192),
+        (1, 16, 2048, 8192),
+        (1, 5, 2048, 8192),
+        (8, 1, 2048, 8192),
+        (8, 5, 2048, 8192),
+    ):
         if table.small:
             B, T, live, S = 1, T, 40, 64
         with table.row_or_reason(B, T, live, S):
@@ -347,16 +376,15 @@ def attention(table: Table) -> None:
                     k, v = layer[:, :, :stop].split(G, dim=1)
                     F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
 
-            times = [graphed(run, table.device) * 1e3 / 4 for run in (own, lambda: library(S, bias), lambda: library(live, None))]
+            times = [
+                graphed(run, table.device) * 1e3 / 4 for run in (own, lambda: library(S, bias), lambda: library(live, None))
+            ]
             table.row(B, T, live, S, *(f"{time:.1f}" for time in times))
 
 
 def drafters(table: Table) -> None:
     """Tokens per second of whole decoding with a scripted drafter of each kind."""
-    runs = [
-        {"depths": "[3,5]", "synthetic_tau": 3.4},
-        {"synthetic_drafters": "[eagle]", "trees": "true", "synthetic_tau": 4.0},
-    ]
+    runs = [{"depths": "[3,5]", "synthetic_tau": 3.4}, {"synthetic_drafters": "[eagle]", "trees": "true", "synthetic_tau": 4.0}]
     for flags in runs[:1]:
         with TemporaryDirectory() as folder:
             file = Path(folder) / "bench.json"
@@ -373,7 +401,13 @@ def drafters(table: Table) -> None:
                 "json": file,
                 **flags,
             }
-            command = [sys.executable, "-m", "trainkit.cli", "bench", *(str(p) for k, v in flags.items() for p in (f"--{k}", v))]
+            command = [
+                sys.executable,
+                "-m",
+                "trainkit.cli",
+                "bench",
+                *(str(p) for k, v in flags.items() for p in (f"--{k}", v)),
+            ]
             process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             columns = ("decoding", "tokens/s", "x plain", "bandwidth", "tau", "efficiency", "of byte ceiling", "identical")
             table.begin(" ".join(f"--{k} {v}" for k, v in flags.items() if k != "json"), *columns)

@@ -67,9 +67,7 @@ def layer(layer: DecoderLayer, x_BTD: Tensor, context: KernelContext, cache_BGSE
     return total(residual_MD, parts_SMD).view_as(x_BTD)
 
 
-def layer_parts(
-    residual_MD: Tensor, normed_MD: Tensor, layer: Block, context: KernelContext, cache_BGSE: Tensor
-) -> Tensor:
+def layer_parts(residual_MD: Tensor, normed_MD: Tensor, layer: Block, context: KernelContext, cache_BGSE: Tensor) -> Tensor:
     """The MLP's output in parts [S, M, D], yet to be added to the residual stream, to which attention is added here."""
     parts_SMD = attention_parts(layer.attention, normed_MD, context, cache_BGSE)
     normed_MD = add_norm(residual_MD, parts_SMD, layer.mlp_norm.weight, layer.mlp_norm.eps)
@@ -78,14 +76,15 @@ def layer_parts(
 
 def attention_parts(attention: Attention, x_MD: Tensor, context: KernelContext, cache_BGSE: Tensor) -> Tensor:
     """Attention's output in parts [S, M, D]; new keys and values are written to the cache first."""
-    packing, norms = context.packing, (attention.q_norm, attention.k_norm)
+    packing = context.packing
     parts_SMN = product(x_MD, attention.qkv)
     if packing is not None:
         parts_SMN = parts_SMN.index_select(1, packing.packed_BT.flatten())
     q_BTHE = place(
         parts_SMN,
         attention.qkv.bias,
-        *(None if norm is None else norm.weight for norm in norms),
+        None if attention.q_norm is None else attention.q_norm.weight,
+        None if attention.k_norm is None else attention.k_norm.weight,
         attention.norm_eps,
         context.rope_S2E,
         context.positions_BT,
@@ -98,7 +97,7 @@ def attention_parts(attention: Attention, x_MD: Tensor, context: KernelContext, 
 
 
 def product(x_MK: Tensor, linear: Linear, silu: bool = False) -> Tensor:
-    """x w^T in parts [S, M, N] without the bias, or with `silu` silu(gate) * up [M, N / 2]; by `few_rows` or by the library."""
+    """Parts [S, M, N] of x w^T without the bias, or with `silu` silu(gate) * up [M, N / 2]; by `few_rows` or by the library."""
     return _product(x_MK, linear.weight if linear.packed is None else linear.packed, silu)
 
 

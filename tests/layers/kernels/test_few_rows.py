@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainkit.layers.kernels.few_rows import block_k, few_rows, few_rows_eager, splits, supports
-from trainkit.layers.packed import VALUES, Packed, pack, plane
+from trainkit.layers.packed import VALUES, pack, plane
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bfloat16 wrongly

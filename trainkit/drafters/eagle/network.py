@@ -49,9 +49,7 @@ class EagleLayer(nn.Module):
         self.mlp_norm = RMSNorm(D, eps=eps)
         self.mlp = GatedMLP(D, shape.intermediate_size)
 
-    def forward(
-        self, embedded_BTD: Tensor, feature_BTD: Tensor, context: Context | KernelContext, cache: Tensor
-    ) -> Tensor:
+    def forward(self, embedded_BTD: Tensor, feature_BTD: Tensor, context: Context | KernelContext, cache: Tensor) -> Tensor:
         """The next features [B, T, D], over a cache as in `Attention.forward`."""
         if isinstance(context, KernelContext):
             from trainkit.layers import fused  # it needs Triton

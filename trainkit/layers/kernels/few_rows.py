@@ -6,6 +6,7 @@ order, in `K / SPLITS` consecutive columns a part, whatever the number of rows. 
 (add_norm.py, place.py), in order, so no program waits for another.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 # M rows  N outputs  K inputs  S parts
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def _plane(word, i: tl.constexpr, KIND: tl.constexpr):
     if KIND == "fp8":
         byte = word >> 8 * i
         # sign, exponent and mantissa in the places of float32; the difference of the exponents' offsets is 120
-        return ((byte & 0x80) << 24 | (byte & 0x7F) << 20).to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0
+        return ((byte & 0x80) << 24 | (byte & 0x7F) << 20).to(
+            tl.float32, bitcast=True
+        ) * 1329227995784915872903807060280344576.0
     if KIND == "int4":
         # 2^23 + value, less 2^23 + 8
         return (word >> 4 * i & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
@@ -159,7 +162,7 @@ def supports(weight: Tensor | Packed) -> bool:
 
 
 def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tensor:
-    """x w^T in parts [S, M, N] of float32, whose sum is the product; with `silu`, silu(gate) * up [M, N / 2] in the dtype of x.
+    """Parts [S, M, N] of x w^T in float32, to be added; with `silu`, silu(gate) * up [M, N / 2] in the dtype of x.
 
     Args:
         x_MK: At most `MAX_ROWS` rows, contiguous in K.
