@@ -4,8 +4,8 @@
 
 Each section runs in a process of its own. When its budget or the whole time is over it is stopped, and the rows that it had
 finished are kept; what was not run is named. `--out report.md` writes the report after each section, and report.json beside it.
-Without a GPU it prints a line and exits with 0. With `--device cpu --shape tiny` the same code runs in small, which is how it is
-tested without a GPU; kernels then run in Triton's interpreter.
+Without a GPU it prints a line and exits with 0. With `--device cpu --shape tiny` the same code runs in small, which is how it
+is tested without a GPU; kernels then run in Triton's interpreter.
 """
 
 from __future__ import annotations

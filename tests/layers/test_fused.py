@@ -52,8 +52,8 @@ def test_decoder_in_kernels_equals_pytorch(more, packed, monkeypatch, seed):
             depths = torch.tensor([0, 1, 1] if visible.bits_BTW is not None else [0, 1, 2], device=DEVICE)
             slots = first[:, None] + torch.arange(3, device=DEVICE)
 
-            def forward(decoder, cache, tokens=tokens, visible=visible, depths=depths, slots=slots):
-                hidden, taps = decoder(tokens, first[:, None] + depths, visible, cache, slots, taps=(0, 2, 1), span=40)
+            def forward(decoder, cache, tokens=tokens, visible=visible, at=first[:, None] + depths, slots=slots):
+                hidden, taps = decoder(tokens, at, visible, cache, slots, taps=(0, 2, 1), span=40)
                 return hidden, taps, decoder.head(hidden).float()
 
             ours, theirs = both(decoder, forward, monkeypatch)

@@ -10,9 +10,10 @@ import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -213,8 +214,9 @@ def rounds(table: Table) -> None:
     shape = target.shape
     token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * table.dtype.itemsize
     table.begin(
-        f"copies {copy / 1e9:.0f} GB/s; weights {target.step_bytes() / 1e9:.2f} GB; share = bytes of weights and live keys / time / copies",
-        *("batch", "context", "nodes", "ms", "share of copies", "x 1 node", "graph nodes", "without dependent launch"),
+        f"copies {copy / 1e9:.0f} GB/s; weights {target.step_bytes() / 1e9:.2f} GB; "
+        "share = bytes of weights and live keys / time / copies",
+        *("batch", "context", "nodes", "ms", "share of copies", "x 1 node", "without dependent launch"),
     )
     contexts, sizes = ((64,), (1, 4)) if table.small else ((512, 2048, 8000), (1, 4, 8, 16, 32, 64))
     one: dict[tuple[int, int], float] = {}
@@ -224,19 +226,19 @@ def rounds(table: Table) -> None:
         if table.left < 8:
             break
         with table.row_or_reason(batch, context, size):
-            times, nodes = _round(table, target, batch, context, size)
+            times = _round(table, target, batch, context, size)
             least = target.step_bytes() + batch * context * token_bytes
             one.setdefault((batch, context), times[0])
             cells = f"{times[0]:.3f}", f"{least / times[0] * 1e3 / copy:.1%}", f"{times[0] / one[batch, context]:.3f}"
-            table.row(batch, context, size, *cells, nodes, f"{times[1]:.3f}" if len(times) > 1 else "-")
+            table.row(batch, context, size, *cells, f"{times[1]:.3f}" if len(times) > 1 else "-")
 
 
-def _round(table: Table, target: Any, batch: int, context: int, size: int) -> tuple[list[float], int]:
-    """Times of a round that computes `size` nodes and emits one token, with and without dependent launch, and graph nodes."""
+def _round(table: Table, target: Any, batch: int, context: int, size: int) -> list[float]:
+    """Times of a round that computes `size` nodes and emits one token, with and without dependent launch."""
     from trainkit.models.shape import TargetShape
     from trainkit.runner import Runner
 
-    times, nodes = list[float](), 0
+    times = list[float]()
     for dependent in (True, False) if table.device.type == "cuda" else (True,):
         with _dependent_launch(dependent):
             runner = Runner(target, None, TargetShape(target.shape), None, batch, context + 96)
@@ -244,14 +246,14 @@ def _round(table: Table, target: Any, batch: int, context: int, size: int) -> tu
             options = {"plain": True, "depth": size - 1} if size > 1 else {"depth": 0}
             runner.generate(prompts, max_new_tokens=6, ignore_end=True, **options)
             if table.device.type != "cuda":
-                return [1e3 * sum(runner.scheduler.seconds.values()) / 6], 0
+                return [1e3 * sum(runner.scheduler.seconds.values()) / 6]
             graphs = runner.scheduler.graphs
             assert graphs is not None
             replay, _, _ = next(reversed(graphs._captured.values()))
             times.append(milliseconds(replay.replay, table.device))
             del replay, graphs, runner
             torch.cuda.empty_cache()
-    return times, nodes
+    return times
 
 
 @contextmanager
@@ -275,7 +277,6 @@ def _target(table: Table) -> Any:
 def kernels(table: Table) -> None:
     """Each matrix product at the target's sizes: own kernel and library, dense and packed."""
     from trainkit.eval.bench.synthetic import SHAPES
-    from trainkit.layers.kernels.few_rows import few_rows
     from trainkit.layers.packed import VALUES, pack, plane
 
     shape = SHAPES[table.arguments.shape]
@@ -303,14 +304,7 @@ def kernels(table: Table) -> None:
         for M in (1, 4, 16, 32) if not table.small else (1,):
             x = torch.randn(M, K, device=table.device, dtype=table.dtype)
 
-            def library() -> None:
-                for w in weights:
-                    y = F.linear(x, w)
-                    if silu:
-                        gate, up = y.chunk(2, dim=-1)
-                        F.silu(gate) * up
-
-            library_us = graphed(library, table.device) * 1e3 / copies
+            library_us = graphed(partial(_library_products, x, weights, silu), table.device) * 1e3 / copies
             for kind in ("dense", *(VALUES if name != "head" else ())):
                 if table.left < 3:
                     return
@@ -320,20 +314,30 @@ def kernels(table: Table) -> None:
                     packed: list[Any] = weights if kind == "dense" else [pack(w, kind) for w in weights]
                     size = weights[0].nbytes if kind == "dense" else packed[0].nbytes
 
-                    def own() -> None:
-                        for w in packed:
-                            few_rows(x, w, silu)
-
-                    us = graphed(own, table.device) * 1e3 / copies
+                    us = graphed(partial(_own_products, x, packed, silu), table.device) * 1e3 / copies
                     table.row(
                         name, M, kind, f"{us:.1f}", f"{size / us / 1e3:.0f}", f"{library_us:.1f}", f"{library_us / us:.2f}"
                     )
 
 
+def _own_products(x: Tensor, weights: Sequence[Any], silu: bool) -> None:
+    from trainkit.layers.kernels.few_rows import few_rows
+
+    for weight in weights:
+        few_rows(x, weight, silu)
+
+
+def _library_products(x: Tensor, weights: Sequence[Tensor], silu: bool) -> None:
+    for weight in weights:
+        y = F.linear(x, weight)
+        if silu:
+            gate, up = y.chunk(2, dim=-1)
+            F.silu(gate) * up
+
+
 def attention(table: Table) -> None:
     """The attention kernel against PyTorch's with and without a bias, one layer of the target."""
     from trainkit.eval.bench.synthetic import SHAPES
-    from trainkit.layers.kernels.attend import attend
 
     shape = SHAPES[table.arguments.shape]
     G, H, E = shape.num_kv_heads, shape.num_heads, shape.head_dim
@@ -367,19 +371,26 @@ def attention(table: Table) -> None:
             rows = q.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, E)
             bias = torch.zeros(B, 1, rows.shape[2], S, device=table.device, dtype=table.dtype)
 
-            def own() -> None:
-                for layer in layers:
-                    attend(q, layer, first, None)
-
-            def library(stop: int, mask: Tensor | None) -> None:
-                for layer in layers:
-                    k, v = layer[:, :, :stop].split(G, dim=1)
-                    F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-
-            times = [
-                graphed(run, table.device) * 1e3 / 4 for run in (own, lambda: library(S, bias), lambda: library(live, None))
-            ]
+            runs = (
+                partial(_own_attention, q, layers, first),
+                partial(_library_attention, rows, layers, S, bias),
+                partial(_library_attention, rows, layers, live, None),
+            )
+            times = [graphed(run, table.device) * 1e3 / 4 for run in runs]
             table.row(B, T, live, S, *(f"{time:.1f}" for time in times))
+
+
+def _own_attention(q: Tensor, layers: Sequence[Tensor], first: Tensor) -> None:
+    from trainkit.layers.kernels.attend import attend
+
+    for layer in layers:
+        attend(q, layer, first, None)
+
+
+def _library_attention(rows: Tensor, layers: Sequence[Tensor], stop: int, bias: Tensor | None) -> None:
+    for layer in layers:
+        k, v = layer[:, :, :stop].chunk(2, dim=1)
+        F.scaled_dot_product_attention(rows, k, v, attn_mask=bias)
 
 
 def drafters(table: Table) -> None:

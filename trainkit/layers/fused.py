@@ -1,9 +1,9 @@
 """A decoder's layers over a cache in few kernels, as decoding on a GPU runs them: nine of them a layer.
 
-It computes what `DecoderLayer` does, with fewer roundings: sums stay in float32 until they are added to the residual stream. With
-16-bit weights and up to 32 rows (B * T) under a causal mask, a row's hidden state and logits do not depend, to the last bit, on
-the other rows nor on their number. So plain decoding and the verification of a chain take the same tokens. More rows than
-`MAX_ROWS` take a library's matrix products, and so do float32 weights.
+It computes what `DecoderLayer` does, with fewer roundings: sums stay in float32 until they are added to the residual stream.
+With 16-bit weights and up to `MAX_ROWS` rows (B * T) under a causal mask, a row's hidden state and logits do not depend, to the
+last bit, on the other rows nor on their number. So plain decoding and the verification of a chain take the same tokens. More
+rows take a library's matrix products, and so do float32 weights.
 """
 
 # B batch  T positions  M rows: B * T, or packed positions  N outputs  S parts  D hidden  V vocabulary  A taps
@@ -12,7 +12,7 @@ the other rows nor on their number. So plain decoding and the verification of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,17 +42,16 @@ def decode(
     decoder: Decoder, tokens_BT: Tensor, context: KernelContext, cache_BLGSE: Tensor, taps: Sequence[int]
 ) -> tuple[Tensor, Tensor | None]:
     """As `Decoder.forward`; `taps` are distinct indices from 0 to the number of layers."""
-    residual_MD = decoder.embed(tokens_BT.flatten())
-    (M, D), last = residual_MD.shape, len(decoder.layers)
+    residual_MD, layers = decoder.embed(tokens_BT.flatten()), [cast("DecoderLayer", layer) for layer in decoder.layers]
+    (M, D), last = residual_MD.shape, len(layers)
     taps_MAD = residual_MD.new_empty(M, len(taps), D)
     hidden_MD, parts_SMD = residual_MD, None
     for index in range(last + 1):
-        norm = decoder.norm if index == last else decoder.layers[index].attention_norm
+        norm = decoder.norm if index == last else layers[index].attention_norm
         tap_MD = taps_MAD[:, taps.index(index)] if index in taps and index < last else None
-        hidden_MD = add_norm(residual_MD, parts_SMD, norm.weight, norm.eps, tap_MD)
+        hidden_MD = add_norm(residual_MD, parts_SMD, norm.weight, decoder.shape.norm_eps, tap_MD)
         if index < last:
-            layer = decoder.layers[index]
-            parts_SMD = layer_parts(residual_MD, hidden_MD, layer, context, cache_BLGSE[:, index])
+            parts_SMD = layer_parts(residual_MD, hidden_MD, layers[index], context, cache_BLGSE[:, index])
     if last in taps:
         taps_MAD[:, taps.index(last)] = hidden_MD
     hidden = hidden_MD.view(*tokens_BT.shape, D)
@@ -62,15 +61,15 @@ def decode(
 def layer(layer: DecoderLayer, x_BTD: Tensor, context: KernelContext, cache_BGSE: Tensor) -> Tensor:
     """As `DecoderLayer.forward`."""
     residual_MD = x_BTD.flatten(0, 1).clone()
-    norm = layer.attention_norm
-    parts_SMD = layer_parts(residual_MD, add_norm(residual_MD, None, norm.weight, norm.eps), layer, context, cache_BGSE)
+    normed_MD = add_norm(residual_MD, None, layer.attention_norm.weight, layer.attention.norm_eps)
+    parts_SMD = layer_parts(residual_MD, normed_MD, layer, context, cache_BGSE)
     return total(residual_MD, parts_SMD).view_as(x_BTD)
 
 
 def layer_parts(residual_MD: Tensor, normed_MD: Tensor, layer: Block, context: KernelContext, cache_BGSE: Tensor) -> Tensor:
     """The MLP's output in parts [S, M, D], yet to be added to the residual stream, to which attention is added here."""
     parts_SMD = attention_parts(layer.attention, normed_MD, context, cache_BGSE)
-    normed_MD = add_norm(residual_MD, parts_SMD, layer.mlp_norm.weight, layer.mlp_norm.eps)
+    normed_MD = add_norm(residual_MD, parts_SMD, layer.mlp_norm.weight, layer.attention.norm_eps)
     return product(product(normed_MD, layer.mlp.gate_up, silu=True), layer.mlp.down)
 
 

@@ -1,9 +1,9 @@
 """Products of few rows with a weight matrix, y = x w^T, at the speed at which the weight is read.
 
-The weight is the left operand of the tensor cores' product, so that 16 rows cost what one does, and each program streams `BLOCK_N`
+The weight is the left operand of the tensor cores' product, so that 16 rows cost what one does, and each program streams some
 of its rows through shared memory. A row's result does not depend on the other rows: every output is summed over K in the same
-order, in `K / SPLITS` consecutive columns a part, whatever the number of rows. The parts are added by the kernel that reads them
-(add_norm.py, place.py), in order, so no program waits for another.
+order, in as many parts as the weight's shape says, whatever the number of rows. The kernel that reads the parts adds them in
+order (add_norm.py, place.py), so no program waits for another.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
