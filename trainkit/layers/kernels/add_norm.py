@@ -1,6 +1,6 @@
 """The residual stream between two matrix products: adds the partial sums of the last one, then the RMS norm for the next."""
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # M rows  D hidden  K partial sums
 
 from __future__ import annotations

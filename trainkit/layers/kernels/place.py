@@ -1,6 +1,6 @@
 """What lies between the fused projection and attention: bias, norms of the heads, rotation, and the writes to the cache."""
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # B batch  T positions  M rows, B * T  N columns, (H + 2G) * E  K partial sums  H query heads  G key-value heads  E head width
 # S cache slots or positions of the rotary table
 
