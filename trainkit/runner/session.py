@@ -248,6 +248,9 @@ class Session:
         for index, row in enumerate(self._rows):
             if row.request is not None and row.request.finish:
                 row.end = self._bound(row)
+                if row.request.error:  # NaN in a cache would reach later texts even through masked slots
+                    self._state.rows(index, index + 1).map(Tensor.zero_).position_B.fill_(1)
+                    row.text, row.end = None, 1
                 row.request = row.prompt_T = None
                 self._state.done_B[index].fill_(True)
 
