@@ -148,14 +148,26 @@ class Chunk:
         tokens_BT: Token ids.
         next_BT: The token that follows each; after the last token of a prompt that is the first root.
         positions_BT: Absolute positions, consecutive. The first is 0 at the start of a text; otherwise the chunk continues
-            where the last one, or the last `commit`, ended. Either all rows start at 0 or none.
+            where the last one, or the last `commit` or `resume`, ended.
         taps_BTAD: The target's hidden states there, as named by `Drafter.taps`; None if it names none.
+        continues: Whether the rows have read text before: then no row starts at 0, otherwise all do.
+        counts_B: Number of tokens of each row, at least 1, where rows differ: what follows is padding, whose cache entries are
+            written again before they are read. None if there is none; always None for kinds that are not `resumable`.
     """
 
     tokens_BT: Tensor
     next_BT: Tensor
     positions_BT: Tensor
     taps_BTAD: Tensor | None = None
+    continues: bool = False
+    counts_B: Tensor | None = None
+
+    def last(self, values: Tensor) -> Tensor:
+        """[B, 1, ...]: the entry of `values` [B, T, ...] at the last token of each row."""
+        if self.counts_B is None:
+            return values[:, -1:]
+        index = (self.counts_B - 1).view(-1, *[1] * (values.dim() - 1))
+        return values.gather(1, index.expand(-1, 1, *values.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,8 @@ class Drafter(nn.Module, ABC):
             layers; the last index, also -1, is after the final norm); () for none.
         default_tree: Rank paths of the tree that it drafts if none is requested; None for a chain. A bundle may recommend
             another.
+        resumable: `prefill` may begin at any position of a row that has read the same text up to there, also after it read
+            more, drafted and committed: whatever lies above is then never read again. The runner calls `resume` before.
         max_depth: Maximum number of levels it can draft; None for no limit.
         max_width: Maximum number of nodes it can expand on one level; None for no limit.
         ids_K: Token ids it may propose, ascending; None for all.
@@ -291,6 +305,7 @@ class Drafter(nn.Module, ABC):
     names_target: ClassVar[frozenset[str]] = frozenset()
     target_name: str | None = None
     taps: tuple[int, ...] = ()
+    resumable: ClassVar[bool] = False
     max_depth: int | None = None
     max_width: int | None = None
     default_tree: tuple[tuple[int, ...], ...] | None = None
@@ -332,6 +347,12 @@ class Drafter(nn.Module, ABC):
 
         Reading tokens later must leave the state that drafting would have left. Unlike `step` and `commit` it is never captured
         in a CUDA graph.
+        """
+
+    def resume(self, state: State, previous_B1: Tensor) -> None:
+        """Takes rows back to a position of their text; `previous_B1` are the tokens before it, and `prefill` continues there.
+
+        For `resumable` kinds that keep more of the text before a position than their cache does.
         """
 
     @abstractmethod
