@@ -236,6 +236,10 @@ class Attention(nn.Module):
 
 def move_slots(cache_BLGSE: Tensor, from_BP: Tensor, to_B: Tensor) -> None:
     """Copies cache slots `from_BP` to `to_B`, `to_B` + 1, ..., which compacts an accepted path; the ranges may overlap."""
+    if kernels.available(cache_BLGSE):
+        from trainkit.layers.kernels.move import move_slots as move_in_kernel
+
+        return move_in_kernel(cache_BLGSE, from_BP, to_B)
     B, L, G, _, E = cache_BLGSE.shape
     index = from_BP[:, None, None, :, None].expand(B, L, G, from_BP.shape[1], E)
     path = cache_BLGSE.gather(3, index)

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trainkit.drafters.base import Accepted, Chunk, Drafter, State, TargetHandle
 from trainkit.layers.attention import move_slots
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.kernels import available
 from trainkit.layers.visible import Visible
 from trainkit.runner.sampling import CHOICE, Mixed, Noise, RowSampling, Sampling
 from trainkit.runner.trees.shape import Draft, Shape, Steps
@@ -130,6 +131,12 @@ class Plan:
     can_pause: bool = False
     plain: bool = False
 
+    @property
+    def filters(self) -> bool:
+        """Whether any row has a top-k or top-p."""
+        sampling = self.sampling
+        return sampling.filters if isinstance(sampling, Mixed) else sampling.top_k > 0 or sampling.top_p < 1
+
 
 @dataclass(frozen=True)
 class RoundOutput:
@@ -237,16 +244,19 @@ class Rounds:
         logits, taps = self.evaluate(verified, state, span)
         evaluated = perf_counter()
         # Step 3: accept the longest path that the rule allows; nothing in rows whose text has ended.
-        scores = self.sampling(plan, state).process(logits)
-        verdict = rule.verify(draft, scores, noise, state.keys_B2, state.position_B)
-        counts_B = verdict.counts_B.clamp(max=1) if plan.plain else verdict.counts_B
-        verdict = replace(verdict, counts_B=counts_B.masked_fill(state.done_B, 0))
-        if plan.observe is not None:
-            plan.observe(Trace(verified, scores, verdict, state.keys_B2.clone(), state.position_B.clone()))
+        if rule.chooses_by_score and not plan.filters and plan.observe is None and available(logits):
+            verdict, logprobs = self._verify_by_kernels(plan, state, draft, logits)
+        else:
+            scores = self.sampling(plan, state).process(logits)
+            verdict = rule.verify(draft, scores, noise, state.keys_B2, state.position_B)
+            counts_B = verdict.counts_B.clamp(max=1) if plan.plain else verdict.counts_B
+            verdict = replace(verdict, counts_B=counts_B.masked_fill(state.done_B, 0))
+            if plan.observe is not None:
+                plan.observe(Trace(verified, scores, verdict, state.keys_B2.clone(), state.position_B.clone()))
+            logprobs = _logprobs(verdict.along_path(logits), verdict.emitted_BP) if plan.logprobs else None
         # Step 4: commit the path to both caches; its last token is the next root.
         self._commit_caches(plan, state, verified, verdict, taps, span)
         self._move_root(state, verdict)
-        logprobs = _logprobs(verdict.along_path(logits), verdict.emitted_BP) if plan.logprobs else None
         self.seconds["draft"] += drafted - started
         self.seconds["target"] += evaluated - drafted
         self.seconds["verify"] += perf_counter() - evaluated
@@ -326,6 +336,27 @@ class Rounds:
             return logits, taps
         return packing.pad(logits), None if taps is None else packing.pad(taps)
 
+    def _verify_by_kernels(
+        self, plan: Plan, state: RoundState, draft: Draft, logits_BNV: Tensor
+    ) -> tuple[Verdict, Tensor | None]:
+        """What `Coupled` accepts, without tensors of scores and noise, and the log-probabilities of its tokens on request."""
+        from trainkit.layers.kernels.choose import choose
+        from trainkit.layers.kernels.walk import walk
+
+        temperature_B = state.temperature_B
+        if isinstance(plan.sampling, Sampling):
+            temperature_B = torch.full_like(temperature_B, plan.sampling.temperature)
+        positions_BN = state.position_B[:, None] + 1 + draft.topology.depths_BN
+        chosen_BN, logprobs_BN = choose(
+            logits_BNV, temperature_B, state.keys_B2, positions_BN, plan.verification.stream, plan.logprobs
+        )
+        chosen_BN.clamp_(min=0)  # after an overflow a token as good as any
+        parents_BN = None if draft.shape.is_chain else draft.topology.parents_BN
+        lengths_B = None if draft.packing is None else draft.packing.lengths_B
+        fields = walk(chosen_BN, draft.tokens_BN, parents_BN, state.done_B, draft.shape.depth, lengths_B, plan.plain)
+        verdict = Verdict(*fields)
+        return verdict, None if logprobs_BN is None else verdict.along_path(logprobs_BN)
+
     def _commit_caches(
         self, plan: Plan, state: RoundState, draft: Draft, verdict: Verdict, taps: Tensor | None, span: int
     ) -> None:
@@ -348,6 +379,11 @@ class Rounds:
 
     def _move_root(self, state: RoundState, verdict: Verdict) -> None:
         """Makes the last emitted token the root, and marks the rows whose text has ended."""
+        if available(state.cache):
+            from trainkit.layers.kernels.walk import move_root
+
+            text = (state.limit_B, state.ignore_end_B, state.token_B, state.position_B, state.done_B)
+            return move_root(verdict.emitted_BP, verdict.counts_B, self.end_ids, *text)
         emitted, counts = verdict.emitted_BP, verdict.counts_B
         last = emitted.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         state.token_B.copy_(torch.where(counts > 0, last, state.token_B))

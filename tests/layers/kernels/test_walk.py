@@ -126,9 +126,10 @@ def test_move_root_equals_the_rounds_own(ends, seed):
         "token_B": torch.randint(0, 12, (B,), device=DEVICE),
         "position_B": position,
         "limit_B": position + torch.randint(1, 2 * P, (B,), device=DEVICE),
+        "ignore_end_B": torch.rand(B, device=DEVICE) < 0.3,
         "done_B": torch.rand(B, device=DEVICE) < 0.2,
     }
     ours = {name: value.clone() for name, value in state.items()}
-    Rounds._move_root(SimpleNamespace(end_ids=end_ids), SimpleNamespace(**state), Verdict(None, counts, emitted))
+    Rounds._move_root(SimpleNamespace(end_ids=end_ids), SimpleNamespace(cache=emitted, **state), Verdict(None, counts, emitted))
     move_root(emitted, counts, end_ids, **ours)
     assert_same(ours.values(), state.values())

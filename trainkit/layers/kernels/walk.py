@@ -77,7 +77,7 @@ def _walk_tree(
 
 @triton.jit
 def _move_root(
-    emitted, counts, ends, limits, token, position, done, P, I, emitted_stride, WIDTH: tl.constexpr, ENDS: tl.constexpr
+    emitted, counts, ends, limits, endless, token, position, done, P, I, emitted_stride, WIDTH: tl.constexpr, ENDS: tl.constexpr
 ):
     b = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + b)
@@ -89,7 +89,7 @@ def _move_root(
         tl.store(token + b, tl.load(emitted + b * emitted_stride + count - 1))
     moved = tl.load(position + b) + count
     tl.store(position + b, moved)
-    if (ended > 0) | (moved + 1 >= tl.load(limits + b)):
+    if ((ended > 0) & (tl.load(endless + b) == 0)) | (moved + 1 >= tl.load(limits + b)):
         tl.store(done + b, 1)
 
 
@@ -162,21 +162,26 @@ def move_root(
     counts_B: Tensor,
     end_ids_I: Tensor,
     limit_B: Tensor,
+    ignore_end_B: Tensor,
     token_B: Tensor,
     position_B: Tensor,
     done_B: Tensor,
 ) -> None:
     """Makes the last emitted token the root, in `token_B` and `position_B`, and marks the rows whose text has ended.
 
-    A text ends with a token of `end_ids_I`, or when it has `limit_B` tokens. A row with a count of 0 keeps its root.
+    A text ends with a token of `end_ids_I`, unless `ignore_end_B`, or when it has `limit_B` tokens. A row with a count of 0
+    keeps its root.
     """
     (B, P), I = emitted_BP.shape, len(end_ids_I)
-    assert emitted_BP.stride(1) == 1 and all(x.is_contiguous() for x in (counts_B, limit_B, token_B, position_B, done_B))
+    assert emitted_BP.stride(1) == 1 and all(
+        x.is_contiguous() for x in (counts_B, limit_B, ignore_end_B, token_B, position_B, done_B)
+    )
     _move_root[(B,)](
         emitted_BP,
         counts_B,
         end_ids_I,
         limit_B,
+        ignore_end_B,
         token_B,
         position_B,
         done_B,
