@@ -20,6 +20,9 @@ from trainkit.runner.timing import synchronize
 SPLIT_CACHE_BYTES = 1 << 30
 """Largest size of the target's cache with rows for the longest text; otherwise long texts are decoded after the others."""
 
+DRAFT_SLOTS = 192
+"""On a GPU every row has so many slots beside its text's, enough for the usual drafts, so that caches have few sizes."""
+
 
 class Scheduler:
     """Decodes texts over at most `max_batch` rows.
@@ -118,9 +121,16 @@ class Scheduler:
         """Decodes texts of at most `longest` tokens in `batch` rows; yields as `decode` does."""
         if self.graphs is not None and self.grow:  # few sizes, because graphs are captured again for each size
             longest = min(max(256, 1 << (longest - 1).bit_length()), self.max_len)
-        state = self.state(batch, slots_needed(longest, plan, self.lag), plan.can_pause)
-        options = {"state": state, "lag": self.lag, "prefill": None, "fetch": self.fetch}
-        session = Session(self.rounds, batch, longest, plan, self.graphs, **options)
+        slots, options = slots_needed(longest, plan, self.lag), {"lag": self.lag, "prefill": None, "fetch": self.fetch}
+        if self.device.type == "cuda":
+            # In 16 bits a text is, bit for bit, that of plain decoding: attention's sums depend on the size of the cache, and a
+            # prompt's on the rows that one call reads, so neither may depend on what is drafted.
+            slots = max(slots, longest + DRAFT_SLOTS)
+            if self.rounds.target.embed.weight.itemsize == 2:
+                options |= {"together": 1, "sharing": False}
+        session = Session(
+            self.rounds, batch, longest, plan, self.graphs, state=self.state(batch, slots, plan.can_pause), **options
+        )
         for request in requests:
             session.submit(request)
         while not session.idle:
