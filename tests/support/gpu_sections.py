@@ -11,9 +11,10 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -146,34 +147,39 @@ def machine(table: Table) -> None:
 def tests(table: Table) -> None:
     """Tests marked `gpu`, and the kernels' tests, compiled for the GPU."""
     workers = ["-n", str(table.arguments.workers)] if table.arguments.workers else []
-    folders = table.arguments.tests
-    runs = [("-m", "gpu", *folders)]
-    if folders == ["tests"] and not table.small:
+    runs = [("-m", "gpu", *table.arguments.tests)]
+    if table.arguments.tests == ["tests"] and not table.small:
         runs.append(("-m", "not gpu and not slow", "tests/layers/kernels", "tests/layers/test_fused.py"))
     table.begin("", "file", "passed", "failed", "skipped")
-    for selection in runs:
-        with TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "--junitxml", str(report)]
-            process = subprocess.run([*command, *selection], cwd=ROOT, capture_output=True, text=True)
-            if not report.is_file():
-                table.row(f"pytest ended with {process.returncode}: {process.stdout[-500:]}", "", "", "")
+    with TemporaryDirectory() as folder:
+        base = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers]
+        reports = [Path(folder) / f"{index}.xml" for index in range(len(runs))]
+        with ExitStack() as stack:  # all at once: kernels are compiled while others run
+            for selection, report in zip(runs, reports, strict=True):
+                command = [*base, "--junitxml", str(report), *selection]
+                stack.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        for report, selection in zip(reports, runs, strict=True):
+            if report.is_file():
+                _outcomes(table, list(ElementTree.parse(report).iter("testcase")))
+            else:
+                table.row(f"pytest {' '.join(selection)} wrote no report", "", "", "")
                 table.fail()
-                continue
-            cases = list(ElementTree.parse(report).iter("testcase"))
-        counts: dict[str, dict[str, int]] = {}
-        for case in cases:
-            outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-            kind = "passed" if outcome is None else outcome.tag
-            row = counts.setdefault(case.get("classname", ""), {})
-            row[kind] = row.get(kind, 0) + 1
-            if outcome is not None and kind != "skipped":
-                table.fail()
-                reason = (outcome.get("message") or "").replace("\n", " ").replace("|", "/")[:300]
-                table.row(f"FAILED {case.get('classname')}::{case.get('name')}: {reason}", "", 1, "")
-        for file, row in sorted(counts.items()):
-            passed, skipped = row.get("passed", 0), row.get("skipped", 0)
-            table.row(file, passed, sum(row.values()) - passed - skipped, skipped)
+
+
+def _outcomes(table: Table, cases: Sequence[ElementTree.Element]) -> None:
+    counts: dict[str, dict[str, int]] = {}
+    for case in cases:
+        outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        kind = "passed" if outcome is None else outcome.tag
+        row = counts.setdefault(case.get("classname", ""), {})
+        row[kind] = row.get(kind, 0) + 1
+        if outcome is not None and kind != "skipped":
+            table.fail()
+            reason = (outcome.get("message") or "").replace("\n", " ").replace("|", "/")[:300]
+            table.row(f"FAILED {case.get('classname')}::{case.get('name')}: {reason}", "", 1, "")
+    for file, row in sorted(counts.items()):
+        passed, skipped = row.get("passed", 0), row.get("skipped", 0)
+        table.row(file, passed, sum(row.values()) - passed - skipped, skipped)
 
 
 def lossless(table: Table) -> None:
@@ -184,25 +190,16 @@ def lossless(table: Table) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(500, (10 + 7 * i,), generator=generator).tolist() for i in range(2 if table.small else 24)]
     table.begin("", "temperature", "depth", "batch", "equal texts", "of", "tau")
-    tokens = 8 if table.small else 96
     for temperature in (0.0, 1.0):
-        options = {"max_new_tokens": tokens, "temperature": temperature, "seed": 1, "ignore_end": True}
+        options = {"max_new_tokens": 8 if table.small else 96, "temperature": temperature, "seed": 1, "ignore_end": True}
         plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
-        for depth in (3, 4):
-            for batch in (1, 3, 6):
-                texts = [runner.generate(prompts[i : i + batch], depth=depth, **options) for i in range(0, len(prompts), batch)]
-                if temperature:  # draws are numbered by the call: plain decoding of the same calls
-                    plain = [
-                        out.tokens
-                        for i in range(0, len(prompts), batch)
-                        for out in runner.generate(prompts[i : i + batch], depth=0, **options)
-                    ]
-                outs = [out for call in texts for out in call]
-                equal = sum(out.tokens == expected for out, expected in zip(outs, plain, strict=True))
-                tau = runner.last.tau if outs else 0.0
-                table.row(temperature, depth, batch, equal, len(plain), f"{tau:.2f}")
-                if equal < len(plain):
-                    table.fail()
+        for depth, batch in ((4, 1), (3, 3), (4, 6)):
+            runner.scheduler.max_batch = batch
+            outs = runner.generate(prompts, depth=depth, **options)
+            equal = sum(out.tokens == expected for out, expected in zip(outs, plain, strict=True))
+            table.row(temperature, depth, batch, equal, len(plain), f"{runner.last.tau:.2f}")
+            if equal < len(plain):
+                table.fail()
 
 
 def rounds(table: Table) -> None:
@@ -218,7 +215,7 @@ def rounds(table: Table) -> None:
         "share = bytes of weights and live keys / time / copies",
         *("batch", "context", "nodes", "ms", "share of copies", "x 1 node", "without dependent launch"),
     )
-    contexts, sizes = ((64,), (1, 4)) if table.small else ((512, 2048, 8000), (1, 4, 8, 16, 32, 64))
+    contexts, sizes = ((64,), (1, 4)) if table.small else ((512, 2048, 8000), (1, 5, 16, 32, 64))
     one: dict[tuple[int, int], float] = {}
     cases = [(1, context, size) for context in contexts for size in sizes]
     cases += [] if table.small else [(8, 512, 1), (8, 512, 4), (64, 512, 1), (8, 2048, 1)]
@@ -239,7 +236,7 @@ def _round(table: Table, target: Any, batch: int, context: int, size: int) -> li
     from trainkit.runner import Runner
 
     times = list[float]()
-    for dependent in (True, False) if table.device.type == "cuda" else (True,):
+    for dependent in (True, False) if table.device.type == "cuda" and size == 1 else (True,):
         with _dependent_launch(dependent):
             runner = Runner(target, None, TargetShape(target.shape), None, batch, context + 96)
             prompts = [torch.randint(500, (context,)).tolist()] * batch
@@ -395,8 +392,12 @@ def _library_attention(rows: Tensor, layers: Sequence[Tensor], stop: int, bias: 
 
 def drafters(table: Table) -> None:
     """Tokens per second of whole decoding with a scripted drafter of each kind."""
-    runs = [{"depths": "[3,5]", "synthetic_tau": 3.4}, {"synthetic_drafters": "[eagle]", "trees": "true", "synthetic_tau": 4.0}]
-    for flags in runs[:1]:
+    trees = json.dumps([_tree(16), _tree(32)])
+    runs: list[dict[str, Any]] = [
+        {"depths": "[3,5]", "synthetic_tau": 3.4},
+        {"depths": "[5]", "synthetic_kinds": "eagle", "synthetic_tau": 4.0, "trees": trees},
+    ]
+    for index, run in enumerate(runs):
         with TemporaryDirectory() as folder:
             file = Path(folder) / "bench.json"
             flags = {
@@ -408,9 +409,9 @@ def drafters(table: Table) -> None:
                 "repeats": 3,
                 "limit": 2,
                 "prompt_length": 32 if table.small else 512,
-                "max_seconds": max(10.0, table.left - 10),
+                "max_seconds": max(10.0, table.left / (len(runs) - index) - 10),
                 "json": file,
-                **flags,
+                **run,
             }
             command = [
                 sys.executable,
@@ -421,7 +422,7 @@ def drafters(table: Table) -> None:
             ]
             process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             columns = ("decoding", "tokens/s", "x plain", "bandwidth", "tau", "efficiency", "of byte ceiling", "identical")
-            table.begin(" ".join(f"--{k} {v}" for k, v in flags.items() if k != "json"), *columns)
+            table.begin(" ".join(f"--{k} {v}" for k, v in flags.items() if k not in ("json", "trees")), *columns)
             if not file.is_file():
                 table.row(f"bench ended with {process.returncode}: {process.stderr[-800:]}")
                 table.fail()
@@ -435,6 +436,49 @@ def drafters(table: Table) -> None:
                 share = f"{method['bandwidth']['share']:.0%}" if method.get("bandwidth") else "-"
                 rate = method["tokens_per_second"]["median"]
                 table.row(method["name"], f"{rate:.1f}", f"{method['x_plain']:.2f}", share, *draft, same)
+
+
+def _tree(nodes: int, depth: int = 5, width: int = 3) -> list[list[int]]:
+    """Rank paths of a tree of so many nodes, the root included: those with the smallest length plus twice their ranks."""
+    paths = [path for length in range(1, depth + 1) for path in product(range(width), repeat=length)]
+    best = sorted(paths, key=lambda path: (len(path) + 2 * sum(path), path))[: nodes - 1]
+    return [list(path) for path in sorted(best, key=lambda path: (len(path), path))]
+
+
+def transformers(table: Table) -> None:
+    """`generate` of transformers with a static cache, which compiles the forward, at the target's sizes with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trainkit.eval.bench.synthetic import SHAPES
+
+    shape, context, new = SHAPES[table.arguments.shape], (32 if table.small else 2048), (8 if table.small else 128)
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_positions,
+        tie_word_embeddings=shape.tied,
+    )
+    torch.set_default_dtype(torch.float32 if table.small else table.dtype)
+    with table.device:
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    ids = torch.randint(500, (1, context), device=table.device)
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    table.begin(f"context {context}, {new} new tokens; early calls compile", "call", "seconds", "ms a token without prefill")
+    with torch.inference_mode():
+        prefill = milliseconds(lambda: model(ids), table.device, 3)
+        for call in range(4):
+            began = perf_counter()
+            model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **options)
+            if table.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = perf_counter() - began
+            table.row(call + 1, f"{seconds:.2f}", f"{(seconds * 1e3 - prefill) / new:.2f}")
 
 
 def losses(table: Table) -> None:
@@ -517,6 +561,7 @@ SECTIONS = (
     Section("profile", "Kernels of a plain round at 2,048 tokens", 30, 10, profile),
     Section("kernels", "Matrix products", 70, 15, kernels),
     Section("attention", "Attention", 30, 10, attention),
-    Section("drafters", "Decoding with scripted drafters", 80, 30, drafters),
+    Section("drafters", "Decoding with scripted drafters", 90, 30, drafters),
+    Section("transformers", "transformers with a static cache, compiled", 150, 40, transformers),
     Section("losses", "Losses", 30, 15, losses),
 )

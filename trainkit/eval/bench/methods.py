@@ -133,7 +133,7 @@ def _add_trainkit(setup: BenchSetup, arguments: BenchArguments, prepare: Prepare
         ]
     # reserve all positions now: a rotary table that grows later invalidates the graphs of the other runners that share it
     slots = max((max(len(method.paths), method.depth) + 3 * method.depth for method in setup.methods), default=0)
-    setup.runner.rounds.target.reserve_positions(setup.runner.max_len + slots + 128)
+    setup.runner.rounds.target.reserve_positions(setup.runner.max_len + slots + 256)
 
 
 def _trees(setup: BenchSetup, arguments: BenchArguments, name: str) -> list[tuple[RankPath, ...]]:

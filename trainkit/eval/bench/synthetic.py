@@ -2,8 +2,8 @@
 
 A scripted drafter runs the network of a drafter kind at every level, keeps that kind's state, and is verified and committed
 like any drafter. Only the token choice is not the network's: it proposes the target's greedy continuation, which is known in
-advance, for as many levels as the script accepts in that round, and then a wrong token. It is not a drafter kind: it cannot be
-trained or exported.
+advance, for as many levels as the script accepts in that round, and then a wrong token. In a tree these are the first children;
+the others are wrong. It is not a drafter kind: it cannot be trained or exported.
 """
 
 # B batch  F frontier nodes  V vocabulary  R rounds of the script  S positions of the text
@@ -139,7 +139,6 @@ class ScriptedDrafter(Drafter):
         return StepOutput(logits_BFV, None, out.hidden_BFD)
 
     def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
-        assert accepted.path_BP is None, "a script is a chain"
         self.inner.commit(state, accepted, handle, span)
         state["round"].add_(accepted.counts_B > 0)
 

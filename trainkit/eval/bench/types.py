@@ -94,7 +94,7 @@ class BenchArguments:
             raise UserError(
                 "max_len: leaves out long prompts, but synthetic prompts all have the same length; set prompt_length"
             )
-        if self.trees and not self.drafters:
+        if self.trees and not (self.drafters or self.synthetic):
             raise UserError("trees: only a drafter can draft them; add --drafter")
         if self.policies and not (self.drafters or self.synthetic):
             raise UserError("policy: needs a --drafter whose depth it chooses")
