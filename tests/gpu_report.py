@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ def main() -> int:
         print("no CUDA device on this machine: nothing to report")
         return 0
     began, results = perf_counter(), list[dict[str, Any]]()
+    for stop in (signal.SIGTERM, signal.SIGINT):  # the report ends with what it has
+        signal.signal(stop, signal.default_int_handler)
     for section in SECTIONS:
         if arguments.only and section.name not in arguments.only:
             continue
@@ -82,10 +85,12 @@ def _section(section: Section, seconds: float, arguments: argparse.Namespace) ->
                 output, _ = process.communicate(timeout=seconds)
                 if process.returncode:
                     state = f"ended with {process.returncode}: {output[-1500:]}"
-            except subprocess.TimeoutExpired:
+            except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
                 process.kill()
                 process.communicate()
-                state = f"stopped after {seconds:.0f} s"
+                if isinstance(stop, KeyboardInterrupt):
+                    arguments.seconds = 0  # no further sections
+                state = f"stopped after {perf_counter() - began:.0f} s"
         tables = json.loads(results.read_text()) if results.is_file() else {"failed": True, "tables": []}
     took = perf_counter() - began
     failed = bool(tables["failed"] or state.startswith("ended"))

@@ -43,3 +43,16 @@ def test_kernels_are_chosen_by_device_dtype_and_size(monkeypatch):
         assert chosen(T=128) and chosen(head_dim=80)
         assert not any((chosen(dtype=torch.float64), chosen(T=129), chosen(head_dim=512), chosen(biased=True)))
     assert not chosen()
+
+
+def test_attend_takes_any_strides_of_the_library(monkeypatch, seed):
+    """On a GPU the library's output may have its rows before its heads."""
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    bias = torch.zeros(2, 1, 6, 9)
+    expected, plain = attend(q, k, v, bias), torch.nn.functional.scaled_dot_product_attention
+
+    def strided(*tensors, **options):
+        return plain(*tensors, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", strided)
+    assert torch.equal(attend(q, k, v, bias), expected)

@@ -11,7 +11,7 @@ from trainkit.layers import kernels
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
 from trainkit.layers.visible import Visible
-from trainkit.runner import DynamicTree
+from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.sampling import Sampling
 
 ON_GPU = torch.cuda.is_available()
@@ -67,12 +67,16 @@ def test_decoder_in_kernels_equals_pytorch(more, packed, monkeypatch, seed):
 def test_runner_in_kernels_decodes_the_same(shaped, monkeypatch, seed):
     """In float32 the texts are those of PyTorch's layers, whatever is drafted."""
     shape = replace(SHAPE, head_dim=16, num_layers=1)
-    runner, prompts = pair(shape, max_batch=2, ends=(), max_len=24), [[3], [5, 9, 2]]
+    base, prompts = pair(shape, max_batch=2, ends=(), max_len=24), [[3], [5, 9, 2]]
+    assert base.drafter is not None
+    runner = Runner(base.rounds.target.to(DEVICE), base.drafter.to(DEVICE), base.shape, None, 2, 24, capture=False)
     options = {"max_new_tokens": 4, "temperature": 0.7, "seed": seed} | shaped
-    expected = [out.tokens for out in runner.generate(prompts, **options)]
-    monkeypatch.setattr(kernels, "INTERPRET", True)
-    texts = [out.tokens for out in runner.generate(prompts, **options)]
-    monkeypatch.setattr(kernels, "INTERPRET", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "available", lambda like: False)
+        expected = [out.tokens for out in runner.generate(prompts, **options)]
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "INTERPRET", True)
+        texts = [out.tokens for out in runner.generate(prompts, **options)]
     assert_few(compare(runner.rounds.target, prompts, texts, expected, Sampling(0.7), seed), 8)
 
 
@@ -122,11 +126,12 @@ def test_eagle_layer_in_kernels_equals_pytorch(monkeypatch, seed):
     from trainkit.layers.blocks import DecoderLayer
 
     shape = replace(WIDE, hidden_size=64)
-    rotary, x = Rotary(shape), torch.randn(2, 3, 64)
+    rotary, x = Rotary(shape), torch.randn(2, 3, 64, device=DEVICE)
     rotary.reserve(40, x)
-    positions = torch.tensor([4, 9])[:, None] + torch.arange(3)
-    for layer, inputs in ((EagleLayer(shape), (torch.randn(2, 3, 64), x)), (DecoderLayer(shape), (x,))):
-        results, before = [], torch.randn(2, 4, 40, 16)
+    positions = torch.tensor([4, 9], device=DEVICE)[:, None] + torch.arange(3, device=DEVICE)
+    embedded = torch.randn_like(x)
+    for layer, inputs in ((EagleLayer(shape).to(DEVICE), (embedded, x)), (DecoderLayer(shape).to(DEVICE), (x,))):
+        results, before = [], torch.randn(2, 4, 40, 16, device=DEVICE)
         for wanted in (True, False):
             monkeypatch.setattr(kernels, "available", lambda like, wanted=wanted: wanted)
             cache = before.clone()

@@ -110,7 +110,9 @@ CALLS = {
     "walk: plain": lambda: call_walk(5, None, plain=True),
     "walk: static tree": lambda: call_walk(16, 1),
     "walk: dynamic tree": lambda: call_walk(64, 2),
-    "move_root": lambda: move_root(meta(2, 6), meta(2), meta(3), meta(2), meta(2), meta(2), meta(2, dtype=torch.bool)),
+    "move_root": lambda: move_root(
+        meta(2, 6), meta(2), meta(3), meta(2), meta(2, dtype=torch.bool), meta(2), meta(2), meta(2, dtype=torch.bool)
+    ),
     "move_slots": lambda: call_move(6, 128),
     "move_slots: 64 of 80": lambda: call_move(64, 80),
 }

@@ -99,6 +99,7 @@ def test_sizes_that_the_kernel_does_not_cover_are_told():
     assert supports(torch.empty(4, 576, dtype=torch.bfloat16)) and not supports(torch.empty(4, 96, dtype=torch.bfloat16))
     assert not supports(torch.empty(4, 576))
     assert block_k(14336) == 256 and block_k(576) == 64
-    assert [splits(N, K, 256) for N, K in ((6144, 4096), (4096, 4096), (4096, 14336), (128256, 4096))] == [2, 2, 2, 1]
+    assert [splits(N, K) for N, K in ((6144, 4096), (4096, 4096), (4096, 14336), (128256, 4096))] == [2, 2, 2, 1]
+    assert splits(4096, 14336, "int8") == 4 and splits(57344, 4096, silu=True) == 1
     with pytest.raises(ValueError, match="not a multiple of 128"):
         pack(torch.empty(2, 192), "int4")

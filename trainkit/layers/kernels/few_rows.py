@@ -21,11 +21,13 @@ from trainkit.layers.packed import VALUES, Packed, plane
 
 MAX_ROWS = 32
 """More rows than this take a library less time."""
-PROGRAMS = 256
-"""Programs that keep the memory of a large GPU busy; `splits` aims at no fewer."""
 BLOCK_N = 32
 WARPS, PACKED_WARPS = 4, 2
 """With 4 warps two share each row of weights, which is cheap to read twice, but not to unpack twice."""
+PROGRAMS, PACKED_PROGRAMS = 256, 512
+"""Programs that keep the memory of a large GPU busy; `splits` aims at no fewer."""
+BALANCED = 264
+"""Programs of which each of the 132 multiprocessors of a large GPU should get two, where a third would fit on some."""
 
 
 @triton.jit
@@ -138,10 +140,10 @@ def few_rows_kernel(
         tl.store(out, sum_NM, mask=real_M[None, :] & real_N[:, None])
 
 
-def splits(N: int, K: int, block_k: int, silu: bool = False) -> int:
+def splits(N: int, K: int, kind: str = "dense", silu: bool = False) -> int:
     """Number of parts of the sum over K: the smallest power of two that makes `PROGRAMS` programs, from the shape alone."""
-    count = 1
-    while not silu and count < 8 and triton.cdiv(N, BLOCK_N) * count < PROGRAMS and K % (2 * count * block_k) == 0:
+    count, step, programs = 1, block_k(K, kind), PROGRAMS if kind == "dense" else PACKED_PROGRAMS
+    while not silu and count < 8 and triton.cdiv(N, BLOCK_N) * count < programs and K % (2 * count * step) == 0:
         count *= 2
     return count
 
@@ -173,7 +175,7 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
     kind = weight.kind if isinstance(weight, Packed) else "dense"
     values, scale = (weight.words, weight.scale) if isinstance(weight, Packed) else (weight, None)
     size = block_k(K, kind)
-    parts = splits(N, K, size, silu)
+    parts = splits(N, K, kind, silu)
     # lines of 128 bytes of a row that are prefetched: those of the first steps, as many as are in flight later
     row_bytes = values.shape[1] * values.element_size() // parts
     ahead = min(16, 1 << max(1, row_bytes // 128).bit_length() - 1)
@@ -201,8 +203,7 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
         DENSITY=K // values.shape[1],
         AHEAD=ahead,
         num_warps=WARPS if kind == "dense" else PACKED_WARPS,
-        # two programs on each of the 132 multiprocessors of a large GPU are balanced, where a third would fit on some
-        num_stages=5 if grid[0] * grid[1] <= 264 and M <= 16 else 4,
+        num_stages=5 if grid[0] * grid[1] <= BALANCED and M <= 16 else 4,
         **dependent_launch(x_MK.device),
     )
     return out
@@ -213,7 +214,7 @@ def few_rows_eager(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) ->
     K = x_MK.shape[1]
     kind = weight.kind if isinstance(weight, Packed) else "dense"
     w_NK = (weight.dense(torch.float32) if isinstance(weight, Packed) else weight).float()
-    parts = splits(len(w_NK), K, block_k(K, kind), silu)
+    parts = splits(len(w_NK), K, kind, silu)
     parts_SMN = torch.stack([x.float() @ w.T for x, w in zip(x_MK.chunk(parts, 1), w_NK.chunk(parts, 1), strict=True)])
     if not silu:
         return parts_SMN
