@@ -16,13 +16,14 @@ from typing import Literal
 MAX_DEPTH = 10
 """Largest number of tokens that a policy drafts in a round unless `depth` gives another."""
 
-Signal = Literal["none", "confidence", "predictor"]
-"""What a policy reads of each draft level: nothing, the draft's probability of its token, or the predicted acceptance."""
+Signal = Literal["none", "confidence", "predictor", "logistic"]
+"""What a policy reads of each draft level: nothing, the draft's probability of its token, or the acceptance that a trained
+predictor, or a model learnt while decoding, predicts."""
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round accepted; `verified`, `accepted` and each level of `chances` have an item per row whose text had not ended.
+    """What a round accepted; each list, and each level of `chances` and `features`, has an item per row that had not ended.
 
     Attributes:
         rows: Number of rows that the round decoded, those with ended texts included.
@@ -31,6 +32,7 @@ class RoundOutcome:
         accepted: Tokens accepted in each row.
         chances: For each level, the predicted probabilities that the tokens are accepted, as a captured round read them;
             otherwise empty.
+        features: For each level that was run, what the policy learns acceptance from; otherwise empty.
     """
 
     rows: int
@@ -38,6 +40,7 @@ class RoundOutcome:
     verified: Sequence[int]
     accepted: Sequence[int]
     chances: Sequence[Sequence[float]] = ()
+    features: Sequence[Sequence[float]] = ()
 
 
 class Policy:

@@ -276,5 +276,6 @@ def _outcome(output: RoundOutput, rows: int) -> RoundOutcome:
     counts = output.counts_B[:rows].tolist()
     live = [row for row, count in enumerate(counts) if count]
     verified, accepted = [output.verified(row) for row in live], [counts[row] - 1 for row in live]
-    chances = () if output.chances_BD is None else output.chances_BD[live].T.tolist()
-    return RoundOutcome(rows, output.levels, verified, accepted, chances)
+    predicted = (output.chances_BD, output.features_BD)
+    chances, features = (() if value_BD is None else value_BD[live].T.tolist() for value_BD in predicted)
+    return RoundOutcome(rows, output.levels, verified, accepted, chances, features)

@@ -25,6 +25,7 @@ from trainkit.runner.policies import cost_model as costs
 from trainkit.runner.policies.chain import PolicyChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts
+from trainkit.runner.policies.logistic import OnlineLogistic
 from trainkit.runner.policies.simple import TIERS, Recent, Threshold
 from trainkit.runner.policies.spec import PolicySpec
 from trainkit.runner.policy import Policy, RoundOutcome
@@ -32,7 +33,17 @@ from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.verify import Residual
 
-POLICIES = ["fixed", "confidence:0.3", "confidence", "predictor:0.4", "cost", "cost-blind", "ema"]
+POLICIES = [
+    "fixed",
+    "confidence:0.3",
+    "predictor:0.4",
+    "logistic",
+    "logistic:0.2",
+    "cost",
+    "cost:logistic",
+    "cost-blind",
+    "ema",
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +87,7 @@ def test_paused_draft_catches_up_exactly(temperature, seed):
     check_pauses(runner, ragged_prompts(5), 4, max_new_tokens=40, temperature=temperature, seed=seed, ignore_end=True)
 
 
-@pytest.mark.parametrize("policy", ["cost", "cost-blind", "ema", "fixed"])
+@pytest.mark.parametrize("policy", ["cost", "cost:logistic", "cost-blind", "logistic", "ema", "fixed"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_captured_rounds_use_few_depths(policy, temperature, seed):
     """With the host a round behind, as on a GPU: the text stays plain decoding's, and the depths are the tiers'."""
@@ -84,17 +95,20 @@ def test_captured_rounds_use_few_depths(policy, temperature, seed):
     runner.predictor = predicting(runner)
     prompts, options = ragged_prompts(9), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
-    runner.policies.costs(10, runner.predictor)  # as a GPU would have measured them
+    if policy == "cost":
+        runner.policies.costs(10, runner.predictor)  # as a GPU would have measured them
     replayed(runner, 1)
     if policy.startswith("cost"):
         runner.policies.costs = lambda *_: flat(0.05, 0.1)
     outs = runner.generate(prompts, policy=policy, **options)
     assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 300)
     keys = {key[0] for key in runner.scheduler.graphs.closures}
-    shared = {key for key in keys if key and isinstance(key[-1], FoldedPredictor | None)}
+    shared = {key for key in keys if key and isinstance(key[-1], FoldedPredictor | OnlineLogistic | None)}
     depths = {len(key[0] if key in shared else key) for key in keys}
     assert depths and depths <= {0, *TIERS}
-    assert bool(shared) == policy.startswith("cost") and all(0 < each <= len(paths) for paths, each, _ in shared)
+    assert bool(shared) == (policy in ("cost", "cost:logistic", "logistic")) and all(
+        0 < each <= len(paths) for paths, each, _ in shared
+    )
 
 
 @pytest.mark.gpu
@@ -467,9 +481,11 @@ def test_invalid_policy_gives_one_line(policy, options, said):
 def test_policy_names_are_parsed():
     """Policy names are parsed with their default threshold."""
     assert (
-        PolicySpec.parse("confidence") == PolicySpec("confidence", 0.6) and PolicySpec.parse("predictor:0.25").threshold == 0.25
+        PolicySpec.parse("confidence") == PolicySpec("threshold", "confidence", 0.6)
+        and PolicySpec.parse("logistic") == PolicySpec("threshold", "logistic", 0.5)
+        and PolicySpec.parse("predictor:0.25").threshold == 0.25
     )
-    assert PolicySpec.parse("cost-blind") == PolicySpec("cost-blind") != PolicySpec.parse("cost")
+    assert [PolicySpec.parse(name).signal for name in ("cost", "cost:logistic", "cost-blind")] == [None, "logistic", "none"]
 
 
 def test_predictor_does_not_depend_on_the_batch(seed):

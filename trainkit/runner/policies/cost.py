@@ -19,6 +19,7 @@ from itertools import accumulate
 from operator import mul
 
 from trainkit.runner.policies.cost_model import ChainCosts
+from trainkit.runner.policies.logistic import OnlineLogistic
 from trainkit.runner.policies.simple import TIERS
 from trainkit.runner.policy import Policy, RoundOutcome, Signal
 
@@ -115,10 +116,19 @@ class Cost(Policy):
         max_depth: Largest number of levels.
         signal: Source of each proposal's probability of being accepted; with `none`, the mean of its level is used.
         per_row: Whether tokens may stay unverified by their signal, so that rows may verify different numbers of them.
+        logistic: The model behind the signal `logistic`, which learns from the rounds.
     """
 
-    def __init__(self, costs: ChainCosts, max_depth: int, signal: Signal = "none", per_row: bool = False) -> None:
+    def __init__(
+        self,
+        costs: ChainCosts,
+        max_depth: int,
+        signal: Signal = "none",
+        per_row: bool = False,
+        logistic: OnlineLogistic | None = None,
+    ) -> None:
         super().__init__(max_depth)
+        self.logistic = logistic
         self.costs, self.signal, self.per_row = costs, signal, per_row and signal != "none"
         self.known = FadingMeans(max_depth, PRIOR)
         self.accept: list[float] = self.known.means  # of each level, given that those before it were accepted
@@ -237,6 +247,8 @@ class Cost(Policy):
         return self._draft(rows, levels) + self._packed(rows, total, longest) + self._rest(rows)
 
     def learn(self, outcome: RoundOutcome) -> None:
+        if self.logistic is not None:
+            self.logistic.learn(outcome)
         rows, live = outcome.rows, len(outcome.accepted)
         if not outcome.levels or not live:
             return
