@@ -197,9 +197,9 @@ class Scheduler:
         return output
 
     def _span(self, needed: int, state: RoundState) -> int:
-        """Number of cache slots that a round reads, at most all; one of a few sizes, so that few graphs are captured."""
-        size = -(-needed // 64) * 64 if self.graphs is None else max(256, 1 << (needed - 1).bit_length())
-        return min(size, state.cache.shape[3])
+        """Number of cache slots that a bias covers, where attention needs one; all in a graph, which serves every length."""
+        slots = state.cache.shape[3]
+        return slots if self.graphs is not None else min(-(-needed // 64) * 64, slots)
 
     def _next_round(self, plan: Plan, requests: Sequence[Request], state: RoundState) -> tuple[Plan, int | None]:
         """The plan of the next round and the largest number of levels to draft; with a policy, as deep as it decides."""
@@ -227,10 +227,10 @@ class Scheduler:
             return self.rounds(plan, state.rows(0, active), span, levels)
         batch = min(1 << (active - 1).bit_length(), len(state.done_B))
         state.done_B[active:batch].fill_(True)
-        state.position_B[active:batch].fill_(1)  # a padded row's old position may lie past this round's span
+        state.position_B[active:batch].fill_(1)  # a padded row's old position may leave no room for this tree
         view, end_key = state.rows(0, batch), self.rounds.end_key
         options = plan.sampling, plan.verification, plan.logprobs, plan.can_pause, plan.plain
-        key = (plan.shape.key, options, batch, span, end_key)
+        key = (plan.shape.key, options, batch, end_key)
         modules = [module for module in (self.rounds.target, self.rounds.drafter) if module is not None]
         tables: list[torch.Tensor] = []
 
