@@ -154,6 +154,7 @@ class Scheduler:
             ahead = (len(flight) + 1) * step
             needed = max(len(r.prompt) + len(r.tokens) for r in rows)
             span = self._span(needed + ahead + plan.shape.slots, state)
+            started = perf_counter()
             round_plan, levels = self._next_round(plan, rows, state)
             output = self._run(round_plan, state, len(rows), span, levels)
             self.rounds_run += 1
@@ -164,7 +165,12 @@ class Scheduler:
             members, fetch = flight.popleft()
             emitted = fetch()
             if plan.shape.policy is not None:
-                plan.shape.policy.learn(_outcome(emitted, len(members)))
+                outcome = _outcome(emitted, len(members), perf_counter() - started)
+                predicted, live = plan.shape.policy.predicted_seconds(outcome), [one for one in members if not one.finish]
+                plan.shape.policy.learn(outcome)
+                for request in live:
+                    request.stats.seconds += outcome.seconds / len(live)
+                    request.stats.predicted_seconds += predicted / len(live)
             for slot, request in enumerate(members):
                 if not request.finish:
                     request.take(emitted, slot, end_ids)
@@ -207,6 +213,7 @@ class Scheduler:
         if policy is None:
             return plan, None
         eager = self.graphs is None or plan.observe is not None
+        policy.cached = sum(len(request.prompt) + len(request.tokens) for request in requests) / rows
         levels, per_row = (policy.begin(rows), 0) if eager else policy.captured_size(rows)
         # After a pause the drafter reads what it missed.
         missed = max(request.missed for request in requests)
@@ -271,11 +278,11 @@ class Scheduler:
                 state.done_B[last].fill_(True)
 
 
-def _outcome(output: RoundOutput, rows: int) -> RoundOutcome:
-    """What a policy learns from a round of `rows` texts."""
+def _outcome(output: RoundOutput, rows: int, seconds: float) -> RoundOutcome:
+    """What a policy learns from a round of `rows` texts that took these seconds."""
     counts = output.counts_B[:rows].tolist()
     live = [row for row, count in enumerate(counts) if count]
     verified, accepted = [output.verified(row) for row in live], [counts[row] - 1 for row in live]
     predicted = (output.chances_BD, output.features_BD)
     chances, features = (() if value_BD is None else value_BD[live].T.tolist() for value_BD in predicted)
-    return RoundOutcome(rows, output.levels, verified, accepted, chances, features)
+    return RoundOutcome(rows, output.levels, verified, accepted, chances, features, seconds)

@@ -140,9 +140,9 @@ class Choosy(Policy):
 class Telling(PolicyChain):
     """Says which token was drafted."""
 
-    def _signal(self, made, depth):
+    def _signal(self, steps, made, depth):
         picked_B1 = made.noisy_BFK.argmax(-1)
-        return (picked_B1 == 0)[:, 0].float(), picked_B1
+        return (picked_B1 == 0)[:, 0].float(), picked_B1, None
 
 
 LIKELY_ZERO = np.array([0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3])  # the draft's law everywhere; the target's is uniform
@@ -373,7 +373,9 @@ def test_costs_are_measured_once(tmp_path, monkeypatch):
     first = runner.policies.costs(4, None)
     assert first.rows == (1, 2) and first.verify(1, 1) > 0 and first.round(1, 4, 4) > first.round(1, 0, 0)
     warm = runner.policies.costs(4, None, Sampling(0.7))  # noise takes its time
-    monkeypatch.setattr("trainkit.runner.policies.build.measure_chain_costs", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "trainkit.runner.policies.build.CostMeasurement.measure", lambda *_, **__: pytest.fail("measured again")
+    )
     assert runner.policies.costs(4, None) == first != warm == runner.policies.costs(4, None, Sampling(1.0))
 
 
@@ -422,7 +424,7 @@ def test_costs_are_measured_in_two_states_only(tmp_path, monkeypatch):
         Rounds, "new_state", lambda self, batch, *rest, **more: made.append(batch) or new_state(self, batch, *rest, **more)
     )
     pair(max_batch=2).policies.costs(6, None)
-    assert made == [1, 1, 2, 2]
+    assert made == [1, 1, 2, 2, *[1] * 6]  # then one after the other, for texts of two lengths
 
 
 def test_costs_are_robust_to_slow_repeats(seed):
@@ -442,6 +444,96 @@ def test_costs_are_robust_to_slow_repeats(seed):
         made = ChainCosts((1,), (1, 2, 3, 5), (verify,), (first,), (level,), (pack,), (pad,), (rest,), (plain_rest,))
         for depth in (1, 2, 4):
             assert made.round(1, depth, depth) / made.plain(1) == pytest.approx((sum(truth[depth]) + 0.5) / 10.5, rel=1e-6)
+
+
+def crossing(verify: float, level: float) -> ChainCosts:
+    """`flat(0.0, 0.1)` for texts of 100 tokens; each further token of a text adds these seconds to a step and to a level."""
+    return replace(flat(0.0, 0.1), length=100.0, cached_N=(verify,) * 19, level_cached=level)
+
+
+def test_costs_grow_with_cached_tokens():
+    """By hand: 50 further tokens in each of 8 texts, 0.01 and 0.001 seconds each."""
+    costs_at = crossing(0.01, 0.001).at(150.0)
+    assert costs_at.verify(8, 3) == pytest.approx(1.0 + 8 * 50 * 0.01) and costs_at.level(8) == pytest.approx(0.1 + 0.4)
+    assert costs_at.verify(1, 1) == pytest.approx(1.5) and costs_at.draft(1, 2) == pytest.approx(2 * (0.1 + 0.05))
+    assert costs_at.at(100.0).verify(8, 3) == pytest.approx(1.0) and flat(0.1).at(500.0) == flat(0.1)
+    assert crossing(0.1, 0.1).at(0.0).plain(1) > 0, "extrapolated below what was measured, still a cost"
+
+
+@pytest.mark.parametrize("is_tier", [False, True])
+def test_depth_changes_at_the_computed_length(is_tier):
+    """The second token, accepted with 0.36, pays while a level costs less than 0.36 of a plain step.
+
+    A step of 1 that grows by 0.001 and a level of 0.1 that grows by 0.004 a token cross there 260 / 3.64 = 71.4 tokens later.
+    """
+    for length, levels in ((64.0, 2), (128.0, 2), (192.0, 1), (256.0, 1)):
+        policy = Cost(crossing(0.001, 0.004), 2, signal="predictor")
+        policy.cached = length
+        if is_tier:
+            policy._gains = {(1, 1): 0.6, (2, 2): 0.96}
+            assert policy.captured_size(1) == (levels, levels)
+        else:
+            policy.known.means[:] = [0.6, 0.6]
+            policy.known.fade = lambda: None
+            assert drafted(policy, [0.6, 0.6])[0] == levels
+
+
+def test_large_batches_are_decoded_plainly_where_that_pays():
+    """With rows that cost as much as their step, one text is drafted and eight are not."""
+    costs = replace(flat(), verify_RN=(flat(0.05).verify_RN[0], flat(1.0).verify_RN[0]))
+    for rows, is_drafted in ((1, True), (8, False)):
+        policy = Cost(costs, 4)
+        for _ in range(50):
+            levels, kept = policy.captured_size(rows)
+            policy.learn(RoundOutcome(rows, levels, [kept] * rows, [kept // 2] * rows))
+        assert policy.is_paused(rows) != is_drafted
+
+
+def test_drifted_costs_are_measured_again_once(seed, monkeypatch):
+    """After 200 rounds that take 1.5 times as long as predicted, and again a first capture; then never more."""
+    policy = Cost(flat(0.05, 0.1), 4)
+
+    def rounds(factor: float) -> int:
+        for number in range(200):
+            outcome = RoundOutcome(2, 2, [2, 2], [1, 1])
+            seconds = 1000.0 if number == 0 else factor * policy.predicted_seconds(outcome)
+            policy.learn(replace(outcome, seconds=seconds))
+        return policy.drifted_rows()
+
+    assert [rounds(factor) for factor in (1.1, 0.9, 1.5, 1.5)] == [0, 0, 2, 0] and policy.drifted_rows() == 0
+
+
+def test_next_call_uses_the_costs_measured_again(tmp_path, monkeypatch):
+    """Costs that drifted are measured again for the measured numbers of texts around, stored, and used by the policy."""
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
+    monkeypatch.setattr(costs.CostMeasurement, "_of_rows", lambda self, rows: ((1.0,) * 4, *[0.1 * rows] * 6))
+    runner, options = pair(max_batch=4), {"max_new_tokens": 2, "policy": "cost-blind", "depth": 3}
+    runner.generate([[1]], **options)
+    (chain,) = runner.policies.chains.values()
+    before = chain.policy.costs
+    monkeypatch.setattr(costs.CostMeasurement, "_of_rows", lambda self, rows: ((2.0,) * 4, *[0.2 * rows] * 6))
+    for _ in range(200):
+        chain.policy.learn(RoundOutcome(3, 0, [0] * 3, [0] * 3, seconds=9.0))
+    runner.generate([[1]], **options)
+    after = chain.policy.costs
+    assert before.rows == (1, 2, 4) and [line[0] for line in after.verify_RN] == [1.0, 2.0, 2.0]
+    assert after.level_R == pytest.approx((0.1, 0.4, 0.8)) and after.length == before.length > 0
+    monkeypatch.setattr(costs.CostMeasurement, "measure", lambda self: pytest.fail("measured again"))
+    assert runner.policies.costs(3, None) == after
+
+
+def test_goodput_is_reported(seed):
+    """A policy's statistics hold its measured tokens per second, and with costs the predicted ones."""
+    runner = pair(max_batch=2)
+    runner.policies.costs = lambda *_: flat(0.05, 0.1)
+    runner.generate([[1], [2, 3]], max_new_tokens=12, policy="cost-blind", ignore_end=True)
+    found, stats = runner.last.goodput, runner.last
+    assert found["measured"] > 0 and 0.5 < found["predicted"] < 10
+    assert found["measured"] == pytest.approx(stats.tau * stats.rounds / stats.seconds)
+    runner.generate([[1]], max_new_tokens=12, policy="ema")
+    assert set(runner.last.goodput) == {"measured"}
+    runner.generate([[1]], max_new_tokens=12, depth=2)
+    assert runner.last.goodput == {}
 
 
 def test_only_used_chain_depths_are_built(seed):

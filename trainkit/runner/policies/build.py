@@ -11,7 +11,7 @@ from trainkit.models.predictor import AcceptancePredictor, FoldedPredictor
 from trainkit.runner.options import GenerateOptions
 from trainkit.runner.policies.chain import PolicyChain, RankedChain
 from trainkit.runner.policies.cost import Cost
-from trainkit.runner.policies.cost_model import ChainCosts, cached_costs, measure_chain_costs, shapes_digest
+from trainkit.runner.policies.cost_model import ChainCosts, CostMeasurement, cached_costs, shapes_digest, store_costs
 from trainkit.runner.policies.logistic import OnlineLogistic
 from trainkit.runner.policies.simple import Fixed, Recent, Threshold
 from trainkit.runner.policies.spec import PolicySpec
@@ -67,7 +67,10 @@ class Policies:
             elif spec.name == "cost":
                 decides = Cost(self.costs(max_depth, trained, sampling, signal), max_depth, signal, coupled, learns)
             self.chains[key] = PolicyChain(decides, device, chance, may_drop=coupled)
-        return self.chains[key]
+        chosen = self.chains[key]
+        if isinstance(chosen.policy, Cost) and (rows := chosen.policy.drifted_rows()):
+            chosen.policy.use(self.costs(max_depth, trained, sampling, signal, (chosen.policy.costs, rows)))
+        return chosen
 
     def costs(
         self,
@@ -75,6 +78,7 @@ class Policies:
         predictor: AcceptancePredictor | None,
         sampling: Sampling | None = None,
         signal: Signal | None = None,
+        drifted: tuple[ChainCosts, int] | None = None,
     ) -> ChainCosts:
         """Costs of drafting and verifying up to `max_depth` tokens with the current threads; measured once per machine.
 
@@ -83,12 +87,14 @@ class Policies:
             predictor: The predictor that the policy reads, whose time counts.
             sampling: Sampling of the calls; noise and filters take their time.
             signal: What the policy reads; by default the predictor if there is one, else nothing.
+            drifted: Costs, and a number of texts whose costs in them are measured again now.
         """
         assert self.rounds.drafter is not None
         sampling, device = sampling or Sampling(), self.scheduler.device
         signal = signal or ("none" if predictor is None else "predictor")
         target, captured = self.rounds.target, self.scheduler.graphs is not None
         length, batch = min(256, self.scheduler.max_len // 2), self.scheduler.max_batch
+        longer = max(length, min(8 * length, self.scheduler.max_len - 2 * (max_depth + 1)))
         setting = {
             "processor": processor(device),
             "device": str(device),
@@ -104,6 +110,7 @@ class Policies:
             "batch": batch,
             "length": length,
             "sampling": _steps(sampling),
+            "longer": longer,
             "version": 7,  # raise it when measuring changes
         }
         chance = FoldedPredictor(predictor, sampling.temperature) if predictor is not None else None
@@ -117,7 +124,12 @@ class Policies:
             policy.signal = signal
             return PolicyChain(policy, device, chance)
 
-        return cached_costs(setting, lambda: measure_chain_costs(self.rounds, shape_at, max_depth, batch, length, sampling))
+        measurement = CostMeasurement(self.rounds, shape_at, max_depth, batch, length, longer, sampling)
+        if drifted is None:
+            return cached_costs(setting, measurement.measure)
+        costs = measurement.again(*drifted)
+        store_costs(setting, costs)
+        return costs
 
 
 def _steps(sampling: Sampling) -> tuple[bool, bool, bool]:

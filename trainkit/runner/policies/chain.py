@@ -8,7 +8,7 @@ those that are likeliest to be accepted.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -82,10 +82,10 @@ class PolicyChain(Shape):
         return Draft(tree, tokens_BN, tree.topology, levels, logits, signals, packing=packing, features_BD=features_BD)
 
     def _signal(self, steps: Steps, proposals: Proposals, depth: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """As `_chance`, of the policy's signal; None if it reads none."""
+        """As `level_chance`, of the policy's signal; None if it reads none."""
         if self.policy.signal == "none":
             return None, proposals.noisy_BFK.argmax(-1), None
-        return _chance(steps, proposals, depth, None if self.policy.signal == "confidence" else self.predictor)
+        return level_chance(proposals, depth, None if self.policy.signal == "confidence" else self.predictor, steps.logits)
 
 
 class RankedChain(Shape):
@@ -113,7 +113,7 @@ class RankedChain(Shape):
         tokens, chances, features = [steps.root_B[:, None]], [], []
         for depth, level in enumerate(self.tree.levels):
             proposals = _propose(steps, level, tokens[-1], depth)
-            chance_B, columns_B1, feature_B = _chance(steps, proposals, depth, self.predictor)
+            chance_B, columns_B1, feature_B = level_chance(proposals, depth, self.predictor, steps.logits)
             tokens.append(proposals.tokens(columns_B1))
             chances.append(chance_B)
             features += [] if feature_B is None else [feature_B]
@@ -136,16 +136,17 @@ def _propose(steps: Steps, level: Level, token_B1: Tensor, depth: int) -> Propos
     return steps.expand(level.frontier(token_B1, steps.position_B, depth, is_chain=True), 1)
 
 
-def _chance(
-    steps: Steps, proposals: Proposals, depth: int, predictor: Predictor | None
+def level_chance(
+    proposals: Proposals, depth: int, predictor: Predictor | None, logits: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """[B] probability that a level's best proposal is accepted, by the predictor or else the draft; its column [B, 1].
 
-    Then the feature [B] that the probability was computed from, if the predictor learns while decoding.
+    Then the feature [B] that the probability was computed from, if the predictor learns while decoding; `logits` are the kept
+    logits of the levels so far, without noise, for one that does not read it.
     """
     noisy_BFK = proposals.noisy_BFK
     if isinstance(predictor, OnlineLogistic):
-        chance_B, feature_B = predictor(noisy_BFK[:, 0] if predictor.reads_noise else steps.logits[-1][:, 0], depth)
+        chance_B, feature_B = predictor(noisy_BFK[:, 0] if predictor.reads_noise else logits[-1][:, 0], depth)
         return chance_B, noisy_BFK.argmax(-1), feature_B
     if predictor is not None:
         chance_B11, columns_B11 = predictor(proposals.hidden_BFD, noisy_BFK, 1, depth)

@@ -40,7 +40,7 @@ _REFIT = 50
 """Rounds between steps; the first ones come after 4, 8, 16 and 32 rounds."""
 
 _PRIOR = 4.0
-"""Precision of the Gaussian prior: the slope around `SLOPE`, an intercept around the one before, the first around `INTERCEPT`."""
+"""Precision of the Gaussian prior: slope around `SLOPE`, intercepts around the one before, the first around `INTERCEPT`."""
 
 _LARGEST_STEP, _LARGEST_SLOPE, _LARGEST_INTERCEPT = 1.0, 4.0, 8.0
 
