@@ -8,7 +8,7 @@
 
 The oracle knows how many draft tokens each round will accept, and pays the drafting and verification costs measured on this
 machine: no policy can be faster with the same drafter. Fixed depths are computed from the same costs for comparison. `signals`
-decodes with every policy, and gives the speed by the clock and, since that depends on what else the machine does, by the costs.
+decodes with every policy, and gives the speed by processor time and by the costs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ import torch
 from trainkit.data.text.prompts import read_prompts
 from trainkit.eval.tree_search.ranks import PAST_END, replay_ranks
 from trainkit.models.predictor import FoldedPredictor
-from trainkit.runner import Runner
+from trainkit.runner import Runner, timing
 from trainkit.runner.options import GenerateOptions
 from trainkit.runner.policies.chain import level_chance
 from trainkit.runner.policies.cost import Cost
@@ -122,11 +122,13 @@ def oracle_round_totals(runs: list[list[int]], costs: ChainCosts, rate: float) -
 
 
 def signals(target: Path, drafter: Path, file: Path, temperature: float, limit: int, seed: int, out: Path) -> None:
-    """Speed of policies and fixed depths as multiples of plain decoding, batch 1: by the clock, in turns, and by the costs.
+    """Speed of policies and fixed depths as multiples of plain decoding, batch 1: by processor time and by the costs.
 
-    All pay the same costs of drafting and verifying, plus those of the signal that they read, measured apart.
+    All pay the same costs of drafting and verifying, plus those of the signal that they read, measured apart. With one thread
+    the processor's time is that of a quiet machine's clock, as far as the machine shares no caches.
     """
     torch.set_num_threads(1)
+    timing.perf_counter = process_time
     prompt_ids = read_prompts(str(file), str(target), limit)
     runner = Runner.load(target, drafter, max_batch=1, max_len=max(map(len, prompt_ids)) + NEW_TOKENS)
     costs, reading = runner.policies.costs(MAX_DEPTH, None, Sampling(temperature)), signal_seconds(runner, temperature)
@@ -135,7 +137,7 @@ def signals(target: Path, drafter: Path, file: Path, temperature: float, limit: 
     ways: dict[str, dict[str, Any]] = {"plain": {"depth": 0}}
     ways |= {f"depth {depth}": {"policy": "fixed", "depth": depth} for depth in (1, 2, 3, 4, 6)}
     ways |= {name: {"policy": name} for name in POLICIES if runner.predictor is not None or "predictor" not in name}
-    rows: dict[str, dict[str, Any]] = {name: {"tokens": 0, "seconds": 0.0, "clock": [], "rounds": 0} for name in ways}
+    rows: dict[str, dict[str, Any]] = {name: {"tokens": 0, "seconds": 0.0, "times": [], "rounds": 0} for name in ways}
     for prompt in prompt_ids:
         for name, options in ways.items():
             row, outcomes = rows[name], []
@@ -144,9 +146,9 @@ def signals(target: Path, drafter: Path, file: Path, temperature: float, limit: 
                     options["policy"], GenerateOptions(temperature=temperature, **options), runner.predictor
                 )
                 policy.policy.learn = partial(_learn_and_record, type(policy.policy).learn, policy.policy, outcomes)
-            began = perf_counter()
+            began = process_time()
             (output,) = runner.generate([prompt], NEW_TOKENS, temperature, seed=seed, **options)
-            row["clock"].append((perf_counter() - began) / len(output.tokens))
+            row["times"].append((process_time() - began) / len(output.tokens))
             signal = policy.policy.signal if "policy" in options else "none"
             rounds = outcomes or [RoundOutcome(1, 0, [0], [0])] * (len(output.tokens) - 1)
             row["seconds"] += sum(payer.predicted_seconds(one) + one.levels * reading[signal] for one in rounds)
@@ -156,11 +158,11 @@ def signals(target: Path, drafter: Path, file: Path, temperature: float, limit: 
     for row in rows.values():
         row["tau"] = row["tokens"] / row["rounds"]
         row["by_costs"] = row["tokens"] / row["seconds"] * plain["seconds"] / plain["tokens"]
-        row["by_clock"] = statistics.median(a / b for a, b in zip(plain["clock"], row["clock"], strict=True))
+        row["by_time"] = statistics.median(a / b for a, b in zip(plain["times"], row["times"], strict=True))
     result = {"rows": rows, "signal_seconds": reading, "plain_seconds": costs.plain(1)}
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, row in rows.items():
-        print(f"{name:18} tau {row['tau']:.2f}  x plain by costs {row['by_costs']:.3f}  by the clock {row['by_clock']:.2f}")
+        print(f"{name:18} tau {row['tau']:.2f}  x plain by costs {row['by_costs']:.3f}  by time {row['by_clock']:.2f}")
 
 
 def _learn_and_record(learn: Any, policy: Any, outcomes: list[RoundOutcome], outcome: RoundOutcome) -> None:
@@ -181,12 +183,12 @@ def signal_seconds(runner: Runner, temperature: float) -> dict[str, float]:
     with torch.inference_mode():
         for _ in range(300):
             for name, seconds in times.items():
-                began = perf_counter()
+                began = process_time()
                 if name == "none":
                     noisy_BFK.argmax(-1)
                 else:
                     level_chance(proposals, 0, models[name])[0].tolist()
-                seconds.append(perf_counter() - began)
+                seconds.append(process_time() - began)
     typical = {name: statistics.median(seconds) for name, seconds in times.items()}
     return {name: seconds - typical["none"] for name, seconds in typical.items()}
 

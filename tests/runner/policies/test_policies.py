@@ -204,6 +204,15 @@ def test_thresholds_stop_by_hand():
     assert chances.continues([0.8]) and chances.continues([0.7]) and not chances.continues([0.8])  # 0.8, 0.56, 0.448
 
 
+def test_thresholds_choose_captured_depths_by_hand():
+    """By the means of earlier rounds: survivals 0.9, 0.6, 0.3 pass 0.5 twice, confidences 0.9, 2/3, 1/2 pass 0.6 twice."""
+    for policy in (Threshold("predictor", 0.5, 9), Threshold("logistic", 0.5, 9), Threshold("confidence", 0.6, 9)):
+        assert policy.captured_size(2) == (8, 8), "nothing is known: the largest tier"
+        for _ in range(60):
+            policy.learn(RoundOutcome(2, 3, [3, 3], [1, 1], [[1.0, 0.8], [0.7, 0.5], [float("nan"), 0.6]]))
+        assert policy.captured_size(2) == (3, 3)
+
+
 def drafted(policy: Cost, said: list[float], rows: int = 1) -> tuple[int, int]:
     """Levels run, and kept, when each row has these chances."""
     most, level = policy.begin(rows), 0

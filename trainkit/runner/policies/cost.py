@@ -313,7 +313,7 @@ class Cost(Policy):
             self.logistic.learn(outcome)
         rows, live = outcome.rows, len(outcome.accepted)
         if outcome.seconds and live:
-            self._drift.setdefault(rows, _Drift()).add(outcome.seconds / self.predicted_seconds(outcome))
+            self._drift.setdefault(rows, _Drift()).add(outcome.seconds / max(self.predicted_seconds(outcome), 1e-9))
         if not outcome.levels or not live:
             return
         tokens = sum(outcome.accepted) + live
