@@ -162,7 +162,7 @@ def signals(target: Path, drafter: Path, file: Path, temperature: float, limit: 
     result = {"rows": rows, "signal_seconds": reading, "plain_seconds": costs.plain(1)}
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, row in rows.items():
-        print(f"{name:18} tau {row['tau']:.2f}  x plain by costs {row['by_costs']:.3f}  by time {row['by_clock']:.2f}")
+        print(f"{name:18} tau {row['tau']:.2f}  x plain by costs {row['by_costs']:.3f}  by time {row['by_time']:.2f}")
 
 
 def _learn_and_record(learn: Any, policy: Any, outcomes: list[RoundOutcome], outcome: RoundOutcome) -> None:
@@ -233,9 +233,11 @@ def table(out: Path) -> None:
     """Prints the tables of the study."""
     values = json.loads((out / "calibration.json").read_text(encoding="utf-8"))
     names = list(values["groups"][0]["log_loss"])
-    print("| records | " + " | ".join(f"{name}: log-loss, ECE" for name in names) + " |\n" + "|---" * (len(names) + 1) + "|")
+    print(
+        "| records | " + " | ".join(f"{name}: log-loss, ECE, AUC" for name in names) + " |\n" + "|---" * (len(names) + 1) + "|"
+    )
     for group in values["groups"]:
-        cells = [f"{group['log_loss'][name]:.4f}, {group['ece'][name]:.4f}" for name in names]
+        cells = [f"{group['log_loss'][name]:.4f}, {group['ece'][name]:.4f}, {group['auc'][name]:.3f}" for name in names]
         print(f"| {group['group']} ({group['records']:,}) | {' | '.join(cells)} |")
     head = "prompts, T | policy | speedup | x best depth (min..max) | wasted | best depth's | by costs: fixed, oracle"
     print(f"\n| {head} |")
@@ -253,6 +255,15 @@ def table(out: Path) -> None:
                     f"| {SETS[name]}, {temperature} | {policy['name']} | {policy['speedup']:.2f} | {ratio} | "
                     f"{policy['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
                 )
+    for first in sorted(out.glob("signals-*-0.json")):
+        files = sorted(out.glob(first.name.replace("-0.json", "-*.json")))
+        runs = [json.loads(file.read_text(encoding="utf-8"))["rows"] for file in files]
+        print(
+            f"\n{first.stem.removesuffix('-0')}, {len(runs)} seeds: tau, x plain by processor time, x plain by costs (medians)"
+        )
+        for name in runs[0]:
+            cells = [statistics.median(run[name][column] for run in runs) for column in ("tau", "by_time", "by_costs")]
+            print(f"| `{name}` | {cells[0]:.2f} | {cells[1]:.3f} | {cells[2]:.3f} |")
     if (out / "useless.json").is_file():
         for name, ratio in json.loads((out / "useless.json").read_text(encoding="utf-8")).items():
             print(f"\nuseless draft, batch 8, {name}: {ratio['median']:.3f} of plain ({ratio['min']:.3f}..{ratio['max']:.3f})")

@@ -25,12 +25,13 @@ from trainkit.runner.policies import cost_model as costs
 from trainkit.runner.policies.chain import PolicyChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts
-from trainkit.runner.policies.logistic import OnlineLogistic
+from trainkit.runner.policies.logistic import OnlineLogistic, log_odds
 from trainkit.runner.policies.simple import TIERS, Recent, Threshold
 from trainkit.runner.policies.spec import PolicySpec
 from trainkit.runner.policy import Policy, RoundOutcome
 from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import Sampling
+from trainkit.runner.trees import static
 from trainkit.runner.verify import Residual
 
 POLICIES = [
@@ -69,6 +70,8 @@ def test_every_policy_decodes_as_plain_decoding(batch, temperature, seed):
     """Under every policy the text is that of plain decoding."""
     runner = pair(max_batch=batch)
     runner.predictor = predicting(runner)
+    if batch != 3:
+        runner.policies.costs = lambda *_: flat(0.05, 0.1)
     prompts, options = ragged_prompts(8), {"max_new_tokens": 24, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     ties = []
@@ -88,16 +91,16 @@ def test_paused_draft_catches_up_exactly(temperature, seed):
 
 
 @pytest.mark.parametrize("policy", ["cost", "cost:logistic", "cost-blind", "logistic", "ema", "fixed"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_captured_rounds_use_few_depths(policy, temperature, seed):
-    """With the host a round behind, as on a GPU: the text stays plain decoding's, and the depths are the tiers'."""
+@pytest.mark.parametrize(("temperature", "lag"), [(0.0, 1), (0.7, 1), (0.7, 0)])
+def test_captured_rounds_use_few_depths(policy, temperature, lag, seed):
+    """With the host a round behind, as on a GPU, or none: the text stays plain decoding's, and the depths are the tiers'."""
     runner = pair(max_batch=4)
     runner.predictor = predicting(runner)
     prompts, options = ragged_prompts(9), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     if policy == "cost":
         runner.policies.costs(10, runner.predictor)  # as a GPU would have measured them
-    replayed(runner, 1)
+    replayed(runner, lag)
     if policy.startswith("cost"):
         runner.policies.costs = lambda *_: flat(0.05, 0.1)
     outs = runner.generate(prompts, policy=policy, **options)
@@ -167,6 +170,20 @@ def test_residual_verifies_every_drafted_token():
         runner.generate([[1, 2]], max_new_tokens=6, temperature=0.0, verify="residual", policy=policy)
     for (_, _, warm, verify, *_), chain in runner.policies.chains.items():
         assert chain.may_drop == (verify == "coupled" or not warm)
+
+
+@pytest.mark.parametrize("verify", ["coupled", "residual"])
+def test_logistic_reads_noise_where_the_target_shares_it(verify, seed):
+    """Its feature is that of the draft's distribution, with the noise under coupled and without it under residual."""
+    runner, same = pair(max_batch=3), []
+
+    def look(trace):
+        quiet_BD = torch.stack([log_odds(logits[:, 0]) for logits in trace.draft.logits], 1)
+        same.append(torch.allclose(trace.draft.features_BD, quiet_BD, atol=1e-4))
+
+    runner.observe = look
+    runner.generate(ragged_prompts(3), max_new_tokens=12, temperature=1.0, verify=verify, policy="logistic:0", depth=3)
+    assert len(same) > 4 and all(same) == (verify == "residual") == any(same)
 
 
 def test_residual_needs_every_drafted_token_verified(seed):
@@ -433,7 +450,7 @@ def test_costs_are_measured_in_two_states_only(tmp_path, monkeypatch):
         Rounds, "new_state", lambda self, batch, *rest, **more: made.append(batch) or new_state(self, batch, *rest, **more)
     )
     pair(max_batch=2).policies.costs(6, None)
-    assert made == [1, 1, 2, 2, *[1] * 6]  # then one after the other, for texts of two lengths
+    assert made == [1, 1, 2, 2]
 
 
 def test_costs_are_robust_to_slow_repeats(seed):
@@ -467,6 +484,21 @@ def test_costs_grow_with_cached_tokens():
     assert costs_at.verify(1, 1) == pytest.approx(1.5) and costs_at.draft(1, 2) == pytest.approx(2 * (0.1 + 0.05))
     assert costs_at.at(100.0).verify(8, 3) == pytest.approx(1.0) and flat(0.1).at(500.0) == flat(0.1)
     assert crossing(0.1, 0.1).at(0.0).plain(1) > 0, "extrapolated below what was measured, still a cost"
+
+
+def test_costs_of_cached_tokens_are_fitted(monkeypatch):
+    """From scripted times, one of which is slow: 0.001 a token to verify one node, 0.002 for two, 0.0005 for a level."""
+
+    def timed(rounds, parts, length, batch, repeats, sampling=None):
+        runs = {depth: [[depth * (0.1 + 0.0005 * length), 1 + 0.001 * length * min(depth + 1, 2)]] * repeats for depth in parts}
+        return {depth: [[5.0, 9.0], *run[1:]] for depth, run in runs.items()}
+
+    monkeypatch.setattr(costs, "time_parts", timed)
+    shape_at = lambda depth: static.build(static.chain(depth), torch.device("cpu"))
+    measurement = costs.CostMeasurement(pair(max_len=64).rounds, shape_at, 3, 1, 256, 2048, Sampling())
+    cached_N, level = measurement._of_cached_tokens()
+    assert cached_N == pytest.approx((0.001, 0.002, 0.002, 0.002)) and level == pytest.approx(0.0005)
+    assert replace(measurement, longer=600)._of_cached_tokens() == ((), 0.0), "two lengths that are close"
 
 
 @pytest.mark.parametrize("is_tier", [False, True])

@@ -94,7 +94,7 @@ class Policies:
         signal = signal or ("none" if predictor is None else "predictor")
         target, captured = self.rounds.target, self.scheduler.graphs is not None
         length, batch = min(256, self.scheduler.max_len // 2), self.scheduler.max_batch
-        longer = max(length, min(8 * length, self.scheduler.max_len - 2 * (max_depth + 1)))
+        longer = min(8 * length, self.scheduler.max_len - 2 * (max_depth + 1))
         setting = {
             "processor": processor(device),
             "device": str(device),

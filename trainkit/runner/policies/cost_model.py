@@ -31,6 +31,10 @@ from trainkit.runner.trees.static import build, chain
 
 CACHE = cache_folder("costs")
 
+_LEVER = 4
+"""Costs of cached tokens are measured only if there is room for texts this many times as long: from two lengths that are close,
+the clock's noise would be taken for the tokens' and multiplied."""
+
 
 @dataclass(frozen=True)
 class ChainCosts:
@@ -163,7 +167,7 @@ class CostMeasurement:
         max_depth: Largest number of levels.
         batch: Largest number of texts.
         length: Number of cached tokens of each text.
-        longer: A larger number of cached tokens, for what each of them costs; `length` if there is no room for more.
+        longer: A larger number of cached tokens, for what each of them costs.
         sampling: Sampling of drafting and verifying; noise and top-p take their time.
     """
 
@@ -220,7 +224,7 @@ class CostMeasurement:
 
         Short and long texts alternate, so that a machine that slows down slows both.
         """
-        if self.longer <= self.length:
+        if self.longer < _LEVER * self.length:
             return (), 0.0
         deepest, device = self.max_depth, self.rounds.device
         parts = {depth: Part(self.shape_at(depth), build(chain(depth), device)) for depth in {1, deepest}}
