@@ -547,12 +547,12 @@ def test_drifted_costs_are_measured_again_once(seed, monkeypatch):
 def test_next_call_uses_the_costs_measured_again(tmp_path, monkeypatch):
     """Costs that drifted are measured again for the measured numbers of texts around, stored, and used by the policy."""
     monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
-    monkeypatch.setattr(costs.CostMeasurement, "_of_rows", lambda self, rows: ((1.0,) * 4, *[0.1 * rows] * 6))
+    monkeypatch.setattr(costs.CostMeasurement, "_of_rows", lambda self, rows, **_: ((1.0,) * 4, *[0.1 * rows] * 6))
     runner, options = pair(max_batch=4), {"max_new_tokens": 2, "policy": "cost-blind", "depth": 3}
     runner.generate([[1]], **options)
     (chain,) = runner.policies.chains.values()
     before = chain.policy.costs
-    monkeypatch.setattr(costs.CostMeasurement, "_of_rows", lambda self, rows: ((2.0,) * 4, *[0.2 * rows] * 6))
+    monkeypatch.setattr(costs.CostMeasurement, "_of_rows", lambda self, rows, **_: ((2.0,) * 4, *[0.2 * rows] * 6))
     for _ in range(200):
         chain.policy.learn(RoundOutcome(3, 0, [0] * 3, [0] * 3, seconds=9.0))
     runner.generate([[1]], **options)

@@ -194,17 +194,20 @@ class CostMeasurement:
         return ChainCosts(tuple(sizes), nodes, *lines)
 
     def again(self, costs: ChainCosts, rows: int) -> ChainCosts:
-        """The costs with those for this number of texts measured again, or those of the measured numbers around it."""
+        """The costs with those for this number of texts measured again, or those of the measured numbers around it.
+
+        Quicker than the first time, since the call that finds the drift waits for it.
+        """
         names = ("verify_RN", "first_R", "level_R", "pack_R", "pad_R", "rest_R", "plain_rest_R")
         right = min(bisect_left(costs.rows, rows), len(costs.rows) - 1)
         for index in {right if costs.rows[right] <= rows else max(0, right - 1), right}:
             lines = {name: list(getattr(costs, name)) for name in names}
-            for name, value in zip(names, self._of_rows(costs.rows[index]), strict=True):
+            for name, value in zip(names, self._of_rows(costs.rows[index], repeats=5), strict=True):
                 lines[name][index] = value
             costs = replace(costs, **{name: tuple(line) for name, line in lines.items()})
         return costs
 
-    def _of_rows(self, rows: int) -> tuple[tuple[float, ...], float, float, float, float, float, float]:
+    def _of_rows(self, rows: int, repeats: int = 15) -> tuple[tuple[float, ...], float, float, float, float, float, float]:
         """As `_fit`."""
         device, max_depth, depths = self.rounds.device, self.max_depth, self.depths
         shapes = {depth: self.shape_at(depth) for depth in depths}
@@ -216,7 +219,7 @@ class CostMeasurement:
         if rows > 1:
             parts["full"] = Part(shapes[max_depth], trees[max_depth], [max_depth + 1] * rows)
             parts["half"] = Part(shapes[max_depth], trees[max_depth], ragged)
-        runs = time_parts(self.rounds, parts, self.length, rows, repeats=15, sampling=self.sampling)
+        runs = time_parts(self.rounds, parts, self.length, rows, repeats, self.sampling)
         return _fit(runs, depths, sum(ragged) / rows, rows * (max_depth + 1) - sum(ragged))
 
     def _of_cached_tokens(self) -> tuple[tuple[float, ...], float]:
