@@ -182,8 +182,10 @@ def test_logistic_reads_noise_where_the_target_shares_it(verify, seed):
         same.append(torch.allclose(trace.draft.features_BD, quiet_BD, atol=1e-4))
 
     runner.observe = look
-    runner.generate(ragged_prompts(3), max_new_tokens=12, temperature=1.0, verify=verify, policy="logistic:0", depth=3)
-    assert len(same) > 4 and all(same) == (verify == "residual") == any(same)
+    runner.generate(
+        ragged_prompts(3), max_new_tokens=12, temperature=1.0, verify=verify, policy="logistic:0", depth=3, ignore_end=True
+    )
+    assert len(same) > 2 and all(same) == (verify == "residual") == any(same)
 
 
 def test_residual_needs_every_drafted_token_verified(seed):
