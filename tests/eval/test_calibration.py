@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,9 +12,11 @@ from tests.support.acceptance import make_set
 from trainkit.data.sets.acceptance import AcceptanceSet
 from trainkit.eval.calibration import (
     Baselines,
+    auc,
     expected_calibration_error,
     fit_scale,
     fit_scales,
+    learnt_online,
     log_loss,
     reliability,
     scaled,
@@ -45,6 +48,15 @@ def test_calibration_error_separates_calibrated_from_not(seed):
     # the error of each bin is about sqrt(p (1 - p) / count) / sqrt(bins) = 0.003
     assert expected_calibration_error(p, y) < 0.015
     assert expected_calibration_error(p**3, y) > 0.1
+
+
+def test_auc_by_hand():
+    """Ones at 0.9, 0.5, zeros at 0.5, 0.1: three pairs right and one tied; soft labels weigh; one class alone gives nan."""
+    p, y = torch.tensor([0.9, 0.5, 0.5, 0.1]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    assert auc(p, y) == pytest.approx(3.5 / 4) and auc(1 - p, y) == pytest.approx(0.5 / 4)
+    # shares of ones 0.75 and 0.25, of zeros 0.25 and 0.75: 0.75 * 0.75 pairs right, 0.25 * 0.25 wrong, 6/16 tied
+    assert auc(torch.tensor([0.8, 0.2]), torch.tensor([0.75, 0.25])) == pytest.approx(9 / 16 + 3 / 16)
+    assert math.isnan(auc(p, torch.ones(4)))
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(2.0, -1.0), (0.5, 0.7), (1.0, 0.0)])
@@ -87,3 +99,24 @@ def test_baselines_are_fitted_on_their_records(tmp_path):
     label = held.accepted
     assert log_loss(predictions["max_q_fitted"], label) < log_loss(predictions["constant"], label) + 0.01
     assert log_loss(predictions["max_q"], label) > log_loss(predictions["constant"], label) + 0.1
+
+
+def test_online_model_predicts_before_it_learns(seed):
+    """It starts from its fixed parameters, learns rounds that end at a rejection, and nears the loss of the true model."""
+    rounds, depth, truth = 1500, 4, torch.tensor([0.9, 0.3, -0.2, 0.5])
+    feature = 2 * torch.randn(rounds, depth, dtype=torch.float64) + 1
+    chance = (1.4 * feature + truth).sigmoid()
+    accepted = torch.rand_like(chance) < chance
+    reached = torch.cat([torch.ones(rounds, 1, dtype=torch.bool), accepted.cumprod(1)[:, :-1].bool()], 1)
+    f, y, p, position = (
+        feature[reached],
+        accepted[reached].float(),
+        chance[reached],
+        torch.arange(depth).expand(rounds, -1)[reached],
+    )
+    signals = torch.zeros(len(f), 1, 5)
+    signals[:, 0, 0] = f.sigmoid().log()
+    tensors = {"signals": signals, "depth": position.short(), "label": y[:, None], "max_q": (-f).sigmoid().float()}
+    found = learnt_online(AcceptanceSet(tensors, np.arange(len(f)), {}, ""))
+    assert found["logistic"][0].item() == pytest.approx(torch.sigmoid(0.5 * f[0] - 0.2).item(), abs=1e-5)
+    assert log_loss(found["logistic"], y) < log_loss(p, y) + 0.02 < log_loss(found["logistic_max_q"], y)

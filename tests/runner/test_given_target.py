@@ -37,7 +37,10 @@ SHAPES = {
     "dynamic tree": {"tree": DynamicTree(depth=3, top_k=3, nodes=8)},
 }
 POLICIES = {
-    **{name: {"policy": name} for name in ("fixed", "confidence:0.6", "predictor:0.6", "cost", "cost-blind", "ema")},
+    **{
+        name: {"policy": name}
+        for name in ("fixed", "confidence:0.6", "predictor:0.6", "logistic:0.6", "cost", "cost:logistic", "cost-blind", "ema")
+    },
     "cost, dynamic tree": {"policy": "cost", "tree": SHAPES["dynamic tree"]["tree"]},
     "fixed, dynamic tree": {"policy": "fixed", "tree": SHAPES["dynamic tree"]["tree"]},
 }

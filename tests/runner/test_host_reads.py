@@ -14,6 +14,7 @@ from trainkit.models.load import load_decoder
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.policies.chain import RankedChain
+from trainkit.runner.policies.logistic import OnlineLogistic
 from trainkit.runner.round import Rounds
 from trainkit.runner.trees.static import build, chain
 
@@ -52,7 +53,8 @@ def test_rounds_read_nothing_on_the_host(kind, tiny_target, seed, monkeypatch):
     runner = replayed(Runner(load_decoder(tiny_target), drafter, target_shape(tiny_target), max_len=64), 1)
     depth = min(3, drafter.max_depth or 3)
     shapes = [{"depth": depth}, {"tree": SIBLINGS}, {"tree": DynamicTree(2, 2, 5)}, {"depth": 0}]
-    shapes.append({"tree": RankedChain(build(chain(depth), runner.device), 1)})
+    for model in (None, OnlineLogistic(depth, runner.device)):
+        shapes.append({"tree": RankedChain(build(chain(depth), runner.device), 1, model)})
     rounds, inner = [], Rounds.__call__
 
     def watched(self, *args, **named):

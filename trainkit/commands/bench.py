@@ -35,8 +35,9 @@ def bench(
         json: File for all measurements.
         plot: File for the figure, PNG.
         trees: Additional trees: a JSON list of lists of rank paths, such as [[[0],[1],[0,0]]], or a file with such a list.
-        policy: Policies that choose the depth during decoding, up to the largest of `depths`: cost, predictor:P, confidence:P,
-            ema, cost-blind (cost without the predictor); repeat the flag for several. Compared with the best fixed depth.
+        policy: Policies that choose the depth during decoding, up to the largest of `depths`: cost, cost:SIGNAL (logistic,
+            predictor, confidence), cost-blind, logistic:P, predictor:P, confidence:P, ema; repeat the flag for several.
+            Compared with the best fixed depth.
         **options: As in `BenchArguments`.
 
     Returns:

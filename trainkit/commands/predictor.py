@@ -1,4 +1,4 @@
-"""`trainkit predictor`: log-loss and calibration error of a bundle's acceptance predictor."""
+"""`trainkit predictor`: log-loss, calibration error and AUC of a bundle's acceptance predictor."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from trainkit.models.predictor import load_predictor
 
 
 def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | None = None) -> str:
-    """Log-loss (nats per record) and calibration error of a bundle's acceptance predictor, by temperature and draft position.
+    """Log-loss (nats per record), calibration error and AUC of a bundle's acceptance predictor, by temperature and position.
 
     The table also shows baselines that were fitted on the predictor's training records: a constant, the draft's highest
-    probability, and that probability recalibrated. If the data is the predictor's training set, only the prompts held out from
-    training are used.
+    probability, and that probability recalibrated; and the online logistic model, which learns from the very records that it
+    predicts, each after its prediction. If the data is the predictor's training set, only the prompts held out from training
+    are used.
 
     Args:
         bundle: Drafter bundle with a predictor, from `trainkit export`.
@@ -71,7 +72,7 @@ def _report(values: Mapping[str, Any]) -> str:
     lines = [
         f"predictor of {values['bundle']} ({values['kind']}), verification {values['verify']}: {tables[0]['records']:,} draft "
         f"positions of {values['prompts']:,} {'held-out prompts' if values['held_out'] else 'prompts'}",
-        "log-loss (nats) / expected calibration error",
+        "log-loss (nats) / expected calibration error / AUC",
         _rows(tables),
     ]
     if len(values["ranks"]) > 1:
@@ -83,11 +84,11 @@ def _report(values: Mapping[str, Any]) -> str:
 
 
 def _rows(tables: Sequence[Table]) -> str:
-    """A row for each group of records, with log-loss and calibration error of each source."""
+    """A row for each group of records, with log-loss, calibration error and AUC of each source."""
     sources = list(tables[0]["log_loss"])
     rows = [["", "records", "accepted", *(name.replace("_", " ") for name in sources)]]
     for table in tables:
-        qualities = (f"{table['log_loss'][name]:.4f} / {table['ece'][name]:.3f}" for name in sources)
+        qualities = (f"{table['log_loss'][name]:.4f} / {table['ece'][name]:.3f} / {table['auc'][name]:.3f}" for name in sources)
         rows.append([table["group"], f"{table['records']:,}", f"{table['accepted']:.3f}", *qualities])
     return grid(rows)
 
@@ -100,7 +101,7 @@ def _reliability_figure(values: Mapping[str, Any], path: str) -> None:
     canvas = Figure(figsize=(4.6 * len(tables), 4.8), layout="constrained")
     for axes, table in zip(canvas.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
         axes.plot([0, 1], [0, 1], color="black", linewidth=0.7)
-        for index, name in enumerate(("predictor", "raw", "max_q", "max_q_fitted")):
+        for index, name in enumerate(("predictor", "logistic", "max_q", "max_q_fitted")):
             probabilities, labels, counts = zip(*table["reliability"][name], strict=True)
             areas = [8 + 150 * count / table["records"] for count in counts]
             legend = f"{name.replace('_', ' ')}, {table['ece'][name]:.3f}"

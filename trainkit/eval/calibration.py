@@ -1,4 +1,4 @@
-"""Quality of an acceptance predictor's probabilities: log-loss, calibration error, recalibration, and baselines to beat.
+"""Quality of an acceptance predictor's probabilities: log-loss, calibration error, AUC, recalibration, and baselines to beat.
 
 Labels are 0 or 1, or probabilities (`residual`). Isotonic recalibration is left out on purpose: it fits any monotone curve, the
 bundle would have to store that curve, and a predictor that needs it has another defect.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from trainkit.data.sets.acceptance import AcceptanceSet
 from trainkit.models.predictor import AcceptancePredictor
+from trainkit.runner.policies.logistic import LIMIT, OnlineLogistic
+from trainkit.runner.policy import RoundOutcome
 
 BINS = 15
 RIDGE = 1e-2
@@ -58,6 +61,19 @@ def expected_calibration_error(probability_N: Tensor, label_N: Tensor, bins: int
     """Mean over records of |mean probability - mean label| in their bin of equal width (Guo et al. 2017, arXiv 1706.04599)."""
     filled, total = reliability(probability_N, label_N, bins), len(label_N)
     return sum(bin.count * abs(bin.probability - bin.label) for bin in filled) / total if total else float("nan")
+
+
+def auc(probability_N: Tensor, label_N: Tensor) -> float:
+    """Probability that a record with label 1 has the higher prediction than one with label 0, ties counted half.
+
+    A label that is a probability counts as that share of a 1 and the rest of a 0. nan where one of the two is missing.
+    """
+    p_N, rank_N = probability_N.double().unique(return_inverse=True)
+    ones_M, all_M = torch.bincount(rank_N, label_N.double(), len(p_N)), torch.bincount(rank_N, minlength=len(p_N))
+    zeros_M = all_M - ones_M
+    pairs = ones_M.sum() * zeros_M.sum()
+    below_M = zeros_M.cumsum(0) - zeros_M / 2
+    return float((ones_M * below_M).sum() / pairs) if pairs > 0 else float("nan")
 
 
 def fit_scale(logits_N: Tensor, labels_N: Tensor) -> tuple[float, float]:
@@ -151,15 +167,40 @@ def logits_of(predictor: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return predictor(batch["hidden_BD"][:, None], batch["signals_BWC"][:, None], batch["depth_B"][:, None])[:, 0]
 
 
+def learnt_online(records: AcceptanceSet) -> dict[str, Tensor]:
+    """[N] predictions of `OnlineLogistic`, each made before its label was seen: `logistic`, and `logistic_max_q`.
+
+    The first reads the draft's highest probability with its noise, the second without. A model for each temperature reads the
+    rounds in stored order, as if the texts were decoded one after the other.
+    """
+    log_p_N, depth_N, label_N = records.column("signals")[:, 0, 0], records.column("depth").long(), records.accepted
+    starts_N = torch.cat([depth_N[:1], depth_N[:-1]]) >= depth_N  # of a round
+    others_N = (-torch.expm1(log_p_N.double())).clamp(min=0.0).log()
+    features = {"logistic": log_p_N - others_N, "logistic_max_q": _logit(records.column("max_q"))}
+    predictions = {name: torch.empty(len(records), dtype=torch.float64) for name in features}
+    for name, feature_N in features.items():
+        for temperature in records.temperature.unique().tolist():
+            index_M = (records.temperature == temperature).nonzero()[:, 0]
+            learner = OnlineLogistic(int(depth_N.max()) + 1, torch.device("cpu"))
+            bounds = [*starts_N[index_M].nonzero()[:, 0].tolist(), len(index_M)]
+            for round_M in (index_M[start:end] for start, end in pairwise(bounds)):
+                feature_D, count = feature_N[round_M].clamp(-LIMIT, LIMIT), len(round_M)
+                logit_D = learner.slope * feature_D + torch.from_numpy(learner.intercept_K)[depth_N[round_M]]
+                predictions[name][round_M] = logit_D.sigmoid()
+                accepted = count - 1 + int(label_N[round_M[-1]] > 0.5)
+                learner.learn(RoundOutcome(1, count, [count], [accepted], (), feature_D[:, None].tolist()))
+    return predictions
+
+
 Table = dict[str, Any]
-"""One group of records: `group`, `records`, `accepted` (mean label), and `log_loss`, `ece` and `reliability` by source."""
+"""A group of records: `group`, `records`, `accepted` (mean label); `log_loss`, `ece`, `auc` and `reliability` by source."""
 
 
 def measure(network: AcceptancePredictor, records: AcceptanceSet) -> list[Table]:
     """Tables of all records, of those at each temperature, and of those at each draft position, counted from 1."""
     logits_N, label_N, temperature_N = predicted(network, records)[:, 0], records.accepted, records.temperature
     sources = {"predictor": network.calibrated(logits_N, temperature_N), "raw": logits_N.sigmoid()}
-    sources |= Baselines(**network.seen["baselines"]).probabilities(records)
+    sources |= Baselines(**network.seen["baselines"]).probabilities(records) | learnt_online(records)
     position_N = records.column("depth").long() + 1
     groups = {"all": torch.ones_like(temperature_N, dtype=torch.bool)}
     groups |= {f"temperature {value:g}": temperature_N == value for value in temperature_N.unique().tolist()}
@@ -187,5 +228,6 @@ def _table(group: str, sources: Mapping[str, Tensor], label_N: Tensor) -> Table:
         "accepted": label_N.double().mean().item(),
         "log_loss": {name: log_loss(p_N, label_N) for name, p_N in sources.items()},
         "ece": {name: expected_calibration_error(p_N, label_N) for name, p_N in sources.items()},
+        "auc": {name: auc(p_N, label_N) for name, p_N in sources.items()},
         "reliability": {name: [list(bin) for bin in reliability(p_N, label_N)] for name, p_N in sources.items()},
     }

@@ -16,13 +16,14 @@ from typing import Literal
 MAX_DEPTH = 10
 """Largest number of tokens that a policy drafts in a round unless `depth` gives another."""
 
-Signal = Literal["none", "confidence", "predictor"]
-"""What a policy reads of each draft level: nothing, the draft's probability of its token, or the predicted acceptance."""
+Signal = Literal["none", "confidence", "predictor", "logistic"]
+"""What a policy reads of each draft level: nothing, the draft's probability of its token, or the acceptance that a trained
+predictor, or a model learnt while decoding, predicts."""
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round accepted; `verified`, `accepted` and each level of `chances` have an item per row whose text had not ended.
+    """What a round accepted; each list, and each level of `chances` and `features`, has an item per row that had not ended.
 
     Attributes:
         rows: Number of rows that the round decoded, those with ended texts included.
@@ -31,6 +32,8 @@ class RoundOutcome:
         accepted: Tokens accepted in each row.
         chances: For each level, the predicted probabilities that the tokens are accepted, as a captured round read them;
             otherwise empty.
+        features: For each level that was run, what the policy learns acceptance from; otherwise empty.
+        seconds: Seconds of the iteration in which the host read it; 0 if unknown.
     """
 
     rows: int
@@ -38,6 +41,8 @@ class RoundOutcome:
     verified: Sequence[int]
     accepted: Sequence[int]
     chances: Sequence[Sequence[float]] = ()
+    features: Sequence[Sequence[float]] = ()
+    seconds: float = 0.0
 
 
 class Policy:
@@ -50,10 +55,12 @@ class Policy:
     Attributes:
         signal: What `continues` receives for each row.
         pauses: Whether some rounds may have no draft; what the drafter misses in them is stored, which takes memory.
+        cached: Mean number of tokens of the coming round's texts, prompts included, as far as the host knows.
     """
 
     signal: Signal = "none"
     pauses = True
+    cached = 0.0
 
     def __init__(self, max_depth: int) -> None:
         self.max_depth = max_depth
@@ -78,6 +85,10 @@ class Policy:
     def verified(self, levels: int, rows: int) -> Sequence[int]:
         """For each row, the number of tokens to verify of the `levels` that were drafted, where some may be dropped."""
         return [levels] * rows
+
+    def predicted_seconds(self, outcome: RoundOutcome) -> float:
+        """Seconds that the round should have taken, by what the policy knows of costs; 0 if it knows none."""
+        return 0.0
 
     def learn(self, outcome: RoundOutcome) -> None:
         """Updates the policy with what a round accepted."""

@@ -152,6 +152,7 @@ class RoundOutput:
         paused: Whether a policy chose not to draft.
         verified_B: Number of tokens verified in each row, where rows differ; otherwise None, and each verified `depth`.
         chances_BD: As in `Draft`.
+        features_BD: As in `Draft`.
     """
 
     emitted_BP: Tensor
@@ -163,6 +164,7 @@ class RoundOutput:
     paused: bool = False
     verified_B: Tensor | None = None
     chances_BD: Tensor | None = None
+    features_BD: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -270,6 +272,7 @@ class Rounds:
             paused=plan.can_pause and not draft.levels,
             verified_B=None if draft.packing is None else draft.packing.lengths_B - 1,
             chances_BD=draft.chances_BD,
+            features_BD=draft.features_BD,
         )
 
     def sampling(self, plan: Plan, state: RoundState) -> Sampling | RowSampling:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trainkit.errors import UserError
 from trainkit.runner.graphs import Graphs
-from trainkit.runner.policy import RoundOutcome
+from trainkit.runner.policy import Policy, RoundOutcome
 from trainkit.runner.request import Request
 from trainkit.runner.round import MISSED, PREFILL_CHUNK, Plan, RoundOutput, Rounds, RoundState
 from trainkit.runner.sampling import Mixed
@@ -254,8 +254,9 @@ class Session:
         # Step 3: run a round over the rows that are live.
         self._compact()
         if any(row.is_live for row in self._rows):
+            began = perf_counter()
             self._round()
-            events += self._deliver()
+            events += self._deliver(began)
         return events
 
     def _retire(self) -> None:
@@ -440,6 +441,7 @@ class Session:
         if policy is None:
             return plan, None
         eager = self.graphs is None or plan.observe is not None
+        policy.cached = sum(len(request.prompt) + len(request.tokens) for request in requests) / len(requests)
         levels, per_row = (policy.begin(batch), 0) if eager else policy.captured_size(batch)
         # After a pause the drafter reads what it missed.
         missed = max(request.missed for request in requests)
@@ -471,14 +473,14 @@ class Session:
 
         return self.graphs.run(key, captured, view.done_B)
 
-    def _deliver(self) -> list[Event]:
-        """Reads the oldest calls until `lag` are in flight; returns what they brought."""
+    def _deliver(self, began: float | None = None) -> list[Event]:
+        """Reads the oldest calls until `lag` are in flight; returns what they brought. `began` is when a round was enqueued."""
         events: list[Event] = []
         while len(self._flight) > self.lag:
             call = self._flight.popleft()
             output = call.fetch()
             if self.plan.shape.policy is not None and not call.prefill:
-                self.plan.shape.policy.learn(_outcome(output, call.rows))
+                self._learn(self.plan.shape.policy, call, output, 0.0 if began is None else perf_counter() - began)
             for row, request in call.members:
                 if request.finish:
                     continue
@@ -494,6 +496,15 @@ class Session:
                     request.take(output, row, self._end_ids, call.prefill)
                 events.append(Event(request, request.tokens[known:], request.finish))
         return events
+
+    def _learn(self, policy: Policy, call: Call, output: RoundOutput, seconds: float) -> None:
+        """Tells the policy what a round accepted and how long it took, 0 if unknown, and counts that for its texts."""
+        outcome = _outcome(output, call.rows, seconds)
+        predicted, live = policy.predicted_seconds(outcome), [request for _, request in call.members if not request.finish]
+        policy.learn(outcome)
+        for request in live if seconds else ():
+            request.stats.seconds += seconds / len(live)
+            request.stats.predicted_seconds += predicted / len(live)
 
 
 def slots_needed(length: int, plan: Plan, lag: int) -> int:
@@ -531,10 +542,11 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return start
 
 
-def _outcome(output: RoundOutput, rows: int) -> RoundOutcome:
-    """What a policy learns from a round of `rows` rows."""
+def _outcome(output: RoundOutput, rows: int, seconds: float) -> RoundOutcome:
+    """What a policy learns from a round of `rows` rows that took these seconds."""
     counts = output.counts_B[:rows].tolist()
     live = [row for row, count in enumerate(counts) if count]
     verified, accepted = [output.verified(row) for row in live], [counts[row] - 1 for row in live]
-    chances = () if output.chances_BD is None else output.chances_BD[live].T.tolist()
-    return RoundOutcome(rows, output.levels, verified, accepted, chances)
+    predicted = (output.chances_BD, output.features_BD)
+    chances, features = (() if value_BD is None else value_BD[live].T.tolist() for value_BD in predicted)
+    return RoundOutcome(rows, output.levels, verified, accepted, chances, features, seconds)

@@ -23,6 +23,8 @@ class Stats:
         drafted: Number of tokens drafted in full rounds; for chains with those that were not verified, for trees the verified
             nodes.
         paused: Number of full rounds without a draft because a policy expected that it would not pay.
+        seconds: Seconds of the rounds of a policy, shared among the texts of each round.
+        predicted_seconds: The same by the costs that the policy decides by; 0 if it knows none.
         cut_texts: Number of texts that ended before `max_new_tokens` because they fill `max_len`.
         prefilled: Number of tokens of prompts that the target read. It depends on the other texts, so comparisons leave it out.
         shared: Number of tokens of prompts that were not read because another text in the cache begins with them; left out too.
@@ -38,6 +40,8 @@ class Stats:
     cut_texts: int = 0
     prefilled: int = field(default=0, compare=False)
     shared: int = field(default=0, compare=False)
+    seconds: float = 0.0
+    predicted_seconds: float = 0.0
 
     def add_round(self, accepted: int, depth: int, drafted: int | None = None, paused: bool = False) -> None:
         """Counts one full round.
@@ -78,6 +82,12 @@ class Stats:
         accepted = self._accepted_tokens
         return (self.drafted - accepted) / (accepted + self.rounds) if self.rounds else float("nan")
 
+    @property
+    def goodput(self) -> dict[str, float]:
+        """Tokens per second of a policy's full rounds: `predicted` from its costs, if it knows any, and `measured`."""
+        tokens, seconds = self._accepted_tokens + self.rounds, {"predicted": self.predicted_seconds, "measured": self.seconds}
+        return {name: tokens / value for name, value in seconds.items() if value}
+
     @staticmethod
     def merge(outputs: Iterable[Stats]) -> Stats:
         """The sum over outputs."""
@@ -92,6 +102,8 @@ class Stats:
             total.tokens += stats.tokens
             total.prefilled += stats.prefilled
             total.shared += stats.shared
+            total.seconds += stats.seconds
+            total.predicted_seconds += stats.predicted_seconds
             total.lossy |= stats.lossy
         return total
 

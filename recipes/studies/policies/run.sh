@@ -42,10 +42,14 @@ for t in ${TEMPERATURES:-0 1}; do
         say "speed on $set at temperature $t"
         [ -e "$out/bench-$set-t$t.json" ] || ./launch.sh bench --target "$target" --drafter "$out/draft" --prompts "$out/$set.jsonl" \
             --limit "$limit" --max_new_tokens 128 --depths "[$(seq -s, 1 "$depth")]" --policy cost --policy cost-blind \
-            --policy predictor:0.6 --policy confidence:0.6 --policy ema --repeats "$repeats" --baselines false --temperature "$t" \
+            --policy cost:logistic --policy logistic:0.6 --policy predictor:0.6 --policy confidence:0.6 --policy ema --repeats "$repeats" --baselines false --temperature "$t" \
             --device "$device" --json "$out/bench-$set-t$t.json"
         [ -e "$out/oracle-$set-t$t.json" ] || python recipes/studies/policies/tables.py oracle "$target" "$out/draft" "$out/$set.jsonl" "$t" \
             "$limit" "$out/oracle-$set-t$t.json"
+        for seed in 0 1 2; do
+            [ -e "$out/signals-$set-t$t-$seed.json" ] || python recipes/studies/policies/tables.py signals "$target" "$out/draft" \
+                "$out/$set.jsonl" "$t" "$limit" "$seed" "$out/signals-$set-t$t-$seed.json"
+        done
     done
 done
 

@@ -2,11 +2,13 @@
 
     python recipes/studies/policies/tables.py prompts TEST.jsonl CODE.jsonl SEEN OUT
     python recipes/studies/policies/tables.py oracle TARGET DRAFTER PROMPTS TEMPERATURE LIMIT OUT.json
+    python recipes/studies/policies/tables.py signals TARGET DRAFTER PROMPTS TEMPERATURE LIMIT SEED OUT.json
     python recipes/studies/policies/tables.py useless TARGET DRAFTER PROMPTS OUT.json
     python recipes/studies/policies/tables.py table OUT
 
 The oracle knows how many draft tokens each round will accept, and pays the drafting and verification costs measured on this
-machine: no policy can be faster with the same drafter. Fixed depths are computed from the same costs for comparison.
+machine: no policy can be faster with the same drafter. Fixed depths are computed from the same costs for comparison. `signals`
+decodes with every policy, and gives the speed by processor time and by the costs.
 """
 
 from __future__ import annotations
@@ -16,19 +18,28 @@ import random
 import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
 
 from trainkit.data.text.prompts import read_prompts
 from trainkit.eval.tree_search.ranks import PAST_END, replay_ranks
-from trainkit.runner import Runner
+from trainkit.models.predictor import FoldedPredictor
+from trainkit.runner import Runner, timing
+from trainkit.runner.options import GenerateOptions
+from trainkit.runner.policies.chain import level_chance
+from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts
+from trainkit.runner.policies.logistic import OnlineLogistic
+from trainkit.runner.policy import RoundOutcome
 from trainkit.runner.sampling import Sampling
+from trainkit.runner.trees.shape import Proposals
 
-MAX_DEPTH = 10
+MAX_DEPTH, NEW_TOKENS = 10, 64
+POLICIES = ("logistic", "predictor", "confidence", "cost:logistic", "cost:predictor", "cost:confidence", "cost-blind", "ema")
 NAMES = ("Aisha", "Bogdan", "Chidi", "Dara", "Emeka", "Freya", "Goran", "Hana", "Ines", "Jomo", "Kenji", "Lotte")
 OTHERS = ("Xqor", "Wvenn", "Ruzk", "Pthal", "Oxbri", "Nyzza")
 SETS = {"gsm8k": "GSM8K", "mixed": "mixed"}
@@ -110,6 +121,78 @@ def oracle_round_totals(runs: list[list[int]], costs: ChainCosts, rate: float) -
     return tokens, seconds
 
 
+def signals(target: Path, drafter: Path, file: Path, temperature: float, limit: int, seed: int, out: Path) -> None:
+    """Speed of policies and fixed depths as multiples of plain decoding, batch 1: by processor time and by the costs.
+
+    All pay the same costs of drafting and verifying, plus those of the signal that they read, measured apart. With one thread
+    the processor's time is that of a quiet machine's clock, as far as the machine shares no caches.
+    """
+    torch.set_num_threads(1)
+    timing.perf_counter = process_time
+    prompt_ids = read_prompts(str(file), str(target), limit)
+    runner = Runner.load(target, drafter, max_batch=1, max_len=max(map(len, prompt_ids)) + NEW_TOKENS)
+    costs, reading = runner.policies.costs(MAX_DEPTH, None, Sampling(temperature)), signal_seconds(runner, temperature)
+    runner.policies.costs = lambda *_: costs
+    payer = Cost(costs, MAX_DEPTH)
+    ways: dict[str, dict[str, Any]] = {"plain": {"depth": 0}}
+    ways |= {f"depth {depth}": {"policy": "fixed", "depth": depth} for depth in (1, 2, 3, 4, 6)}
+    ways |= {name: {"policy": name} for name in POLICIES if runner.predictor is not None or "predictor" not in name}
+    rows: dict[str, dict[str, Any]] = {name: {"tokens": 0, "seconds": 0.0, "times": [], "rounds": 0} for name in ways}
+    for prompt in prompt_ids:
+        for name, options in ways.items():
+            row, outcomes = rows[name], []
+            if "policy" in options:
+                policy = runner.policies.chain(
+                    options["policy"], GenerateOptions(temperature=temperature, **options), runner.predictor
+                )
+                policy.policy.learn = partial(_learn_and_record, type(policy.policy).learn, policy.policy, outcomes)
+            began = process_time()
+            (output,) = runner.generate([prompt], NEW_TOKENS, temperature, seed=seed, **options)
+            row["times"].append((process_time() - began) / len(output.tokens))
+            signal = policy.policy.signal if "policy" in options else "none"
+            rounds = outcomes or [RoundOutcome(1, 0, [0], [0])] * (len(output.tokens) - 1)
+            row["seconds"] += sum(payer.predicted_seconds(one) + one.levels * reading[signal] for one in rounds)
+            row["tokens"] += sum(sum(one.accepted) + 1 for one in rounds)
+            row["rounds"] += len(rounds)
+    plain = rows["plain"]
+    for row in rows.values():
+        row["tau"] = row["tokens"] / row["rounds"]
+        row["by_costs"] = row["tokens"] / row["seconds"] * plain["seconds"] / plain["tokens"]
+        row["by_time"] = statistics.median(a / b for a, b in zip(plain["times"], row["times"], strict=True))
+    result = {"rows": rows, "signal_seconds": reading, "plain_seconds": costs.plain(1)}
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, row in rows.items():
+        print(f"{name:18} tau {row['tau']:.2f}  x plain by costs {row['by_costs']:.3f}  by time {row['by_time']:.2f}")
+
+
+def _learn_and_record(learn: Any, policy: Any, outcomes: list[RoundOutcome], outcome: RoundOutcome) -> None:
+    learn(policy, outcome)
+    outcomes.append(outcome)
+
+
+def signal_seconds(runner: Runner, temperature: float) -> dict[str, float]:
+    """Seconds that each signal takes at a draft level beyond choosing the token, medians of 300 calls in turns."""
+    assert runner.drafter is not None
+    decoder, device = runner.shape.decoder, runner.device
+    noisy_BFK = torch.randn(1, 1, len(getattr(runner.drafter, "draft_vocab", None) or range(decoder.vocab_size)))
+    proposals = Proposals(noisy_BFK, None, torch.randn(1, 1, decoder.hidden_size))
+    models: dict[str, Any] = {"confidence": None, "logistic": OnlineLogistic(MAX_DEPTH, device)}
+    if runner.predictor is not None:
+        models["predictor"] = FoldedPredictor(runner.predictor, temperature)
+    times: dict[str, list[float]] = {name: [] for name in ("none", *models)}
+    with torch.inference_mode():
+        for _ in range(300):
+            for name, seconds in times.items():
+                began = process_time()
+                if name == "none":
+                    noisy_BFK.argmax(-1)
+                else:
+                    level_chance(proposals, 0, models[name])[0].tolist()
+                seconds.append(process_time() - began)
+    typical = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {name: seconds - typical["none"] for name, seconds in typical.items()}
+
+
 def useless(target: Path, drafter: Path, file: Path, out: Path, repeats: int = 7) -> None:
     """Compares plain decoding with `cost` and a draft of random weights at batch 8; reports the ratio of each pair of runs."""
     torch.set_num_threads(1)
@@ -150,9 +233,11 @@ def table(out: Path) -> None:
     """Prints the tables of the study."""
     values = json.loads((out / "calibration.json").read_text(encoding="utf-8"))
     names = list(values["groups"][0]["log_loss"])
-    print("| records | " + " | ".join(f"{name}: log-loss, ECE" for name in names) + " |\n" + "|---" * (len(names) + 1) + "|")
+    print(
+        "| records | " + " | ".join(f"{name}: log-loss, ECE, AUC" for name in names) + " |\n" + "|---" * (len(names) + 1) + "|"
+    )
     for group in values["groups"]:
-        cells = [f"{group['log_loss'][name]:.4f}, {group['ece'][name]:.4f}" for name in names]
+        cells = [f"{group['log_loss'][name]:.4f}, {group['ece'][name]:.4f}, {group['auc'][name]:.3f}" for name in names]
         print(f"| {group['group']} ({group['records']:,}) | {' | '.join(cells)} |")
     head = "prompts, T | policy | speedup | x best depth (min..max) | wasted | best depth's | by costs: fixed, oracle"
     print(f"\n| {head} |")
@@ -170,6 +255,15 @@ def table(out: Path) -> None:
                     f"| {SETS[name]}, {temperature} | {policy['name']} | {policy['speedup']:.2f} | {ratio} | "
                     f"{policy['wasted']:.2f} | {fixed['wasted']:.2f} at {fixed['depth']} | {best} |"
                 )
+    for first in sorted(out.glob("signals-*-0.json")):
+        files = sorted(out.glob(first.name.replace("-0.json", "-*.json")))
+        runs = [json.loads(file.read_text(encoding="utf-8"))["rows"] for file in files]
+        print(
+            f"\n{first.stem.removesuffix('-0')}, {len(runs)} seeds: tau, x plain by processor time, x plain by costs (medians)"
+        )
+        for name in runs[0]:
+            cells = [statistics.median(run[name][column] for run in runs) for column in ("tau", "by_time", "by_costs")]
+            print(f"| `{name}` | {cells[0]:.2f} | {cells[1]:.3f} | {cells[2]:.3f} |")
     if (out / "useless.json").is_file():
         for name, ratio in json.loads((out / "useless.json").read_text(encoding="utf-8")).items():
             print(f"\nuseless draft, batch 8, {name}: {ratio['median']:.3f} of plain ({ratio['min']:.3f}..{ratio['max']:.3f})")
@@ -185,5 +279,8 @@ if __name__ == "__main__":
         oracle(Path(target), Path(drafter), Path(file), float(temperature), int(limit), Path(out))
     elif command == "useless":
         useless(*(Path(name) for name in arguments))
+    elif command == "signals":
+        target, drafter, file, temperature, limit, seed, out = arguments
+        signals(Path(target), Path(drafter), Path(file), float(temperature), int(limit), int(seed), Path(out))
     else:
         table(Path(arguments[0]))

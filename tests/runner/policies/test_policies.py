@@ -25,14 +25,26 @@ from trainkit.runner.policies import cost_model as costs
 from trainkit.runner.policies.chain import PolicyChain
 from trainkit.runner.policies.cost import Cost
 from trainkit.runner.policies.cost_model import ChainCosts
+from trainkit.runner.policies.logistic import OnlineLogistic, log_odds
 from trainkit.runner.policies.simple import TIERS, Recent, Threshold
 from trainkit.runner.policies.spec import PolicySpec
 from trainkit.runner.policy import Policy, RoundOutcome
 from trainkit.runner.round import Plan, Rounds
 from trainkit.runner.sampling import Sampling
+from trainkit.runner.trees import static
 from trainkit.runner.verify import Residual
 
-POLICIES = ["fixed", "confidence:0.3", "confidence", "predictor:0.4", "cost", "cost-blind", "ema"]
+POLICIES = [
+    "fixed",
+    "confidence:0.3",
+    "predictor:0.4",
+    "logistic",
+    "logistic:0.2",
+    "cost",
+    "cost:logistic",
+    "cost-blind",
+    "ema",
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +70,8 @@ def test_every_policy_decodes_as_plain_decoding(batch, temperature, seed):
     """Under every policy the text is that of plain decoding."""
     runner = pair(max_batch=batch)
     runner.predictor = predicting(runner)
+    if batch != 3:
+        runner.policies.costs = lambda *_: flat(0.05, 0.1)
     prompts, options = ragged_prompts(8), {"max_new_tokens": 24, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
     ties = []
@@ -76,25 +90,28 @@ def test_paused_draft_catches_up_exactly(temperature, seed):
     check_pauses(runner, ragged_prompts(5), 4, max_new_tokens=40, temperature=temperature, seed=seed, ignore_end=True)
 
 
-@pytest.mark.parametrize("policy", ["cost", "cost-blind", "ema", "fixed"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_captured_rounds_use_few_depths(policy, temperature, seed):
-    """With the host a round behind, as on a GPU: the text stays plain decoding's, and the depths are the tiers'."""
+@pytest.mark.parametrize("policy", ["cost", "cost:logistic", "cost-blind", "logistic", "ema", "fixed"])
+@pytest.mark.parametrize(("temperature", "lag"), [(0.0, 1), (0.7, 1), (0.7, 0)])
+def test_captured_rounds_use_few_depths(policy, temperature, lag, seed):
+    """With the host a round behind, as on a GPU, or none: the text stays plain decoding's, and the depths are the tiers'."""
     runner = pair(max_batch=4)
     runner.predictor = predicting(runner)
     prompts, options = ragged_prompts(9), {"max_new_tokens": 30, "temperature": temperature, "seed": seed}
     plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
-    runner.policies.costs(10, runner.predictor)  # as a GPU would have measured them
-    replayed(runner, 1)
+    if policy == "cost":
+        runner.policies.costs(10, runner.predictor)  # as a GPU would have measured them
+    replayed(runner, lag)
     if policy.startswith("cost"):
         runner.policies.costs = lambda *_: flat(0.05, 0.1)
     outs = runner.generate(prompts, policy=policy, **options)
     assert_few(compare(runner.rounds.target, prompts, [out.tokens for out in outs], plain, Sampling(temperature), seed), 300)
     keys = {key[0] for key in runner.scheduler.graphs.closures}
-    shared = {key for key in keys if key and isinstance(key[-1], FoldedPredictor | None)}
+    shared = {key for key in keys if key and isinstance(key[-1], FoldedPredictor | OnlineLogistic | None)}
     depths = {len(key[0] if key in shared else key) for key in keys}
     assert depths and depths <= {0, *TIERS}
-    assert bool(shared) == policy.startswith("cost") and all(0 < each <= len(paths) for paths, each, _ in shared)
+    assert bool(shared) == (policy in ("cost", "cost:logistic", "logistic")) and all(
+        0 < each <= len(paths) for paths, each, _ in shared
+    )
 
 
 @pytest.mark.gpu
@@ -126,9 +143,9 @@ class Choosy(Policy):
 class Telling(PolicyChain):
     """Says which token was drafted."""
 
-    def _signal(self, made, depth):
+    def _signal(self, steps, made, depth):
         picked_B1 = made.noisy_BFK.argmax(-1)
-        return (picked_B1 == 0)[:, 0].float(), picked_B1
+        return (picked_B1 == 0)[:, 0].float(), picked_B1, None
 
 
 LIKELY_ZERO = np.array([0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3])  # the draft's law everywhere; the target's is uniform
@@ -153,6 +170,22 @@ def test_residual_verifies_every_drafted_token():
         runner.generate([[1, 2]], max_new_tokens=6, temperature=0.0, verify="residual", policy=policy)
     for (_, _, warm, verify, *_), chain in runner.policies.chains.items():
         assert chain.may_drop == (verify == "coupled" or not warm)
+
+
+@pytest.mark.parametrize("verify", ["coupled", "residual"])
+def test_logistic_reads_noise_where_the_target_shares_it(verify, seed):
+    """Its feature is that of the draft's distribution, with the noise under coupled and without it under residual."""
+    runner, same = pair(max_batch=3), []
+
+    def look(trace):
+        quiet_BD = torch.stack([log_odds(logits[:, 0]) for logits in trace.draft.logits], 1)
+        same.append(torch.allclose(trace.draft.features_BD, quiet_BD, atol=1e-4))
+
+    runner.observe = look
+    runner.generate(
+        ragged_prompts(3), max_new_tokens=12, temperature=1.0, verify=verify, policy="logistic:0", depth=3, ignore_end=True
+    )
+    assert len(same) > 2 and all(same) == (verify == "residual") == any(same)
 
 
 def test_residual_needs_every_drafted_token_verified(seed):
@@ -188,6 +221,15 @@ def test_thresholds_stop_by_hand():
     chances = Threshold("predictor", 0.5, 9)
     chances.begin(1)
     assert chances.continues([0.8]) and chances.continues([0.7]) and not chances.continues([0.8])  # 0.8, 0.56, 0.448
+
+
+def test_thresholds_choose_captured_depths_by_hand():
+    """By the means of earlier rounds: survivals 0.9, 0.6, 0.3 pass 0.5 twice, confidences 0.9, 2/3, 1/2 pass 0.6 twice."""
+    for policy in (Threshold("predictor", 0.5, 9), Threshold("logistic", 0.5, 9), Threshold("confidence", 0.6, 9)):
+        assert policy.captured_size(2) == (8, 8), "nothing is known: the largest tier"
+        for _ in range(60):
+            policy.learn(RoundOutcome(2, 3, [3, 3], [1, 1], [[1.0, 0.8], [0.7, 0.5], [float("nan"), 0.6]]))
+        assert policy.captured_size(2) == (3, 3)
 
 
 def drafted(policy: Cost, said: list[float], rows: int = 1) -> tuple[int, int]:
@@ -359,7 +401,9 @@ def test_costs_are_measured_once(tmp_path, monkeypatch):
     first = runner.policies.costs(4, None)
     assert first.rows == (1, 2) and first.verify(1, 1) > 0 and first.round(1, 4, 4) > first.round(1, 0, 0)
     warm = runner.policies.costs(4, None, Sampling(0.7))  # noise takes its time
-    monkeypatch.setattr("trainkit.runner.policies.build.measure_chain_costs", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "trainkit.runner.policies.build.CostMeasurement.measure", lambda *_, **__: pytest.fail("measured again")
+    )
     assert runner.policies.costs(4, None) == first != warm == runner.policies.costs(4, None, Sampling(1.0))
 
 
@@ -430,6 +474,111 @@ def test_costs_are_robust_to_slow_repeats(seed):
             assert made.round(1, depth, depth) / made.plain(1) == pytest.approx((sum(truth[depth]) + 0.5) / 10.5, rel=1e-6)
 
 
+def crossing(verify: float, level: float) -> ChainCosts:
+    """`flat(0.0, 0.1)` for texts of 100 tokens; each further token of a text adds these seconds to a step and to a level."""
+    return replace(flat(0.0, 0.1), length=100.0, cached_N=(verify,) * 19, level_cached=level)
+
+
+def test_costs_grow_with_cached_tokens():
+    """By hand: 50 further tokens in each of 8 texts, 0.01 and 0.001 seconds each."""
+    costs_at = crossing(0.01, 0.001).at(150.0)
+    assert costs_at.verify(8, 3) == pytest.approx(1.0 + 8 * 50 * 0.01) and costs_at.level(8) == pytest.approx(0.1 + 0.4)
+    assert costs_at.verify(1, 1) == pytest.approx(1.5) and costs_at.draft(1, 2) == pytest.approx(2 * (0.1 + 0.05))
+    assert costs_at.at(100.0).verify(8, 3) == pytest.approx(1.0) and flat(0.1).at(500.0) == flat(0.1)
+    assert crossing(0.1, 0.1).at(0.0).plain(1) > 0, "extrapolated below what was measured, still a cost"
+
+
+def test_costs_of_cached_tokens_are_fitted(monkeypatch):
+    """From scripted times, one of which is slow: 0.001 a token to verify one node, 0.002 for two, 0.0005 for a level."""
+
+    def timed(rounds, parts, length, batch, repeats, sampling=None):
+        runs = {depth: [[depth * (0.1 + 0.0005 * length), 1 + 0.001 * length * min(depth + 1, 2)]] * repeats for depth in parts}
+        return {depth: [[5.0, 9.0], *run[1:]] for depth, run in runs.items()}
+
+    monkeypatch.setattr(costs, "time_parts", timed)
+    shape_at = lambda depth: static.build(static.chain(depth), torch.device("cpu"))
+    measurement = costs.CostMeasurement(pair(max_len=64).rounds, shape_at, 3, 1, 256, 2048, Sampling())
+    cached_N, level = measurement._of_cached_tokens()
+    assert cached_N == pytest.approx((0.001, 0.002, 0.002, 0.002)) and level == pytest.approx(0.0005)
+    assert replace(measurement, longer=600)._of_cached_tokens() == ((), 0.0), "two lengths that are close"
+
+
+@pytest.mark.parametrize("is_tier", [False, True])
+def test_depth_changes_at_the_computed_length(is_tier):
+    """The second token, accepted with 0.36, pays while a level costs less than 0.36 of a plain step.
+
+    A step of 1 that grows by 0.001 and a level of 0.1 that grows by 0.004 a token cross there 260 / 3.64 = 71.4 tokens later.
+    """
+    for length, levels in ((64.0, 2), (128.0, 2), (192.0, 1), (256.0, 1)):
+        policy = Cost(crossing(0.001, 0.004), 2, signal="predictor")
+        policy.cached = length
+        if is_tier:
+            policy._gains = {(1, 1): 0.6, (2, 2): 0.96}
+            assert policy.captured_size(1) == (levels, levels)
+        else:
+            policy.known.means[:] = [0.6, 0.6]
+            policy.known.fade = lambda: None
+            assert drafted(policy, [0.6, 0.6])[0] == levels
+
+
+def test_large_batches_are_decoded_plainly_where_that_pays():
+    """With rows that cost as much as their step, one text is drafted and eight are not."""
+    costs = replace(flat(), verify_RN=(flat(0.05).verify_RN[0], flat(1.0).verify_RN[0]))
+    for rows, is_drafted in ((1, True), (8, False)):
+        policy = Cost(costs, 4)
+        for _ in range(50):
+            levels, kept = policy.captured_size(rows)
+            policy.learn(RoundOutcome(rows, levels, [kept] * rows, [kept // 2] * rows))
+        assert policy.is_paused(rows) != is_drafted
+
+
+def test_drifted_costs_are_measured_again_once(seed, monkeypatch):
+    """After 200 rounds that take 1.5 times as long as predicted, and again a first capture; then never more."""
+    policy = Cost(flat(0.05, 0.1), 4)
+
+    def rounds(factor: float) -> int:
+        for number in range(200):
+            outcome = RoundOutcome(2, 2, [2, 2], [1, 1])
+            seconds = 1000.0 if number == 0 else factor * policy.predicted_seconds(outcome)
+            policy.learn(replace(outcome, seconds=seconds))
+        return policy.drifted_rows()
+
+    assert [rounds(factor) for factor in (1.1, 0.9, 1.5, 1.5)] == [0, 0, 2, 0] and policy.drifted_rows() == 0
+
+
+def test_next_call_uses_the_costs_measured_again(tmp_path, monkeypatch):
+    """Costs that drifted are measured again for the measured numbers of texts around, stored, and used by the policy."""
+    monkeypatch.setenv("TRAINKIT_COSTS", str(tmp_path))
+    monkeypatch.setattr(costs.CostMeasurement, "_of_rows", lambda self, rows, **_: ((1.0,) * 4, *[0.1 * rows] * 6))
+    runner, options = pair(max_batch=4), {"max_new_tokens": 2, "policy": "cost-blind", "depth": 3}
+    runner.generate([[1]], **options)
+    (chain,) = runner.policies.chains.values()
+    before = chain.policy.costs
+    monkeypatch.setattr(costs.CostMeasurement, "_of_rows", lambda self, rows, **_: ((2.0,) * 4, *[0.2 * rows] * 6))
+    for _ in range(200):
+        chain.policy.learn(RoundOutcome(3, 0, [0] * 3, [0] * 3, seconds=9.0))
+    runner.generate([[1]], **options)
+    after = chain.policy.costs
+    assert before.rows == (1, 2, 4) and [line[0] for line in after.verify_RN] == [1.0, 2.0, 2.0]
+    assert after.level_R == pytest.approx((0.1, 0.4, 0.8)) and after.length == before.length > 0
+    monkeypatch.setattr(costs.CostMeasurement, "measure", lambda self: pytest.fail("measured again"))
+    assert runner.policies.costs(3, None) == after
+
+
+def test_goodput_is_reported(seed):
+    """A policy's statistics hold its measured tokens per second, and with costs the predicted ones."""
+    runner = pair(max_batch=2)
+    runner.policies.costs = lambda *_: flat(0.05, 0.1)
+    runner.generate([[1], [2, 3]], max_new_tokens=12, policy="cost-blind", ignore_end=True)
+    found, stats = runner.last.goodput, runner.last
+    assert found["measured"] > 0 and 0.5 < found["predicted"] < 10
+    assert found["measured"] == pytest.approx(stats.tau * stats.rounds / stats.seconds)
+    runner.generate([[1]], max_new_tokens=12, policy="ema")
+    assert set(runner.last.goodput) == {"measured"}
+    runner.generate([[1]], max_new_tokens=12, depth=2)
+    assert runner.last.goodput == {}
+
+
 def test_only_used_chain_depths_are_built(seed):
     """A chain of 400 in each depth would take a minute before the first token."""
     runner = pair(max_len=512, noise=None)
@@ -467,9 +616,11 @@ def test_invalid_policy_gives_one_line(policy, options, said):
 def test_policy_names_are_parsed():
     """Policy names are parsed with their default threshold."""
     assert (
-        PolicySpec.parse("confidence") == PolicySpec("confidence", 0.6) and PolicySpec.parse("predictor:0.25").threshold == 0.25
+        PolicySpec.parse("confidence") == PolicySpec("threshold", "confidence", 0.6)
+        and PolicySpec.parse("logistic") == PolicySpec("threshold", "logistic", 0.5)
+        and PolicySpec.parse("predictor:0.25").threshold == 0.25
     )
-    assert PolicySpec.parse("cost-blind") == PolicySpec("cost-blind") != PolicySpec.parse("cost")
+    assert [PolicySpec.parse(name).signal for name in ("cost", "cost:logistic", "cost-blind")] == [None, "logistic", "none"]
 
 
 def test_predictor_does_not_depend_on_the_batch(seed):

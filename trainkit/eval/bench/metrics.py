@@ -111,6 +111,7 @@ def _policy(result: BenchResult, method: Method) -> Summary:
         **_acceptance(method),
         "drafted_per_round": stats.drafted / max(1, stats.rounds),
         "paused": stats.paused,
+        "goodput": stats.goodput,
         "speedup": method.rate / plain.rate,
         "over_plain": _ratios(method, plain),
         "over_best_fixed": over_best,

@@ -11,10 +11,11 @@ from trainkit.models.predictor import AcceptancePredictor, FoldedPredictor
 from trainkit.runner.options import GenerateOptions
 from trainkit.runner.policies.chain import PolicyChain, RankedChain
 from trainkit.runner.policies.cost import Cost
-from trainkit.runner.policies.cost_model import ChainCosts, cached_costs, measure_chain_costs, shapes_digest
+from trainkit.runner.policies.cost_model import ChainCosts, CostMeasurement, cached_costs, shapes_digest, store_costs
+from trainkit.runner.policies.logistic import OnlineLogistic
 from trainkit.runner.policies.simple import Fixed, Recent, Threshold
 from trainkit.runner.policies.spec import PolicySpec
-from trainkit.runner.policy import MAX_DEPTH, Policy
+from trainkit.runner.policy import MAX_DEPTH, Policy, Signal
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.scheduler import Scheduler
 from trainkit.runner.timing import processor
@@ -46,39 +47,54 @@ class Policies:
             raise UserError(
                 f"{name}: a policy decides the length of chains; leave tree out, or give depth as the largest length"
             )
-        if spec.name == "predictor" and predictor is None:
+        signal = spec.signal or ("logistic" if predictor is None else "predictor")
+        if signal == "predictor" and predictor is None:
             raise UserError(f"{name}: the drafter has no predictor; train one, or choose another policy")
-        if spec.name in ("confidence", "predictor") and self.scheduler.graphs is not None:
-            raise UserError(f"{name}: stops within a round, which a captured graph cannot; choose cost or ema")
-        predictor = None if spec.name == "cost-blind" else predictor
+        trained = predictor if signal == "predictor" else None
         max_depth, sampling = options.depth or min(MAX_DEPTH, drafter.max_depth or MAX_DEPTH), options.sampling
-        key = (spec, max_depth, sampling.temperature, options.verify, torch.get_num_threads(), predictor, _steps(sampling))
+        key = (spec, max_depth, sampling.temperature, options.verify, torch.get_num_threads(), trained, _steps(sampling))
         if key not in self.chains:
-            may_drop = options.verify == "coupled" or sampling.greedy
-            folded = None if predictor is None else FoldedPredictor(predictor, sampling.temperature)
-            decides = self._policy(spec, max_depth, predictor, sampling, may_drop)
-            self.chains[key] = PolicyChain(decides, self.scheduler.device, folded, may_drop)
-        return self.chains[key]
+            device, coupled = self.scheduler.device, options.verify == "coupled" or sampling.greedy
+            chance = FoldedPredictor(trained, sampling.temperature) if trained is not None else None
+            if signal == "logistic":
+                chance = OnlineLogistic(max_depth, device, reads_noise=options.verify != "residual" or sampling.greedy)
+            decides: Policy = Fixed(max_depth)
+            learns = chance if isinstance(chance, OnlineLogistic) else None
+            if spec.name == "ema":
+                decides = Recent(max_depth)
+            elif spec.name == "threshold":
+                decides = Threshold(signal, spec.threshold, max_depth, learns)
+            elif spec.name == "cost":
+                decides = Cost(self.costs(max_depth, trained, sampling, signal), max_depth, signal, coupled, learns)
+            self.chains[key] = PolicyChain(decides, device, chance, may_drop=coupled)
+        chosen = self.chains[key]
+        if isinstance(chosen.policy, Cost) and (rows := chosen.policy.drifted_rows()):
+            chosen.policy.use(self.costs(max_depth, trained, sampling, signal, (chosen.policy.costs, rows)))
+        return chosen
 
-    def _policy(
-        self, spec: PolicySpec, max_depth: int, predictor: AcceptancePredictor | None, sampling: Sampling, may_drop: bool
-    ) -> Policy:
-        if spec.name == "fixed":
-            return Fixed(max_depth)
-        if spec.name == "ema":
-            return Recent(max_depth)
-        if spec.name.startswith("cost"):
-            without = "none" if self.scheduler.graphs is None else "confidence"
-            signal = without if predictor is None else "predictor"
-            return Cost(self.costs(max_depth, predictor, sampling), max_depth, signal, may_drop)
-        return Threshold("predictor" if spec.name == "predictor" else "confidence", spec.threshold, max_depth)
+    def costs(
+        self,
+        max_depth: int,
+        predictor: AcceptancePredictor | None,
+        sampling: Sampling | None = None,
+        signal: Signal | None = None,
+        drifted: tuple[ChainCosts, int] | None = None,
+    ) -> ChainCosts:
+        """Costs of drafting and verifying up to `max_depth` tokens with the current threads; measured once per machine.
 
-    def costs(self, max_depth: int, predictor: AcceptancePredictor | None, sampling: Sampling | None = None) -> ChainCosts:
-        """Costs of drafting and verifying up to `max_depth` tokens with the current threads; measured once per machine."""
+        Args:
+            max_depth: Largest number of tokens.
+            predictor: The predictor that the policy reads, whose time counts.
+            sampling: Sampling of the calls; noise and filters take their time.
+            signal: What the policy reads; by default the predictor if there is one, else nothing.
+            drifted: Costs, and a number of texts whose costs in them are measured again now.
+        """
         assert self.rounds.drafter is not None
         sampling, device = sampling or Sampling(), self.scheduler.device
+        signal = signal or ("none" if predictor is None else "predictor")
         target, captured = self.rounds.target, self.scheduler.graphs is not None
         length, batch = min(256, self.scheduler.max_len // 2), self.scheduler.max_batch
+        longer = min(8 * length, self.scheduler.max_len - 2 * (max_depth + 1))
         setting = {
             "processor": processor(device),
             "device": str(device),
@@ -88,23 +104,32 @@ class Policies:
             "target": shapes_digest(target),
             "drafter": shapes_digest(self.rounds.drafter),
             "predictor": shapes_digest(predictor),
+            "signal": signal,
             "graphs": captured,
             "max_depth": max_depth,
             "batch": batch,
             "length": length,
             "sampling": _steps(sampling),
-            "version": 6,  # raise it when measuring changes
+            "longer": longer,
+            "version": 7,  # raise it when measuring changes
         }
-        folded = None if predictor is None else FoldedPredictor(predictor, sampling.temperature)
+        chance = FoldedPredictor(predictor, sampling.temperature) if predictor is not None else None
+        if signal == "logistic":
+            chance = OnlineLogistic(max_depth, device)
 
         def shape_at(levels: int) -> Shape:
-            if captured:
-                return RankedChain(build(chain(levels), device), levels, folded)
+            if captured and signal != "none":
+                return RankedChain(build(chain(levels), device), levels, chance)
             policy = Policy(levels)
-            policy.signal = "none" if predictor is None else "predictor"
-            return PolicyChain(policy, device, folded)
+            policy.signal = signal
+            return PolicyChain(policy, device, chance)
 
-        return cached_costs(setting, lambda: measure_chain_costs(self.rounds, shape_at, max_depth, batch, length, sampling))
+        measurement = CostMeasurement(self.rounds, shape_at, max_depth, batch, length, longer, sampling)
+        if drifted is None:
+            return cached_costs(setting, measurement.measure)
+        costs = measurement.again(*drifted)
+        store_costs(setting, costs)
+        return costs
 
 
 def _steps(sampling: Sampling) -> tuple[bool, bool, bool]:

@@ -13,12 +13,14 @@ Left out on purpose: learning a policy (bandits). The decision depends on three 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
 from operator import mul
+from statistics import median
 
 from trainkit.runner.policies.cost_model import ChainCosts
+from trainkit.runner.policies.logistic import OnlineLogistic
 from trainkit.runner.policies.simple import TIERS
 from trainkit.runner.policy import Policy, RoundOutcome, Signal
 
@@ -41,6 +43,35 @@ _TRIAL = 4
 
 _PAUSE, _LONGEST_PAUSE = 32, 2048
 """Number of plain rounds until drafting is tried again; doubled after each trial that failed."""
+
+_LENGTHS = 64
+"""Costs are looked up for lengths that are multiples of this."""
+
+_DRIFT_ROUNDS, _DRIFT = 200, 1.2
+"""Costs have drifted if so many rounds took so many times as long as predicted, or as much less."""
+
+
+@dataclass
+class _Drift:
+    """Measured over predicted seconds of rounds with one number of texts.
+
+    Attributes:
+        ratios: Of the rounds since the last comparison.
+        is_new: Whether they have drifted and nothing was done about it.
+        is_known: Whether they have drifted before: the costs of a number of texts are measured again once.
+    """
+
+    ratios: list[float] = field(default_factory=list)
+    is_new: bool = False
+    is_known: bool = False
+
+    def add(self, ratio: float) -> None:
+        self.ratios.append(ratio)
+        if len(self.ratios) == _DRIFT_ROUNDS:
+            typical = median(self.ratios)  # capturing a graph takes a second, which is not the round's
+            if not self.is_known and not 1 / _DRIFT <= typical <= _DRIFT:
+                self.is_new = self.is_known = True
+            self.ratios.clear()
 
 
 @dataclass
@@ -115,22 +146,49 @@ class Cost(Policy):
         max_depth: Largest number of levels.
         signal: Source of each proposal's probability of being accepted; with `none`, the mean of its level is used.
         per_row: Whether tokens may stay unverified by their signal, so that rows may verify different numbers of them.
+        logistic: The model behind the signal `logistic`, which learns from the rounds.
     """
 
-    def __init__(self, costs: ChainCosts, max_depth: int, signal: Signal = "none", per_row: bool = False) -> None:
+    def __init__(
+        self,
+        costs: ChainCosts,
+        max_depth: int,
+        signal: Signal = "none",
+        per_row: bool = False,
+        logistic: OnlineLogistic | None = None,
+    ) -> None:
         super().__init__(max_depth)
-        self.costs, self.signal, self.per_row = costs, signal, per_row and signal != "none"
+        self.logistic = logistic
+        self.signal, self.per_row = signal, per_row and signal != "none"
         self.known = FadingMeans(max_depth, PRIOR)
         self.accept: list[float] = self.known.means  # of each level, given that those before it were accepted
         self._accounts: dict[int, _Account] = {}
         self._rows = 1
         self._chances: list[list[float]] = []  # by level, the probability that each row's token is accepted
-        # Costs are looked up many times a round, and a small model's levels are short.
-        self._plain, self._draft, self._rest, self._packed = map(cache, (costs.plain, costs.draft, costs.rest, costs.packed))
-        self._ahead = cache(self._further)
+        self._drift: dict[int, _Drift] = {}
+        self.use(costs)
         # Captured rounds: by tier, accepted tokens expected per row; fading sums of accepted and of expected tokens.
         self._gains: dict[tuple[int, int], float] = {}
         self._accepted = self._expected = 0.0
+
+    def use(self, costs: ChainCosts) -> None:
+        """Decides by these costs from now on."""
+        self.costs = costs
+        self._look_up(costs)
+
+    def _look_up(self, costs: ChainCosts) -> None:
+        # Costs are looked up many times a round, and a small model's levels are short.
+        self._now = costs
+        self._plain, self._draft, self._rest, self._packed = map(cache, (costs.plain, costs.draft, costs.rest, costs.packed))
+        self._ahead = cache(self._further)
+
+    def drifted_rows(self) -> int:
+        """A number of texts whose rounds took other times than the costs say, once for each; 0 if there is none."""
+        for rows, drift in self._drift.items():
+            if drift.is_new:
+                drift.is_new = False
+                return rows
+        return 0
 
     def rate(self, rows: int) -> float:
         """R: decoding speed in tokens per second, at least that of plain decoding."""
@@ -144,6 +202,11 @@ class Cost(Policy):
 
     def begin(self, rows: int) -> int:
         self._rows, self._chances = rows, []
+        length = _LENGTHS * round(self.cached / _LENGTHS)
+        if length != self._now.length:
+            now = self.costs.at(length)
+            if now is not self._now:
+                self._look_up(now)
         account = self._account(rows)
         if account.paused:
             account.paused -= 1
@@ -168,7 +231,7 @@ class Cost(Policy):
         if self.per_row and rows > 1:
             next_B = [chance * self.accept[level + 1] for chance in chances_B]
             gain = self._best_per_row([*self._chances, next_B])[0] - self._best_per_row(self._chances)[0]
-            return gain > rate * self.costs.level(rows)
+            return gain > rate * self._now.level(rows)
         # Equal rows: is any number of further levels? The cost of one more verified node varies, from almost nothing to a lot.
         gained, chance = 0.0, sum(chances_B)
         for accept, seconds in zip(self.accept[level + 1 :], self._ahead(rows, level), strict=True):
@@ -180,8 +243,8 @@ class Cost(Policy):
 
     def _further(self, rows: int, level: int) -> list[float]:
         """Seconds that 1, 2, 3 ... levels after this one take, with one more row to verify for each."""
-        so_far, step = self.costs.verify(rows, level + 2), self.costs.level(rows)
-        return [more * step + self.costs.verify(rows, level + 2 + more) - so_far for more in range(1, self.max_depth - level)]
+        so_far, step = self._now.verify(rows, level + 2), self._now.level(rows)
+        return [more * step + self._now.verify(rows, level + 2 + more) - so_far for more in range(1, self.max_depth - level)]
 
     def verified(self, levels: int, rows: int) -> Sequence[int]:
         chances_DB = self._chances[:levels]
@@ -236,15 +299,25 @@ class Cost(Policy):
     def _seconds(self, rows: int, levels: int, total: int, longest: int) -> float:
         return self._draft(rows, levels) + self._packed(rows, total, longest) + self._rest(rows)
 
-    def learn(self, outcome: RoundOutcome) -> None:
+    def predicted_seconds(self, outcome: RoundOutcome) -> float:
         rows, live = outcome.rows, len(outcome.accepted)
         if not outcome.levels or not live:
-            return
-        # Time: rows whose text has ended count as the mean of the others.
+            return self._plain(rows)
+        # Rows whose text has ended count as the mean of the others.
         total = rows + round(sum(outcome.verified) * rows / live)
         longest = 1 + (outcome.levels if outcome.chances else max(outcome.verified))
+        return self._seconds(rows, outcome.levels, total, longest)
+
+    def learn(self, outcome: RoundOutcome) -> None:
+        if self.logistic is not None:
+            self.logistic.learn(outcome)
+        rows, live = outcome.rows, len(outcome.accepted)
+        if outcome.seconds and live:
+            self._drift.setdefault(rows, _Drift()).add(outcome.seconds / max(self.predicted_seconds(outcome), 1e-9))
+        if not outcome.levels or not live:
+            return
         tokens = sum(outcome.accepted) + live
-        self._account(rows).add(self._seconds(rows, outcome.levels, total, longest), tokens * self._plain(rows) / rows)
+        self._account(rows).add(self.predicted_seconds(outcome), tokens * self._plain(rows) / rows)
         # Acceptance by level, where no signal gave it while drafting.
         if outcome.chances:
             self._learn_tiers(outcome)
