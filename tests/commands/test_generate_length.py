@@ -3,7 +3,7 @@
 import pytest
 
 from trainkit.cli import main
-from trainkit.runner import Runner
+from trainkit.runner.round import Rounds
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,8 @@ from trainkit.runner import Runner
 )
 def test_text_cut_by_the_positions_is_reported(flags, said, unsaid, tiny_target, capsys, monkeypatch):
     """The last line says that a text ended before `max_new_tokens`, and why."""
-    monkeypatch.setattr(Runner, "_end_ids", lambda self, options: ())
+    set_end_ids = Rounds.set_end_ids
+    monkeypatch.setattr(Rounds, "set_end_ids", lambda self, end_ids: set_end_ids(self, ()))
     assert main(["generate", f"--target={tiny_target}", "--prompt=How many", "--raw=true", "--device=cpu", *flags]) == 0
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in line and unsaid not in line

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.support.models import pair
 from trainkit.runner import graphs as graphs_module
 from trainkit.runner.graphs import Graphs, capture
 from trainkit.runner.round import RoundOutput
+from trainkit.runner.session import start_fetch
 
 SECOND = torch.device("cuda:1")
 
@@ -113,11 +113,9 @@ def test_graphs_are_captured_and_replayed_on_their_gpu(cuda):
 
 def test_outputs_are_awaited_on_the_runners_gpu(cuda, monkeypatch):
     """The event behind the copies to the host is recorded on the stream that copies."""
-    runner = pair(noise=None)
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda tensor, device, pin_memory: empty_like(tensor))
-    monkeypatch.setattr(runner.scheduler, "device", SECOND)
-    wait = runner.scheduler._fetch(output(3))
+    wait = start_fetch(output(3), SECOND)
     assert cuda.seen == [("event", 1)] and wait().counts_B.tolist() == [3] and cuda.index == 0
 
 

@@ -31,7 +31,7 @@ def test_replayed_lagging_rounds_equal_eager(shaped, lag, seed):
         runner.scheduler.graphs, runner.scheduler.lag = None, 0
         eager = runner.generate(prompts, **settings, logprobs=True, **shaped)
         graphed = replayed(runner, lag).generate(prompts, **settings, logprobs=True, **shaped)
-        del runner.scheduler._fetch
+        runner.scheduler.fetch = None
         assert runner.scheduler.graphs.replays > 2  # 8 rounds at least, unless rows end early
         ties = compare(runner.rounds.target, prompts, [o.tokens for o in graphed], [o.tokens for o in eager], sampling, seed)
         assert_few(ties, 220)

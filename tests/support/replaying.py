@@ -44,5 +44,5 @@ def replayed(runner, lag):
         return lambda: copied
 
     schedule = runner.scheduler
-    schedule.graphs, schedule.lag, schedule._fetch = Replayed(), lag, fetch
+    schedule.graphs, schedule.lag, schedule.fetch = Replayed(), lag, fetch
     return runner

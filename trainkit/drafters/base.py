@@ -271,6 +271,8 @@ class Drafter(nn.Module, ABC):
             layers; the last index, also -1, is after the final norm); () for none.
         default_tree: Rank paths of the tree that it drafts if none is requested; None for a chain. A bundle may recommend
             another.
+        resumable: `prefill` may begin at any position of a row that has read the same text up to there, also after it read
+            more, drafted and committed: whatever lies above is then never read again. The runner calls `resume` before.
         max_depth: Maximum number of levels it can draft; None for no limit.
         max_width: Maximum number of nodes it can expand on one level; None for no limit.
         ids_K: Token ids it may propose, ascending; None for all.
@@ -283,6 +285,7 @@ class Drafter(nn.Module, ABC):
     names_target: ClassVar[frozenset[str]] = frozenset()
     target_name: str | None = None
     taps: tuple[int, ...] = ()
+    resumable: ClassVar[bool] = False
     max_depth: int | None = None
     max_width: int | None = None
     default_tree: tuple[tuple[int, ...], ...] | None = None
@@ -324,6 +327,12 @@ class Drafter(nn.Module, ABC):
 
         Reading tokens later must leave the state that drafting would have left. Unlike `step` and `commit` it is never captured
         in a CUDA graph.
+        """
+
+    def resume(self, state: State, previous_B1: Tensor) -> None:
+        """Takes rows back to a position of their text; `previous_B1` are the tokens before it, and `prefill` continues there.
+
+        For `resumable` kinds that keep more of the text before a position than their cache does.
         """
 
     @abstractmethod

@@ -34,7 +34,7 @@ _FLOOR = -20.0
 _EPS = 1e-6
 
 
-def signals(noisy_BFK: Tensor, width: int, temperature: float) -> Tensor:
+def signals(noisy_BFK: Tensor, width: int, temperature: float | Tensor) -> Tensor:
     """[B, F, W, C] float32 inputs of the predictor for the best `width` proposals of each node, best first.
 
     Probabilities are those of softmax(log q + G), with the noise G that the tokens were drawn by (none at temperature 0): once
@@ -44,10 +44,12 @@ def signals(noisy_BFK: Tensor, width: int, temperature: float) -> Tensor:
     Args:
         noisy_BFK: Processed draft logits plus noise.
         width: W, at most K.
-        temperature: Sampling temperature of the draft logits.
+        temperature: Sampling temperature of the draft logits, or one for each row [B, 1, 1].
     """
     log_p_BFW2, _ = _scores(noisy_BFK, width)
-    return F.pad(torch.stack([log_p_BFW2, log_p_BFW2.exp()], dim=-1).flatten(-2), (0, 1), value=temperature)
+    signals_BFWC = F.pad(torch.stack([log_p_BFW2, log_p_BFW2.exp()], dim=-1).flatten(-2), (0, 1))
+    signals_BFWC[..., -1] = temperature
+    return signals_BFWC
 
 
 def _scores(noisy_BFK: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The runner: loads target and drafter from folders, turns prompts into requests, and decoded tokens into text.
 
-Left out on purpose: paged caches and preemption; the scheduler gives each text a cache row of its own.
+Left out on purpose: paged caches and preemption; a session gives each text a cache row of its own.
 """
 
 # B rows  P path length  T positions  V vocabulary
@@ -24,12 +24,14 @@ from trainkit.models.load import copy_weights, covered_positions, find_device, l
 from trainkit.models.predictor import AcceptancePredictor, load_predictor
 from trainkit.models.shape import TargetShape
 from trainkit.models.target import target_shape
+from trainkit.runner.graphs import Graphs
 from trainkit.runner.options import GenerateOptions
 from trainkit.runner.policies.build import Policies
 from trainkit.runner.request import Output, Request
-from trainkit.runner.round import Plan, Rounds, Trace
+from trainkit.runner.round import PREFILL_CHUNK, Plan, Rounds, Trace
 from trainkit.runner.sampling import request_keys
 from trainkit.runner.scheduler import Scheduler
+from trainkit.runner.session import Session
 from trainkit.runner.stats import Stats
 from trainkit.runner.text import IncrementalText, special_tokens
 from trainkit.runner.trees.shape import RankPath, Shape
@@ -202,17 +204,53 @@ class Runner:
     def stream(self, prompt: Prompt, options: GenerateOptions | None = None, **named: Any) -> Iterator[str]:
         """Yields the text of one prompt as rounds emit it; options as an object or by name, checked before the first round."""
         chosen = options or GenerateOptions.from_names("stream", named)
-        request = self._request(prompt, 0, (0, 0), chosen)
+        request = self.request(prompt, chosen)
         request.text = request.text or self._incremental_text(chosen)
-        return self._streamed(request, request.text, self._plan(chosen), self._end_ids(chosen))
+        return self._streamed(request, request.text, self._plan(chosen))
 
-    def _streamed(self, request: Request, text: IncrementalText, plan: Plan, end_ids: tuple[int, ...]) -> Iterator[str]:
+    def _streamed(self, request: Request, text: IncrementalText, plan: Plan) -> Iterator[str]:
         shown = 0
-        for _, finished in self.scheduler.decode([request], plan, end_ids):
+        for _, finished in self.scheduler.decode([request], plan):
             known = self._text(request) if finished else text.shown[: text.safe_length]
             if finished or len(known) > shown:
                 yield known[shown:]
                 shown = len(known)
+
+    def session(self, rows: int, options: GenerateOptions, prefill: int = PREFILL_CHUNK, sharing: bool = True) -> Session:
+        """A session of its own over `rows` rows of `max_len` tokens, into which requests come and go; see `Session`.
+
+        Args:
+            rows: Number of texts decoded together.
+            options: What to draft and how to verify it, for all requests; the other options are those of each `request`.
+            prefill: As in `Session`.
+            sharing: As in `Session`.
+        """
+        graphs = None if self.scheduler.graphs is None else Graphs(self.device)
+        return Session(self.rounds, rows, self.max_len, self._plan(options), graphs, prefill=prefill, sharing=sharing)
+
+    def request(self, prompt: Prompt, options: GenerateOptions, index: int = 0, draws: tuple[int, int] = (0, 0)) -> Request:
+        """The request that continues a prompt, for `Session.submit`; of the options it takes those that rounds do not share:
+        length, sampling, seed, stop strings and end tokens.
+
+        Args:
+            prompt: As in `generate`.
+            options: The options.
+            index: Number that errors name.
+            draws: As in `generate_each`.
+
+        Raises:
+            UserError: an empty prompt, a token outside the vocabulary, or one longer than the cache.
+        """
+        tokens = self._encode(prompt, index)
+        if len(tokens) >= self.max_len:
+            remedy = "which is all that the target covers; shorten it" if self.scheduler.grow else "shorten it or raise max_len"
+            raise UserError(
+                f"prompt {index} has {len(tokens)} tokens and one new one must fit max_len {self.max_len}, {remedy}"
+            )
+        wanted, keys = len(tokens) + options.max_new_tokens, request_keys(options.seed, *draws)
+        limit, cut = min(wanted, self.max_len), wanted > self.max_len
+        text = self._incremental_text(options) if options.stop else None
+        return Request(index, tokens, keys, limit, cut, options.sampling, options.ignore_end, text)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], chunk: int = 256) -> list[list[float]]:
@@ -257,12 +295,13 @@ class Runner:
         self, prompts: Sequence[Prompt], draws: Sequence[tuple[int, int]], options: GenerateOptions
     ) -> Iterator[tuple[int, Output]]:
         pairs = enumerate(zip(prompts, draws, strict=True))
-        requests = [self._request(prompt, index, pair, options) for index, (prompt, pair) in pairs]
-        for request, finished in self.scheduler.decode(requests, self._plan(options), self._end_ids(options)):
+        requests = [self.request(prompt, options, index, pair) for index, (prompt, pair) in pairs]
+        for request, finished in self.scheduler.decode(requests, self._plan(options)):
             if finished:
                 yield request.index, self._output(request, options.logprobs)
 
     def _plan(self, options: GenerateOptions) -> Plan:
+        self.rounds.set_end_ids(self.shape.end_ids)
         # What to draft: the shape that is requested, or the chain of a policy; both are checked against the drafter.
         shape = self._shape(options)
         if options.policy is not None:
@@ -305,9 +344,6 @@ class Runner:
                 raise UserError(f"tree: {shape.widest} nodes on a level, this drafter expands at most {widest} together")
         return shape
 
-    def _end_ids(self, options: GenerateOptions) -> tuple[int, ...]:
-        return () if options.ignore_end else self.shape.end_ids
-
     @cached_property
     def _special_tokens(self) -> dict[int, str]:
         return special_tokens(self.tokenizer)
@@ -335,17 +371,6 @@ class Runner:
         if not 0 <= worst < self.shape.decoder.vocab_size:
             raise UserError(f"prompt {index}: token id {worst} is outside the vocabulary of {self.shape.decoder.vocab_size}")
         return tokens
-
-    def _request(self, prompt: Prompt, index: int, draws: tuple[int, int], options: GenerateOptions) -> Request:
-        tokens = self._encode(prompt, index)
-        if len(tokens) >= self.max_len:
-            remedy = "which is all that the target covers; shorten it" if self.scheduler.grow else "shorten it or raise max_len"
-            raise UserError(
-                f"prompt {index} has {len(tokens)} tokens and one new one must fit max_len {self.max_len}, {remedy}"
-            )
-        wanted, keys = len(tokens) + options.max_new_tokens, request_keys(options.seed, *draws)
-        text = self._incremental_text(options) if options.stop else None
-        return Request(index, tokens, keys, min(wanted, self.max_len), wanted > self.max_len, text)
 
     def _output(self, request: Request, logprobs: bool) -> Output:
         # Token ids can be continued without a tokenizer, as with a folder of weights alone.

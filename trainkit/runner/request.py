@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from trainkit.runner.round import RoundOutput
+from trainkit.runner.sampling import Sampling
 from trainkit.runner.stats import Stats
 from trainkit.runner.text import IncrementalText
 
@@ -42,11 +43,14 @@ class Request:
         keys: Noise keys.
         limit: Number of tokens, prompt included, at which it ends.
         cut: Whether `max_len`, and not `max_new_tokens`, sets the limit.
+        sampling: Temperature, top-k and top-p.
+        ignore_end: Whether it continues past end tokens.
         text: Its text so far; None if neither stop strings nor a stream need it.
         tokens: New token ids so far.
         logprobs: Their log-probabilities, if requested.
         stats: Counts so far.
-        finish: Empty until it ends; then as `Output.finish`.
+        finish: Empty until it ends; then as `Output.finish`, or `cancelled`, or `error`.
+        error: Why it cannot be decoded, if it ended with `error`.
         text_end: Number of characters of the text before a stop string.
         missed: Number of its tokens that the drafter has not read because drafting is paused; an upper bound.
     """
@@ -56,17 +60,20 @@ class Request:
     keys: tuple[int, int]
     limit: int
     cut: bool = False
+    sampling: Sampling = Sampling()
+    ignore_end: bool = False
     text: IncrementalText | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     finish: str = ""
+    error: str = ""
     text_end: int | None = None
     missed: int = 0
 
     def take(self, output: RoundOutput, slot: int, end_ids: Collection[int], prefill: bool = False) -> None:
         """Appends the tokens of a round, ends the text inside them where it ends, and counts the round."""
-        count = int(output.counts_B[slot])
+        count, end_ids = int(output.counts_B[slot]), () if self.ignore_end else end_ids
         taken = 0
         for token in output.emitted_BP[slot].tolist()[:count]:
             self.tokens.append(token)

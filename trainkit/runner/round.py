@@ -19,7 +19,7 @@ from torch import Tensor
 from trainkit.drafters.base import Accepted, Chunk, Drafter, State, TargetHandle
 from trainkit.layers.attention import causal_bias, move_slots, tree_bias
 from trainkit.layers.blocks import Decoder
-from trainkit.runner.sampling import CHOICE, Noise, Sampling, gumbel
+from trainkit.runner.sampling import CHOICE, Mixed, Noise, RowSampling, Sampling
 from trainkit.runner.trees.shape import Draft, Shape, Steps
 from trainkit.runner.trees.static import Tree, build, chain, without_last_level
 from trainkit.runner.verify import Coupled, Verdict, Verification
@@ -29,6 +29,9 @@ MISSED = 512
 
 Few texts are decoded that long without a draft, and if a text ends before drafting resumes, the drafter need not read it.
 """
+
+PREFILL_CHUNK = 512
+"""Largest number of tokens of a prompt that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,11 @@ class RoundState:
         token_B: Token id of the root.
         keys_B2: Noise keys of the text's request.
         limit_B: Number of tokens, prompt included, at which the text ends.
-        done_B: True where the text has ended.
+        ignore_end_B: True where end tokens do not end the text.
+        temperature_B: Sampling temperature; read if `Plan.sampling` is `Mixed`, as are the next two.
+        top_k_B: As in `RowSampling`.
+        top_p_B: As in `RowSampling`.
+        done_B: True where the text has ended, and in rows without a text.
         draft: The drafter's tensors; empty without a drafter.
         missed: Tokens decoded since the drafter last read: `count` [B], `tokens` [B, M] and the target's `taps` [B, M, A, D];
             empty if drafting never pauses.
@@ -52,6 +59,10 @@ class RoundState:
     token_B: Tensor
     keys_B2: Tensor
     limit_B: Tensor
+    ignore_end_B: Tensor
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
     done_B: Tensor
     draft: State
     missed: State
@@ -67,6 +78,12 @@ class RoundState:
     def rows(self, start: int, stop: int) -> RoundState:
         """A view of some rows; for all rows the state itself."""
         return self if stop - start == len(self.done_B) else self.map(lambda tensor: tensor[start:stop])
+
+    def copy_row(self, source: int, target: int, slots: int) -> None:
+        """Copies a row to another one; of the target's cache the first `slots` slots."""
+        for name, value in vars(self).items():
+            for tensor in value.values() if isinstance(value, dict) else [value[:, :, :, :slots] if name == "cache" else value]:
+                tensor[target].copy_(tensor[source])
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ class Plan:
     """What is the same in every round of a call.
 
     Attributes:
-        sampling: Temperature, top-k, top-p.
+        sampling: Temperature, top-k, top-p, the same for all rows; or `Mixed` where each row has its own.
         shape: Shape of the draft; the root alone decodes plainly.
         verification: Decides which tokens are accepted.
         logprobs: Also return the log-probability of each emitted token.
@@ -102,7 +119,7 @@ class Plan:
         plain: Rounds draft nothing, emit one token, and compute as many rows as verifying the shape takes.
     """
 
-    sampling: Sampling
+    sampling: Sampling | Mixed
     shape: Shape
     verification: Verification = Coupled()
     logprobs: bool = False
@@ -188,6 +205,10 @@ class Rounds:
             token_B=torch.zeros(B, dtype=torch.long, device=device),
             keys_B2=torch.zeros(B, 2, dtype=torch.int32, device=device),
             limit_B=torch.zeros(B, dtype=torch.long, device=device),
+            ignore_end_B=torch.zeros(B, dtype=torch.bool, device=device),
+            temperature_B=torch.zeros(B, device=device),
+            top_k_B=torch.zeros(B, dtype=torch.long, device=device),
+            top_p_B=torch.ones(B, device=device),
             done_B=torch.ones(B, dtype=torch.bool, device=device),
             draft={} if self.drafter is None else self.drafter.init_state(B, slots, device, weight.dtype),
             missed=missed,
@@ -212,7 +233,7 @@ class Rounds:
         logits, taps = self.evaluate(verified, state, span)
         evaluated = perf_counter()
         # Step 3: accept the longest path that the rule allows; nothing in rows whose text has ended.
-        scores = plan.sampling.process(logits)
+        scores = self.sampling(plan, state).process(logits)
         verdict = rule.verify(draft, scores, noise, state.keys_B2, state.position_B)
         counts_B = verdict.counts_B.clamp(max=1) if plan.plain else verdict.counts_B
         verdict = replace(verdict, counts_B=counts_B.masked_fill(state.done_B, 0))
@@ -237,13 +258,20 @@ class Rounds:
             chances_BD=draft.chances_BD,
         )
 
+    def sampling(self, plan: Plan, state: RoundState) -> Sampling | RowSampling:
+        """How logits become distributions, with the parameters of the rows if they have their own."""
+        if isinstance(plan.sampling, Sampling):
+            return plan.sampling
+        return RowSampling(plan.sampling, state.temperature_B, state.top_k_B, state.top_p_B)
+
     def noise(self, plan: Plan, state: RoundState) -> Noise | None:
         """The round's Gumbel noise, or None at temperature 0: a hash of request and position, so replays draw new numbers."""
         rule, shape, position_B = plan.verification, plan.shape, state.position_B
-        if plan.sampling.greedy:
+        sampling = self.sampling(plan, state)
+        if sampling.greedy:
             return None
-        rows = 4 if shape.key is None else shape.depth + 1
-        return Noise(rule.noise_keys(state.keys_B2, position_B), position_B, self.vocabulary, rule.stream, rows)
+        rows, silent_B = 4 if shape.key is None else shape.depth + 1, _silent(sampling)
+        return Noise(rule.noise_keys(state.keys_B2, position_B), position_B, self.vocabulary, rule.stream, rows, silent_B)
 
     def draft(self, plan: Plan, state: RoundState, noise: Noise | None, span: int, levels: int | None = None) -> Draft:
         """The tree that the drafter proposes; the root alone where nothing is drafted."""
@@ -262,7 +290,7 @@ class Rounds:
             self.handle,
             state.token_B,
             state.position_B,
-            plan.sampling,
+            self.sampling(plan, state),
             noise if rule.draft_sees_noise else None,
             span,
             levels,
@@ -322,54 +350,70 @@ class Rounds:
         state.position_B.add_(counts)
         inside = torch.arange(emitted.shape[1], device=emitted.device) < counts[:, None]
         ended = ((emitted[..., None] == self.end_ids).any(-1) & inside).any(1)
-        state.done_B.logical_or_(ended | (state.position_B + 1 >= state.limit_B))
+        state.done_B.logical_or_(ended & ~state.ignore_end_B | (state.position_B + 1 >= state.limit_B))
 
-    def prefill(self, plan: Plan, state: RoundState, tokens_T: Tensor, later: bool = False, chunk: int = 512) -> RoundOutput:
-        """Reads the prompt of the one row of `state` and emits the first token, which becomes the root.
+    def prefill(
+        self, plan: Plan, state: RoundState, tokens_T: Tensor, begin: int = 0, end: int | None = None, later: bool = False
+    ) -> RoundOutput | None:
+        """Reads positions `begin` to `end` of a prompt into the one row of `state`; the positions before are read already.
 
-        With `later` the drafter does not read the prompt now: it is stored, at most `MISSED` tokens, for `catch_up`.
+        At the end of the prompt it emits the first token, which becomes the root; until then the row stays done, and rounds
+        write nothing below the position that it has reached.
+
+        Args:
+            plan: The plan of the rounds that follow.
+            state: The row.
+            tokens_T: The whole prompt.
+            begin: First position to read.
+            end: Position after the last one to read; the prompt's end by default.
+            later: The drafter does not read the prompt now: its tokens from `begin`, at most `MISSED`, are stored for
+                `catch_up`. Only with the prompt's end.
         """
         T, output = tokens_T.shape[0], None
-        for start in range(0, T, chunk):
-            tokens, following = tokens_T[None, start : start + chunk], tokens_T[None, start + 1 : start + chunk + 1]
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-            span = start + tokens.shape[1]
+        end = T if end is None else end
+        for start in range(begin, end, PREFILL_CHUNK):
+            span = min(start + PREFILL_CHUNK, end)
+            tokens, following = tokens_T[None, start:span], tokens_T[None, start + 1 : span + 1]
+            positions = torch.arange(start, span, device=tokens.device)[None]
             bias = causal_bias(positions, span, state.cache.dtype)
             hidden, taps = self.target(tokens, positions, bias, state.cache, positions, self.taps)
             if span == T:
                 output = self._first_token(plan, state, hidden[:, -1:], T)
-                following = torch.cat([following, output.emitted_BP], dim=1)
+                following = torch.cat([following, state.token_B[:, None]], dim=1)
+            else:
+                state.position_B.fill_(span)
             if later:
-                state.missed["tokens"][:, :T] = tokens
+                state.missed["tokens"][:, start - begin : span - begin] = tokens
                 if taps is not None:
-                    state.missed["taps"][:, :T] = taps
-                state.missed["count"].fill_(T)
+                    state.missed["taps"][:, start - begin : span - begin] = taps
+                state.missed["count"].fill_(span - begin)
             elif self.drafter is not None and plan.shape.depth:
                 self.drafter.prefill(state.draft, Chunk(tokens, following, positions, taps), self.handle, span)
-        assert output is not None
         return output
 
     def _first_token(self, plan: Plan, state: RoundState, hidden_11D: Tensor, length: int) -> RoundOutput:
         """The token after a prompt of this length, -1 if the target's logits are not finite; initialises the row."""
-        logits = self.target.head(hidden_11D)
+        logits, sampling = self.target.head(hidden_11D), self.sampling(plan, state)
         state.position_B.fill_(length - 1)
         state.done_B.fill_(False)
         if state.missed:
             state.missed["count"].zero_()
-        scores = plan.sampling.process(logits)
-        if not plan.sampling.greedy:
-            scores = scores + gumbel(state.keys_B2, state.position_B[:, None] + 1, self.vocabulary, CHOICE)
+        scores = sampling.process(logits)
+        if not sampling.greedy:
+            scores = scores + Noise(state.keys_B2, state.position_B, self.vocabulary, CHOICE, 1, _silent(sampling))[:, :1]
+        token, finite = scores.argmax(-1), logits.amax(-1).isfinite()
+        self._move_root(state, Verdict(None, torch.ones_like(token[:, 0]), token))
         # NaN, for example after an overflow in float16, would silently become token 0.
-        token = scores.argmax(-1).masked_fill(~logits.amax(-1).isfinite(), -1)
-        verdict = Verdict(None, torch.ones_like(token[:, 0]), token)
-        self._move_root(state, verdict)
-        return RoundOutput(token, verdict.counts_B, _logprobs(logits, token) if plan.logprobs else None)
+        state.done_B.logical_or_(~finite[:, 0])
+        token, counts_B = token.masked_fill(~finite, -1), torch.ones_like(token[:, 0])
+        return RoundOutput(token, counts_B, _logprobs(logits, token.clamp(min=0)) if plan.logprobs else None)
 
-    def catch_up(self, state: RoundState) -> None:
-        """Lets the drafter read what each row decoded without it. Reads counts on the host, so not in every round."""
+    def catch_up(self, state: RoundState, rows: Sequence[int]) -> None:
+        """Lets the drafter read what these rows decoded without it. Reads counts on the host, so not in every round."""
         assert self.drafter is not None
-        pairs = zip(state.missed["count"].tolist(), state.position_B.tolist(), strict=True)
-        for row, (missed, position) in enumerate(pairs):
+        counts, roots = state.missed["count"].tolist(), state.position_B.tolist()
+        for row in rows:
+            missed, position = counts[row], roots[row]
             if missed:
                 own = state.rows(row, row + 1)
                 positions = torch.arange(position - missed, position, device=self.device)[None]
@@ -378,6 +422,11 @@ class Rounds:
                 taps = own.missed["taps"][:, :missed] if self.taps else None
                 self.drafter.prefill(own.draft, Chunk(tokens, following, positions, taps), self.handle, position)
         state.missed["count"].zero_()
+
+
+def _silent(sampling: Sampling | RowSampling) -> Tensor | None:
+    """True in the rows that have no noise although others have."""
+    return sampling.temperature_B == 0 if isinstance(sampling, RowSampling) else None
 
 
 def _logprobs(logits_BPV: Tensor, tokens_BP: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ same text in any batch slot, at any depth, with any drafter; and a replayed grap
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -83,6 +84,74 @@ class Sampling:
         return logits
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """What a round computes when each row has sampling parameters of its own; a captured round depends on nothing else of them.
+
+    Attributes:
+        noise: Whether any row has a temperature above 0.
+        filters: Whether any row has a top-k or top-p.
+    """
+
+    noise: bool
+    filters: bool
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no row has noise."""
+        return not self.noise
+
+    @classmethod
+    def from_requests(cls, samplings: Iterable[Sampling]) -> Mixed:
+        """What rows with these parameters need."""
+        warm = [sampling for sampling in samplings if not sampling.greedy]
+        return cls(bool(warm), any(sampling.top_k > 0 or sampling.top_p < 1 for sampling in warm))
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """`Sampling` with parameters of each row: a row's output is, bit for bit, that of `Sampling` with its parameters.
+
+    Attributes:
+        steps: Which steps any row needs.
+        temperature_B: float32; 0 takes the likeliest token.
+        top_k_B: int64; 0 keeps all.
+        top_p_B: float32; 1 keeps all.
+    """
+
+    steps: Mixed
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no row has noise."""
+        return self.steps.greedy
+
+    @property
+    def temperature(self) -> Tensor:
+        """[B, 1, 1] temperatures."""
+        return self.temperature_B[:, None, None]
+
+    def process(self, logits_BNV: Tensor) -> Tensor:
+        """As `Sampling.process`; rows at temperature 0 keep their logits."""
+        logits_BNV = logits_BNV.float()
+        if self.greedy:
+            return logits_BNV
+        logits_BNV = logits_BNV / torch.where(self.temperature > 0, self.temperature, 1.0)
+        if not self.steps.filters:
+            return logits_BNV
+        warm_B11 = self.temperature > 0
+        ordered, order = logits_BNV.sort(dim=-1, descending=True, stable=True)
+        top_k_B11, top_p_B11 = self.top_k_B[:, None, None], self.top_p_B[:, None, None]
+        late = (torch.arange(ordered.shape[-1], device=ordered.device) >= top_k_B11) & (top_k_B11 > 0)
+        probabilities = ordered.masked_fill(late, float("-inf")).softmax(-1)
+        cut = (probabilities.cumsum(-1) - probabilities >= top_p_B11) & (top_p_B11 < 1)
+        cut[..., 0] = False
+        return logits_BNV.masked_fill(torch.zeros_like(cut).scatter(-1, order, (cut | late) & warm_B11), float("-inf"))
+
+
 def request_keys(seed: int, prompt: int, sample: int = 0) -> tuple[int, int]:
     """Two signed 32-bit integers that identify a seed, the index of a prompt in the call, and the number of a sample."""
     digest = hashlib.blake2b(f"{seed}/{prompt}/{sample}".encode(), digest_size=8).digest()
@@ -134,9 +203,13 @@ class Noise:
         stream: As in `uniform`.
         rows: Number of rows computed together. By default four, for drafts of unknown length, because on a CPU four rows take
             only a third more time than one.
+        silent_B: True in batch rows without noise, where it is 0; None if there are none.
     """
 
-    def __init__(self, keys_B2: Tensor, root_B: Tensor, tokens_V: Tensor, stream: int, rows: int = 4) -> None:
+    def __init__(
+        self, keys_B2: Tensor, root_B: Tensor, tokens_V: Tensor, stream: int, rows: int = 4, silent_B: Tensor | None = None
+    ) -> None:
+        self.silent_B = silent_B
         self.keys_B2, self.root_B, self.tokens_V, self.stream, self.rows = keys_B2, root_B, tokens_V, stream, rows
         self._noise_BRV = torch.empty(len(root_B), 0, len(tokens_V), device=root_B.device)
 
@@ -145,6 +218,8 @@ class Noise:
         if (needed := index[1].stop) > known:
             offsets_R = 1 + torch.arange(known, -(-needed // self.rows) * self.rows, device=self.root_B.device)
             more_BRV = gumbel(self.keys_B2, self.root_B[:, None] + offsets_R, self.tokens_V, self.stream)
+            if self.silent_B is not None:
+                more_BRV.masked_fill_(self.silent_B[:, None, None], 0.0)
             self._noise_BRV = torch.cat([self._noise_BRV, more_BRV], dim=1) if known else more_BRV
         return self._noise_BRV[index]
 

@@ -1,25 +1,19 @@
-"""Assigns texts to cache rows and runs rounds; the host may read a round's output while the device runs the next one.
+"""Decodes the texts of a call: divides them into groups of like length, and runs a session over each.
 
-A text owns one row of a static cache from its prompt to its end; then the next waiting text gets the row.
+The static tensors and the captured rounds are kept from call to call.
 """
-
-# B rows  P path length  T positions
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from math import prod
 from time import perf_counter
 
-import torch
-
 from trainkit.errors import UserError
 from trainkit.runner.graphs import Graphs
-from trainkit.runner.policy import RoundOutcome
 from trainkit.runner.request import Request
-from trainkit.runner.round import MISSED, Plan, RoundOutput, Rounds, RoundState
+from trainkit.runner.round import Plan, Rounds, RoundState
+from trainkit.runner.session import Fetch, Session, slots_needed
 from trainkit.runner.stats import Stats
 from trainkit.runner.timing import synchronize
 
@@ -39,6 +33,7 @@ class Scheduler:
 
     Attributes:
         lag: Number of rounds that the host reads behind the device: none on a CPU, one on a GPU.
+        fetch: As in `Session`.
         seconds: Where the last call's time went, in seconds: prefill, draft, target, verify (eager rounds only), host.
         rounds_run: Number of rounds of the last call, each over all of its rows.
         last: Counts of the last call.
@@ -48,6 +43,7 @@ class Scheduler:
         self.rounds, self.max_batch, self.max_len, self.grow = rounds, max_batch, max_len, grow
         self.device = rounds.device
         self.lag = 1 if self.device.type == "cuda" else 0
+        self.fetch: Fetch | None = None
         self.graphs = Graphs(rounds.device) if capture else None
         self.seconds: dict[str, float] = {}
         self.rounds_run = 0
@@ -77,18 +73,17 @@ class Scheduler:
         assert self._state is not None
         return self._state
 
-    @torch.inference_mode()
-    def decode(self, requests: Sequence[Request], plan: Plan, end_ids: tuple[int, ...]) -> Iterator[tuple[Request, bool]]:
+    def decode(self, requests: Sequence[Request], plan: Plan) -> Iterator[tuple[Request, bool]]:
         """Decodes all requests; yields a request whenever it received tokens, and whether it is finished.
 
-        The host reads `lag` rounds behind the device, so a GPU never waits for the host.
+        Raises:
+            UserError: the target's logits are not finite, or another call has used the rows meanwhile.
         """
         began, call = perf_counter(), self.begin()
-        self.rounds.set_end_ids(end_ids)
         self.rounds.seconds = dict.fromkeys(self.rounds.seconds, 0.0)
         self.rounds_run, self.seconds = 0, {"prefill": 0.0}
         for group, batch, longest in self._groups(requests):
-            yield from self._decode_group(group, batch, longest, plan, end_ids, call)
+            yield from self._decode_group(group, batch, longest, plan, call)
         self.seconds |= self.rounds.seconds
         self.seconds["host"] = perf_counter() - began - sum(self.seconds.values())
         self.last = Stats.merge(request.stats for request in requests)
@@ -118,59 +113,24 @@ class Scheduler:
             requests = [request for request in requests if request.limit > longest]
 
     def _decode_group(
-        self, requests: Sequence[Request], batch: int, longest: int, plan: Plan, end_ids: tuple[int, ...], call: int
+        self, requests: Sequence[Request], batch: int, longest: int, plan: Plan, call: int
     ) -> Iterator[tuple[Request, bool]]:
         """Decodes texts of at most `longest` tokens in `batch` rows; yields as `decode` does."""
-        # Prepare: static tensors for the largest round, all rows free.
-        step = plan.shape.depth + 1
         if self.graphs is not None and self.grow:  # few sizes, because graphs are captured again for each size
             longest = min(max(256, 1 << (longest - 1).bit_length()), self.max_len)
-        state = self.state(batch, longest + plan.shape.slots + (self.lag + 1) * step, plan.can_pause)
-        state.done_B.fill_(True)
-        waiting, rows = deque(requests), []
-        flight: deque[tuple[list[Request], Callable[[], RoundOutput]]] = deque()
-
-        while waiting or rows:
-            # Give free rows to waiting texts, whose first token comes from prefill.
-            while waiting and len(rows) < batch:
-                coming = min(len(rows) + len(waiting), batch)
-                request = waiting.popleft()
-                started = perf_counter()
-                policy = plan.shape.policy
-                if policy is not None and policy.is_paused(coming) and len(request.prompt) < MISSED:
-                    request.missed = len(request.prompt)
-                request.stats.lossy = plan.verification.lossy
-                first = self._prefill(request, plan, state.rows(len(rows), len(rows) + 1))
-                rows.append(request)
-                request.take(first, 0, end_ids, prefill=True)
-                self.seconds["prefill"] += perf_counter() - started
-                yield request, bool(request.finish)
+        state = self.state(batch, slots_needed(longest, plan, self.lag), plan.can_pause)
+        options = {"state": state, "lag": self.lag, "prefill": None, "fetch": self.fetch}
+        session = Session(self.rounds, batch, longest, plan, self.graphs, **options)
+        for request in requests:
+            session.submit(request)
+        while not session.idle:
+            for event in session.step():
+                if event.request.error:
+                    raise UserError(event.request.error)
+                yield event.request, bool(event.finish)
                 self._check_call(call)
-                if request.finish:
-                    rows.pop()
-            if not rows:
-                continue
-            # Run a round of all rows.
-            ahead = (len(flight) + 1) * step
-            needed = max(len(r.prompt) + len(r.tokens) for r in rows)
-            span = self._span(needed + ahead + plan.shape.slots, state)
-            round_plan, levels = self._next_round(plan, rows, state)
-            output = self._run(round_plan, state, len(rows), span, levels)
-            self.rounds_run += 1
-            flight.append((list(rows), self._fetch(output)))
-            # Read the oldest round in flight.
-            if len(flight) <= self.lag:
-                continue
-            members, fetch = flight.popleft()
-            emitted = fetch()
-            if plan.shape.policy is not None:
-                plan.shape.policy.learn(_outcome(emitted, len(members)))
-            for slot, request in enumerate(members):
-                if not request.finish:
-                    request.take(emitted, slot, end_ids)
-                    yield request, bool(request.finish)
-                    self._check_call(call)
-            self._release(rows, state)
+        self.rounds_run += session.rounds_run
+        self.seconds["prefill"] += session.prefill_seconds
 
     def _check_call(self, call: int) -> None:
         """Raises UserError if another call has used the rows meanwhile: a stream was left open and is continued now."""
@@ -178,103 +138,3 @@ class Scheduler:
             raise UserError(
                 "this stream cannot continue: its runner has begun another generate, stream or score; finish one first"
             )
-
-    def _prefill(self, request: Request, plan: Plan, row: RoundState) -> RoundOutput:
-        """Reads a prompt into a free row and returns its first token.
-
-        Raises:
-            UserError: the target's logits are not finite.
-        """
-        row.keys_B2.copy_(torch.tensor([request.keys], dtype=torch.int32))
-        row.limit_B.fill_(request.limit)
-        output = self.rounds.prefill(plan, row, torch.tensor(request.prompt, device=self.device), later=request.missed > 0)
-        output = replace(output, **{name: tensor.cpu() for name, tensor in output.tensors.items()})
-        if int(output.emitted_BP) < 0:
-            dtype = str(row.cache.dtype).removeprefix("torch.")
-            raise UserError(
-                f"prompt {request.index}: the target's logits are NaN or infinite in {dtype}; decode in bfloat16 or float32"
-            )
-        return output
-
-    def _span(self, needed: int, state: RoundState) -> int:
-        """Number of cache slots that a round reads, at most all; one of a few sizes, so that few graphs are captured."""
-        size = -(-needed // 64) * 64 if self.graphs is None else max(256, 1 << (needed - 1).bit_length())
-        return min(size, state.cache.shape[3])
-
-    def _next_round(self, plan: Plan, requests: Sequence[Request], state: RoundState) -> tuple[Plan, int | None]:
-        """The plan of the next round and the largest number of levels to draft; with a policy, as deep as it decides."""
-        policy, rows = plan.shape.policy, len(requests)
-        if policy is None:
-            return plan, None
-        eager = self.graphs is None or plan.observe is not None
-        levels, per_row = (policy.begin(rows), 0) if eager else policy.captured_size(rows)
-        # After a pause the drafter reads what it missed.
-        missed = max(request.missed for request in requests)
-        if missed and (levels or missed >= MISSED):
-            self.rounds.catch_up(state.rows(0, rows))
-            for request in requests:
-                request.missed = 0
-        if not levels:
-            for request in requests:
-                request.missed += 1
-        if eager and levels:
-            return plan, levels
-        return replace(plan, shape=plan.shape.captured(levels, per_row)), None
-
-    def _run(self, plan: Plan, state: RoundState, active: int, span: int, levels: int | None) -> RoundOutput:
-        """Runs a round of the first `active` rows: eagerly, or as the replay of a captured graph."""
-        if self.graphs is None or plan.observe is not None:
-            return self.rounds(plan, state.rows(0, active), span, levels)
-        batch = min(1 << (active - 1).bit_length(), len(state.done_B))
-        state.done_B[active:batch].fill_(True)
-        state.position_B[active:batch].fill_(1)  # a padded row's old position may lie past this round's span
-        view, end_key = state.rows(0, batch), self.rounds.end_key
-        options = plan.sampling, plan.verification, plan.logprobs, plan.can_pause, plan.plain
-        key = (plan.shape.key, options, batch, span, end_key)
-        modules = [module for module in (self.rounds.target, self.rounds.drafter) if module is not None]
-        tables: list[torch.Tensor] = []
-
-        def captured() -> RoundOutput:
-            # Keeps the rotary tables that the graph reads, since another runner may replace them by longer ones.
-            tables[:] = [table for module in modules for table in module.buffers()]
-            return self.rounds(plan, view, span)
-
-        return self.graphs.run(key, captured, view.done_B)
-
-    def _fetch(self, output: RoundOutput) -> Callable[[], RoundOutput]:
-        """Starts copying a round's output to the host; the returned function waits for the copy."""
-        if self.device.type != "cuda":
-            return lambda: output
-        with torch.cuda.device(self.device):  # whose stream copies, whatever GPU is the current one
-            copies = {
-                name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-                for name, tensor in output.tensors.items()
-            }
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream())
-
-        def wait() -> RoundOutput:
-            event.synchronize()
-            return replace(output, **copies)
-
-        return wait
-
-    def _release(self, rows: list[Request], state: RoundState) -> None:
-        """Frees the rows of finished requests: the last active row moves into the gap."""
-        for slot in reversed(range(len(rows))):
-            if rows[slot].finish:
-                last = len(rows) - 1
-                if slot != last:
-                    state.map(lambda tensor, slot=slot, last=last: tensor[slot].copy_(tensor[last]))
-                rows[slot] = rows[last]
-                rows.pop()
-                state.done_B[last].fill_(True)
-
-
-def _outcome(output: RoundOutput, rows: int) -> RoundOutcome:
-    """What a policy learns from a round of `rows` texts."""
-    counts = output.counts_B[:rows].tolist()
-    live = [row for row, count in enumerate(counts) if count]
-    verified, accepted = [output.verified(row) for row in live], [counts[row] - 1 for row in live]
-    chances = () if output.chances_BD is None else output.chances_BD[live].T.tolist()
-    return RoundOutcome(rows, output.levels, verified, accepted, chances)

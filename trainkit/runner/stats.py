@@ -24,6 +24,8 @@ class Stats:
             nodes.
         paused: Number of full rounds without a draft because a policy expected that it would not pay.
         cut_texts: Number of texts that ended before `max_new_tokens` because they fill `max_len`.
+        prefilled: Number of tokens of prompts that the target read.
+        shared: Number of tokens of prompts that were not read because another text in the cache begins with them.
     """
 
     accepted: list[int] = field(default_factory=list)
@@ -34,6 +36,8 @@ class Stats:
     drafted: int = 0
     paused: int = 0
     cut_texts: int = 0
+    prefilled: int = 0
+    shared: int = 0
 
     def add_round(self, accepted: int, depth: int, drafted: int | None = None, paused: bool = False) -> None:
         """Counts one full round.
@@ -86,6 +90,8 @@ class Stats:
             total.cut_rounds += stats.cut_rounds
             total.cut_texts += stats.cut_texts
             total.tokens += stats.tokens
+            total.prefilled += stats.prefilled
+            total.shared += stats.shared
             total.lossy |= stats.lossy
         return total
 

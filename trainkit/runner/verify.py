@@ -65,6 +65,7 @@ class Verification(ABC):
         needs_logits: The rule reads the draft's logits.
         may_drop: Drafted tokens may stay unverified, whatever decides which.
         verifies_last_level: The target verifies every level of the draft.
+        chooses_by_score: Every choice is the token of the best score, noise added, so that a row without noise is greedy.
     """
 
     lossy: ClassVar[bool] = False
@@ -73,6 +74,7 @@ class Verification(ABC):
     needs_logits: ClassVar[bool] = False
     may_drop: ClassVar[bool] = True
     verifies_last_level: ClassVar[bool] = True
+    chooses_by_score: ClassVar[bool] = False
 
     def noise_keys(self, keys_B2: Tensor, position_B: Tensor) -> Tensor:
         """Keys of the round's noise; the requests' own by default."""
@@ -97,6 +99,8 @@ class Coupled(Verification):
 
     The target's choice at the path's end is the bonus token.
     """
+
+    chooses_by_score = True
 
     def verify(self, draft: Draft, scores_BNV: Tensor, noise: AnyNoise, keys_B2: Tensor, position_B: Tensor) -> Verdict:
         choice_BN = _choice(draft, scores_BNV, noise)

@@ -88,6 +88,7 @@ class Eagle(Drafter):
     """
 
     max_width = WIDEST
+    resumable = True
     formats: ClassVar[Mapping[str, str]] = {"native": "flat", "vllm": "flat", "sglang": "flat", "speculators": "speculators"}
     names_target: ClassVar[frozenset[str]] = frozenset({"speculators"})
 

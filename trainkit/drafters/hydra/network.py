@@ -58,6 +58,7 @@ class Hydra(HeadDrafter):
             Requires `head: own`.
     """
 
+    resumable = True
     max_width = WIDEST
 
     def __init__(

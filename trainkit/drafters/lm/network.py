@@ -57,6 +57,7 @@ class LMDraft(Drafter):
             whole head. `trainkit trim` chooses the ids.
     """
 
+    resumable = True
     formats: ClassVar[Mapping[str, str]] = {"native": "hf", "hf": "hf", "vllm": "hf", "sglang": "hf"}
 
     def __init__(
@@ -152,6 +153,9 @@ class LMDraft(Drafter):
         bias = causal_bias(positions_BT, span, state["cache"].dtype)
         self.decoder(tokens_BT, positions_BT, bias, state["cache"], positions_BT)
         state["previous"].copy_(tokens_BT[:, -1:])
+
+    def resume(self, state: State, previous_B1: Tensor) -> None:
+        state["previous"].copy_(previous_B1)
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         tokens, positions, slots = frontier.tokens_BF, frontier.positions_BF, frontier.slots_BF

@@ -41,6 +41,7 @@ class Medusa(HeadDrafter):
             Requires `head: own`.
     """
 
+    resumable = True
     formats: ClassVar[Mapping[str, str]] = {"native": "vllm", "vllm": "vllm"}
 
     def __init__(

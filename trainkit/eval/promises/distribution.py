@@ -113,9 +113,9 @@ def _sample(rounds: Rounds, prompt: list[int], plan: Plan, arguments: VerifyArgu
     ids, limit = plan.sampling.ids, len(prompt) + LENGTH  # type: ignore[attr-defined]
     slots = -(-(limit + plan.shape.slots + plan.shape.depth) // 64) * 64
     rounds.target.reserve_positions(slots)
-    rounds.set_end_ids(())
     first = rounds.new_state(1, slots)
     first.limit_B.fill_(limit)
+    first.ignore_end_B.fill_(True)
     forced = replace(plan, sampling=replace(plan.sampling, ids=(prompt[-1],)))  # type: ignore[call-arg]
     rounds.prefill(forced, first, torch.tensor(prompt[:-1], device=rounds.device))
     # Decode copies of that row, each with noise of its own

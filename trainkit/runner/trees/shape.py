@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 from trainkit.layers.attention import Packing
 from trainkit.models.predictor import RANKS, signals
 from trainkit.runner.policy import Policy
-from trainkit.runner.sampling import AnyNoise, Sampling
+from trainkit.runner.sampling import AnyNoise, RowSampling, Sampling
 
 RankPath = tuple[int, ...]
 """A node of a tree: (0,) is the root's likeliest child, (0, 1) the second child of that one."""
@@ -124,7 +124,7 @@ class Steps:
     handle: TargetHandle
     root_B: Tensor
     position_B: Tensor
-    sampling: Sampling
+    sampling: Sampling | RowSampling
     noise_BDV: AnyNoise
     span: int
     levels: int | None = None
