@@ -18,6 +18,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from tests.support.servers import ScriptedSession, running, scripted_api, wait_until
 from tests.support.targets import make_tokenizer
+from trainkit.runner.session import Event
 
 TEXT = "Hé😀 sold 48 clips; 日本語 text."
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "How many?"}]}
@@ -126,8 +127,8 @@ def test_logprobs_have_the_form_of_each_endpoint(server, tokenizer):
     ]
     stream = client.completions.create(model="tiny", prompt="a", max_tokens=100, logprobs=0, stream=True)
     parts = [part for chunk in stream if (part := chunk.choices[0].logprobs)]
-    assert [text for part in parts for text in part.tokens] == whole.tokens
-    assert [at for part in parts for at in part.text_offset] == whole.text_offset
+    assert [text for part in parts for text in part.tokens or []] == whole.tokens
+    assert [at for part in parts for at in part.text_offset or []] == whole.text_offset
     content = client.chat.completions.create(**CHAT, logprobs=True).choices[0].logprobs.content
     assert [entry.token for entry in content] == whole.tokens
     assert bytes(content[0].bytes).decode() == content[0].token
@@ -317,9 +318,9 @@ def test_dropped_call_frees_its_row(tokenizer, stream, rows):
 
 def test_client_that_stops_reading_stalls_nobody(tokenizer):
     """A client that reads nothing holds its row only until its text ends, and other clients are served meanwhile."""
-    session = ScriptedSession([5], rows=2, per_step=4)
-    with running(scripted_api(tokenizer, session, max_len=100_000)) as (url, _):
-        body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 60_000, "stream": True, "logprobs": 0}).encode()
+    session = ScriptedSession([5], rows=2, per_step=50)
+    with running(scripted_api(tokenizer, session, max_len=300_000)) as (url, _):
+        body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 200_000, "stream": True, "logprobs": 0}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         )
@@ -372,11 +373,11 @@ def test_text_that_cannot_be_decoded_fails_alone(tokenizer):
     class Broken(ScriptedSession):
         def step(self):
             events = super().step()
-            for n, (request, tokens, _) in enumerate(events):
-                if request.prompt == [7]:
-                    self.live.remove(request)
-                    request.error = "the target's logits are NaN"
-                    events[n] = (request, tokens, "error")
+            for n, event in enumerate(events):
+                if event.request.prompt == [7]:
+                    self.live.remove(event.request)
+                    event.request.error = "the target's logits are NaN"
+                    events[n] = Event(event.request, [], "error")
             return events
 
     with running(scripted_api(tokenizer, Broken([5]))) as (url, _):

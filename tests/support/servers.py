@@ -12,6 +12,7 @@ from typing import Any
 
 from trainkit.runner.request import Request
 from trainkit.runner.sampling import request_keys
+from trainkit.runner.session import Event
 from trainkit.serve.app import Api
 from trainkit.serve.codec import Codec
 from trainkit.serve.engine import Engine
@@ -74,12 +75,13 @@ class ScriptedSession:
             if request in place:
                 place.remove(request)
 
-    def step(self) -> list[tuple[Request, list[int], str]]:
+    def step(self) -> list[Event]:
         time.sleep(self.seconds)
         if self.raises is not None:
             raise self.raises
         while self.waiting and len(self.live) < self.rows:
             self.live.append(self.waiting.popleft())
+            self.live[-1].admitted = time.perf_counter()
         events = []
         for request in list(self.live):
             new = []
@@ -100,13 +102,13 @@ class ScriptedSession:
                     break
             if len(request.tokens) > len(new):
                 request.stats.add_round(len(new) - 1, self.per_step - 1)
-            events.append((request, new, request.finish))
+            events.append(Event(request, new, request.finish))
         return events
 
 
 def scripted_api(tokenizer: Any, session: ScriptedSession, capacity: int = 16, max_len: int = 512, **options: Any) -> Api:
     """The endpoints over a scripted session."""
-    codec = Codec(tokenizer, len(tokenizer), max_len)
+    codec = Codec(tokenizer, max_len)
 
     def requests(call: Call, prompts: list[list[int]], seed: int) -> list[Request]:
         limits = [min(len(prompt) + (call.max_tokens or max_len), max_len) for prompt in prompts]

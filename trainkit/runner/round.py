@@ -117,6 +117,7 @@ class Plan:
         observe: Called in each round with its trace; rounds then run eagerly.
         can_pause: Rounds without a draft may come between others; their tokens are stored for the drafter to read later.
         plain: Rounds draft nothing, emit one token, and compute as many rows as verifying the shape takes.
+        top: With `logprobs`, also return so many of the likeliest tokens at each position.
     """
 
     sampling: Sampling | Mixed
@@ -126,6 +127,7 @@ class Plan:
     observe: Callable[[Trace], None] | None = None
     can_pause: bool = False
     plain: bool = False
+    top: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,17 +144,21 @@ class RoundOutput:
         paused: Whether a policy chose not to draft.
         verified_B: Number of tokens verified in each row, where rows differ; otherwise None, and each verified `depth`.
         chances_BD: As in `Draft`.
+        top_BPK: The likeliest tokens at each position, if requested.
+        top_logprobs_BPK: Their log-probabilities.
     """
 
     emitted_BP: Tensor
     counts_B: Tensor
-    logprobs_BP: Tensor | None
+    logprobs_BP: Tensor | None = None
     depth: int = 0
     drafted: int = 0
     levels: int = 0
     paused: bool = False
     verified_B: Tensor | None = None
     chances_BD: Tensor | None = None
+    top_BPK: Tensor | None = None
+    top_logprobs_BPK: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -242,20 +248,20 @@ class Rounds:
         # Step 4: commit the path to both caches; its last token is the next root.
         self._commit_caches(plan, state, verified, verdict, taps, span)
         self._move_root(state, verdict)
-        logprobs = _logprobs(verdict.along_path(logits), verdict.emitted_BP) if plan.logprobs else None
+        logprobs = _logprobs(plan.top, verdict.along_path(logits), verdict.emitted_BP) if plan.logprobs else {}
         self.seconds["draft"] += drafted - started
         self.seconds["target"] += evaluated - drafted
         self.seconds["verify"] += perf_counter() - evaluated
         return RoundOutput(
             verdict.emitted_BP,
             verdict.counts_B,
-            logprobs,
             depth=0 if plan.plain else verified.shape.depth,
             drafted=draft.levels if draft.shape.is_chain else verified.shape.size - 1,
             levels=draft.levels,
             paused=plan.can_pause and not draft.levels,
             verified_B=None if draft.packing is None else draft.packing.lengths_B - 1,
             chances_BD=draft.chances_BD,
+            **logprobs,
         )
 
     def sampling(self, plan: Plan, state: RoundState) -> Sampling | RowSampling:
@@ -406,7 +412,7 @@ class Rounds:
         # NaN, for example after an overflow in float16, would silently become token 0.
         state.done_B.logical_or_(~finite[:, 0])
         token, counts_B = token.masked_fill(~finite, -1), torch.ones_like(token[:, 0])
-        return RoundOutput(token, counts_B, _logprobs(logits, token.clamp(min=0)) if plan.logprobs else None)
+        return RoundOutput(token, counts_B, **_logprobs(plan.top, logits, token.clamp(min=0)) if plan.logprobs else {})
 
     def catch_up(self, state: RoundState, rows: Sequence[int]) -> None:
         """Lets the drafter read what these rows decoded without it. Reads counts on the host, so not in every round."""
@@ -429,6 +435,10 @@ def _silent(sampling: Sampling | RowSampling) -> Tensor | None:
     return sampling.temperature_B == 0 if isinstance(sampling, RowSampling) else None
 
 
-def _logprobs(logits_BPV: Tensor, tokens_BP: Tensor) -> Tensor:
-    """[B, P] log-probabilities of the tokens at temperature 1."""
-    return logits_BPV.float().log_softmax(-1).gather(2, tokens_BP[..., None])[..., 0]
+def _logprobs(top: int, logits_BPV: Tensor, tokens_BP: Tensor) -> dict[str, Any]:
+    """Log-probabilities at temperature 1 as fields of `RoundOutput`: of the tokens, and of the `top` likeliest ones."""
+    log_p_BPV = logits_BPV.float().log_softmax(-1)
+    fields = {"logprobs_BP": log_p_BPV.gather(2, tokens_BP[..., None])[..., 0]}
+    if top:
+        fields["top_logprobs_BPK"], fields["top_BPK"] = log_p_BPV.topk(top, dim=-1)
+    return fields

@@ -15,6 +15,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -22,11 +23,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from trainkit.runner.engine import Runner
+from trainkit.runner.options import GenerateOptions
 from trainkit.runner.request import Request as TextRequest
+from trainkit.runner.session import Session
 from trainkit.runner.stats import Stats
 from trainkit.serve.codec import Codec
 from trainkit.serve.engine import Batch, Engine, Update
 from trainkit.serve.fields import ApiError, Call, parse_call, read_json
+from trainkit.serve.metrics import Metrics
 from trainkit.serve.reply import Reply
 
 log = logging.getLogger("trainkit.serve")
@@ -224,6 +229,45 @@ class Api:
         given = request.headers.get("authorization", "").encode("latin-1")  # the header's bytes
         if self.key is not None and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
             raise ApiError(401, "wrong or missing API key; send Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def build_api(runner: Runner, session: Session, queue: int, model: str, key: str | None = None) -> Api:
+    """The endpoints over a session of a runner.
+
+    Args:
+        runner: Makes requests, and has the tokenizer.
+        session: Decodes them.
+        queue: Number of texts that may wait for a row.
+        model: Name of the model.
+        key: As in `Api`.
+    """
+
+    def requests(call: Call, prompts: list[list[int]], seed: int) -> list[TextRequest]:
+        made = []
+        for prompt in prompts:
+            limit = call.max_tokens or runner.max_len - len(prompt)
+            options = GenerateOptions(
+                limit, call.temperature, call.top_p, call.top_k, seed, stop=call.stop, ignore_end=call.ignore_end
+            )
+            made += [runner.request(prompt, options, 0, (0, sample)) for sample in range(call.n)]
+        for request in made:
+            request.top = call.logprobs
+        return made
+
+    def gauges() -> dict[str, int]:
+        load = session.load
+        return {
+            "rows_live": load.live,
+            "rows_filling": load.filling,
+            "queue_length": load.waiting,
+            "prefill_tokens": load.prefill_tokens,
+            "cache_tokens": load.cached_tokens,
+        }
+
+    device = session.device
+    prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else lambda: None
+    codec = Codec(runner.tokenizer, runner.max_len)
+    return Api(Engine(session, session.rows + queue, Metrics(), prepare), codec, requests, gauges, model, key)
 
 
 async def _body(request: Request) -> bytes:

@@ -17,12 +17,11 @@ class Codec:
 
     Args:
         tokenizer: The target's tokenizer.
-        vocab_size: Number of token ids that the target knows.
         max_len: Largest number of tokens of prompt and text together.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, max_len: int) -> None:
-        self.tokenizer, self.vocab_size, self.max_len = tokenizer, vocab_size, max_len
+    def __init__(self, tokenizer: Any, max_len: int) -> None:
+        self.tokenizer, self.max_len = tokenizer, max_len
         self._encoder = Encoder(tokenizer)
 
     def prompts(self, call: Call) -> list[list[int]]:

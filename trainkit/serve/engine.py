@@ -14,35 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from trainkit.runner.request import Request
+from trainkit.runner.session import Event, Session
 from trainkit.runner.stats import Stats
 from trainkit.serve.fields import ApiError
 from trainkit.serve.metrics import Metrics
 
 log = logging.getLogger("trainkit.serve")
-
-
-class Session(Protocol):
-    """What the engine needs of a decoding session."""
-
-    @property
-    def idle(self) -> bool:
-        """Whether no text is live, filling or waiting."""
-        ...
-
-    def submit(self, request: Request) -> None:
-        """Adds a text to the queue."""
-        ...
-
-    def cancel(self, request: Request) -> None:
-        """Ends a text; its row is free in the next step."""
-        ...
-
-    def step(self) -> Sequence[tuple[Request, list[int], str]]:
-        """Runs one iteration; returns (request, new tokens, why it ended or an empty string) for each that received any."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -53,12 +33,14 @@ class Update:
         index: Number of the text in its batch.
         tokens: New token ids.
         logprobs: Their log-probabilities, if requested.
+        likeliest: The likeliest tokens at each position as (id, log-probability), if requested.
         finish: As in `Output.finish`, or empty.
     """
 
     index: int
-    tokens: list[int]
-    logprobs: list[float]
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    likeliest: Sequence[Sequence[tuple[int, float]]]
     finish: str
 
 
@@ -68,6 +50,7 @@ class Text:
 
     Attributes:
         first: When its first token arrived, or None.
+        last: When its last token arrived.
         tokens: Number of tokens so far.
     """
 
@@ -75,6 +58,7 @@ class Text:
     index: int
     request: Request
     first: float | None = None
+    last: float = 0.0
     tokens: int = 0
 
 
@@ -95,8 +79,13 @@ class Batch:
         self.error: ApiError | None = None
 
     def seconds(self) -> dict[str, float]:
-        """Where the time of its texts went."""
-        return {}
+        """Where its time went, in seconds: waiting for a row, reading prompts, decoding; of several texts the longest."""
+        spans = [(text.request.admitted, text.first or 0.0, text.last) for text in self.texts]
+        return {
+            "queue_s": max(admitted - self.began for admitted, _, _ in spans),
+            "prefill_s": max(first - admitted for admitted, first, _ in spans),
+            "decode_s": max(last - first for _, first, last in spans),
+        }
 
 
 class Engine:
@@ -189,10 +178,7 @@ class Engine:
         try:
             self.prepare()
             while self._obey():
-                events = [
-                    (request, Update(0, tokens, request.logprobs[len(request.logprobs) - len(tokens) :], finish))
-                    for request, tokens, finish in self.session.step()
-                ]
+                events = self.session.step()
                 if events:
                     self._post(self._deliver, events, perf_counter())
         except BaseException as error:
@@ -223,31 +209,34 @@ class Engine:
 
     # On the event loop.
 
-    def _deliver(self, events: Sequence[tuple[Request, Update]], now: float) -> None:
+    def _deliver(self, events: Sequence[Event], now: float) -> None:
         """Hands the tokens of a step to their batches, and counts them."""
         metrics, rounds = self.metrics, 0
-        for request, update in events:
+        for event in events:
+            request, count = event.request, len(event.tokens)
             text = self._open.get(id(request))
             if text is None:  # cancelled meanwhile
                 continue
-            tokens = len(update.tokens)
-            metrics.generated += tokens
+            if event.finish == "error":
+                self._end([text.batch], ApiError(500, request.error, code="undecodable"))
+                continue
+            new = slice(text.tokens, text.tokens + count)  # the thread only appends
+            metrics.generated += count
+            text.tokens, text.last = text.tokens + count, now
             if text.first is None:
                 text.first = now
                 metrics.first_token.observe(now - text.batch.began)
-            elif tokens:
+            else:
                 rounds += 1
-                metrics.tokens_per_round.observe(tokens)
-            text.tokens += tokens
-            if update.finish == "error":
-                self._end([text.batch], ApiError(500, request.error, code="undecodable"))
-                continue
-            if update.finish:
+                metrics.tokens_per_round.observe(count)
+            if event.finish:
                 del self._open[id(request)]
                 self._count_ended([request.stats])
                 if text.tokens > 1:
                     metrics.per_token.observe((now - text.first) / (text.tokens - 1))
-            text.batch.updates.put_nowait(Update(text.index, update.tokens, update.logprobs, update.finish))
+            text.batch.updates.put_nowait(
+                Update(text.index, event.tokens, request.logprobs[new], request.likeliest[new], event.finish)
+            )
         metrics.row_rounds += rounds
         metrics.rounds += rounds > 0
 

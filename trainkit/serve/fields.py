@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainkit.errors import UserError, check_unicode
+from trainkit.runner.session import TOP
 
-MAX_STOPS, MAX_TOP_LOGPROBS, MAX_SAMPLES, MAX_PROMPTS = 4, 5, 128, 1024
+MAX_STOPS, MAX_SAMPLES, MAX_PROMPTS = 4, 128, 1024
 DEFAULT_COMPLETION_TOKENS = 16
 """Default of `max_tokens` in /v1/completions, as OpenAI documents it; a chat may by default use all positions that are left."""
 
@@ -140,10 +141,8 @@ def parse_call(body: dict[str, Any], chat: bool, model: str) -> Call:
     for name in options or {}:
         if name != "include_usage":
             raise ApiError(400, f"stream_options.{name[:80]}: unknown; give include_usage", f"stream_options.{name[:80]}")
-    logprobs = (
-        _take(fields, "logprobs", _boolean, False) if chat else _take(fields, "logprobs", _integer(0, MAX_TOP_LOGPROBS), None)
-    )
-    top = _take(fields, "top_logprobs", _integer(0, MAX_TOP_LOGPROBS), 0)
+    logprobs = _take(fields, "logprobs", _boolean, False) if chat else _take(fields, "logprobs", _integer(0, TOP), None)
+    top = _take(fields, "top_logprobs", _integer(0, TOP), 0)
     if chat and top and not logprobs:
         raise ApiError(400, "top_logprobs: only with logprobs true", "top_logprobs")
     return Call(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from trainkit.runner.stats import Stats
@@ -17,13 +18,30 @@ LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot write."""
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A token with its log-probability.
+
+    Attributes:
+        text: Its text, or U+FFFD for a part of a character.
+        logprob: Its log-probability at temperature 1.
+        offset: Number of characters of the text before it.
+        likeliest: Text and log-probability of the likeliest tokens at its position.
+    """
+
+    text: str
+    logprob: float
+    offset: int
+    likeliest: list[tuple[str, float]]
+
+
 class Choice:
     """One text of a response as it grows.
 
     Attributes:
         content: The text that may be shown so far.
         tokens: Its token ids, those of the end token and of a stop string included.
-        logprobs: For each token its text, its log-probability and the number of characters before it, if requested.
+        logprobs: What is known of each token, if requested.
         finish: `finish_reason`, or None until it ends.
     """
 
@@ -31,7 +49,7 @@ class Choice:
         self.codec, self.text = codec, codec.text(stop)
         self.content = ""
         self.tokens: list[int] = []
-        self.logprobs: list[tuple[str, float, int]] = []
+        self.logprobs: list[Scored] = []
         self.finish: str | None = None
 
     def add(self, update: Update) -> tuple[str, int]:
@@ -39,8 +57,10 @@ class Choice:
         stop_at = None
         for i, token in enumerate(update.tokens):
             if update.logprobs:
+                others = update.likeliest[i] if update.likeliest else ()
+                likeliest = [(self.codec.token(other), max(logprob, LEAST_LOGPROB)) for other, logprob in others]
                 logprob = max(update.logprobs[i], LEAST_LOGPROB)
-                self.logprobs.append((self.codec.token(token), logprob, len(self.text.shown)))
+                self.logprobs.append(Scored(self.codec.token(token), logprob, len(self.text.shown), likeliest))
             stop_at = self.text.add(token)
         self.tokens += update.tokens
         if not update.finish:
@@ -93,6 +113,8 @@ class Reply:
             "rounds": rounds,
             "drafted": stats.drafted,
             "accepted": sum(k * count for k, count in enumerate(stats.accepted)),
+            "prefilled": stats.prefilled,
+            "shared": stats.shared,
             "seed": self.seed,
             **{name: round(value, 6) for name, value in seconds.items()},
         }
@@ -152,17 +174,18 @@ class Reply:
         entries = choice.logprobs[len(choice.logprobs) - count :]
         if self.call.chat:
             content = [
-                {"token": text, "logprob": logprob, "bytes": _bytes(text), "top_logprobs": []} for text, logprob, _ in entries
+                _entry(entry.text, entry.logprob) | {"top_logprobs": [_entry(*other) for other in entry.likeliest]}
+                for entry in entries
             ]
             return {"content": content, "refusal": None}
         return {
-            "tokens": [text for text, _, _ in entries],
-            "token_logprobs": [logprob for _, logprob, _ in entries],
-            "text_offset": [offset for _, _, offset in entries],
-            "top_logprobs": None,
+            "tokens": [entry.text for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
+            "top_logprobs": [dict(reversed(entry.likeliest)) for entry in entries] if self.call.logprobs else None,
         }
 
 
-def _bytes(text: str) -> list[int] | None:
-    """The UTF-8 bytes of a token's text; None if it is a part of a character."""
-    return None if "\ufffd" in text else list(text.encode())
+def _entry(text: str, logprob: float) -> dict[str, Any]:
+    """A token of a chat's log-probabilities; its bytes are null if it is a part of a character."""
+    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}

@@ -23,6 +23,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         UserError: the address is in use, not of this machine, or reserved.
     """
+    if not 0 <= port < 65536:
+        raise UserError(f"port {port}: must be from 0 to 65535; 0 takes any free port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)
