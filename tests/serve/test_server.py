@@ -18,6 +18,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from tests.support.models import lm_draft, near
 from tests.support.servers import running, wait_until
+from trainkit.data.openai_client import CompletionClient, request_seed
 from trainkit.data.text.chat_template import Encoder
 from trainkit.runner import Runner
 from trainkit.runner.options import GenerateOptions
@@ -130,6 +131,26 @@ def test_logprobs_are_the_targets(server, alone):
         likeliest = [other.logprob for other in entry.top_logprobs]
         assert len(likeliest) == 3 and likeliest == sorted(likeliest, reverse=True)
         assert entry.top_logprobs[0].token == entry.token and likeliest[0] == entry.logprob
+
+
+def test_distillation_client_gets_the_tokens_of_generate(server, alone):
+    """The client of `trainkit distill` gets token ids, end tokens included, that equal those of `generate`."""
+    tokenizer, ids = alone.tokenizer, [alone.tokenizer.encode(prompt, add_special_tokens=False) for prompt in PROMPTS]
+    client = CompletionClient(f"{server}/v1", tokenizer=tokenizer, end_ids=alone.shape.end_ids)
+    done = client.complete(enumerate(ids), temperature=1.0, max_new_tokens=40, seed=9)
+    found = {completion.id: completion.tokens for completion in done}
+    assert client.encoded == 0
+    for index, prompt in enumerate(ids):
+        assert found[index] == alone.generate([prompt], 40, 1.0, seed=request_seed(9, index))[0].tokens
+    options = {
+        "model": "tiny",
+        "prompt": ids[0],
+        "max_tokens": 20,
+        "temperature": 0.0,
+        "extra_body": {"return_token_ids": True},
+    }
+    stream = connect(server).completions.create(**options, stream=True)
+    assert [id for chunk in stream for id in chunk.choices[0].token_ids] == alone.generate([ids[0]], 20)[0].tokens
 
 
 def test_seed_repeats_a_text(server):

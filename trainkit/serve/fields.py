@@ -64,6 +64,7 @@ class Call:
             log-probabilities.
         seed: Seed of the noise, or None for a random one.
         ignore_end: Whether to continue past end tokens.
+        token_ids: Whether the response holds the token ids too.
         include_usage: Whether a stream ends with a chunk of usage.
     """
 
@@ -80,6 +81,7 @@ class Call:
     include_usage: bool = False
     logprobs: int | None = None
     ignore_end: bool = False
+    token_ids: bool = False
 
     @property
     def source(self) -> str:
@@ -107,7 +109,7 @@ def parse_call(body: dict[str, Any], chat: bool, model: str) -> Call:
     fields = {name: value for name, value in body.items() if value is not None}
     own = {"messages", "max_completion_tokens", "top_logprobs"} if chat else {"prompt"}
     known = own | {"model", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stream", "stream_options"}
-    known |= {"logprobs", "ignore_eos"}
+    known |= {"logprobs", "ignore_eos", "return_token_ids"}
     # Everything that is not honoured is named.
     for name, value in fields.items():
         if name in known or name in IGNORED:
@@ -159,6 +161,7 @@ def parse_call(body: dict[str, Any], chat: bool, model: str) -> Call:
         include_usage=bool(options) and _take(options, "include_usage", _boolean, False, "stream_options."),
         logprobs=(top if logprobs else None) if chat else logprobs,
         ignore_end=_take(fields, "ignore_eos", _boolean, False),
+        token_ids=_take(fields, "return_token_ids", _boolean, False),
     )
 
 

@@ -53,7 +53,7 @@ class Choice:
         self.finish: str | None = None
 
     def add(self, update: Update) -> tuple[str, int]:
-        """Adds the tokens of a step; returns the text that they add, and the number of log-probabilities."""
+        """Adds the tokens of a step; returns the text that they add, and their number."""
         stop_at = None
         for i, token in enumerate(update.tokens):
             if update.logprobs:
@@ -71,7 +71,7 @@ class Choice:
             content = self.codec.decode(self.tokens)  # with what is left of an unfinished character
         self.finish = FINISH[update.finish] if update.finish else None
         piece, self.content = content[len(self.content) :], content
-        return piece, len(update.logprobs)
+        return piece, len(update.tokens)
 
 
 class Reply:
@@ -126,8 +126,7 @@ class Reply:
             content: dict[str, Any] = {"text": choice.content}
             if self.call.chat:
                 content = {"message": {"role": "assistant", "content": choice.content, "refusal": None}}
-            logprobs = self._logprobs(choice, len(choice.logprobs))
-            choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": choice.finish})
+            choices.append({"index": index, **content, **self._details(choice, len(choice.tokens))})
         kind = "chat.completion" if self.call.chat else "text_completion"
         return {**self._base, "object": kind, "choices": choices, "usage": self.usage(), "trainkit": measures}
 
@@ -135,7 +134,7 @@ class Reply:
         """The chunks that begin the stream of a chat: one for each text, with its role."""
         if not self.call.chat:
             return []
-        return [self._chunk([self._delta(index, "", None, role="assistant")]) for index in range(len(self.choices))]
+        return [self._chunk([self._delta(index, "", 0, role="assistant")]) for index in range(len(self.choices))]
 
     def chunk(self, updates: list[Update]) -> dict[str, Any] | None:
         """The chunk with what these updates add, or None if they add nothing that may be shown yet."""
@@ -145,9 +144,9 @@ class Reply:
             piece, more = self.choices[update.index].add(update)
             added[update.index] = (text + piece, count + more)
         choices = [
-            self._delta(index, text, self._logprobs(self.choices[index], count))
+            self._delta(index, text, count)
             for index, (text, count) in added.items()
-            if text or count or self.choices[index].finish
+            if text or self.choices[index].finish or self.call.logprobs is not None or self.call.token_ids
         ]
         return self._chunk(choices) if choices else None
 
@@ -160,12 +159,16 @@ class Reply:
         usage = {"usage": None} if self.call.include_usage else {}
         return {**self._base, "object": kind, "choices": choices, **usage}
 
-    def _delta(self, index: int, text: str, logprobs: Any, role: str | None = None) -> dict[str, Any]:
-        finish = self.choices[index].finish
+    def _delta(self, index: int, text: str, count: int, role: str | None = None) -> dict[str, Any]:
         content: dict[str, Any] = {"text": text}
         if self.call.chat:
             content = {"delta": ({"role": role} if role else {}) | ({"content": text} if text or role else {})}
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        return {"index": index, **content, **self._details(self.choices[index], count)}
+
+    def _details(self, choice: Choice, count: int) -> dict[str, Any]:
+        """What is known of the last `count` tokens of a text, and why it ended."""
+        ids = {"token_ids": choice.tokens[len(choice.tokens) - count :]} if self.call.token_ids else {}
+        return {"logprobs": self._logprobs(choice, count), "finish_reason": choice.finish, **ids}
 
     def _logprobs(self, choice: Choice, count: int) -> dict[str, Any] | None:
         """The log-probabilities of the last `count` tokens of a text, in the form of the endpoint."""
