@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -17,7 +14,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.support.models import lm_draft, near
-from tests.support.servers import running, wait_until
+from tests.support.servers import launched, running, wait_until
+from trainkit import cli
 from trainkit.data.openai_client import CompletionClient, request_seed
 from trainkit.data.text.chat_template import Encoder
 from trainkit.runner import Runner
@@ -220,35 +218,54 @@ def test_closed_stream_frees_the_row_of_a_session(tiny_target, alone):
         wait_until(lambda: api.engine.session.load.live == 0, 1)
 
 
-@pytest.fixture
-def process(tiny_target):
-    """`trainkit serve` on a free port: its URL and the process, which is killed at the end."""
-    command = [sys.executable, "-m", "trainkit.cli", "serve", "--target", str(tiny_target), "--port", "0", "--rows", "2"]
-    command += ["--api_key_env", "SECRET", "--served_name", "tiny", "--max_len", "512"]
-    started = subprocess.Popen(command, env=os.environ | {"SECRET": "abc"}, stderr=subprocess.PIPE, text=True)
-    try:
-        line = started.stderr.readline()
-        yield re.findall(r"http://127\.0\.0\.1:\d+", line)[0], started
-    finally:
-        started.kill()
-        started.wait()
-
-
-def test_command_serves_until_sigterm(process):
+def test_command_serves_until_sigterm(tiny_target):
     """The command serves, asks for its key, and ends a stream properly after SIGTERM."""
-    url, started = process
-    with pytest.raises(openai.AuthenticationError):
-        connect(url).models.list()
-    client = OpenAI(base_url=f"{url}/v1", api_key="abc", timeout=30, max_retries=0)
-    stream = client.completions.create(
-        model="tiny", prompt="a", max_tokens=400, stream=True, temperature=0, extra_body={"ignore_eos": True}
-    )
-    count = len([next(stream) for _ in range(3)])
-    started.send_signal(signal.SIGTERM)
-    chunks = list(stream)
-    assert chunks[-1].choices[0].finish_reason == "length" and count + len(chunks) > 100
-    assert started.wait(20) == -signal.SIGTERM
-    assert started.stderr.read() == ""
+    words = [
+        "--target",
+        str(tiny_target),
+        "--rows",
+        "2",
+        "--served_name",
+        "tiny",
+        "--max_len",
+        "512",
+        "--api_key_env",
+        "SECRET",
+    ]
+    with launched(*words, SECRET="abc") as (url, process):
+        with pytest.raises(openai.AuthenticationError):
+            connect(url).models.list()
+        client = OpenAI(base_url=f"{url}/v1", api_key="abc", timeout=30, max_retries=0)
+        options = {"model": "tiny", "prompt": "a", "max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        stream = client.completions.create(**options, stream=True)
+        text = "".join(next(stream).choices[0].text for _ in range(3))
+        process.send_signal(signal.SIGTERM)
+        chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert len(text + "".join(chunk.choices[0].text for chunk in chunks)) > 400
+        assert process.wait(20) == -signal.SIGTERM
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", "0"], "rows 0: must be at least 1"),
+        (["--queue", "-1"], "queue -1: must be at least 0"),
+        (["--port", "70000"], "port 70000: must be from 0 to 65535; 0 takes any free port"),
+        (["--host", "1.2.3.4"], "host 1.2.3.4, port 8000: Cannot assign requested address; choose another port, or an address"),
+        (["--api_key_env", "NO_SUCH"], "api_key_env NO_SUCH: this environment variable is not set; put the key into it"),
+        (["--depth", "2", "--tree", "[[0]]"], "give depth or tree, not both"),
+        (["--depth", "2", "--port", "0"], "depth or tree given, but this runner was loaded without a drafter"),
+        (["--max_len", "9000", "--port", "0"], "max_len"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_argument_of_serve_is_one_line(tiny_target, capsys, words, message):
+    """A wrong argument gives one line and exit code 2, most of them before the models are loaded."""
+    assert cli.main(["serve", "--target", str(tiny_target), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from trainkit.runner.request import Request
@@ -36,6 +41,28 @@ def running(api: Api, grace: float = 5.0) -> Iterator[tuple[str, Server]]:
         thread.join(20)
         assert not thread.is_alive()
         assert not api.engine._thread.is_alive()
+
+
+@contextmanager
+def launched(*words: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`trainkit serve` with these arguments on a free port; yields its URL and the process, and kills it at the end."""
+    root = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-m", "trainkit.cli", "serve", *words, "--port", "0"]
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths} | environment
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        found = None
+        while found is None:
+            line = process.stderr.readline()
+            assert line, "the server ended before it listened"
+            found = re.search(r"^serving .* at (http://\S+)/v1", line)
+        yield found[1], process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def wait_until(condition: Any, seconds: float) -> None:
