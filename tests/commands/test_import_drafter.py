@@ -65,7 +65,7 @@ def test_imported_medusa_heads_match_and_decode(prefix, layers, tiny_target, tmp
     state = draft.init_state(2, 8, torch.device("cpu"), torch.float32)
     state["hidden"].copy_(hidden)
     for head in range(3):
-        node = Frontier.chain(zero, zero, head, 4)
+        node = Frontier.chain(zero, zero, head)
         ours = draft.step(state, node, runner.rounds.handle, 8).logits_BFK[:, 0]
         # float32 sums in another order; logits reach several tens
         torch.testing.assert_close(ours, logits_of(tensors, prefix, head, layers, hidden[:, 0]), atol=1e-4, rtol=1e-4)

@@ -58,8 +58,7 @@ def test_tree_node_reads_its_own_path(teacher, seed):
     expected = [[[r]], [[r, a], [r, b]], [[r, b, c], [r, b, d], [r, a, e]], [[r, b, d, f]]]
     for depth, ((tokens, places), paths) in enumerate(zip(levels, expected, strict=True)):
         ids, zero = torch.tensor([tokens]), torch.zeros(1, len(tokens), dtype=torch.long)
-        seen = torch.zeros(1, len(tokens), 8, dtype=torch.bool)
-        nodes = Frontier(ids, zero, zero[0], torch.tensor([places]), seen, depth, False)
+        nodes = Frontier(ids, zero, zero[0], torch.tensor([places]), zero[..., None], depth)
         found = draft.step(state, nodes, handle, 16).logits_BFK[0]
         read = torch.stack([torch.cat([state["hidden"][0, 0], *handle.embed(torch.tensor(path))]) for path in paths])
         torch.testing.assert_close(found, draft.lm_heads[depth](draft.blocks[depth](read)))

@@ -52,7 +52,7 @@ def test_new_head_equals_the_target_head(head, tiny_target, seed):
     state["hidden"].copy_(torch.randn(1, 1, teacher.hidden_size))
     zero = torch.zeros(1, 2, dtype=torch.long)
     for depth in range(3):
-        nodes = Frontier(zero, zero, zero[0], zero, torch.ones(1, 2, 6, dtype=torch.bool), depth, False)
+        nodes = Frontier(zero, zero, zero[0], zero, torch.ones(1, 2, 1, dtype=torch.long), depth)
         logits_BFV = draft.step(state, nodes, teacher.handle(), 8).logits_BFK
         torch.testing.assert_close(logits_BFV, teacher.handle().head(state["hidden"]).expand(-1, 2, -1))
 

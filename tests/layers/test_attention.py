@@ -1,6 +1,6 @@
 """Biases, rotary rows and cache moves, compared with loops over their definitions."""
 
-# B batch  T positions  S cache slots  M nodes of a round
+# B batch  T positions  S cache slots
 
 from dataclasses import replace
 
@@ -9,43 +9,19 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from tests.support.models import BUSHY, SHAPE
-from trainkit.layers.attention import Attention, Rotary, causal_bias, document_bias, move_slots, rotary_table, rotate, tree_bias
-from trainkit.runner.trees.static import build
-
-
-def visible(bias):
-    assert set(bias.unique().tolist()) <= {0.0, float("-inf")}
-    return bias == 0
+from tests.support.models import SHAPE
+from trainkit.layers.attention import Attention, Rotary, document_bias, move_slots, rotary_table, rotate
+from trainkit.layers.visible import Visible
 
 
 def test_document_bias_is_causal_within_documents():
     """A position sees itself and earlier positions of its own document only."""
     document = torch.tensor([[0, 0, 1, 1, 1, -1]])
-    seen = visible(document_bias(document, torch.float32))[0]
+    bias = document_bias(document, torch.float32)[0]
+    assert set(bias.unique().tolist()) == {0.0, float("-inf")}
+    seen = bias == 0
     for t in range(6):
         assert seen[t].nonzero()[:, 0].tolist() == [s for s in range(t + 1) if document[0, s] == document[0, t]]
-
-
-def test_causal_bias_sees_slots_up_to_its_position():
-    """A position sees the cache slots up to its own."""
-    seen = visible(causal_bias(torch.tensor([[3, 4], [0, 1]]), 7, torch.float32))
-    assert seen.sum(-1).tolist() == [[4, 5], [1, 2]]
-    assert seen[0, 0].tolist() == [True] * 4 + [False] * 3
-
-
-def test_tree_bias_sees_prefix_and_own_path():
-    """A tree node sees the prefix before the root and its own path."""
-    tree = build(BUSHY, torch.device("cpu"))
-    roots = torch.tensor([5, 1])
-    seen = visible(tree_bias(roots, tree.topology.ancestors_BNN.expand(2, -1, -1), 24, torch.float32))
-    for b, root in enumerate(roots.tolist()):
-        for node in range(tree.size):
-            path, at = {node}, node
-            while at:
-                at = int(tree.topology.parents_BN[0, at])
-                path.add(at)
-            assert seen[b, node].nonzero()[:, 0].tolist() == list(range(root)) + sorted(root + i for i in path)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
@@ -92,7 +68,7 @@ def test_attention_equals_its_definition_with_any_cache(groups, norms, seed):
     rotary, positions = Rotary(shape), torch.arange(6).expand(2, -1)
     rotary.reserve(6, x)
     rope = rotary.rows(positions)
-    bias = causal_bias(positions, 6, torch.float32)
+    bias = Visible.causal(positions).bias(6, 6, torch.float32)
     with torch.no_grad():
         ours = attention(x, rotary.context(positions, bias))
         q, k, v = attention.qkv(x).split([32, 8 * groups, 8 * groups], dim=-1)

@@ -7,15 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.models import SHAPE, random_decoder
-from trainkit.layers.attention import causal_bias, document_bias
+from trainkit.layers.attention import document_bias
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
+from trainkit.layers.visible import Visible
 from trainkit.models.load import load_decoder
 
 
 def whole(decoder, tokens):
     positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
-    return decoder.head(decoder(tokens, positions, causal_bias(positions, tokens.shape[1], torch.float32))[0])
+    return decoder.head(decoder(tokens, positions, Visible.causal(positions))[0])
 
 
 def test_packed_documents_equal_each_alone(seed):
@@ -42,11 +43,11 @@ def test_cached_chunks_equal_one_forward(chunk, seed):
     for b, offset in enumerate(offsets.tolist()):
         if offset:
             at = torch.arange(offset)[None]
-            decoder(tokens[b : b + 1, :offset], at, causal_bias(at, offset, torch.float32), cache[b : b + 1], at)
+            decoder(tokens[b : b + 1, :offset], at, Visible.causal(at), cache[b : b + 1], at)
     expected = whole(decoder, tokens)
     for start in range(0, 12, chunk):
         positions = offsets[:, None] + torch.arange(start, min(start + chunk, 12))
-        hidden, _ = decoder(tokens.gather(1, positions), positions, causal_bias(positions, 40, torch.float32), cache, positions)
+        hidden, _ = decoder(tokens.gather(1, positions), positions, Visible.causal(positions), cache, positions)
         ours = decoder.head(hidden)
         theirs = expected.gather(1, positions[..., None].expand(-1, -1, 48))
         assert torch.allclose(ours, theirs, atol=1e-4)
@@ -61,7 +62,7 @@ def test_taps_are_transformers_hidden_states(tiny_target, seed):
     decoder.reserve_positions(12)
     positions = torch.arange(12).expand(2, -1)
     taps = (-1, 0, 2, 4, 1)
-    hidden, tapped = decoder(tokens, positions, causal_bias(positions, 12, torch.float32), taps=taps)
+    hidden, tapped = decoder(tokens, positions, Visible.causal(positions), taps=taps)
     for place, tap in enumerate(taps):
         assert torch.allclose(tapped[:, :, place], states[tap], atol=1e-4)
     assert torch.equal(tapped[:, :, 0], hidden)

@@ -7,7 +7,7 @@ import torch
 
 from tests.support.models import BUSHY, SIBLINGS, lm_draft, near, pair, ragged_prompts, random_decoder
 from trainkit.drafters.lm import LMDraft
-from trainkit.layers.attention import causal_bias
+from trainkit.layers.visible import Visible, unpack_bits
 from trainkit.models.shape import TargetShape
 from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.trees.static import chain
@@ -16,7 +16,7 @@ from trainkit.runner.trees.static import chain
 def fresh_logits(decoder, tokens):
     """Logits after a text, from one forward without a cache."""
     positions = torch.arange(len(tokens))[None]
-    hidden, _ = decoder(torch.tensor([tokens]), positions, causal_bias(positions, len(tokens), torch.float32))
+    hidden, _ = decoder(torch.tensor([tokens]), positions, Visible.causal(positions))
     return decoder.head(hidden)[0, -1]
 
 
@@ -50,11 +50,13 @@ class CheckedDraft(LMDraft):
         if frontier.depth == 0:
             self.text = state["text"].clone()
             self.root = frontier.positions_BF[:, 0].clone()
-            self.drafted = torch.full((B, frontier.ancestors_BFM.shape[2]), -1)
+            self.drafted = torch.full((B, 64), -1)
         self.drafted[:, frontier.nodes_F] = frontier.tokens_BF
+        bits_BFW = torch.tensor([[[2 ** (frontier.depth + 1) - 1]]]) if frontier.is_chain else frontier.bits_BFW
+        seen_BFM = unpack_bits(bits_BFW, 64).expand(B, -1, -1)
         for b in range(B):
             for f in range(len(frontier.nodes_F)):
-                path = self.drafted[b][frontier.ancestors_BFM[b, f]].tolist()
+                path = self.drafted[b][seen_BFM[b, f]].tolist()
                 text = self.text[b, : self.root[b]].tolist() + path
                 assert min(text) >= 0, "a token of the text was never read"
                 self.error = max(self.error, float((fresh_logits(self.decoder, text) - out.logits_BFK[b, f]).abs().max()))
@@ -90,8 +92,8 @@ def test_cached_logits_equal_fresh_forwards(tree, noise, seed):
         for b in range(trace.scores_BNV.shape[0]):
             prefix = draft.text[b, : draft.root[b]].tolist()
             for node in range(trace.draft.shape.size):
-                ancestors_BNN = trace.draft.topology.ancestors_BNN.expand(len(draft.root), -1, -1)
-                path = trace.draft.tokens_BN[b][ancestors_BNN[b, node].nonzero()[:, 0]].tolist()
+                bits_W = trace.draft.topology.bits_BNW.expand(len(draft.root), -1, -1)[b, node]
+                path = trace.draft.tokens_BN[b][unpack_bits(bits_W, trace.draft.shape.size)].tolist()
                 worst = max(worst, float((fresh_logits(target, prefix + path) - trace.scores_BNV[b, node]).abs().max()))
 
     runner.observe = observe
@@ -132,6 +134,6 @@ def test_draft_of_a_runner_can_still_be_trained(seed):
     Runner(target, draft, shape, max_len=64).generate([[1, 2, 3]], max_new_tokens=4, depth=2)
     draft.requires_grad_(True)
     positions = torch.arange(5)[None]
-    hidden, _ = draft.decoder(torch.tensor([[1, 2, 3, 4, 5]]), positions, causal_bias(positions, 5, torch.float32))
+    hidden, _ = draft.decoder(torch.tensor([[1, 2, 3, 4, 5]]), positions, Visible.causal(positions))
     draft.decoder.head(hidden).logsumexp(-1).sum().backward()
     assert all(p.grad is not None for p in draft.decoder.parameters())

@@ -329,7 +329,7 @@ def test_plain_computes_as_many_rows_as_verifying(shaped, temperature, seed):
     prompts, options = ragged_prompts(3), {"max_new_tokens": 20, "temperature": temperature, "seed": seed}
     runner.rounds.target.layers[0].register_forward_pre_hook(lambda _, given: rows.add(given[0].shape[1]))
     padded = runner.generate(prompts, plain=True, **shaped, **options)
-    assert rows - {len(prompt) for prompt in prompts} == {4}
+    assert 4 in rows <= {4, *map(len, prompts)}
     assert runner.last.tau == 1.0 and runner.last.drafted == 0 and runner.last.alpha_k == []
     texts = [[out.tokens for out in outs] for outs in (padded, runner.generate(prompts, depth=0, **options))]
     assert_few(compare(runner.rounds.target, prompts, *texts, Sampling(temperature), seed), 60)

@@ -38,7 +38,7 @@ def test_captured_equals_eager(shaped, settings, seed):
 
 
 def test_finished_long_row_does_not_disturb_others(seed):
-    """A finished row beyond the next graph's span stays behind as padding, with its old position."""
+    """A finished long row stays behind as padding of the next graph."""
     base = pair(ends=(), max_len=600)
     captured, eager = on_gpu(True, base), on_gpu(False, base)
     prompts = [[1, 2, 3], [5, 6], [8], [4] * 590, [7] * 595]

@@ -14,7 +14,8 @@ from tests.support.equality import assert_few, compare
 from tests.support.models import SHAPE, pair, predicting, ragged_prompts, random_decoder, table_runner
 from tests.support.pauses import Erratic
 from tests.support.replaying import replayed
-from trainkit.layers.attention import Packing, causal_bias
+from trainkit.layers.attention import Packing
+from trainkit.layers.visible import Visible
 from trainkit.models.predictor import FoldedPredictor
 from trainkit.runner import Runner, Stats
 from trainkit.runner.policies import chain as adaptive
@@ -56,10 +57,10 @@ def test_packed_rows_equal_padded_rows(more, seed):
     roots = torch.randint(3, 20, (B,))
     tokens, positions = torch.randint(48, (B, N)), roots[:, None] + torch.arange(N)
     before = torch.randn(B, SHAPE.num_layers, 2 * SHAPE.num_kv_heads, span, SHAPE.head_dim, dtype=torch.float64)
-    bias, packing = causal_bias(positions, span, torch.float64), Packing.from_lengths(lengths, N, int(lengths.sum()))
+    visible, packing = Visible.causal(positions), Packing.from_lengths(lengths, N, int(lengths.sum()))
     caches = before.clone(), before.clone()
-    hidden, taps = network(tokens, positions, bias, caches[0], positions, (0, 1, 2))
-    packed = network(packing.pack(tokens), positions, bias, caches[1], positions, (0, 1, 2), packing)
+    hidden, taps = network(tokens, positions, visible, caches[0], positions, (0, 1, 2))
+    packed = network(packing.pack(tokens), positions, visible, caches[1], positions, (0, 1, 2), packing)
     assert packed[0].shape[:2] == (1, lengths.sum())
     inside = torch.arange(N) < lengths[:, None]
     for whole, part in zip((hidden, taps), packed, strict=True):

@@ -1,6 +1,6 @@
 """The schedule of captured rounds, without a GPU: graphs are stood in for by their first closure, called again at every replay.
 
-What a real capture fixes is fixed here too: the views, the span, the plan and the output's tensors. Batches are padded to
+What a real capture fixes is fixed here too: the views, the plan and the output's tensors. Batches are padded to
 powers of two, warm-ups run over rows that are done, and the host reads a round behind.
 """
 
@@ -43,8 +43,8 @@ def test_replayed_lagging_rounds_equal_eager(shaped, lag, seed):
 
 @pytest.mark.parametrize("shaped", [{"depth": 4}, {"tree": SIBLINGS}, {"tree": GROWING}], ids=["chain", "tree", "dynamic"])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_padding_rows_beyond_the_span_do_no_harm(shaped, lag, seed):
-    """Long rows finish first; the graph of the short ones is padded with rows whose old position lies past its span."""
+def test_padding_rows_far_into_the_cache_do_no_harm(shaped, lag, seed):
+    """Long rows finish first; the graph of the short ones is padded with rows whose old position is near the cache's end."""
     runner = replayed(pair(ends=(), max_len=600), lag)
     prompts = ragged_prompts(3) + [torch.randint(0, 48, (n,)).tolist() for n in (590, 595, 585)]
     outs = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, **shaped)
@@ -52,6 +52,17 @@ def test_padding_rows_beyond_the_span_do_no_harm(shaped, lag, seed):
     plain = runner.generate(prompts, max_new_tokens=40, temperature=1.0, seed=seed, depth=0)
     ties = compare(runner.rounds.target, prompts, [o.tokens for o in outs], [o.tokens for o in plain], Sampling(1.0), seed)
     assert_few(ties, 160)
+
+
+def test_one_graph_serves_every_length(seed):
+    """Texts that cross 64, 128 and 256 tokens replay one graph, and read as eager ones."""
+    runner = replayed(pair(ends=(), max_len=320), 1)
+    prompts = [torch.randint(0, 48, (n,)).tolist() for n in (60, 120, 250)]
+    texts = [runner.generate([prompt], max_new_tokens=20, depth=3)[0].tokens for prompt in prompts]
+    assert len(runner.scheduler.graphs.closures) == 1
+    runner.scheduler.graphs, runner.scheduler.lag = None, 0
+    plain = [runner.generate([prompt], max_new_tokens=20, depth=0)[0].tokens for prompt in prompts]
+    assert_few(compare(runner.rounds.target, prompts, texts, plain, Sampling(0.0), seed), 60)
 
 
 def test_replays_follow_new_end_ids_and_weights(seed):

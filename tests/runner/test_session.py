@@ -3,100 +3,287 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tests.support.drafters import VARIANTS
 from tests.support.equality import assert_few, compare
 from tests.support.models import SIBLINGS, pair
-from tests.support.replaying import Replayed
-from trainkit.runner import DynamicTree
+from tests.support.pauses import Erratic
+from tests.support.traffic import check_traffic, draws_of_first_levels, finish, open_session
+from trainkit.drafters.base import load_kind
+from trainkit.errors import UserError
+from trainkit.models.load import load_decoder
+from trainkit.models.target import FrozenTarget, target_shape
+from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.options import GenerateOptions
-from trainkit.runner.session import Session
+from trainkit.runner.policies.chain import PolicyChain
+from trainkit.runner.sampling import Mixed, RowSampling, Sampling
+from trainkit.runner.session import Load
 
 SHAPES = {"chain": {"depth": 3}, "tree": {"tree": SIBLINGS}, "dynamic": {"tree": DynamicTree(4, 3, 8)}}
-SAMPLINGS = [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.3, "top_k": 5}]
+RESUMABLE = [kind for kind, (name, _) in VARIANTS.items() if load_kind(name).resumable]
 
 
-def copied(output):
-    """What `start_fetch` does on a GPU: the next replay overwrites the output's tensors."""
-    from dataclasses import replace
+@pytest.fixture(scope="module")
+def runners(tiny_target):
+    """A runner for each variant of the kinds, with an untrained drafter."""
+    made = {}
 
-    clones = replace(output, **{name: tensor.clone() for name, tensor in output.tensors.items()})
-    return lambda: clones
+    def get(variant):
+        if variant not in made:
+            name, options = VARIANTS[variant]
+            drafter = load_kind(name)(target_shape(tiny_target), **options)
+            drafter.initialise(FrozenTarget(tiny_target))
+            for parameter in drafter.parameters():
+                parameter.data += 0.05 * torch.randn_like(parameter)
+            made[variant] = Runner(load_decoder(tiny_target), drafter, target_shape(tiny_target), max_len=400)
+        return made[variant]
 
-
-def open_session(runner, rows, shaped, lag=0, captured=False, **more):
-    """A session of this runner; `lag` calls behind, with the stand-in for captured rounds if wanted."""
-    plan = runner._plan(GenerateOptions(**shaped))
-    graphs = Replayed() if captured else None
-    return Session(runner.rounds, rows, runner.max_len, plan, graphs, lag=lag, fetch=copied, **more)
-
-
-def run(session):
-    """Steps until idle; each request's tokens as the events brought them."""
-    texts = {}
-    while not session.idle:
-        for event in session.step():
-            texts.setdefault(id(event.request), []).extend(event.tokens)
-    return texts
-
-
-def check_alone(runner, requests, seed):
-    """Each text that ended by itself is plain decoding's alone, but for ties."""
-    for request in requests:
-        sampling = request.sampling
-        options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        alone = dict(
-            runner.generate_each(
-                [request.prompt],
-                [request.draws],
-                max_new_tokens=request.limit - len(request.prompt),
-                ignore_end=request.ignore_end,
-                depth=0,
-                seed=seed,
-                **options,
-            )
-        )[0].tokens
-        if request.finish == "cancelled":
-            alone = alone[: len(request.tokens)]
-        yield request, alone
+    return get
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("lag", "captured"), [(0, False), (1, True), (2, True)])
 def test_texts_equal_those_of_requests_alone(shape, lag, captured, seed):
-    """Random arrivals, cancellations, lengths, rows and sampling: each text is that of its request alone."""
-    draw = random.Random(seed)
+    """Random arrivals, cancellations, lengths, rows, budgets and sampling: each text is that of its request alone."""
+    draw, tokens, ties = random.Random(seed), 0, []
     runner = pair(max_len=260)
-    base = torch.randint(0, 48, (150,)).tolist()
     for _ in range(2):
-        rows = draw.randint(1, 4)
-        session = open_session(runner, rows, SHAPES[shape], lag, captured, prefill=draw.choice([7, 64, 512]))
-        waiting = []
-        for index in range(draw.randint(3, 9)):
-            prompt = base[: draw.choice([0, 70, 129, 150])] + torch.randint(0, 48, (draw.randint(1, 30),)).tolist()
-            options = GenerateOptions(
-                max_new_tokens=draw.randint(1, 25), seed=seed, ignore_end=draw.random() < 0.3, **draw.choice(SAMPLINGS)
-            )
-            request = runner.request(prompt, options, index, (index, 0))
-            request.draws = (index, 0)
-            waiting.append(request)
-        requests, brought, ends = list(waiting), {id(request): [] for request in waiting}, {}
-        while waiting or not session.idle:
-            while waiting and draw.random() < 0.5:
-                session.submit(waiting.pop(0))
-            if draw.random() < 0.1:
-                session.cancel(draw.choice(requests[: len(requests) - len(waiting)] or [requests[0]]))
-            for event in session.step():
-                brought[id(event.request)] += event.tokens
-                ends[id(event.request)] = event.finish
-        ties = []
-        for request, alone in check_alone(runner, requests, seed):
-            assert request.finish and brought[id(request)] == request.tokens and not request.error
-            assert request.finish == "cancelled" or request.finish == ends[id(request)]
-            ours = [[]] * request.draws[0] + [request.tokens]  # noise keys by the place in the list
-            theirs = [[]] * request.draws[0] + [alone]
-            prompts = [request.prompt] * len(ours)
-            ties += compare(runner.rounds.target, prompts, ours, theirs, request.sampling, seed)
-        assert_few(ties, 25 * len(requests))
+        rows, prefill = draw.randint(1, 4), draw.choice([7, 64, 512, None])
+        session = open_session(runner, rows, SHAPES[shape], lag, captured, prefill=prefill)
+        more, found = check_traffic(runner, session, draw, seed, count=8, most=25)
+        tokens, ties = tokens + more, ties + found
+    assert_few(ties, tokens)
+
+
+def test_texts_under_a_policy_equal_those_alone(seed):
+    """With a policy that pauses, cuts and drops drafts, and prompts that the drafter reads later, as well."""
+    draw, runner = random.Random(seed), pair(max_len=260)
+    session = open_session(runner, 3, {"tree": PolicyChain(Erratic(4), runner.device)}, prefill=64)
+    tokens, ties = check_traffic(runner, session, draw, seed, count=12, most=25)
+    assert_few(ties, tokens)
+
+
+@pytest.mark.parametrize(
+    "samplings", [[(0.0, 0, 1.0), (0.7, 5, 0.8)], [(1.0, 0, 1.0), (0.5, 0, 0.3), (2.0, 40, 1.0), (0.0, 3, 0.5)]]
+)
+def test_rows_are_processed_as_each_alone(samplings, seed):
+    """Bit for bit, ties of equal logits included: rows of different parameters together as `Sampling` does each."""
+    alone = [Sampling(*sampling) for sampling in samplings]
+    logits_BNV = torch.randn(len(alone), 3, 48).mul(3).round().div(2)  # many are equal
+    temperature, top_k, top_p = (torch.tensor(column) for column in zip(*samplings, strict=True))
+    rows = RowSampling(Mixed.from_requests(alone), temperature, top_k, top_p)
+    together_BNV = rows.process(logits_BNV)
+    for row, sampling in enumerate(alone):
+        assert torch.equal(together_BNV[row], sampling.process(logits_BNV[row : row + 1])[0])
+    assert rows.greedy == all(sampling.greedy for sampling in alone)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_chunks_equal_a_whole_prefill(variant, size, runners, seed):
+    """Whatever the size of the chunks, the target's cache and the first draft are those of a whole prefill."""
+    runner = runners(variant)
+    plan = runner._plan(GenerateOptions(depth=2))
+    tokens_T, found = torch.randint(0, 300, (100,)), []
+    with torch.inference_mode():
+        for step in (size, 100):
+            state = runner.rounds.new_state(1, 192)
+            state.limit_B.fill_(180)
+            runner.rounds.target.reserve_positions(192)
+            for begin in range(0, 100, step):
+                output = runner.rounds.prefill(plan, state, tokens_T, begin, min(begin + step, 100))
+                assert (output is None) == (begin + step < 100) == bool(state.done_B)
+            draft = runner.rounds.draft(plan, state, None, 128)
+            found.append((output.emitted_BP, draft.tokens_BN, state.cache[..., :100, :]))
+    (token, draft, cache), (whole_token, whole_draft, whole_cache) = found
+    torch.testing.assert_close(cache, whole_cache, atol=1e-4, rtol=0)
+    assert token.tolist() == whole_token.tolist() and draft.tolist() == whole_draft.tolist()
+
+
+@pytest.mark.parametrize("donor", ["live", "filling", "free", "turn"])
+@pytest.mark.parametrize("variant", RESUMABLE)
+def test_resumed_rows_equal_fresh_ones(variant, donor, runners, seed):
+    """A prompt that takes over another row's beginning gets the text and the draft logits of a fresh row.
+
+    The other row is decoding, reading its prompt, or free; in `turn` the prompt continues what that row has written.
+    """
+    runner, logits = runners(variant), [{}, {}]
+    shaped = {"tree": SIBLINGS} if runner.drafter.max_width is None or runner.drafter.max_width > 1 else {"depth": 2}
+    base = torch.randint(0, 300, (131,)).tolist()
+    options = GenerateOptions(max_new_tokens=70, seed=seed, ignore_end=True, temperature=1.0)
+    first = runner.request(base, options, 0, (0, 0))
+    texts = []
+    for sharing in (True, False):
+        runner.observe = lambda trace, into=logits[not sharing]: draws_of_first_levels(trace, into)
+        session = open_session(runner, 2, shaped, prefill=16 if donor == "filling" else 512, sharing=sharing)
+        runner.observe = None
+        first.tokens, first.finish = [], ""
+        session.submit(first)
+        for _ in range(3 if donor == "live" else 1):
+            session.step()
+        if donor in ("free", "turn"):
+            finish(session)
+        prompt = (base + first.tokens if donor == "turn" else base[:-1]) + [5, 6]
+        second = runner.request(prompt, options, 1, (1, 0))
+        session.submit(second)
+        finish(session)
+        texts.append(second.tokens)
+        shared = (192 if donor == "turn" else 128) if sharing else 0
+        assert (second.stats.shared, second.stats.prefilled) == (shared, len(prompt) - shared)
+    assert_few(compare(runner.rounds.target, [[], prompt], [[], texts[0]], [[], texts[1]], Sampling(1.0), seed), 70)
+    both = logits[0].keys() & logits[1].keys()
+    assert len(both) > 40 and max(position for *_, position in both) > len(prompt)
+    for position in both:
+        torch.testing.assert_close(logits[0][position], logits[1][position], atol=1e-3, rtol=0)
+
+
+def test_kinds_that_cannot_resume_share_nothing(runners):
+    """A kind that does not declare itself resumable reads every prompt whole, except where nothing is drafted."""
+    runner = runners("twig")
+    assert not runner.drafter.resumable
+    for depth, shared in ((2, 0), (0, 128)):
+        outs = runner.generate([list(range(2, 140))], max_new_tokens=3, n=2, depth=depth)
+        assert [out.stats.shared for out in outs] == [0, shared]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 8])
+def test_samples_of_a_prompt_read_it_once(max_batch, seed):
+    """Four samples prefill P + 3 (P - P') tokens, and their texts are those of four requests."""
+    runner = pair(max_len=260, max_batch=max_batch)
+    prompt = torch.randint(0, 48, (150,)).tolist()
+    options = {"max_new_tokens": 20, "temperature": 1.0, "seed": seed, "depth": 3}
+    outs = runner.generate([prompt], n=4, **options)
+    assert sum(out.stats.prefilled for out in outs) == 150 + 3 * (150 - 128)
+    assert sum(out.stats.shared for out in outs) == 3 * 128 == runner.last.shared
+    alone = [next(runner.generate_each([prompt], [(0, n)], **options))[1].tokens for n in range(4)]
+    ties = compare(runner.rounds.target, [prompt], [out.tokens for out in outs], alone, Sampling(1.0), seed, n=4)
+    assert_few(ties, 80)
+
+
+def test_cancelled_row_is_free_in_the_next_step(seed):
+    """A cancelled text leaves its row to the next one in the next step; one that waits is never admitted."""
+    runner = pair(ends=())
+    session = open_session(runner, 1, {"depth": 2})
+    options = GenerateOptions(max_new_tokens=30, seed=seed)
+    first, second, third = (runner.request([1 + index, 2], options, index) for index in range(3))
+    for request in (first, second, third):
+        session.submit(request)
+    session.step()
+    assert session.load == Load(live=1, filling=0, waiting=2, prefill_tokens=0, cached_tokens=2 + len(first.tokens))
+    session.cancel(first)
+    session.cancel(second)
+    assert (session.load.live, session.load.waiting) == (0, 1)
+    known = list(first.tokens)
+    assert {event.request.index for event in session.step()} == {2}
+    finish(session)
+    assert (first.finish, second.finish, third.finish) == ("cancelled", "cancelled", "length")
+    assert first.tokens == known and not second.tokens and len(third.tokens) == 30
+    session.cancel(third)
+    assert third.finish == "length" and session.idle and session.step() == []
+
+
+def test_requests_are_admitted_in_order(seed):
+    """Requests get rows in the order of arrival, whatever their lengths; each step reads a bounded number of tokens."""
+    runner, draw = pair(ends=(), max_len=300), random.Random(seed)
+    session, order = open_session(runner, 2, {"depth": 2}, prefill=32, sharing=False), []
+    start = session._start
+    session._start = lambda request, *rest: order.append(request.index) or start(request, *rest)
+    requests = []
+    for index in range(8):
+        options = GenerateOptions(max_new_tokens=draw.randint(1, 20))
+        requests.append(runner.request([index + 1] * draw.randint(1, 200), options, index))
+        session.submit(requests[-1])
+    while not session.idle:
+        before, live = sum(request.stats.prefilled for request in requests), session.load.live
+        session.step()
+        assert sum(request.stats.prefilled for request in requests) - before <= (32 if live else 128)
+    assert order == list(range(8)) and all(request.finish == "length" for request in requests)
+
+
+def test_long_prompts_do_not_stop_others(seed):
+    """While a long prompt is read in pieces, the text beside it goes on in every step."""
+    runner = pair(ends=(), max_len=600)
+    session = open_session(runner, 2, {"depth": 0}, prefill=16)
+    short, long = runner.request([1, 2], GenerateOptions(max_new_tokens=60)), runner.request([3] * 400, GenerateOptions(), 1)
+    session.submit(short)
+    session.step()
+    session.submit(long)
+    for step in range(20):
+        assert [event.request.index for event in session.step()] == [0]
+        assert session.load.filling == 1 and session.load.prefill_tokens == 400 - 16 * (step + 1)
+
+
+def test_requests_that_cannot_fit_are_refused_at_once(seed):
+    """A request longer than a row, or of another temperature where verification does not allow it, is refused by submit."""
+    runner = pair(max_len=96)
+    session = open_session(runner, 1, {"depth": 2, "temperature": 1.0, "verify": "residual"})
+    warm = GenerateOptions(max_new_tokens=10, temperature=0.5)
+    fits = runner.request([1] * 86, warm)
+    session.submit(fits)
+    session.max_len = 95
+    with pytest.raises(UserError, match="together more than max_len 95; shorten the prompt"):
+        session.submit(runner.request([1] * 86, warm))
+    with pytest.raises(UserError, match="prompt 3: temperature 0 and others cannot be mixed under Residual"):
+        session.submit(runner.request([1], GenerateOptions(max_new_tokens=4), 3))
+    assert session.load.waiting == 1
+
+
+@pytest.mark.parametrize(("lag", "captured"), [(0, False), (1, True)])
+def test_overflow_ends_only_its_own_request(lag, captured, seed):
+    """Where the target's logits are NaN the request ends with an error; others, also later in the same row, are untouched."""
+    runner = pair(max_len=96, ends=())
+    options = GenerateOptions(max_new_tokens=8, seed=seed)
+    good = [torch.randint(10, 40, (n,)).tolist() for n in (5, 9, 3, 7)]
+    head = runner.rounds.target.head  # never chooses the token whose embedding is NaN
+    runner.rounds.target.head = lambda hidden: F.pad(head(hidden)[..., :47], (0, 1), value=-99.0)
+    alone = [out.tokens for out in runner.generate(good, max_new_tokens=8, depth=0)]
+    runner.rounds.target.embed.weight.data[47] = float("nan")
+    session = open_session(runner, 2, {"depth": 0}, lag, captured)
+    prompts = [good[0], [3] * 20 + [47], *good[1:]]
+    requests = [runner.request(prompt, options, index) for index, prompt in enumerate(prompts)]
+    for request in requests:
+        session.submit(request)
+    finish(session)
+    assert requests[1].finish == "error" and "prompt 1: the target's logits are NaN or infinite" in requests[1].error
+    rest = [requests[0], *requests[2:]]
+    ours = [request.tokens for request in rest]
+    assert all(request.finish == "length" for request in rest)
+    assert sum(one != other for one, other in zip(ours, alone, strict=True)) <= 1  # a tie
+
+
+def test_nothing_is_allocated_per_step(seed):
+    """Python objects do not pile up: memory after many steps is that after a few, but for the tokens."""
+    runner = pair(ends=(), max_len=500)
+    session = open_session(runner, 2, {"depth": 2})
+    for index in range(2):
+        session.submit(runner.request([1, 2, index], GenerateOptions(max_new_tokens=450), index))
+    sizes = []
+    tracemalloc.start()
+    for step in range(120):
+        session.step()
+        if step in (40, 119):
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert not session.idle and sizes[1] - sizes[0] < 40_000
+
+
+def test_rows_move_down_only_when_nobody_waits(seed):
+    """When texts leave, the last row moves into the gap so that rounds compute fewer rows; texts do not change."""
+    runner = pair(ends=(), max_len=200)
+    session, batches = open_session(runner, 4, {"depth": 2}), []
+    round_ = session._run
+    session._run = lambda plan, batch, *rest: batches.append(batch) or round_(plan, batch, *rest)
+    lengths = [6, 60, 8, 60, 60]
+    for index, length in enumerate(lengths):
+        session.submit(runner.request([index + 1] * 5, GenerateOptions(max_new_tokens=length, seed=seed), index, (index, 0)))
+    texts = finish(session)
+    assert [len(texts[index]) for index in range(5)] == lengths
+    assert batches[0] == 4 and batches[-1] < 4 and batches == sorted(batches, reverse=True)
+    outs = runner.generate([[index + 1] * 5 for index in range(5)], max_new_tokens=60, seed=seed, depth=0)
+    for index, length in enumerate(lengths):
+        assert outs[index].tokens[:length] == texts[index]

@@ -7,6 +7,7 @@ import torch
 
 from tests.support.models import SIBLINGS
 from trainkit.errors import UserError
+from trainkit.layers.visible import unpack_bits
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.trees.shape import Draft
 from trainkit.runner.trees.static import build, chain
@@ -105,5 +106,5 @@ def test_tree_topology_by_hand():
     assert tree.topology.depths_BN.tolist() == [[0, 1, 1, 2, 2]]
     assert tree.children_NW.tolist() == [[1, 2], [3, 4], [-1, -1], [-1, -1], [-1, -1]]
     ancestors = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4]]
-    assert [row.nonzero()[:, 0].tolist() for row in tree.topology.ancestors_BNN[0]] == ancestors
+    assert [row.nonzero()[:, 0].tolist() for row in unpack_bits(tree.topology.bits_BNW[0], 5)] == ancestors
     assert build(chain(3), CPU).is_chain and build((), CPU).size == 1

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainkit.layers.attention import causal_bias
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.visible import Visible
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 
 TIE = 1e-4
@@ -40,7 +40,7 @@ def exact_logits(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     fresh.reserve_positions(len(tokens))
     positions = torch.arange(len(tokens))[None]
     with torch.inference_mode():
-        hidden, _ = fresh(torch.tensor([list(tokens)]), positions, causal_bias(positions, len(tokens), torch.float64))
+        hidden, _ = fresh(torch.tensor([list(tokens)]), positions, Visible.causal(positions))
         return fresh.head(hidden)[0]
 
 

@@ -15,6 +15,7 @@ from trainkit.drafters.base import Drafter, Frontier, State, StepOutput, TargetH
 from trainkit.drafters.lm import LMDraft
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
+from trainkit.layers.visible import Visible
 from trainkit.models.predictor import AcceptancePredictor
 from trainkit.models.shape import TargetShape
 from trainkit.runner import Runner
@@ -88,8 +89,8 @@ def ragged_prompts(count: int, vocab_size: int = 48, longest: int = 21) -> list[
 class TableTarget(nn.Module):
     """A target whose logits are a table of (position modulo phases, last token); it has the parts of `Decoder` that rounds use.
 
-    Its cache keeps the tokens read, and the last token is looked up there: the highest slot the attention bias lets a node
-    see besides its own, so that a wrong slot, mask or compaction changes the distribution.
+    Its cache keeps the tokens read, and the last token is looked up there: the highest slot that a node sees, so that a wrong
+    slot, mask or compaction changes the distribution.
     """
 
     def __init__(self, logits_PVV: Tensor) -> None:
@@ -113,14 +114,16 @@ class TableTarget(nn.Module):
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor,
-        bias_BTS: Tensor,
+        visible: Visible,
         cache: Tensor,
         slots_BT: Tensor,
         taps: Any = (),
         packing: None = None,
+        span: int = 0,
     ) -> tuple[Tensor, None]:
         row_BS = cache[:, 0, 0, :, 0]
         row_BS.scatter_(1, slots_BT, tokens_BT.to(row_BS.dtype))
+        bias_BTS = visible.bias(tokens_BT.shape[1], span, torch.float32)
         highest_BT = torch.where(bias_BTS == 0, torch.arange(bias_BTS.shape[2]), -1).amax(-1)
         last_BT = row_BS.gather(1, highest_BT).long()
         return self.table[positions_BT % self.table.shape[0], last_BT], None

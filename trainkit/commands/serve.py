@@ -76,7 +76,7 @@ def serve(
         UserError: a wrong argument, the packages of the extra `serve` are missing, or the port is in use.
     """
     if not (find_spec("starlette") and find_spec("uvicorn")):
-        raise UserError("serve needs starlette and uvicorn; install them: pip install 'trainkit[serve]'")
+        raise UserError("serve needs starlette and uvicorn; pip install -e '.[serve]' in the checkout installs them")
     from trainkit.serve.app import build_api
     from trainkit.serve.server import Server, bind
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from trainkit.bundle import MANIFEST, Bundle
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.visible import Visible
 from trainkit.layers.vocabulary import checked_vocab, trim_rows
 from trainkit.losses.chunked import HeadRows
 from trainkit.losses.output import LossOutput, by_head
@@ -168,27 +169,29 @@ class Frontier:
             position + i. Constant while a CUDA graph is reused, even if the draft decides which token a number belongs to (a
             dynamic tree).
         parent_index_BF: Index of each parent within the previous level's frontier; 0 for the root.
-        ancestors_BFM: True at a node's ancestors and itself, over the M numbers of the round. In a dynamic tree only expanded
-            nodes have a number.
+        bits_BFW: Words of 64 bits, set at the numbers of a node's ancestors and its own (layers/visible.py). In a dynamic tree
+            only expanded nodes have a number. None if the draft is a chain: cache slots equal positions, and a node sees every
+            slot up to its own.
         depth: Depth of this level, a Python integer that is fixed at capture.
-        is_chain: The draft is a chain: cache slots equal positions, and a node sees every slot up to its own.
     """
 
     tokens_BF: Tensor
     positions_BF: Tensor
     nodes_F: Tensor
     parent_index_BF: Tensor
-    ancestors_BFM: Tensor
+    bits_BFW: Tensor | None
     depth: int
-    is_chain: bool
 
     @classmethod
-    def chain(cls, tokens_B1: Tensor, positions_B1: Tensor, depth: int, size: int) -> Frontier:
-        """The node at `depth` of a chain of M = `size` nodes, root (depth 0) included; its position is absolute."""
-        B, numbers_M = len(positions_B1), torch.arange(size, device=positions_B1.device)
-        ancestors_BFM = (numbers_M <= depth).expand(B, 1, -1)
-        node_1, first_B1 = numbers_M[depth : depth + 1], numbers_M[:1].expand(B, 1)
-        return cls(tokens_B1, positions_B1, node_1, first_B1, ancestors_BFM, depth, is_chain=True)
+    def chain(cls, tokens_B1: Tensor, positions_B1: Tensor, depth: int) -> Frontier:
+        """The node at `depth` of a chain, the root at depth 0; its position is absolute."""
+        node_1 = torch.full((1,), depth, device=positions_B1.device)
+        return cls(tokens_B1, positions_B1, node_1, torch.zeros_like(positions_B1), None, depth)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the draft is a chain."""
+        return self.bits_BFW is None
 
     @property
     def root_B(self) -> Tensor:
@@ -199,6 +202,11 @@ class Frontier:
     def slots_BF(self) -> Tensor:
         """Cache slots of the nodes, for a drafter that caches the token at position t in slot t."""
         return self.positions_BF if self.is_chain else self.root_B[:, None] + self.nodes_F
+
+    def visible(self, root_slot: int = 0) -> Visible:
+        """What the nodes see of a cache: the root's slot is its position + `root_slot`, those of the nodes follow by number."""
+        first_B = self.positions_BF[:, 0] if self.is_chain else self.root_B
+        return Visible((first_B + root_slot).int(), self.bits_BFW)
 
     def gather_parents(self, level: Tensor) -> Tensor:
         """[B, F, ...]: for each node the entry of its parent in `level` [B, F', ...], the values of the level above."""
@@ -264,7 +272,7 @@ class Drafter(nn.Module, ABC):
     Serving works on a `State`. At the start of a round the target has cached the tokens before the root; the root is the last
     emitted token. A round calls `step` once per level, then `commit` with the path that the target accepted. Neither may read a
     tensor on the host: a round can be captured in a CUDA graph. `span` is a bound known on the host: no cache slot at or past
-    it is in use.
+    it is in use. Only attention with a bias reads it, over that many slots.
 
     Attributes:
         taps: Hidden states of the target that it reads, as indices of Hugging Face `hidden_states` (0 the embeddings, i after i

@@ -110,7 +110,7 @@ def first_logits(drafter: Drafter) -> Tensor:
     # A greedy chain
     token, logits, levels = tokens[:, T:], [], drafter.max_depth or 2
     for depth in range(levels):
-        frontier = Frontier.chain(token, torch.tensor([[T + depth]]), depth, levels + 1)
+        frontier = Frontier.chain(token, torch.tensor([[T + depth]]), depth)
         logits.append(drafter.step(state, frontier, handle, 64).logits_BFK[0].float())
         token = logits[-1].argmax(-1, keepdim=True)  # the column itself, used as a token id even for a trimmed vocabulary
     return torch.cat(logits)

@@ -1,7 +1,7 @@
 """Grouped-query attention over packed text and over a static cache, with rotary positions.
 
-One forward serves training and decoding: an additive bias masks the keys of each query, and keys and values come either from
-the sequence itself or from cache slots. Query heads that share a key head are folded into rows, so that no key is copied.
+One forward serves training and decoding: keys and values come either from the sequence itself or from cache slots. What each
+query sees is an additive bias (training) or a `Visible` (decoding).
 """
 
 # B batch  T positions  D hidden  H query heads  G key-value heads  E head width  L layers  S cache slots  M nodes of a round
@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainkit.layers.attend import attend, folded, has_kernel, sdpa
 from trainkit.layers.linear import Linear
 from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
+from trainkit.layers.visible import Visible, additive
 
 
 def rotary_table(shape: DecoderShape, length: int) -> Tensor:
@@ -63,15 +65,30 @@ class Rotary(nn.Module):
         return F.embedding(positions_BT, self.table.flatten(1)).unflatten(-1, self.table.shape[1:])
 
     def context(
-        self, positions_BT: Tensor, bias_BTS: Tensor, slots_BT: Tensor | None = None, packing: Packing | None = None
+        self,
+        positions_BT: Tensor,
+        seen: Visible | Tensor,
+        slots_BT: Tensor | None = None,
+        span: int | None = None,
+        packing: Packing | None = None,
     ) -> Context:
-        """The context of all layers, computed once; `slots_BT` are the cache slots of the new keys and values."""
-        shape, T = self.shape, bias_BTS.shape[1]
-        group = shape.num_heads // shape.num_kv_heads
-        bias_BRS = bias_BTS.expand(-1, group * T, -1) if 1 in (T, group) else bias_BTS.repeat(1, group, 1)  # no copy if 1
+        """The context of all layers, computed once; here the implementation of attention is chosen.
+
+        Args:
+            positions_BT: Absolute positions.
+            seen: What each query sees, of the sequence itself or of a cache; a tensor is an additive bias [B, T, S].
+            slots_BT: Cache slots of the new keys and values; None without a cache.
+            span: Number of slots that `seen` is about: with a cache an upper bound, known on the host, of those in use; T by
+                default, as without a cache.
+            packing: As in `Context`.
+        """
+        shape, T = self.shape, positions_BT.shape[1]
+        if not isinstance(seen, Visible) or slots_BT is None or not has_kernel(self.table, T, shape.head_dim):
+            bias_BTS = seen.bias(T, span or T, self.table.dtype) if isinstance(seen, Visible) else seen
+            seen = folded(bias_BTS, shape.num_heads // shape.num_kv_heads)
         if slots_BT is not None:
             slots_BT = slots_BT[:, None, :, None].expand(-1, 2 * shape.num_kv_heads, -1, shape.head_dim)
-        return Context(self.rows(positions_BT), bias_BRS[:, None], slots_BT, packing)
+        return Context(self.rows(positions_BT), seen, slots_BT, packing)
 
 
 def rotate(x_BTHE: Tensor, rope_BT2E: Tensor) -> Tensor:
@@ -83,34 +100,7 @@ def rotate(x_BTHE: Tensor, rope_BT2E: Tensor) -> Tensor:
 def document_bias(document_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, T, T] additive bias: causal within a document, no attention across documents."""
     same = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
-    return _additive(~same, dtype)
-
-
-def causal_bias(positions_BT: Tensor, span: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, span] additive bias over cache slots: a query at position t attends to slots 0..t."""
-    return _additive(torch.arange(span, device=positions_BT.device) > positions_BT[:, :, None], dtype)
-
-
-def tree_bias(root_B: Tensor, ancestors_BTM: Tensor, span: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, span] additive bias over cache slots: all slots before the root, then the query node and its ancestors.
-
-    Args:
-        root_B: Position of the round's root; the keys of node i are in slot root + i.
-        ancestors_BTM: True where node i is an ancestor of the query's node, or that node itself.
-        span: Number of slots that are attended to; more than any root + M.
-        dtype: Precision of the queries.
-    """
-    B, T, M = ancestors_BTM.shape
-    committed_BS = torch.arange(span, device=root_B.device) < root_B[:, None]
-    visible_BTS = committed_BS[:, None].repeat(1, T, 1)
-    slots_BM = root_B[:, None] + torch.arange(M, device=root_B.device)
-    visible_BTS.scatter_(2, slots_BM[:, None].expand(B, T, M), ancestors_BTM)
-    return _additive(~visible_BTS, dtype)
-
-
-def _additive(masked: Tensor, dtype: torch.dtype) -> Tensor:
-    """Minus infinity where masked, else 0."""
-    return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, float("-inf"))
+    return additive(~same, dtype)
 
 
 @dataclass(frozen=True)
@@ -157,13 +147,14 @@ class Context:
 
     Attributes:
         rope_BT2E: Rows of `rotary_table` at the positions.
-        bias_B1RS: Additive bias of the folded rows; S = T without a cache, else at most the number of cache slots.
+        seen: As `attend` takes it: a `Visible` for the kernel, else the additive bias [B, 1, R, S] of the folded rows. S is T
+            without a cache, else at most the number of cache slots.
         slots_BGTE: Slot of each new key and value, as an index for `scatter` ([B, 2G, T, E]); None without a cache.
         packing: If given, input and output are packed [1, Q, D]; all else belongs to the padded rows.
     """
 
     rope_BT2E: Tensor
-    bias_B1RS: Tensor
+    seen: Visible | Tensor
     slots_BGTE: Tensor | None
     packing: Packing | None
 
@@ -193,20 +184,18 @@ class Attention(nn.Module):
             context: Positions, mask and cache slots.
             cache_BGSE: This layer's cache [B, 2G, slots, E], keys before values; written in place.
         """
-        H, G, bias_B1RS, packing = self.heads, self.kv_heads, context.bias_B1RS, context.packing
+        H, packing = self.heads, context.packing
         qk, v = self.projected(x_BTD, context.rope_BT2E, packing)
-        B, T = qk.shape[:2]
+        q_BTHE, k = qk[:, :, :H], qk[:, :, H:]
         if cache_BGSE is None:
-            k, v = qk[:, :, H:].transpose(1, 2), v.transpose(1, 2)
+            assert isinstance(context.seen, Tensor)
+            y_BTHE = sdpa(q_BTHE, k.transpose(1, 2), v.transpose(1, 2), context.seen)
         else:
             assert context.slots_BGTE is not None
-            cache_BGSE.scatter_(2, context.slots_BGTE, torch.cat([qk[:, :, H:], v], dim=2).transpose(1, 2))
-            k, v = cache_BGSE[:, :, : bias_B1RS.shape[3]].split(G, dim=1)
-        group = H // G
-        q = qk[:, :, :H].unflatten(2, (G, group)).permute(0, 2, 3, 1, 4).reshape(B, G, group * T, self.width)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1RS)
-        y = y.view(B, G, group, T, self.width).permute(0, 3, 1, 2, 4).reshape(B, T, H * self.width)
-        return self.out(y if packing is None else packing.pack(y))
+            cache_BGSE.scatter_(2, context.slots_BGTE, torch.cat([k, v], dim=2).transpose(1, 2))
+            y_BTHE = attend(q_BTHE, cache_BGSE, context.seen)
+        y_BTD = y_BTHE.flatten(2)
+        return self.out(y_BTD if packing is None else packing.pack(y_BTD))
 
     def projected(self, x_BTD: Tensor, rope_BT2E: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys [B, T, H + G, E], queries first, and values [B, T, G, E]."""

@@ -18,6 +18,7 @@ from trainkit.layers.attention import Attention, Context, Packing, Rotary
 from trainkit.layers.linear import Linear, project
 from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
+from trainkit.layers.visible import Visible
 
 
 class GatedMLP(nn.Module):
@@ -106,25 +107,28 @@ class Decoder(nn.Module):
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor,
-        bias_BTS: Tensor,
+        seen: Visible | Tensor,
         cache: Tensor | None = None,
         slots_BT: Tensor | None = None,
         taps: Sequence[int] = (),
         packing: Packing | None = None,
+        span: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states after the final norm [B, T, D], and the tapped hidden states [B, T, A, D] (None without taps).
 
         Args:
             tokens_BT: Token ids.
             positions_BT: Absolute positions, below the length given to `reserve_positions`.
-            bias_BTS: Additive attention bias (layers/attention.py).
+            seen: What each query sees, of the cache or of the sequence itself; a tensor is an additive bias [B, T, S].
             cache: Cache from `new_cache`; written in place at `slots_BT`.
             slots_BT: Cache slots of the new keys and values.
             taps: Hidden states to return, indexed as Hugging Face `hidden_states`: 0 embeddings, i after i layers, the last
                 (L or -1) after the final norm.
-            packing: If given, tokens and hidden states are packed [1, Q]; positions, bias and slots belong to the padded rows.
+            packing: If given, tokens and hidden states are packed [1, Q]; positions, slots and `seen` are of the padded rows.
+            span: Upper bound, known on the host, of the cache slots in use; all by default.
         """
-        context = self.rope.context(positions_BT, bias_BTS, slots_BT, packing)
+        span = span if span or cache is None else cache.shape[3]
+        context = self.rope.context(positions_BT, seen, slots_BT, span, packing)
         tapped = [tap % (self.shape.num_layers + 1) for tap in taps]
         x, states = self.embed(tokens_BT), dict[int, Tensor]()
         for index, layer in enumerate(self.layers):

@@ -18,8 +18,8 @@ from torch import Tensor
 from trainkit import bundle
 from trainkit.drafters.base import Drafter, load_bundle, load_outside
 from trainkit.errors import UserError, check_unicode, note
-from trainkit.layers.attention import causal_bias
 from trainkit.layers.linear import stream_weights
+from trainkit.layers.visible import Visible
 from trainkit.models.load import copy_weights, covered_positions, find_device, load_decoder, read_tokenizer
 from trainkit.models.predictor import AcceptancePredictor, load_predictor
 from trainkit.models.shape import TargetShape
@@ -274,8 +274,8 @@ class Runner:
             for start in range(0, len(tokens_T) - 1, chunk):
                 tokens = tokens_T[None, start : min(start + chunk, len(tokens_T) - 1)]
                 positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
-                bias = causal_bias(positions, start + tokens.shape[1], cache.dtype)
-                hidden, _ = target(tokens, positions, bias, cache, positions)
+                visible, span = Visible.causal(positions), start + tokens.shape[1]
+                hidden, _ = target(tokens, positions, visible, cache, positions, span=span)
                 skip = max(0, len(head) - 1 - start)
                 if skip < tokens.shape[1]:
                     labels = tokens_T[start + skip + 1 : start + tokens.shape[1] + 1]

@@ -1,4 +1,4 @@
-"""Rounds captured as CUDA graphs, one for each (batch, tree, cache span, processing), and their replay."""
+"""Rounds captured as CUDA graphs, one for each (batch, tree, processing), and their replay."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from trainkit.drafters.base import Accepted, Chunk, Drafter, State, TargetHandle
-from trainkit.layers.attention import causal_bias, move_slots, tree_bias
+from trainkit.layers.attention import move_slots
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.visible import Visible
 from trainkit.runner.sampling import CHOICE, Mixed, Noise, RowSampling, Sampling
 from trainkit.runner.trees.shape import Draft, Shape, Steps
 from trainkit.runner.trees.static import Tree, build, chain, without_last_level
@@ -226,7 +227,8 @@ class Rounds:
         Args:
             plan: What kind of round.
             state: From `new_state`, or a view of its first rows; changed in place.
-            span: Upper bound of the cache slots in use in this round, the tree's scratch slots included.
+            span: Upper bound of the cache slots in use in this round, the tree's scratch slots included; only attention with a
+                bias reads it.
             levels: Largest number of levels to draft; None for the shape's depth.
         """
         rule, started = plan.verification, perf_counter()
@@ -317,12 +319,12 @@ class Rounds:
         position, topology, packing = state.position_B, draft.topology, draft.packing
         positions = position[:, None] + topology.depths_BN
         if draft.shape.is_chain:
-            slots, bias = positions, causal_bias(positions, span, state.cache.dtype)
+            slots, visible = positions, Visible(position.int())
         else:
             slots = position[:, None] + torch.arange(draft.shape.size, device=position.device)
-            bias = tree_bias(position, topology.ancestors_BNN.expand(position.shape[0], -1, -1), span, state.cache.dtype)
+            visible = Visible(position.int(), topology.bits_BNW)
         tokens = draft.tokens_BN if packing is None else packing.pack(draft.tokens_BN)
-        hidden, taps = self.target(tokens, positions, bias, state.cache, slots, self.taps, packing)
+        hidden, taps = self.target(tokens, positions, visible, state.cache, slots, self.taps, packing, span)
         logits = self.target.head(hidden)
         if packing is None:
             return logits, taps
@@ -381,8 +383,8 @@ class Rounds:
             span = min(start + PREFILL_CHUNK, end)
             tokens, following = tokens_T[None, start:span], tokens_T[None, start + 1 : span + 1]
             positions = torch.arange(start, span, device=tokens.device)[None]
-            bias = causal_bias(positions, span, state.cache.dtype)
-            hidden, taps = self.target(tokens, positions, bias, state.cache, positions, self.taps)
+            visible = Visible.causal(positions)
+            hidden, taps = self.target(tokens, positions, visible, state.cache, positions, self.taps, span=span)
             if span == T:
                 output = self._first_token(plan, state, hidden[:, -1:], T)
                 following = torch.cat([following, state.token_B[:, None]], dim=1)

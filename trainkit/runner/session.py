@@ -251,6 +251,9 @@ class Session:
         for index, row in enumerate(self._rows):
             if row.request is not None and row.request.finish:
                 row.end = self._bound(row)
+                if row.request.error:  # NaN in a cache would reach later texts even through masked slots
+                    self._state.rows(index, index + 1).map(Tensor.zero_).position_B.fill_(1)
+                    row.text, row.end = None, 1
                 row.request = row.prompt_T = None
                 self._state.done_B[index].fill_(True)
 
@@ -377,12 +380,13 @@ class Session:
         """Enqueues a round of the live rows."""
         live = [(index, row.request) for index, row in enumerate(self._rows) if row.is_live and row.request is not None]
         batch = self._batch(max(index for index, row in enumerate(self._rows) if row.request is not None) + 1)
+        # Cache slots that a bias covers, where attention needs one; all in a graph, which serves every length.
         size = self._state.cache.shape[3]
         needed = max(map(self._bound, self._rows[:batch])) + self._step + self.plan.shape.slots
-        span = -(-needed // 64) * 64 if self.graphs is None else max(256, 1 << (needed - 1).bit_length())
+        span = min(-(-needed // 64) * 64, size) if self.graphs is None else size
         requests = [request for _, request in live]
         plan, levels = self._next_round(self._with_sampling(requests), [index for index, _ in live], requests, batch)
-        output = self._run(plan, batch, min(span, size), levels)
+        output = self._run(plan, batch, span, levels)
         self.rounds_run, self.row_rounds = self.rounds_run + 1, self.row_rounds + len(live)
         self._flight.append(Call(batch, live, self._fetch(output)))
 
@@ -426,7 +430,7 @@ class Session:
         if self.graphs is None or plan.observe is not None:
             return self.rounds(plan, view, span, levels)
         options = plan.sampling, plan.verification, plan.logprobs, plan.top, plan.can_pause, plan.plain
-        key = (plan.shape.key, options, batch, span, self._end_ids)
+        key = (plan.shape.key, options, batch, self._end_ids)
         modules = [module for module in (self.rounds.target, self.rounds.drafter) if module is not None]
         tables: list[Tensor] = []
 

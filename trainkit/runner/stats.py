@@ -24,8 +24,8 @@ class Stats:
             nodes.
         paused: Number of full rounds without a draft because a policy expected that it would not pay.
         cut_texts: Number of texts that ended before `max_new_tokens` because they fill `max_len`.
-        prefilled: Number of tokens of prompts that the target read.
-        shared: Number of tokens of prompts that were not read because another text in the cache begins with them.
+        prefilled: Number of tokens of prompts that the target read. It depends on the other texts, so comparisons leave it out.
+        shared: Number of tokens of prompts that were not read because another text in the cache begins with them; left out too.
     """
 
     accepted: list[int] = field(default_factory=list)
@@ -36,8 +36,8 @@ class Stats:
     drafted: int = 0
     paused: int = 0
     cut_texts: int = 0
-    prefilled: int = 0
-    shared: int = 0
+    prefilled: int = field(default=0, compare=False)
+    shared: int = field(default=0, compare=False)
 
     def add_round(self, accepted: int, depth: int, drafted: int | None = None, paused: bool = False) -> None:
         """Counts one full round.

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import UserError
+from trainkit.layers.visible import unpack_bits
 from trainkit.runner.sampling import ACCEPT, CHOICE, PROPOSAL, RESIDUAL, AnyNoise, gumbel, mix, uniform
 from trainkit.runner.trees.shape import Draft
 from trainkit.runner.trees.static import Tree
@@ -221,7 +222,7 @@ class Typical(Verification):
         plausible_BN = p_BNV[rows_B1, parents_BN, draft.tokens_BN] > bound_BN.gather(1, parents_BN)
         order_BN = torch.where(_reached(draft, plausible_BN), draft.topology.depths_BN * N - nodes_N, -N)
         last_B1 = order_BN.argmax(1, keepdim=True)
-        path_BP = _path(draft, draft.topology.ancestors_BNN.expand(B, -1, -1)[rows_B1[:, 0], last_B1[:, 0]])
+        path_BP = _path(draft, unpack_bits(draft.topology.bits_BNW.expand(B, -1, -1)[rows_B1[:, 0], last_B1[:, 0]], N))
         counts_B = 1 + draft.topology.depths_BN.expand_as(choice_BN).gather(1, last_B1)[:, 0]
         return _verdict(draft, path_BP, counts_B, choice_BN.gather(1, last_B1))
 
@@ -269,7 +270,7 @@ def _choice(draft: Draft, scores_BNV: Tensor, noise: AnyNoise) -> Tensor:
 def _reached(draft: Draft, accepted_BN: Tensor) -> Tensor:
     """[B, N] True at nodes that are accepted with all their ancestors; the root always is."""
     accepted_BN[:, 0] = True
-    return (accepted_BN[:, None] | ~draft.topology.ancestors_BNN).all(-1)
+    return (accepted_BN[:, None] | ~unpack_bits(draft.topology.bits_BNW, accepted_BN.shape[1])).all(-1)
 
 
 def _path(draft: Draft, on_path_BN: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from trainkit.eval.promises.distribution import p_value
 from trainkit.eval.promises.run import CHECKS, load_subject, run_checks
 from trainkit.eval.promises.types import Check, VerifyArguments
 from trainkit.export.drafter import export_drafter
+from trainkit.layers.visible import Visible
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import Runner
 from trainkit.runner import round as rounds
@@ -139,8 +140,12 @@ def ends_after_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shifted_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """In verification a node of a tree sees its siblings' slots shifted by one."""
-    plain = rounds.tree_bias
-    monkeypatch.setattr(rounds, "tree_bias", lambda position, ancestors, *more: plain(position, ancestors.roll(1, 2), *more))
+
+    class Shifted(Visible):
+        def __init__(self, first_B: Any, bits_BTW: Any = None) -> None:
+            super().__init__(first_B, None if bits_BTW is None else bits_BTW << 1)
+
+    monkeypatch.setattr(rounds, "Visible", Shifted)
 
 
 def stale_target_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from tests.support import distribution, laws
 from tests.support.distribution import CASES, check_joint, laws_of, sample, skewed, tables
 from tests.support.models import SIBLINGS
+from trainkit.layers.visible import unpack_bits
 from trainkit.runner import DynamicTree, sampling, verify
 
 SLOW = pytest.mark.slow
@@ -59,7 +60,7 @@ def one_by_one(accept, after):
             p = torch.where(taken, p_BNV[:, node], torch.where(left, p_left, p))
             q = torch.where(taken, q_BMV[rows, draft.drafter_numbers_BN[:, node]], torch.where(left, q_left, q))
             here_B = torch.where(taken[:, 0], node, here_B)
-        path = verify._path(draft, draft.topology.ancestors_BNN[rows, here_B])
+        path = verify._path(draft, unpack_bits(draft.topology.bits_BNW[rows, here_B], draft.shape.size))
         counts = 1 + draft.topology.depths_BN[rows, here_B]
         tokens = draft.tokens_BN.gather(1, path)
         emitted = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).scatter(1, (counts - 1)[:, None], torch.multinomial(p, 1))

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support.equality import assert_few, compare
 from tests.support.models import SIBLINGS, TableDraft, pair, ragged_prompts, table_runner
 from trainkit.errors import UserError
+from trainkit.layers.visible import unpack_bits
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.runner import DynamicTree, Stats
 from trainkit.runner.sampling import RESIDUAL, Sampling
@@ -94,7 +95,7 @@ def test_dynamic_tree_keeps_the_best_nodes(shape, temperature, seed):
                 assert (places, tokens, own) == ([0], [roots[row]], [0])
             numbers = own
             assert set(paths) == expanded[depth]
-            assert [set(a.nonzero()[:, 0].tolist()) for a in frontier.ancestors_BFM[row]] == seen
+            assert [set(a.nonzero()[:, 0].tolist()) for a in unpack_bits(frontier.bits_BFW[row], 64)] == seen
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -121,7 +122,7 @@ def test_dynamic_tree_is_a_valid_tree_even_with_ties(shape, kind, seed):
         assert len(set(paths)) == N, "a node is kept twice"
         assert [len(path) for path in paths] == topology.depths_BN[row].tolist()
         above = [[paths[i][: len(paths[j])] == paths[j] for j in range(N)] for i in range(N)]
-        assert topology.ancestors_BNN[row].tolist() == above
+        assert unpack_bits(topology.bits_BNW[row], N).tolist() == above
         numbers = draft.drafter_numbers_BN[row].tolist()
         has_child = set(topology.parents_BN[row, 1:].tolist())
         assert all(numbers[node] > 0 for node in has_child - {0}), "a node with children was never expanded"

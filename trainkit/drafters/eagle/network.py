@@ -21,11 +21,12 @@ from trainkit.drafters.base import WIDEST, Accepted, Chunk, Divergence, DraftBat
 from trainkit.drafters.eagle import layouts
 from trainkit.drafters.eagle.unrolled import Entry, attend
 from trainkit.errors import UserError
-from trainkit.layers.attention import Attention, Context, Rotary, causal_bias, tree_bias
+from trainkit.layers.attention import Attention, Context, Rotary
 from trainkit.layers.blocks import GatedMLP, draw_weights
 from trainkit.layers.linear import Linear
 from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
+from trainkit.layers.visible import Visible
 from trainkit.layers.vocabulary import trim_rows
 from trainkit.losses.output import LossOutput
 from trainkit.models.load import rope_fault, with_supported_rope
@@ -199,13 +200,8 @@ class Eagle(Drafter):
     def _deeper(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> Tensor:
         """Outputs [B, F, D] at the nodes of a level below the root; each reads its parent's output as its feature."""
         feature_BFD = frontier.gather_parents(state["outputs"])
-        positions_BF, dtype = frontier.positions_BF - 1, feature_BFD.dtype
-        if frontier.is_chain:
-            bias = causal_bias(positions_BF, span, dtype)
-        else:
-            bias = tree_bias(frontier.root_B - 1, frontier.ancestors_BFM, span, dtype)
-        context = self.rope.context(positions_BF, bias, frontier.slots_BF - 1)
-        return self.layer(handle.embed(frontier.tokens_BF).to(dtype), feature_BFD, context, state["cache"])
+        context = self.rope.context(frontier.positions_BF - 1, frontier.visible(-1), frontier.slots_BF - 1, span)
+        return self.layer(handle.embed(frontier.tokens_BF).to(feature_BFD.dtype), feature_BFD, context, state["cache"])
 
     def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
         # nodes past the accepted path are cached too; the next rounds overwrite them before any query sees them
@@ -217,8 +213,8 @@ class Eagle(Drafter):
     ) -> Tensor:
         """Outputs [B, T, D] for text whose target hidden states are known; their keys and values go into the cache."""
         assert taps_BTAD is not None
-        feature_BTD, bias = self.fc(taps_BTAD.flatten(2)), causal_bias(positions_BT, span, taps_BTAD.dtype)
-        context = self.rope.context(positions_BT, bias, positions_BT)
+        feature_BTD = self.fc(taps_BTAD.flatten(2))
+        context = self.rope.context(positions_BT, Visible.causal(positions_BT), positions_BT, span)
         return self.layer(handle.embed(next_BT).to(feature_BTD.dtype), feature_BTD, context, state["cache"])
 
     def step_bytes(self, head_bytes: int) -> int:

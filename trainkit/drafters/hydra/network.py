@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from trainkit.drafters.base import WIDEST, Accepted, Chunk, Divergence, DraftBatch, Frontier, State, StepOutput
 from trainkit.drafters.heads import HeadDrafter, ResidualBlock
-from trainkit.layers.attention import Rotary, causal_bias, document_bias
+from trainkit.layers.attention import Rotary, document_bias
 from trainkit.layers.blocks import DecoderLayer, draw_weights
 from trainkit.layers.linear import Linear
+from trainkit.layers.visible import Visible
 from trainkit.losses.output import LossOutput
 from trainkit.models.load import with_supported_rope
 from trainkit.models.shape import TargetHandle, TargetShape
@@ -132,7 +133,7 @@ class Hydra(HeadDrafter):
         hidden_BTD = taps_BTAD[:, :, 0]
         if self.prefix is None:
             return hidden_BTD
-        return self.prefix(hidden_BTD, positions_BT, causal_bias(positions_BT, span, hidden_BTD.dtype), state["cache"])
+        return self.prefix(hidden_BTD, positions_BT, Visible.causal(positions_BT), state["cache"], span)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"prefix": self.prefix is not None}
@@ -153,8 +154,15 @@ class PrefixLayer(nn.Module):
         self.rope.reserve(slots, self.layer.attention.qkv.weight)
         return torch.zeros(batch_size, 2 * self.shape.num_kv_heads, slots, self.shape.head_dim, device=device, dtype=dtype)
 
-    def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, bias_BTS: Tensor, cache: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        positions_BT: Tensor,
+        seen: Visible | Tensor,
+        cache: Tensor | None = None,
+        span: int | None = None,
+    ) -> Tensor:
         """[B, T, D]; with a cache, keys and values go to the slots that equal their positions."""
         if cache is None:
             self.rope.reserve(hidden_BTD.shape[1], hidden_BTD)
-        return self.layer(hidden_BTD, self.rope.context(positions_BT, bias_BTS, positions_BT), cache)
+        return self.layer(hidden_BTD, self.rope.context(positions_BT, seen, positions_BT, span), cache)

@@ -19,9 +19,10 @@ from torch import Tensor
 from trainkit.bundle import read_json
 from trainkit.drafters.base import Accepted, Chunk, Divergence, DraftBatch, Drafter, Frontier, State, StepOutput
 from trainkit.errors import UserError
-from trainkit.layers.attention import causal_bias, document_bias, move_slots, tree_bias
+from trainkit.layers.attention import document_bias, move_slots
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.linear import project
+from trainkit.layers.visible import Visible
 from trainkit.losses.output import LossOutput
 from trainkit.models.load import (
     LAYOUTS,
@@ -150,25 +151,19 @@ class LMDraft(Drafter):
         if int(positions_BT[0, 0]) > 0:
             tokens_BT = torch.cat([state["previous"], tokens_BT], dim=1)
             positions_BT = torch.cat([positions_BT[:, :1] - 1, positions_BT], dim=1)
-        bias = causal_bias(positions_BT, span, state["cache"].dtype)
-        self.decoder(tokens_BT, positions_BT, bias, state["cache"], positions_BT)
+        self.decoder(tokens_BT, positions_BT, Visible.causal(positions_BT), state["cache"], positions_BT, span=span)
         state["previous"].copy_(tokens_BT[:, -1:])
 
     def resume(self, state: State, previous_B1: Tensor) -> None:
         state["previous"].copy_(previous_B1)
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
-        tokens, positions, slots = frontier.tokens_BF, frontier.positions_BF, frontier.slots_BF
-        ancestors = frontier.ancestors_BFM
-        if frontier.depth == 0:
+        tokens, positions, slots, visible = frontier.tokens_BF, frontier.positions_BF, frontier.slots_BF, frontier.visible()
+        if frontier.depth == 0:  # the token before the root, and the root
             tokens = torch.cat([state["previous"], tokens], dim=1)
             positions = slots = torch.cat([positions - 1, positions], dim=1)
-            ancestors = torch.cat([torch.zeros_like(ancestors), ancestors], dim=1)
-        if frontier.is_chain:
-            bias = causal_bias(positions, span, state["cache"].dtype)
-        else:
-            bias = tree_bias(frontier.root_B, ancestors, span, state["cache"].dtype)
-        hidden, _ = self.decoder(tokens, positions, bias, state["cache"], slots)
+            visible = Visible.causal(positions)
+        hidden, _ = self.decoder(tokens, positions, visible, state["cache"], slots, span=span)
         hidden = hidden[:, -frontier.tokens_BF.shape[1] :]
         if self.ids_K is None:
             return StepOutput(self.decoder.head(hidden), None, hidden)

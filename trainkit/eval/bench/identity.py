@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainkit.layers.attention import causal_bias
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.visible import Visible
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 
 TIE = 1e-4
@@ -138,8 +138,7 @@ def logits(target: Decoder, text: Sequence[int]) -> Tensor:
     device = target.embed.weight.device
     target.reserve_positions(len(text))
     positions = torch.arange(len(text), device=device)[None]
-    bias = causal_bias(positions, len(text), target.embed.weight.dtype)
-    hidden, _ = target(torch.tensor([list(text)], device=device), positions, bias)
+    hidden, _ = target(torch.tensor([list(text)], device=device), positions, Visible.causal(positions))
     return target.head(hidden)[0]
 
 
@@ -160,7 +159,6 @@ def tie_tolerance(target: Decoder, text: Sequence[int], max_tokens: int = 32) ->
     largest = 0.0
     for index, token in enumerate(text):
         position = torch.tensor([[index]], device=device)
-        bias = causal_bias(position, len(text), dtype)
-        hidden, _ = target(torch.tensor([[token]], device=device), position, bias, cache, position)
+        hidden, _ = target(torch.tensor([[token]], device=device), position, Visible.causal(position), cache, position)
         largest = max(largest, float((target.head(hidden)[0, 0].float() - whole[index].float()).abs().max()))
     return max(TIE, 4 * largest)

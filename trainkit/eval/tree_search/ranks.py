@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainkit.drafters.base import Accepted, Chunk, Frontier, StepOutput
 from trainkit.errors import UserError
-from trainkit.layers.attention import causal_bias
+from trainkit.layers.visible import Visible
 from trainkit.runner import Runner, Stats
 from trainkit.runner.policies.cost_model import isotonic
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
@@ -92,7 +92,7 @@ def _replay(runner: Runner, pairs: Sequence[Pair], depth: int, width: int, sampl
         size, length = len(prompt), len(prompt) + len(text)
         target.reserve_positions(length)
         tokens_1T, positions_1T = tokens_BT[row : row + 1, :length], torch.arange(length, device=device)[None]
-        _, taps = target(tokens_1T, positions_1T, causal_bias(positions_1T, length, dtype), taps=rounds.taps)
+        _, taps = target(tokens_1T, positions_1T, Visible.causal(positions_1T), taps=rounds.taps)
         prompt_taps = None if taps is None else taps[:, :size]
         chunk = Chunk(tokens_1T[:, :size], tokens_BT[row : row + 1, 1 : size + 1], positions_1T[:, :size], prompt_taps)
         drafter.prefill({name: tensor[row : row + 1] for name, tensor in state.items()}, chunk, rounds.handle, size)
@@ -132,7 +132,7 @@ def _chain_ranks(
     """[B, D] ranks of the text's tokens after the root, each drafted after the text's earlier tokens; noise is [B, D, V]."""
     ranks, P = [], tokens_BP.shape[1]
     for depth in range(P - 1):
-        out = step(Frontier.chain(tokens_BP[:, depth : depth + 1], root_B[:, None] + depth, depth, P))
+        out = step(Frontier.chain(tokens_BP[:, depth : depth + 1], root_B[:, None] + depth, depth))
         scores_BK, ids_K = sampling.process(out.logits_BFK)[:, 0], out.ids_K
         if scores_BK.shape[1] < width:
             raise UserError(f"width {width}: the drafter proposes among {scores_BK.shape[1]} ids; lower width")

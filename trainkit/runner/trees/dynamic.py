@@ -11,6 +11,7 @@ Shapes are static and nothing is read on the host: how nodes are connected is da
 
 # B batch  N nodes kept, root first  F frontier nodes  K children of a node  M nodes expanded, root first  V vocabulary
 # C nodes proposed, root first; the root's children follow, then level by level the children of each frontier node
+# W words of 64 bits
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from trainkit.drafters.base import Frontier, parse_rank_paths
 from trainkit.errors import UserError
+from trainkit.layers.visible import node_bits, unpack_bits
 from trainkit.runner.trees.shape import Draft, RankPath, Shape, Steps, Topology
 
 
@@ -82,12 +84,11 @@ class DynamicTree(Shape):
         """Expands the best nodes of each level and keeps the best of all; kept nodes are numbered by rank, best first."""
         root_B, device, width = steps.root_B, steps.root_B.device, self.top_k
         B, M = root_B.shape[0], self._expanded
-        # The frontier: tokens, scores, numbers, indices among the proposed nodes, parents' indices, ancestors.
+        # The frontier: tokens, scores, numbers, indices among the proposed nodes, parents' indices, bits of ancestors.
         tokens_BF, scores_BF = root_B[:, None], torch.zeros(B, 1, device=device)
         numbers_F = torch.zeros(1, dtype=torch.long, device=device)
         proposed_BF = above_BF = torch.zeros(B, 1, dtype=torch.long, device=device)
-        ancestors_BFM = torch.zeros(B, 1, M, dtype=torch.bool, device=device)
-        ancestors_BFM[..., 0] = True
+        bits_BFW = node_bits(numbers_F, M).expand(B, -1, -1)
         # All proposed nodes, level by level: tokens, scores, parents' indices, and the numbers of those that are expanded.
         tokens, scores, parents = [tokens_BF], [], [proposed_BF]
         numbers_BC = torch.zeros(B, self.proposed, dtype=torch.long, device=device)
@@ -95,8 +96,7 @@ class DynamicTree(Shape):
             # Expand the frontier.
             F, first = tokens_BF.shape[1], 1 if depth == 0 else 1 + width + (depth - 1) * width**2
             positions_BF = (steps.position_B + depth)[:, None].expand(B, F)
-            links = (numbers_F, above_BF, ancestors_BFM)
-            proposals = steps.expand(Frontier(tokens_BF, positions_BF, *links, depth, is_chain=False), width)
+            proposals = steps.expand(Frontier(tokens_BF, positions_BF, numbers_F, above_BF, bits_BFW, depth), width)
             terms_BFK, columns_BFK = likeliest(proposals.noisy_BFK, width)
             children_BC = proposals.tokens(columns_BFK).flatten(1)
             # A child of unknown score must not rank before its parent, which would then not be kept.
@@ -113,9 +113,7 @@ class DynamicTree(Shape):
             proposed_BF = first + best_BF
             numbers_F = 1 + depth * width + torch.arange(width, device=device)
             numbers_BC.scatter_(1, proposed_BF, numbers_F.expand(B, -1))
-            ancestors_BFM = ancestors_BFM.gather(1, above_BF[..., None].expand(-1, -1, M)).scatter(
-                2, numbers_F.expand(B, -1)[..., None], True
-            )
+            bits_BFW = _rows(bits_BFW, above_BF) | node_bits(numbers_F, M)
         # Keep the best of all: indices among the proposed nodes.
         kept_BN = torch.cat([torch.zeros_like(above_BF[:, :1]), 1 + best(torch.cat(scores, 1), self.nodes - 1)], dim=1)
         topology = self._topology(kept_BN, torch.cat(parents, 1))
@@ -127,12 +125,17 @@ class DynamicTree(Shape):
         N, device = kept_BN.shape[1], kept_BN.device
         rank_BC = torch.zeros_like(parents_BC).scatter(1, kept_BN, torch.arange(N, device=device).expand_as(kept_BN))
         parents_BN = rank_BC.gather(1, parents_BC.gather(1, kept_BN))
-        # A node's ancestors are itself and those of its parent; after `depth` repeats all are reached.
-        itself_NN = torch.eye(N, dtype=torch.bool, device=device)
-        ancestors_BNN, parents_BNN = itself_NN.expand(len(kept_BN), N, N), parents_BN[..., None].expand(-1, -1, N)
+        # A node's bits are its own and those of its parent; after `depth` repeats all ancestors are reached.
+        own_NW = node_bits(torch.arange(N, device=device), N)
+        bits_BNW = own_NW.expand(len(kept_BN), -1, -1)
         for _ in range(self.depth):
-            ancestors_BNN = itself_NN | ancestors_BNN.gather(1, parents_BNN)
-        return Topology(ancestors_BNN.sum(-1) - 1, parents_BN, ancestors_BNN)
+            bits_BNW = own_NW | _rows(bits_BNW, parents_BN)
+        return Topology(unpack_bits(bits_BNW, N).sum(-1) - 1, parents_BN, bits_BNW)
+
+
+def _rows(values_BFW: Tensor, index_BN: Tensor) -> Tensor:
+    """[B, N, W] the rows of each batch row at these indices."""
+    return values_BFW.gather(1, index_BN[..., None].expand(-1, -1, values_BFW.shape[2]))
 
 
 def likeliest(noisy_BFV: Tensor, width: int) -> tuple[Tensor, Tensor]:

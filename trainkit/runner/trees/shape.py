@@ -28,12 +28,12 @@ class Topology:
     Attributes:
         depths_BN: Depth of each node; the root has 0.
         parents_BN: Number of each node's parent, lower than the node's own; 0 for the root.
-        ancestors_BNN: True at [b, i, j] if j is an ancestor of i, or i itself.
+        bits_BNW: Words of 64 bits, set at the numbers of a node's ancestors and its own (layers/visible.py).
     """
 
     depths_BN: Tensor
     parents_BN: Tensor
-    ancestors_BNN: Tensor
+    bits_BNW: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Steps:
         position_B: Absolute position of the root.
         sampling: Temperature, top-k and top-p, the same as the target's.
         noise_BDV: Gumbel noise for each level, or None to propose the likeliest tokens.
-        span: Upper bound of the cache slots in use.
+        span: Upper bound of the cache slots in use, for attention with a bias.
         levels: Largest number of levels to draft in this round; None for the shape's depth.
         keep_logits: Keep each level's processed logits, for `residual` verification and for observers.
         keep_signals: Keep what an acceptance predictor reads.

@@ -1,6 +1,6 @@
 """Chains and static draft trees, built from rank paths."""
 
-# B batch  N nodes, root first  F frontier nodes  C children of one level  W largest number of children
+# B batch  N nodes, root first  F frontier nodes  C children of one level  W largest number of children, or words of 64 bits
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainkit.drafters.base import Frontier
 from trainkit.errors import UserError
+from trainkit.layers.visible import node_bits
 from trainkit.runner.trees.shape import Draft, RankPath, Shape, Steps, Topology
 
 
@@ -23,7 +24,7 @@ class Level:
     Attributes:
         nodes_F: Numbers of the frontier's nodes.
         parent_index_F: Index of each parent in the frontier of the level above.
-        ancestors_FN: True at a frontier node's ancestors and itself.
+        bits_FW: Words of 64 bits, set at the numbers of a frontier node's ancestors and its own.
         children: Numbers of the children: a slice, since nodes are numbered level by level.
         parents_C: Index in the frontier of each child's parent.
         ranks_C: Rank of each child among its parent's proposals.
@@ -32,7 +33,7 @@ class Level:
 
     nodes_F: Tensor
     parent_index_F: Tensor
-    ancestors_FN: Tensor
+    bits_FW: Tensor
     children: slice
     parents_C: Tensor
     ranks_C: Tensor
@@ -41,8 +42,8 @@ class Level:
     def frontier(self, tokens_BF: Tensor, position_B: Tensor, depth: int, is_chain: bool) -> Frontier:
         """The frontier with these tokens, `depth` below a root at `position_B`."""
         B, positions_BF = tokens_BF.shape[0], (position_B + depth)[:, None].expand_as(tokens_BF)
-        links = self.nodes_F, self.parent_index_F.expand(B, -1), self.ancestors_FN.expand(B, -1, -1)
-        return Frontier(tokens_BF, positions_BF, *links, depth, is_chain)
+        links = self.nodes_F, self.parent_index_F.expand(B, -1), None if is_chain else self.bits_FW[None]
+        return Frontier(tokens_BF, positions_BF, *links, depth)
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
     def tensor(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    # Ancestors of every node.
-    ancestors = torch.zeros(len(nodes), len(nodes), dtype=torch.bool, device=device)
-    for path in nodes:
-        for length in range(len(path) + 1):
-            ancestors[number[path], number[path[:length]]] = True
+    # Bits of every node: its own, and those of its parent.
+    bits = node_bits(torch.arange(len(nodes)), len(nodes))
+    for path in ordered:
+        bits[number[path]] |= bits[number[path[:-1]]]
+    bits = bits.to(device)
 
     # One expansion for each depth that has children.
     levels: list[Level] = []
@@ -148,7 +149,7 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
             Level(
                 nodes_F=tensor([number[p] for p in frontier]),
                 parent_index_F=tensor([above.index(p[:-1]) if p else 0 for p in frontier]),
-                ancestors_FN=ancestors[tensor([number[p] for p in frontier])],
+                bits_FW=bits[tensor([number[p] for p in frontier])],
                 children=slice(number[children[0]], number[children[-1]] + 1),
                 parents_C=tensor([frontier.index(p[:-1]) for p in children]),
                 ranks_C=tensor([p[-1] for p in children]),
@@ -161,5 +162,5 @@ def build(paths: Sequence[RankPath], device: torch.device) -> Tree:
     children_NW = tensor([[-1] * (1 + max((p[-1] for p in ordered), default=0))] * len(nodes))
     for path in ordered:
         children_NW[number[path[:-1]], path[-1]] = number[path]
-    topology = Topology(tensor([[len(p) for p in nodes]]), tensor([[number[p[:-1]] for p in nodes]]), ancestors[None])
+    topology = Topology(tensor([[len(p) for p in nodes]]), tensor([[number[p[:-1]] for p in nodes]]), bits[None])
     return Tree(tuple(ordered), tuple(levels), len(levels), topology, children_NW)
