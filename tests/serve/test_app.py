@@ -10,6 +10,8 @@ import socket
 import string
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import openai
@@ -318,16 +320,9 @@ def test_dropped_call_frees_its_row(tokenizer, stream, rows):
 
 def test_client_that_stops_reading_stalls_nobody(tokenizer):
     """A client that reads nothing holds its row only until its text ends, and other clients are served meanwhile."""
-    session = ScriptedSession([5], rows=2, per_step=50)
-    with running(scripted_api(tokenizer, session, max_len=300_000)) as (url, _):
-        body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 200_000, "stream": True, "logprobs": 0}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        with socket.socket() as silent:
-            silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            silent.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
-            silent.sendall(head.encode() + body)
+    session = ScriptedSession([5], rows=2, per_step=10)
+    with running(scripted_api(tokenizer, session, max_len=300_000), send_buffer=4096) as (url, _):
+        with silent_client(url, 30_000):
             wait_until(lambda: session.live, 5)
             others = 0
             while session.live or others < 3:
@@ -336,6 +331,28 @@ def test_client_that_stops_reading_stalls_nobody(tokenizer):
                 assert time.perf_counter() - began < 5
             assert numbers(url)['requests_total{outcome="ok"}'] == others  # its response has not ended
         wait_until(lambda: numbers(url)['requests_total{outcome="ok"}'] == others + 1, 5)
+
+
+def test_client_that_stops_reading_is_dropped(tokenizer, monkeypatch):
+    """A connection whose client reads nothing for the time limit is closed, and its text is cancelled."""
+    monkeypatch.setattr("trainkit.serve.server.STALLED_MS", 500)
+    session = ScriptedSession([5], rows=1, per_step=10, seconds=0.001)
+    api = scripted_api(tokenizer, session, max_len=1_000_000)
+    with running(api, send_buffer=4096) as (url, server), silent_client(url, 900_000):
+        wait_until(lambda: session.live, 5)
+        wait_until(lambda: not server.server_state.connections and session.idle, 10)
+
+
+@contextmanager
+def silent_client(url: str, tokens: int) -> Iterator[None]:
+    """A client that asks for a stream of so many tokens and never reads."""
+    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": tokens, "stream": True, "logprobs": 0}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+        silent.sendall(head.encode() + body)
+        yield
 
 
 def test_engine_failure_answers_all_and_health_is_503(tokenizer, caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -27,9 +28,17 @@ from trainkit.serve.server import Server, bind
 
 
 @contextmanager
-def running(api: Api, grace: float = 5.0) -> Iterator[tuple[str, Server]]:
-    """Serves on a free port of 127.0.0.1; yields the base URL and the server, and stops it at the end."""
+def running(api: Api, grace: float = 5.0, send_buffer: int | None = None) -> Iterator[tuple[str, Server]]:
+    """Serves on a free port of 127.0.0.1; yields the base URL and the server, and stops it at the end.
+
+    Args:
+        api: The endpoints.
+        grace: As in `Server`.
+        send_buffer: Bytes that the system holds for a client that does not read; megabytes by default.
+    """
     bound = bind("127.0.0.1", 0)
+    if send_buffer is not None:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = Server(api.app(), api.engine, grace)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])), daemon=True)
     thread.start()

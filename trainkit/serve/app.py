@@ -152,6 +152,7 @@ class Api:
         run = asyncio.get_running_loop().run_in_executor
         call, prompts = await run(self.pool, self._parse, body, chat)
         # Queue its texts.
+        self.engine.check(len(prompts) * call.n)
         seed = secrets.randbelow(2**31) if call.seed is None else call.seed
         prompt_tokens = sum(map(len, prompts))
         reply = Reply(call, self.codec, self.model, seed, prompt_tokens)
