@@ -54,7 +54,7 @@ def test_texts_equal_those_of_requests_alone(shape, lag, captured, seed):
     runner = pair(max_len=260)
     for _ in range(2):
         rows, prefill = draw.randint(1, 4), draw.choice([7, 64, 512, None])
-        session = open_session(runner, rows, SHAPES[shape], lag, captured, prefill=prefill)
+        session = open_session(runner, rows, SHAPES[shape], lag, captured, prefill=prefill, together=draw.choice([1, 4]))
         more, found = check_traffic(runner, session, draw, seed, count=8, most=25)
         tokens, ties = tokens + more, ties + found
     assert_few(ties, tokens)
@@ -96,13 +96,41 @@ def test_chunks_equal_a_whole_prefill(variant, size, runners, seed):
             state.limit_B.fill_(180)
             runner.rounds.target.reserve_positions(192)
             for begin in range(0, 100, step):
-                output = runner.rounds.prefill(plan, state, tokens_T, begin, min(begin + step, 100))
+                output = runner.rounds.prefill(plan, state, [tokens_T], [begin], [min(begin + step, 100)])
                 assert (output is None) == (begin + step < 100) == bool(state.done_B)
             draft = runner.rounds.draft(plan, state, None, 128)
             found.append((output.emitted_BP, draft.tokens_BN, state.cache[..., :100, :]))
     (token, draft, cache), (whole_token, whole_draft, whole_cache) = found
     torch.testing.assert_close(cache, whole_cache, atol=1e-4, rtol=0)
     assert token.tolist() == whole_token.tolist() and draft.tolist() == whole_draft.tolist()
+
+
+@pytest.mark.parametrize("variant", RESUMABLE)
+@pytest.mark.parametrize("prefill", [None, 24])
+def test_prompts_read_together_equal_each_alone(variant, prefill, runners, seed, monkeypatch):
+    """One call reads the prompts of several rows, padded: texts and draft logits are those of a call for each."""
+    runner, found, calls = runners(variant), [], []
+    prompts = [torch.randint(0, 300, (n,)).tolist() for n in (5, 30, 1, 17)]
+    options = GenerateOptions(max_new_tokens=12, seed=seed, ignore_end=True, temperature=1.0)
+    read = runner.rounds.prefill
+    for together in (4, 1):
+        logits, rows = {}, []
+        runner.observe = lambda trace, into=logits: draws_of_first_levels(trace, into)
+        session = open_session(runner, 4, {"depth": 2}, prefill=prefill, together=together)
+        runner.observe = None
+        monkeypatch.setattr(runner.rounds, "prefill", lambda *args, to=rows: to.append(len(args[2])) or read(*args))
+        for index, prompt in enumerate(prompts):
+            session.submit(runner.request(prompt, options, index, (index, 0)))
+        texts = finish(session)
+        found.append((logits, [texts[index] for index in range(4)]))
+        calls.append(rows)
+    assert max(calls[0]) > 1 and len(calls[0]) < len(calls[1]) and set(calls[1]) == {1}
+    (together, ours), (alone, theirs) = found
+    assert_few(compare(runner.rounds.target, prompts, ours, theirs, Sampling(1.0), seed), 48)
+    both = together.keys() & alone.keys()
+    assert len(both) > 12
+    for position in both:
+        torch.testing.assert_close(together[position], alone[position], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("donor", ["live", "filling", "free", "turn"])

@@ -148,14 +148,26 @@ class Chunk:
         tokens_BT: Token ids.
         next_BT: The token that follows each; after the last token of a prompt that is the first root.
         positions_BT: Absolute positions, consecutive. The first is 0 at the start of a text; otherwise the chunk continues
-            where the last one, or the last `commit`, ended. Either all rows start at 0 or none.
+            where the last one, or the last `commit` or `resume`, ended.
         taps_BTAD: The target's hidden states there, as named by `Drafter.taps`; None if it names none.
+        continues: Whether the rows have read text before: then no row starts at 0, otherwise all do.
+        counts_B: Number of tokens of each row, at least 1, where rows differ: what follows is padding, whose cache entries are
+            written again before they are read. None if there is none; always None for kinds that are not `resumable`.
     """
 
     tokens_BT: Tensor
     next_BT: Tensor
     positions_BT: Tensor
     taps_BTAD: Tensor | None = None
+    continues: bool = False
+    counts_B: Tensor | None = None
+
+    def last(self, values: Tensor) -> Tensor:
+        """[B, 1, ...]: the entry of `values` [B, T, ...] at the last token of each row."""
+        if self.counts_B is None:
+            return values[:, -1:]
+        index = (self.counts_B - 1).view(-1, *[1] * (values.dim() - 1))
+        return values.gather(1, index.expand(-1, 1, *values.shape[2:]))
 
 
 @dataclass(frozen=True)

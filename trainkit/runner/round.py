@@ -14,7 +14,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from trainkit.drafters.base import Accepted, Chunk, Drafter, State, TargetHandle
 from trainkit.layers.attention import move_slots
@@ -32,7 +34,7 @@ Few texts are decoded that long without a draft, and if a text ends before draft
 """
 
 PREFILL_CHUNK = 512
-"""Largest number of tokens of a prompt that are read at once."""
+"""Largest number of tokens of prompts that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -361,60 +363,79 @@ class Rounds:
         state.done_B.logical_or_(ended & ~state.ignore_end_B | (state.position_B + 1 >= state.limit_B))
 
     def prefill(
-        self, plan: Plan, state: RoundState, tokens_T: Tensor, begin: int = 0, end: int | None = None, later: bool = False
+        self,
+        plan: Plan,
+        state: RoundState,
+        prompts: Sequence[Tensor],
+        begins: Sequence[int],
+        ends: Sequence[int],
+        later: bool = False,
     ) -> RoundOutput | None:
-        """Reads positions `begin` to `end` of a prompt into the one row of `state`; the positions before are read already.
+        """Reads a piece of each row's prompt; the positions before it are read already.
 
-        At the end of the prompt it emits the first token, which becomes the root; until then the row stays done, and rounds
-        write nothing below the position that it has reached.
+        A row whose prompt ends in the piece emits its first token, which becomes the root. Until then the row stays done, and
+        rounds write nothing below the position that it has reached. Returns None if no prompt ends.
 
         Args:
             plan: The plan of the rounds that follow.
-            state: The row.
-            tokens_T: The whole prompt.
-            begin: First position to read.
-            end: Position after the last one to read; the prompt's end by default.
-            later: The drafter does not read the prompt now: its tokens from `begin`, at most `MISSED`, are stored for
-                `catch_up`. Only with the prompt's end.
+            state: The rows.
+            prompts: The whole prompt of each row, on the device.
+            begins: First position to read in each row; 0 in all rows or in none.
+            ends: Position after the last one to read.
+            later: The drafter does not read the piece now: its tokens, at most `MISSED`, are stored for `catch_up`. Only for
+                pieces that end a prompt.
         """
-        T, output = tokens_T.shape[0], None
-        end = T if end is None else end
-        for start in range(begin, end, PREFILL_CHUNK):
-            span = min(start + PREFILL_CHUNK, end)
-            tokens, following = tokens_T[None, start:span], tokens_T[None, start + 1 : span + 1]
-            positions = torch.arange(start, span, device=tokens.device)[None]
-            visible = Visible.causal(positions)
-            hidden, taps = self.target(tokens, positions, visible, state.cache, positions, self.taps, span=span)
-            if span == T:
-                output = self._first_token(plan, state, hidden[:, -1:], T)
-                following = torch.cat([following, state.token_B[:, None]], dim=1)
-            else:
-                state.position_B.fill_(span)
-            if later:
-                state.missed["tokens"][:, start - begin : span - begin] = tokens
-                if taps is not None:
-                    state.missed["taps"][:, start - begin : span - begin] = taps
-                state.missed["count"].fill_(span - begin)
-            elif self.drafter is not None and plan.shape.depth:
-                self.drafter.prefill(state.draft, Chunk(tokens, following, positions, taps), self.handle, span)
+        # Step 1: the tokens of all rows, padded to the longest piece, and those that follow them.
+        pieces = list(zip(prompts, begins, ends, strict=True))
+        counts, finals = [end - begin for _, begin, end in pieces], [end == len(prompt) for prompt, _, end in pieces]
+        begin_B, counts_B, final_B = self.to_device([list(begins), counts, finals])
+        final_B, T = final_B.bool(), max(counts)
+        tokens_BT = pad_sequence([prompt[begin:end] for prompt, begin, end in pieces], batch_first=True)
+        next_BT = pad_sequence([prompt[begin + 1 : end + 1] for prompt, begin, end in pieces], batch_first=True)
+        next_BT = F.pad(next_BT, (0, T - next_BT.shape[1]))
+        positions_BT = begin_B[:, None] + torch.arange(T, device=self.device)
+        if min(counts) < T:  # padding past a row's end goes to its last slot
+            positions_BT = positions_BT.clamp(max=state.cache.shape[3] - 1)
+        # Step 2: the target reads them.
+        visible, span, output = Visible.causal(positions_BT), max(ends), None
+        hidden_BTD, taps = self.target(tokens_BT, positions_BT, visible, state.cache, positions_BT, self.taps, span=span)
+        chunk = Chunk(tokens_BT, next_BT, positions_BT, taps, begins[0] > 0, counts_B if min(counts) < T else None)
+        # Step 3: rows whose prompt ends choose their first token.
+        state.position_B.copy_(begin_B + counts_B - final_B.long())
+        state.done_B.copy_(~final_B)
+        if any(finals):
+            output = self._first_token(plan, state, chunk.last(hidden_BTD), final_B)
+            last_B1 = counts_B[:, None] - 1
+            next_BT.scatter_(1, last_B1, torch.where(final_B[:, None], state.token_B[:, None], next_BT.gather(1, last_B1)))
+        # Step 4: the drafter reads them too, now or later.
+        if later:
+            state.missed["tokens"][:, :T] = tokens_BT
+            if taps is not None:
+                state.missed["taps"][:, :T] = taps
+            state.missed["count"].copy_(counts_B)
+        elif self.drafter is not None and plan.shape.depth:
+            self.drafter.prefill(state.draft, chunk, self.handle, span)
         return output
 
-    def _first_token(self, plan: Plan, state: RoundState, hidden_11D: Tensor, length: int) -> RoundOutput:
-        """The token after a prompt of this length, -1 if the target's logits are not finite; initialises the row."""
-        logits, sampling = self.target.head(hidden_11D), self.sampling(plan, state)
-        state.position_B.fill_(length - 1)
-        state.done_B.fill_(False)
+    def _first_token(self, plan: Plan, state: RoundState, hidden_B1D: Tensor, final_B: Tensor) -> RoundOutput:
+        """The token after each prompt that has been read, -1 if the target's logits are not finite; it becomes the root."""
+        logits, sampling = self.target.head(hidden_B1D), self.sampling(plan, state)
         if state.missed:
             state.missed["count"].zero_()
         scores = sampling.process(logits)
         if not sampling.greedy:
             scores = scores + Noise(state.keys_B2, state.position_B, self.vocabulary, CHOICE, 1, _silent(sampling))[:, :1]
-        token, finite = scores.argmax(-1), logits.amax(-1).isfinite()
-        self._move_root(state, Verdict(None, torch.ones_like(token[:, 0]), token))
-        # NaN, for example after an overflow in float16, would silently become token 0.
-        state.done_B.logical_or_(~finite[:, 0])
-        token, counts_B = token.masked_fill(~finite, -1), torch.ones_like(token[:, 0])
-        return RoundOutput(token, counts_B, **_logprobs(plan.top, logits, token.clamp(min=0)) if plan.logprobs else {})
+        token_B1, finite_B1 = scores.argmax(-1), logits.amax(-1).isfinite()
+        counts_B = final_B.long()
+        self._move_root(state, Verdict(None, counts_B, token_B1))
+        # NaN, for example after an overflow in float16, would silently become a token.
+        state.done_B.logical_or_(~finite_B1[:, 0])
+        logprobs = _logprobs(plan.top, logits, token_B1) if plan.logprobs else {}
+        return RoundOutput(token_B1.masked_fill(~finite_B1, -1), counts_B, **logprobs)
+
+    def to_device(self, values: Sequence[Any]) -> Tensor:
+        """The integers on the device; the host does not wait for the copy."""
+        return torch.tensor(values, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
     def catch_up(self, state: RoundState, rows: Sequence[int]) -> None:
         """Lets the drafter read what these rows decoded without it. Reads counts on the host, so not in every round."""
@@ -428,7 +449,8 @@ class Rounds:
                 tokens = own.missed["tokens"][:, :missed]
                 following = torch.cat([tokens[:, 1:], own.token_B[:, None]], dim=1)
                 taps = own.missed["taps"][:, :missed] if self.taps else None
-                self.drafter.prefill(own.draft, Chunk(tokens, following, positions, taps), self.handle, position)
+                chunk = Chunk(tokens, following, positions, taps, continues=position > missed)
+                self.drafter.prefill(own.draft, chunk, self.handle, position)
         state.missed["count"].zero_()
 
 

@@ -190,7 +190,7 @@ class Eagle(Drafter):
 
     def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
         output_BTD = self._read(state, chunk.next_BT, chunk.taps_BTAD, chunk.positions_BT, handle, span)
-        state["root"].copy_(output_BTD[:, -1:])
+        state["root"].copy_(chunk.last(output_BTD))
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         output_BFD = self._deeper(state, frontier, handle, span) if frontier.depth else state["root"]

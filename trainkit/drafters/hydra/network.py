@@ -111,7 +111,7 @@ class Hydra(HeadDrafter):
         return state
 
     def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
-        state["hidden"].copy_(self._read(state, chunk.taps_BTAD, chunk.positions_BT, span)[:, -1:])
+        state["hidden"].copy_(chunk.last(self._read(state, chunk.taps_BTAD, chunk.positions_BT, span)))
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         depth, nodes = frontier.depth, frontier.tokens_BF.shape[1]

@@ -148,11 +148,11 @@ class LMDraft(Drafter):
 
     def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
         tokens_BT, positions_BT = chunk.tokens_BT, chunk.positions_BT
-        if int(positions_BT[0, 0]) > 0:
+        if chunk.continues:
             tokens_BT = torch.cat([state["previous"], tokens_BT], dim=1)
             positions_BT = torch.cat([positions_BT[:, :1] - 1, positions_BT], dim=1)
         self.decoder(tokens_BT, positions_BT, Visible.causal(positions_BT), state["cache"], positions_BT, span=span)
-        state["previous"].copy_(tokens_BT[:, -1:])
+        state["previous"].copy_(chunk.last(chunk.tokens_BT))
 
     def resume(self, state: State, previous_B1: Tensor) -> None:
         state["previous"].copy_(previous_B1)

@@ -70,7 +70,7 @@ class Medusa(HeadDrafter):
 
     def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
         assert chunk.taps_BTAD is not None
-        state["hidden"].copy_(chunk.taps_BTAD[:, -1])
+        state["hidden"].copy_(chunk.last(chunk.taps_BTAD)[:, :, 0])
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         hidden_B1D = self.blocks[frontier.depth](state["hidden"])

@@ -117,7 +117,7 @@ def _sample(rounds: Rounds, prompt: list[int], plan: Plan, arguments: VerifyArgu
     first.limit_B.fill_(limit)
     first.ignore_end_B.fill_(True)
     forced = replace(plan, sampling=replace(plan.sampling, ids=(prompt[-1],)))  # type: ignore[call-arg]
-    rounds.prefill(forced, first, torch.tensor(prompt[:-1], device=rounds.device))
+    rounds.prefill(forced, first, [torch.tensor(prompt[:-1], device=rounds.device)], [0], [len(prompt) - 1])
     # Decode copies of that row, each with noise of its own
     counts, number = np.zeros((IDS,) * LENGTH), {token: index for index, token in enumerate(ids)}
     with tqdm(total=arguments.samples, desc=f"distribution, {name}", unit=" texts", disable=None, leave=False) as bar:

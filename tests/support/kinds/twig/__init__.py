@@ -75,7 +75,7 @@ class Twig(Drafter):
 
     def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
         assert chunk.taps_BTAD is not None
-        state["feature"].copy_(self.fuse(chunk.taps_BTAD[:, -1:].flatten(2)))
+        state["feature"].copy_(self.fuse(chunk.last(chunk.taps_BTAD).flatten(2)))
 
     def step(self, state: State, frontier: Frontier, handle: TargetHandle, span: int) -> StepOutput:
         parents = frontier.gather_parents(state["level"]) if frontier.depth else state["feature"]
