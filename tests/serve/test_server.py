@@ -31,12 +31,12 @@ SAMPLINGS = [
 ]
 
 
-def load(folder: Path, drafts: bool = True) -> Runner:
+def load(folder: Path, drafts: bool = True, device: str = "cpu") -> Runner:
     """The tiny target, with a draft near it."""
-    plain = Runner.load(folder, max_len=512)
+    plain = Runner.load(folder, device=device, max_len=512)
     if not drafts:
         return plain
-    draft = lm_draft(plain.shape, near(plain.rounds.target, 0.02))
+    draft = lm_draft(plain.shape, near(plain.rounds.target, 0.02)).to(device)
     return Runner(plain.rounds.target, draft, plain.shape, folder, max_batch=8, max_len=512)
 
 
@@ -46,8 +46,8 @@ def alone(tiny_target):
     return load(tiny_target, drafts=False)
 
 
-def serve(folder, rows: int, queue: int = 256, **options):
-    runner = load(folder)
+def serve(folder, rows: int, queue: int = 256, device: str = "cpu", **options):
+    runner = load(folder, device=device)
     return build_api(runner, runner.session(rows, GenerateOptions(**options)), queue, "tiny")
 
 
@@ -177,11 +177,13 @@ def test_measures_are_in_body_and_last_chunk(server):
         assert not any(hasattr(chunk, "trainkit") for chunk in chunks[:-1])
 
 
-def test_concurrent_requests_get_their_own_texts(tiny_target, alone):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_concurrent_requests_get_their_own_texts(tiny_target, device):
     """64 concurrent requests of four samplings over 8 rows, half of them streamed: each text is that of `generate`."""
+    alone = load(tiny_target, drafts=False, device=device)
     jobs = [(PROMPTS[i % 4] + str(i), 5 + i % 30, SAMPLINGS[i // 4 % 4], i % 2 == 1) for i in range(64)]
     expected = [alone.generate([prompt], length, **sampling)[0].text for prompt, length, sampling, _ in jobs]
-    api = serve(tiny_target, 8, depth=3)
+    api = serve(tiny_target, 8, device=device, depth=3)
 
     async def ask(url):
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=50, max_retries=0) as client:
