@@ -36,6 +36,7 @@ COMMANDS = {
     "features": "store the target's outputs on training data: trainkit features --target DIR --data SET --out DIR",
     "acceptance": "record which drafted tokens are accepted, to train a predictor: trainkit acceptance --help",
     "generate": "generate text: trainkit generate --target DIR --drafter DIR --prompt TEXT",
+    "serve": "answer OpenAI clients: trainkit serve --target DIR --drafter DIR",
     "eval": "exact acceptance on given texts, with intervals: trainkit eval --target DIR --drafter A --drafter B --data SET",
     "predictor": "calibration of a bundle's acceptance predictor: trainkit predictor BUNDLE --data SET",
     "verify": "check what trainkit promises of a drafter, and certify it: trainkit verify BUNDLE --target DIR",

@@ -250,7 +250,8 @@ class Runner:
         wanted, keys = len(tokens) + options.max_new_tokens, request_keys(options.seed, *draws)
         limit, cut = min(wanted, self.max_len), wanted > self.max_len
         text = self._incremental_text(options) if options.stop else None
-        return Request(index, tokens, keys, limit, cut, options.sampling, options.ignore_end, text)
+        top = 0 if options.logprobs else None
+        return Request(index, tokens, keys, limit, cut, options.sampling, options.ignore_end, top, text)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], chunk: int = 256) -> list[list[float]]:

@@ -45,12 +45,15 @@ class Request:
         cut: Whether `max_len`, and not `max_new_tokens`, sets the limit.
         sampling: Temperature, top-k and top-p.
         ignore_end: Whether it continues past end tokens.
+        top: Number of likeliest tokens listed at each position; None if no log-probabilities are requested.
         text: Its text so far; None if neither stop strings nor a stream need it.
         tokens: New token ids so far.
         logprobs: Their log-probabilities, if requested.
+        likeliest: For each token the `top` likeliest ones at its position, as (id, log-probability).
         stats: Counts so far.
         finish: Empty until it ends; then as `Output.finish`, or `cancelled`, or `error`.
         error: Why it cannot be decoded, if it ended with `error`.
+        admitted: When it got a row, on the clock of `perf_counter`.
         text_end: Number of characters of the text before a stop string.
         missed: Number of its tokens that the drafter has not read because drafting is paused; an upper bound.
     """
@@ -62,12 +65,15 @@ class Request:
     cut: bool = False
     sampling: Sampling = Sampling()
     ignore_end: bool = False
+    top: int | None = None
     text: IncrementalText | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     finish: str = ""
     error: str = ""
+    admitted: float = 0.0
     text_end: int | None = None
     missed: int = 0
 
@@ -89,8 +95,11 @@ class Request:
                 self.stats.cut_texts += self.cut
             if self.finish:
                 break
-        if output.logprobs_BP is not None:
+        if self.top is not None and output.logprobs_BP is not None:
             self.logprobs.extend(output.logprobs_BP[slot].tolist()[:taken])
+        if self.top and output.top_BPK is not None and output.top_logprobs_BPK is not None:
+            ids, logprobs = output.top_BPK[slot, :taken].tolist(), output.top_logprobs_BPK[slot, :taken].tolist()
+            self.likeliest += [list(zip(*pair, strict=True))[: self.top] for pair in zip(ids, logprobs, strict=True)]
         self.stats.tokens += taken
         if not prefill and taken < count:
             self.stats.cut_rounds += 1

@@ -121,6 +121,7 @@ class Plan:
         observe: Called in each round with its trace; rounds then run eagerly.
         can_pause: Rounds without a draft may come between others; their tokens are stored for the drafter to read later.
         plain: Rounds draft nothing, emit one token, and compute as many rows as verifying the shape takes.
+        top: With `logprobs`, also return so many of the likeliest tokens at each position.
     """
 
     sampling: Sampling | Mixed
@@ -130,6 +131,7 @@ class Plan:
     observe: Callable[[Trace], None] | None = None
     can_pause: bool = False
     plain: bool = False
+    top: int = 0
 
     @property
     def filters(self) -> bool:
@@ -153,11 +155,13 @@ class RoundOutput:
         verified_B: Number of tokens verified in each row, where rows differ; otherwise None, and each verified `depth`.
         chances_BD: As in `Draft`.
         features_BD: As in `Draft`.
+        top_BPK: The likeliest tokens at each position, if requested.
+        top_logprobs_BPK: Their log-probabilities.
     """
 
     emitted_BP: Tensor
     counts_B: Tensor
-    logprobs_BP: Tensor | None
+    logprobs_BP: Tensor | None = None
     depth: int = 0
     drafted: int = 0
     levels: int = 0
@@ -165,6 +169,8 @@ class RoundOutput:
     verified_B: Tensor | None = None
     chances_BD: Tensor | None = None
     features_BD: Tensor | None = None
+    top_BPK: Tensor | None = None
+    top_logprobs_BPK: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -255,7 +261,7 @@ class Rounds:
             verdict = replace(verdict, counts_B=counts_B.masked_fill(state.done_B, 0))
             if plan.observe is not None:
                 plan.observe(Trace(verified, scores, verdict, state.keys_B2.clone(), state.position_B.clone()))
-            logprobs = _logprobs(verdict.along_path(logits), verdict.emitted_BP) if plan.logprobs else None
+            logprobs = _logprobs(plan.top, verdict.along_path(logits), verdict.emitted_BP) if plan.logprobs else {}
         # Step 4: commit the path to both caches; its last token is the next root.
         self._commit_caches(plan, state, verified, verdict, taps, span)
         self._move_root(state, verdict)
@@ -265,7 +271,6 @@ class Rounds:
         return RoundOutput(
             verdict.emitted_BP,
             verdict.counts_B,
-            logprobs,
             depth=0 if plan.plain else verified.shape.depth,
             drafted=draft.levels if draft.shape.is_chain else verified.shape.size - 1,
             levels=draft.levels,
@@ -273,6 +278,7 @@ class Rounds:
             verified_B=None if draft.packing is None else draft.packing.lengths_B - 1,
             chances_BD=draft.chances_BD,
             features_BD=draft.features_BD,
+            **logprobs,
         )
 
     def sampling(self, plan: Plan, state: RoundState) -> Sampling | RowSampling:
@@ -341,8 +347,8 @@ class Rounds:
 
     def _verify_by_kernels(
         self, plan: Plan, state: RoundState, draft: Draft, logits_BNV: Tensor
-    ) -> tuple[Verdict, Tensor | None]:
-        """What `Coupled` accepts, without tensors of scores and noise, and the log-probabilities of its tokens on request."""
+    ) -> tuple[Verdict, dict[str, Tensor]]:
+        """What `Coupled` accepts, without tensors of scores and noise, and requested log-probabilities as fields."""
         from trainkit.layers.kernels.choose import choose
         from trainkit.layers.kernels.walk import walk
 
@@ -351,14 +357,16 @@ class Rounds:
             temperature_B = torch.full_like(temperature_B, plan.sampling.temperature)
         positions_BN = state.position_B[:, None] + 1 + draft.topology.depths_BN
         chosen_BN, logprobs_BN = choose(
-            logits_BNV, temperature_B, state.keys_B2, positions_BN, plan.verification.stream, plan.logprobs
+            logits_BNV, temperature_B, state.keys_B2, positions_BN, plan.verification.stream, plan.logprobs and not plan.top
         )
         chosen_BN.clamp_(min=0)  # after an overflow a token as good as any
         parents_BN = None if draft.shape.is_chain else draft.topology.parents_BN
         lengths_B = None if draft.packing is None else draft.packing.lengths_B
         fields = walk(chosen_BN, draft.tokens_BN, parents_BN, state.done_B, draft.shape.depth, lengths_B, plan.plain)
         verdict = Verdict(*fields)
-        return verdict, None if logprobs_BN is None else verdict.along_path(logprobs_BN)
+        if plan.top:
+            return verdict, _logprobs(plan.top, verdict.along_path(logits_BNV), verdict.emitted_BP)
+        return verdict, {} if logprobs_BN is None else {"logprobs_BP": verdict.along_path(logprobs_BN)}
 
     def _commit_caches(
         self, plan: Plan, state: RoundState, draft: Draft, verdict: Verdict, taps: Tensor | None, span: int
@@ -463,8 +471,8 @@ class Rounds:
         self._move_root(state, Verdict(None, counts_B, token_B1))
         # NaN, for example after an overflow in float16, would silently become a token.
         state.done_B.logical_or_(~finite_B1[:, 0])
-        logprobs = _logprobs(logits, token_B1) if plan.logprobs else None
-        return RoundOutput(token_B1.masked_fill(~finite_B1, -1), counts_B, logprobs)
+        logprobs = _logprobs(plan.top, logits, token_B1) if plan.logprobs else {}
+        return RoundOutput(token_B1.masked_fill(~finite_B1, -1), counts_B, **logprobs)
 
     def to_device(self, values: Sequence[Any]) -> Tensor:
         """The integers on the device; the host does not wait for the copy."""
@@ -492,6 +500,10 @@ def _silent(sampling: Sampling | RowSampling) -> Tensor | None:
     return sampling.temperature_B == 0 if isinstance(sampling, RowSampling) else None
 
 
-def _logprobs(logits_BPV: Tensor, tokens_BP: Tensor) -> Tensor:
-    """[B, P] log-probabilities of the tokens at temperature 1."""
-    return logits_BPV.float().log_softmax(-1).gather(2, tokens_BP[..., None])[..., 0]
+def _logprobs(top: int, logits_BPV: Tensor, tokens_BP: Tensor) -> dict[str, Any]:
+    """Log-probabilities at temperature 1 as fields of `RoundOutput`: of the tokens, and of the `top` likeliest ones."""
+    log_p_BPV = logits_BPV.float().log_softmax(-1)
+    fields = {"logprobs_BP": log_p_BPV.gather(2, tokens_BP[..., None])[..., 0]}
+    if top:
+        fields["top_logprobs_BPK"], fields["top_BPK"] = log_p_BPV.topk(top, dim=-1)
+    return fields

@@ -29,6 +29,9 @@ from trainkit.runner.sampling import Mixed
 SHARED = 64
 """Prefixes are shared in multiples of this number of tokens."""
 
+TOP = 5
+"""Number of likeliest tokens that rounds return if any request lists some; one number, so that few graphs are captured."""
+
 Fetch = Callable[[RoundOutput], Callable[[], RoundOutput]]
 """Starts copying a round's output to the host; the returned function waits for the copy."""
 
@@ -337,7 +340,7 @@ class Session:
         state.top_p_B.fill_(request.sampling.top_p)
         prompt_T = self.rounds.to_device(request.prompt)
         self._arrivals += 1
-        request.missed, request.stats.shared = 0, shared
+        request.missed, request.stats.shared, request.admitted = 0, shared, perf_counter()
         self._rows[index] = Row(request, request, shared, prompt_T, self._arrivals)
         if shared and self.rounds.drafter is not None:
             self.rounds.drafter.resume(state.draft, prompt_T[None, shared - 1 : shared])
@@ -424,16 +427,18 @@ class Session:
         self._flight.append(Call(batch, live, self._fetch(output)))
 
     def _with_sampling(self, requests: Sequence[Request]) -> Plan:
-        """The plan with the sampling that these requests need.
+        """The plan with the sampling and the log-probabilities that these requests need.
 
         Eager rounds on a CPU take the parameters themselves where all are alike, which is faster and gives the same numbers. A
         graph would be captured again for each.
         """
+        top = TOP if any(request.top for request in requests) else 0
+        plan = replace(self.plan, logprobs=any(request.top is not None for request in requests), top=top)
         first = requests[0].sampling
         alike = all(request.sampling == first for request in requests)
         if alike and (self.plan.observe is not None or (self.graphs is None and self.device.type == "cpu")):
-            return replace(self.plan, sampling=first)
-        return replace(self.plan, sampling=Mixed.from_requests(request.sampling for request in requests))
+            return replace(plan, sampling=first)
+        return replace(plan, sampling=Mixed.from_requests(request.sampling for request in requests))
 
     def _next_round(self, plan: Plan, rows: Sequence[int], requests: Sequence[Request], batch: int) -> tuple[Plan, int | None]:
         """The plan of the next round and the largest number of levels to draft; with a policy, as deep as it decides."""
@@ -461,7 +466,7 @@ class Session:
         view = self._state.rows(0, batch)
         if self.graphs is None or plan.observe is not None:
             return self.rounds(plan, view, span, levels)
-        options = plan.sampling, plan.verification, plan.logprobs, plan.can_pause, plan.plain
+        options = plan.sampling, plan.verification, plan.logprobs, plan.top, plan.can_pause, plan.plain
         key = (plan.shape.key, options, batch, self._end_ids)
         modules = [module for module in (self.rounds.target, self.rounds.drafter) if module is not None]
         tables: list[Tensor] = []

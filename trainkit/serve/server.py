@@ -1,0 +1,61 @@
+"""Runs the application on a socket until SIGTERM or Ctrl-C, and then lets the texts end that are being decoded."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import uvicorn
+from starlette.applications import Starlette
+
+from trainkit.errors import UserError
+from trainkit.serve.engine import Engine
+
+GRACE = 30.0
+"""Seconds that texts have to end after SIGTERM."""
+STALLED_MS = 60_000
+"""A connection is dropped when its client has read nothing for this long though there is more to send, in milliseconds."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, which refuses connections until the server listens.
+
+    Raises:
+        UserError: the address is in use, not of this machine, or reserved.
+    """
+    if not 0 <= port < 65536:
+        raise UserError(f"port {port}: must be from 0 to 65535; 0 takes any free port")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+        bound.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"host {host}, port {port}: {reason}; choose another port, or an address of this machine") from None
+    return bound
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that tells the engine when it begins to stop.
+
+    Args:
+        app: The application.
+        engine: The engine behind it.
+        grace: Seconds that open texts have to end after the server begins to stop.
+    """
+
+    def __init__(self, app: Starlette, engine: Engine, grace: float = GRACE) -> None:
+        patience = int(grace) + 5  # for clients that do not read what is left
+        config = uvicorn.Config(
+            app, log_level=logging.WARNING, access_log=False, lifespan="on", timeout_graceful_shutdown=patience, ws="none"
+        )
+        super().__init__(config)
+        self.engine, self.grace = engine, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops accepting requests, and waits for the open ones."""
+        self.engine.stop(self.grace)
+        await super().shutdown(sockets)
