@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainkit.layers.kernels.launch import dependent_launch
+from trainkit.layers.kernels.launch import dependent_launch, on_its_device
 
 
 @triton.jit
@@ -56,6 +56,7 @@ def _add_norm(
     tl.store(normed + row * D + column, x.to(dtype), mask=inside)
 
 
+@on_its_device
 def add_norm(
     residual_MD: Tensor, parts_KMD: Tensor | None, weight_D: Tensor, eps: float, tap_MD: Tensor | None = None
 ) -> Tensor:

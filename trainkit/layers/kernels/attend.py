@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainkit.layers.kernels.launch import dependent_launch
+from trainkit.layers.kernels.launch import dependent_launch, on_its_device
 
 LOG2E = 1.4426950408889634  # the softmax is computed in powers of two
 CHAIN = 32  # causal calls of up to so many positions give results that are bitwise independent of T
@@ -173,6 +173,7 @@ def _combine_kernel(
     tl.store(y_row + e, y.to(y_ptr.dtype.element_ty), mask=e < E)
 
 
+@on_its_device
 def attend(q_BTHE: Tensor, cache_BGSE: Tensor, first_B: Tensor, bits_BTW: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Attention output [B, T, H, E], contiguous and in the queries' dtype, over a cache that already holds the new keys.
 

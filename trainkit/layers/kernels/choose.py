@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainkit.layers.kernels.launch import on_its_device
+
 BLOCK = 1024
 """Logits that one program reads."""
 
@@ -105,6 +107,7 @@ def _best_of_blocks(
         tl.store(logprobs + row, logit - maximum - tl.log(total))
 
 
+@on_its_device
 def choose(
     logits_BRV: Tensor, temperature_B: Tensor, keys_B2: Tensor, positions_BR: Tensor, stream: int, logprobs: bool = False
 ) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainkit.layers.kernels.launch import dependent_launch
+from trainkit.layers.kernels.launch import dependent_launch, on_its_device
 from trainkit.layers.packed import VALUES, Packed, plane
 
 MAX_ROWS = 32
@@ -163,6 +163,7 @@ def supports(weight: Tensor | Packed) -> bool:
     return weight.dtype in (torch.bfloat16, torch.float16) and block_k(weight.shape[1]) > 0
 
 
+@on_its_device
 def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tensor:
     """Parts [S, M, N] of x w^T in float32, to be added; with `silu`, silu(gate) * up [M, N / 2] in the dtype of x.
 

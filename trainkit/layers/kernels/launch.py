@@ -7,10 +7,14 @@ kernel writes or reads. Every kernel launched this way waits, so that the end of
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DEPENDENT = True
 """Whether dependent launch is used where the GPU has it; a switch for measurements, read when a kernel is launched."""
@@ -30,3 +34,17 @@ def _is_gpu(device: torch.device) -> bool:
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Makes the GPU of the first argument the current one during the call, since Triton launches on the current one."""
+
+    @wraps(launch)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = getattr(args[0], "device", None)
+        if not isinstance(device, torch.device) or not _is_gpu(device) or device.index == torch.cuda.current_device():
+            return launch(*args, **kwargs)
+        with torch.cuda.device(device):
+            return launch(*args, **kwargs)
+
+    return guarded

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainkit.layers.kernels.launch import on_its_device
+
 
 @triton.jit
 def _move_slots(
@@ -39,6 +41,7 @@ def _move_slots(
     tl.store(slots + destination[:, None] * slot_stride, path, mask=inside)
 
 
+@on_its_device
 def move_slots(cache_BLGSE: Tensor, from_BP: Tensor, to_B: Tensor) -> None:
     """Copies cache slots `from_BP` to `to_B`, `to_B` + 1, ...; the ranges may overlap. See layers/attention.py."""
     B, L, G2, _, E = cache_BLGSE.shape

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trainkit.layers.attention import rotate
-from trainkit.layers.kernels.launch import dependent_launch
+from trainkit.layers.kernels.launch import dependent_launch, on_its_device
 
 
 @triton.jit
@@ -93,6 +93,7 @@ def _place(
     tl.store(to + E // 2, high, mask=inside)
 
 
+@on_its_device
 def place(
     parts_KMN: Tensor,
     bias_N: Tensor | None,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainkit.layers.kernels.launch import on_its_device
+
 
 @triton.jit
 def _walk_chain(
@@ -93,6 +95,7 @@ def _move_root(
         tl.store(done + b, 1)
 
 
+@on_its_device
 def walk(
     choice_BN: Tensor,
     tokens_BN: Tensor,
@@ -157,6 +160,7 @@ def walk(
     return path_BP, counts_B, emitted_BP
 
 
+@on_its_device
 def move_root(
     emitted_BP: Tensor,
     counts_B: Tensor,
