@@ -42,7 +42,7 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
     @wraps(launch)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         device = getattr(args[0], "device", None)
-        if not isinstance(device, torch.device) or not _is_gpu(device) or device.index == torch.cuda.current_device():
+        if not isinstance(device, torch.device) or device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(*args, **kwargs)
         with torch.cuda.device(device):
             return launch(*args, **kwargs)
