@@ -210,7 +210,7 @@ def test_drafter_of_another_target_is_refused(given, tmp_path, capsys):
 
 def test_equal_prompts_are_one_prompt(seed):
     """Records of equal prompts have the index of the first one, so that they are held out together."""
-    runner, prompts = pair(noise=0.05), ragged_prompts(3)
+    runner, prompts = pair(noise=0.05, ends=()), ragged_prompts(3)
     repeated = [prompts[number] for number in (0, 1, 0, 2, 1)]
     records = recorder_of(runner, repeated, "coupled")(range(5), 1.0, lambda tokens, cut: None)
     assert records["prompt"].unique().tolist() == [0, 1, 3]
