@@ -1,8 +1,12 @@
-"""Random rows, chat templates and configurations: they work, or one UserError says why not; nothing else is raised."""
+"""Random rows, chat templates and configurations: they work, or one UserError says why not; nothing else is raised.
+
+Random traffic over a session: whatever joins, leaves, is cancelled or shares a prefix, each text is its request's own.
+"""
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,19 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.equality import assert_few
+from tests.support.models import SIBLINGS, pair
+from tests.support.pauses import Erratic
 from tests.support.recipes import small_recipe
 from tests.support.targets import make_target, make_tokenizer
+from tests.support.traffic import check_traffic, open_session
 from trainkit import cli
 from trainkit.data.text.formats import FORMATS, PROMPT_FORMATS
 from trainkit.data.text.prepare import prepare
 from trainkit.data.text.prompts import read_prompts
 from trainkit.errors import UserError
 from trainkit.models.target import FrozenTarget
-from trainkit.runner import Runner
+from trainkit.runner import DynamicTree, Runner
+from trainkit.runner.policies.chain import PolicyChain
 
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 SCALARS = st.none() | st.booleans() | st.integers(-3, 400) | st.floats() | st.text(max_size=8)
@@ -209,3 +219,24 @@ def test_any_recipe_runs_or_gives_one_line(target, tmp_path_factory, capsys, cha
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trainkit: error: ")]
     assert (code, len(said)) in ((0, 0), (2, 1))
     assert not (home / "run").exists()
+
+
+DRAFTS = st.sampled_from([{"depth": 0}, {"depth": 3}, {"tree": SIBLINGS}, {"tree": DynamicTree(4, 3, 8)}, {}])
+WAYS = st.sampled_from([(0, False), (1, False), (1, True), (2, True)])
+
+
+@settings(QUICK, max_examples=12)
+@given(
+    number=st.integers(0, 2**32), drafts=DRAFTS, way=WAYS, rows=st.integers(1, 6), together=st.integers(1, 4), data=st.data()
+)
+def test_any_traffic_gives_each_request_its_text(number, drafts, way, rows, together, data):
+    """Any arrivals, cancellations, lengths, sampling, shared prefixes, budgets and lags: texts equal plain decoding alone."""
+    torch.manual_seed(number)
+    draw, (lag, captured) = random.Random(number), way
+    runner = pair(max_len=260, ends=draw.choice([(), (7,)]), draft_layers=draw.choice([1, 2]))
+    if not drafts:  # a policy, which no captured round can ask
+        drafts, captured = {"tree": PolicyChain(Erratic(4), runner.device)}, False
+    prefill, sharing = data.draw(st.sampled_from([1, 7, 64, None])), data.draw(st.booleans())
+    session = open_session(runner, rows, drafts, lag, captured, prefill=prefill, sharing=sharing, together=together)
+    tokens, ties = check_traffic(runner, session, draw, number, count=8, most=25)
+    assert_few(ties, tokens)

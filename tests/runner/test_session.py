@@ -315,3 +315,27 @@ def test_rows_move_down_only_when_nobody_waits(seed):
     outs = runner.generate([[index + 1] * 5 for index in range(5)], max_new_tokens=60, seed=seed, depth=0)
     for index, length in enumerate(lengths):
         assert outs[index].tokens[:length] == texts[index]
+
+
+def test_row_that_was_moved_away_is_no_donor(seed):
+    """A text moves to a lower row and writes on there: what its old row holds ends where it moved, so nobody may take it."""
+    runner = pair(ends=(), max_len=300)
+    session = open_session(runner, 2, {"depth": 2})
+    options = GenerateOptions(max_new_tokens=100, seed=seed)
+    short = runner.request([1] * 5, GenerateOptions(max_new_tokens=2), 0)
+    moved = runner.request(torch.randint(0, 48, (40,)).tolist(), options, 1, (1, 0))
+    for request in (short, moved):
+        session.submit(request)
+    finish(session)
+    other = runner.request([2] * 5, options, 2, (2, 0))  # takes the row where the moved text ended
+    again = runner.request(moved.prompt + moved.tokens + [3], options, 3, (3, 0))
+    for request in (other, again):
+        session.submit(request)
+    finish(session)
+    fresh = open_session(runner, 1, {"depth": 2})
+    alone = runner.request(again.prompt, options, 3, (3, 0))
+    fresh.submit(alone)
+    finish(fresh)
+    empty = [[]] * 3
+    prompts = [*empty, again.prompt]
+    assert_few(compare(runner.rounds.target, prompts, [*empty, again.tokens], [*empty, alone.tokens], Sampling(), seed), 100)

@@ -396,8 +396,8 @@ class Session:
             if self._rows[free].request is None and self._batch(used[-1] + 1) > self._batch(len(used)):
                 last = used.pop()
                 self._state.copy_row(last, free, self._bound(self._rows[last]))
-                moved = self._rows[last]
-                self._rows[free], self._rows[last] = moved, replace(moved, request=None, prompt_T=None, end=self._bound(moved))
+                # The old row forgets the text, which goes on elsewhere.
+                self._rows[free], self._rows[last] = self._rows[last], Row(end=self._bound(self._rows[last]))
                 self._state.done_B[last].fill_(True)
                 used.insert(free, free)
 
