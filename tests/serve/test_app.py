@@ -174,6 +174,13 @@ NEUTRAL = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("body", ['{"\\ud800": 1}', '{"model": "tiny", "messages": [{"\\udfff": 1}]}', '{"model": "\\ud800"}'])
+def test_name_that_is_no_unicode_is_refused(server, body):
+    """A field or value with a lone surrogate gives status 400, with the surrogate as an escape."""
+    response = httpx.post(f"{server}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and "\\ud" in response.json()["error"]["message"]
+
+
 def test_fields_that_change_nothing_are_accepted(server):
     """Ignored fields, neutral values and null are accepted."""
     body = httpx.post(f"{server}/v1/chat/completions", json=CHAT | NEUTRAL).json()

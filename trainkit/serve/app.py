@@ -313,15 +313,15 @@ def _outcome(error: ApiError) -> str:
     return "refused" if error.status in (429, 503) else "invalid" if error.status < 500 else "failed"
 
 
-def _on_api_error(request: Request, error: ApiError) -> Response:
+async def _on_api_error(request: Request, error: ApiError) -> Response:
     headers = {"retry-after": "1"} if error.status in (429, 503) else {}
     return JSONResponse(error.body(), error.status, headers)
 
 
-def _on_http_error(request: Request, error: HTTPException) -> Response:
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
     api_error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
     return JSONResponse(api_error.body(), error.status_code, error.headers)
 
 
-def _on_bug(request: Request, error: Exception) -> Response:
+async def _on_bug(request: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(500, "an error of the server; its log has the reason").body(), 500)
