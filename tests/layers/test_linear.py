@@ -25,9 +25,10 @@ def block_small(monkeypatch):
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 16, 17])
 @pytest.mark.parametrize("bias", [True, False])
-def test_blocked_product_equals_linear(rows, bias, seed):
-    """The blocked product equals `F.linear`."""
-    x, weight = torch.randn(1, rows, 24), torch.randn(40, 24)
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16])
+def test_blocked_product_equals_linear(rows, bias, values, seed):
+    """The blocked product equals `F.linear`, by oneDNN and, for values that 16 bits hold, by FBGEMM."""
+    x, weight = torch.randn(1, rows, 24), torch.randn(40, 24).to(values).float()
     added = torch.randn(40) if bias else None
     with torch.inference_mode():
         product, reference = project(x, weight, added, Blocked()), F.linear(x.double(), weight.double(), None).float()
@@ -35,6 +36,21 @@ def test_blocked_product_equals_linear(rows, bias, seed):
     assert product.shape == (1, rows, 40) and product.is_contiguous()
     # two float32 sums of 24 products in different orders
     torch.testing.assert_close(product, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_never_rounded(seed):
+    """Products with unit vectors are the weight's entries, bit for bit, whatever their range; float16 holds most of them."""
+    taken = 0
+    for low in (-6, -16, -24, -40, -120):
+        weight = (torch.randn(64, 48) * torch.randint(low, 3, (64, 48)).exp2()).bfloat16().float()
+        blocked = Blocked()
+        with torch.inference_mode():
+            assert torch.equal(project(torch.eye(48), weight, None, blocked).T, weight)
+        taken += blocked._factor > 0
+    assert taken >= 2 or torch.backends.quantized.engine not in ("fbgemm", "x86")
+    for weight in (torch.zeros(8, 8), torch.full((8, 8), 1e-42), torch.full((8, 8), 3e38)):
+        with torch.inference_mode():
+            assert torch.equal(project(torch.eye(8), weight, None, Blocked()), weight)
 
 
 def test_blocked_product_follows_the_weight(seed):

@@ -17,6 +17,8 @@ the weight. Milliseconds of the matrix products of a step, one thread of an AMD 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,20 +26,21 @@ from torch import Tensor, nn
 from trainkit.layers.packed import Packed, pack
 
 ROWS = 16
-"""Number of rows for which the layout is chosen; other numbers use it too. With fewer than 4, one for matrix-vector products is
-chosen, which is slower for one row and twice as slow for several."""
+"""Number of rows for which oneDNN's layout is chosen; other numbers use it too. With fewer than 4 it is one for matrix-vector
+products, which is slower for one row and twice as slow for several."""
 SMALLEST = 1 << 16
-"""Smallest number of a weight's entries: a product of oneDNN takes about 10 microseconds more to start."""
+"""Smallest number of a weight's entries: these products take some microseconds more to start."""
 MOST_BYTES = 1 << 32
 """Networks of more bytes keep a single copy of their weights."""
 
 
 class Blocked:
-    """A weight in the blocked layout: made when it is first used, and again after the weight has changed."""
+    """A weight as a faster product reads it: made when it is first used, and again after the weight has changed."""
 
     def __init__(self) -> None:
         self._source: tuple[int, torch.dtype, int] | None = None
-        self._weight: Tensor | None = None
+        self._weight: Any = None
+        self._factor = 0.0
 
     def __reduce__(self) -> tuple[type[Blocked], tuple[()]]:
         return Blocked, ()  # a copy makes its own
@@ -46,9 +49,26 @@ class Blocked:
         """The product x weight^T + bias."""
         source = weight_OI.data_ptr(), weight_OI.dtype, 0 if weight_OI.is_inference() else weight_OI._version
         if source != self._source:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), ROWS)
+            self._weight, self._factor = _blocks(weight_OI.detach())
             self._source = source
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias_O, "none", [], "")
+        if not self._factor:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias_O, "none", [], "")
+        y = torch.ops.quantized.linear_dynamic_fp16(x, self._weight)
+        return y.mul_(self._factor) if bias_O is None else torch.add(bias_O, y, alpha=self._factor)
+
+
+def _blocks(weight_OI: Tensor) -> tuple[Any, float]:
+    """The weight in FBGEMM's or oneDNN's layout, and the factor of FBGEMM's product; 0 with oneDNN.
+
+    A power of two brings the largest magnitude to 2^14..2^15. If float16 then holds every value, so that nothing is rounded,
+    FBGEMM takes the weight.
+    """
+    if weight_OI.dtype == torch.float32 and torch.backends.quantized.engine in ("fbgemm", "x86"):
+        exponent = 15 - int(weight_OI.abs().max().frexp().exponent)
+        scaled_OI = weight_OI * 2.0**exponent
+        if torch.equal(scaled_OI.half().float(), scaled_OI) and torch.equal(scaled_OI * 2.0**-exponent, weight_OI):
+            return torch.ops.quantized.linear_prepack_fp16(scaled_OI.contiguous(), None), 2.0**-exponent
+    return torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), ROWS), 0.0
 
 
 def project(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, blocked: Blocked | None) -> Tensor:
