@@ -1,16 +1,19 @@
-"""Faster matrix products on a CPU, from weights in oneDNN's blocked layout.
+"""Faster matrix products on a CPU, from a second copy of the weights in the layout of oneDNN or FBGEMM.
 
-`F.linear` takes the weight as it lies in memory. On a CPU it is slow for the few rows of decoding, and on processors for which
-MKL has no kernels of its own also for many. oneDNN's product is faster once the weight is in blocks; it needs a second copy of
-the weight. Milliseconds of the matrix products of a step, one thread of an AMD EPYC (Zen 5) with other jobs beside it, torch
-2.13.0, F.linear / this:
+`F.linear` takes the weight as it lies in memory, which is slow for the few rows of decoding. Decoding reads all weights for
+every token, so fewer bytes are faster too: float32 weights whose values float16 holds, up to a power of two, as those of
+bfloat16 checkpoints, go to FBGEMM as float16. They are half the bytes, and products and sums stay in float32: nothing is
+rounded. Other float32 weights and bfloat16 go to oneDNN.
 
-| model, dtype            | 1 row       | 4 rows      | 8 rows      | 64 rows     | 256 rows    |
-|-------------------------|-------------|-------------|-------------|-------------|-------------|
-| 14M, float32            | 3.9 / 2.7   | 5.3 / 3.0   | 6.3 / 3.8   | 22.6 / 10.4 | 76.9 / 33.3 |
-| 14M, bfloat16           | 2.9 / 1.8   | 2.9 / 2.1   | 3.3 / 2.5   | 6.9 / 5.6   | 18.3 / 17.2 |
-| SmolLM2-135M, float32   | 35.6 / 22.9 | 55.0 / 23.8 | 65.3 / 28.7 |             |             |
-| SmolLM2-135M, bfloat16  | 22.9 / 12.4 | 23.1 / 14.1 | 24.4 / 16.4 |             |             |
+Milliseconds of all matrix products of a step by F.linear / oneDNN / FBGEMM; one thread of an AMD EPYC (Zen 5), processor time
+with other jobs beside it, torch 2.13.0, 2026-11-27. F.linear was measured in another process than the rest.
+
+| model, dtype           | 1 row              | 4 rows             | 8 rows             | 64 rows          |
+|------------------------|--------------------|--------------------|--------------------|------------------|
+| 14M, float32           | 3.9 / 2.3 / 1.4    | 5.3 / 2.5 / 1.6    | 6.3 / 3.0 / 1.9    | 22.6 / 9.4 / 8.6 |
+| 14M, bfloat16          | 2.9 / 1.4          | 2.9 / 1.5          | 3.3 / 1.8          | 6.9 / 5.1        |
+| SmolLM2-135M, float32  | 35.6 / 20.2 / 10.9 | 55.0 / 23.3 / 12.8 | 65.3 / 27.4 / 16.0 |                  |
+| SmolLM2-135M, bfloat16 | 22.9 / 12.1        | 23.1 / 12.5        | 24.4 / 14.8        |                  |
 """
 
 # I inputs  O outputs
@@ -31,11 +34,11 @@ products, which is slower for one row and twice as slow for several."""
 SMALLEST = 1 << 16
 """Smallest number of a weight's entries: these products take some microseconds more to start."""
 MOST_BYTES = 1 << 32
-"""Networks of more bytes keep a single copy of their weights."""
+"""Networks of more bytes keep a single copy of their weights, and `F.linear`."""
 
 
 class Blocked:
-    """A weight as a faster product reads it: made when it is first used, and again after the weight has changed."""
+    """A weight in the layout of a faster product: made when it is first used, and again after the weight has changed."""
 
     def __init__(self) -> None:
         self._source: tuple[int, torch.dtype, int] | None = None
