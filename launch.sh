@@ -82,8 +82,8 @@ setup() {
         python=$root/.venv/bin/python
     fi
     export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-    # Waking idle threads costs more than the operations of a small model; tests run one thread each.
-    if ! has_gpu && [ "$command" != test ]; then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-active}; fi
+    # Threads that spin while they wait make decoding many times slower as soon as another program needs a core.
+    if ! has_gpu; then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}; fi
 }
 
 # Number of processes on this machine: NPROC, otherwise the number of GPUs, at least one.
@@ -154,7 +154,7 @@ case ${1:-} in
     test) # one process per core with one thread each; busy-waiting threads would slow the other processes sixfold
         shift; setup; cd "$root"
         if has_gpu; then exec "$python" -m pytest "$@"; fi
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
         workers=$(getconf _NPROCESSORS_ONLN)
         export PYTEST_ADDOPTS="-n $workers --dist loadfile --durations 30 ${PYTEST_ADDOPTS:-}"
         exec "$python" -m pytest "$@"

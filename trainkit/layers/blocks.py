@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainkit.layers import kernels
 from trainkit.layers.attention import Attention, Context, KernelContext, Packing, Rotary
-from trainkit.layers.linear import Linear, project
+from trainkit.layers.linear import Blocked, Linear, project
 from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
 from trainkit.layers.visible import Visible
@@ -75,7 +75,8 @@ class Decoder(nn.Module):
         shape: Sizes; with `tied` the head is the embedding.
     """
 
-    streams = False
+    blocked: Blocked | None = None
+    """The head in the blocked layout; set by `block_weights`."""
 
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
             from trainkit.layers import fused  # it needs Triton
 
             return fused.logits(hidden, self.head_weight)
-        return project(hidden, self.head_weight, None, self.streams)
+        return project(hidden, self.head_weight, None, self.blocked)
 
     @property
     def head_weight(self) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from trainkit import bundle
 from trainkit.drafters.base import Drafter, load_bundle, load_outside
 from trainkit.errors import UserError, check_unicode, note
-from trainkit.layers.linear import stream_weights
+from trainkit.layers.linear import block_weights
 from trainkit.layers.visible import Visible
 from trainkit.models.load import copy_weights, covered_positions, find_device, load_decoder, read_tokenizer
 from trainkit.models.predictor import AcceptancePredictor, load_predictor
@@ -76,7 +76,8 @@ class Runner:
         self.drafter, self.shape, self.folder, self.max_len, self.predictor = drafter, shape, folder, max_len, predictor
         if drafter is not None:
             drafter.requires_grad_(False).eval()
-        stream_weights(target, *([] if drafter is None else [drafter]))
+            block_weights(drafter)
+        block_weights(target)
         self.rounds = Rounds(target, drafter)
         self.device = self.rounds.device
         if self.device.type == "cuda":

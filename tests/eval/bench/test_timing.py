@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.models import pair
-from trainkit.eval.bench.timing import Generated, Method, choose_kernels, measure, set_threads, trainkit_method, warm_up
+from trainkit.eval.bench.timing import Generated, Method, measure, set_threads, trainkit_method, warm_up
 from trainkit.runner.timing import round_costs
 from trainkit.runner.trees.static import chain
 
@@ -104,7 +104,6 @@ def test_round_costs_grow_with_depth(seed):
     """Measured round costs grow with depth, and measuring leaves the runner as it was."""
     runner = pair(ends=())
     before = [out.tokens for out in runner.generate([[1, 2, 3]], max_new_tokens=10, depth=3)]
-    choose_kernels(runner)
     costs = round_costs(runner.rounds, [chain(1), chain(6)], length=20, repeats=15)
     assert costs[()].draft < costs[chain(1)].draft < costs[chain(6)].draft
     assert all(cost.verify > 0 for cost in costs.values())

@@ -1,11 +1,13 @@
 """Greedy text in OpenVINO GenAI on the CPU in float32, alone or with a draft model or an EAGLE-3 draft.
 
 Request: `model`, `prompts`, `new_tokens`; with a drafter `draft`, `depth`, and `eagle` if it is EAGLE-3; `scratch`, a folder
-for the converted models. Answer: `tokens`, and `accepted` as the pipeline counts it.
+for the converted models; `threads`, 1 by default. Answer: `tokens`; `accepted` as the pipeline counts it; and for each prompt
+`seconds` and `cpu_seconds`, the time of all threads.
 """
 
 import json
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import openvino
 import openvino_genai
 from optimum.exporters.openvino import main_export
 
-PRECISION = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+PRECISION = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def convert(folder, out, eagle):
@@ -27,17 +29,16 @@ def convert(folder, out, eagle):
 
 def main(request):
     scratch, extra = Path(request["scratch"]), {}
+    properties = PRECISION | {"INFERENCE_NUM_THREADS": request.get("threads", 1)}
     scratch.mkdir(exist_ok=True)
     model = convert(request["model"], scratch / "model", False)
     if folder := request.get("draft"):
         draft = convert(folder, scratch / "draft", request.get("eagle", False))
-        extra["draft_model"] = openvino_genai.draft_model(draft, "CPU", **PRECISION)
+        extra["draft_model"] = openvino_genai.draft_model(draft, "CPU", **properties)
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size, scheduler.enable_prefix_caching = 1, False
-    scheduler = openvino_genai.SchedulerConfig()
-    scheduler.cache_size, scheduler.enable_prefix_caching = 1, False
-    pipeline = openvino_genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, **PRECISION, **extra)
-    tokens, accepted = [], []
+    pipeline = openvino_genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, **properties, **extra)
+    tokens, accepted, seconds, cpu_seconds = [], [], [], []
     for prompt in request["prompts"]:
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.do_sample, config.ignore_eos = request["new_tokens"], False, True
@@ -45,10 +46,14 @@ def main(request):
             config.num_assistant_tokens = request["depth"]
         ids = np.array([prompt], dtype=np.int64)
         inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+        started = time.perf_counter(), time.process_time()
         found = pipeline.generate(inputs, config)
+        seconds.append(time.perf_counter() - started[0])
+        cpu_seconds.append(time.process_time() - started[1])
         tokens.append(list(found.tokens[0]))
         accepted.append(found.extended_perf_metrics.get_num_accepted_tokens() if extra else 0)
-    print(json.dumps({"version": version("openvino_genai"), "tokens": tokens, "accepted": accepted}), flush=True)
+    answer = {"version": version("openvino_genai"), "tokens": tokens, "accepted": accepted}
+    print(json.dumps(answer | {"seconds": seconds, "cpu_seconds": cpu_seconds}), flush=True)
 
 
 main(json.load(sys.stdin))

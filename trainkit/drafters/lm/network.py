@@ -139,7 +139,8 @@ class LMDraft(Drafter):
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         self.decoder.reserve_positions(slots)
         if self.ids_K is not None:  # copied in place: a captured graph may hold the tensor
-            rows_KD = self.decoder.head_weight.detach()[self.ids_K]
+            with torch.inference_mode(False):  # so that later copies change its version, which `Blocked` reads
+                rows_KD = self.decoder.head_weight.detach()[self.ids_K]
             self.head_KD = rows_KD if self.head_KD is None else self.head_KD.copy_(rows_KD)
         return {
             "cache": self.decoder.new_cache(batch_size, slots, device, dtype),
@@ -168,7 +169,7 @@ class LMDraft(Drafter):
         if self.ids_K is None:
             return StepOutput(self.decoder.head(hidden), None, hidden)
         assert self.head_KD is not None  # from init_state
-        return StepOutput(project(hidden, self.head_KD, None, self.decoder.streams), self.ids_K, hidden)
+        return StepOutput(project(hidden, self.head_KD, None, self.decoder.blocked), self.ids_K, hidden)
 
     def commit(self, state: State, accepted: Accepted, handle: TargetHandle, span: int) -> None:
         if accepted.path_BP is not None:

@@ -9,7 +9,7 @@ import torch
 
 from trainkit.eval.bench.hardware import examine
 from trainkit.eval.bench.identity import IdentityChecker, tie_tolerance
-from trainkit.eval.bench.timing import choose_kernels, measure, set_threads, warm_up
+from trainkit.eval.bench.timing import measure, set_threads, warm_up
 from trainkit.eval.bench.types import BenchArguments, BenchResult, BenchSetup
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.timing import RoundCost, round_costs
@@ -64,7 +64,6 @@ def _costs(setup: BenchSetup, batch: int) -> dict[tuple[int, str, Any], RoundCos
         fixed = [method for method in setup.methods if method.paths and method.drafter == name]
         for threads in sorted({method.threads for method in [setup.plain, *fixed]}) if fixed else ():
             set_threads(threads)
-            choose_kernels(runner)
             timed = round_costs(runner.rounds, [method.paths for method in fixed], setup.mean_length, batch)
             costs |= {(threads, name, paths): cost for paths, cost in timed.items()}
     return costs

@@ -15,7 +15,6 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
-from trainkit.layers.linear import stream_weights
 from trainkit.runner import Runner
 from trainkit.runner.stats import Stats
 from trainkit.runner.trees.shape import RankPath
@@ -132,7 +131,6 @@ def trainkit_method(
     """
 
     def run(prompts: Prompts, max_new_tokens: int, first: int) -> Generated:
-        choose_kernels(runner)
         if prepare is not None:
             prepare()
         draft: dict[str, object] = {"tree": paths} if paths else {"depth": max_depth, "policy": policy or None}
@@ -143,11 +141,6 @@ def trainkit_method(
         return Generated(tokens, stats, scheduler.rounds_run, {**scheduler.seconds})
 
     return Method(name, "trainkit", max(map(len, paths), default=max_depth), run, paths, drafter, policy)
-
-
-def choose_kernels(runner: Runner) -> None:
-    """Chooses the kernels that a process with this runner alone would use; runners that share a target may differ in them."""
-    stream_weights(runner.rounds.target, *([] if runner.drafter is None else [runner.drafter]))
 
 
 def warm_up(

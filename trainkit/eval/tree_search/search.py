@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from trainkit.errors import UserError
-from trainkit.eval.bench.timing import choose_kernels, set_threads
+from trainkit.eval.bench.timing import set_threads
 from trainkit.eval.tree_search.ranks import Accuracies, Ranks, simulate_decoding
 from trainkit.runner import Runner
 from trainkit.runner.policies.cost_model import interpolate, isotonic
@@ -143,7 +143,6 @@ def measure_costs(runner: Runner, length: int, batch: int, nodes: int, depth: in
     try:
         for threads in sorted({1, all_threads}) if runner.device.type == "cpu" else [all_threads]:
             set_threads(threads)
-            choose_kernels(runner)
             costs = round_costs(runner.rounds, [chain(1), *two_levels, *trees], length, batch)
             plain, first = costs[()].verify, costs[chain(1)].draft
             verify = isotonic([plain, *(costs[paths].verify for paths in trees)])
