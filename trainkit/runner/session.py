@@ -260,6 +260,7 @@ class Session:
             began = perf_counter()
             self._round()
             events += self._deliver(began)
+            self._retire()  # at once, so that nobody finds the NaN of a text that ended with `error`
         return events
 
     def _retire(self) -> None:
@@ -490,7 +491,7 @@ class Session:
                 if request.finish:
                     continue
                 known = len(request.tokens)
-                if call.prefill and int(output.emitted_BP[row, 0]) < 0:
+                if (output.emitted_BP[row, : int(output.counts_B[row])] < 0).any():
                     dtype = str(self._state.cache.dtype).removeprefix("torch.")
                     request.finish = "error"
                     request.error = (
