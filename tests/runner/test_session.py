@@ -22,7 +22,7 @@ from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.options import GenerateOptions
 from trainkit.runner.policies.chain import PolicyChain
 from trainkit.runner.sampling import Mixed, RowSampling, Sampling
-from trainkit.runner.session import Load
+from trainkit.runner.session import Load, Row
 
 SHAPES = {"chain": {"depth": 3}, "tree": {"tree": SIBLINGS}, "dynamic": {"tree": DynamicTree(4, 3, 8)}}
 RESUMABLE = [kind for kind, (name, _) in VARIANTS.items() if load_kind(name).resumable]
@@ -323,6 +323,28 @@ def test_failed_call_leaves_no_nan_to_the_next(lag, seed):
     with pytest.raises(UserError, match="the target's logits are NaN or infinite in float32"):
         runner.generate([[3, 47, 5]], max_new_tokens=8)
     assert runner.scheduler._state.cache.isfinite().all()
+
+
+def test_load_may_be_read_during_a_step(seed):
+    """The server reads the load while its engine thread steps: also where a text leaves its row between two reads."""
+
+    class Leaving(Row):
+        reads, moment = 0, 0
+
+        def __getattribute__(self, name):
+            if name in ("request", "prompt_T"):
+                Leaving.reads += 1
+                if Leaving.reads == Leaving.moment:
+                    self.request = self.prompt_T = None
+            return super().__getattribute__(name)
+
+    runner = pair(noise=None, ends=())
+    for Leaving.moment in range(1, 8):
+        session = open_session(runner, 1, {"depth": 0}, prefill=1)
+        session.submit(runner.request([1] * 9, GenerateOptions(max_new_tokens=1)))
+        session.step()
+        Leaving.reads, session._rows[0] = 0, Leaving(**vars(session._rows[0]))
+        assert session.load.filling <= 1
 
 
 def test_nothing_is_allocated_per_step(seed):

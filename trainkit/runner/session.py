@@ -206,12 +206,12 @@ class Session:
 
     @property
     def load(self) -> Load:
-        """How much there is to do."""
-        owned = [(row, row.request) for row in self._rows if row.request is not None and row.is_owned]
-        live = sum(row.is_live for row, _ in owned)
-        left = sum(row.left for row, _ in owned)
+        """How much there is to do. Another thread may read it during a step: each field of a row is read once."""
+        owned = [(row, request) for row in self._rows if (request := row.request) is not None and not request.finish]
+        unread = [(row, prompt_T) for row, _ in owned if (prompt_T := row.prompt_T) is not None]
+        live, left = len(owned) - len(unread), sum(len(prompt_T) - row.filled for row, prompt_T in unread)
         cached = sum(row.filled + len(request.tokens) for row, request in owned)
-        return Load(live, len(owned) - live, len(self._waiting), left, cached)
+        return Load(live, len(unread), len(self._waiting), left, cached)
 
     def submit(self, request: Request) -> None:
         """Queues a request; requests get rows in the order in which they are submitted.
