@@ -13,7 +13,7 @@ from tests.support.drafters import VARIANTS
 from tests.support.equality import assert_few, compare
 from tests.support.models import SIBLINGS, pair
 from tests.support.pauses import Erratic
-from tests.support.traffic import check_traffic, draws_of_first_levels, finish, open_session
+from tests.support.traffic import check_traffic, copied, draws_of_first_levels, finish, open_session
 from trainkit.drafters.base import load_kind
 from trainkit.errors import UserError
 from trainkit.models.load import load_decoder
@@ -22,7 +22,7 @@ from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.options import GenerateOptions
 from trainkit.runner.policies.chain import PolicyChain
 from trainkit.runner.sampling import Mixed, RowSampling, Sampling
-from trainkit.runner.session import Load
+from trainkit.runner.session import Load, Row
 
 SHAPES = {"chain": {"depth": 3}, "tree": {"tree": SIBLINGS}, "dynamic": {"tree": DynamicTree(4, 3, 8)}}
 RESUMABLE = [kind for kind, (name, _) in VARIANTS.items() if load_kind(name).resumable]
@@ -283,6 +283,69 @@ def test_overflow_ends_only_its_own_request(lag, captured, seed):
     ours = [request.tokens for request in rest]
     assert all(request.finish == "length" for request in rest)
     assert sum(one != other for one, other in zip(ours, alone, strict=True)) <= 1  # a tie
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("lag", "captured"), [(0, False), (1, True)])
+def test_overflow_while_decoding_is_an_error(shape, lag, captured, seed):
+    """A text whose logits become NaN ends with an error, not with arbitrary tokens; the next text in its row is untouched."""
+    runner = pair(max_len=96, ends=())
+    runner.rounds.target.embed.weight.data = runner.rounds.target.embed.weight.clone()
+    options = GenerateOptions(max_new_tokens=12, seed=seed)
+    bad, good = (runner.request(torch.randint(10, 40, (n,)).tolist(), options, n) for n in (20, 3))
+    head, draft_head = runner.rounds.target.head, runner.drafter.decoder.head
+    runner.rounds.target.head = lambda hidden: F.pad(head(hidden)[..., :47], (0, 1), value=chance)
+    runner.drafter.decoder.head = lambda hidden: F.pad(draft_head(hidden)[..., :47], (0, 1), value=-99.0)
+    chance = -99.0
+    alone = runner.generate([good.prompt], max_new_tokens=12, depth=0)[0].tokens
+    runner.rounds.target.embed.weight.data[47] = float("nan")
+    session = open_session(runner, 1, SHAPES[shape], lag, captured)
+    session.submit(bad)
+    session.step()
+    chance = 99.0  # the token whose embedding is NaN is chosen now
+    while not bad.finish:
+        session.step()
+    chance = -99.0
+    assert bad.finish == "error" and "logits are NaN or infinite" in bad.error and set(bad.tokens[-2:]) != {0}
+    assert not session._state.cache.isnan().any()
+    session.submit(good)
+    finish(session)
+    ties = compare(runner.rounds.target, [good.prompt], [good.tokens], [alone], Sampling(), seed)
+    assert good.finish == "length"
+    assert_few(ties, 12)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_failed_call_leaves_no_nan_to_the_next(lag, seed):
+    """Rows are kept from call to call: the NaN of a text that ended a call with an error is gone when the next one begins."""
+    runner = pair(noise=None)
+    runner.scheduler.lag, runner.scheduler.fetch = lag, copied
+    runner.rounds.target.embed.weight.data[47] = float("nan")
+    with pytest.raises(UserError, match="the target's logits are NaN or infinite in float32"):
+        runner.generate([[3, 47, 5]], max_new_tokens=8)
+    assert runner.scheduler._state.cache.isfinite().all()
+
+
+def test_load_may_be_read_during_a_step(seed):
+    """The server reads the load while its engine thread steps: also where a text leaves its row between two reads."""
+
+    class Leaving(Row):
+        reads, moment = 0, 0
+
+        def __getattribute__(self, name):
+            if name in ("request", "prompt_T"):
+                Leaving.reads += 1
+                if Leaving.reads == Leaving.moment:
+                    self.request = self.prompt_T = None
+            return super().__getattribute__(name)
+
+    runner = pair(noise=None, ends=())
+    for Leaving.moment in range(1, 8):
+        session = open_session(runner, 1, {"depth": 0}, prefill=1)
+        session.submit(runner.request([1] * 9, GenerateOptions(max_new_tokens=1)))
+        session.step()
+        Leaving.reads, session._rows[0] = 0, Leaving(**vars(session._rows[0]))
+        assert session.load.filling <= 1
 
 
 def test_nothing_is_allocated_per_step(seed):

@@ -145,7 +145,7 @@ class RoundOutput:
     """What a round emitted, and how much it drafted.
 
     Attributes:
-        emitted_BP: Token ids.
+        emitted_BP: Token ids; -1 where the target's logits are not finite.
         counts_B: Number of tokens that each row emitted.
         logprobs_BP: Log-probabilities of the emitted tokens, if requested.
         depth: Depth of the verified draft.
@@ -253,7 +253,7 @@ class Rounds:
         evaluated = perf_counter()
         # Step 3: accept the longest path that the rule allows; nothing in rows whose text has ended.
         if rule.chooses_by_score and not plan.filters and plan.observe is None and available(logits):
-            verdict, logprobs = self._verify_by_kernels(plan, state, draft, logits)
+            verdict, finite_BN, logprobs = self._verify_by_kernels(plan, state, draft, logits)
         else:
             scores = self.sampling(plan, state).process(logits)
             verdict = rule.verify(draft, scores, noise, state.keys_B2, state.position_B)
@@ -261,6 +261,7 @@ class Rounds:
             verdict = replace(verdict, counts_B=counts_B.masked_fill(state.done_B, 0))
             if plan.observe is not None:
                 plan.observe(Trace(verified, scores, verdict, state.keys_B2.clone(), state.position_B.clone()))
+            finite_BN = logits.amax(-1).isfinite()
             logprobs = _logprobs(plan.top, verdict.along_path(logits), verdict.emitted_BP) if plan.logprobs else {}
         # Step 4: commit the path to both caches; its last token is the next root.
         self._commit_caches(plan, state, verified, verdict, taps, span)
@@ -269,7 +270,7 @@ class Rounds:
         self.seconds["target"] += evaluated - drafted
         self.seconds["verify"] += perf_counter() - evaluated
         return RoundOutput(
-            verdict.emitted_BP,
+            verdict.emitted_BP.masked_fill(~verdict.along_path(finite_BN), -1),
             verdict.counts_B,
             depth=0 if plan.plain else verified.shape.depth,
             drafted=draft.levels if draft.shape.is_chain else verified.shape.size - 1,
@@ -347,8 +348,10 @@ class Rounds:
 
     def _verify_by_kernels(
         self, plan: Plan, state: RoundState, draft: Draft, logits_BNV: Tensor
-    ) -> tuple[Verdict, dict[str, Tensor]]:
-        """What `Coupled` accepts, without tensors of scores and noise, and requested log-probabilities as fields."""
+    ) -> tuple[Verdict, Tensor, dict[str, Tensor]]:
+        """What `Coupled` accepts, without tensors of scores and noise; whether each node's logits are finite; and requested
+        log-probabilities as fields.
+        """
         from trainkit.layers.kernels.choose import choose
         from trainkit.layers.kernels.walk import walk
 
@@ -359,14 +362,15 @@ class Rounds:
         chosen_BN, logprobs_BN = choose(
             logits_BNV, temperature_B, state.keys_B2, positions_BN, plan.verification.stream, plan.logprobs and not plan.top
         )
+        finite_BN = chosen_BN >= 0
         chosen_BN.clamp_(min=0)  # after an overflow a token as good as any
         parents_BN = None if draft.shape.is_chain else draft.topology.parents_BN
         lengths_B = None if draft.packing is None else draft.packing.lengths_B
         fields = walk(chosen_BN, draft.tokens_BN, parents_BN, state.done_B, draft.shape.depth, lengths_B, plan.plain)
         verdict = Verdict(*fields)
         if plan.top:
-            return verdict, _logprobs(plan.top, verdict.along_path(logits_BNV), verdict.emitted_BP)
-        return verdict, {} if logprobs_BN is None else {"logprobs_BP": verdict.along_path(logprobs_BN)}
+            return verdict, finite_BN, _logprobs(plan.top, verdict.along_path(logits_BNV), verdict.emitted_BP)
+        return verdict, finite_BN, {} if logprobs_BN is None else {"logprobs_BP": verdict.along_path(logprobs_BN)}
 
     def _commit_caches(
         self, plan: Plan, state: RoundState, draft: Draft, verdict: Verdict, taps: Tensor | None, span: int

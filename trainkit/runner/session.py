@@ -206,12 +206,12 @@ class Session:
 
     @property
     def load(self) -> Load:
-        """How much there is to do."""
-        owned = [(row, row.request) for row in self._rows if row.request is not None and row.is_owned]
-        live = sum(row.is_live for row, _ in owned)
-        left = sum(row.left for row, _ in owned)
+        """How much there is to do. Another thread may read it during a step: each field of a row is read once."""
+        owned = [(row, request) for row in self._rows if (request := row.request) is not None and not request.finish]
+        unread = [(row, prompt_T) for row, _ in owned if (prompt_T := row.prompt_T) is not None]
+        live, left = len(owned) - len(unread), sum(len(prompt_T) - row.filled for row, prompt_T in unread)
         cached = sum(row.filled + len(request.tokens) for row, request in owned)
-        return Load(live, len(owned) - live, len(self._waiting), left, cached)
+        return Load(live, len(unread), len(self._waiting), left, cached)
 
     def submit(self, request: Request) -> None:
         """Queues a request; requests get rows in the order in which they are submitted.
@@ -260,6 +260,7 @@ class Session:
             began = perf_counter()
             self._round()
             events += self._deliver(began)
+            self._retire()  # at once, so that nobody finds the NaN of a text that ended with `error`
         return events
 
     def _retire(self) -> None:
@@ -490,7 +491,7 @@ class Session:
                 if request.finish:
                     continue
                 known = len(request.tokens)
-                if call.prefill and int(output.emitted_BP[row, 0]) < 0:
+                if (output.emitted_BP[row, : int(output.counts_B[row])] < 0).any():
                     dtype = str(self._state.cache.dtype).removeprefix("torch.")
                     request.finish = "error"
                     request.error = (
