@@ -70,7 +70,7 @@ def fields(sampling: dict) -> dict:
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_texts_are_those_of_generate(server, alone, sampling):
-    """Whole, streamed and of `Runner.generate`: the same texts for texts and token ids, with n = 2, and for a chat."""
+    """Whole and streamed texts equal those of `Runner.generate`: for texts and token ids, with n = 2, and for a chat."""
     client, options = connect(server), {"model": "tiny", "max_tokens": 40, "n": 2}
     expected = [alone.generate([prompt], 40, n=2, **sampling) for prompt in PROMPTS]
     texts = [output.text for outputs in expected for output in outputs]
@@ -161,7 +161,7 @@ def test_seed_repeats_a_text(server):
 
 
 def test_measures_are_in_body_and_last_chunk(server):
-    """`trainkit` in the response holds what decoding counted, and a stream's last chunk the same."""
+    """The field `trainkit` has the counts of decoding, in a whole response and in a stream's last chunk."""
     client, options = connect(server), {"model": "tiny", "prompt": "clips " * 70, "max_tokens": 40, "temperature": 0.0}
     whole = client.completions.create(**options)
     measures = whole.trainkit
@@ -221,7 +221,7 @@ def test_closed_stream_frees_the_row_of_a_session(tiny_target, alone):
 
 
 def test_command_serves_until_sigterm(tiny_target):
-    """The command serves, asks for its key, and ends a stream properly after SIGTERM."""
+    """The command serves, requires its key, and completes a stream after SIGTERM."""
     words = [
         "--target",
         str(tiny_target),
