@@ -26,8 +26,8 @@ def both(decoder: Decoder, forward, monkeypatch) -> list[torch.Tensor]:
     weight = decoder.embed.weight
     before = torch.randn(B, decoder.shape.num_layers, 2 * decoder.shape.num_kv_heads, slots, decoder.shape.head_dim)
     results = []
-    for wanted in (True, False):
-        monkeypatch.setattr(kernels, "available", lambda like, wanted=wanted: wanted)
+    for use_kernels in (True, False):
+        monkeypatch.setattr(kernels, "available", lambda like, use=use_kernels: use)
         cache = before.to(weight).clone()
         with torch.inference_mode():
             results.append([*forward(decoder, cache), cache])
@@ -132,8 +132,8 @@ def test_eagle_layer_in_kernels_equals_pytorch(monkeypatch, seed):
     embedded = torch.randn_like(x)
     for layer, inputs in ((EagleLayer(shape).to(DEVICE), (embedded, x)), (DecoderLayer(shape).to(DEVICE), (x,))):
         results, before = [], torch.randn(2, 4, 40, 16, device=DEVICE)
-        for wanted in (True, False):
-            monkeypatch.setattr(kernels, "available", lambda like, wanted=wanted: wanted)
+        for use_kernels in (True, False):
+            monkeypatch.setattr(kernels, "available", lambda like, use=use_kernels: use)
             cache = before.clone()
             with torch.inference_mode():
                 context = rotary.context(positions, Visible.causal(positions), positions, 40)

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
 
-from tests.support.servers import ScriptedSession, running, scripted_api, wait_until
+from tests.support.servers import ScriptedSession, connect, running, scripted_api, wait_until
 from tests.support.targets import make_tokenizer
 from trainkit.runner.session import Event
 
@@ -34,10 +34,6 @@ def tokenizer():
 def script(tokenizer, text: str = TEXT) -> list[int]:
     """The tokens of a text and the end token."""
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-
-
-def connect(url: str, key: str = "none") -> OpenAI:
-    return OpenAI(base_url=f"{url}/v1", api_key=key, timeout=20, max_retries=0)
 
 
 def numbers(url: str) -> dict[str, float]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
 
 from tests.support.models import lm_draft, near
-from tests.support.servers import launched, running, wait_until
+from tests.support.servers import connect, launched, running, wait_until
 from trainkit import cli
 from trainkit.data.openai_client import CompletionClient, request_seed
 from trainkit.data.text.chat_template import Encoder
@@ -56,10 +56,6 @@ def server(tiny_target):
     """URL of a server that drafts trees over four rows."""
     with running(serve(tiny_target, 4, tree="dynamic:3,2,5")) as (url, _):
         yield url
-
-
-def connect(url: str) -> OpenAI:
-    return OpenAI(base_url=f"{url}/v1", api_key="none", timeout=30, max_retries=0)
 
 
 def fields(sampling: dict) -> dict:
@@ -237,7 +233,7 @@ def test_command_serves_until_sigterm(tiny_target):
     with launched(*words, SECRET="abc") as (url, process):
         with pytest.raises(openai.AuthenticationError):
             connect(url).models.list()
-        client = OpenAI(base_url=f"{url}/v1", api_key="abc", timeout=30, max_retries=0)
+        client = connect(url, "abc")
         options = {"model": "tiny", "prompt": "a", "max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
         stream = client.completions.create(**options, stream=True)
         text = "".join(next(stream).choices[0].text for _ in range(3))
