@@ -94,6 +94,7 @@ def test_chunks_equal_a_whole_prefill(variant, size, runners, seed):
         for step in (size, 100):
             state = runner.rounds.new_state(1, 192)
             state.limit_B.fill_(180)
+            state.ignore_end_B.fill_(True)
             runner.rounds.target.reserve_positions(192)
             for begin in range(0, 100, step):
                 output = runner.rounds.prefill(plan, state, [tokens_T], [begin], [min(begin + step, 100)])

@@ -42,6 +42,7 @@ def decode(
     decoder: Decoder, tokens_BT: Tensor, context: KernelContext, cache_BLGSE: Tensor, taps: Sequence[int]
 ) -> tuple[Tensor, Tensor | None]:
     """As `Decoder.forward`; `taps` are distinct indices from 0 to the number of layers."""
+    assert len(set(taps)) == len(taps)
     residual_MD, layers = decoder.embed(tokens_BT.flatten()), [cast("DecoderLayer", layer) for layer in decoder.layers]
     (M, D), last = residual_MD.shape, len(layers)
     taps_MAD = residual_MD.new_empty(M, len(taps), D)
