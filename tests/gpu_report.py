@@ -1,11 +1,11 @@
-"""A report of everything that needs a GPU, in sections ordered by worth, each with a time budget.
+"""A report of everything that needs a GPU: sections in order of importance, each with a time budget.
 
     python tests/gpu_report.py [--out report.md] [--seconds 460] [--only tests rounds] [--workers 4]
 
-Each section runs in a process of its own. When its budget or the whole time is over it is stopped, and the rows that it had
-finished are kept; what was not run is named. `--out report.md` writes the report after each section, and report.json beside it.
-Without a GPU it prints a line and exits with 0. With `--device cpu --shape tiny` the same code runs in small, which is how it
-is tested without a GPU; kernels then run in Triton's interpreter.
+Each section runs in a process of its own. When its budget or the whole time is over it is stopped, and its finished rows are
+kept; sections that did not run are named. `--out report.md` writes the report after each section, and report.json beside it.
+Without a GPU it prints a line and exits with 0. `--device cpu --shape tiny` runs the same code at small sizes without a
+GPU, for tests; kernels then run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _section(section: Section, seconds: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs a section in a process of its own; its rows so far survive a stop."""
+    """Runs a section in a process of its own; rows that it wrote before a stop are kept."""
     with tempfile.TemporaryDirectory() as folder:
         results, began, state = Path(folder) / "results.json", perf_counter(), ""
         flags = ["--section", section.name, "--results", str(results), "--seconds", str(seconds), "--device", arguments.device]

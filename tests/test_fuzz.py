@@ -238,5 +238,5 @@ def test_any_traffic_gives_each_request_its_text(number, drafts, way, rows, toge
         drafts, captured = {"tree": PolicyChain(Erratic(4), runner.device)}, False
     prefill, sharing = data.draw(st.sampled_from([1, 7, 64, None])), data.draw(st.booleans())
     session = open_session(runner, rows, drafts, lag, captured, prefill=prefill, sharing=sharing, together=together)
-    tokens, ties = check_traffic(runner, session, draw, number, count=8, most=25)
+    tokens, ties = check_traffic(runner, session, draw, number, count=8, longest=25)
     assert_few(ties, tokens)

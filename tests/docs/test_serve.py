@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "serve.md"
 
 
 def test_commands_and_snippet_of_the_page_run(tmp_path, monkeypatch):
-    """The page's server starts, curl and the Python example get answers, and the server with a key asks for it."""
+    """The page's server starts, curl and the Python example get answers, and the server with a key requires it."""
     target = make_target(tmp_path / "TARGET")
     drafter = load_kind("lm")(target_shape(target))
     drafter.initialise(FrozenTarget(target))

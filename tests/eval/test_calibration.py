@@ -102,7 +102,7 @@ def test_baselines_are_fitted_on_their_records(tmp_path):
 
 
 def test_online_model_predicts_before_it_learns(seed):
-    """It starts from its fixed parameters, learns rounds that end at a rejection, and nears the loss of the true model."""
+    """It starts from the fixed parameters, learns from rounds that end at a rejection, and approaches the true model's loss."""
     rounds, depth, truth = 1500, 4, torch.tensor([0.9, 0.3, -0.2, 0.5])
     feature = 2 * torch.randn(rounds, depth, dtype=torch.float64) + 1
     chance = (1.4 * feature + truth).sigmoid()

@@ -20,14 +20,14 @@ WIDE = DecoderShape(96, 64, 128, 2, 4, 2, 16, max_positions=512)
 
 
 def both(decoder: Decoder, forward, monkeypatch) -> list[torch.Tensor]:
-    """What `forward` gives in kernels and in PyTorch, from the same cache, with the caches after it."""
+    """The results of `forward` in kernels and in PyTorch from the same cache, and the caches after it."""
     B, slots = 2, 40
     decoder.reserve_positions(slots)
     weight = decoder.embed.weight
     before = torch.randn(B, decoder.shape.num_layers, 2 * decoder.shape.num_kv_heads, slots, decoder.shape.head_dim)
     results = []
-    for wanted in (True, False):
-        monkeypatch.setattr(kernels, "available", lambda like, wanted=wanted: wanted)
+    for use_kernels in (True, False):
+        monkeypatch.setattr(kernels, "available", lambda like, use=use_kernels: use)
         cache = before.to(weight).clone()
         with torch.inference_mode():
             results.append([*forward(decoder, cache), cache])
@@ -107,7 +107,7 @@ def test_16_bit_rows_do_not_depend_on_the_other_rows(monkeypatch, seed):
 @pytest.mark.parametrize("batch", [1, 3, 6])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_16_bit_chain_equals_plain_decoding(temperature, batch, seed):
-    """To the last token, though the likeliest tokens are close to each other, in batches of up to 30 rows."""
+    """Texts are equal to the last token, although the likeliest tokens have close scores, in batches of up to 30 rows."""
     for dtype in (torch.float16, torch.bfloat16):
         runner = noisy_16_bit_pair(DEVICE, dtype, batch)
         prompts = [torch.randint(2048, (int(n),)).tolist() for n in torch.randint(1, 120, (12,))]
@@ -132,8 +132,8 @@ def test_eagle_layer_in_kernels_equals_pytorch(monkeypatch, seed):
     embedded = torch.randn_like(x)
     for layer, inputs in ((EagleLayer(shape).to(DEVICE), (embedded, x)), (DecoderLayer(shape).to(DEVICE), (x,))):
         results, before = [], torch.randn(2, 4, 40, 16, device=DEVICE)
-        for wanted in (True, False):
-            monkeypatch.setattr(kernels, "available", lambda like, wanted=wanted: wanted)
+        for use_kernels in (True, False):
+            monkeypatch.setattr(kernels, "available", lambda like, use=use_kernels: use)
             cache = before.clone()
             with torch.inference_mode():
                 context = rotary.context(positions, Visible.causal(positions), positions, 40)

@@ -49,22 +49,22 @@ def runners(tiny_target):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("lag", "captured"), [(0, False), (1, True), (2, True)])
 def test_texts_equal_those_of_requests_alone(shape, lag, captured, seed):
-    """Random arrivals, cancellations, lengths, rows, budgets and sampling: each text is that of its request alone."""
+    """With random arrivals, cancellations, lengths, rows, budgets and sampling, each text equals that of its request alone."""
     draw, tokens, ties = random.Random(seed), 0, []
     runner = pair(max_len=260)
     for _ in range(2):
         rows, prefill = draw.randint(1, 4), draw.choice([7, 64, 512, None])
         session = open_session(runner, rows, SHAPES[shape], lag, captured, prefill=prefill, together=draw.choice([1, 4]))
-        more, found = check_traffic(runner, session, draw, seed, count=8, most=25)
+        more, found = check_traffic(runner, session, draw, seed, count=8, longest=25)
         tokens, ties = tokens + more, ties + found
     assert_few(ties, tokens)
 
 
 def test_texts_under_a_policy_equal_those_alone(seed):
-    """With a policy that pauses, cuts and drops drafts, and prompts that the drafter reads later, as well."""
+    """The same holds with a policy that pauses, cuts and drops drafts, and with prompts that the drafter reads later."""
     draw, runner = random.Random(seed), pair(max_len=260)
     session = open_session(runner, 3, {"tree": PolicyChain(Erratic(4), runner.device)}, prefill=64)
-    tokens, ties = check_traffic(runner, session, draw, seed, count=12, most=25)
+    tokens, ties = check_traffic(runner, session, draw, seed, count=12, longest=25)
     assert_few(ties, tokens)
 
 
@@ -72,7 +72,7 @@ def test_texts_under_a_policy_equal_those_alone(seed):
     "samplings", [[(0.0, 0, 1.0), (0.7, 5, 0.8)], [(1.0, 0, 1.0), (0.5, 0, 0.3), (2.0, 40, 1.0), (0.0, 3, 0.5)]]
 )
 def test_rows_are_processed_as_each_alone(samplings, seed):
-    """Bit for bit, ties of equal logits included: rows of different parameters together as `Sampling` does each."""
+    """Rows with different parameters get, bit for bit, the scores of `Sampling` for each row, equal logits included."""
     alone = [Sampling(*sampling) for sampling in samplings]
     logits_BNV = torch.randn(len(alone), 3, 48).mul(3).round().div(2)  # many are equal
     temperature, top_k, top_p = (torch.tensor(column) for column in zip(*samplings, strict=True))
@@ -86,7 +86,7 @@ def test_rows_are_processed_as_each_alone(samplings, seed):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_chunks_equal_a_whole_prefill(variant, size, runners, seed):
-    """Whatever the size of the chunks, the target's cache and the first draft are those of a whole prefill."""
+    """For every chunk size, the target's cache and the first draft equal those of a whole prefill."""
     runner = runners(variant)
     plan = runner._plan(GenerateOptions(depth=2))
     tokens_T, found = torch.randint(0, 300, (100,)), []
@@ -109,7 +109,7 @@ def test_chunks_equal_a_whole_prefill(variant, size, runners, seed):
 @pytest.mark.parametrize("variant", RESUMABLE)
 @pytest.mark.parametrize("prefill", [None, 24])
 def test_prompts_read_together_equal_each_alone(variant, prefill, runners, seed, monkeypatch):
-    """One call reads the prompts of several rows, padded: texts and draft logits are those of a call for each."""
+    """If one call reads the padded prompts of several rows, texts and draft logits equal those of one call per row."""
     runner, found, calls = runners(variant), [], []
     prompts = [torch.randint(0, 300, (n,)).tolist() for n in (5, 30, 1, 17)]
     options = GenerateOptions(max_new_tokens=12, seed=seed, ignore_end=True, temperature=1.0)
@@ -137,7 +137,7 @@ def test_prompts_read_together_equal_each_alone(variant, prefill, runners, seed,
 @pytest.mark.parametrize("donor", ["live", "filling", "free", "turn"])
 @pytest.mark.parametrize("variant", RESUMABLE)
 def test_resumed_rows_equal_fresh_ones(variant, donor, runners, seed):
-    """A prompt that takes over another row's beginning gets the text and the draft logits of a fresh row.
+    """A prompt that reuses another row's prefix gets the same text and draft logits as in a new row.
 
     The other row is decoding, reading its prompt, or free; in `turn` the prompt continues what that row has written.
     """
@@ -235,7 +235,7 @@ def test_requests_are_admitted_in_order(seed):
 
 
 def test_long_prompts_do_not_stop_others(seed):
-    """While a long prompt is read in pieces, the text beside it goes on in every step."""
+    """While a long prompt is read in chunks, the other text continues in every step."""
     runner = pair(ends=(), max_len=600)
     session = open_session(runner, 2, {"depth": 0}, prefill=16)
     short, long = runner.request([1, 2], GenerateOptions(max_new_tokens=60)), runner.request([3] * 400, GenerateOptions(), 1)
@@ -264,7 +264,7 @@ def test_requests_that_cannot_fit_are_refused_at_once(seed):
 
 @pytest.mark.parametrize(("lag", "captured"), [(0, False), (1, True)])
 def test_overflow_ends_only_its_own_request(lag, captured, seed):
-    """Where the target's logits are NaN the request ends with an error; others, also later in the same row, are untouched."""
+    """If the target's logits are NaN the request ends with an error; others, also later ones in the same row, are unchanged."""
     runner = pair(max_len=96, ends=())
     options = GenerateOptions(max_new_tokens=8, seed=seed)
     good = [torch.randint(10, 40, (n,)).tolist() for n in (5, 9, 3, 7)]
@@ -349,7 +349,7 @@ def test_load_may_be_read_during_a_step(seed):
 
 
 def test_nothing_is_allocated_per_step(seed):
-    """Python objects do not pile up: memory after many steps is that after a few, but for the tokens."""
+    """Memory does not grow: after many steps it is the same as after a few, except for the tokens."""
     runner = pair(ends=(), max_len=500)
     session = open_session(runner, 2, {"depth": 2})
     for index in range(2):
@@ -382,7 +382,7 @@ def test_rows_move_down_only_when_nobody_waits(seed):
 
 
 def test_row_that_was_moved_away_is_no_donor(seed):
-    """A text moves to a lower row and writes on there: what its old row holds ends where it moved, so nobody may take it."""
+    """After a text moves to a lower row, its old row's cache lacks the later tokens, so no prompt may reuse it."""
     runner = pair(ends=(), max_len=300)
     session = open_session(runner, 2, {"depth": 2})
     options = GenerateOptions(max_new_tokens=100, seed=seed)

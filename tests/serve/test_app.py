@@ -16,9 +16,9 @@ from contextlib import contextmanager
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
 
-from tests.support.servers import ScriptedSession, running, scripted_api, wait_until
+from tests.support.servers import ScriptedSession, connect, running, scripted_api, wait_until
 from tests.support.targets import make_tokenizer
 from trainkit.runner.session import Event
 
@@ -34,10 +34,6 @@ def tokenizer():
 def script(tokenizer, text: str = TEXT) -> list[int]:
     """The tokens of a text and the end token."""
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-
-
-def connect(url: str, key: str = "none") -> OpenAI:
-    return OpenAI(base_url=f"{url}/v1", api_key=key, timeout=20, max_retries=0)
 
 
 def numbers(url: str) -> dict[str, float]:
@@ -56,7 +52,7 @@ def server(tokenizer):
 
 
 def test_models_are_listed_and_retrieved(server):
-    """The one model is listed, and retrieved by its name; another is not found."""
+    """The served model is listed, and retrieved by its name; another name is not found."""
     client = connect(server)
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").max_model_len == 512
@@ -228,7 +224,7 @@ def test_other_model_is_not_found(server):
 
 
 def test_malformed_requests_never_fail_the_server(server, seed):
-    """200 random bodies: mutated requests, wrong types and random bytes give 4xx or an answer, and the server goes on."""
+    """200 random bodies: mutated requests, wrong types and random bytes give 4xx or an answer, and the server continues."""
     draw = random.Random(seed)
     with httpx.Client(base_url=f"{server}/v1", timeout=20) as client:
         for _ in range(200):
@@ -352,7 +348,7 @@ def test_client_that_stops_reading_is_dropped(tokenizer, monkeypatch):
 
 @contextmanager
 def silent_client(url: str, tokens: int) -> Iterator[None]:
-    """A client that asks for a stream of so many tokens and never reads."""
+    """A client that requests a stream of this many tokens and never reads."""
     body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": tokens, "stream": True, "logprobs": 0}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     with socket.socket() as silent:
@@ -392,7 +388,7 @@ def test_engine_failure_answers_all_and_health_is_503(tokenizer, caplog):
 
 
 def test_text_that_cannot_be_decoded_fails_alone(tokenizer):
-    """A text that the session gives up gives 500 with its reason; the server goes on."""
+    """A text that the session ends with an error gives 500 with the reason; the server continues."""
 
     class Broken(ScriptedSession):
         def step(self):
@@ -413,7 +409,7 @@ def test_text_that_cannot_be_decoded_fails_alone(tokenizer):
 
 @pytest.mark.parametrize(("grace", "cut"), [(10.0, False), (0.2, True)], ids=["ends", "cut"])
 def test_stopping_server_lets_streams_end(tokenizer, grace, cut):
-    """A stopping server refuses new requests and lets a stream end; after the grace period it tells the client."""
+    """A stopping server refuses new requests and lets a stream end; after the grace period the client gets an error."""
     session = ScriptedSession([5], rows=1, per_step=1, seconds=0.005)
     with running(scripted_api(tokenizer, session), grace) as (url, server):
         stream = connect(url).completions.create(model="tiny", prompt="a", max_tokens=200, stream=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
 
 from tests.support.models import lm_draft, near
-from tests.support.servers import launched, running, wait_until
+from tests.support.servers import connect, launched, running, wait_until
 from trainkit import cli
 from trainkit.data.openai_client import CompletionClient, request_seed
 from trainkit.data.text.chat_template import Encoder
@@ -58,10 +58,6 @@ def server(tiny_target):
         yield url
 
 
-def connect(url: str) -> OpenAI:
-    return OpenAI(base_url=f"{url}/v1", api_key="none", timeout=30, max_retries=0)
-
-
 def fields(sampling: dict) -> dict:
     """The sampling as arguments of OpenAI's client, which does not know `top_k`."""
     known = {name: value for name, value in sampling.items() if name != "top_k"}
@@ -70,7 +66,7 @@ def fields(sampling: dict) -> dict:
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_texts_are_those_of_generate(server, alone, sampling):
-    """Whole, streamed and of `Runner.generate`: the same texts for texts and token ids, with n = 2, and for a chat."""
+    """Whole and streamed texts equal those of `Runner.generate`: for texts and token ids, with n = 2, and for a chat."""
     client, options = connect(server), {"model": "tiny", "max_tokens": 40, "n": 2}
     expected = [alone.generate([prompt], 40, n=2, **sampling) for prompt in PROMPTS]
     texts = [output.text for outputs in expected for output in outputs]
@@ -161,7 +157,7 @@ def test_seed_repeats_a_text(server):
 
 
 def test_measures_are_in_body_and_last_chunk(server):
-    """`trainkit` in the response holds what decoding counted, and a stream's last chunk the same."""
+    """The field `trainkit` has the counts of decoding, in a whole response and in a stream's last chunk."""
     client, options = connect(server), {"model": "tiny", "prompt": "clips " * 70, "max_tokens": 40, "temperature": 0.0}
     whole = client.completions.create(**options)
     measures = whole.trainkit
@@ -221,7 +217,7 @@ def test_closed_stream_frees_the_row_of_a_session(tiny_target, alone):
 
 
 def test_command_serves_until_sigterm(tiny_target):
-    """The command serves, asks for its key, and ends a stream properly after SIGTERM."""
+    """The command serves, requires its key, and completes a stream after SIGTERM."""
     words = [
         "--target",
         str(tiny_target),
@@ -237,7 +233,7 @@ def test_command_serves_until_sigterm(tiny_target):
     with launched(*words, SECRET="abc") as (url, process):
         with pytest.raises(openai.AuthenticationError):
             connect(url).models.list()
-        client = OpenAI(base_url=f"{url}/v1", api_key="abc", timeout=30, max_retries=0)
+        client = connect(url, "abc")
         options = {"model": "tiny", "prompt": "a", "max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
         stream = client.completions.create(**options, stream=True)
         text = "".join(next(stream).choices[0].text for _ in range(3))

@@ -1,4 +1,4 @@
-"""The sections of the GPU report (tests/gpu_report.py), in the order of their worth."""
+"""The sections of the GPU report (tests/gpu_report.py), in order of importance."""
 
 # M rows  N outputs  K inputs  B batch  T positions
 
@@ -47,7 +47,7 @@ class Section:
 
 
 class Table:
-    """Rows of a section, written to a file after each, so that a stopped section keeps what it had."""
+    """Rows of a section, written to a file after each, so that a stopped section keeps its rows."""
 
     def __init__(self, file: Path, arguments: argparse.Namespace) -> None:
         self.file, self.arguments = file, arguments
@@ -79,7 +79,7 @@ class Table:
 
     @contextmanager
     def row_or_reason(self, *first: object) -> Iterator[None]:
-        """A row that is not completed says why, and the section goes on."""
+        """If the row cannot be completed, writes the reason in its place; the section continues."""
         try:
             yield
         except Exception as error:

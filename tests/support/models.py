@@ -171,7 +171,7 @@ def table_runner(target_PVV: Tensor, draft_PVV: Tensor, max_batch: int, max_len:
 
 
 def noisy_16_bit_pair(device: torch.device, dtype: torch.dtype, max_batch: int = 8) -> Runner:
-    """A target in 16 bits whose likeliest tokens are close, so that any other rounding changes texts; and a draft.
+    """A 16-bit target whose likeliest tokens have close scores, so that different rounding changes texts; and a draft.
 
     On a CPU it is small, because Triton's interpreter runs it.
     """

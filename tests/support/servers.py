@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from openai import OpenAI
+
 from trainkit.runner.request import Request
 from trainkit.runner.sampling import request_keys
 from trainkit.runner.session import Event
@@ -74,6 +76,11 @@ def launched(*words: str, **environment: str) -> Iterator[tuple[str, subprocess.
         process.stderr.close()
 
 
+def connect(url: str, key: str = "none") -> OpenAI:
+    """A client without retries."""
+    return OpenAI(base_url=f"{url}/v1", api_key=key, timeout=30, max_retries=0)
+
+
 def wait_until(condition: Any, seconds: float) -> None:
     """Waits until the condition holds; fails after so many seconds."""
     end = time.perf_counter() + seconds
@@ -107,9 +114,9 @@ class ScriptedSession:
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        for place in (self.live, self.waiting):
-            if request in place:
-                place.remove(request)
+        for requests in (self.live, self.waiting):
+            if request in requests:
+                requests.remove(request)
 
     def step(self) -> list[Event]:
         time.sleep(self.seconds)

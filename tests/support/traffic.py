@@ -34,7 +34,7 @@ def copied(output: RoundOutput):
 def open_session(
     runner: Runner, rows: int, shaped: dict[str, Any], lag: int = 0, captured: bool = False, **more: Any
 ) -> Session:
-    """A session of this runner that reads `lag` calls behind, with the stand-in for captured rounds if wanted."""
+    """A session of this runner that reads `lag` calls behind, with the stand-in for captured rounds if `captured`."""
     graphs = Replayed() if captured else None
     plan = runner._plan(GenerateOptions(**shaped))
     return Session(runner.rounds, rows, runner.max_len, plan, graphs, lag=lag, fetch=copied, **more)
@@ -60,9 +60,9 @@ class Visitor:
 
 
 def check_traffic(
-    runner: Runner, session: Session, draw: random.Random, seed: int, count: int, most: int
+    runner: Runner, session: Session, draw: random.Random, seed: int, count: int, longest: int
 ) -> tuple[int, list[Tie]]:
-    """Sends `count` random requests of at most `most` new tokens; returns the number of tokens, and the ties.
+    """Sends `count` random requests of at most `longest` new tokens; returns the number of tokens, and the ties.
 
     Prompts begin with parts of one text, so that prefixes are shared; some continue what an earlier request wrote.
     """
@@ -77,7 +77,7 @@ def check_traffic(
         else:
             begins = base[: draw.choice([0, 0, 65, 70, 129, 150])]
         prompt = begins + [draw.randrange(48) for _ in range(draw.randint(1, 20))]
-        options = {"max_new_tokens": draw.randint(1, most), "ignore_end": draw.random() < 0.5, **draw.choice(SAMPLINGS)}
+        options = {"max_new_tokens": draw.randint(1, longest), "ignore_end": draw.random() < 0.5, **draw.choice(SAMPLINGS)}
         chosen = GenerateOptions(seed=seed, **options)
         return Visitor(runner.request(prompt, chosen, len(visitors), (len(visitors), 0)), chosen, [])
 

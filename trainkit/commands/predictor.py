@@ -19,8 +19,8 @@ def predictor(bundle: Path, *, data: Path, json: str | None = None, plot: str | 
     """Log-loss (nats per record), calibration error and AUC of a bundle's acceptance predictor, by temperature and position.
 
     The table also shows baselines that were fitted on the predictor's training records: a constant, the draft's highest
-    probability, and that probability recalibrated; and the online logistic model, which learns from the very records that it
-    predicts, each after its prediction. If the data is the predictor's training set, only the prompts held out from training
+    probability, and that probability recalibrated; and the online logistic model, which learns from each record after it
+    has predicted it. If the data is the predictor's training set, only the prompts held out from training
     are used.
 
     Args:

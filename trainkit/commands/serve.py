@@ -1,4 +1,4 @@
-"""`trainkit serve`: loads the models, and answers OpenAI clients until it is stopped."""
+"""`trainkit serve`: loads the models and answers OpenAI clients until it is stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainkit.runner.options import GenerateOptions
 from trainkit.runner.round import PREFILL_CHUNK
 
 MAX_LEN = 4096
-"""Default of `--max_len`, if the target covers as many positions: each row's cache has room for so many tokens."""
+"""Default of `--max_len`, or fewer if the target covers fewer positions."""
 
 
 def serve(
@@ -39,13 +39,14 @@ def serve(
     device: str = "auto",
     dtype: str = "float32",
 ) -> None:
-    """Serves a target, with a drafter the same texts sooner, to OpenAI clients at http://HOST:PORT/v1.
+    """Serves a target to OpenAI clients at http://HOST:PORT/v1; with a drafter the texts are the same and come sooner.
 
     Endpoints: /v1/completions, /v1/chat/completions and /v1/models as OpenAI documents them, /health, and /metrics for
-    Prometheus. Fields of requests that are not implemented (penalties, tools, JSON schemas, ...) are refused by name. One
-    model, one device, one process: it is for trying a drafter with real clients and for measuring it under load.
+    Prometheus. A request with a field that is not implemented (penalties, tools, JSON schemas, ...) gets an error that names
+    it. The server runs one model on one device in one process; it is for trying a drafter with real clients and for measuring
+    it under load.
 
-    SIGTERM or Ctrl-C ends it: texts that are being decoded have 30 s to end.
+    SIGTERM or Ctrl-C stops the server; texts that are being decoded have 30 s to end.
 
     Examples:
         trainkit serve --target models/target --drafter models/draft
@@ -57,18 +58,18 @@ def serve(
         drafter: Drafter bundle, or a plain folder of a small model with the same tokenizer.
         host: Address to listen on; by default only programs on this machine can connect. 0.0.0.0 is every IPv4 address.
         port: Port to listen on; 0 takes any free one.
-        rows: Number of texts decoded together; more wait.
+        rows: Number of texts decoded together; further ones wait.
         max_len: Largest number of tokens of prompt and text together; each row has room for them. By default 4096, or as
             many as the target covers if these are fewer.
-        queue: Number of texts that may wait for a row; with more, requests are refused with status 429.
-        prefill: Number of tokens of prompts read between two rounds while texts are decoded.
+        queue: Number of texts that may wait for a row; if it is full, requests are refused with status 429.
+        prefill: Largest number of prompt tokens read between two rounds while texts are decoded.
         depth: Number of tokens drafted in a round, as a chain; 0 decodes plainly. By default the tree that the drafter's bundle
             recommends, or a chain of 4.
         tree: Draft a tree instead of a chain, as in `generate`.
         policy: Choose the depth in every round, as in `generate`.
-        sharing: Whether a prompt takes over the cache of an earlier one that begins alike.
+        sharing: Whether a prompt reuses the cached prefix that it has in common with an earlier text.
         served_name: Name of the model for clients; by default that of the target's folder.
-        api_key_env: Name of an environment variable that holds the API key which /v1 asks for.
+        api_key_env: Name of an environment variable that holds the API key; /v1 then requires it.
         device: Torch device; `auto` uses a GPU if there is one.
         dtype: float32, bfloat16 or float16.
 
@@ -92,7 +93,7 @@ def serve(
         raise UserError(f"api_key_env {api_key_env}: this environment variable is not set; put the key into it")
     socket = bind(host, port)
     if key is None and not ipaddress.ip_address(socket.getsockname()[0]).is_loopback:
-        note(f"{host} can be reached from other machines, and no API key is asked for; --api_key_env sets one")
+        note(f"{host} can be reached from other machines, and no API key is required; --api_key_env sets one")
     # Load, and serve.
     quiet_libraries()
     if max_len is None and Path(target).is_dir():

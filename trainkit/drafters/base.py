@@ -150,9 +150,9 @@ class Chunk:
         positions_BT: Absolute positions, consecutive. The first is 0 at the start of a text; otherwise the chunk continues
             where the last one, or the last `commit` or `resume`, ended.
         taps_BTAD: The target's hidden states there, as named by `Drafter.taps`; None if it names none.
-        continues: Whether the rows have read text before: then no row starts at 0, otherwise all do.
-        counts_B: Number of tokens of each row, at least 1, where rows differ: what follows is padding, whose cache entries are
-            written again before they are read. None if there is none; always None for kinds that are not `resumable`.
+        continues: Whether the rows have read text before; if so no row starts at position 0, otherwise all rows do.
+        counts_B: Number of tokens of each row, at least 1, if rows differ. The rest is padding, whose cache entries are
+            overwritten before they are read. None without padding; always None for kinds that are not `resumable`.
     """
 
     tokens_BT: Tensor
@@ -216,7 +216,7 @@ class Frontier:
         return self.positions_BF if self.is_chain else self.root_B[:, None] + self.nodes_F
 
     def visible(self, root_slot: int = 0) -> Visible:
-        """What the nodes see of a cache: the root's slot is its position + `root_slot`, those of the nodes follow by number."""
+        """The slots that the nodes attend to: the root's slot is its position + `root_slot`; the others follow by number."""
         first_B = self.positions_BF[:, 0] if self.is_chain else self.root_B
         return Visible((first_B + root_slot).int(), self.bits_BFW)
 
@@ -291,8 +291,9 @@ class Drafter(nn.Module, ABC):
             layers; the last index, also -1, is after the final norm); () for none.
         default_tree: Rank paths of the tree that it drafts if none is requested; None for a chain. A bundle may recommend
             another.
-        resumable: `prefill` may begin at any position of a row that has read the same text up to there, also after it read
-            more, drafted and committed: whatever lies above is then never read again. The runner calls `resume` before.
+        resumable: `prefill` may begin at any position of a row that has read the same text up to there, even if the row has
+            since read more, drafted and committed: entries above that position are not read. The runner calls `resume`
+            first.
         max_depth: Maximum number of levels it can draft; None for no limit.
         max_width: Maximum number of nodes it can expand on one level; None for no limit.
         ids_K: Token ids it may propose, ascending; None for all.
@@ -350,9 +351,9 @@ class Drafter(nn.Module, ABC):
         """
 
     def resume(self, state: State, previous_B1: Tensor) -> None:
-        """Takes rows back to a position of their text; `previous_B1` are the tokens before it, and `prefill` continues there.
+        """Sets rows back to a position of their text, where `prefill` continues; `previous_B1` are the tokens before it.
 
-        For `resumable` kinds that keep more of the text before a position than their cache does.
+        Needed for `resumable` kinds whose state holds more of the earlier text than their cache.
         """
 
     @abstractmethod

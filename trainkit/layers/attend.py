@@ -14,7 +14,7 @@ def attend(q_BTHE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, bias_B1RS: Tensor) ->
     (B, T, H, E), G = q_BTHE.shape, k_BGSE.shape[1]
     q_BGRE = q_BTHE.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * T, E)
     y_BGRE = F.scaled_dot_product_attention(q_BGRE, k_BGSE, v_BGSE, attn_mask=bias_B1RS)
-    # the library may return any strides, so that heads and rows need not be one dimension
+    # the library may return any strides, so no view that joins heads and rows
     return y_BGRE.unflatten(2, (H // G, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 

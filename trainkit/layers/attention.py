@@ -48,7 +48,7 @@ def rotary_table(shape: DecoderShape, length: int) -> Tensor:
 
 
 MAX_KERNEL_QUERIES = 128
-"""Largest number of a row's queries that kernels take; more of them (prefill, scores) share each read of a key anyway."""
+"""Largest number of queries per row for the kernels; with more (prefill, scoring) PyTorch reads each key for many queries."""
 
 
 class Rotary(nn.Module):
@@ -83,8 +83,8 @@ class Rotary(nn.Module):
             positions_BT: Absolute positions.
             seen: What each query sees, of the sequence itself or of a cache; a tensor is an additive bias [B, T, S].
             slots_BT: Cache slots of the new keys and values; None without a cache.
-            span: Number of slots that `seen` is about: with a cache an upper bound, known on the host, of those in use; T by
-                default, as without a cache.
+            span: Number of slots that the bias covers: with a cache an upper bound, known on the host, of those in use; T by
+                default, which is right without a cache.
             packing: As in `Context`.
         """
         shape, T = self.shape, positions_BT.shape[1]
@@ -167,7 +167,7 @@ class Context:
 
 @dataclass(frozen=True)
 class KernelContext:
-    """The same for layers that run in kernels over a cache (layers/fused.py).
+    """As `Context`, for layers that run in kernels over a cache (layers/fused.py).
 
     Attributes:
         rope_S2E: The rotary table.

@@ -1,9 +1,9 @@
-"""A decoder's layers over a cache in few kernels, as decoding on a GPU runs them: nine of them a layer.
+"""A decoder's layers over a cache as decoding on a GPU runs them: nine kernels per layer.
 
 It computes what `DecoderLayer` does, with fewer roundings: sums stay in float32 until they are added to the residual stream.
-With 16-bit weights and up to `MAX_ROWS` rows (B * T) under a causal mask, a row's hidden state and logits do not depend, to the
-last bit, on the other rows nor on their number. So plain decoding and the verification of a chain take the same tokens. More
-rows take a library's matrix products, and so do float32 weights.
+With 16-bit weights and up to `MAX_ROWS` rows (B * T) under a causal mask, a row's hidden state and logits are bitwise
+independent of the other rows and of their number. So plain decoding and the verification of a chain choose the same tokens.
+More rows and float32 weights use the library's matrix products.
 """
 
 # B batch  T positions  M rows: B * T, or packed positions  N outputs  S parts  D hidden  V vocabulary  A taps

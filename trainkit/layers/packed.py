@@ -1,4 +1,4 @@
-"""Weights stored in fewer bytes than 16 a value, as the decoding kernels read them (layers/kernels/few_rows.py).
+"""Weights stored in fewer than 16 bits per value, as the decoding kernels read them (layers/kernels/few_rows.py).
 
 A dense weight [N, K] becomes words of 32 bits that hold 4 or 8 values, and scales:
 
@@ -52,7 +52,7 @@ class Packed:
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.words, self.scale))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] that the packed one stands for."""
+        """The weight [N, K], unpacked."""
         N, K = self.shape
         bits, P = 32 // VALUES[self.kind], plane(K, self.kind)
         shifts_I1 = torch.arange(0, 32, bits, device=self.words.device)[:, None]
@@ -76,7 +76,7 @@ def pack(weight_NK: Tensor, kind: str) -> Packed:
     """Packs a weight by rounding its values to the nearest, with the largest magnitude of each row or group in range.
 
     Raises:
-        ValueError: unknown kind, or columns that the kind's blocks do not divide.
+        ValueError: unknown kind, or a number of columns that is not a multiple of the kind's blocks.
     """
     N, K = weight_NK.shape
     if kind not in VALUES:

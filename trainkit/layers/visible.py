@@ -1,8 +1,8 @@
 """Which cache slots each query attends to, as lengths and bits on the device.
 
 One form serves chains, trees and prefill, because a round's nodes lie in the slots from its root on: every slot before the root
-is visible, and of the round's own slots those whose bit is set. A Triton kernel reads it as it is; CPUs use it as an additive
-bias.
+is visible, and of the round's own slots those whose bit is set. A Triton kernel reads this form directly; CPUs use it as an
+additive bias.
 """
 
 # B batch  T queries  S cache slots  N nodes  W words of 64 bits

@@ -218,7 +218,7 @@ class Runner:
                 shown = len(known)
 
     def session(self, rows: int, options: GenerateOptions, prefill: int = PREFILL_CHUNK, sharing: bool = True) -> Session:
-        """A session of its own over `rows` rows of `max_len` tokens, into which requests come and go; see `Session`.
+        """A new session over `rows` rows of `max_len` tokens, for requests that join and leave; see `Session`.
 
         Args:
             rows: Number of texts decoded together.
@@ -230,13 +230,15 @@ class Runner:
         return Session(self.rounds, rows, self.max_len, self._plan(options), graphs, prefill=prefill, sharing=sharing)
 
     def request(self, prompt: Prompt, options: GenerateOptions, index: int = 0, draws: tuple[int, int] = (0, 0)) -> Request:
-        """The request that continues a prompt, for `Session.submit`; of the options it takes those that rounds do not share:
-        length, sampling, seed, stop strings and end tokens.
+        """The request that continues a prompt, for `Session.submit`.
+
+        It takes the options that requests of a session need not share: length, sampling, seed, stop strings, end tokens and
+        log-probabilities.
 
         Args:
             prompt: As in `generate`.
-            options: The options.
-            index: Number that errors name.
+            options: The request's options; draft and verification are ignored.
+            index: Number of the prompt in error messages.
             draws: As in `generate_each`.
 
         Raises:

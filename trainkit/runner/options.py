@@ -35,9 +35,10 @@ class GenerateOptions:
             [[0],[1],[0,0]] is a static tree of rank paths: the root's two likeliest children, and the first one's likeliest
             child.
         policy: Choose the depth in every round, up to `depth` (10 by default). cost: draft while the next token is worth more
-            than it costs on this machine, by the best signal that there is, or cost:SIGNAL by this one; logistic:P,
-            predictor:P and confidence:P: until the acceptance learnt while decoding, that of the trained predictor, or the
-            draft's own probability, falls below P; ema: by what was recently accepted; fixed: always `depth`. The text is the
+            than it costs on this machine, by the best signal available; cost:SIGNAL: by this signal (logistic,
+            predictor or confidence). logistic:P, predictor:P and confidence:P: until the acceptance predicted by the online
+            logistic model or by the trained predictor, or the draft's own probability, falls below P. ema: by recent
+            acceptance; fixed: always `depth`. The text is the
             same under all.
         plain: Draft nothing, but compute as many rows in each step as verifying the draft would. In bfloat16 and float16,
             rounding depends on the number of rows; compare drafted texts, one prompt at a time, with this text.

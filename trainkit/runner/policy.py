@@ -17,8 +17,8 @@ MAX_DEPTH = 10
 """Largest number of tokens that a policy drafts in a round unless `depth` gives another."""
 
 Signal = Literal["none", "confidence", "predictor", "logistic"]
-"""What a policy reads of each draft level: nothing, the draft's probability of its token, or the acceptance that a trained
-predictor, or a model learnt while decoding, predicts."""
+"""What a policy reads of each draft level: nothing, the draft's probability of its token, or the acceptance predicted by a
+trained predictor or by the online logistic model."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class RoundOutcome:
         accepted: Tokens accepted in each row.
         chances: For each level, the predicted probabilities that the tokens are accepted, as a captured round read them;
             otherwise empty.
-        features: For each level that was run, what the policy learns acceptance from; otherwise empty.
-        seconds: Seconds of the iteration in which the host read it; 0 if unknown.
+        features: For each level that was run, the feature of the online logistic model; empty without that model.
+        seconds: Seconds of the step in which the host read the round's output; 0 if unknown.
     """
 
     rows: int
@@ -55,7 +55,7 @@ class Policy:
     Attributes:
         signal: What `continues` receives for each row.
         pauses: Whether some rounds may have no draft; what the drafter misses in them is stored, which takes memory.
-        cached: Mean number of tokens of the coming round's texts, prompts included, as far as the host knows.
+        cached: Mean number of tokens of the next round's texts, prompts included, as last read by the host.
     """
 
     signal: Signal = "none"
@@ -87,7 +87,7 @@ class Policy:
         return [levels] * rows
 
     def predicted_seconds(self, outcome: RoundOutcome) -> float:
-        """Seconds that the round should have taken, by what the policy knows of costs; 0 if it knows none."""
+        """Seconds of the round as predicted from the policy's costs; 0 if it has none."""
         return 0.0
 
     def learn(self, outcome: RoundOutcome) -> None:

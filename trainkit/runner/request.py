@@ -45,11 +45,11 @@ class Request:
         cut: Whether `max_len`, and not `max_new_tokens`, sets the limit.
         sampling: Temperature, top-k and top-p.
         ignore_end: Whether it continues past end tokens.
-        top: Number of likeliest tokens listed at each position; None if no log-probabilities are requested.
+        top: Number of likeliest tokens to return at each position; None if no log-probabilities are requested.
         text: Its text so far; None if neither stop strings nor a stream need it.
         tokens: New token ids so far.
         logprobs: Their log-probabilities, if requested.
-        likeliest: For each token the `top` likeliest ones at its position, as (id, log-probability).
+        likeliest: For each token the `top` likeliest tokens at its position, as (id, log-probability).
         stats: Counts so far.
         finish: Empty until it ends; then as `Output.finish`, or `cancelled`, or `error`.
         error: Why it cannot be decoded, if it ended with `error`.

@@ -35,7 +35,7 @@ Few texts are decoded that long without a draft, and if a text ends before draft
 """
 
 PREFILL_CHUNK = 512
-"""Largest number of tokens of prompts that are read at once."""
+"""Largest number of prompt tokens that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Plan:
         observe: Called in each round with its trace; rounds then run eagerly.
         can_pause: Rounds without a draft may come between others; their tokens are stored for the drafter to read later.
         plain: Rounds draft nothing, emit one token, and compute as many rows as verifying the shape takes.
-        top: With `logprobs`, also return so many of the likeliest tokens at each position.
+        top: With `logprobs`, also return this number of likeliest tokens at each position.
     """
 
     sampling: Sampling | Mixed
@@ -363,7 +363,7 @@ class Rounds:
             logits_BNV, temperature_B, state.keys_B2, positions_BN, plan.verification.stream, plan.logprobs and not plan.top
         )
         finite_BN = chosen_BN >= 0
-        chosen_BN.clamp_(min=0)  # after an overflow a token as good as any
+        chosen_BN.clamp_(min=0)  # -1 after an overflow, where any token will do
         parents_BN = None if draft.shape.is_chain else draft.topology.parents_BN
         lengths_B = None if draft.packing is None else draft.packing.lengths_B
         fields = walk(chosen_BN, draft.tokens_BN, parents_BN, state.done_B, draft.shape.depth, lengths_B, plan.plain)
@@ -416,10 +416,10 @@ class Rounds:
         ends: Sequence[int],
         later: bool = False,
     ) -> RoundOutput | None:
-        """Reads a piece of each row's prompt; the positions before it are read already.
+        """Reads a chunk of each row's prompt after the chunks before it; returns None if no prompt ends in its chunk.
 
-        A row whose prompt ends in the piece emits its first token, which becomes the root. Until then the row stays done, and
-        rounds write nothing below the position that it has reached. Returns None if no prompt ends.
+        A row whose prompt ends in the chunk emits its first token, which becomes the root. Until then the row stays done, and
+        rounds write nothing below the position that it has reached.
 
         Args:
             plan: The plan of the rounds that follow.
@@ -427,10 +427,10 @@ class Rounds:
             prompts: The whole prompt of each row, on the device.
             begins: First position to read in each row; 0 in all rows or in none.
             ends: Position after the last one to read.
-            later: The drafter does not read the piece now: its tokens, at most `MISSED`, are stored for `catch_up`. Only for
-                pieces that end a prompt.
+            later: The drafter does not read the chunk now: its tokens, at most `MISSED`, are stored for `catch_up`. Only for
+                chunks that end a prompt.
         """
-        # Step 1: the tokens of all rows, padded to the longest piece, and those that follow them.
+        # Step 1: the tokens of all rows, padded to the longest chunk, and those that follow them.
         pieces = list(zip(prompts, begins, ends, strict=True))
         counts, finals = [end - begin for _, begin, end in pieces], [end == len(prompt) for prompt, _, end in pieces]
         begin_B, counts_B, final_B = self.to_device([list(begins), counts, finals])

@@ -86,7 +86,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What a round computes when each row has sampling parameters of its own; a captured round depends on nothing else of them.
+    """The steps that a round computes if each row has its own sampling parameters; a captured round depends only on these.
 
     Attributes:
         noise: Whether any row has a temperature above 0.
@@ -203,7 +203,7 @@ class Noise:
         stream: As in `uniform`.
         rows: Number of rows computed together. By default four, for drafts of unknown length, because on a CPU four rows take
             only a third more time than one.
-        silent_B: True in batch rows without noise, where it is 0; None if there are none.
+        silent_B: True in batch rows without noise, whose noise is 0; None if there are none.
     """
 
     def __init__(

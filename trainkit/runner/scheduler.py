@@ -1,4 +1,4 @@
-"""Decodes the texts of a call: divides them into groups of like length, and runs a session over each.
+"""Decodes the texts of a call: divides them into groups of similar length, and runs a session over each.
 
 The static tensors and the captured rounds are kept from call to call.
 """

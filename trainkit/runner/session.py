@@ -1,8 +1,9 @@
-"""Decodes texts that come and go over the rows of a static cache, one iteration at a time.
+"""Continuous batching over the rows of a static cache: texts join and leave between rounds.
 
 A text owns a row from its prompt to its end; then the next waiting text gets the row. Prompts are read in chunks between
-rounds, so a long one does not stop the texts that are decoded. A row remembers its text, and a prompt that begins alike takes
-over the cache of what they share. The host reads what the device made `lag` calls later, so a GPU never waits for the host.
+rounds, so a long one does not stop the texts that are decoded (chunked prefill). A row keeps its text, and a prompt with the
+same prefix reuses its cache entries (prefix sharing). The host reads the device's output `lag` calls later, so a GPU never
+waits for the host.
 
 Left out on purpose: paged caches and preemption. A text that is admitted has room to finish.
 """
@@ -27,10 +28,10 @@ from trainkit.runner.round import MISSED, PREFILL_CHUNK, Plan, RoundOutput, Roun
 from trainkit.runner.sampling import Mixed
 
 SHARED = 64
-"""Prefixes are shared in multiples of this number of tokens."""
+"""Shared prefixes have a multiple of this number of tokens."""
 
 TOP = 5
-"""Number of likeliest tokens that rounds return if any request lists some; one number, so that few graphs are captured."""
+"""Number of likeliest tokens that rounds return if any request asks for some; fixed, so that few graphs are captured."""
 
 Fetch = Callable[[RoundOutput], Callable[[], RoundOutput]]
 """Starts copying a round's output to the host; the returned function waits for the copy."""
@@ -38,7 +39,7 @@ Fetch = Callable[[RoundOutput], Callable[[], RoundOutput]]
 
 @dataclass(frozen=True)
 class Event:
-    """What a step brought for one request; a step may bring two for one, its first token and then those of a round.
+    """New tokens of one request from a step; a step may have two events of a request: its first token, then those of a round.
 
     Attributes:
         request: The request, as it was submitted; its fields hold all tokens so far.
@@ -53,13 +54,13 @@ class Event:
 
 @dataclass(frozen=True)
 class Load:
-    """How much a session has to do.
+    """The present load of a session.
 
     Attributes:
         live: Number of rows that are decoded.
         filling: Number of rows whose prompt is being read.
         waiting: Number of requests without a row.
-        prefill_tokens: Number of tokens of prompts in rows that are not read yet.
+        prefill_tokens: Number of prompt tokens in rows that are not read yet.
         cached_tokens: Number of tokens of the texts in rows.
     """
 
@@ -72,14 +73,14 @@ class Load:
 
 @dataclass(eq=False)
 class Row:
-    """What the host knows of a cache row.
+    """The host's record of a cache row.
 
     Attributes:
         request: The request that owns it; None for a free row.
-        text: The request whose tokens the cache holds: the owner, or in a free row the last one.
+        text: The request whose tokens are in the cache: the owner, or in a free row the last owner.
         filled: Number of tokens of the prompt that are read.
         prompt_T: The prompt on the device, until it is read.
-        arrival: Number of the row's admission.
+        arrival: Sequence number of the admission.
         end: Upper bound of the device's position in a free row.
     """
 
@@ -92,7 +93,7 @@ class Row:
 
     @property
     def is_owned(self) -> bool:
-        """Whether its text has not ended."""
+        """Whether it has a text that has not ended."""
         return self.request is not None and not self.request.finish
 
     @property
@@ -118,7 +119,7 @@ class Call:
     Attributes:
         rows: Number of rows that it computed.
         members: Row within the call, and request, of each text that may get tokens from it.
-        fetch: Waits for the output.
+        fetch: Waits for the output and returns it.
         prefill: Whether it read prompts.
     """
 
@@ -131,9 +132,9 @@ class Call:
 class Session:
     """Decodes requests over `rows` cache rows; texts join and leave between rounds.
 
-    `submit` and `cancel` may be called between steps; `step` runs one iteration and returns what it brought. There is no thread
-    and no lock inside: one thread makes all calls. Each text is the one that its request alone would get, in float32 up to ties
-    of rounding, whatever shares the rows, because noise depends on a request's keys and on positions only.
+    `submit` and `cancel` may be called between steps; `step` runs one iteration and returns the new tokens. A session has no
+    thread and no lock: one thread makes all calls. A request gets the same text as when it is decoded alone, in float32 up to
+    ties of rounding, because noise depends only on the request's keys and on positions.
 
     Args:
         rounds: Runs a round.
@@ -142,18 +143,18 @@ class Session:
         plan: What to draft and how to verify it, for all texts. Each request brings its own sampling.
         graphs: Captured rounds; None runs rounds eagerly.
         state: Static tensors with at least `slots_needed` slots and as many rows; allocated by default.
-        lag: Number of calls that the host reads behind the device; by default none on a CPU, one on a GPU.
-        prefill: Largest number of tokens of prompts that a step reads while texts are decoded; four times that while none is.
-            None reads every prompt that finds a row at once.
-        together: Largest number of rows whose prompts one call reads, neighbours in the cache; by default one on a CPU, where a
-            call of several saves little, and eight on a GPU. Only with drafters that are `resumable`.
-        sharing: Whether prompts take over what another row has read of them; only with drafters that are `resumable`.
+        lag: Number of calls by which the host reads behind the device; by default 0 on a CPU and 1 on a GPU.
+        prefill: Largest number of prompt tokens that a step reads while texts are decoded; four times that while none is. None
+            reads each prompt whole as soon as it has a row.
+        together: Largest number of neighbouring rows whose prompts one call reads; by default 1 on a CPU, where more saves
+            little, and 8 on a GPU. More than 1 requires a drafter that is `resumable`.
+        sharing: Whether a prompt reuses a prefix in another row's cache; requires a drafter that is `resumable`.
         fetch: Copies a round's output to the host; by default as the device needs it.
 
     Attributes:
         rounds_run: Number of rounds, each over several rows.
         row_rounds: Sum over the rounds of the texts that each decoded.
-        prefill_seconds: Time spent in reading prompts, in seconds.
+        prefill_seconds: Seconds spent on reading prompts.
     """
 
     @torch.inference_mode()
@@ -172,14 +173,8 @@ class Session:
         sharing: bool = True,
         fetch: Fetch | None = None,
     ) -> None:
-        self.rounds, self.rows, self.max_len, self.plan, self.graphs, self.prefill = (
-            rounds,
-            rows,
-            max_len,
-            plan,
-            graphs,
-            prefill,
-        )
+        self.rounds, self.rows, self.max_len = rounds, rows, max_len
+        self.plan, self.graphs, self.prefill = plan, graphs, prefill
         self.device, drafter = rounds.device, rounds.drafter
         self.lag = (1 if self.device.type == "cuda" else 0) if lag is None else lag
         resumable = drafter is None or not plan.shape.depth or drafter.resumable
@@ -217,7 +212,8 @@ class Session:
         """Queues a request; requests get rows in the order in which they are submitted.
 
         Raises:
-            UserError: it cannot fit, or its sampling does not go with the session's verification.
+            UserError: the prompt is empty, prompt and text do not fit, or the sampling cannot be used with the session's
+                verification.
         """
         length, new = len(request.prompt), request.limit - len(request.prompt)
         if not length:
@@ -237,7 +233,7 @@ class Session:
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request; no event follows. Its row is free in the next step. One that has ended is left as it is."""
+        """Ends a request; no event follows, and its row is free in the next step. Does nothing if the request has ended."""
         if not request.finish:
             request.finish = "cancelled"
             if any(waiting is request for waiting in self._waiting):
@@ -245,7 +241,7 @@ class Session:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Runs one iteration: frees rows, admits requests, reads prompts, runs a round; returns what arrived on the host.
+        """Runs one iteration: frees rows, admits requests, reads prompts, runs a round; returns the events read on the host.
 
         A request that cannot be decoded, because the target's logits are not finite, ends with `error`; the others continue.
         """
@@ -277,7 +273,7 @@ class Session:
     # Prompts
 
     def _fill(self) -> list[Event]:
-        """Admits requests and reads their prompts, as many tokens as the budget allows; first come, first served."""
+        """Admits requests and reads their prompts in order of arrival, as many tokens as the budget allows."""
         events: list[Event] = []
         live = any(row.is_live for row in self._rows)
         left = self.prefill and self.prefill * (1 if live else 4)
@@ -294,7 +290,7 @@ class Session:
         return events
 
     def _admit(self) -> None:
-        """Gives free rows to waiting requests in order; one whose prefix is just being read by another row waits for it."""
+        """Gives free rows to waiting requests in order; a request whose prefix another row is reading waits for that row."""
         kept: deque[Request] = deque()
         while self._waiting and any(row.request is None for row in self._rows):
             request = self._waiting.popleft()
@@ -311,7 +307,7 @@ class Session:
         self._waiting.extendleft(reversed(kept))
 
     def _donor(self, request: Request) -> tuple[int | None, int, int]:
-        """The row with the longest prefix in common, its length now, and once the rows that are filled now are read."""
+        """The row with the longest common prefix, its length now, and its length once all prompts in rows are read."""
         donor, shared, later = None, 0, 0
         for index, row in enumerate(self._rows if self.sharing else ()):
             if row.text is None:
@@ -346,9 +342,10 @@ class Session:
         if shared and self.rounds.drafter is not None:
             self.rounds.drafter.resume(state.draft, prompt_T[None, shared - 1 : shared])
 
-    def _read(self, first: int, most: int) -> int:
-        """Reads the next tokens of a row's prompt, and of its neighbours' where one call may read several rows; at most so many
-        tokens, padding included. Returns their number.
+    def _read(self, first: int, budget: int) -> int:
+        """Reads the next tokens of a row's prompt; returns their number, padding included, which is at most `budget`.
+
+        One call also reads the prompts of neighbouring rows, up to `together` rows.
         """
         started, rows = perf_counter(), self._rows
         owner = rows[first].request
@@ -357,14 +354,14 @@ class Session:
         policy, begin, length = self.plan.shape.policy, rows[first].filled, len(owner.prompt)
         coming = min(sum(row.request is not None for row in rows) + len(self._waiting), self.rows)
         later = policy is not None and policy.is_paused(coming) and begin == owner.stats.shared
-        later = later and length - begin <= min(most, MISSED - 1)
-        # The range of rows: neighbours that start alike.
-        low, high, longest = first, first + 1, min(length - begin, most)
+        later = later and length - begin <= min(budget, MISSED - 1)
+        # The range of rows: neighbours that all start at position 0, or all later.
+        low, high, longest = first, first + 1, min(length - begin, budget)
         while self.together > high - low and not later:
             near = [index for index in (low - 1, high) if 0 <= index < self.rows and rows[index].is_filling]
             near = [index for index in near if (rows[index].filled > 0) == (begin > 0)]
-            wider = [max(longest, min(rows[index].left, most)) for index in near]
-            if not near or wider[0] * (high - low + 1) > most:
+            wider = [max(longest, min(rows[index].left, budget)) for index in near]
+            if not near or wider[0] * (high - low + 1) > budget:
                 break
             low, high, longest = min(low, near[0]), max(high, near[0] + 1), wider[0]
         # Read them.
@@ -390,7 +387,7 @@ class Session:
     # Rounds
 
     def _compact(self) -> None:
-        """Moves texts to lower rows where a round then computes fewer; only while nobody waits for the rows between."""
+        """Moves texts to lower rows if the round then computes fewer rows; only while no request waits for a row."""
         used = [index for index, row in enumerate(self._rows) if row.request is not None]
         if self._waiting or not used:
             return
@@ -398,7 +395,7 @@ class Session:
             if self._rows[free].request is None and self._batch(used[-1] + 1) > self._batch(len(used)):
                 last = used.pop()
                 self._state.copy_row(last, free, self._bound(self._rows[last]))
-                # The old row forgets the text, which goes on elsewhere.
+                # The old row loses the text, which continues in the new one.
                 self._rows[free], self._rows[last] = self._rows[last], Row(end=self._bound(self._rows[last]))
                 self._state.done_B[last].fill_(True)
                 used.insert(free, free)
@@ -417,7 +414,7 @@ class Session:
         """Enqueues a round of the live rows."""
         live = [(index, row.request) for index, row in enumerate(self._rows) if row.is_live and row.request is not None]
         batch = self._batch(max(index for index, row in enumerate(self._rows) if row.request is not None) + 1)
-        # Cache slots that a bias covers, where attention needs one; all in a graph, which serves every length.
+        # Number of cache slots that an additive bias covers; all slots in a graph, which serves every length.
         size = self._state.cache.shape[3]
         needed = max(map(self._bound, self._rows[:batch])) + self._step + self.plan.shape.slots
         span = min(-(-needed // 64) * 64, size) if self.graphs is None else size
@@ -430,8 +427,8 @@ class Session:
     def _with_sampling(self, requests: Sequence[Request]) -> Plan:
         """The plan with the sampling and the log-probabilities that these requests need.
 
-        Eager rounds on a CPU take the parameters themselves where all are alike, which is faster and gives the same numbers. A
-        graph would be captured again for each.
+        Eager rounds on a CPU use one `Sampling` if all requests have the same: that is faster, and the result is equal. A graph
+        would be captured again for each `Sampling`.
         """
         top = TOP if any(request.top for request in requests) else 0
         plan = replace(self.plan, logprobs=any(request.top is not None for request in requests), top=top)
@@ -480,7 +477,7 @@ class Session:
         return self.graphs.run(key, captured, view.done_B)
 
     def _deliver(self, began: float | None = None) -> list[Event]:
-        """Reads the oldest calls until `lag` are in flight; returns what they brought. `began` is when a round was enqueued."""
+        """Reads the oldest calls until `lag` are in flight; returns their events. `began` is when a round was enqueued."""
         events: list[Event] = []
         while len(self._flight) > self.lag:
             call = self._flight.popleft()
@@ -504,7 +501,7 @@ class Session:
         return events
 
     def _learn(self, policy: Policy, call: Call, output: RoundOutput, seconds: float) -> None:
-        """Tells the policy what a round accepted and how long it took, 0 if unknown, and counts that for its texts."""
+        """Passes a round's acceptance and seconds (0 if unknown) to the policy, and adds the seconds to its texts' counts."""
         outcome = _outcome(output, call.rows, seconds)
         predicted, live = policy.predicted_seconds(outcome), [request for _, request in call.members if not request.finish]
         policy.learn(outcome)
@@ -538,7 +535,7 @@ def start_fetch(output: RoundOutput, device: torch.device) -> Callable[[], Round
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Number of tokens with which both begin."""
+    """Length of the common prefix."""
     length, start = min(len(one), len(other)), 0
     while start < length and one[start : start + SHARED] == other[start : start + SHARED]:
         start += SHARED

@@ -24,10 +24,10 @@ class Stats:
             nodes.
         paused: Number of full rounds without a draft because a policy expected that it would not pay.
         seconds: Seconds of the rounds of a policy, shared among the texts of each round.
-        predicted_seconds: The same by the costs that the policy decides by; 0 if it knows none.
+        predicted_seconds: The same as predicted from the policy's costs; 0 if it has none.
         cut_texts: Number of texts that ended before `max_new_tokens` because they fill `max_len`.
-        prefilled: Number of tokens of prompts that the target read. It depends on the other texts, so comparisons leave it out.
-        shared: Number of tokens of prompts that were not read because another text in the cache begins with them; left out too.
+        prefilled: Number of prompt tokens that the target read; not compared by ==, because it depends on the other texts.
+        shared: Number of prompt tokens reused from another text's cache; not compared either.
     """
 
     accepted: list[int] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Stats:
 
     @property
     def goodput(self) -> dict[str, float]:
-        """Tokens per second of a policy's full rounds: `predicted` from its costs, if it knows any, and `measured`."""
+        """Tokens per second of a policy's rounds: `predicted` from its costs, if it has any, and `measured`."""
         tokens, seconds = self._accepted_tokens + self.rounds, {"predicted": self.predicted_seconds, "measured": self.seconds}
         return {name: tokens / value for name, value in seconds.items() if value}
 

@@ -38,11 +38,11 @@ log = logging.getLogger("trainkit.serve")
 T = TypeVar("T")
 MAX_BODY = 4 << 20
 """Largest request body in bytes."""
-MAKE_REQUESTS = Callable[[Call, list[list[int]], int], Sequence[TextRequest]]
+MakeRequests = Callable[[Call, list[list[int]], int], Sequence[TextRequest]]
 
 
 class Events(StreamingResponse):
-    """Server-sent events; `finish` is called when the response has ended for whatever reason, also if it never began."""
+    """Server-sent events; `finish` is called when the response has ended for any reason, even if it never began."""
 
     media_type = "text/event-stream"
 
@@ -61,19 +61,19 @@ class Api:
     """The endpoints over one engine.
 
     Args:
-        engine: Decodes.
+        engine: Runs the decoding session.
         codec: Encodes prompts and decodes tokens.
-        requests: Makes the texts of a call from its prompts and its seed.
-        gauges: The present values for /metrics.
+        requests: Builds the requests for a call's texts from the call, its prompts and its seed.
+        gauges: Returns the current gauge values for /metrics.
         model: Name of the model.
-        key: The API key that /v1 asks for; None asks for none.
+        key: API key that /v1 requires; None means that none is required.
     """
 
     def __init__(
         self,
         engine: Engine,
         codec: Codec,
-        requests: MAKE_REQUESTS,
+        requests: MakeRequests,
         gauges: Callable[[], dict[str, int]],
         model: str,
         key: str | None = None,
@@ -105,7 +105,7 @@ class Api:
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
     async def health(self, request: Request) -> Response:
-        """200 while requests are accepted; 503 after an engine error and while stopping."""
+        """Status 200 while requests are accepted; 503 after an engine error and while the server stops."""
         status = "failed" if self.engine.failed else "stopping" if self.engine.stopping else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
@@ -114,7 +114,7 @@ class Api:
         return PlainTextResponse(self.engine.metrics.text(self.gauges()), media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
+        """The served model, as a list or by name."""
         self._authorise(request)
         name = request.path_params.get("name", self.model)
         if name != self.model:
@@ -143,7 +143,7 @@ class Api:
             raise
 
     async def _decode(self, request: Request, chat: bool) -> Response:
-        """Decodes the texts of a request; the response is whole, or a stream that has its first token."""
+        """Decodes the texts of a request; returns the whole response, or a stream once its first token exists."""
         # Read and check the request.
         arrived = perf_counter()
         self._authorise(request)
@@ -190,7 +190,7 @@ class Api:
             reply.choices[update.index].add(update)
 
     async def _stream(self, reply: Reply, batch: Batch, first: Update) -> AsyncIterator[str]:
-        """The events of a stream; what arrives while the client is slow is joined to one chunk."""
+        """The events of a stream; updates that arrive while the client is slow are merged into one chunk."""
         for chunk in reply.first_chunks():
             yield _event(chunk)
         updates, error = [first], None
@@ -219,7 +219,7 @@ class Api:
         yield "data: [DONE]\n\n"
 
     def _finish(self, batch: Batch, arrived: float) -> None:
-        """Counts a request that was answered, or whose client went away during a stream."""
+        """Counts a request that was answered, or whose client disconnected during a stream."""
         metrics, cancelled = self.engine.metrics, self.engine.close(batch)
         outcome = _outcome(batch.error) if batch.error is not None else "cancelled" if cancelled else "ok"
         metrics.requests[outcome] += 1
@@ -236,8 +236,8 @@ def build_api(runner: Runner, session: Session, queue: int, model: str, key: str
     """The endpoints over a session of a runner.
 
     Args:
-        runner: Makes requests, and has the tokenizer.
-        session: Decodes them.
+        runner: Builds requests; its tokenizer is used.
+        session: Decodes the requests.
         queue: Number of texts that may wait for a row.
         model: Name of the model.
         key: As in `Api`.
@@ -284,8 +284,8 @@ async def _body(request: Request) -> bytes:
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`; raises ClientDisconnect, and cancels it, if the client goes away first."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
+    """The result of `work`; if the client disconnects first, cancels it and raises ClientDisconnect."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -296,7 +296,7 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
         gone.cancel()
 
 
-async def _disconnect(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -324,4 +324,4 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, "an error of the server; its log has the reason").body(), 500)
+    return JSONResponse(ApiError(500, "internal server error; the server's log has the reason").body(), 500)

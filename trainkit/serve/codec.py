@@ -44,8 +44,8 @@ class Codec:
             if len(prompt) + (call.max_tokens or 1) > self.max_len:
                 raise ApiError(
                     400,
-                    f"{call.source}: its {len(prompt)} tokens and {call.max_tokens or 1} new ones exceed the {self.max_len} of "
-                    "this server; shorten it or lower max_tokens",
+                    f"{call.source}: {len(prompt)} prompt tokens and {call.max_tokens or 1} new ones exceed the "
+                    f"limit of {self.max_len} tokens; shorten the prompt or lower max_tokens",
                     call.source,
                     "context_length_exceeded",
                 )

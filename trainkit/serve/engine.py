@@ -1,7 +1,7 @@
-"""The engine thread: it alone touches the device and the session, and hands the tokens of each step to the event loop.
+"""The engine thread: only it uses the device and the session; it passes the tokens of each step to the event loop.
 
 Requests and cancellations reach it through a queue. All other state (which texts are open, what has been counted) belongs to
-the event loop, so nothing is locked.
+the event loop, so there are no locks.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ log = logging.getLogger("trainkit.serve")
 
 @dataclass(frozen=True)
 class Update:
-    """What a step gave one text of a batch.
+    """New tokens of one text of a batch, from one step.
 
     Attributes:
-        index: Number of the text in its batch.
+        index: Index of the text in its batch.
         tokens: New token ids.
         logprobs: Their log-probabilities, if requested.
         likeliest: The likeliest tokens at each position as (id, log-probability), if requested.
@@ -46,11 +46,11 @@ class Update:
 
 @dataclass
 class Text:
-    """An open text, as the event loop knows it.
+    """The event loop's record of an open text.
 
     Attributes:
-        first: When its first token arrived, or None.
-        last: When its last token arrived.
+        first: When its first token arrived, on the clock of `perf_counter`; None before.
+        last: When its last token so far arrived.
         tokens: Number of tokens so far.
     """
 
@@ -67,8 +67,8 @@ class Batch:
 
     Attributes:
         updates: Receives an `Update` for each step of each text, or an `ApiError` after which nothing follows.
-        texts: All of its texts.
-        began: When it was submitted.
+        texts: The texts.
+        began: When it was submitted, on the clock of `perf_counter`.
         error: Why its texts were ended before their end, or None.
     """
 
@@ -79,7 +79,7 @@ class Batch:
         self.error: ApiError | None = None
 
     def seconds(self) -> dict[str, float]:
-        """Where its time went, in seconds: waiting for a row, reading prompts, decoding; of several texts the longest."""
+        """Seconds in the queue, of prefill and of decoding; the largest of all texts."""
         spans = [(text.request.admitted, text.first or 0.0, text.last) for text in self.texts]
         return {
             "queue_s": max(admitted - self.began for admitted, _, _ in spans),
@@ -92,10 +92,10 @@ class Engine:
     """Runs a session in a thread of its own.
 
     Args:
-        session: The session; after `start` only the thread touches it.
+        session: The session; after `start` only the thread uses it.
         capacity: Largest number of open texts, live and waiting.
         metrics: Counts what happens.
-        prepare: Called first in the thread, to choose its device.
+        prepare: Called first in the thread; selects its device.
 
     Attributes:
         failed: Whether the session has raised an exception; then every request is answered with status 500.
@@ -152,14 +152,14 @@ class Engine:
         return len(left)
 
     def stop(self, grace: float) -> None:
-        """Refuses new requests; texts that have not ended in `grace` seconds are cancelled, and their clients told so."""
+        """Refuses new requests; texts that have not ended in `grace` seconds are cancelled, and their clients get an error."""
         if not self.stopping:
             self.stopping = True
             error = ApiError(503, "the server is stopping, and this text did not end in time", code="stopping")
             self._loop.call_later(grace, self._end_all, error)
 
     async def join(self) -> None:
-        """Ends the thread after its present step."""
+        """Ends the thread after its current step."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join, 30)
 
@@ -177,7 +177,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self.prepare()
-            while self._obey():
+            while self._run_commands():
                 events = self.session.step()
                 if events:
                     self._post(self._deliver, events, perf_counter())
@@ -185,8 +185,8 @@ class Engine:
             log.exception("the engine has failed")
             self._post(self._fail, error)
 
-    def _obey(self) -> bool:
-        """Carries out the waiting commands, and waits for one while the session is idle; returns False to stop."""
+    def _run_commands(self) -> bool:
+        """Runs the queued commands, and waits for one while the session is idle; returns False to stop."""
         while True:
             try:
                 command = self._commands.get(block=self.session.idle)
@@ -210,7 +210,7 @@ class Engine:
     # On the event loop.
 
     def _deliver(self, events: Sequence[Event], now: float) -> None:
-        """Hands the tokens of a step to their batches, and counts them."""
+        """Passes the tokens of a step to their batches, and counts them."""
         metrics, rounds = self.metrics, 0
         for event in events:
             request, count = event.request, len(event.tokens)

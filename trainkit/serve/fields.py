@@ -1,4 +1,4 @@
-"""Reads the JSON body of a completion request: what is honoured, what is ignored, and one clear error for everything else.
+"""Reads the JSON body of a completion request: supported fields, ignored ones, and one clear error for each other field.
 
 A field that this server does not know is an error, so that a misspelt `temperatur` does not pass silently. A field with the
 value null counts as absent, as in OpenAI's own API.
@@ -27,18 +27,18 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "echo": (False,), "best_of": (1,), "suffix": ("",), "prediction": (), "reasoning_effort": (), "verbosity": (),
     "web_search_options": (), "moderation": (), "trainkit": ({},),
 }  # fmt: skip
-"""Fields of other servers that this one does not implement -> values that change nothing, and are accepted."""
+"""Fields that this server does not implement -> their neutral values, which are accepted."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 class ApiError(Exception):
-    """An error that the client receives as OpenAI's clients expect it.
+    """An error response in OpenAI's form.
 
     Attributes:
         status: HTTP status.
         message: What was wrong, and the remedy.
         param: The field, or None.
-        code: A word for programs, or None.
+        code: OpenAI's error code, which programs can compare; or None.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -65,7 +65,7 @@ class Call:
     Attributes:
         chat: Whether it is a chat; then `prompts` holds one list of messages.
         prompts: Texts, token ids, or messages; each is decoded `n` times.
-        max_tokens: Largest number of new tokens of each; None takes what `max_len` leaves.
+        max_tokens: Largest number of new tokens of each text; None means as many as `max_len` allows.
         logprobs: Number of likeliest tokens listed at each position beside the log-probability of the token itself; None for no
             log-probabilities.
         seed: Seed of the noise, or None for a random one.
@@ -96,7 +96,7 @@ class Call:
 
 
 def read_json(body: bytes) -> dict[str, Any]:
-    """The JSON object of a request body; raises ApiError if it is none."""
+    """The JSON object of a request body; raises ApiError if it is not one."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
@@ -116,7 +116,7 @@ def parse_call(body: dict[str, Any], chat: bool, model: str) -> Call:
     own = {"messages", "max_completion_tokens", "top_logprobs"} if chat else {"prompt"}
     known = own | {"model", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stream", "stream_options"}
     known |= {"logprobs", "ignore_eos", "return_token_ids"}
-    # Everything that is not honoured is named.
+    # An error names the first field that is not supported.
     for name, value in fields.items():
         if name in known or name in IGNORED:
             continue
@@ -200,23 +200,23 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _integer(least: int, most: int | None = None) -> Callable[[Any], int]:
+def _integer(minimum: int, maximum: int | None = None) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if type(value) is not int:
             raise ValueError("must be an integer")
-        if value < least or (most is not None and value > most):
-            raise ValueError(f"must be at least {least}" if most is None else f"must be from {least} to {most}")
+        if value < minimum or (maximum is not None and value > maximum):
+            raise ValueError(f"must be at least {minimum}" if maximum is None else f"must be from {minimum} to {maximum}")
         return value
 
     return check
 
 
-def _number(least: float, most: float, above: bool = False) -> Callable[[Any], float]:
+def _number(minimum: float, maximum: float, above: bool = False) -> Callable[[Any], float]:
     def check(value: Any) -> float:
         if type(value) not in (int, float):
             raise ValueError("must be a number")
-        if not least <= value <= most or (above and value == least):
-            raise ValueError(f"must be {'above' if above else 'at least'} {least:g} and at most {most:g}")
+        if not minimum <= value <= maximum or (above and value == minimum):
+            raise ValueError(f"must be {'above' if above else 'at least'} {minimum:g} and at most {maximum:g}")
         return float(value)
 
     return check

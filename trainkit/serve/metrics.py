@@ -36,7 +36,7 @@ class Histogram:
 
 
 class Metrics:
-    """What the server has counted since it started; used by the event loop only.
+    """Counters since the server started; used by the event loop only.
 
     Attributes:
         requests: Number of requests by outcome: ok, invalid (4xx), refused (queue full or stopping), cancelled, failed.
@@ -44,7 +44,7 @@ class Metrics:
         generated: Tokens emitted.
         rounds: Number of rounds, each over all rows.
         row_rounds: Number of rounds summed over rows.
-        cancelled: Number of texts whose client went away before their end.
+        cancelled: Number of texts whose client disconnected before they ended.
         ended: Counts of all texts that have ended, from which the drafted and accepted tokens follow.
     """
 
@@ -58,7 +58,7 @@ class Metrics:
         self.tokens_per_round = Histogram("Tokens that a row emitted in a round; the mean is tau.", TOKENS)
 
     def text(self, gauges: Mapping[str, int]) -> str:
-        """The body of /metrics, with the present values of these gauges."""
+        """The body of /metrics, with the current values of these gauges."""
         accepted, offered = self.ended.accepted, self.ended.offered
         positions = range(1, len(offered))
         counters: dict[str, tuple[str, Mapping[str, int]]] = {
@@ -74,7 +74,7 @@ class Metrics:
                 "Rounds that accepted a draft position; divided by offered_at this is alpha_k.",
                 {f'{{position="{k}"}}': sum(accepted[k:]) for k in positions},
             ),
-            "cancelled": ("Texts whose client went away.", {"": self.cancelled}),
+            "cancelled": ("Texts whose client disconnected.", {"": self.cancelled}),
         }
         lines = []
         for name, (help, values) in counters.items():

@@ -14,8 +14,8 @@ from trainkit.serve.fields import Call
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "max_len": "length"}
 """`Output.finish` -> `finish_reason`."""
-LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot write."""
+MIN_LOGPROB = -9999.0
+"""Replaces minus infinity, which JSON cannot represent."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Choice:
     Attributes:
         content: The text that may be shown so far.
         tokens: Its token ids, those of the end token and of a stop string included.
-        logprobs: What is known of each token, if requested.
+        logprobs: Each token with its log-probability, if requested.
         finish: `finish_reason`, or None until it ends.
     """
 
@@ -58,8 +58,8 @@ class Choice:
         for i, token in enumerate(update.tokens):
             if update.logprobs:
                 others = update.likeliest[i] if update.likeliest else ()
-                likeliest = [(self.codec.token(other), max(logprob, LEAST_LOGPROB)) for other, logprob in others]
-                logprob = max(update.logprobs[i], LEAST_LOGPROB)
+                likeliest = [(self.codec.token(other), max(logprob, MIN_LOGPROB)) for other, logprob in others]
+                logprob = max(update.logprobs[i], MIN_LOGPROB)
                 self.logprobs.append(Scored(self.codec.token(token), logprob, len(self.text.shown), likeliest))
             stop_at = self.text.add(token)
         self.tokens += update.tokens
@@ -106,7 +106,7 @@ class Reply:
         }
 
     def measures(self, stats: Stats, seconds: dict[str, float]) -> dict[str, Any]:
-        """The extension `trainkit`: what decoding counted, and where the time went."""
+        """The extension field `trainkit`: counts of decoding, and seconds in queue, prefill and decoding."""
         rounds = stats.rounds
         return {
             "tau": round(stats.tau, 4) if rounds else None,
@@ -166,7 +166,7 @@ class Reply:
         return {"index": index, **content, **self._details(self.choices[index], count)}
 
     def _details(self, choice: Choice, count: int) -> dict[str, Any]:
-        """What is known of the last `count` tokens of a text, and why it ended."""
+        """Log-probabilities and ids of the last `count` tokens of a text, and its finish reason."""
         ids = {"token_ids": choice.tokens[len(choice.tokens) - count :]} if self.call.token_ids else {}
         return {"logprobs": self._logprobs(choice, count), "finish_reason": choice.finish, **ids}
 

@@ -1,4 +1,4 @@
-"""Runs the application on a socket until SIGTERM or Ctrl-C, and then lets the texts end that are being decoded."""
+"""Runs the application on a socket until SIGTERM or Ctrl-C; texts that are being decoded then have some seconds to end."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trainkit.serve.engine import Engine
 GRACE = 30.0
 """Seconds that texts have to end after SIGTERM."""
 STALLED_MS = 60_000
-"""A connection is dropped when its client has read nothing for this long though there is more to send, in milliseconds."""
+"""Milliseconds after which a connection is dropped if its client reads nothing although data is waiting."""
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, which refuses connections until the server listens.
+    """A socket bound to an address; it refuses connections until the server listens.
 
     Raises:
-        UserError: the address is in use, not of this machine, or reserved.
+        UserError: the address is in use, reserved, or not an address of this machine.
     """
     if not 0 <= port < 65536:
         raise UserError(f"port {port}: must be from 0 to 65535; 0 takes any free port")

@@ -124,22 +124,24 @@ def oracle_round_totals(runs: list[list[int]], costs: ChainCosts, rate: float) -
 def signals(target: Path, drafter: Path, file: Path, temperature: float, limit: int, seed: int, out: Path) -> None:
     """Speed of policies and fixed depths as multiples of plain decoding, batch 1: by processor time and by the costs.
 
-    All pay the same costs of drafting and verifying, plus those of the signal that they read, measured apart. With one thread
-    the processor's time is that of a quiet machine's clock, as far as the machine shares no caches.
+    All methods have the same costs of drafting and verifying, plus the cost of the signal that they read, which is measured
+    separately. With one thread, processor time is about the time on an idle machine, apart from shared caches.
     """
+    # Measure the costs once, for all methods.
     torch.set_num_threads(1)
     timing.perf_counter = process_time
     prompt_ids = read_prompts(str(file), str(target), limit)
     runner = Runner.load(target, drafter, max_batch=1, max_len=max(map(len, prompt_ids)) + NEW_TOKENS)
     costs, reading = runner.policies.costs(MAX_DEPTH, None, Sampling(temperature)), signal_seconds(runner, temperature)
     runner.policies.costs = lambda *_: costs
-    payer = Cost(costs, MAX_DEPTH)
-    ways: dict[str, dict[str, Any]] = {"plain": {"depth": 0}}
-    ways |= {f"depth {depth}": {"policy": "fixed", "depth": depth} for depth in (1, 2, 3, 4, 6)}
-    ways |= {name: {"policy": name} for name in POLICIES if runner.predictor is not None or "predictor" not in name}
-    rows: dict[str, dict[str, Any]] = {name: {"tokens": 0, "seconds": 0.0, "times": [], "rounds": 0} for name in ways}
+    priced = Cost(costs, MAX_DEPTH)
+    methods: dict[str, dict[str, Any]] = {"plain": {"depth": 0}}
+    methods |= {f"depth {depth}": {"policy": "fixed", "depth": depth} for depth in (1, 2, 3, 4, 6)}
+    methods |= {name: {"policy": name} for name in POLICIES if runner.predictor is not None or "predictor" not in name}
+    rows: dict[str, dict[str, Any]] = {name: {"tokens": 0, "seconds": 0.0, "times": [], "rounds": 0} for name in methods}
+    # Decode each prompt by all methods in turn; record its rounds and their costs.
     for prompt in prompt_ids:
-        for name, options in ways.items():
+        for name, options in methods.items():
             row, outcomes = rows[name], []
             if "policy" in options:
                 policy = runner.policies.chain(
@@ -151,9 +153,10 @@ def signals(target: Path, drafter: Path, file: Path, temperature: float, limit: 
             row["times"].append((process_time() - began) / len(output.tokens))
             signal = policy.policy.signal if "policy" in options else "none"
             rounds = outcomes or [RoundOutcome(1, 0, [0], [0])] * (len(output.tokens) - 1)
-            row["seconds"] += sum(payer.predicted_seconds(one) + one.levels * reading[signal] for one in rounds)
+            row["seconds"] += sum(priced.predicted_seconds(one) + one.levels * reading[signal] for one in rounds)
             row["tokens"] += sum(sum(one.accepted) + 1 for one in rounds)
             row["rounds"] += len(rounds)
+    # Compare with plain decoding.
     plain = rows["plain"]
     for row in rows.values():
         row["tau"] = row["tokens"] / row["rounds"]
@@ -171,7 +174,7 @@ def _learn_and_record(learn: Any, policy: Any, outcomes: list[RoundOutcome], out
 
 
 def signal_seconds(runner: Runner, temperature: float) -> dict[str, float]:
-    """Seconds that each signal takes at a draft level beyond choosing the token, medians of 300 calls in turns."""
+    """Seconds that reading each signal adds to a draft level: medians of 300 calls, signals in turn."""
     assert runner.drafter is not None
     decoder, device = runner.shape.decoder, runner.device
     noisy_BFK = torch.randn(1, 1, len(getattr(runner.drafter, "draft_vocab", None) or range(decoder.vocab_size)))

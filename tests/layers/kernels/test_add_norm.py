@@ -24,7 +24,7 @@ def inputs(M, D, K, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M, D, K", [(1, 64, 0), (3, 100, 1), (5, 256, 4), (2, 5120, 2)])
 def test_add_norm_equals_torch_operations(M, D, K, dtype, seed):
-    """Residual and tap are those of torch bit for bit; the norm up to the order of its sum, one rounding step."""
+    """Residual and tap equal those of torch bit for bit; the norm differs by at most one rounding step."""
     residual, parts, weight, taps = inputs(M, D, K, dtype)
     expected, expected_tap = residual.clone(), torch.empty_like(residual)
     theirs = add_norm_eager(expected, parts, weight, 1e-5, expected_tap)
@@ -37,7 +37,7 @@ def test_add_norm_equals_torch_operations(M, D, K, dtype, seed):
 
 
 def test_add_norm_without_a_tap_leaves_the_rest_alone(seed):
-    """Without parts the residual stays; columns past its rows are never written."""
+    """Without parts the residual is unchanged; columns past its rows are never written."""
     residual = torch.randn(3, 40, device=DEVICE)
     before = residual.clone()
     weight = torch.ones(24, device=DEVICE)
@@ -49,7 +49,7 @@ def test_add_norm_without_a_tap_leaves_the_rest_alone(seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_norm_of_a_row_ignores_the_other_rows(dtype, seed):
-    """A row gets the same bits alone and among others."""
+    """A row computed alone is bitwise equal to the same row among others."""
     residual, parts, weight, _ = inputs(6, 200, 3, dtype)
     assert parts is not None
     alone = torch.cat([add_norm(residual[i : i + 1].clone(), parts[:, i : i + 1], weight, 1e-5) for i in range(6)])

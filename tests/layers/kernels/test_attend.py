@@ -27,7 +27,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory holds NaN, so that reading what was not written shows."""
+    """New memory holds NaN, so that a read of unwritten memory fails the test."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
     yield
@@ -35,7 +35,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def products_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in the interpreter that add in the same order for every row, as tensor cores do and NumPy's BLAS does not."""
+    """Makes the interpreter's products add in the same order for every row, as tensor cores do; NumPy's BLAS does not."""
 
     def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return (a.astype(dtype)[:, :, None] * b.astype(dtype)).sum(1)
@@ -111,7 +111,7 @@ def test_attend_writes_into_out(seed: int) -> None:
 
 
 def test_attend_gives_zeros_to_rows_that_see_nothing(seed: int) -> None:
-    """No committed slot and no bit set: zeros, where a softmax over nothing would be NaN."""
+    """With no committed slot and no bit set the output is zero; a softmax over no key would be NaN."""
     q, cache, first, bits = make_inputs(3, 2, 32, [0, 70], words=1)
     assert bits is not None
     bits[0, 1] = 0
@@ -121,7 +121,7 @@ def test_attend_gives_zeros_to_rows_that_see_nothing(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_chain_rows_do_not_depend_on_other_rows(seed: int, products_by_row: None, dtype: torch.dtype) -> None:
-    """Every position alone, at T = 1 and B = 1, gives bitwise what it gives among 8 positions of 2 rows."""
+    """A position computed alone (T = 1, B = 1) is bitwise equal to the same position among 8 positions of 2 rows."""
     group, start = random.choice([1, 3, 4]), [random.choice(FIRSTS), random.randrange(100)]
     q, cache, first, _ = make_inputs(8, group, random.choice([32, 40]), start, dtype=dtype)
     together = attend(q, cache, first, None)
@@ -133,7 +133,7 @@ def test_chain_rows_do_not_depend_on_other_rows(seed: int, products_by_row: None
 
 
 def test_chain_of_bits_equals_the_causal_chain(seed: int, products_by_row: None) -> None:
-    """Bits 1, 11, 111, ... of up to 32 folded rows give bitwise what a causal call gives."""
+    """Bits 1, 11, 111, ... for up to 32 folded rows give a result bitwise equal to a causal call."""
     q, cache, first, _ = make_inputs(5, 4, 64, [61, 20])
     bits = torch.tensor([2 ** (t + 1) - 1 for t in range(5)], device=DEVICE).view(1, 5, 1)
     cache = cache.nan_to_num(0.0)

@@ -46,7 +46,7 @@ def test_choose_equals_the_runners_sampling(B, R, V, stream, dtype, seed):
 
 
 def test_choose_draws_the_runners_noise(seed):
-    """Over equal logits the noise alone decides, in nearly a hundred thousand draws of a row."""
+    """With equal logits only the noise decides, in almost 100,000 draws of a row."""
     _, keys, positions = inputs(3, 2, 1)
     vocabulary = torch.arange(30_000, device=DEVICE)
     logits, temperature = torch.zeros(3, 2, 30_000, device=DEVICE), torch.ones(3, device=DEVICE)
@@ -86,7 +86,7 @@ def test_choose_takes_the_lowest_of_equal_tokens():
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter subtracts infinities
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_choose_reports_rows_without_a_finite_maximum(temperature, seed):
-    """NaN, +inf, or nothing but -inf gives token -1; some -inf do not, and such a token is never chosen."""
+    """NaN, +inf, or only -inf gives token -1; a few -inf do not, and their tokens are never chosen."""
     logits, keys, positions = inputs(1, 5, 2 * BLOCK)
     logits[0, 0, 3] = float("nan")
     logits[0, 1, -1] = float("inf")

@@ -147,7 +147,7 @@ def test_attend_copies_the_cache_in_16_bytes(compiled: dict[str, dict[str, Compi
 
 @pytest.mark.parametrize("call", INVARIANT)
 def test_row_invariant_kernels_use_no_wgmma(compiled: dict[str, dict[str, Compiled]], call: str) -> None:
-    """Products of a warp group need not add in the order of a warp's; 16 bits take the tensor cores, float32 does not."""
+    """No product is of a warp group, which may add in another order; 16 bits use the tensor cores, float32 does not."""
     for result in compiled[call].values():
         assert result.count("wgmma.mma_async") == 0
     products = sum(result.count("mma.sync") for result in compiled[call].values())
@@ -155,7 +155,7 @@ def test_row_invariant_kernels_use_no_wgmma(compiled: dict[str, dict[str, Compil
 
 
 def test_dependent_launch_waits_for_the_kernel_before(compiled: dict[str, dict[str, Compiled]]) -> None:
-    """Kernels that may start early wait before they read, and let the next one start."""
+    """Kernels with dependent launch wait before they read, and let the next kernel start."""
     for result in compiled["attend: chain, dependent launch"].values():
         assert result.count("griddepcontrol.wait") == result.count("griddepcontrol.launch_dependents") == 1
 
@@ -176,7 +176,7 @@ def test_spills_and_narrow_copies_are_seen() -> None:
 
 
 def test_early_add_norm_and_place_wait_before_they_read(compiled: dict[str, dict[str, Compiled]]) -> None:
-    """Kernels that may start early wait for the one before, and let the next one start."""
+    """Kernels with dependent launch wait for the previous kernel, and let the next one start."""
     results = compiled["add_norm, place: dependent launch"]
     assert set(results) == {"_add_norm", "_place"}
     for result in results.values():
@@ -185,7 +185,7 @@ def test_early_add_norm_and_place_wait_before_they_read(compiled: dict[str, dict
 
 @pytest.mark.parametrize("call", ["choose", "choose: bfloat16"])
 def test_choose_divides_and_takes_logarithms_exactly(compiled: dict[str, dict[str, Compiled]], call: str) -> None:
-    """No approximate division or logarithm, which would choose other tokens than torch."""
+    """There is no approximate division or logarithm, which would choose other tokens than torch."""
     for result in compiled[call].values():
         assert not result.count("lg2.approx") and not result.count("div.full") and not result.count("div.approx")
     assert compiled[call]["_best_of_block"].count("div.rn.f32")

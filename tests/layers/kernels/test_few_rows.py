@@ -40,7 +40,7 @@ def test_gated_product_equals_torch(dtype, seed):
 @dtypes
 @pytest.mark.parametrize("kind", VALUES)
 def test_packed_product_equals_that_of_the_dense_weight(kind, dtype, seed):
-    """Products with packed weights are those with the dense weights that they stand for."""
+    """Products with packed weights equal those with the unpacked weights."""
     for M, N, K in ((1, 48, 256), (5, 40, 768), (17, 32, 1024)):
         x, w = drawn(M, N, K, dtype)
         packed = pack(w, kind)
@@ -52,7 +52,7 @@ def test_packed_product_equals_that_of_the_dense_weight(kind, dtype, seed):
 
 @pytest.mark.parametrize("kind", ["dense", *VALUES])
 def test_row_does_not_depend_on_the_other_rows(kind, seed):
-    """A row alone has the bits that it has among 2 to 32 rows, at any place."""
+    """A row computed alone is bitwise equal to the same row among 2 to 32 rows, at any index."""
     x, w = drawn(32, 48, 2048 if DEVICE == "cuda" else 512, DTYPES[-1])
     weight = w if kind == "dense" else pack(w, kind)
     alone = [few_rows(x[row : row + 1], weight)[:, 0] for row in range(8)]
@@ -76,7 +76,7 @@ def test_row_does_not_depend_on_the_other_rows_at_real_sizes(seed):
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_packing_keeps_what_its_kind_can_hold(kind, seed):
-    """Rounding is within half a step, and a kind takes the bytes that it promises, whatever the plane's width."""
+    """Rounding errors are at most half a step, and each kind has the stated number of bytes, for every plane width."""
     for K in (512, 768, 384) if kind != "int4" else (512, 1280, 384):
         w = torch.randn(24, K)
         packed = pack(w, kind)

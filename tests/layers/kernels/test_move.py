@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("B, L, G, E, P", [(1, 1, 1, 16, 1), (3, 2, 2, 24, 5), (2, 1, 1, 128, 33)])
 def test_moving_equals_attentions_even_with_overlap(B, L, G, E, P, dtype, seed):
-    """The whole cache, a view of larger rows, is that of torch bit for bit; most paths overlap their destination."""
+    """The whole cache, a view of larger rows, equals that of torch bit for bit; most paths overlap their destination."""
     nodes = P + 9
     ours = torch.randn(B, L, 2 * G, nodes + 20, E + 8, device=DEVICE).to(dtype)
     theirs, root = ours.clone(), torch.randint(0, 20, (B,), device=DEVICE)

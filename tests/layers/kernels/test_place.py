@@ -35,7 +35,7 @@ def inputs(B, T, H, G, E, K, dtype, bias=True, norms=True):
 @pytest.mark.parametrize("bias, norms", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("B, T, H, G, E, K", [(1, 1, 4, 2, 64, 1), (3, 2, 3, 1, 24, 4), (2, 3, 8, 2, 128, 2)])
 def test_place_equals_torch_operations(B, T, H, G, E, K, bias, norms, dtype, seed):
-    """Queries and the whole cache are those of torch: bit for bit in 16 bits without norms, else up to rounding."""
+    """Queries and the whole cache equal those of torch: bit for bit in 16 bits without norms, otherwise up to rounding."""
     arguments = inputs(B, T, H, G, E, K, dtype, bias, norms)
     theirs = arguments[:-1] + [arguments[-1].clone()]
     expected, q = place_eager(*theirs), place(*arguments)
@@ -72,7 +72,7 @@ def test_place_of_a_product_equals_attention(norms, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_place_of_a_row_ignores_the_other_rows(dtype, seed):
-    """A row gets the same bits alone and among others."""
+    """A row computed alone is bitwise equal to the same row among others."""
     arguments = inputs(2, 3, 4, 2, 48, 2, dtype)
     parts, *fixed, positions, slots, cache = arguments
     alone = cache.clone()

@@ -36,7 +36,7 @@ def assert_same(ours, theirs):
 
 
 def follow(choices, tokens, parents):
-    """Choices of which most are a child's token, so that paths get long."""
+    """Choices that are mostly a child's token, so that paths get long."""
     children = torch.randint(1, tokens.shape[1], tokens.shape, device=DEVICE)
     for b in range(B):
         for child in children[b].tolist():
@@ -47,7 +47,7 @@ def follow(choices, tokens, parents):
 @pytest.mark.parametrize("depth", [0, 1, 4, 9])
 @pytest.mark.parametrize("packed", [False, True])
 def test_walk_of_a_chain_equals_coupled(depth, packed, seed):
-    """Counts are those of the rule, whether rows verify all nodes or different numbers of them."""
+    """Counts equal those of `Coupled`, whether rows verify all nodes or different numbers of them."""
     tree = build(chain(depth), DEVICE)
     tokens, done = torch.randint(0, VOCABULARY, (B, tree.size), device=DEVICE), torch.rand(B, device=DEVICE) < 0.2
     choices = tokens.roll(-1, 1)
@@ -70,7 +70,7 @@ def test_walk_of_a_plain_round_emits_one_token(seed):
 
 @pytest.mark.parametrize("paths", [((0,),), SIBLINGS, BUSHY])
 def test_walk_of_a_static_tree_equals_coupled(paths, seed):
-    """Path, count and emitted tokens are those of the rule, past the path's end too."""
+    """Path, count and emitted tokens equal those of `Coupled`, also past the path's end."""
     tree = build(paths, DEVICE)
     # siblings differ: ranks are distinct below one parent
     tokens = torch.tensor([[0, *(1 + path[-1] for path in tree.paths)]], device=DEVICE).repeat(B, 1)
@@ -117,7 +117,7 @@ def test_walk_of_a_dynamic_tree_equals_coupled(depth, top_k, nodes, seed):
 
 @pytest.mark.parametrize("ends", [(), (2,), (5, 1, 3), tuple(range(100, 111)) + (4,)])
 def test_move_root_equals_the_rounds_own(ends, seed):
-    """Root, position and end of each text are those of the eager round, for counts from 0 to all, and no or many end ids."""
+    """Root, position and end of each text equal those of the eager round, for counts from 0 to all, and no or many end ids."""
     P = 5
     emitted = torch.randint(0, 12, (B, P), device=DEVICE)
     counts = torch.randint(0, P + 1, (B,), device=DEVICE)

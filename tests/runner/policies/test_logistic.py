@@ -93,7 +93,7 @@ def test_truncated_labels_do_not_bias(seed):
 
 @pytest.mark.parametrize("is_accepted", [True, False])
 def test_one_sided_labels_stay_finite(is_accepted, seed):
-    """A stream that is always accepted, or never, gives finite parameters and probabilities on the right side."""
+    """If all tokens are accepted, or none, parameters stay finite and probabilities are on the right side of 0.5."""
     draw, learner = np.random.default_rng(seed), model()
     for _ in range(3000):
         features = draw.choice([-LIMIT, 0.0, 3.0, LIMIT], (K, 1)).tolist()
@@ -104,7 +104,7 @@ def test_one_sided_labels_stay_finite(is_accepted, seed):
 
 
 def test_a_confident_miss_moves_little():
-    """One rejection of a sure proposal moves slope and intercept by at most 1."""
+    """The rejection of one confident proposal moves slope and intercept by at most 1."""
     learner = model(1)
     learner._labels.append((LIMIT, 0, 0, 0))
     learner._step()

@@ -1,6 +1,6 @@
-"""Triton kernels of the runner on a GPU, one file each, with an eager function that computes the same.
+"""Triton kernels of the runner on a GPU, one file each.
 
-Nothing outside this package imports their files before `available` has said that they can run.
+No module outside this package imports their files before `available` has returned True, so trainkit runs without Triton.
 """
 
 from __future__ import annotations

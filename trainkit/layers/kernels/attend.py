@@ -2,8 +2,8 @@
 
 Query heads that share a key head are folded into rows t * group + head. Every program reads one split of the slots for one
 tile of rows and writes unnormalised sums; a second kernel adds the splits. Grids depend on shapes alone, so one captured graph
-serves every length: a program whose split begins past the live slots returns at once. Splits are counted from slot 0, and
-causal calls of up to `CHAIN` positions run the same binary with the same tile, so that a row's result depends on no other row.
+serves every length: a program whose split begins past the live slots returns immediately. Splits are counted from slot 0, and
+causal calls of up to `CHAIN` positions run the same binary with the same tile, so a row's result does not depend on other rows.
 """
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -23,11 +23,11 @@ from torch import Tensor
 from trainkit.layers.kernels.launch import dependent_launch, on_its_device
 
 LOG2E = 1.4426950408889634  # the softmax is computed in powers of two
-CHAIN = 32  # causal calls of up to so many positions give results that are bitwise independent of T
+CHAIN = 32  # in causal calls of up to this many positions, results are bitwise independent of T
 
 
 class Plan(NamedTuple):
-    """Sizes of a launch, from shapes alone: rows a tile, keys a step, slots a split, splits, warps, pipeline stages."""
+    """Sizes of a launch, from shapes alone: rows per tile, keys per step, slots per split, splits, warps, pipeline stages."""
 
     rows: int
     keys: int

@@ -1,4 +1,4 @@
-"""The choice of a token from logits: temperature, Gumbel noise and maximum without a tensor of noise or of scores."""
+"""The choice of a token from logits: temperature, Gumbel noise and argmax, without a tensor of noise or scores."""
 
 # B batch  R rows of logits of one text  V vocabulary  N blocks
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from trainkit.layers.kernels.launch import on_its_device
 
 BLOCK = 1024
-"""Logits that one program reads."""
+"""Number of logits that one program reads."""
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def choose(
         temperature_B: float32; 0 means no noise.
         keys_B2: int32, from `request_keys`.
         positions_BR: Absolute position of the token being chosen, an integer.
-        stream: Purpose of the draw.
+        stream: Purpose of the draw, as in `uniform` of runner/sampling.py.
         logprobs: Also return the chosen tokens' log-probabilities at temperature 1, float32; otherwise None.
     """
     B, R, V = logits_BRV.shape

@@ -1,9 +1,9 @@
-"""Products of few rows with a weight matrix, y = x w^T, at the speed at which the weight is read.
+"""Products of few rows with a weight matrix, y = x w^T, limited by the bandwidth of reading the weight.
 
-The weight is the left operand of the tensor cores' product, so that 16 rows cost what one does, and each program streams some
-of its rows through shared memory. A row's result does not depend on the other rows: every output is summed over K in the same
-order, in as many parts as the weight's shape says, whatever the number of rows. The kernel that reads the parts adds them in
-order (add_norm.py, place.py), so no program waits for another.
+The weight is the left operand of the tensor cores' product, so 16 rows cost the same as one, and each program streams some
+rows of the weight through shared memory. A row's result does not depend on the other rows: every output is summed over K in the
+same order, in a number of parts that depends only on the weight's shape. The kernel that reads the parts adds them in order
+(add_norm.py, place.py), so no program waits for another.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
@@ -20,14 +20,15 @@ from trainkit.layers.kernels.launch import dependent_launch, on_its_device
 from trainkit.layers.packed import VALUES, Packed, plane
 
 MAX_ROWS = 32
-"""More rows than this take a library less time."""
+"""With more rows than this the library's product is faster."""
 BLOCK_N = 32
 WARPS, PACKED_WARPS = 4, 2
-"""With 4 warps two share each row of weights, which is cheap to read twice, but not to unpack twice."""
+"""With 4 warps, two warps share each weight row: reading it twice is cheap, unpacking it twice is not."""
 PROGRAMS, PACKED_PROGRAMS = 256, 512
-"""Programs that keep the memory of a large GPU busy; `splits` aims at no fewer."""
+"""Number of programs that saturates the memory of a large GPU; `splits` makes at least so many where it can."""
 BALANCED = 264
-"""Programs of which each of the 132 multiprocessors of a large GPU should get two, where a third would fit on some."""
+"""Two programs for each of a large GPU's 132 multiprocessors; with no more programs, a deeper pipeline (more shared memory)
+keeps a third one off a multiprocessor."""
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _plane(word, i: tl.constexpr, KIND: tl.constexpr):
     """Value i of each word, as float32. A GPU converts integers at a quarter of the rate of these operations."""
     if KIND == "fp8":
         byte = word >> 8 * i
-        # sign, exponent and mantissa in the places of float32; the difference of the exponents' offsets is 120
+        # sign, exponent and mantissa at their bit positions in float32; 2^120 corrects the exponent bias, 127 instead of 7
         return ((byte & 0x80) << 24 | (byte & 0x7F) << 20).to(
             tl.float32, bitcast=True
         ) * 1329227995784915872903807060280344576.0
@@ -65,7 +66,8 @@ def few_rows_kernel(
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Part `program_id(1)` of `BLOCK_N` outputs: of consecutive ones, or with SILU of half as many gates and their ups."""
+    """Part `program_id(1)` of `BLOCK_N` outputs: consecutive ones, or with SILU half as many gates and the matching ups."""
+    # Step 1: the rows of the weight and of x.
     part = tl.program_id(1)
     row_N = tl.arange(0, BLOCK_N)
     if SILU:
@@ -82,13 +84,14 @@ def few_rows_kernel(
     first, length = part * (K // SPLITS), K // SPLITS
     sum_NM = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     if PDL:
-        # The kernel before may still run: until it has ended, only the weight is read, whose first steps go to the L2 cache.
+        # Step 2: the previous kernel may still run, so only the weight is read: its first steps are prefetched to the L2 cache.
         tl.extra.cuda.gdc_launch_dependents()
         row_bytes = K * w_ptr.dtype.element_ty.primitive_bitwidth // (8 * DENSITY)
         line_L = tl.arange(0, AHEAD) * 128
         address_NL = w_ptr.to(tl.int64) + n_N[:, None] * row_bytes + part * (row_bytes // SPLITS) + line_L[None, :]
         asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
         tl.inline_asm_elementwise(asm, "=r,l", [address_NL], dtype=tl.int32, is_pure=False, pack=1)
+    # Step 3: the sum over this part of K.
     if KIND == "dense":
         k = tl.arange(0, BLOCK_K)
         w_NK = w_ptr + n_N[:, None] * K + first + k[None, :]
@@ -124,11 +127,12 @@ def few_rows_kernel(
             w_NJ += PLANE
             x_JM += BLOCK_K
             scale_N += BLOCK_K // 128
+    # Step 4: scale, activate and store.
     if KIND == "int8" or KIND == "fp8":
         sum_NM *= tl.load(scale_ptr + n_N)[:, None]
     if SILU:
         gate, up = tl.split(tl.permute(tl.reshape(sum_NM, (2, half, BLOCK_M)), (1, 2, 0)))
-        # rounded as the two products are where a library computes them
+        # rounded where two separate products would be rounded
         gate = gate.to(out_ptr.dtype.element_ty).to(tl.float32)
         up = up.to(out_ptr.dtype.element_ty).to(tl.float32)
         y = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32) * up
@@ -177,7 +181,7 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
     values, scale = (weight.words, weight.scale) if isinstance(weight, Packed) else (weight, None)
     size = block_k(K, kind)
     parts = splits(N, K, kind, silu)
-    # lines of 128 bytes of a row that are prefetched: those of the first steps, as many as are in flight later
+    # number of 128-byte lines of each weight row to prefetch: those of the first steps
     row_bytes = values.shape[1] * values.element_size() // parts
     ahead = min(16, 1 << max(1, row_bytes // 128).bit_length() - 1)
     if silu:
@@ -211,7 +215,7 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
 
 
 def few_rows_eager(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tensor:
-    """As `few_rows`, by torch."""
+    """What `few_rows` computes, in torch operations."""
     K = x_MK.shape[1]
     kind = weight.kind if isinstance(weight, Packed) else "dense"
     w_NK = (weight.dense(torch.float32) if isinstance(weight, Packed) else weight).float()

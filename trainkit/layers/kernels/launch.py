@@ -1,4 +1,4 @@
-"""How kernels are launched: where the GPU can, before the kernel that they depend on has ended.
+"""How kernels are launched: on GPUs that support it, before the kernel that they depend on has ended.
 
 Programmatic dependent launch (compute capability 9.0, CUDA Graphs included): a kernel that calls `gdc_launch_dependents` lets
 the next one start on multiprocessors that become free; the next one calls `gdc_wait` before it touches anything that an earlier
@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 DEPENDENT = True
-"""Whether dependent launch is used where the GPU has it; a switch for measurements, read when a kernel is launched."""
+"""Whether dependent launch is used if the GPU supports it; read at each launch, so that measurements can turn it off."""
 
 
 def dependent_launch(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The move of an accepted path's cache slots, all layers in one launch."""
+"""Moves the cache slots of an accepted path, all layers in one launch."""
 
 # B batch  L layers  G key-value heads  S cache slots  E head width  P positions to move
 

@@ -1,4 +1,4 @@
-"""What lies between the fused projection and attention: bias, norms of the heads, rotation, and the writes to the cache."""
+"""The steps between the fused projection and attention: bias, head norms, rotation, and cache writes."""
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # B batch  T positions  M rows, B * T  N columns, (H + 2G) * E  K partial sums  H query heads  G key-value heads  E head width

@@ -1,4 +1,4 @@
-"""The end of a round, with one program a row: which nodes a draft's accepted path has, and where the text goes on."""
+"""The end of a round, one program per row: the accepted path of a draft, and the next root."""
 
 # B batch  N nodes, root first  P path length, depth + 1  I end ids
 

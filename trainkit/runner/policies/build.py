@@ -87,7 +87,7 @@ class Policies:
             predictor: The predictor that the policy reads, whose time counts.
             sampling: Sampling of the calls; noise and filters take their time.
             signal: What the policy reads; by default the predictor if there is one, else nothing.
-            drifted: Costs, and a number of texts whose costs in them are measured again now.
+            drifted: Costs, and the number of texts whose costs are measured again now.
         """
         assert self.rounds.drafter is not None
         sampling, device = sampling or Sampling(), self.scheduler.device

@@ -82,7 +82,7 @@ class PolicyChain(Shape):
         return Draft(tree, tokens_BN, tree.topology, levels, logits, signals, packing=packing, features_BD=features_BD)
 
     def _signal(self, steps: Steps, proposals: Proposals, depth: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """As `level_chance`, of the policy's signal; None if it reads none."""
+        """As `level_chance`, for the policy's signal; the probability is None if the policy reads no signal."""
         if self.policy.signal == "none":
             return None, proposals.noisy_BFK.argmax(-1), None
         return level_chance(proposals, depth, None if self.policy.signal == "confidence" else self.predictor, steps.logits)
@@ -139,10 +139,10 @@ def _propose(steps: Steps, level: Level, token_B1: Tensor, depth: int) -> Propos
 def level_chance(
     proposals: Proposals, depth: int, predictor: Predictor | None, logits: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[B] probability that a level's best proposal is accepted, by the predictor or else the draft; its column [B, 1].
+    """[B] probability that a level's best proposal is accepted; its column [B, 1]; the online model's feature [B], or None.
 
-    Then the feature [B] that the probability was computed from, if the predictor learns while decoding; `logits` are the kept
-    logits of the levels so far, without noise, for one that does not read it.
+    The probability is the predictor's, or without one the draft's. `logits` are the draft logits of the levels so far, without
+    noise; an `OnlineLogistic` that does not read noise needs them.
     """
     noisy_BFK = proposals.noisy_BFK
     if isinstance(predictor, OnlineLogistic):

@@ -45,20 +45,20 @@ _PAUSE, _LONGEST_PAUSE = 32, 2048
 """Number of plain rounds until drafting is tried again; doubled after each trial that failed."""
 
 _LENGTHS = 64
-"""Costs are looked up for lengths that are multiples of this."""
+"""Lengths of texts are rounded to a multiple of this number of tokens when costs are looked up."""
 
 _DRIFT_ROUNDS, _DRIFT = 200, 1.2
-"""Costs have drifted if so many rounds took so many times as long as predicted, or as much less."""
+"""Costs have drifted if the median round of 200 took more than 1.2 times the predicted time, or less than 1 / 1.2 of it."""
 
 
 @dataclass
 class _Drift:
-    """Measured over predicted seconds of rounds with one number of texts.
+    """Ratios of measured to predicted seconds, for rounds with one number of texts.
 
     Attributes:
-        ratios: Of the rounds since the last comparison.
-        is_new: Whether they have drifted and nothing was done about it.
-        is_known: Whether they have drifted before: the costs of a number of texts are measured again once.
+        ratios: Ratios of the rounds since the last comparison.
+        is_new: Whether the costs have drifted and have not been measured again.
+        is_known: Whether the costs have drifted before; they are measured again only once.
     """
 
     ratios: list[float] = field(default_factory=list)
@@ -68,7 +68,7 @@ class _Drift:
     def add(self, ratio: float) -> None:
         self.ratios.append(ratio)
         if len(self.ratios) == _DRIFT_ROUNDS:
-            typical = median(self.ratios)  # capturing a graph takes a second, which is not the round's
+            typical = median(self.ratios)  # not the mean: a round that captures a graph takes a second more
             if not self.is_known and not 1 / _DRIFT <= typical <= _DRIFT:
                 self.is_new = self.is_known = True
             self.ratios.clear()
@@ -183,7 +183,7 @@ class Cost(Policy):
         self._ahead = cache(self._further)
 
     def drifted_rows(self) -> int:
-        """A number of texts whose rounds took other times than the costs say, once for each; 0 if there is none."""
+        """A number of texts whose costs have drifted, each returned once; 0 if there is none."""
         for rows, drift in self._drift.items():
             if drift.is_new:
                 drift.is_new = False

@@ -32,8 +32,8 @@ from trainkit.runner.trees.static import build, chain
 CACHE = cache_folder("costs")
 
 _LEVER = 4
-"""Costs of cached tokens are measured only if there is room for texts this many times as long: from two lengths that are close,
-the clock's noise would be taken for the tokens' and multiplied."""
+"""Costs of cached tokens are measured only if there is room for texts this many times as long: the difference of two close
+lengths would be mostly the clock's noise."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class CostMeasurement:
         max_depth: Largest number of levels.
         batch: Largest number of texts.
         length: Number of cached tokens of each text.
-        longer: A larger number of cached tokens, for what each of them costs.
+        longer: A larger number of cached tokens, to measure the cost of each further one.
         sampling: Sampling of drafting and verifying; noise and top-p take their time.
     """
 
@@ -196,7 +196,7 @@ class CostMeasurement:
     def again(self, costs: ChainCosts, rows: int) -> ChainCosts:
         """The costs with those for this number of texts measured again, or those of the measured numbers around it.
 
-        Quicker than the first time, since the call that finds the drift waits for it.
+        Has fewer repeats than the first measurement, because the call that finds the drift waits for it.
         """
         names = ("verify_RN", "first_R", "level_R", "pack_R", "pad_R", "rest_R", "plain_rest_R")
         right = min(bisect_left(costs.rows, rows), len(costs.rows) - 1)

@@ -1,16 +1,16 @@
-"""Acceptance learnt while decoding: one feature of the draft, one slope, and an intercept for each draft position.
+"""Online logistic regression of acceptance: one feature of the draft, one slope, and an intercept for each draft position.
 
     P(position k is accepted | all before it are) = sigmoid(w f + b_k),   f = log q1 - log(1 - q1)
 
-q1 is the largest probability of softmax(log q + G), with the noise G that the token was drawn by: under shared noise the draw
-is decided, and log q alone no longer tells its outcome. Under `residual` q1 is the largest of q: the target does not see the
-draft's noise there. After vLLM's pull request 52228. There sums are cleared after each step; here rounds fade, and each step
-reads all remembered rounds at the present parameters. There steps are shortened where few labels were seen; here a prior does
-that: it also gives positions that are seldom reached the intercept of the position before.
+q1 is the largest probability of softmax(log q + G). G is the Gumbel noise that the token was drawn with: with shared noise the
+draw is determined, so log q alone predicts less. Under `residual` q1 is the largest of q, because the target does not share
+the draft's noise there. Source: vLLM's pull request 52228, with two differences. It clears its sums after each step; here
+older rounds have less weight, and each step reads all stored rounds at the current parameters. It shortens steps where it has
+seen few labels; here a prior does that, and it also gives seldom reached positions the intercept of the position before.
 Left out on purpose: other features. A trained predictor (models/predictor.py) reads the draft's hidden state as well.
 """
 
-# B rows  K draft vocabulary, or draft positions where nothing else is at hand  N labelled positions
+# B rows  N labelled positions  K draft vocabulary in scores_BK, draft positions in intercept_K and sums by position
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from torch import Tensor
 from trainkit.runner.policy import RoundOutcome
 
 SLOPE, INTERCEPT = 0.5, -0.2
-"""Parameters before anything was learnt."""
+"""Initial parameters, and means of the prior."""
 
 LIMIT = 40.0
 """Features are clamped to plus and minus this value."""
 
 _FADE = 0.998
-"""Weight of a round against the next one: about 500 rounds count."""
+"""Weight of a round relative to the next one: an average over about 500 rounds."""
 
 _REMEMBERED = 4096
-"""Largest number of labelled positions that a step reads."""
+"""Largest number of labelled positions that are stored; a step reads all of them."""
 
 _REFIT = 50
 """Rounds between steps; the first ones come after 4, 8, 16 and 32 rounds."""
@@ -96,12 +96,12 @@ def newton_step(
 
 
 class OnlineLogistic:
-    """The model, and what it learns from rounds. Parameters are on the device, where captured rounds read them.
+    """The model and its training. The parameters are on the device, where captured rounds read them.
 
     Args:
         max_depth: Largest number of draft positions; each has an intercept.
         device: Device of the rounds.
-        reads_noise: Whether f is that of the draft's distribution with its noise.
+        reads_noise: Whether f is computed from the draft logits with noise.
 
     Attributes:
         slope: w.
@@ -134,7 +134,7 @@ class OnlineLogistic:
         for row, (verified, accepted) in enumerate(zip(outcome.verified, outcome.accepted, strict=True)):
             for position in range(min(verified, accepted + 1)):
                 feature = outcome.features[position][row]
-                if feature == feature:  # NaN, of a draft that overflowed, would stay
+                if feature == feature:  # NaN, from a draft that overflowed, would make the parameters NaN
                     self._labels.append((feature, position, position < accepted, self._rounds))
         if self._rounds >= self._next_step and self._labels:
             self._next_step += min(self._next_step, _REFIT)
@@ -143,7 +143,7 @@ class OnlineLogistic:
     def _step(self) -> None:
         f_N, position_N, accepted_N, round_N = np.array(self._labels, np.float64).T
         labels = Labels(f_N, position_N.astype(np.int64), accepted_N, _FADE ** (self._rounds - round_N))
-        # A trust region: one confident proposal that was rejected must not move an intercept to -20.
+        # A trust region: otherwise one confident proposal that is rejected moves an intercept to -20.
         slopes = max(self.slope - _LARGEST_STEP, 0.0), min(self.slope + _LARGEST_STEP, _LARGEST_SLOPE)
         slope_step, step_K = newton_step(self.slope, self.intercept_K, labels, slopes=slopes)
         intercept_K = self.intercept_K + step_K.clip(-_LARGEST_STEP, _LARGEST_STEP)
@@ -158,7 +158,7 @@ class OnlineLogistic:
 def log_odds(scores_BK: Tensor) -> Tensor:
     """[B] log q1 - log(1 - q1) of the largest probability q1 of softmax(scores), clamped to `LIMIT`.
 
-    Computed as the best score minus the log-sum-exp of all others: 1 - q1 has no digits left in float32 where q1 is near 1.
+    Computed as the best score minus the log-sum-exp of all others, because 1 - q1 loses all digits in float32 if q1 is near 1.
     """
     best = scores_BK.float().max(-1, keepdim=True)
     others_B = scores_BK.float().scatter(-1, best.indices, float("-inf")).logsumexp(-1)

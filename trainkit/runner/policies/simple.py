@@ -1,7 +1,7 @@
 """Policies that know no costs: stop below a threshold, or follow the recently accepted length.
 
 `confidence` is Kangaroo's rule (arXiv 2404.18911), `predictor` that of SpecDec++ (arXiv 2405.19715), and `logistic` is the same
-rule with a model that is learnt while decoding.
+rule with the online logistic model.
 """
 
 # B rows
@@ -35,7 +35,7 @@ class Fixed(Policy):
 class Threshold(Policy):
     """Stops drafting once the signal, averaged over rows, falls below a threshold.
 
-    A captured round cannot stop: it drafts as many levels as this rule would by the fading means of earlier rounds' signals.
+    A captured round cannot stop early: its depth follows from this rule and the moving means of earlier rounds' signals.
 
     Args:
         signal: `confidence`: the draft's probability of the last token; `predictor` and `logistic`: the predicted probability

@@ -17,7 +17,7 @@ SIGNALS: dict[str, Signal | None] = {
     "cost:confidence": "confidence",
     "cost-blind": "none",
 }
-"""Names of `cost`, and the signal that each asks for."""
+"""Names of the variants of `cost` -> the signal that each reads; None for the best that there is."""
 
 
 @dataclass(frozen=True)

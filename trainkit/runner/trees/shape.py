@@ -66,7 +66,7 @@ class Draft:
         drafter_numbers_BN: The drafter's number of each node, 0 for one that it never expanded; None if equal to ours.
         packing: The nodes of a chain to verify, where rows verify different numbers of them; the rest is padding.
         chances_BD: Predicted probability that each token is accepted, from captured rounds of a policy; otherwise None.
-        features_BD: What a policy learns each token's acceptance from, if it does; a column for each level that was run.
+        features_BD: The features of the online logistic model, if the policy uses it; a column for each level that was run.
     """
 
     shape: Shape
