@@ -43,7 +43,8 @@ def test_a_wrong_bonus_token_is_detected(seed: int, monkeypatch) -> None:
         verdict = right(self, draft, scores, *options)
         full = (verdict.emitted_BP == draft.tokens_BN[:, 1:]).all(1) & (verdict.counts_B == scores.shape[1])
         emitted = torch.cat([verdict.emitted_BP, scores[:, -1:].argmax(-1)], dim=1)
-        return Verdict(None, verdict.counts_B + full.long(), emitted)
+        path = torch.arange(emitted.shape[1]).clamp(max=scores.shape[1] - 1).expand_as(emitted)  # the last node again
+        return Verdict(path, verdict.counts_B + full.long(), emitted)
 
     monkeypatch.setattr(Mixed, "verify", with_bonus)
     p, q = tables("generic", np.random.default_rng(5))
