@@ -25,8 +25,11 @@ HELP
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 here=$PWD
-command=${1:-}
 die() { echo "launch.sh: error: $*" >&2; exit 2; }
+is_busy() { # does every second core have work? (on Linux; the load is a number with two decimals)
+    local load
+    { read -r load _ </proc/loadavg; } 2>/dev/null && (( 10#${load/./} * 2 > $(getconf _NPROCESSORS_ONLN) * 100 ))
+}
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
 # Is THIS checkout installed for interpreter $1, with its test tools? (-P without PYTHONPATH ignores the current folder.)
@@ -82,8 +85,8 @@ setup() {
         python=$root/.venv/bin/python
     fi
     export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-    # Threads that spin while they wait make decoding many times slower as soon as another program needs a core.
-    if ! has_gpu; then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}; fi
+    # Threads that spin while they wait make a small model twice as fast on an idle machine, and many times slower on a busy one.
+    if ! has_gpu; then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-$(is_busy && echo passive || echo active)}; fi
 }
 
 # Number of processes on this machine: NPROC, otherwise the number of GPUs, at least one.
@@ -152,9 +155,9 @@ case ${1:-} in
     "" | -h | --help | help) usage ;;
     quickstart) shift; setup; cd "$root"; exec bash recipes/quickstart.sh "$@" ;;
     test) # one process per core with one thread each; busy-waiting threads would slow the other processes sixfold
-        shift; setup; cd "$root"
+        shift; OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}; setup; cd "$root"
         if has_gpu; then exec "$python" -m pytest "$@"; fi
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY
         workers=$(getconf _NPROCESSORS_ONLN)
         export PYTEST_ADDOPTS="-n $workers --dist loadfile --durations 30 ${PYTEST_ADDOPTS:-}"
         exec "$python" -m pytest "$@"

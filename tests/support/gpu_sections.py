@@ -329,7 +329,7 @@ def _library_products(x: Tensor, weights: Sequence[Tensor], silu: bool) -> None:
         y = F.linear(x, weight)
         if silu:
             gate, up = y.chunk(2, dim=-1)
-            F.silu(gate) * up
+            y = F.silu(gate) * up
 
 
 def attention(table: Table) -> None:
