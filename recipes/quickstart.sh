@@ -4,7 +4,7 @@
 #
 #   ./launch.sh quickstart [FOLDER]          # writes everything into FOLDER, by default runs/quickstart
 #
-# Measured 2026-11-27, 2 cores of an AMD EPYC, torch 2.13.0, transformers 5.17.0: 180 s, and 95 s more to install on the first run.
+# Measured 2026-11-27, 2 cores of an AMD EPYC, torch 2.13.0, transformers 5.17.0: 170 s, and 95 s more to install on the first run.
 set -euo pipefail
 
 out=${1:-runs/quickstart}
