@@ -573,9 +573,9 @@ def test_goodput_is_reported(seed):
     found, stats = runner.last.goodput, runner.last
     assert found["measured"] > 0 and 0.5 < found["predicted"] < 10
     assert found["measured"] == pytest.approx(stats.tau * stats.rounds / stats.seconds)
-    runner.generate([[1]], max_new_tokens=12, policy="ema")
+    runner.generate([[1]], max_new_tokens=12, policy="ema", ignore_end=True)
     assert set(runner.last.goodput) == {"measured"}
-    runner.generate([[1]], max_new_tokens=12, depth=2)
+    runner.generate([[1]], max_new_tokens=12, depth=2, ignore_end=True)
     assert runner.last.goodput == {}
 
 
