@@ -48,7 +48,7 @@ def whole_model(folder: Path, text: Text) -> tuple[dict[str, Tensor], Tensor]:
     inputs, last = dict[str, Tensor](), list[Tensor]()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
     model.model.norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
     with torch.no_grad():
         model(text.tokens_ST)
@@ -61,14 +61,14 @@ def states_after(work: Path, blocks: int, text: Text, hidden: int) -> Tensor:
     return torch.frombuffer(data, dtype=torch.float32).view(*text.tokens_ST.shape, hidden)
 
 
-LAYOUTS = {
-    "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
-              | {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}},
     "llama-biases": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 9},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     "qwen3": {"tie_word_embeddings": False},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
