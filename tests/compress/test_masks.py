@@ -41,7 +41,9 @@ def test_a_pattern_reads_back_as_written() -> None:
     assert parse_pattern("1:4") == Pattern(0.75, 1, 4)
 
 
-@pytest.mark.parametrize(("share", "weights", "pruned"), [(0.29, 100, 29), (0.7, 10, 7), (0.5, 7, 3), (0.57, 100, 57), (0.999, 8, 7)])
+@pytest.mark.parametrize(
+    ("share", "weights", "pruned"), [(0.29, 100, 29), (0.7, 10, 7), (0.5, 7, 3), (0.57, 100, 57), (0.999, 8, 7)]
+)
 def test_a_share_is_counted_without_float_error(share: float, weights: int, pruned: int) -> None:
     """0.29 * 100 and 0.57 * 100 are below 29 and 57 in floats."""
     assert Pattern(share).pruned(weights) == pruned
@@ -49,7 +51,12 @@ def test_a_share_is_counted_without_float_error(share: float, weights: int, prun
 
 @pytest.mark.parametrize(
     ("pattern", "scope", "mask"),
-    [("0.5", "row", "xxx... xxx..."), ("0.75", "matrix", "xxxxxx xxx..."), ("1:3", "row", "xx.xx. xx.xx."), ("2:3", "row", "x..x.. x..x..")],
+    [
+        ("0.5", "row", "xxx... xxx..."),
+        ("0.75", "matrix", "xxxxxx xxx..."),
+        ("1:3", "row", "xx.xx. xx.xx."),
+        ("2:3", "row", "x..x.. x..x.."),
+    ],
 )
 def test_the_lower_index_goes_first_among_equals(pattern: str, scope: Scope, mask: str) -> None:
     """Exactly as many as asked for are pruned, from the left."""
@@ -71,7 +78,10 @@ def test_every_set_is_pruned_by_its_lowest(seed: int) -> None:
 
 def test_packed_masks_unpack(seed: int) -> None:
     """The first weight is the lowest bit; the last byte need not be full."""
-    assert pack_mask(torch.tensor([[True, False, False], [True, True, False], [False, False, True]])).tolist() == [0b00011001, 0b1]
+    assert pack_mask(torch.tensor([[True, False, False], [True, True, False], [False, False, True]])).tolist() == [
+        0b00011001,
+        0b1,
+    ]
     mask = torch.rand(7, 13) < 0.4
     assert len(pack_mask(mask)) == 12
     assert torch.equal(unpack_mask(pack_mask(mask), mask.shape), mask)

@@ -86,7 +86,9 @@ def test_sparsegpt_weights_are_those_computed_by_hand() -> None:
     row_K = [0.387193, -0.101234, 0.111093, -0.448628, 0.053733, 0.014990, 0.182292, 0.154228]
     diagonal_K = [0.387193, 0.395666, 0.973229, 0.557247, 0.424683, 0.143243, 0.337388, 0.261839]
     assert damping == 0.01
-    assert upper_KK[0].tolist() == pytest.approx(row_K, abs=1e-6) and upper_KK.diagonal().tolist() == pytest.approx(diagonal_K, abs=1e-6)
+    assert upper_KK[0].tolist() == pytest.approx(row_K, abs=1e-6) and upper_KK.diagonal().tolist() == pytest.approx(
+        diagonal_K, abs=1e-6
+    )
     # fmt: off
     half_RK = [
         -1.812500, 1.875000, 0, 0, -1.822101, -1.626722, 0, 0.937244, 0, 1.492250, 0, 0, -1.682300, 0.984792, 0, -1.445099,
@@ -103,7 +105,12 @@ def test_sparsegpt_weights_are_those_computed_by_hand() -> None:
         assert not torch.signbit(weight_RK[weight_RK == 0]).any()
 
 
-CODES_RK = [[-7, 7, 1, -5, -8, -6, -3, 7], [3, 5, -7, -1, -8, 5, -3, -4], [-4, 4, 7, -2, -1, -1, 7, 5], [5, 2, 3, -8, 2, 7, -6, -8]]
+CODES_RK = [
+    [-7, 7, 1, -5, -8, -6, -3, 7],
+    [3, 5, -7, -1, -8, 5, -3, -4],
+    [-4, 4, 7, -2, -1, -1, 7, 5],
+    [5, 2, 3, -8, 2, 7, -6, -8],
+]
 
 
 @pytest.mark.parametrize("block", [8, 4])
@@ -122,7 +129,11 @@ def test_gptq_codes_are_those_computed_by_hand(block: int) -> None:
 def test_gptq_with_static_scales_and_by_activation() -> None:
     """Static scales change one code; the order by activation, 5 7 0 6 3 4 1 2, keeps groups as stored."""
     static = solve(WEIGHT_RK, GRAM_KK, grid=GRID, static_scales=True)
-    assert static.quantised and static.quantised.codes_RK.tolist() == [CODES_RK[0], [3, 5, -7, -1, -7, 5, -3, -4], *CODES_RK[2:]]
+    assert static.quantised and static.quantised.codes_RK.tolist() == [
+        CODES_RK[0],
+        [3, 5, -7, -1, -7, 5, -3, -4],
+        *CODES_RK[2:],
+    ]
     assert error(static.weight_RK) == pytest.approx(1.626251, abs=1e-6)
     ordered = solve(WEIGHT_RK, GRAM_KK, grid=GRID, order="activation")
     assert ordered.quantised and torch.equal(ordered.quantised.scale_RG, static.quantised.scale_RG)
@@ -168,7 +179,9 @@ def test_solve_equals_elimination_by_inverses(case: str, block: int, scope: str,
     torch.testing.assert_close(solved.weight_RK, expected_RK, rtol=1e-8, atol=1e-8)
     if pattern and not pattern.group:
         bounds = [(a, min(a + block, 42)) for a in range(0, 42, block)]
-        counts = [pattern.pruned((b - a) * (5 if scope == "matrix" else 1)) * (1 if scope == "matrix" else 5) for a, b in bounds]
+        counts = [
+            pattern.pruned((b - a) * (5 if scope == "matrix" else 1)) * (1 if scope == "matrix" else 5) for a, b in bounds
+        ]
         assert [int((~solved.mask_RK[:, a:b]).sum()) for a, b in bounds] == counts
 
 
@@ -186,7 +199,9 @@ def test_the_loss_is_that_of_the_weights(case: str, order: str, seed: int) -> No
     """Errors summed during the pass equal the error of the weights that come out: no update is lost or misplaced."""
     sparsity, grid = CASES[case]
     weight_RK, x_TK = random_layer(6, 90, tokens=200)
-    solved = solve(weight_RK, x_TK.T @ x_TK, pattern=parse_pattern(sparsity) if sparsity else None, grid=grid, block=64, order=order)  # type: ignore[arg-type]
+    solved = solve(
+        weight_RK, x_TK.T @ x_TK, pattern=parse_pattern(sparsity) if sparsity else None, grid=grid, block=64, order=order
+    )  # type: ignore[arg-type]
     assert solved.loss == pytest.approx(identity(weight_RK, x_TK.T @ x_TK, solved), rel=1e-9)
     assert (solved.weight_RK[~solved.mask_RK] == 0).all()
 
@@ -222,7 +237,10 @@ def test_dead_inputs_change_nothing_but_their_weights(seed: int) -> None:
     assert (solve(weight_RK, torch.zeros_like(gram_KK), pattern=parse_pattern("2:4")).weight_RK == 0).all()
 
 
-@pytest.mark.parametrize(("coupling", "start", "damping"), [(0.5, 0.01, 0.01), (1.05, 0.01, 0.1), (1.5, 0.01, 1.0), (1.05, 0.02, 0.2), (1.0, 0.0, 0.001)])
+@pytest.mark.parametrize(
+    ("coupling", "start", "damping"),
+    [(0.5, 0.01, 0.01), (1.05, 0.01, 0.1), (1.5, 0.01, 1.0), (1.05, 0.02, 0.2), (1.0, 0.0, 0.001)],
+)
 def test_damping_rises_tenfold_until_it_suffices(coupling: float, start: float, damping: float) -> None:
     """[[1, c], [c, 1]] has the smallest eigenvalue 1 - c, so that damping must be above c - 1; the damping used is told."""
     gram_KK = torch.tensor([[1, coupling], [coupling, 1]], dtype=torch.float64)
