@@ -123,21 +123,29 @@ def write(
     return _write(Bundle(folder, kind, dict(config), dict(target), versions=versions, **card), fill)
 
 
-def amend(folder: str | Path, writer: Callable[[Path], None] | None = None, *, runner: Mapping[str, Any]) -> Bundle:
-    """Replaces the recommended runner settings of a bundle and adds files to it, atomically; returns the new bundle.
+def amend(
+    folder: str | Path,
+    writer: Callable[[Path], None] | None = None,
+    *,
+    runner: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Replaces fields of a bundle and adds files to it, atomically; returns the new bundle.
 
     Files already there stay, as hard links where the file system has them, unless a new file has the same name.
 
     Args:
         folder: Folder of the bundle.
         writer: Receives an empty temporary folder and writes the new files there; None if there are none.
-        runner: New runner settings.
+        runner: New recommended runner settings; None: the old ones.
+        metrics: New measured values; None: the old ones.
 
     Raises:
         UserError: `folder` holds no valid bundle, or cannot be written.
     """
     folder = Path(folder).resolve()
-    bundle = replace(read(folder), runner=dict(runner))
+    changed = {name: dict(value) for name, value in (("runner", runner), ("metrics", metrics)) if value is not None}
+    bundle = replace(read(folder), **changed)
     if writer is None:
         write_text(folder / MANIFEST, _to_json(bundle))
         return bundle

@@ -24,7 +24,8 @@ from trainkit.files import write_json
 from trainkit.layers.attention import rotary_table
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
-from trainkit.models.weights import EMBEDDING, HEAD, check_finite, has_own_head, read_tensors
+from trainkit.models.compressed import dense_tensors, read_scheme
+from trainkit.models.weights import EMBEDDING, HEAD, check_finite, has_own_head
 
 LAYOUTS = {"llama", "mistral", "qwen2", "qwen3"}
 _BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
@@ -197,7 +198,8 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     """Refuses models that the runner's decoder does not compute exactly.
 
     Raises:
-        UserError: another architecture, activation, bias or rotary type, or a sliding window shorter than `max_len`.
+        UserError: another architecture, activation, bias, quantisation or rotary type, or a sliding window shorter than
+            `max_len`.
     """
     where = f"{folder}/config.json"
     # Architecture and switches.
@@ -209,8 +211,7 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     for field in ("attention_bias", "mlp_bias"):
         if getattr(config, field, False) and field not in _BIASES.get(config.model_type, ()):
             raise UserError(f"{where}: {field} is not supported by the runner for {config.model_type}")
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"{where}: quantised weights are not supported by the runner; give the dense folder")
+    read_scheme(config, where)
     # Rotary positions.
     if fault := rope_fault(decoder_shape(config)):
         raise UserError(f"{where}: {fault}")
@@ -374,7 +375,7 @@ def load_decoder(
         shape = decoder_shape(config)
         decoder = Decoder(shape if layers else replace(shape, num_layers=0))
     decoder = decoder.to(dtype).to_empty(device=device)
-    copy_weights(decoder, read_tensors(folder, None if layers else {*hf_views(decoder), HEAD}), str(folder))
+    copy_weights(decoder, dense_tensors(folder, dtype, None if layers else {*hf_views(decoder), HEAD}), str(folder))
     return decoder.requires_grad_(False).eval()
 
 
