@@ -1,4 +1,4 @@
-"""`trainkit eval`: exact acceptance of drafters on given texts, and tau from decoding, with bootstrap intervals."""
+"""`trainkit alpha`: exact acceptance of drafters on given texts, and tau from decoding, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainkit.models.target import FrozenTarget
 from trainkit.runner.engine import load_drafter
 
 
-def evaluate(
+def alpha(
     *,
     target: str,
     data: str,
@@ -54,7 +54,7 @@ def evaluate(
 
     Examples:
         trainkit distill --target models/target --prompts test.jsonl --out data/test_t1 --temperatures [1]
-        trainkit eval --target models/target --drafter models/a --drafter models/b --data data/test_t1 --json eval.json
+        trainkit alpha --target models/target --drafter models/a --drafter models/b --data data/test_t1 --json alpha.json
 
     Args:
         target: Folder of the target, any Hugging Face causal LM.
