@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.support.compressed import effective, gradient, layer
+from tests.support.compressed_layers import effective, gradient, layer
 from trainkit.compress.masks import Pattern, mask_from_scores
 from trainkit.errors import UserError
 from trainkit.modules.compression.flow import SRSTE, MaskDecay, StructureDecay, frames

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.compressed import effective, gradient, layer
+from tests.support.compressed_layers import effective, gradient, layer
 from trainkit.compress.quantise import Grid
 from trainkit.errors import UserError
 from trainkit.modules.compression.quantised import QuantAware, _Rounded
