@@ -111,11 +111,11 @@ def write(
         UserError: `folder` holds something that is not a bundle, or cannot be written.
     """
     folder = Path(folder).resolve()
-    _check_replaceable(folder)
+    check_replaceable(folder)
 
     def fill(temporary: Path) -> Mapping[str, str]:
         writer(temporary)
-        _check_replaceable(folder)
+        check_replaceable(folder)
         return _hash_all(temporary)
 
     libraries = ("torch", "transformers", "lightning", "safetensors")
@@ -191,7 +191,7 @@ def _to_json(bundle: Bundle) -> str:
     return json.dumps({"format": FORMAT_VERSION} | values, indent=2) + "\n"
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     if folder.exists() and not is_bundle(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a bundle (it has no {MANIFEST}); choose another folder or remove it")
 

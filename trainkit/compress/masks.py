@@ -42,6 +42,10 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}" if self.group else f"{self.share:g}"
 
+    def pruned(self, weights: int) -> int:
+        """How many of so many weights a share prunes, rounded down; 0.29 of 100 are 29, although 0.29 * 100 < 29 in floats."""
+        return int(weights * self.share * (1 + 1e-12))
+
     def check(self, columns: int, name: str) -> None:
         """Raises UserError if a matrix of so many inputs cannot have this pattern; `name` is the tensor's."""
         if self.group and columns % self.group:
@@ -82,7 +86,7 @@ def mask_from_scores(score_RK: Tensor, pattern: Pattern, scope: Scope = "row") -
         grouped = score_RK.reshape(R * K // pattern.group, pattern.group)
         return prune_lowest(grouped, pattern.group - pattern.kept).view(R, K)
     compared = score_RK.reshape(1, R * K) if scope == "matrix" else score_RK
-    return prune_lowest(compared, int(compared.shape[1] * pattern.share)).view(R, K)
+    return prune_lowest(compared, pattern.pruned(compared.shape[1])).view(R, K)
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ from trainkit.errors import UserError
 Kind = Literal["int", "float"]
 
 
+def _computed(values: Tensor) -> Tensor:
+    """The values in the dtype to compute in: float64 if they are, otherwise float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 @dataclass(frozen=True)
 class Grid:
     """The values that a quantised weight can take: (code - zero) * scale.
@@ -50,6 +55,11 @@ class Grid:
         """Largest code."""
         return 448.0 if self.kind == "float" else 2 ** (self.bits - 1) - 1
 
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Storage dtype of the codes."""
+        return torch.float8_e4m3fn if self.kind == "float" else torch.int8
+
     def check(self, columns: int, name: str) -> None:
         """Raises UserError if a matrix of so many inputs has no whole number of groups; `name` is the tensor's."""
         if self.group and columns % self.group:
@@ -58,7 +68,7 @@ class Grid:
     def scales(self, weight_RK: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scales [R, G] in `scale_dtype`, and zero points int8 [R, G] (None if symmetric), by smallest and largest value."""
         R, K = weight_RK.shape
-        grouped = weight_RK.float().view(R, -1, self.group or K)
+        grouped = _computed(weight_RK).reshape(R, -1, self.group or K)
         if self.symmetric:
             divisor = 448.0 if self.kind == "float" else (2**self.bits - 1) / 2 if self.rule == "half" else self.high
             scale_RG, zero_RG = grouped.abs().amax(2) / divisor, None
@@ -68,17 +78,17 @@ class Grid:
         floor = torch.finfo(self.scale_dtype).tiny
         scale_RG = torch.where(scale_RG == 0, 1.0, scale_RG).to(self.scale_dtype).clamp(min=floor)
         if not self.symmetric:
-            zero_RG = (self.low - low_RG / scale_RG.float()).round().clamp(self.low, self.high).to(torch.int8)
+            zero_RG = (self.low - low_RG / _computed(scale_RG)).round().clamp(self.low, self.high).to(torch.int8)
         return scale_RG, zero_RG
 
     def codes(self, weight_RK: Tensor, scale_RG: Tensor, zero_RG: Tensor | None = None) -> Tensor:
-        """The nearest codes [R, K], as float32 whole numbers (or float8 values); halves go to the even code."""
-        scaled = weight_RK.float() / self.spread(scale_RG, weight_RK.shape[1]).float()
+        """The nearest codes [R, K], as whole numbers (or float8 values) in float32 or float64; halves go to the even code."""
+        scaled = _computed(weight_RK) / self.spread(scale_RG, weight_RK.shape[1])
         if zero_RG is not None:
-            scaled = scaled + self.spread(zero_RG, weight_RK.shape[1]).float()
+            scaled = scaled + self.spread(zero_RG, weight_RK.shape[1])
         scaled = scaled if self.kind == "float" else scaled.round()
         scaled = scaled.clamp(self.low, self.high)
-        return scaled.to(torch.float8_e4m3fn).float() if self.kind == "float" else scaled
+        return scaled.to(torch.float8_e4m3fn).to(scaled) if self.kind == "float" else scaled
 
     def spread(self, values_RG: Tensor, columns: int) -> Tensor:
         """Values of groups [R, G] repeated for each of their columns, [R, K]; [R, 1] for one group."""
@@ -118,4 +128,4 @@ def quantise(weight_RK: Tensor, grid: Grid, scale_RG: Tensor | None = None, zero
     if scale_RG is None:
         scale_RG, zero_RG = grid.scales(weight_RK)
     codes = grid.codes(weight_RK, scale_RG, zero_RG)
-    return Quantised(codes.to(torch.float8_e4m3fn if grid.kind == "float" else torch.int8), scale_RG, zero_RG, grid)
+    return Quantised(codes.to(grid.code_dtype), scale_RG, zero_RG, grid)

@@ -100,7 +100,17 @@ class Linear(nn.Linear):
     @torch.no_grad()
     def pack(self, kind: str) -> None:
         """Replaces the weight by a packed one, for decoding."""
-        self.packed = pack(self.weight, kind)
+        self.set_packed(pack(self.weight, kind))
+
+    def set_packed(self, packed: Packed) -> None:
+        """Replaces the weight by a packed one of the same shape.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        if packed.shape != (self.out_features, self.in_features):
+            raise ValueError(f"a packed weight of {packed.shape} for {self.out_features} outputs of {self.in_features} inputs")
+        self.packed = packed
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
 

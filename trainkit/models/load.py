@@ -24,9 +24,12 @@ from trainkit.files import write_json
 from trainkit.layers.attention import rotary_table
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.shape import DecoderShape
-from trainkit.models.weights import EMBEDDING, HEAD, check_finite, has_own_head, read_tensors
+from trainkit.models.compressed import dense_tensors, read_scheme
+from trainkit.models.weights import EMBEDDING, HEAD, check_finite, has_own_head
 
 LAYOUTS = {"llama", "mistral", "qwen2", "qwen3"}
+_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
+"""Switches of a config.json that give biases, by layout. Others have no such switch; Qwen2 always has them on q, k and v."""
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
 MODEL_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionError),
@@ -167,13 +170,16 @@ def decoder_shape(config: Any) -> DecoderShape:
     rope = {name: value for name, value in (getattr(config, "rope_parameters", None) or {}).items() if name != "type"}
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
+    biases = {field for field in _BIASES.get(config.model_type, ()) if getattr(config, field, False)}
     return DecoderShape(
         **{ours: sizes[theirs] or defaults[ours] for theirs, ours in _SIZES.items()},
         norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
         rope=rope,
-        qkv_bias=config.model_type == "qwen2",
+        qkv_bias=config.model_type == "qwen2" or "attention_bias" in biases,
         qk_norm=config.model_type == "qwen3",
         tied=bool(config.tie_word_embeddings),
+        out_bias="attention_bias" in biases,
+        mlp_bias="mlp_bias" in biases,
     )
 
 
@@ -192,7 +198,8 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     """Refuses models that the runner's decoder does not compute exactly.
 
     Raises:
-        UserError: another architecture, activation, bias or rotary type, or a sliding window shorter than `max_len`.
+        UserError: another architecture, activation, bias, quantisation or rotary type, or a sliding window shorter than
+            `max_len`.
     """
     where = f"{folder}/config.json"
     # Architecture and switches.
@@ -202,10 +209,9 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     if config.hidden_act != "silu":
         raise UserError(f"{where}: hidden_act {config.hidden_act!r} is not supported by the runner, only 'silu'")
     for field in ("attention_bias", "mlp_bias"):
-        if getattr(config, field, False):
+        if getattr(config, field, False) and field not in _BIASES.get(config.model_type, ()):
             raise UserError(f"{where}: {field} is not supported by the runner for {config.model_type}")
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"{where}: quantised weights are not supported by the runner; give the dense folder")
+    read_scheme(config, where)
     # Rotary positions.
     if fault := rope_fault(decoder_shape(config)):
         raise UserError(f"{where}: {fault}")
@@ -261,14 +267,15 @@ def hf_views(decoder: Decoder) -> dict[str, Tensor]:
     layer = {
         "attention_norm.weight": (["input_layernorm.weight"], []),
         "mlp_norm.weight": (["post_attention_layernorm.weight"], []),
-        "mlp.gate_up.weight": (["mlp.gate_proj.weight", "mlp.up_proj.weight"], [inner, inner]),
-        "mlp.down.weight": (["mlp.down_proj.weight"], []),
-        "attention.out.weight": (["self_attn.o_proj.weight"], []),
         **{f"attention.{name}.weight": ([f"self_attn.{name}.weight"], []) for name in ("q_norm", "k_norm")},
-        **{
-            f"attention.qkv.{part}": ([f"self_attn.{x}_proj.{part}" for x in "qkv"], [q, kv, kv]) for part in ("weight", "bias")
-        },
     }
+    for part in ("weight", "bias"):
+        layer |= {
+            f"mlp.gate_up.{part}": ([f"mlp.gate_proj.{part}", f"mlp.up_proj.{part}"], [inner, inner]),
+            f"mlp.down.{part}": ([f"mlp.down_proj.{part}"], []),
+            f"attention.out.{part}": ([f"self_attn.o_proj.{part}"], []),
+            f"attention.qkv.{part}": ([f"self_attn.{x}_proj.{part}" for x in "qkv"], [q, kv, kv]),
+        }
     views = {}
     for ours, weight in weights.items():
         if not ours.startswith("layers."):
@@ -297,6 +304,10 @@ def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
     }
     if shape.qkv_bias:
         layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if shape.out_bias:
+        layer |= {"self_attn.o_proj.bias": (D,)}
+    if shape.mlp_bias:
+        layer |= {"mlp.gate_proj.bias": (inner,), "mlp.up_proj.bias": (inner,), "mlp.down_proj.bias": (D,)}
     if shape.qk_norm:
         layer |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
     ends = {EMBEDDING: (V, D), "model.norm.weight": (D,)} | ({} if shape.tied else {HEAD: (V, D)})
@@ -364,7 +375,7 @@ def load_decoder(
         shape = decoder_shape(config)
         decoder = Decoder(shape if layers else replace(shape, num_layers=0))
     decoder = decoder.to(dtype).to_empty(device=device)
-    copy_weights(decoder, read_tensors(folder, None if layers else {*hf_views(decoder), HEAD}), str(folder))
+    copy_weights(decoder, dense_tensors(folder, dtype, None if layers else {*hf_views(decoder), HEAD}), str(folder))
     return decoder.requires_grad_(False).eval()
 
 
@@ -391,7 +402,9 @@ def hf_config(
     The start id is written even if there is none: transformers' default for Llama is 1, and OpenVINO refuses a draft model
     whose start id is not the target's.
     """
-    model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
+    attention_bias = shape.qkv_bias and shape.out_bias
+    model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias and not attention_bias else "llama"
+    assert shape.out_bias <= shape.qkv_bias and shape.mlp_bias <= (model_type == "llama"), "no model has such biases"
     ends = list(end_ids)
     return {
         "architectures": [f"{model_type.title()}ForCausalLM"],
@@ -402,8 +415,8 @@ def hf_config(
         "rope_parameters": dict(shape.rope),
         **transformers4_rope(shape.rope),
         "tie_word_embeddings": shape.tied,
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": attention_bias,
+        "mlp_bias": shape.mlp_bias,
         "bos_token_id": start_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": pad_id,

@@ -24,6 +24,7 @@ from trainkit.layers.blocks import Decoder
 from trainkit.layers.linear import project
 from trainkit.layers.visible import Visible
 from trainkit.losses.output import LossOutput
+from trainkit.models.compressed import dense_tensors
 from trainkit.models.load import (
     LAYOUTS,
     check_covered,
@@ -38,7 +39,6 @@ from trainkit.models.load import (
 )
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
-from trainkit.models.weights import read_tensors
 
 
 class LMDraft(Drafter):
@@ -103,7 +103,7 @@ class LMDraft(Drafter):
             return
         if self.init != "target":
             note_other_tokenizer(self.init, target.folder)
-            copy_weights(self.decoder, read_tensors(self.init), self.init)
+            copy_weights(self.decoder, dense_tensors(self.init, torch.float32), self.init)
             return
         # Sizes: all but the number of layers must be the target's
         theirs, ours = self.target.decoder, self.decoder.shape
