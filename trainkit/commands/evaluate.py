@@ -97,7 +97,9 @@ def evaluate(
         raise UserError("nothing to evaluate: give --text FILE, --tasks NAMES or both")
     if own is not None and text is None:
         raise UserError("--own: takes its prompts from the text; give --text FILE too")
-    check_positive(length=length - 1, limit=limit, own=own, max_new_tokens=max_new_tokens, batch=batch)
+    check_positive(limit=limit, own=own, max_new_tokens=max_new_tokens, batch=batch)
+    if length < 2:
+        raise UserError(f"--length: {length} must be at least 2, a token to read and one to predict")
     if json is not None and not Path(json).resolve().parent.is_dir():
         raise UserError(f"--json {json}: its folder does not exist; make it first")
     if record:
