@@ -50,7 +50,9 @@ class Statistics:
                 continue
             sum_K, square_K = x_NK.sum(0, dtype=torch.float64), x_NK.double().square().sum(0)
             if not torch.isfinite(square_K).all():
-                raise UserError("--calibration: the model computes NaN or infinity on this text; check its weights or --dtype float32")
+                raise UserError(
+                    "--calibration: the model computes NaN or infinity on this text; check its weights or --dtype float32"
+                )
             self.tokens += len(x_NK)
             self.sequences += 1
             self.sum_K += sum_K
