@@ -18,7 +18,9 @@ def test_rounding_to_nearest_is_as_computed_by_hand() -> None:
     """Codes of 4 bits in groups of 4, and their error."""
     quantised = quantise(WEIGHT_RK, Grid(4, 4, scale_dtype=torch.float64))
     # fmt: off
-    codes_RK = [[-7, 7, 1, -4, -7, -6, -3, 7], [3, 5, -8, 0, -8, 5, -4, -4], [-4, 4, 7, -3, -1, -1, 7, 5], [5, 2, 3, -7, 2, 7, -6, -8]]
+    codes_RK = [
+        [-7, 7, 1, -4, -7, -6, -3, 7], [3, 5, -8, 0, -8, 5, -4, -4], [-4, 4, 7, -3, -1, -1, 7, 5], [5, 2, 3, -7, 2, 7, -6, -8],
+    ]
     # fmt: on
     assert quantised.codes_RK.tolist() == codes_RK and quantised.codes_RK.dtype == torch.int8
     assert error(quantised.dense(torch.float64)) == pytest.approx(2.594250, abs=1e-6)

@@ -33,7 +33,7 @@ def test_swaps_are_those_computed_by_hand(sparsity: str, mask: str, lost: float)
 
 def plain_swaps(weight_K: Tensor, mask_K: Tensor, x_TK: Tensor, group: int, steps: int) -> Tensor:
     """The mask of one output after the best swaps, each found by computing the output's error for every pair."""
-    K, mask_K = len(weight_K), mask_K.clone()
+    mask_K = mask_K.clone()
     lost = lambda mask: float((x_TK @ (weight_K * ~mask)).square().sum())
     for _ in range(steps):
         pairs = []
@@ -122,8 +122,9 @@ def plain_dsnot(
         if not grown:
             break
         a = max(grown, key=lambda j: sign * c[j] / v[j])
-        fit = (lambda j: j // M == a // M) if M else (lambda j: c[j] * (1 if eps < 0 else -1) > 0)
-        gone = [j for j in range(K) if kept[j] and j not in used and fit(j)]
+        gone = [
+            j for j in range(K) if kept[j] and j not in used and (j // M == a // M if M else c[j] * (1 if eps < 0 else -1) > 0)
+        ]
         if not gone:
             break
         b = min(gone, key=score.__getitem__)

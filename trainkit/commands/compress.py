@@ -173,7 +173,7 @@ def _plan(layout: Layout, name: str, given: set[str], options: Mapping[str, Any]
     symmetric = not options["zero_points"]
 
     def grid(count: int | None) -> Grid | None:
-        return count and Grid(count, group or (128 if count == 4 else None), symmetric)
+        return Grid(count, group or (128 if count == 4 else None), symmetric) if count else None
 
     goals = {layer: Goal(pattern, grid(bits)) for layer in layout.all_linears()}
     if allocation is not None:
