@@ -165,9 +165,7 @@ def walk(
     layout = read_layout(folder)
     tokens_ST = None if calibration is None else calibration.tokens_ST[rank() :: world()]
     settings = {"gram": gram, "sequential": sequential, "dense": dense, "dtype": str(dtype), "processes": world()}
-    origin = {"weights": {file.name: file_digest(file, cached=True) for file in weight_files(folder)}}
-    origin |= {"calibration": None if calibration is None else _digest(calibration)}
-    with claimed(work, origin | settings | dict(key or {})):
+    with claimed(work, origin(folder, calibration) | settings | dict(key or {})):
         # Continue behind the blocks that are complete; embed the text if there are none.
         done = next(index for index in range(layout.blocks + 1) if not block_file(work, index).is_file())
         states = None
@@ -290,6 +288,12 @@ def _measure(
     for sums in statistics.values():
         sums.reduce()
     return statistics
+
+
+def origin(folder: str | Path, calibration: Sequences | None) -> dict[str, Any]:
+    """Digests of a model's weight files and of the calibration text, for the key of a work folder."""
+    weights = {file.name: file_digest(file, cached=True) for file in weight_files(folder)}
+    return {"weights": weights, "calibration": None if calibration is None else _digest(calibration)}
 
 
 def _digest(calibration: Sequences) -> str:

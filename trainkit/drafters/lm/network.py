@@ -112,7 +112,7 @@ class LMDraft(Drafter):
             sizes = f"{name} {getattr(ours, name)} is not the target's {getattr(needed, name)}"
             raise UserError(f"drafter.init: 'target' copies whole layers, but {sizes}; set init: scratch, or leave {name} out")
         # Weights: every n-th layer, and everything outside the layers
-        source = load_decoder(target.folder, dtype=torch.float32)
+        source = load_decoder(target.folder, dtype=torch.float32, packed=False)
         for index, layer in enumerate(self.decoder.layers):
             layer.load_state_dict(source.layers[index * theirs.num_layers // ours.num_layers].state_dict())
         self.decoder.embed.load_state_dict(source.embed.state_dict())
