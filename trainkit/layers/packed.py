@@ -1,18 +1,19 @@
-"""Weights stored in fewer than 16 bits per value, as the decoding kernels read them (layers/kernels/few_rows.py).
+"""Weights stored in 4 or 8 bits per value, as the decoding kernels read them (layers/kernels/few_rows.py).
 
-A dense weight [N, K] becomes words of 32 bits that hold 4 or 8 values, and scales:
+A weight [N, K] is (code - zero) * scale. Codes are stored in words of 32 bits, with scales for groups of a row's columns:
 
-| kind | values in a word       | words          | scale                  | bytes of the bf16 weight |
+| kind | values in a word       | words          | usual scale            | bytes of the bf16 weight |
 |------|------------------------|----------------|------------------------|--------------------------|
-| int8 | 4, each plus 128       | int32 [N, K/4] | float32 [N]            | 1/2                      |
-| fp8  | 4 of float8_e4m3fn     | int32 [N, K/4] | float32 [N]            | 1/2                      |
+| int8 | 4, each plus 128       | int32 [N, K/4] | float32 [N, 1]         | 1/2                      |
+| fp8  | 4 of float8_e4m3fn     | int32 [N, K/4] | float32 [N, 1]         | 1/2                      |
 | int4 | 8, each plus 8         | int32 [N, K/8] | bfloat16 [N, K / 128]  | 0.258                    |
 
 Columns are taken in blocks of `plane` times the number of values in a word: value i of word j of a block is that of column
 i * plane + j. So a kernel that takes value i of consecutive words has consecutive columns, and reads consecutive inputs.
+Where no plane fits the columns and groups, it is 1, the last word is padded, and no kernel reads the weight.
 """
 
-# N outputs  K inputs  I values in a word  P columns of a plane
+# N, R outputs  K inputs  G groups of a row  I values in a word  P columns of a plane
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from torch import Tensor
 VALUES = {"int8": 4, "fp8": 4, "int4": 8}
 """Kinds, and the number of values in a word."""
 GROUP = 128
-"""Columns that share an int4 scale."""
+"""Columns that share an int4 scale by default."""
 
 
 @dataclass(frozen=True)
@@ -33,41 +34,100 @@ class Packed:
 
     Attributes:
         kind: One of `VALUES`.
-        words: int32 [N, K / values].
-        scale: Factor of each row or group.
+        columns: K.
+        words: int32 [N, K / values, rounded up].
+        scale: Factor of each group of columns [N, G], of any floating-point dtype.
+        zero: Code that stands for 0 in each group, int8 [N, G]; None if it is 0 everywhere.
     """
 
     kind: str
+    columns: int
     words: Tensor
     scale: Tensor
+    zero: Tensor | None = None
+
+    @staticmethod
+    def from_codes(
+        codes_RK: Tensor,
+        scale_RG: Tensor,
+        zero_RG: Tensor | None,
+        bits: int,
+        kind: str = "int",
+        device: torch.device | str | None = None,
+    ) -> Packed:
+        """Packs codes and their scales.
+
+        Args:
+            codes_RK: Codes: whole numbers from -2^(bits - 1) to 2^(bits - 1) - 1, or values of float8_e4m3fn.
+            scale_RG: Scales; group g covers columns g K / G to (g + 1) K / G.
+            zero_RG: Zero points, in the range of the codes; None if symmetric.
+            bits: 4 or 8.
+            kind: `int`, or `float` for float8_e4m3fn.
+            device: Where the weight is needed; by default where the codes are.
+
+        Raises:
+            ValueError: other bits or kind, or groups that do not divide the columns.
+        """
+        name = {("int", 8): "int8", ("int", 4): "int4", ("float", 8): "fp8"}.get((kind, bits))
+        (R, K), G = codes_RK.shape, scale_RG.shape[1]
+        if name is None:
+            raise ValueError(f"{bits} bits of kind {kind!r}: must be 4 or 8 of int, or 8 of float")
+        if scale_RG.shape[0] != R or K % G or (zero_RG is not None and zero_RG.shape != scale_RG.shape):
+            raise ValueError(f"scales {list(scale_RG.shape)} do not fit {R} rows of {K} columns")
+        device, count, P = device or codes_RK.device, VALUES[name], plane(K, name, K // G) or 1
+        if name == "fp8":
+            values_RK = codes_RK.to(device).to(torch.float8_e4m3fn).view(torch.uint8).int()
+        else:
+            values_RK = codes_RK.to(device).int() + (1 << bits - 1)
+        values_RK = torch.nn.functional.pad(values_RK, (0, -K % (count * P)))
+        words = torch.zeros(R, values_RK.shape[1] // (count * P), P, dtype=torch.int32, device=device)
+        for i, value in enumerate(values_RK.view(R, -1, count, P).unbind(2)):
+            words |= value << i * bits
+        return Packed(name, K, words.view(R, -1), scale_RG.to(device), None if zero_RG is None else zero_RG.to(device))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K) of the dense weight."""
-        return len(self.words), self.words.shape[1] * VALUES[self.kind]
+        return len(self.words), self.columns
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.columns // self.scale.shape[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.words, self.scale))
+        return sum(tensor.nbytes for tensor in (self.words, self.scale, self.zero) if tensor is not None)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K], unpacked."""
-        N, K = self.shape
-        bits, P = 32 // VALUES[self.kind], plane(K, self.kind)
+        """The weight [N, K], unpacked: (code - zero) * scale in float32, then rounded."""
+        (N, K), bits = self.shape, 32 // VALUES[self.kind]
+        P = plane(K, self.kind, self.group) or 1
         shifts_I1 = torch.arange(0, 32, bits, device=self.words.device)[:, None]
-        values_NK = (self.words.view(N, -1, 1, P) >> shifts_I1 & (1 << bits) - 1).flatten(1)
-        if self.kind == "int4":
-            whole = values_NK.view(N, K // GROUP, GROUP).float() - 8
-            return (whole * self.scale.float()[..., None]).view(N, K).to(dtype)
-        value = values_NK.to(torch.uint8).view(torch.float8_e4m3fn).float() if self.kind == "fp8" else values_NK.float() - 128
-        return (value * self.scale[:, None]).to(dtype)
+        values_NK = (self.words.view(N, -1, 1, P) >> shifts_I1 & (1 << bits) - 1).flatten(1)[:, :K]
+        if self.kind == "fp8":
+            values_NK = values_NK.to(torch.uint8).view(torch.float8_e4m3fn)
+        grouped = values_NK.float().view(N, -1, self.group)
+        if self.kind != "fp8":
+            grouped -= 1 << bits - 1
+        if self.zero is not None:
+            grouped -= self.zero[..., None]
+        return (grouped * self.scale.float()[..., None]).view(N, K).to(dtype)
 
 
-def plane(K: int, kind: str) -> int:
-    """Columns of a plane: the largest power of two up to 64 whose blocks divide K; 0 if that is below 16."""
-    size = 64
-    while size >= 16 and (K % (size * VALUES[kind]) or (kind == "int4" and K % GROUP)):
+def plane(K: int, kind: str, group: int | None = None) -> int:
+    """Columns of a plane: the largest power of two up to 64 that fits; 0 if that is below 16.
+
+    A plane fits if its blocks divide K and, unless a scale belongs to the whole row, it divides a group, and groups its blocks.
+
+    Args:
+        K: Columns.
+        kind: One of `VALUES`.
+        group: Columns that share a scale; by default the kind's own.
+    """
+    size, group = 64, group or (GROUP if kind == "int4" else K)
+    while size >= 16 and (K % (size * VALUES[kind]) or (group < K and (group % size or size * VALUES[kind] % group))):
         size //= 2
     return size if size >= 16 else 0
 
@@ -81,19 +141,13 @@ def pack(weight_NK: Tensor, kind: str) -> Packed:
     N, K = weight_NK.shape
     if kind not in VALUES:
         raise ValueError(f"kind {kind!r}: must be one of {', '.join(VALUES)}")
-    P, count = plane(K, kind), VALUES[kind]
-    if not P:
-        raise ValueError(f"{kind}: {K} columns are not a multiple of {GROUP if kind == 'int4' else 16 * count}")
-    grouped = weight_NK.float().view(N, -1, GROUP if kind == "int4" else K)
-    scale = (grouped.abs().amax(-1) / {"int8": 127, "fp8": 448, "int4": 7}[kind]).clamp_(min=1e-12)
-    scale = scale.to(torch.bfloat16) if kind == "int4" else scale
-    scaled = (grouped / scale.float()[..., None]).view(N, K)
+    group = GROUP if kind == "int4" else K
+    if K % group or not plane(K, kind):
+        raise ValueError(f"{kind}: {K} columns are not a multiple of {GROUP if kind == 'int4' else 16 * VALUES[kind]}")
+    grouped = weight_NK.float().view(N, -1, group)
+    high = {"int8": 127, "fp8": 448, "int4": 7}[kind]
+    scale_NG = (grouped.abs().amax(-1) / high).clamp_(min=1e-12).to(torch.bfloat16 if kind == "int4" else torch.float32)
+    scaled_NK = (grouped / scale_NG.float()[..., None]).view(N, K)
     if kind == "fp8":
-        values = scaled.to(torch.float8_e4m3fn).view(torch.uint8).int()
-    else:
-        zero = 128 if kind == "int8" else 8
-        values = scaled.round().clamp_(1 - zero if kind == "int8" else -zero, zero - 1).int() + zero
-    words = torch.zeros(N, K // (count * P), P, dtype=torch.int32, device=weight_NK.device)
-    for i, value in enumerate(values.view(N, -1, count, P).unbind(2)):
-        words |= value << i * (32 // count)
-    return Packed(kind, words.view(N, -1), scale if kind == "int4" else scale[:, 0])
+        return Packed.from_codes(scaled_NK, scale_NG, None, 8, "float")
+    return Packed.from_codes(scaled_NK.round().clamp_(-high - (kind == "int4"), high), scale_NG, None, 32 // VALUES[kind])

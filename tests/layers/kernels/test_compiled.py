@@ -74,6 +74,14 @@ def call_few_rows(M: int, kind: str = "dense", silu: bool = False) -> None:
     few_rows(torch.empty(M, 4096, dtype=BF16, device="meta"), weight, silu)
 
 
+def call_few_rows_groups() -> None:
+    """`few_rows` of int4 with groups of 32 columns and zero points."""
+    codes, scale = torch.zeros(8192, 4096, dtype=torch.int8), torch.zeros(8192, 128, dtype=BF16)
+    weight = Packed.from_codes(codes, scale, torch.zeros(8192, 128, dtype=torch.int8), 4)
+    weight = replace(weight, **{k: v.to("meta") for k, v in vars(weight).items() if isinstance(v, Tensor)})
+    few_rows(torch.empty(8, 4096, dtype=BF16, device="meta"), weight)
+
+
 def dependent(*calls: Callable[[], None]) -> None:
     """Calls with dependent launch, as on a GPU that has it."""
     with mock.patch.object(launch, "_capability", return_value=(9, 0)), mock.patch.object(launch, "_is_gpu", return_value=True):
@@ -84,6 +92,7 @@ def dependent(*calls: Callable[[], None]) -> None:
 CALLS = {
     **{f"few_rows: {M} rows": lambda M=M: dependent(lambda: call_few_rows(M)) for M in (1, 32)},
     **{f"few_rows: {kind}": lambda kind=kind: dependent(lambda: call_few_rows(8, kind)) for kind in VALUES},
+    "few_rows: int4, groups of 32 with zeros": lambda: dependent(call_few_rows_groups),
     "few_rows: gated": lambda: dependent(lambda: call_few_rows(8, silu=True)),
     "attend: chain, dependent launch": lambda: dependent(lambda: call_attend(1, 32, 8, 128, BF16)),
     "attend: chain": lambda: call_attend(1, 32, 8, 128, BF16),

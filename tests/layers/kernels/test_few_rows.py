@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from trainkit.compress.quantise import Grid, quantise
 from trainkit.layers.kernels.few_rows import block_k, few_rows, few_rows_eager, splits, supports
-from trainkit.layers.packed import VALUES, pack, plane
+from trainkit.layers.packed import VALUES, Packed, pack, plane
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter multiplies bfloat16 wrongly
@@ -14,6 +15,12 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
 
 def drawn(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(M, K, device=DEVICE, dtype=dtype), torch.randn(N, K, device=DEVICE, dtype=dtype) / K**0.5
+
+
+def random_packed(N: int, K: int, bits: int, group: int | None, symmetric: bool = True) -> Packed:
+    """A random matrix on a grid of whole numbers."""
+    found = quantise(torch.randn(N, K, device=DEVICE) / K**0.5, Grid(bits, group, symmetric, scale_dtype=torch.bfloat16))
+    return Packed.from_codes(found.codes_RK, found.scale_RG, found.zero_RG, bits)
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -47,6 +54,20 @@ def test_packed_product_equals_that_of_the_dense_weight(kind, dtype, seed):
         exact = x.double() @ packed.dense(torch.float64).T
         assert error(few_rows(x, packed).sum(0), exact) < 2e-5
         assert error(few_rows_eager(x, packed).sum(0), exact) < 2e-5
+        assert error(few_rows(x, packed, silu=True), few_rows_eager(x, packed, silu=True)) < 8e-3
+
+
+@dtypes
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (4, None), (8, 64), (8, None)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_and_zeros_equal_the_dense_weight(bits, group, symmetric, dtype, seed):
+    """Products of quantised matrices with groups of any size and zero points equal those with the unpacked weights."""
+    for M, N, K in ((1, 48, 256), (5, 40, 768)):
+        x, packed = drawn(M, N, K, dtype)[0], random_packed(N, K, bits, group, symmetric)
+        assert supports(packed)
+        exact = x.double() @ packed.dense(torch.float64).T
+        # float32 sums of codes up to 255 that cancel
+        assert error(few_rows(x, packed).sum(0), exact) < 2e-5
         assert error(few_rows(x, packed, silu=True), few_rows_eager(x, packed, silu=True)) < 8e-3
 
 

@@ -51,6 +51,7 @@ def few_rows_kernel(
     x_ptr,
     w_ptr,
     scale_ptr,
+    zero_ptr,
     out_ptr,
     M,
     N,
@@ -61,6 +62,7 @@ def few_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     KIND: tl.constexpr,
+    GROUP: tl.constexpr,
     SILU: tl.constexpr,
     DENSITY: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -108,7 +110,7 @@ def few_rows_kernel(
         j = tl.arange(0, PLANE)
         w_NJ = w_ptr + n_N[:, None] * (K // DENSITY) + first // DENSITY + j[None, :]
         x_JM = x_M[None, :] + first + j[:, None]
-        scale_N = scale_ptr + n_N * (K // 128) + first // 128
+        group_N = n_N * (K // GROUP) + first // GROUP if GROUP else n_N
         if PDL:
             tl.extra.cuda.gdc_wait()
         for _ in range(0, length, BLOCK_K):
@@ -116,20 +118,23 @@ def few_rows_kernel(
             group_NM = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
             for i in tl.static_range(DENSITY):
                 x = tl.load(x_JM + i * PLANE, mask=real_M[None, :], other=0.0)
-                w = _plane(word, i, KIND).to(x.dtype)
-                if KIND == "int4":
+                w = _plane(word, i, KIND)
+                if zero_ptr is not None:
+                    w -= tl.load(zero_ptr + group_N + (i * PLANE // GROUP if GROUP else 0))[:, None].to(tl.float32)
+                w = w.to(x.dtype)  # exact: at most 8 bits and a sign
+                if GROUP:
                     group_NM = tl.dot(w, x, group_NM, input_precision="ieee")
-                    if (i + 1) * PLANE % 128 == 0:
-                        sum_NM += group_NM * tl.load(scale_N + i * PLANE // 128)[:, None].to(tl.float32)
+                    if (i + 1) * PLANE % GROUP == 0:
+                        sum_NM += group_NM * tl.load(scale_ptr + group_N + i * PLANE // GROUP)[:, None].to(tl.float32)
                         group_NM = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
                 else:
                     sum_NM = tl.dot(w, x, sum_NM, input_precision="ieee")
             w_NJ += PLANE
             x_JM += BLOCK_K
-            scale_N += BLOCK_K // 128
+            group_N += BLOCK_K // GROUP if GROUP else 0
     # Step 4: scale, activate and store.
-    if KIND == "int8" or KIND == "fp8":
-        sum_NM *= tl.load(scale_ptr + n_N)[:, None]
+    if KIND != "dense" and not GROUP:
+        sum_NM *= tl.load(scale_ptr + n_N)[:, None].to(tl.float32)
     if SILU:
         gate, up = tl.split(tl.permute(tl.reshape(sum_NM, (2, half, BLOCK_M)), (1, 2, 0)))
         # rounded where two separate products would be rounded
@@ -144,26 +149,26 @@ def few_rows_kernel(
         tl.store(out, sum_NM, mask=real_M[None, :] & real_N[:, None])
 
 
-def splits(N: int, K: int, kind: str = "dense", silu: bool = False) -> int:
+def splits(N: int, K: int, kind: str = "dense", silu: bool = False, group: int | None = None) -> int:
     """Number of parts of the sum over K: the smallest power of two that makes `PROGRAMS` programs, from the shape alone."""
-    count, step, programs = 1, block_k(K, kind), PROGRAMS if kind == "dense" else PACKED_PROGRAMS
+    count, step, programs = 1, block_k(K, kind, group), PROGRAMS if kind == "dense" else PACKED_PROGRAMS
     while not silu and count < 8 and triton.cdiv(N, BLOCK_N) * count < programs and K % (2 * count * step) == 0:
         count *= 2
     return count
 
 
-def block_k(K: int, kind: str = "dense") -> int:
+def block_k(K: int, kind: str = "dense", group: int | None = None) -> int:
     """Columns of a step: the largest power of two up to 256 that divides K, or a block of words; 0 if not covered."""
     if kind != "dense":
-        return plane(K, kind) * VALUES[kind]
+        return plane(K, kind, group) * VALUES[kind]
     size = min(256, K & -K)
     return size if size >= 64 else 0
 
 
 def supports(weight: Tensor | Packed) -> bool:
-    """Whether the kernel covers a weight: packed, or 16-bit with columns in multiples of 64."""
+    """Whether the kernel covers a weight: packed with a plane that fits, or 16-bit with columns in multiples of 64."""
     if isinstance(weight, Packed):
-        return True
+        return block_k(weight.columns, weight.kind, weight.group) > 0
     return weight.dtype in (torch.bfloat16, torch.float16) and block_k(weight.shape[1]) > 0
 
 
@@ -178,9 +183,11 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
     """
     (M, K), (N, _) = x_MK.shape, weight.shape
     kind = weight.kind if isinstance(weight, Packed) else "dense"
-    values, scale = (weight.words, weight.scale) if isinstance(weight, Packed) else (weight, None)
-    size = block_k(K, kind)
-    parts = splits(N, K, kind, silu)
+    values, scale, zero, group = weight, None, None, K
+    if isinstance(weight, Packed):
+        values, scale, zero, group = weight.words, weight.scale, weight.zero, weight.group
+    size = block_k(K, kind, group)
+    parts = splits(N, K, kind, silu, group)
     # number of 128-byte lines of each weight row to prefetch: those of the first steps
     row_bytes = values.shape[1] * values.element_size() // parts
     ahead = min(16, 1 << max(1, row_bytes // 128).bit_length() - 1)
@@ -194,6 +201,7 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
         x_MK,
         values,
         scale,
+        zero,
         out,
         M,
         N,
@@ -204,6 +212,7 @@ def few_rows(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tenso
         BLOCK_N=BLOCK_N,
         BLOCK_K=size,
         KIND=kind,
+        GROUP=group if group < K else 0,
         SILU=silu,
         DENSITY=K // values.shape[1],
         AHEAD=ahead,
@@ -219,7 +228,7 @@ def few_rows_eager(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) ->
     K = x_MK.shape[1]
     kind = weight.kind if isinstance(weight, Packed) else "dense"
     w_NK = (weight.dense(torch.float32) if isinstance(weight, Packed) else weight).float()
-    parts = splits(len(w_NK), K, kind, silu)
+    parts = splits(len(w_NK), K, kind, silu, weight.group if isinstance(weight, Packed) else None)
     parts_SMN = torch.stack([x.float() @ w.T for x, w in zip(x_MK.chunk(parts, 1), w_NK.chunk(parts, 1), strict=True)])
     if not silu:
         return parts_SMN
