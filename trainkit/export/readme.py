@@ -46,7 +46,7 @@ def model_card(name: str, compression: Mapping[str, Any], metrics: Mapping[str, 
     scheme = read_scheme(config)
     quantised = scheme is not None
     sparsity = compression["sparsity"]
-    sparse = sparsity["matrices"] >= 0.01
+    sparse = bool(compression.get("pattern")) or (not quantised and sparsity["matrices"] >= 0.01)
     tags = ["trainkit"] + ["compressed-tensors"] * quantised + ["sparse"] * sparse
     lines = [
         *("---", "library_name: transformers", f"tags: [{', '.join(tags)}]", "---", "", f"# {name}", ""),
