@@ -230,7 +230,7 @@ def test_bad_walks_end_with_one_line(tiny_target: Path, tmp_path: Path, seed: in
         (tiny_target, text, "stray", {}, r"stray: holds other files"),
         (folders["gpt2"], text, "a", {}, r"config.json: model_type 'gpt2' cannot be compressed; give one of llama,"),
         (folders["quantised"], text, "b", {}, r"already quantised; give the folder of the dense model"),
-        (folders["overflow"], text, "c", {}, r"model.layers.2 gives states that are not finite in float32"),
+        (folders["overflow"], text, "c", {}, r"model.layers.2 computes values that are not finite in float32"),
         (folders["nan"], text, "d", {}, r"'model.layers.1.mlp.up_proj.weight' holds values that are not finite"),
         (folders["short"], text, "e", {}, r"tensor 'model.layers.3.mlp.up_proj.weight' is missing"),
     ]

@@ -165,9 +165,7 @@ def walk(
     layout = read_layout(folder)
     tokens_ST = None if calibration is None else calibration.tokens_ST[rank() :: world()]
     settings = {"gram": gram, "sequential": sequential, "dense": dense, "dtype": str(dtype), "processes": world()}
-    origin = {"weights": {file.name: file_digest(file, cached=True) for file in weight_files(folder)}}
-    origin |= {"calibration": None if calibration is None else _digest(calibration)}
-    with claimed(work, origin | settings | dict(key or {})):
+    with claimed(work, origin(folder, calibration) | settings | dict(key or {})):
         # Continue behind the blocks that are complete; embed the text if there are none.
         done = next(index for index in range(layout.blocks + 1) if not block_file(work, index).is_file())
         states = None
@@ -260,11 +258,23 @@ def _measure(
         return {}
     layer, statistics = block.layers[0], dict[str, Statistics]()
     counted: list[Tensor] = []
+    dtype = str(states.dtype).removeprefix("torch.")
+    failed = UserError(
+        f"{layout.folder}: {layout.block(index)} computes values that are not finite in {dtype} on the calibration text; use "
+        "--dtype float32, or repair the model"
+    )
+
+    def record(sums: Statistics, args: tuple[Tensor, ...]) -> None:
+        try:
+            sums.add(args[0], counted[0])
+        except UserError:  # it does not know the block
+            raise failed from None
+
     with ExitStack() as stack:
         for source in group:
             linear = layer.get_submodule(INPUTS[source][0])
             sums = statistics[source] = Statistics(linear.in_features, gram, linear.weight.device)
-            hook = linear.register_forward_pre_hook(lambda _, args, sums=sums: sums.add(args[0], counted[-1]))
+            hook = linear.register_forward_pre_hook(lambda _, args, sums=sums: record(sums, args))
             stack.callback(hook.remove)
         store = stack.enter_context(states.writer(index + 1)) if write else None
         for x_BTD, counted_BT in states.read(index):
@@ -272,16 +282,18 @@ def _measure(
             counted[:] = [counted_BT.to(device)]
             y_BTD = block(inputs_embeds=x_BTD.to(device), use_cache=False).last_hidden_state
             if not bool(y_BTD.isfinite().all()):
-                dtype = str(states.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"{layout.folder}: {layout.block(index)} gives states that are not finite in {dtype} on the calibration "
-                    "text; use --dtype float32, or repair the model"
-                )
+                raise failed
             if store:
                 store(y_BTD)
     for sums in statistics.values():
         sums.reduce()
     return statistics
+
+
+def origin(folder: str | Path, calibration: Sequences | None) -> dict[str, Any]:
+    """Digests of a model's weight files and of the calibration text, for the key of a work folder."""
+    weights = {file.name: file_digest(file, cached=True) for file in weight_files(folder)}
+    return {"weights": weights, "calibration": None if calibration is None else _digest(calibration)}
 
 
 def _digest(calibration: Sequences) -> str:

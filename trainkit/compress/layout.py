@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainkit.bundle import tensor_entries
 from trainkit.errors import UserError
 from trainkit.models.load import LAYOUTS, check_text_only, read_config
 from trainkit.models.weights import HEAD, weight_files
@@ -45,6 +46,18 @@ class Layout:
     def all_linears(self) -> list[str]:
         """Names of the linear layers of all blocks."""
         return [name for index in range(self.blocks) for name in self.linears(index)]
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of each linear layer; reads only the headers of the weight files.
+
+        Raises:
+            UserError: a layer has no weight there.
+        """
+        entries = {name: entry for file in weight_files(self.folder) for name, entry in tensor_entries(file).items()}
+        names = self.all_linears()
+        if missing := next((name for name in names if f"{name}.weight" not in entries), None):
+            raise UserError(f"{self.folder}: tensor '{missing}.weight' is missing; copy all weight files")
+        return {name: tuple(entries[f"{name}.weight"]["shape"]) for name in names}
 
     def check_names(self, names: Mapping[str, object], source: str) -> None:
         """Refuses names, given by `source`, of tensors that are not linear layers of a block.

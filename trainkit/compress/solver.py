@@ -143,7 +143,8 @@ def solve(
     if grid:
         group, columns = grid.group or K, order_K.tolist()
         kept_KR = chosen(weight_KR, 0) if pattern else mask_KR
-        scale_RG, zero_RG = grid.scales((weight_KR * kept_KR)[order_K.argsort()].T)
+        square_K = gram_KK.diagonal()
+        scale_RG, zero_RG = grid.scales((weight_KR * kept_KR)[order_K.argsort()].T, square_K)
         codes_KR = torch.empty_like(weight_KR, dtype=grid.code_dtype)
 
     for start in range(0, K, block):
@@ -162,7 +163,7 @@ def solve(
                 if grid and not static_scales and j % group == 0:
                     weight_NR, decided = received(j, group, end), not pattern or (not pattern.group and j + group <= stop)
                     kept_NR = mask_KR[j : j + group] if decided else chosen(weight_NR, j)
-                    new_scale_R1, new_zero_R1 = grid.scales((weight_NR * kept_NR).T)
+                    new_scale_R1, new_zero_R1 = grid.scales((weight_NR * kept_NR).T, square_K[j : j + group])
                     scale_RG[:, j // group] = new_scale_R1[:, 0]
                     if zero_RG is not None and new_zero_R1 is not None:
                         zero_RG[:, j // group] = new_zero_R1[:, 0]

@@ -22,6 +22,7 @@ class Statistics:
         sum_K: Sum of x.
         square_K: Sum of x^2.
         within_K: Sum over sequences of their number of tokens times the (biased) variance within the sequence.
+        magnitude_K: Sum over sequences of the square of their mean |x|.
         gram_KK: Sum of x x^T, float64; None if not asked for.
 
     Args:
@@ -33,7 +34,7 @@ class Statistics:
     def __init__(self, inputs: int, gram: bool = False, device: torch.device | str = "cpu") -> None:
         zeros = lambda *size: torch.zeros(*size, dtype=torch.float64, device=device)
         self.tokens = self.sequences = 0
-        self.sum_K, self.square_K, self.within_K = zeros(inputs), zeros(inputs), zeros(inputs)
+        self.sum_K, self.square_K, self.within_K, self.magnitude_K = (zeros(inputs) for _ in range(4))
         self.gram_KK = zeros(inputs, inputs) if gram else None
 
     @torch.no_grad()
@@ -50,14 +51,14 @@ class Statistics:
                 continue
             sum_K, square_K = x_NK.sum(0, dtype=torch.float64), x_NK.double().square().sum(0)
             if not torch.isfinite(square_K).all():
-                raise UserError(
-                    "--calibration: the model computes NaN or infinity on this text; check its weights or --dtype float32"
-                )
+                remedy = "check its weights, or use --dtype float32"
+                raise UserError(f"--calibration: the model computes NaN or infinity on this text; {remedy}")
             self.tokens += len(x_NK)
             self.sequences += 1
             self.sum_K += sum_K
             self.square_K += square_K
             self.within_K += (square_K - sum_K.square() / len(x_NK)).clamp(min=0)
+            self.magnitude_K += (x_NK.abs().sum(0, dtype=torch.float64) / len(x_NK)).square()
             if self.gram_KK is not None:
                 self.gram_KK += x_NK.T @ x_NK
 
@@ -66,6 +67,7 @@ class Statistics:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         counts_2 = torch.tensor([self.tokens, self.sequences], dtype=torch.float64, device=self.sum_K.device)
-        for sums in (counts_2, self.sum_K, self.square_K, self.within_K, *([] if self.gram_KK is None else [self.gram_KK])):
-            torch.distributed.all_reduce(sums)
+        sums = [counts_2, self.sum_K, self.square_K, self.within_K, self.magnitude_K]
+        for total in sums if self.gram_KK is None else [*sums, self.gram_KK]:
+            torch.distributed.all_reduce(total)
         self.tokens, self.sequences = (int(count) for count in counts_2)
