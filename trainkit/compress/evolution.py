@@ -139,14 +139,18 @@ class Search:
         # Check the budget.
         lowest = tuple(0 for _ in space.costs)
         if space.cost(start or lowest) > space.budget:
-            raise UserError(f"budget {space.budget:,}: the first candidate costs {space.cost(start or lowest):,}; raise the budget")
+            raise UserError(
+                f"budget {space.budget:,}: the first candidate costs {space.cost(start or lowest):,}; raise the budget"
+            )
         # Continue from the state file, if it is of the same search.
         settings = [self.offspring, [[stage.survivors, stage.windows] for stage in self.stages], self.windows, self.seed]
         key = _digest([settings, [list(costs) for costs in space.costs], space.budget, start, identity])
         parents = _read_state(state, key)[: self.generations] if state else []
         # Run the generations that are left.
         rank = dist.get_rank() if _several() else 0
-        bar = tqdm(total=self.generations, initial=len(parents), desc="search", unit=" generations", disable=True if rank else None)
+        bar = tqdm(
+            total=self.generations, initial=len(parents), desc="search", unit=" generations", disable=True if rank else None
+        )
         with bar:
             while len(parents) < self.generations:
                 parent = parents[-1][1] if parents else start
@@ -217,7 +221,9 @@ def _read_state(state: Path, key: str) -> list[tuple[float, Candidate]]:
         stored = json.loads(state.read_text(encoding="utf-8"))
         if stored["search"] != key:
             raise UserError(f"{state}: belongs to a search with other settings; remove it or choose another --work")
-        return [(math.inf if entry["fitness"] is None else entry["fitness"], tuple(entry["levels"])) for entry in stored["parents"]]
+        return [
+            (math.inf if entry["fitness"] is None else entry["fitness"], tuple(entry["levels"])) for entry in stored["parents"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise

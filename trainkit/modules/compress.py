@@ -80,7 +80,9 @@ class CompressModule(LanguageModule):
             raise UserError(f"model: hidden_weight {hidden_weight} and lora_rank {lora_rank} must not be negative")
         divergence = divergence or ForwardKL()
         if divergence.spans_batch:
-            raise UserError("model.divergence: its statistics over the optimiser step are not gathered here; normalise: position")
+            raise UserError(
+                "model.divergence: its statistics over the optimiser step are not gathered here; normalise: position"
+            )
         self.teacher_folder, self.compression = teacher, compression
         self.divergence = divergence.measuring(coupled=False, kl=True)
         self.hidden_weight, self.prompts, self.targets = hidden_weight, prompts, tuple(targets or PROJECTIONS)
@@ -208,5 +210,7 @@ class CompressModule(LanguageModule):
 
 def normalised_difference(student_NAD: Tensor, teacher_NAD: Tensor) -> Tensor:
     """Sum over tokens of the mean over blocks and channels of (s / rms(s) - t / rms(t))^2; no gradient into the teacher."""
-    s_NAD, t_NAD = (x / x.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt() for x in (student_NAD.float(), teacher_NAD.float()))
+    s_NAD, t_NAD = (
+        x / x.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt() for x in (student_NAD.float(), teacher_NAD.float())
+    )
     return (s_NAD - t_NAD.detach()).square().mean((1, 2)).sum()

@@ -29,7 +29,9 @@ class FixedMask(Masks):
         super().attach(linears)
         self.masks = {name: linear.weight.detach() != 0 for name, linear in linears.items()}
         if all(bool(mask.all()) for mask in self.masks.values()):
-            raise UserError("model.folder: none of its weights is zero; prune it first (trainkit compress), or dense weights train")
+            raise UserError(
+                "model.folder: none of its weights is zero; prune it first (trainkit compress), or dense weights train"
+            )
         if self.pattern is not None:
             check_pattern("sparsity", self.pattern, linears)
             for name, mask_RK in self.masks.items():
@@ -46,7 +48,9 @@ def _check_fits(name: str, mask_RK: Tensor, pattern: Pattern) -> None:
     else:
         fits = int((~mask_RK).sum()) >= int(mask_RK.shape[1] * pattern.share) * mask_RK.shape[0]
     if not fits:
-        raise UserError(f"model.compression.sparsity: the zeros of {name} do not have the pattern {pattern}; give the right one")
+        raise UserError(
+            f"model.compression.sparsity: the zeros of {name} do not have the pattern {pattern}; give the right one"
+        )
 
 
 class GradualMagnitude(Masks):
