@@ -105,9 +105,9 @@ class Inputs:
         sound = {"target": self.target, "drafter": self.draft, "prompts": self.rows, "max_new_tokens": 4, "limit": 1}
         return command("bench", sound | {"repeats": 1, "json": self.folder / "bench.json"} | flags)
 
-    def eval(self, **flags: Any) -> list[str]:
+    def alpha(self, **flags: Any) -> list[str]:
         sound = {"target": self.target, "drafter": self.draft, "data": self.rows, "length": 64}
-        return command("eval", sound | {"json": self.folder / "eval.json"} | flags)
+        return command("alpha", sound | {"json": self.folder / "alpha.json"} | flags)
 
     def trim(self, bundle: Path | None = None, **flags: Any) -> list[str]:
         out = flags.pop("out", self.folder / "out")
@@ -247,7 +247,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ("rows.jsonl:3", "on_bad_row"),
     ),
     "broken JSON in prompts": (lambda it: it.bench(prompts=it.lines(*ROWS[:2], "{"), limit=9), ("rows.jsonl:3", "fix")),
-    "row of unknown shape": (lambda it: it.eval(data=it.lines(ROWS[0], {"q": 1})), ("rows.jsonl:2", "'q'", "column mapping")),
+    "row of unknown shape": (lambda it: it.alpha(data=it.lines(ROWS[0], {"q": 1})), ("rows.jsonl:2", "'q'", "column mapping")),
     "prompt of unknown shape": (lambda it: it.distill(prompts=it.lines({"q": 1})), ("rows.jsonl:1", "'q'", "column mapping")),
     "id of a validation row outside the vocabulary": (
         lambda it: it.fit(data__validation=it.lines(ROWS[0], {"input_ids": [1, 320], "loss_mask": [0, 1]})),
@@ -280,17 +280,17 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ("model: has the chat templates rag, tool_use", "chat_template.jinja"),
     ),
     "rows that hold an image": (
-        lambda it: it.eval(data=it.lines({"messages": [{"role": "user", "content": [{"type": "image"}]}]})),
+        lambda it: it.alpha(data=it.lines({"messages": [{"role": "user", "content": [{"type": "image"}]}]})),
         ("rows.jsonl:1", "messages[0].content[0] is of type 'image'", "only parts of type 'text'"),
     ),
-    "folder without data": (lambda it: it.eval(data=occupied(it)), ("occupied: holds no data file", "give a folder with")),
+    "folder without data": (lambda it: it.alpha(data=occupied(it)), ("occupied: holds no data file", "give a folder with")),
     "temperatures without brackets": (lambda it: it.distill(temperatures="0,1"), ("temperatures", "0,1", "write [0,1]")),
     **{
         f"negative limit of {name}": (
             lambda it, name=name: getattr(it, name)(**{"data__limit" if name == "fit" else "limit": -1}),
             ("limit", "-1", "at least 1"),
         )
-        for name in ("fit", "distill", "bench", "eval", "trim")
+        for name in ("fit", "distill", "bench", "alpha", "trim")
     },
     "no prompts to mix": (
         lambda it: it.fit(
@@ -303,7 +303,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "only blank prompts": (lambda it: it.distill(prompts=it.lines("", "  ", "")), ("rows.jsonl", "no prompts", "use a file")),
     "only blank rows": (lambda it: it.trim(text=it.lines("", " \t", "")), ("rows.jsonl", "no usable row", "give")),
     "no assistant turn": (
-        lambda it: it.eval(data=it.lines(CHAT, {"messages": CHAT["messages"][:1]})),
+        lambda it: it.alpha(data=it.lines(CHAT, {"messages": CHAT["messages"][:1]})),
         ("rows.jsonl:2", "no assistant turn", "on_bad_row"),
     ),
     "no chat template": (
@@ -312,10 +312,10 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ),
         ("no chat template", "model", "add a chat_template.jinja"),
     ),
-    "column that is not there": (lambda it: it.eval(columns="{prompt: query, response: answer}"), ("rows.jsonl:1", "query")),
+    "column that is not there": (lambda it: it.alpha(columns="{prompt: query, response: answer}"), ("rows.jsonl:1", "query")),
     "column name of no format": (lambda it: it.distill(columns="{promt: question}"), ("columns", "promt", "choose from")),
     "validation share out of range": (lambda it: it.fit(data__validation_share=1.5), ("validation_share", "1.5", "below 1")),
-    "unknown kind of file": (lambda it: it.eval(data=it.write("rows.xml", "<a/>")), ("rows.xml", "use .jsonl")),
+    "unknown kind of file": (lambda it: it.alpha(data=it.write("rows.xml", "<a/>")), ("rows.xml", "use .jsonl")),
     "rows that are no UTF-8": (
         lambda it: it.bench(prompts=it.copy(it.rows, "latin.jsonl", lambda p: p.write_bytes(b'{"text": "\xe9"}'))),
         ("latin.jsonl:1", "UTF-8", "fix"),
@@ -343,7 +343,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "unknown loss": (lambda it: it.fit(model__divergence="ForwardKl"), ("model", "ForwardKl", "did you mean ForwardKL")),
     "sizes that no drafter has": (lambda it: it.fit(model__drafter__hidden_size=63), ("drafter", "63", "init: scratch")),
     "no steps": (lambda it: it.fit(trainer__max_steps=0), ("trainer.max_steps", "0", "at least 1")),
-    "no temperatures": (lambda it: it.eval(temperatures="[]"), ("--temperatures", "at least one")),
+    "no temperatures": (lambda it: it.alpha(temperatures="[]"), ("--temperatures", "at least one")),
     "fewer states than one": (lambda it: it.fit(model__teacher_top_k=0), ("teacher_top_k", "0", "between 1 and")),
     "batch of none": (lambda it: it.fit(data__batch_size=0), ("batch_size", "0", "at least 1")),
     "null where a number must stand": (
@@ -377,7 +377,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
     "one token in a bench": (lambda it: it.bench(max_new_tokens=1), ("max_new_tokens", "1", "no round")),
     "depth 0 in a bench": (lambda it: it.bench(depths="[0,2]"), ("depths", "0", "at least 1")),
     "depth 0 in a recipe": (lambda it: it.fit(model__depth=0), ("model.depth", "0", "at least 1")),
-    "depth 0 in eval": (lambda it: it.eval(depth=0, prompts=it.rows), ("depth", "0", "at least 1")),
+    "depth 0 in alpha": (lambda it: it.alpha(depth=0, prompts=it.rows), ("depth", "0", "at least 1")),
     "depth beyond what can be held": (lambda it: it.generate(drafter=it.draft, depth=100000), ("depth", "100000", "at most")),
     "a tree that is spelt wrong": (
         lambda it: it.generate(drafter=it.draft, tree="dynamic:5"),
@@ -404,7 +404,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ("vocab_size 400", "320", "use the target"),
     ),
     "tokenizer of another target": (
-        lambda it: it.eval(target=it.model(lambda path: other_tokenizer(path))),
+        lambda it: it.alpha(target=it.model(lambda path: other_tokenizer(path))),
         ("model", "tokenizer", "use the target"),
     ),
     "tokenizer beyond the vocabulary": (
@@ -480,7 +480,7 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ("trainkit.json", "'../x.json'", "do not use"),
     ),
     "link out of a bundle": (
-        lambda it: it.eval(drafter=it.bundle(link_out)),
+        lambda it: it.alpha(drafter=it.bundle(link_out)),
         ("bundle/config.json", "leads out", "copy the file"),
     ),
     "bundle of the future": (
@@ -590,10 +590,10 @@ CASES: dict[str, tuple[Callable[[Inputs], list[str]], tuple[str, ...]]] = {
         ("run", "Permission denied", "another folder"),
     ),
     "no permission for a result": (
-        lambda it: failing(it, errno.EACCES, "eval.json") or it.eval(),
-        ("eval.json", "Permission denied", "another"),
+        lambda it: failing(it, errno.EACCES, "alpha.json") or it.alpha(),
+        ("alpha.json", "Permission denied", "another"),
     ),
-    "no folder for a result": (lambda it: it.eval(json=it.folder / "no" / "eval.json"), ("no/eval.json", "make")),
+    "no folder for a result": (lambda it: it.alpha(json=it.folder / "no" / "alpha.json"), ("no/alpha.json", "make")),
 }
 
 

@@ -194,6 +194,7 @@ MISTAKES = {
     "cook mud 3 --target x": ["mud: is not food; choose another"],
     "cook file 3 --target x": ["/nowhere/at/all: No such file or directory"],
     "coook soup": ["unknown command 'coook'", "did you mean cook?"],
+    "eval --target x": ["unknown command 'eval'", "evaluate", "alpha"],
     "zzz": ["unknown command 'zzz'", "--help"],
 }
 

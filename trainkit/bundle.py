@@ -111,11 +111,11 @@ def write(
         UserError: `folder` holds something that is not a bundle, or cannot be written.
     """
     folder = Path(folder).resolve()
-    _check_replaceable(folder)
+    check_replaceable(folder)
 
     def fill(temporary: Path) -> Mapping[str, str]:
         writer(temporary)
-        _check_replaceable(folder)
+        check_replaceable(folder)
         return _hash_all(temporary)
 
     libraries = ("torch", "transformers", "lightning", "safetensors")
@@ -123,21 +123,30 @@ def write(
     return _write(Bundle(folder, kind, dict(config), dict(target), versions=versions, **card), fill)
 
 
-def amend(folder: str | Path, writer: Callable[[Path], None] | None = None, *, runner: Mapping[str, Any]) -> Bundle:
-    """Replaces the recommended runner settings of a bundle and adds files to it, atomically; returns the new bundle.
+def amend(
+    folder: str | Path,
+    writer: Callable[[Path], None] | None = None,
+    *,
+    runner: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Replaces the recommended runner settings of a bundle, and adds metrics and files, atomically; returns the new bundle.
 
     Files already there stay, as hard links where the file system has them, unless a new file has the same name.
 
     Args:
         folder: Folder of the bundle.
         writer: Receives an empty temporary folder and writes the new files there; None if there are none.
-        runner: New runner settings.
+        runner: New runner settings; None keeps the present ones.
+        metrics: Metrics to add; one of the same name is replaced, or removed by None.
 
     Raises:
         UserError: `folder` holds no valid bundle, or cannot be written.
     """
     folder = Path(folder).resolve()
-    bundle = replace(read(folder), runner=dict(runner))
+    bundle = read(folder)
+    added = {name: value for name, value in {**bundle.metrics, **(metrics or {})}.items() if value is not None}
+    bundle = replace(bundle, runner=bundle.runner if runner is None else dict(runner), metrics=added)
     if writer is None:
         write_text(folder / MANIFEST, _to_json(bundle))
         return bundle
@@ -181,7 +190,7 @@ def _to_json(bundle: Bundle) -> str:
     return json.dumps({"format": FORMAT_VERSION} | values, indent=2) + "\n"
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     if folder.exists() and not is_bundle(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a bundle (it has no {MANIFEST}); choose another folder or remove it")
 

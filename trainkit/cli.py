@@ -28,6 +28,7 @@ TRAINING = {
 COMMANDS = {
     "export": "turn a checkpoint into a bundle: trainkit export CHECKPOINT OUT",
     "import": "turn another program's drafter into a bundle: trainkit import FOLDER OUT --target DIR",
+    "compress": "prune or quantise a model: trainkit compress TARGET OUT --method wanda --sparsity 2:4 --calibration FILE",
     "trim": "make a drafter with a smaller vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET",
     "vocab": "choose the token ids of a smaller draft vocabulary: trainkit vocab OUT --target DIR --text SET",
     "tree": "find the fastest draft tree on this machine: trainkit tree BUNDLE --target DIR --prompts FILE",
@@ -37,14 +38,17 @@ COMMANDS = {
     "acceptance": "record which drafted tokens are accepted, to train a predictor: trainkit acceptance --help",
     "generate": "generate text: trainkit generate --target DIR --drafter DIR --prompt TEXT",
     "serve": "answer OpenAI clients: trainkit serve --target DIR --drafter DIR",
-    "eval": "exact acceptance on given texts, with intervals: trainkit eval --target DIR --drafter A --drafter B --data SET",
+    "evaluate": "perplexity, distance from a dense model, tasks: trainkit evaluate MODEL --text FILE --dense DIR",
+    "alpha": "exact acceptance on given texts, with intervals: trainkit alpha --target DIR --drafter A --drafter B --data SET",
     "predictor": "calibration of a bundle's acceptance predictor: trainkit predictor BUNDLE --data SET",
     "verify": "check what trainkit promises of a drafter, and certify it: trainkit verify BUNDLE --target DIR",
     "bench": "speed beside plain decoding: trainkit bench --target DIR --drafter A --drafter B --prompts FILE --json OUT",
 }
 """Command -> help. The command X is the function X in trainkit/commands/X.py, except for those in `OTHER_NAMES`."""
-OTHER_NAMES = {"eval": ("evaluate", "evaluate"), "import": ("import_drafter", "import_outside")}
-"""Command -> (file, function) where these have another name than the command."""
+OTHER_NAMES = {"import": ("import_drafter", "import_outside")}
+"""Command -> (file, function) where these have another name than the command, because it is a keyword of Python."""
+RENAMED = {"eval": "evaluate measures the quality of a model, alpha the acceptance of drafters"}
+"""Former name of a command -> what to use now."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +89,8 @@ def _run(arguments: list[str]) -> int:
         import difflib
 
         near = difflib.get_close_matches(command, [*TRAINING, *COMMANDS], n=1)
-        remedy = f"did you mean {near[0]}?" if near else "trainkit --help lists all commands"
+        default = f"did you mean {near[0]}?" if near else "trainkit --help lists all commands"
+        remedy = RENAMED.get(command, default)
         raise UserError(f"unknown command {command!r}; {remedy}")
     file, name = OTHER_NAMES.get(command, (command, command))
     function = getattr(importlib.import_module(f"trainkit.commands.{file}"), name)

@@ -319,7 +319,7 @@ def test_padded_vocabulary_works_in_every_command(tmp_path, capsys, seed):
     ids = [token for row in rows_of(files_of(Path(data))) for token in row["input_ids"]]
     assert max(ids) >= 300
     assert main(["features", *common, "--data", data, "--out", str(tmp_path / "features"), "--length=64"]) == 0
-    assert main(["eval", *common, "--data", data, "--drafter", str(draft), "--length=64", "--prompts", data]) == 0
+    assert main(["alpha", *common, "--data", data, "--drafter", str(draft), "--length=64", "--prompts", data]) == 0
     acceptance = [str(draft), "--prompts", data, "--out", str(tmp_path / "acceptance"), "--max_new_tokens=4"]
     assert main(["acceptance", *common, *acceptance]) == 0
     assert main(["vocab", str(tmp_path / "ids.json"), *common, "--text", data, "--keep=0.5"]) == 0
@@ -331,7 +331,7 @@ def test_padded_vocabulary_works_in_every_command(tmp_path, capsys, seed):
     for arguments in (
         ["distill", *common, "--prompts", str(rows), "--out", str(tmp_path / "x")],
         ["features", *common, "--data", str(rows), "--out", str(tmp_path / "x")],
-        ["eval", *common, "--data", str(rows), "--drafter", str(draft)],
+        ["alpha", *common, "--data", str(rows), "--drafter", str(draft)],
         ["acceptance", str(draft), *common, "--prompts", str(rows), "--out", str(tmp_path / "x")],
         ["vocab", str(tmp_path / "x"), *common, "--text", str(rows)],
         ["trim", str(draft), str(tmp_path / "x"), *common, "--text", str(rows)],

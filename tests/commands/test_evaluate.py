@@ -1,265 +1,209 @@
-"""`trainkit eval`: sums by question against a naive loop, cached target states, tau, and the command's output."""
+"""`trainkit evaluate`: its figures, the JSON, what it records in a bundle, and mistakes."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from dataclasses import replace
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
-from tests.support.equality import exact_logits
+from tests.support.targets import make_target
+from trainkit import bundle
 from trainkit.cli import main
-from trainkit.commands.evaluate import evaluate
-from trainkit.data.teacher.live import LiveTeacher
-from trainkit.data.text.prepare import Prepared, prepare
-from trainkit.drafters.lm import LMDraft
-from trainkit.drafters.medusa import Medusa
-from trainkit.errors import UserError
-from trainkit.eval.acceptance import Sums, decode_tau, measure
-from trainkit.export.drafter import export_drafter
-from trainkit.losses.measures import acceptance, coupled_acceptance
-from trainkit.models.load import load_decoder
-from trainkit.models.target import FrozenTarget, target_shape
-from trainkit.runner import Runner, Stats
-
-
-def draft_of(target: Path, layers: int, noise: float, **more: Any) -> LMDraft:
-    draft = LMDraft(target_shape(target), num_layers=layers, **more)
-    draft.initialise(FrozenTarget(target))
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.add_(noise * torch.randn_like(parameter))
-    return draft.eval()
+from trainkit.export.model import export_model
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    answers = [f"In May she sold {n} clips. " * (1 + n % 4) for n in range(7)]
-    path.write_text("".join(json.dumps({"prompt": f"How many, {n}?", "response": a}) + "\n" for n, a in enumerate(answers)))
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    rows = [{"question": f"How many of {n}?", "answer": f"In May she sold {n} clips. " * (1 + n % 3)} for n in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.fixture(scope="module")
-def made(tiny_target: Path, texts: Path) -> Prepared:
-    return prepare([str(texts)], None, str(tiny_target), 128, validation_share=0.0)
+def made(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the tiny target with small weights set to 0."""
+    model, folder = AutoModelForCausalLM.from_pretrained(tiny_target), tmp_path_factory.mktemp("made") / "pruned"
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight[weight.abs() < 0.15] = 0
+    export_model(model, folder, tokenizer=tiny_target, metrics={"loss": 1.5})
+    return folder
 
 
-def naive(target: Path, draft: LMDraft, made: Prepared, temperatures: list[float]) -> Sums:
-    """Each document alone through both models, in float64, with whole logits."""
-    packed, teacher, sums = made.train, load_decoder(target), {"tokens": []}
-    for start, end in zip(packed.documents_D[:-1], packed.documents_D[1:], strict=True):
-        tokens, counted = packed.tokens_N[start:end].tolist(), torch.from_numpy(packed.mask_N[start + 1 : end])
-        target_NV, draft_NV = (exact_logits(decoder, tokens)[:-1][counted] for decoder in (teacher, draft.decoder))
-        if draft.ids_K is not None:
-            proposed, draft_NV = draft_NV[:, draft.ids_K], torch.full_like(draft_NV, float("-inf"))
-            draft_NV[:, draft.ids_K] = proposed
-        sums["tokens"].append(len(draft_NV))
-        for temperature in temperatures:
-            if temperature:
-                p, q = (target_NV / temperature).softmax(-1), (draft_NV / temperature).softmax(-1)
-                sums.setdefault(f"alpha@{temperature:g}", []).append(float(acceptance(p, q).sum()))
-                sums.setdefault(f"alpha_coupled@{temperature:g}", []).append(float(coupled_acceptance(p, q).sum()))
-            else:
-                sums.setdefault("agreement@0", []).append(float((target_NV.argmax(-1) == draft_NV.argmax(-1)).sum()))
-    return {name: np.array(values) for name, values in sums.items()}
+def test_figures_are_printed_written_and_recorded(tiny_target, made, text, tmp_path, capsys):
+    """Table, JSON and bundle hold the same figures; a second run replaces them and keeps other metrics."""
+    out = tmp_path / "out.json"
+    flags = [f"--dense={tiny_target}", f"--text={text}", "--length=64", f"--json={out}", "--own=3", "--max_new_tokens=9"]
+    assert main(["evaluate", str(made), *flags, "--record=true"]) == 0
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
+    figures = found["text"]
+    assert figures["windows"] == figures["texts"] and figures["predicted_tokens"] == 63 * figures["windows"]
+    assert figures["dropped_tokens"] < 64 and f"{figures['windows']} windows of 64 tokens" in printed
+    assert figures["tokenizer"] == bundle.tokenizer_digest(tiny_target) and found["dtype"] == "float32"
+    for name in ("text", "own_text"):
+        one = found[name]
+        assert one["perplexity"]["value"] / one["perplexity_dense"]["value"] == pytest.approx(one["ratio"]["value"], rel=1e-6)
+        assert one["recovery"] == pytest.approx(100 / one["ratio"]["value"]) and one["kl"]["value"] > 0.01
+        assert all(
+            one[key]["low"] <= one[key]["value"] <= one[key]["high"] for key in ("perplexity", "ratio", "kl", "agreement")
+        )
+        assert f"{one['kl']['value']:.4f}" in printed and f"{one['agreement']['value']:.4f}" in printed
+    assert found["own_text"]["texts"] == 3 and 3 <= found["own_text"]["predicted_tokens"] <= 27
+    metrics = bundle.read(made).metrics
+    assert metrics["loss"] == 1.5 and metrics["perplexity"] == figures["perplexity"]["value"]
+    assert metrics["own_text_kl"] == found["own_text"]["kl"]["value"] and metrics["recovery"] == f"{figures['recovery']:.1f} %"
+    assert main(["evaluate", str(made), f"--text={text}", "--length=32", "--limit=2", "--record=true"]) == 0
+    again = bundle.read(made).metrics
+    assert "kl" not in again and again["own_text_kl"] == metrics["own_text_kl"], "KL on other windows is removed"
+    assert again["evaluated_on"] == "rows.jsonl, 2 windows of 32 tokens, float32"
 
 
-def test_sums_per_question_equal_naive_loop(tiny_target, made, seed):
-    """float32 against float64; two different drafters have different sums."""
-    drafts = [
-        draft_of(tiny_target, 4, 0.02),
-        draft_of(tiny_target, 3, 0.02),
-        draft_of(tiny_target, 4, 0.02, draft_vocab=list(range(0, 320, 2))),
-    ]
-    found = measure(LiveTeacher(FrozenTarget(tiny_target)), drafts, made.train, [0, 0.7, 1], 2, "")
-    for draft, (sums,) in zip(drafts, found, strict=True):
-        expected = naive(tiny_target, draft, made, [0, 0.7, 1])
-        assert sums.keys() == expected.keys() and len(sums["tokens"]) == 7 == len(made.train.documents_D) - 1
-        assert sums["tokens"].tolist() == expected["tokens"].tolist() and sums["tokens"].sum() == made.train.labels_R.sum()
-        for name, values in expected.items():
-            tolerance = 1 if name == "agreement@0" else 1e-2  # one tie in 1,000 tokens, else float32 rounding
-            assert np.abs(sums[name] - values).sum() <= tolerance, name
-            assert 0 < sums[name].sum() < sums["tokens"].sum() or name == "tokens"
-    assert not np.allclose(found[0][0]["alpha@1"], found[1][0]["alpha@1"])
+def test_compressed_model_has_figures_in_its_card(tiny_target, text, chats, tmp_path, capsys):
+    """README.md of a compressed model shows the figures; text that it was calibrated on is refused, also as a part."""
+    out = tmp_path / "sparse"
+    flags = ["--method=wanda", "--sparsity=0.5", f"--calibration={chats}", "--samples=8", "--length=64"]
+    assert main(["compress", str(tiny_target), str(out), *flags]) == 0
+    common = ["evaluate", str(out), "--length=64", f"--dense={tiny_target}", "--record=true"]
+    assert main([*common, f"--text={text}"]) == 0
+    metrics, card = bundle.read(out).metrics, (out / "README.md").read_text()
+    assert f"| {metrics['kl']:.5g} |" in card and f"| {metrics['recovery']} |" in card and "rows.jsonl" in card
+    both = tmp_path / "both.jsonl"
+    both.write_text(text.read_text() + chats.read_text())
+    for source in (chats, both):
+        capsys.readouterr()
+        assert main([*common, f"--text={source}"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"{source}: shares text with the calibration of {out}" in line and "evaluate on other text" in line
+    (out / "calibration.json").write_text("{}")
+    assert main(["evaluate", str(out), "--length=64", f"--text={text}"]) == 2
+    assert "calibration.json: holds no list of fingerprints; compress" in capsys.readouterr().err
 
 
-def test_batch_and_temperature_order_change_nothing(tiny_target, made, seed):
-    """Temperature 0 alone gives agreement only; batch size and order of temperatures change no sum."""
-    draft = draft_of(tiny_target, 4, 0.02)
-    reader = LiveTeacher(FrozenTarget(tiny_target))
-    ((alone,),) = measure(reader, [draft], made.train, [0], 3, "")
-    ((many,),) = measure(reader, [draft], made.train, [0.5, 0], 1, "")
-    assert list(alone) == ["tokens", "agreement@0"] and set(many) == {"tokens", "agreement@0", "alpha@0.5", "alpha_coupled@0.5"}
-    assert np.abs(alone["agreement@0"] - many["agreement@0"]).sum() <= 1  # a tie, at most
+def test_perplexity_is_that_of_transformers(tiny_target, text, tmp_path):
+    """The command's perplexity is exp of the mean of transformers' loss over the windows of the rendered chats."""
+    out, tokenizer = tmp_path / "out.json", bundle_tokenizer(tiny_target)
+    rows = [json.loads(line) for line in text.read_text().splitlines()]
+    whole = "\n\n".join(f"<|user|>{row['question']}<|assistant|>{row['answer']}<|end|>" for row in rows)
+    tokens = tokenizer(whole, return_tensors="pt")["input_ids"][0]
+    windows = tokens[: len(tokens) // 32 * 32].view(-1, 32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_target).eval()
+    with torch.no_grad():
+        losses = [model(row[None], labels=row[None]).loss.item() for row in windows]
+    assert main(["evaluate", str(tiny_target), f"--text={text}", "--length=32", "--batch=3", f"--json={out}"]) == 0
+    found = json.loads(out.read_text())["text"]
+    assert found["windows"] == len(windows) and found["dropped_tokens"] == len(tokens) % 32
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
 
 
-def test_target_runs_once_for_all_drafters(tiny_target, made, tmp_path, monkeypatch, seed):
-    """The sums are identical with and without the store; the second call with a store never runs the target."""
-    drafts = [draft_of(tiny_target, n, 0.02) for n in (1, 4)]
-    calls, forward = [], FrozenTarget.forward
-    monkeypatch.setattr(FrozenTarget, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
-    plain = measure(LiveTeacher(FrozenTarget(tiny_target)), drafts, made.train, [1], 2, "set")
-    batches = -(-len(made.train) // 2)
-    assert len(calls) == batches
-    first = measure(LiveTeacher(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set")
-    assert len(calls) == 2 * batches
-    second = measure(LiveTeacher(FrozenTarget(tiny_target), str(tmp_path)), drafts, made.train, [1], 2, "set")
-    assert len(calls) == 2 * batches
-    for (one,), (two,), (three,) in zip(plain, first, second, strict=True):
-        assert all(np.array_equal(one[name], two[name]) and np.array_equal(one[name], three[name]) for name in one)
+def bundle_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
 
-
-def test_each_head_is_measured_at_its_own_offset(tiny_target, made, tmp_path, seed):
-    """Untrained Medusa heads all output the target's next-token logits: head k's prediction of token p is the one for p - k.
-
-    They are measured together with a kind that has no taps, so the two share no stored states.
-    """
-    drafts = [draft_of(tiny_target, 1, 0.0), Medusa(target_shape(tiny_target), num_heads=3, head="target").eval()]
-    reader = LiveTeacher(FrozenTarget(tiny_target), str(tmp_path))
-    alone, heads = measure(reader, drafts, made.train, [0, 0.7], 2, "")
-    assert len(alone) == 1 and len(heads) == 3
-    packed, teacher = made.train, load_decoder(tiny_target)
-    documents = list(itertools.pairwise(packed.documents_D.tolist()))
-    for k, sums in enumerate(heads, start=1):
-        expected: dict[str, list[float]] = {name: [] for name in ("tokens", "agreement@0", "alpha@0.7", "alpha_coupled@0.7")}
-        for start, end in documents:
-            logits = exact_logits(teacher, packed.tokens_N[start:end].tolist())
-            labels = [p for p in range(k + 1, end - start) if packed.mask_N[start + p]]
-            target_NV, draft_NV = logits[[p - 1 for p in labels]], logits[[p - 1 - k for p in labels]]
-            p, q = (target_NV / 0.7).softmax(-1), (draft_NV / 0.7).softmax(-1)
-            expected["tokens"].append(len(labels))
-            expected["agreement@0"].append(float((target_NV.argmax(-1) == draft_NV.argmax(-1)).sum()))
-            expected["alpha@0.7"].append(float(acceptance(p, q).sum()))
-            expected["alpha_coupled@0.7"].append(float(coupled_acceptance(p, q).sum()))
-        assert sums.keys() == expected.keys() and sums["tokens"].tolist() == expected["tokens"]
-        for name, values in expected.items():
-            assert np.abs(sums[name] - np.array(values)).sum() <= (2 if name == "agreement@0" else 1e-2), (k, name)
-    assert not np.allclose(heads[0]["alpha@0.7"], heads[1]["alpha@0.7"])
-
-
-def test_kind_without_per_token_losses_is_refused(tiny_target, made, seed):
-    """A drafter kind whose loss has no values per token cannot be evaluated."""
-
-    class Silent(LMDraft):
-        def forward(self, batch, divergence):
-            return replace(super().forward(batch, divergence), per_token={})
-
-    draft = Silent(target_shape(tiny_target), num_layers=1)
-    with pytest.raises(UserError, match="Silent: its loss gives no values per token") as caught:
-        measure(LiveTeacher(FrozenTarget(tiny_target)), [draft], made.train, [0.0], 8, "")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_tau_equals_runner_statistics(temperature, tiny_target, seed):
-    """Tau as evaluated equals tau from the runner's statistics."""
-    draft = draft_of(tiny_target, 4, 0.02)
-    prompts = [torch.randint(5, 320, (n,)).tolist() for n in (2, 5, 9, 3)]
-    found = decode_tau(str(tiny_target), draft, prompts, [temperature], 3, 24, 33)
-    runner = Runner.load(tiny_target, max_len=64)
-    runner = Runner(runner.rounds.target, draft, target_shape(tiny_target), tiny_target, 16, 64)
-    for verify in ("coupled", "residual") if temperature else ("coupled",):
-        outputs = runner.generate(prompts, 24, temperature, depth=3, verify=verify)
-        emitted, rounds = found.pop(f"tau_{verify}@{temperature:g}")
-        merged = Stats.merge(output.stats for output in outputs)
-        assert rounds.tolist() == [output.stats.rounds for output in outputs] and sum(rounds) == merged.rounds
-        assert emitted.sum() / rounds.sum() == pytest.approx(merged.tau, rel=1e-12) and merged.tau > 1
-    assert not found
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    root = tmp_path_factory.mktemp("bundles")
-    for name, layers in (("a", 4), ("b", 3)):
-        export_drafter(draft_of(tiny_target, layers, 0.02), root / name, tokenizer=tiny_target)
-    return [str(root / "a"), str(root / "b")]
+def tasks(text: Path) -> Path:
+    """A folder with a task of choices and a task of writing over the rows of `text`."""
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(text)}}, "test_split": "test"}
+    common = data | {"doc_to_text": "{{question}}", "metric_list": [{"metric": "acc"}]}
+    choice = {"task": "pick", "output_type": "multiple_choice", "doc_to_choice": [" In", " May"], "doc_to_target": 0}
+    writing = {"task": "write", "output_type": "generate_until", "doc_to_target": "{{answer}}"}
+    writing |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}, "metric_list": [{"metric": "exact_match"}]}
+    for task in (choice, writing):
+        (text.parent / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    return text.parent
 
 
-def test_eval_command_writes_table_and_json(tiny_target, texts, bundles, tmp_path, capsys):
-    """The JSON holds every figure of the table and those of each question; a second call with cached states agrees."""
-    flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--teacher-cache", str(tmp_path / "cache")]
-    flags += ["--prompts", str(texts), "--questions", "3", "--depth", "2", "--max-new-tokens", "12", "--temperatures", "[0,1]"]
-    printed = []
-    for name in ("one", "two"):
-        outputs = ["--drafter", json.dumps(bundles), "--json", str(tmp_path / f"{name}.json")]
-        assert main(["eval", *flags, *outputs]) == 0
-        printed.append(capsys.readouterr().out.splitlines())
-    assert (
-        printed[0][-8:] == printed[1][-8:] and "0.00 GB" in printed[0][0] and printed[0][0].endswith(" 0 rows already cached")
-    )
-    found, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert found == again and list(found["drafters"]) == bundles and found["questions"] == 7
-    means = found["drafters"][bundles[0]]["means"]
-    assert set(means) == {"alpha@1", "alpha_coupled@1", "agreement@0", "tau_coupled@0", "tau_coupled@1", "tau_residual@1"}
-    sums = found["drafters"][bundles[0]]["per_question"]
-    assert means["alpha@1"]["mean"] == pytest.approx(sum(sums["alpha@1"]) / found["tokens"], abs=1e-5)
-    assert all(one["low"] <= one["mean"] <= one["high"] for one in means.values())
-    assert means["tau_coupled@0"]["mean"] >= 1 and means["alpha_coupled@1"]["mean"] <= means["alpha@1"]["mean"]
-    table = "\n".join(printed[0])
-    assert f"7 texts, {found['tokens']:,} tokens" in table and f"difference from {bundles[0]}, on the same texts" in table
-    assert f"{means['alpha@1']['mean']:.4f} [{means['alpha@1']['low']:.4f}, {means['alpha@1']['high']:.4f}]" in table
+def test_tasks_have_recovery_and_equal_scores_with_a_drafter(tiny_target, made, tasks, tmp_path, capsys):
+    """Scores of model and dense model, recovery in percent; a drafter changes no score and shows its tau."""
+    flags = ["--tasks=pick,write", f"--task_path={tasks}", f"--dense={tiny_target}", "--limit=8", "--few_shot=0"]
+    values = []
+    for number, drafter in enumerate(([], [f"--drafter={tiny_target}"])):
+        out = tmp_path / f"{number}.json"
+        assert main(["evaluate", str(made), *flags, *drafter, f"--json={out}"]) == 0
+        values.append(json.loads(out.read_text()))
+        assert ("tau" in capsys.readouterr().out) == bool(drafter)
+    assert values[0] == values[1]
+    pick = values[0]["tasks"]["scores"]["pick"]["acc"]
+    assert pick["recovery"] == (pytest.approx(100 * pick["value"] / pick["dense"]) if pick["dense"] else None)
+    assert values[0]["tasks"]["limit"] == 8 and set(values[0]["tasks"]["scores"]) == {"pick", "write"}
+    assert values[0]["tasks"]["scores"]["write"]["exact_match"]["recovery"] is None, "the dense model has no exact match"
 
 
-def test_table_has_heads_and_tau_per_drafter(tiny_target, texts, bundles, tmp_path, capsys):
-    """The table has a line for every head, and tau once for every drafter."""
-    heads = Medusa(target_shape(tiny_target), num_heads=2, head="target")
-    export_drafter(heads.eval(), tmp_path / "heads", tokenizer=tiny_target)
-    names = [bundles[0], str(tmp_path / "heads"), f"{tmp_path / 'heads'} head 2"]
-    flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--temperatures", "[0]"]
-    flags += ["--prompts", str(texts), "--questions", "2", "--max-new-tokens", "8", "--json", str(tmp_path / "eval.json")]
-    assert main(["eval", *flags, "--drafter", bundles[0], "--drafter", str(tmp_path / "heads")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    found = json.loads((tmp_path / "eval.json").read_text())["drafters"]
-    assert list(found) == names and [sum(line.startswith(f"{name} ") for line in lines) for name in names] == [1, 4, 2]
-    assert [list(found[name]["means"]) for name in names] == [["agreement@0", "tau_coupled@0"]] * 2 + [["agreement@0"]]
-    emitted, rounds = map(sum, found[names[1]]["per_question"]["tau_coupled@0"])
-    assert rounds <= emitted <= 3 * rounds, "the chain is as deep as the number of heads"
+MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "nothing": ([], ["--text FILE", "--tasks NAMES"]),
+    "own without text": (["--own=3", "--tasks=pick"], ["--own", "--text"]),
+    "no such text": (["--text=nowhere.jsonl", "--length=32"], ["nowhere.jsonl", "give an existing file"]),
+    "too short": (["--text=TEXT", "--length=512", "--limit=1"], ["rows.jsonl", "fewer than one window of 512", "--length"]),
+    "too long a window": (["--text=TEXT", "--length=513"], ["--length: 513", "at most 512"]),
+    "window of one": (["--text=TEXT", "--length=1"], ["--length", "at least 2"]),
+    "no windows": (["--text=TEXT", "--limit=0"], ["--limit", "at least 1"]),
+    "other vocabulary": (
+        ["--text=TEXT", "--length=32", "--dense=OTHER"],
+        ["--dense", "a vocabulary of 400", "320", "made from"],
+    ),
+    "too many prompts": (["--text=TEXT", "--length=32", "--own=99"], ["--own 99", "12 prompts", "smaller"]),
+    "unknown task": (["--tasks=pikc", "--task_path=TASKS"], ["unknown task 'pikc'", "did you mean pick?"]),
+    "no bundle": (["--text=TEXT", "--length=32", "--record=true"], ["not a bundle", "trainkit export"]),
+    "no folder": (["--text=TEXT", "--json=/nowhere/x.json"], ["--json /nowhere/x.json", "make it first"]),
+    "not a number": (["--text=TEXT", "--length=32", "--dense=NAN"], ["nan", "not finite"]),
+    "bad row": (["--text=BAD", "--length=32"], ["bad.jsonl:2", "fix or remove"]),
+}
 
 
-def test_paired_difference_to_itself_is_zero(tiny_target, texts, bundles, capsys):
-    """One drafter alone has no difference; the paired difference of a drafter to itself is exactly 0."""
-    flags = ["--target", str(tiny_target), "--data", str(texts), "--length", "128", "--temperatures", "[1]"]
-    assert main(["eval", *flags, "--drafter", bundles[0]]) == 0
-    assert "difference" not in capsys.readouterr().out
-    same = evaluate(target=str(tiny_target), data=str(texts), drafter=[bundles[0]] * 2, length=128, temperatures=(1.0,))
-    assert same.splitlines()[-1].count("+0.0000 [+0.0000, +0.0000]") == 2
+@pytest.fixture(scope="module")
+def places(text: Path, tasks: Path, tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the words in capitals of `MISTAKES` stand for."""
+    root = tmp_path_factory.mktemp("places")
+    model = AutoModelForCausalLM.from_pretrained(tiny_target)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(root / "nan")
+    (root / "bad.jsonl").write_text('{"text": "x"}\n{"txt": "x"}\n')
+    other = make_target(root / "other", vocab_size=400, num_hidden_layers=1)
+    return {
+        "TEXT": str(text),
+        "OTHER": str(other),
+        "TASKS": str(tasks),
+        "NAN": str(root / "nan"),
+        "BAD": str(root / "bad.jsonl"),
+    }
 
 
-def test_what_became_of_the_rows_is_on_stderr(tiny_target, bundles, tmp_path, capsys):
-    """Truncated rows, columns and files that were not read are named on standard error, also by vocab."""
-    row = {"prompt": "How many?", "response": "In May she sold 3 clips. " * 9, "id": 3}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    (tmp_path / "README.md").write_text("two answers")
-    common = [f"--target={tiny_target}"]
-    assert main(["eval", *common, f"--data={tmp_path}", f"--drafter={bundles[0]}", "--length=32"]) == 0
-    noted = ["train: columns not read: id (1)", "train: files not read: README.md"]
-    assert capsys.readouterr().err.splitlines()[-3:] == ["train: 1 truncated to 32 tokens", *noted]
-    assert main(["vocab", str(tmp_path / "ids.json"), *common, f"--text={tmp_path / 'rows.jsonl'}"]) == 0
-    assert noted[0] in capsys.readouterr().err.splitlines()
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_one_line(name, tiny_target, places, capsys, monkeypatch):
+    """A mistake gives one line that names the flag, file or value and the remedy, and exit code 2."""
+    from lm_eval.tasks import TaskManager
+
+    from trainkit.eval import harness
+
+    local = lambda include_path, **_: TaskManager(include_path=include_path, include_defaults=False)
+    monkeypatch.setattr(harness, "TaskManager", local)  # indexing the harness's 14,000 tasks takes many seconds
+    flags, parts = MISTAKES[name]
+    for word, path in places.items():
+        flags = [flag.replace(f"={word}", f"={path}") for flag in flags]
+    assert main(["evaluate", str(tiny_target), *flags]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("trainkit: error: ") and all(part in line for part in parts), line
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("temperatures", "[-1]", "temperature -1"),
-        ("temperatures", "[]", "temperatures"),
-        ("drafter", "[]", "drafter"),
-        ("batch", "0", "batch"),
-        ("limit", "-1", "--limit: -1 must be at least 1"),
-        ("questions", "-1", "--questions: -1 must be at least 1"),
-        ("length", "1024", "512 positions"),
-        ("data", "none.jsonl", "none.jsonl"),
-    ],
-)
-def test_bad_flags_give_one_line(flag, value, message, tiny_target, texts, bundles, capsys):
-    """A wrong flag gives a one-line error that names it."""
-    given = {"target": str(tiny_target), "data": str(texts), "length": "128", "drafter": bundles[0]} | {flag: value}
-    assert main(["eval", *(f"--{name}={one}" for name, one in given.items())]) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("trainkit: error") and message in line
+def test_missing_harness_names_the_extra(tiny_target, monkeypatch, capsys):
+    """Without lm-evaluation-harness the line names the extra to install."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "trainkit.eval.harness", raising=False)
+    import trainkit.eval
+
+    monkeypatch.delattr(trainkit.eval, "harness", raising=False)
+    assert main(["evaluate", str(tiny_target), "--tasks=pick"]) == 2
+    assert "pip install 'trainkit[eval]'" in capsys.readouterr().err

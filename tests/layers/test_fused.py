@@ -35,7 +35,11 @@ def both(decoder: Decoder, forward, monkeypatch) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("packed", ["", "int8", "fp8", "int4"])
-@pytest.mark.parametrize("more", [{}, {"qkv_bias": True, "qk_norm": True, "tied": False}], ids=["llama", "bias-and-norms"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True, "tied": False}],
+    ids=["llama", "biases-and-norms"],
+)
 def test_decoder_in_kernels_equals_pytorch(more, packed, monkeypatch, seed):
     """Hidden states, taps, logits and cache of chains and trees agree, in float32 to rounding and in 16 bits to theirs."""
     shape = replace(WIDE, intermediate_size=128, hidden_size=128, **more)

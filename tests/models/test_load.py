@@ -65,6 +65,10 @@ MODELS = {
     "qwen2 untied": ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     "qwen3": ("qwen3", {"head_dim": 24}),
     "qwen3 untied": ("qwen3", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+    "llama, attention biases": ("llama", {"attention_bias": True}),
+    "llama, MLP biases": ("llama", {"mlp_bias": True}),
+    "llama, all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "qwen3, attention biases": ("qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
 } | {f"llama {name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}
 
 
@@ -96,7 +100,7 @@ def test_logits_and_greedy_text_equal_transformers(name, tmp_path, seed):
         assert_few(ties, sum(map(len, texts)))
 
 
-@pytest.mark.parametrize("name", ["llama untied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama untied", "mistral", "qwen2", "qwen3", "llama, all biases", "qwen3, attention biases"])
 def test_saved_decoder_loads_in_transformers(name, tmp_path, seed):
     """A saved decoder loads here and in transformers with equal logits."""
     model_type, fields = MODELS[name]
@@ -166,8 +170,9 @@ def edited(source, folder, **fields):
     [
         ({"model_type": "gemma2"}, "gemma2"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias is not supported .* mistral"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is not supported .* qwen3"),
+        ({"mlp_bias": True}, "tensors are missing.*bias"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"num_hidden_layers": 5}, "tensors are missing.*layers.4"),
         ({"num_hidden_layers": 3}, "layers.3.* no place"),

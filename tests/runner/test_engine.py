@@ -129,6 +129,26 @@ def test_score_equals_transformers(runner, tiny_target, seed):
             assert torch.allclose(torch.tensor(ours), theirs, atol=1e-4)
 
 
+def test_batched_scores_equal_single_ones(runner, tiny_target, seed):
+    """Texts of other lengths in the batch, and their order, change no score; the last token needs no position."""
+    prompts, continuations = ragged_prompts(11, 320), ragged_prompts(11, 320)
+    greedy = [out.tokens for out in runner.generate(prompts[:5], max_new_tokens=6, ignore_end=True)]
+    continuations[:5] = greedy
+    prompts.append([7] * 100)
+    continuations.append([9] * 29)  # 129 tokens for a max_len of 128
+    one_row = Runner.load(tiny_target, max_len=128, max_batch=1)
+    for chunk in (256, 16):
+        together = dict(runner.score_each(prompts, continuations, chunk))
+        alone = dict(one_row.score_each(prompts, continuations, chunk))
+        assert together.keys() == alone.keys() == set(range(12))
+        for index, continuation in enumerate(continuations):
+            assert len(together[index].logprobs) == len(continuation)
+            # float32 rounding depends on the number of rows
+            assert together[index].logprobs == pytest.approx(alone[index].logprobs, abs=1e-4)
+            assert together[index].greedy == alone[index].greedy
+        assert all(together[index].greedy for index in range(5)) and not together[11].greedy
+
+
 @pytest.mark.parametrize("verify", ["coupled", "residual"])
 def test_logprobs_equal_scores_at_temperature_1(runner, verify, seed):
     """The log-probabilities of an output are those of `score`, at temperature 1."""
@@ -243,7 +263,7 @@ def test_invalid_calls_and_folders_are_named(runner, tiny_target, tmp_path):
     with pytest.raises(UserError, match="2 prompts but 1"):
         runner.score(["a", "b"], ["c"])
     with pytest.raises(UserError, match="max_len is 128"):
-        runner.score([[1] * 100], [[1] * 29])
+        runner.score([[1] * 100], [[1] * 30])
     with pytest.raises(UserError, match="'n'"):
         list(runner.stream("x", n=2))
     plain = Runner.load(tiny_target, max_len=64)

@@ -16,7 +16,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -220,7 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def hang(self) -> None:
         """Waits, without a reply, until the client hangs up."""
-        self.connection.recv(1)
+        with suppress(ConnectionError):  # a client may also reset the connection
+            self.connection.recv(1)
         with self.server.change:
             self.server.stats.hung_up += 1
         self.close_connection = True

@@ -1,151 +1,273 @@
-"""`trainkit eval`: exact acceptance of drafters on given texts, and tau from decoding, with bootstrap intervals."""
+"""`trainkit evaluate`: quality of a model: perplexity, distance from the dense model it was made from, and tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, Literal
 
-import numpy as np
+import torch
 
-from trainkit.commands.distill import check_sampling
-from trainkit.data.sets.writer import check_positive
-from trainkit.data.teacher.live import LiveTeacher
-from trainkit.data.text.chat_template import load_tokenizer
-from trainkit.data.text.prepare import prepare
-from trainkit.data.text.prompts import read_prompts
+from trainkit import bundle
+from trainkit.data.sets.writer import check_positive, quiet_libraries
+from trainkit.data.text.calibration import GRAM, shared_text
+from trainkit.data.text.chat_template import Encoder, load_tokenizer
+from trainkit.data.text.sources import content_hash
 from trainkit.errors import UserError
-from trainkit.eval import bootstrap
-from trainkit.eval.acceptance import Sums, decode_tau, measure
 from trainkit.eval.bench.table import grid
-from trainkit.eval.lengths import prompts_that_fit
+from trainkit.eval.perplexity import Text, cut_windows, read_documents, write_own_texts
+from trainkit.eval.quality import LanguageModel, measure, summarise
+from trainkit.export.compressed import CALIBRATION
+from trainkit.export.readme import record_metrics
 from trainkit.files import write_json
-from trainkit.models.load import find_device, read_config
-from trainkit.models.target import FrozenTarget
-from trainkit.runner.engine import load_drafter
+from trainkit.models.load import find_device, has_tokenizer, read_config
+from trainkit.runner import Runner
+
+FIGURES = {
+    "perplexity": "perplexity",
+    "perplexity_dense": "perplexity of the dense model",
+    "ratio": "ratio of perplexities",
+    "kl": "KL(dense || model), nats per token",
+    "agreement": "top-1 agreement",
+}
+"""Figure -> its name in the table."""
 
 
 def evaluate(
+    model: Path,
     *,
-    target: str,
-    data: str,
-    drafter: list[str],
-    temperatures: tuple[float, ...] = (0.0, 1.0),
-    length: int = 1024,
-    batch: int = 8,
+    text: str | None = None,
+    dense: str | None = None,
+    length: int | None = None,
     limit: int | None = None,
-    columns: dict[str, str] | None = None,
-    prompts: str | None = None,
-    questions: int = 100,
-    depth: int = 4,
+    own: int | None = None,
     max_new_tokens: int = 256,
-    max_len: int | None = None,
-    teacher_cache: str | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    tasks: str | None = None,
+    task_path: str | None = None,
+    few_shot: int | None = None,
+    chat: bool = False,
+    drafter: str | None = None,
+    batch: int = 8,
+    columns: dict[str, str] | None = None,
     device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     json: str | None = None,
+    record: bool = False,
 ) -> str:
-    """Exact acceptance of drafters on given texts: alpha (residual verification), alpha_coupled, and argmax agreement.
+    """Quality of a model: perplexity on a text, distance from the dense model it was made from, and scores of tasks.
 
-    Prints means over counted tokens with 95 % bootstrap intervals over questions, and each drafter's difference from the first
-    one on the same questions. At temperature 0 both alphas equal argmax agreement. A drafter with several heads or steps has a
-    line for each, which measures its prediction of the token that many positions ahead; a draft model has one line, because
-    teacher-forced predictions do not depend on depth. With prompts, also tau: tokens per round when they are decoded with
-    chains of `depth`, with both verification methods above temperature 0.
+    Perplexity follows the WikiText protocol: documents are joined by blank lines and tokenised once, and windows of `length`
+    tokens do not overlap. With --dense also KL(dense || model) in nats per token, the share of tokens at which both have the
+    same likeliest token, and the ratio of the perplexities. Intervals are 95 % bootstrap intervals over windows. With --own the
+    model also continues prompts of the text, and is compared on what it wrote itself, where it will be used.
+
+    Tasks are those of lm-evaluation-harness (pip install 'trainkit[eval]'), or YAML files of the same form in --task_path. The
+    runner is the model: with --drafter, texts are the same and come sooner. With --dense, recovery is the model's score as a
+    share of the dense model's.
 
     Examples:
-        trainkit distill --target models/target --prompts test.jsonl --out data/test_t1 --temperatures [1]
-        trainkit eval --target models/target --drafter models/a --drafter models/b --data data/test_t1 --json eval.json
+        trainkit evaluate models/w50 --text test.jsonl --dense models/target --length 512
+        trainkit evaluate models/w50 --text wiki.txt --dense models/target --own 64 --record true
+        trainkit evaluate models/w50 --tasks hellaswag,gsm8k --dense models/target --drafter models/draft --limit 200
 
     Args:
-        target: Folder of the target, any Hugging Face causal LM.
-        data: Texts with a loss mask, in the formats of `data.train`; preferably the target's own answers.
-        drafter: Drafter bundles; repeat the flag for several.
-        temperatures: Temperatures of target and draft distribution, as a JSON list.
-        length: Tokens in a packed row; longer texts are cut.
-        batch: Packed rows per forward pass.
-        limit: Number of rows of the data to use, from the start.
-        columns: Column mapping, from trainkit's names to the file's.
-        prompts: File of prompts to decode for tau.
-        questions: Number of prompts to decode, from the start of the file.
-        depth: Number of tokens drafted per round, at most the drafter's number of heads.
-        max_new_tokens: Maximum number of tokens of a decoded answer.
-        max_len: Prompts to decode that need more positions, answer included, are left out; by default none may.
-        teacher_cache: Folder that caches the target's hidden states for later runs on the same data.
+        model: Hugging Face folder of any causal LM; tasks and --own need one that the runner decodes.
+        text: Text for perplexity: a .txt file, or rows in the formats of `data.train`, chats rendered by the template.
+        dense: Folder of the model to compare with; it has the same tokenizer.
+        length: Tokens in a window; by default 2048, or as many as the models cover.
+        limit: Largest number of windows, and of documents of each task.
+        own: Number of prompts of the text that the model continues itself.
+        max_new_tokens: Largest number of tokens of such a continuation; a prompt is cut to half a window.
+        temperature: Temperature of these continuations.
+        seed: Seed of these continuations.
+        tasks: Names of tasks, with commas between them.
+        task_path: Folder of YAML files that define further tasks, for example over local JSON Lines.
+        few_shot: Number of examples before each question; by default as the task says.
+        chat: Whether tasks use the chat template.
+        drafter: Drafter bundle for texts that the model writes.
+        batch: Number of windows or texts computed together.
+        columns: Column mapping for the text, from trainkit's names to the file's.
         device: Torch device; `auto` uses a GPU if there is one.
-        json: File for all figures, including those of each question.
+        dtype: Precision of the weights; log-probabilities are always computed in float32.
+        json: File for all figures.
+        record: Whether to add the figures to the metrics and the README.md of the model's bundle.
     """
-    # check the arguments
-    temperatures = check_sampling(temperatures)
-    if not drafter:
-        raise UserError("--drafter: give at least one")
-    check_positive(batch=batch, depth=depth, limit=limit, questions=questions, max_new_tokens=max_new_tokens)
+    # Check the arguments.
+    if text is None and tasks is None:
+        raise UserError("nothing to evaluate: give --text FILE, --tasks NAMES or both")
+    if own is not None and text is None:
+        raise UserError("--own: takes its prompts from the text; give --text FILE too")
+    check_positive(limit=limit, own=own, max_new_tokens=max_new_tokens, batch=batch)
     if json is not None and not Path(json).resolve().parent.is_dir():
         raise UserError(f"--json {json}: its folder does not exist; make it first")
-    # load texts, target and drafters
-    torch_device = find_device(device)
-    read_config(target)  # otherwise a missing folder's name would be looked up on the hub as a tokenizer
-    tokenizer = load_tokenizer(target)
-    prepared = prepare([data], None, tokenizer, length, columns=columns, validation_share=0.0, limit=limit)
-    prepared.report.warn()
-    teacher = FrozenTarget(target).to(torch_device)
-    if length > (covered := teacher.shape().decoder.max_positions):
-        raise UserError(f"--length: {length}, but the target covers {covered} positions")
-    reader = LiveTeacher(teacher, teacher_cache)
-    networks = [load_drafter(Path(folder), Path(target), teacher.shape()).to(torch_device).eval() for folder in drafter]
-    # measure
-    note = ""
-    measured = measure(reader, networks, prepared.train, temperatures, batch, prepared.fingerprint)
-    if prompts is not None:
-        rows = read_prompts(prompts, tokenizer, questions, columns)
-        rows, longest, note = prompts_that_fit(rows, max_new_tokens, max_len, target, prompts)
-        for (first_head, *_), network in zip(measured, networks, strict=True):
-            first_head |= decode_tau(target, network, rows, temperatures, depth, max_new_tokens, longest)
-    by_head = [
-        (folder if number == 1 else f"{folder} head {number}", sums)
-        for folder, heads in zip(drafter, measured, strict=True)
-        for number, sums in enumerate(heads, start=1)
-    ]
-    values = {
-        "target": target,
-        "data": data,
-        "temperatures": list(temperatures),
-        "questions": len(prepared.train.documents_D) - 1,
-        "tokens": int(prepared.train.labels_R.sum()),
-        "fingerprint": prepared.fingerprint,
-        "drafters": {
-            name: {"means": _means(sums), "per_question": {key: value.round(5).tolist() for key, value in sums.items()}}
-            for name, sums in by_head
-        },
-    }
+    if record:
+        bundle.read(model, checksums=False)
+    length = _window_length(length, str(model), dense)
+    if dense is not None:
+        _check_tokenizers(model, dense)
+    names = [name for name in (tasks or "").split(",") if name]
+    harness = _import_harness() if names else None
+    manager = harness.load_tasks(names, task_path) if harness else None
+    # Evaluate on the text, and on what the model writes itself.
+    quiet_libraries()
+    settings = {"device": str(find_device(device)), "dtype": dtype}
+    load = lambda folder, draft: Runner.load(folder, draft, settings["device"], dtype, batch)
+    values: dict[str, Any] = {}
+    report: list[str] = []
+    if text is not None:
+        encoder = Encoder(load_tokenizer(str(model)), str(model))
+        tokens = read_documents(text, encoder, columns)
+        _check_not_calibration(model, tokens, text)
+        windows, dropped = cut_windows(tokens, length, text, limit)
+        texts = {"text": windows}
+        if own is not None:
+            sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+            texts["own_text"] = write_own_texts(load(model, drafter), text, encoder, windows, own, columns, **sampling)
+        values = _on_texts(str(model), dense, texts, settings, batch)
+        source = {"file": text, "digest": content_hash(text), "tokenizer": bundle.tokenizer_digest(model)}
+        values["text"] |= source | {"windows": len(windows), "length": length, "dropped_tokens": dropped}
+        report.append(
+            f"{text}: {len(windows):,} windows of {length:,} tokens, tail of {dropped:,} tokens left out; {dtype} on "
+            f"{settings['device']}"
+        )
+        report += [_text_table(name, found) for name, found in values.items()]
+    # Run the tasks.
+    if harness is not None:
+        options = {"limit": limit, "num_fewshot": few_shot, "apply_chat_template": chat}
+        models = {"model": (str(model), drafter)} | ({"dense": (dense, None)} if dense else {})
+        scores = {}
+        for name, (folder, draft) in models.items():
+            lm = harness.RunnerLM(load(folder, draft))
+            scores[name] = harness.run_tasks(lm, names, manager, **options)
+            report.append(f"{folder}: {lm.summary}")
+            del lm
+        values["tasks"] = options | {"scores": _with_recovery(**scores)}
+        report.append(_task_table(values["tasks"]["scores"]))
+    # Write the figures.
     if json is not None:
-        write_json(json, values)
-    return "\n\n".join([_report(by_head, values), *([note] if note else [])])
+        write_json(json, {"model": str(model), "dense": dense} | settings | values)
+    if record:
+        is_compressed = "compression" in bundle.read(model, checksums=False).extra
+        metrics = _recorded(values, settings)
+        record_metrics(model, metrics) if is_compressed else bundle.amend(model, metrics=metrics)
+    return "\n\n".join(report)
 
 
-def _ratio(sums: Sums, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A measure's sums by question, and their divisors: counted tokens, or rounds for tau."""
-    return (sums[name][0], sums[name][1]) if name.startswith("tau") else (sums[name], sums["tokens"])
+def _window_length(length: int | None, *folders: str | None) -> int:
+    """The requested number of tokens in a window, or 2048 at most; refused if a model covers fewer positions."""
+    config = lambda folder: read_config(folder).get_text_config()
+    # recurrent models have no limit
+    covered = {folder: getattr(config(folder), "max_position_embeddings", 1 << 30) for folder in folders if folder}
+    smallest = min(covered, key=lambda folder: covered[folder])
+    length = min(2048, covered[smallest]) if length is None else length
+    if not 2 <= length <= covered[smallest]:
+        raise UserError(f"--length: {length} must be at least 2 and at most {covered[smallest]}, the positions of {smallest}")
+    return length
 
 
-def _means(sums: Sums) -> dict[str, dict[str, float]]:
-    intervals = {name: bootstrap.mean(*_ratio(sums, name)) for name in sums if name != "tokens"}
-    return {name: {"mean": interval.value, "low": interval.low, "high": interval.high} for name, interval in intervals.items()}
+def _import_harness() -> Any:
+    try:
+        from trainkit.eval import harness
+    except ImportError as error:
+        raise UserError(f"--tasks: lm-evaluation-harness is missing ({error}); pip install 'trainkit[eval]'") from error
+    return harness
 
 
-def _report(by_head: Sequence[tuple[str, Sums]], values: dict[str, Any]) -> str:
-    (first_name, first), *others = by_head
-    measures = [name for name in first if name != "tokens"]
+def _check_tokenizers(model: Path, dense: str) -> None:
+    """Refuses a dense model whose token ids mean something else."""
+    digests = {bundle.tokenizer_digest(Path(folder)) for folder in (model, dense) if has_tokenizer(folder)}
+    sizes = [read_config(folder).get_text_config().vocab_size for folder in (model, dense)]
+    if sizes[0] != sizes[1] or len(digests) > 1:
+        which = f"a vocabulary of {sizes[1]:,}, {model} one of {sizes[0]:,}" if sizes[0] != sizes[1] else "another tokenizer"
+        raise UserError(f"--dense {dense}: has {which}; give the model that {model} was made from")
 
-    def table(heads: Sequence[tuple[str, Sums]], cell: Callable[[str, Sums, str], str]) -> str:
-        rows = [[name, *(cell(name, sums, measure) if measure in sums else "" for measure in measures)] for name, sums in heads]
-        return grid([["", *measures], *rows])
 
-    mean = lambda name, _, measure: "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**values["drafters"][name]["means"][measure])
-    lines = [
-        f"{values['questions']:,} texts, {values['tokens']:,} tokens; mean [95 % interval over texts]",
-        table(by_head, mean),
-    ]
-    if others:
-        gap = lambda _, sums, measure: str(bootstrap.gap(_ratio(sums, measure), _ratio(first, measure)))
-        lines += [f"difference from {first_name}, on the same texts:", table(others, gap)]
-    return "\n\n".join(lines)
+def _check_not_calibration(model: Path, tokens: list[int], source: str) -> None:
+    """Refuses text by which the model was calibrated: its perplexity there is lower than on other text."""
+    if (path := model / CALIBRATION).is_file():
+        fingerprints = bundle.read_json(path).get("fingerprints")
+        if not isinstance(fingerprints, list):
+            raise UserError(f"{path}: holds no list of fingerprints; compress the model again")
+        if count := shared_text(fingerprints, torch.tensor([tokens])):
+            raise UserError(
+                f"{source}: shares text with the calibration of {model} ({count} fingerprints of {GRAM} tokens are equal); "
+                "evaluate on other text"
+            )
+
+
+def _on_texts(
+    model: str, dense: str | None, texts: dict[str, list[Text]], settings: dict[str, str], batch: int
+) -> dict[str, dict[str, Any]]:
+    """The figures on each list of texts."""
+    dtype, device = getattr(torch, settings["dtype"]), torch.device(settings["device"])
+    loaded = LanguageModel(model, dtype, device)
+    other = LanguageModel(dense, dtype, device) if dense else None
+    values: dict[str, dict[str, Any]] = {}
+    for name, given in texts.items():
+        began = perf_counter()
+        sums = measure(loaded, given, other, batch)
+        seconds = perf_counter() - began
+        values[name] = {"texts": len(given), "predicted_tokens": int(sums["tokens"].sum()), "seconds": round(seconds, 2)}
+        values[name] |= {figure: asdict(interval) for figure, interval in summarise(sums).items()}
+        if other is not None:
+            values[name]["recovery"] = 100 / values[name]["ratio"]["value"]
+    return values
+
+
+def _text_table(name: str, values: dict[str, Any]) -> str:
+    rows = [["", "value", "95 % interval"]]
+    for figure, label in FIGURES.items():
+        if figure in values:
+            one = values[figure]
+            rows.append([label, f"{one['value']:.4f}", f"[{one['low']:.4f}, {one['high']:.4f}]"])
+    tokens, seconds = values["predicted_tokens"], values["seconds"]
+    line = f"{name.replace('_', ' ')}: {values['texts']:,} texts, {tokens:,} predicted tokens in {seconds:.1f} s"
+    recovery = f"; recovery {values['recovery']:.1f} % (dense perplexity / perplexity)" if "recovery" in values else ""
+    return f"{line}{recovery}\n{grid(rows)}"
+
+
+def _recorded(values: dict[str, Any], settings: dict[str, str]) -> dict[str, Any]:
+    """The figures as metrics of a bundle. None removes a figure of an earlier evaluation that this one does not have."""
+    metrics: dict[str, Any] = {}
+    for name, prefix in (("text", ""), ("own_text", "own_text_")):
+        if name in values:
+            one = values[name]
+            metrics |= {prefix + figure: one[figure]["value"] if figure in one else None for figure in FIGURES}
+            metrics |= {f"{prefix}recovery": f"{one['recovery']:.1f} %" if "recovery" in one else None}
+    if "text" in values:
+        one = values["text"]
+        metrics["evaluated_on"] = (
+            f"{Path(one['file']).name}, {one['windows']} windows of {one['length']} tokens, {settings['dtype']}"
+        )
+    if "tasks" in values:
+        metrics["task_limit"] = values["tasks"]["limit"]
+    for task, scores in values.get("tasks", {}).get("scores", {}).items():
+        for metric, one in scores.items():
+            metrics[f"{task}_{metric}"] = one["value"]
+            metrics[f"{task}_{metric}_recovery"] = f"{one['recovery']:.1f} %" if one.get("recovery") is not None else None
+    return metrics
+
+
+def _with_recovery(model: dict[str, Any], dense: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The model's scores; with the dense model's also those, and the recovery in percent."""
+    for task, scores in (dense or {}).items():
+        for metric, score in scores.items():
+            ours, theirs = model[task][metric], score["value"]
+            up, down = (ours["value"], theirs) if ours["higher_is_better"] else (theirs, ours["value"])
+            ours |= {"dense": theirs, "dense_stderr": score["stderr"], "recovery": 100 * up / down if down else None}
+    return model
+
+
+def _task_table(scores: dict[str, Any]) -> str:
+    has_dense = any("dense" in one for task in scores.values() for one in task.values())
+    rows = [["task", "metric", "score", "+-", *(["dense", "recovery"] if has_dense else []), ""]]
+    number = lambda value, form: "" if value is None else format(value, form)
+    for task, metrics in scores.items():
+        for metric, one in metrics.items():
+            more = [number(one["dense"], ".4f"), number(one["recovery"], ".1f") + " %"] if has_dense else []
+            better = "" if one["higher_is_better"] else "lower is better"
+            rows.append([task, metric, number(one["value"], ".4f"), number(one["stderr"], ".4f"), *more, better])
+    return grid(rows)

@@ -37,9 +37,10 @@ from trainkit.modules.training_data import TrainingData
 from trainkit.parser import OneLine, one_line
 
 # Imported so that recipes can name their classes without the path of the module.
-for _module in ("text_data", "mixture_data", "acceptance_data", "draft", "joint", "language", "predictor"):
+for _module in ("text_data", "mixture_data", "acceptance_data", "draft", "joint", "language", "predictor", "compress"):
     importlib.import_module(f"trainkit.modules.{_module}")
-importlib.import_module("trainkit.losses.divergence")
+for _module in ("losses.divergence", "modules.compression.masks", "modules.compression.flow", "modules.compression.quantised"):
+    importlib.import_module(f"trainkit.{_module}")
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"
 COMMANDS = ("fit", "validate", "test")

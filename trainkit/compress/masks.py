@@ -42,6 +42,10 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}" if self.group else f"{self.share:g}"
 
+    def pruned(self, weights: int) -> int:
+        """How many of so many weights a share prunes, rounded down; 0.29 of 100 are 29, although 0.29 * 100 < 29 in floats."""
+        return int(weights * self.share * (1 + 1e-12))
+
     def check(self, columns: int, name: str) -> None:
         """Raises UserError if a matrix of so many inputs cannot have this pattern; `name` is the tensor's."""
         if self.group and columns % self.group:
@@ -70,9 +74,11 @@ def parse_pattern(text: str) -> Pattern:
 
 def prune_lowest(score_SN: Tensor, count: int) -> Tensor:
     """A mask [S, N] that prunes the `count` lowest scores of each set."""
-    mask_SN = torch.ones_like(score_SN, dtype=torch.bool)
-    lowest_SC = score_SN.sort(dim=1, stable=True).indices[:, :count]
-    return mask_SN.scatter_(1, lowest_SC, False)
+    if count == 0:
+        return torch.ones_like(score_SN, dtype=torch.bool)
+    last_S1 = score_SN.kthvalue(count, dim=1, keepdim=True).values  # several times as fast as a stable sort
+    below_SN, tied_SN = score_SN < last_S1, score_SN == last_S1
+    return ~(below_SN | (tied_SN & (tied_SN.cumsum(1) <= count - below_SN.sum(1, keepdim=True))))
 
 
 def mask_from_scores(score_RK: Tensor, pattern: Pattern, scope: Scope = "row") -> Tensor:
@@ -82,7 +88,7 @@ def mask_from_scores(score_RK: Tensor, pattern: Pattern, scope: Scope = "row") -
         grouped = score_RK.reshape(R * K // pattern.group, pattern.group)
         return prune_lowest(grouped, pattern.group - pattern.kept).view(R, K)
     compared = score_RK.reshape(1, R * K) if scope == "matrix" else score_RK
-    return prune_lowest(compared, int(compared.shape[1] * pattern.share)).view(R, K)
+    return prune_lowest(compared, pattern.pruned(compared.shape[1])).view(R, K)
 
 
 def pack_mask(mask: Tensor) -> Tensor:

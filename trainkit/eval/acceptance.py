@@ -73,7 +73,7 @@ def measure(
     questions, device = len(packed.documents_D) - 1, reader.target.device
     sums: list[list[Sums]] = [[] for _ in drafters]
     starts = range(0, len(packed), batch)
-    for start in tqdm(starts, desc="eval", unit=" batches", disable=None, delay=2):
+    for start in tqdm(starts, desc="alpha", unit=" batches", disable=None, delay=2):
         # read the batch, and the target's states for it
         rows = list(range(start, min(start + batch, len(packed))))
         tensors = {key: value.to(device) for key, value in packed.batch(rows, len(rows)).items()}
@@ -121,5 +121,7 @@ def per_head(drafter: Drafter, batch: DraftBatch, output: LossOutput) -> list[tu
         return [(mask_BT, {name: value[head][mask_BT] for name, value in per_token.items()}) for head, mask_BT in heads]
     counted_BT = batch.label_mask(1).cpu()
     if len(per_token.get("agreement", ())) != int(counted_BT.sum()):
-        raise UserError(f"{type(drafter).__name__}: its loss gives no values per token; eval needs them for each question")
+        raise UserError(
+            f"{type(drafter).__name__}: its loss gives no values per token; trainkit alpha needs them for each question"
+        )
     return [(counted_BT, per_token)]

@@ -198,7 +198,7 @@ class Attention(nn.Module):
         self.norm_eps = shape.norm_eps
         rows = (self.heads + 2 * self.kv_heads) * self.width
         self.qkv = Linear(input_size or shape.hidden_size, rows, bias=shape.qkv_bias)
-        self.out = Linear(self.heads * self.width, shape.hidden_size, bias=False)
+        self.out = Linear(self.heads * self.width, shape.hidden_size, bias=shape.out_bias)
         self.q_norm = RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(self.width, eps=shape.norm_eps) if shape.qk_norm else None
 

@@ -25,10 +25,10 @@ from trainkit.layers.visible import Visible
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), gate and up fused, gate first."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down = Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -43,7 +43,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.attention = Attention(shape)
         self.mlp_norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
-        self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size)
+        self.mlp = GatedMLP(shape.hidden_size, shape.intermediate_size, shape.mlp_bias)
 
     def forward(self, x: Tensor, context: Context | KernelContext, cache: Tensor | None = None) -> Tensor:
         """[B, T, D] residual stream after the layer; over a cache as in `Attention.forward`."""

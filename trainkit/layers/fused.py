@@ -71,7 +71,8 @@ def layer_parts(residual_MD: Tensor, normed_MD: Tensor, layer: Block, context: K
     """The MLP's output in parts [S, M, D], yet to be added to the residual stream, to which attention is added here."""
     parts_SMD = attention_parts(layer.attention, normed_MD, context, cache_BGSE)
     normed_MD = add_norm(residual_MD, parts_SMD, layer.mlp_norm.weight, layer.attention.norm_eps)
-    return product(product(normed_MD, layer.mlp.gate_up, silu=True), layer.mlp.down)
+    gated_MK = product(normed_MD, layer.mlp.gate_up, layer.mlp.gate_up.bias, silu=True)
+    return product(gated_MK, layer.mlp.down, layer.mlp.down.bias)
 
 
 def attention_parts(attention: Attention, x_MD: Tensor, context: KernelContext, cache_BGSE: Tensor) -> Tensor:
@@ -93,20 +94,27 @@ def attention_parts(attention: Attention, x_MD: Tensor, context: KernelContext, 
     )
     y_BTHE = attend(q_BTHE, cache_BGSE, context.seen.first_B, context.seen.bits_BTW)
     y_BTD = y_BTHE.flatten(2) if packing is None else packing.pack(y_BTHE.flatten(2))
-    return product(y_BTD.flatten(0, 1), attention.out)
+    return product(y_BTD.flatten(0, 1), attention.out, attention.out.bias)
 
 
-def product(x_MK: Tensor, linear: Linear, silu: bool = False) -> Tensor:
-    """Parts [S, M, N] of x w^T without the bias, or with `silu` silu(gate) * up [M, N / 2]; by `few_rows` or by the library."""
-    return _product(x_MK, linear.weight if linear.packed is None else linear.packed, silu)
+def product(x_MK: Tensor, linear: Linear, bias_N: Tensor | None = None, silu: bool = False) -> Tensor:
+    """Parts [S, M, N] of x w^T + bias, or with `silu` silu(gate) * up [M, N / 2]; by `few_rows` or by the library."""
+    return _product(x_MK, linear.weight if linear.packed is None else linear.packed, bias_N, silu)
 
 
-def _product(x_MK: Tensor, weight: Tensor | Packed, silu: bool = False) -> Tensor:
+def _product(x_MK: Tensor, weight: Tensor | Packed, bias_N: Tensor | None = None, silu: bool = False) -> Tensor:
     if len(x_MK) <= MAX_ROWS and supports(weight):
-        return few_rows(x_MK, weight, silu)
-    y_MN = F.linear(x_MK, weight.dense(x_MK.dtype) if isinstance(weight, Packed) else weight)
-    if not silu:
-        return y_MN[None]
+        parts_SMN = few_rows(x_MK, weight, silu and bias_N is None)
+        if bias_N is None:
+            return parts_SMN
+        parts_SMN[0] += bias_N
+        if not silu:
+            return parts_SMN
+        y_MN = parts_SMN.sum(0).to(x_MK.dtype)
+    else:
+        y_MN = F.linear(x_MK, weight.dense(x_MK.dtype) if isinstance(weight, Packed) else weight, bias_N)
+        if not silu:
+            return y_MN[None]
     gate, up = y_MN.chunk(2, dim=-1)
     return F.silu(gate) * up
 

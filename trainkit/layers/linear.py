@@ -20,6 +20,7 @@ with other jobs beside it, torch 2.13.0, 2026-11-27. F.linear was measured in an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,6 +104,17 @@ class Linear(nn.Linear):
         if self.packed is not None:
             return F.linear(input, self.packed.dense(input.dtype), self.bias)
         return project(input, self.weight, self.bias, self.blocked)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        """`nn.Module.to` and its like: a packed weight moves too, and its scales are rounded to a narrower dtype."""
+        super()._apply(fn, recurse)
+        if self.packed is not None:
+            old, scale = self.packed, fn(self.packed.scale)
+            if scale.element_size() > old.scale.element_size():
+                scale = scale.to(old.scale.dtype)  # exactly the old values
+            zero = None if old.zero is None else fn(old.zero)
+            self.packed = replace(old, words=fn(old.words), scale=scale, zero=zero)
+        return self
 
     @torch.no_grad()
     def pack(self, kind: str) -> None:

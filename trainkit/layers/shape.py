@@ -22,9 +22,11 @@ class DecoderShape:
         norm_eps: Epsilon of every RMS norm.
         rope: Hugging Face `rope_parameters`: `rope_type` (default, linear, llama3, yarn), `rope_theta` and that type's keys.
         max_positions: Longest sequence that the rotary parameters are meant for.
-        qkv_bias: Whether query, key and value projections have biases (Qwen2).
+        qkv_bias: Whether query, key and value projections have biases (Qwen2, and others with `attention_bias`).
         qk_norm: Whether each query and key head has an RMS norm before rotation (Qwen3).
         tied: Whether the output head is the embedding.
+        out_bias: Whether attention's output projection has a bias (`attention_bias` of Llama and Qwen3).
+        mlp_bias: Whether the MLP's three projections have biases (`mlp_bias` of Llama).
     """
 
     vocab_size: int
@@ -40,6 +42,8 @@ class DecoderShape:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied: bool = True
+    out_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -99,6 +99,8 @@ class ChunkedDivergence(ABC):
     """Whether the gradient reads labels instead of the target's probabilities."""
     coupled: bool = False
     """Whether the metrics include `alpha_coupled`; set by `measuring`."""
+    measures_kl: bool = False
+    """Whether the metrics include `kl`, from target to draft, in nats; set by `measuring`."""
     gathers: bool = False
     """Whether the metrics include the sums of `moments`; set by `TVDpp.first_pass`."""
 
@@ -129,10 +131,10 @@ class ChunkedDivergence(ABC):
         """Uniform draws [tokens, S] for a sampled gradient, drawn once per call so that chunking cannot change them."""
         return None
 
-    def measuring(self, coupled: bool = True) -> Self:
-        """A copy whose metrics include `alpha_coupled`, which sorts the vocabulary of every token."""
+    def measuring(self, coupled: bool = True, kl: bool = False) -> Self:
+        """A copy whose metrics include `alpha_coupled`, which sorts the vocabulary of every token, or `kl`."""
         other = copy.copy(self)
-        other.coupled = coupled
+        other.coupled, other.measures_kl = coupled, kl
         return other
 
     def __call__(
@@ -283,6 +285,9 @@ class _Chunk:
             self.metrics["agreement"] = (self.choices_n == top_id(draft_nK, self.ids_K)).to(pair.alpha_n.dtype)
             if self.loss.coupled:
                 self.metrics["alpha_coupled"] = coupled_acceptance(pair.log_p_nK.exp(), pair.log_q_nK.exp())
+            if self.loss.measures_kl:
+                log_p_nK = pair.inner_log_p_nK
+                self.metrics["kl"] = (log_p_nK - pair.log_q_nK).mul_(log_p_nK.exp()).sum(-1)
         if self.rows_n is not None:
             self._count(torch.ones_like(value_n))
         self.measured = True

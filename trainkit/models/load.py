@@ -23,10 +23,15 @@ from trainkit.errors import UserError, first_lines, note
 from trainkit.files import write_json
 from trainkit.layers.attention import rotary_table
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.linear import Linear
 from trainkit.layers.shape import DecoderShape
-from trainkit.models.weights import EMBEDDING, HEAD, check_finite, has_own_head, read_tensors
+from trainkit.models.compressed import dense_tensors, read_scheme, stored_weights
+from trainkit.models.packed import PackedLayers
+from trainkit.models.weights import EMBEDDING, HEAD, check_finite, has_own_head
 
 LAYOUTS = {"llama", "mistral", "qwen2", "qwen3"}
+_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
+"""Switches of a config.json that give biases, by layout. Others have no such switch; Qwen2 always has them on q, k and v."""
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
 MODEL_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, RuntimeError, AssertionError),
@@ -167,13 +172,16 @@ def decoder_shape(config: Any) -> DecoderShape:
     rope = {name: value for name, value in (getattr(config, "rope_parameters", None) or {}).items() if name != "type"}
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
+    biases = {field for field in _BIASES.get(config.model_type, ()) if getattr(config, field, False)}
     return DecoderShape(
         **{ours: sizes[theirs] or defaults[ours] for theirs, ours in _SIZES.items()},
         norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
         rope=rope,
-        qkv_bias=config.model_type == "qwen2",
+        qkv_bias=config.model_type == "qwen2" or "attention_bias" in biases,
         qk_norm=config.model_type == "qwen3",
         tied=bool(config.tie_word_embeddings),
+        out_bias="attention_bias" in biases,
+        mlp_bias="mlp_bias" in biases,
     )
 
 
@@ -192,7 +200,8 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     """Refuses models that the runner's decoder does not compute exactly.
 
     Raises:
-        UserError: another architecture, activation, bias or rotary type, or a sliding window shorter than `max_len`.
+        UserError: another architecture, activation, bias, quantisation or rotary type, or a sliding window shorter than
+            `max_len`.
     """
     where = f"{folder}/config.json"
     # Architecture and switches.
@@ -202,10 +211,9 @@ def check_covered(config: Any, folder: str | Path, max_len: int) -> None:
     if config.hidden_act != "silu":
         raise UserError(f"{where}: hidden_act {config.hidden_act!r} is not supported by the runner, only 'silu'")
     for field in ("attention_bias", "mlp_bias"):
-        if getattr(config, field, False):
+        if getattr(config, field, False) and field not in _BIASES.get(config.model_type, ()):
             raise UserError(f"{where}: {field} is not supported by the runner for {config.model_type}")
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"{where}: quantised weights are not supported by the runner; give the dense folder")
+    read_scheme(config, where)
     # Rotary positions.
     if fault := rope_fault(decoder_shape(config)):
         raise UserError(f"{where}: {fault}")
@@ -253,23 +261,53 @@ def with_supported_rope(shape: DecoderShape) -> DecoderShape:
     return replace(shape, rope={"rope_type": "default", "rope_theta": theta})
 
 
-def hf_views(decoder: Decoder) -> dict[str, Tensor]:
-    """Hugging Face name -> view, without gradient, of the part of the decoder's fused storage that holds the tensor."""
-    shape, weights = decoder.shape, {name: weight.detach() for name, weight in decoder.named_parameters()}
+def _layer_parts(shape: DecoderShape) -> dict[str, tuple[list[str], list[int]]]:
+    """Within a layer: our name of a tensor -> the Hugging Face tensors in it, and the rows of each if there are several."""
     q, kv, inner = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.intermediate_size
-    # Within a layer: our name -> their names, and the rows of each if there are several.
-    layer = {
+    layer: dict[str, tuple[list[str], list[int]]] = {
         "attention_norm.weight": (["input_layernorm.weight"], []),
         "mlp_norm.weight": (["post_attention_layernorm.weight"], []),
-        "mlp.gate_up.weight": (["mlp.gate_proj.weight", "mlp.up_proj.weight"], [inner, inner]),
-        "mlp.down.weight": (["mlp.down_proj.weight"], []),
-        "attention.out.weight": (["self_attn.o_proj.weight"], []),
         **{f"attention.{name}.weight": ([f"self_attn.{name}.weight"], []) for name in ("q_norm", "k_norm")},
-        **{
-            f"attention.qkv.{part}": ([f"self_attn.{x}_proj.{part}" for x in "qkv"], [q, kv, kv]) for part in ("weight", "bias")
-        },
     }
-    views = {}
+    for part in ("weight", "bias"):
+        layer |= {
+            f"mlp.gate_up.{part}": ([f"mlp.gate_proj.{part}", f"mlp.up_proj.{part}"], [inner, inner]),
+            f"mlp.down.{part}": ([f"mlp.down_proj.{part}"], []),
+            f"attention.out.{part}": ([f"self_attn.o_proj.{part}"], []),
+            f"attention.qkv.{part}": ([f"self_attn.{x}_proj.{part}" for x in "qkv"], [q, kv, kv]),
+        }
+    return layer
+
+
+def _fused_weights(decoder: Decoder) -> dict[str, dict[str, int]]:
+    """Name of each linear layer -> the Hugging Face weights in it, and the rows of each."""
+    linear = {f"{name}.weight": part.weight for name, part in decoder.named_modules() if isinstance(part, Linear)}
+    split = {ours: _split(decoder.shape, {ours: weight}) for ours, weight in linear.items()}
+    return {ours.removesuffix(".weight"): {name: len(view) for name, view in views.items()} for ours, views in split.items()}
+
+
+def hf_views(decoder: Decoder) -> dict[str, Tensor]:
+    """Hugging Face name -> view, without gradient, of the part of the decoder's fused storage that holds the tensor.
+
+    Packed weights have no views.
+    """
+    return _split(decoder.shape, {name: weight.detach() for name, weight in decoder.named_parameters() if weight.numel()})
+
+
+def hf_tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """As `hf_views`, and the packed weights as dense tensors."""
+    dtype = decoder.embed.weight.dtype
+    packed = {
+        f"{name}.weight": part.packed.dense(dtype)
+        for name, part in decoder.named_modules()
+        if isinstance(part, Linear) and part.packed is not None
+    }
+    return hf_views(decoder) | _split(decoder.shape, packed)
+
+
+def _split(shape: DecoderShape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face name -> part of the tensor that holds it, for tensors under our names."""
+    views, layer = {}, _layer_parts(shape)
     for ours, weight in weights.items():
         if not ours.startswith("layers."):
             views[ours if ours == "lm_head.weight" else f"model.{ours.replace('embed.', 'embed_tokens.')}"] = weight
@@ -297,6 +335,10 @@ def hf_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
     }
     if shape.qkv_bias:
         layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if shape.out_bias:
+        layer |= {"self_attn.o_proj.bias": (D,)}
+    if shape.mlp_bias:
+        layer |= {"mlp.gate_proj.bias": (inner,), "mlp.up_proj.bias": (inner,), "mlp.down_proj.bias": (D,)}
     if shape.qk_norm:
         layer |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
     ends = {EMBEDDING: (V, D), "model.norm.weight": (D,)} | ({} if shape.tied else {HEAD: (V, D)})
@@ -318,6 +360,8 @@ def copy_weights(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], source
         if name.endswith("rotary_emb.inv_freq"):
             continue
         place = EMBEDDING if name == HEAD and decoder.shape.tied else name
+        if place not in views and place in hf_shapes(decoder.shape):
+            raise UserError(f"{source}: tensor {name!r} is quantised in this model and cannot be replaced; load a dense folder")
         if place not in views:
             raise UserError(f"{source}: tensor {name!r} has no place in this model; give weights that fit config.json")
         if views[place].shape != value.shape:
@@ -340,8 +384,12 @@ def load_decoder(
     dtype: torch.dtype | None = None,
     max_len: int | None = None,
     layers: bool = True,
+    packed: bool = True,
 ) -> Decoder:
     """A decoder with the weights of a Hugging Face folder, without gradient.
+
+    Weights that the folder quantises stay packed, unless another weight of their fused layer is dense. They are then only for
+    decoding: they have no gradient, and are not parameters.
 
     Args:
         folder: Folder of the model.
@@ -349,6 +397,7 @@ def load_decoder(
         dtype: Precision of the weights; None: as stored.
         max_len: Number of positions that must be supported.
         layers: Whether to load decoder layers; without them only embedding, final norm and head are read.
+        packed: Whether quantised weights stay packed; otherwise they become dense.
 
     Raises:
         UserError: the runner does not support this model (`check_covered`), or its weights do not fit its config.
@@ -363,8 +412,12 @@ def load_decoder(
     with torch.device("meta"):
         shape = decoder_shape(config)
         decoder = Decoder(shape if layers else replace(shape, num_layers=0))
+    scheme = read_scheme(config, f"{folder}/config.json") if packed else None
+    stays = None if scheme is None else PackedLayers(decoder, _fused_weights(decoder), scheme)
     decoder = decoder.to(dtype).to_empty(device=device)
-    copy_weights(decoder, read_tensors(folder, None if layers else {*hf_views(decoder), HEAD}), str(folder))
+    only = None if layers else {*hf_views(decoder), HEAD}
+    read = dense_tensors(folder, dtype, only) if stays is None else stays.take(stored_weights(folder, only), device, dtype)
+    copy_weights(decoder, read, str(folder))
     return decoder.requires_grad_(False).eval()
 
 
@@ -391,7 +444,9 @@ def hf_config(
     The start id is written even if there is none: transformers' default for Llama is 1, and OpenVINO refuses a draft model
     whose start id is not the target's.
     """
-    model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
+    attention_bias = shape.qkv_bias and shape.out_bias
+    model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias and not attention_bias else "llama"
+    assert shape.out_bias <= shape.qkv_bias and shape.mlp_bias <= (model_type == "llama"), "no model has such biases"
     ends = list(end_ids)
     return {
         "architectures": [f"{model_type.title()}ForCausalLM"],
@@ -402,8 +457,8 @@ def hf_config(
         "rope_parameters": dict(shape.rope),
         **transformers4_rope(shape.rope),
         "tie_word_embeddings": shape.tied,
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": attention_bias,
+        "mlp_bias": shape.mlp_bias,
         "bos_token_id": start_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": pad_id,
@@ -422,5 +477,5 @@ def save_decoder(
 ) -> None:
     """Writes config.json and model.safetensors as transformers, vLLM and SGLang load them."""
     write_json(folder / "config.json", hf_config(decoder.shape, end_ids, pad_id, dtype, start_id))
-    tensors = {name: view.to("cpu", dtype).clone() for name, view in hf_views(decoder).items()}
+    tensors = {name: view.to("cpu", dtype).clone() for name, view in hf_tensors(decoder).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trainkit.bundle import fingerprint, note_drafter_as_target
 from trainkit.errors import UserError, first_lines
+from trainkit.models.compressed import dense_tensors, read_scheme
 from trainkit.models.documents import crosses_documents, run_documents_separately
 from trainkit.models.load import (
     MODEL_ERRORS,
@@ -77,19 +78,25 @@ def target_shape(folder: str | Path, trust_remote_code: bool = False) -> TargetS
 def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False, layers: bool = True) -> Any:
     """The causal LM in a folder, after checking that all its weights exist and are finite.
 
-    transformers fills missing weights with random values and only logs it, so that is checked here. Arguments as in
-    `FrozenTarget`.
+    transformers fills missing weights with random values and only logs it, so that is checked here. Quantised weights become
+    dense, and the model's config no longer calls them quantised. Arguments as in `FrozenTarget`.
 
     Raises:
         UserError: no causal LM there, or weights that are broken, missing, of another size or not finite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     # Read the config; without layers, set their number to 0.
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"local_files_only": True}
     config = read_config(folder, trust_remote_code)
     check_text_only(config, folder)
+    quantised = read_scheme(config, f"{folder}/config.json") is not None
+    if quantised:  # its weights are made dense here, not by transformers
+        del config.quantization_config
+        tensors = dense_tensors(folder, dtype)
+        weights = {name: value for name, value in tensors if layers or ".layers." not in name}
+        options = {"config": config, "state_dict": weights}
     if not layers:
         options["config"] = config
         config.num_hidden_layers = 0
@@ -99,11 +106,16 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its report repeats the errors below
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+        loader: Any = AutoModelForCausalLM
+        if quantised:
+            with torch.device("meta"):
+                loader = type(loader.from_config(config, trust_remote_code=trust_remote_code))
+            if (Path(folder) / "generation_config.json").is_file():
+                options["generation_config"] = GenerationConfig.from_pretrained(folder)
+        loaded: Any = loader.from_pretrained(
+            None if quantised else folder,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,

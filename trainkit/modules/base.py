@@ -223,6 +223,7 @@ class TrainingModule(LightningModule):
         sums = self._training.take(self._reduce, self.device)
         seconds = self._busy + self._waited + time.perf_counter() - self._step_start
         values = {f"train/{name}": value for name, value in means(sums, exclude=("tokens", "skipped_steps")).items()}
+        values |= self.training_values()
         values["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if self._gradient_norm is not None:
             values["optim/grad_norm"] = float(self._gradient_norm)
@@ -238,6 +239,10 @@ class TrainingModule(LightningModule):
         self._write(values)
         self._busy = self._waited = 0.0
         self._step_start = time.perf_counter()
+
+    def training_values(self) -> dict[str, float]:
+        """Further metrics of a training log line, by name, equal on all ranks."""
+        return {}
 
     def _write(self, values: dict[str, float]) -> None:
         """Writes metrics to the loggers."""

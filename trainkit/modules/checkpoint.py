@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from trainkit.models.predictor import AcceptancePredictor
 from trainkit.models.shape import TargetShape
 from trainkit.modules.base import CHECKPOINT_KEY
 
+COMPRESSION_KEY = f"{CHECKPOINT_KEY}_compression"
 REMEDY = "give a last.ckpt or best.ckpt of a run"
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -33,12 +34,14 @@ class Checkpoint:
         info: About the run: `module` (class name), `recipe`, `seed`, `step`, `metrics` (validation, by name), `data`
             (fingerprint), `tokenizer` (folder) and, for a drafter, `target` (folder), for a language model `generation_config`.
         weights: Trained weights by name, all networks together.
+        compression: State of the compression, with its masks; empty if the run had none.
     """
 
     path: Path
     description: dict[str, Any]
     info: dict[str, Any]
     weights: dict[str, Tensor]
+    compression: dict[str, Any] = field(default_factory=dict)
 
     def drafter(self) -> Drafter:
         """The trained drafter. Raises UserError if the run trained none."""
@@ -117,4 +120,4 @@ def read_checkpoint(checkpoint: str | Path) -> Checkpoint:
             f"{path}: checkpoint format {saved.get('format')}, this version reads format 1; use the trainkit that wrote it"
         )
     description = {name: value for name, value in saved.items() if name not in ("format", "info")}
-    return Checkpoint(path, description, saved["info"], values["state_dict"])
+    return Checkpoint(path, description, saved["info"], values["state_dict"], values.get(COMPRESSION_KEY, {}))

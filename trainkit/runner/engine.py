@@ -19,7 +19,6 @@ from trainkit import bundle
 from trainkit.drafters.base import Drafter, load_bundle, load_outside
 from trainkit.errors import UserError, check_unicode, note
 from trainkit.layers.linear import block_weights
-from trainkit.layers.visible import Visible
 from trainkit.models.load import copy_weights, covered_positions, find_device, load_decoder, read_tokenizer
 from trainkit.models.predictor import AcceptancePredictor, load_predictor
 from trainkit.models.shape import TargetShape
@@ -31,6 +30,7 @@ from trainkit.runner.request import Output, Request
 from trainkit.runner.round import PREFILL_CHUNK, Plan, Rounds, Trace
 from trainkit.runner.sampling import request_keys
 from trainkit.runner.scheduler import Scheduler
+from trainkit.runner.scoring import Score, score_rows
 from trainkit.runner.session import Session
 from trainkit.runner.stats import Stats
 from trainkit.runner.text import IncrementalText, special_tokens
@@ -256,36 +256,38 @@ class Runner:
         top = 0 if options.logprobs else None
         return Request(index, tokens, keys, limit, cut, options.sampling, options.ignore_end, top, text)
 
-    @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], chunk: int = 256) -> list[list[float]]:
         """Log-probability of every continuation token after its prompt, under the target at temperature 1, in nats.
 
         Raises:
             UserError: the lists differ in length, a prompt or continuation is empty, or both exceed the cache.
         """
+        scores = dict(self.score_each(prompts, continuations, chunk))
+        return [scores[index].logprobs for index in range(len(prompts))]
+
+    @torch.inference_mode()
+    def score_each(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], chunk: int = 256
+    ) -> Iterator[tuple[int, Score]]:
+        """Yields (index of a pair, its score) in batches of up to `max_batch` pairs of similar length, longest first.
+
+        Arguments and errors as in `score`. Prompt and continuation may together have one token more than `max_len`, because the
+        last token is not read.
+        """
         if len(prompts) != len(continuations):
             raise UserError(f"score: {len(prompts)} prompts but {len(continuations)} continuations")
+        given = enumerate(zip(prompts, continuations, strict=True))
+        pairs = [(self._encode(prompt, index), self._encode(continuation, index)) for index, (prompt, continuation) in given]
+        lengths = [len(head) + len(tail) - 1 for head, tail in pairs]
+        order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
+        if order and lengths[order[0]] > self.max_len:
+            raise UserError(f"score: pair {order[0]} has {lengths[order[0]] + 1} tokens, max_len is {self.max_len}")
         self.scheduler.begin()
-        target, scores = self.rounds.target, []
-        for i, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-            head, tail = self._encode(prompt, i), self._encode(continuation, i)
-            if len(head) + len(tail) > self.max_len:
-                raise UserError(f"score: pair {i} has {len(head) + len(tail)} tokens, max_len is {self.max_len}")
-            cache = self.scheduler.state(1, len(head) + len(tail) if self.scheduler.grow else self.max_len).cache[:1]
-            tokens_T = torch.tensor(head + tail, device=self.device)
-            parts: list[Tensor] = []
-            for start in range(0, len(tokens_T) - 1, chunk):
-                tokens = tokens_T[None, start : min(start + chunk, len(tokens_T) - 1)]
-                positions = torch.arange(start, start + tokens.shape[1], device=self.device)[None]
-                visible, span = Visible.causal(positions), start + tokens.shape[1]
-                hidden, _ = target(tokens, positions, visible, cache, positions, span=span)
-                skip = max(0, len(head) - 1 - start)
-                if skip < tokens.shape[1]:
-                    labels = tokens_T[start + skip + 1 : start + tokens.shape[1] + 1]
-                    log_p = target.head(hidden[0, skip:]).float().log_softmax(-1)
-                    parts.append(log_p.gather(1, labels[:, None])[:, 0])
-            scores.append(torch.cat(parts).tolist())
-        return scores
+        for start in range(0, len(order), self.scheduler.max_batch):
+            batch = order[start : start + self.scheduler.max_batch]
+            slots = lengths[batch[0]] if self.scheduler.grow else self.max_len
+            cache = self.scheduler.state(len(batch), slots).cache[: len(batch)]
+            yield from zip(batch, score_rows(self.rounds.target, cache, [pairs[index] for index in batch], chunk), strict=True)
 
     def update(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies new target weights, under their Hugging Face names, into the fused storage in place; graphs stay valid.

@@ -46,7 +46,7 @@ measure() {
     for t in 0 1; do
         [ ! -e "$out/rows/$name.t$t.json" ] || continue
         say "measure $name at temperature $t"
-        ./launch.sh eval --target "$target" "${@/#/--drafter=}" --data "$out/sets/test_t$t" --temperatures "[$t]" --length 512 \
+        ./launch.sh alpha --target "$target" "${@/#/--drafter=}" --data "$out/sets/test_t$t" --temperatures "[$t]" --length 512 \
             ${served[@]+"${served[@]}"} --teacher_cache "$out/states" --device "$device" --json "$out/rows/$name.t$t.json.partial"
         mv "$out/rows/$name.t$t.json.partial" "$out/rows/$name.t$t.json"
     done

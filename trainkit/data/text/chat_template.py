@@ -189,6 +189,14 @@ class Encoder:
         """Token ids of a chat up to the point where the assistant starts to write."""
         return self.encode(self._render(messages, tools, prompt=True))
 
+    def text(self, row: Chat | PromptResponse | PlainText) -> str:
+        """The text of a row: a chat as the template renders it; prompt and response one after the other if there is none."""
+        if isinstance(row, PlainText):
+            return row.text
+        if isinstance(row, PromptResponse) and not self.has_template:
+            return row.prompt + row.separator + row.response
+        return self._render(row.messages, row.tools, prompt=False)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; no special token is added, as in the runner.
 

@@ -118,7 +118,7 @@ def prepare(
         raise UserError("train: no files given; name at least one")
     columns, loaded = check_columns(columns), load_tokenizer(tokenizer)
     for file in (*train, *(validation or ())):
-        _check_tokenizer(file, loaded)
+        check_tokenizer(file, loaded)
     encoder = Encoder(loaded, model)
     # Compute the digest of everything that determines the result.
     policy = {"columns": columns, "on_bad_row": on_bad_row, "on_long_row": on_long_row, "length": length}
@@ -155,7 +155,7 @@ def prepare(
     return work() if cache_dir is None else _cached(Path(cache_dir), fingerprint, work)
 
 
-def _check_tokenizer(source: str, tokenizer: Tokenizer) -> None:
+def check_tokenizer(source: str, tokenizer: Tokenizer) -> None:
     """Raises UserError for a distillation set whose token ids are from another tokenizer."""
     manifest = DISTILLED.read(Path(source)) if Path(source).is_dir() else None
     if manifest is not None and manifest.get("vocabulary") not in (None, vocabulary_hash(tokenizer)):

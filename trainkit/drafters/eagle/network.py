@@ -130,6 +130,8 @@ class Eagle(Drafter):
             num_heads=num_heads or decoder.num_heads,
             num_kv_heads=num_kv_heads or decoder.num_kv_heads,
             qkv_bias=False,
+            out_bias=False,
+            mlp_bias=False,
             qk_norm=False,
             tied=False,
             rope=dict(rope or decoder.rope),

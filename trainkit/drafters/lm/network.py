@@ -24,6 +24,7 @@ from trainkit.layers.blocks import Decoder
 from trainkit.layers.linear import project
 from trainkit.layers.visible import Visible
 from trainkit.losses.output import LossOutput
+from trainkit.models.compressed import dense_tensors
 from trainkit.models.load import (
     LAYOUTS,
     check_covered,
@@ -38,7 +39,6 @@ from trainkit.models.load import (
 )
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
-from trainkit.models.weights import read_tensors
 
 
 class LMDraft(Drafter):
@@ -103,7 +103,7 @@ class LMDraft(Drafter):
             return
         if self.init != "target":
             note_other_tokenizer(self.init, target.folder)
-            copy_weights(self.decoder, read_tensors(self.init), self.init)
+            copy_weights(self.decoder, dense_tensors(self.init, torch.float32), self.init)
             return
         # Sizes: all but the number of layers must be the target's
         theirs, ours = self.target.decoder, self.decoder.shape
@@ -112,7 +112,7 @@ class LMDraft(Drafter):
             sizes = f"{name} {getattr(ours, name)} is not the target's {getattr(needed, name)}"
             raise UserError(f"drafter.init: 'target' copies whole layers, but {sizes}; set init: scratch, or leave {name} out")
         # Weights: every n-th layer, and everything outside the layers
-        source = load_decoder(target.folder, dtype=torch.float32)
+        source = load_decoder(target.folder, dtype=torch.float32, packed=False)
         for index, layer in enumerate(self.decoder.layers):
             layer.load_state_dict(source.layers[index * theirs.num_layers // ours.num_layers].state_dict())
         self.decoder.embed.load_state_dict(source.embed.state_dict())

@@ -17,6 +17,7 @@ paused: rounds that drafted nothing because a policy expected no gain.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import median
@@ -24,6 +25,7 @@ from typing import Any
 
 from trainkit.eval.bench.timing import Method
 from trainkit.eval.bench.types import BenchResult
+from trainkit.layers.linear import Linear
 from trainkit.runner import Runner
 
 Summary = dict[str, Any]
@@ -53,7 +55,9 @@ def summarise(result: BenchResult) -> Summary:
 
 
 def _model(module: Any, name: str, step_bytes: int) -> Summary:
-    return {"name": name, "parameters": sum(p.numel() for p in module.parameters()), "step_bytes": step_bytes}
+    packed = [part.packed.shape for part in module.modules() if isinstance(part, Linear) and part.packed is not None]
+    count = sum(weight.numel() for weight in module.parameters()) + sum(map(math.prod, packed))
+    return {"name": name, "parameters": count, "step_bytes": step_bytes}
 
 
 def _draft_bytes(runner: Runner) -> int:

@@ -15,7 +15,7 @@ import torch
 from trainkit.bundle import read_json
 from trainkit.eval.bench.timing import Generated, Method, Prompts
 from trainkit.eval.bench.types import BenchArguments
-from trainkit.models.load import hf_config, hf_views
+from trainkit.models.load import hf_config, hf_tensors
 from trainkit.models.shape import TargetShape
 from trainkit.runner.timing import synchronize
 
@@ -40,7 +40,7 @@ def build_model(decoder: Any) -> Any:
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device(weight.device):
         model = AutoModelForCausalLM.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
-    keys = model.load_state_dict(hf_views(decoder), strict=False)
+    keys = model.load_state_dict(hf_tensors(decoder), strict=False)
     assert not keys.unexpected_keys and set(keys.missing_keys) <= {"lm_head.weight"}, "a tied head has no weight of its own"
     return model.requires_grad_(False).eval()
 

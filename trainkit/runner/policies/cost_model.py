@@ -23,6 +23,7 @@ from torch import nn
 
 from trainkit.errors import UserError
 from trainkit.files import cache_folder, write_json
+from trainkit.layers.linear import Linear
 from trainkit.runner.round import Rounds
 from trainkit.runner.sampling import Sampling
 from trainkit.runner.timing import Part, median, time_parts
@@ -309,5 +310,10 @@ def _path(setting: Mapping[str, Any]) -> Path:
 
 def shapes_digest(module: nn.Module | None) -> str:
     """Digest of a module's class and the shapes of its weights, on which its costs depend."""
-    shapes = {} if module is None else {name: list(value.shape) for name, value in module.named_parameters()}
+    shapes: dict[str, list[Any]] = (
+        {} if module is None else {name: list(value.shape) for name, value in module.named_parameters()}
+    )
+    for name, part in () if module is None else module.named_modules():
+        if isinstance(part, Linear) and part.packed is not None:
+            shapes[name] = [part.packed.kind, *part.packed.shape, part.packed.group]
     return hashlib.sha256(json.dumps([type(module).__name__, shapes]).encode()).hexdigest()[:16]

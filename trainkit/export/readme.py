@@ -1,0 +1,140 @@
+"""The model card of a compressed model: README.md, from what trainkit.json records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainkit import bundle
+from trainkit.files import write_text
+from trainkit.models.compressed import read_scheme
+
+MEASURED = {
+    "perplexity": "Perplexity",
+    "perplexity_dense": "Perplexity of the dense model, same text",
+    "kl": "KL divergence from the dense model, nats per token",
+    "agreement": "Agreement of the likeliest token with the dense model",
+    "recovery": "Recovery: score divided by the dense model's",
+}
+"""Name of a metric -> its row in the table; other metrics have their own names there."""
+
+
+def record_metrics(folder: str | Path, metrics: Mapping[str, Any]) -> bundle.Bundle:
+    """Adds measured values to the bundle of a compressed model, writes its README.md again, and returns the bundle.
+
+    Raises:
+        UserError: no valid bundle there.
+    """
+    found = bundle.read(folder)
+    metrics = {**found.metrics, **metrics}
+    config = bundle.read_json(found.path / "config.json")
+    text = model_card(found.path.resolve().name, found.extra["compression"], metrics, config)
+    return bundle.amend(folder, lambda temporary: write_text(temporary / "README.md", text), metrics=metrics)
+
+
+def model_card(name: str, compression: Mapping[str, Any], metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The text of README.md.
+
+    Args:
+        name: Name of the folder.
+        compression: `extra["compression"]` of the bundle.
+        metrics: Measured values of the bundle.
+        config: Content of config.json.
+    """
+    scheme = read_scheme(config)
+    quantised = scheme is not None
+    sparsity = compression["sparsity"]
+    sparse = sparsity["matrices"] >= 0.01
+    tags = ["trainkit"] + ["compressed-tensors"] * quantised + ["sparse"] * sparse
+    lines = [
+        *("---", "library_name: transformers", f"tags: [{', '.join(tags)}]", "---", "", f"# {name}", ""),
+        f"A compressed language model, made by trainkit with the method {compression['method']}.",
+        *("", "| | |", "|---|---|"),
+        *_row("Pattern of zeros", compression.get("pattern")),
+        *_row("Grid", compression.get("grid")),
+        *_row("Zeros in compressed matrices", f"{sparsity['matrices']:.2%}"),
+        *_row("Zeros in all parameters", f"{sparsity['parameters']:.2%} of {compression['parameters']:,}"),
+        *(row for key, value in (compression.get("calibration") or {}).items() for row in _row(f"Calibration: {key}", value)),
+        *_row("Weights on disk", _megabytes(compression["bytes"]["disk"])),
+        *_row("Weights of the dense model on disk", _megabytes(compression["bytes"]["dense"])),
+        *_row("Weights in trainkit's runner, memory", _megabytes(compression["bytes"]["resident"])),
+        *("", "## By kind of layer", "", "| layer | matrices | sparsity | bits |", "|---|---|---|---|", *_kinds(compression)),
+        *("", "## Measured", "", *(_measured(metrics) or ["Nothing yet: `trainkit evaluate` records it here."])),
+        *("", "## Load it", "", *_loading(name, quantised)),
+        *("", "## Limits", "", *(f"- {line}" for line in _limits(compression, config, quantised, sparse))),
+    ]
+    if commands := compression.get("commands"):
+        lines += ["", "## Made by", "", "```bash", *([commands] if isinstance(commands, str) else commands), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _row(title: str, value: Any) -> list[str]:
+    """A row of a table; none without a value."""
+    return [] if value in (None, "", [], {}) else [f"| {title} | {value if isinstance(value, str) else _short(value)} |"]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _megabytes(size: int | None) -> str | None:
+    return None if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def _kinds(compression: Mapping[str, Any]) -> list[str]:
+    """Rows with the mean sparsity and bits of each kind of layer, such as q_proj; a range if they differ."""
+    kinds = dict[str, list[Mapping[str, Any]]]()
+    for name, layer in compression["layers"].items():
+        kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
+
+    def span(values: list[float], style: str) -> str:
+        low, high = format(min(values), style), format(max(values), style)
+        return low if low == high else f"{low} to {high}"
+
+    return [
+        f"| {kind} | {len(layers)} | {span([layer['sparsity'] for layer in layers], '.2%')} | "
+        f"{span([layer['bits'] for layer in layers], 'g')} |"
+        for kind, layers in kinds.items()
+    ]
+
+
+def _measured(metrics: Mapping[str, Any]) -> list[str]:
+    rows = [row for key, value in metrics.items() for row in _row(MEASURED.get(key, key), value)]
+    return ["| | |", "|---|---|", *rows] if rows else []
+
+
+def _loading(name: str, quantised: bool) -> list[str]:
+    needs = " (with the package compressed-tensors)" if quantised else ""
+    return [
+        "```python",
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer  # transformers{needs}",
+        f'model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")',
+        *("```", "", "```bash"),
+        f"vllm serve {name}",
+        f'trainkit generate --target {name} --prompt "Why is the sky blue?"',
+        "```",
+    ]
+
+
+def _limits(compression: Mapping[str, Any], config: Mapping[str, Any], quantised: bool, sparse: bool) -> list[str]:
+    """What a reader must not expect of this model."""
+    lines = ["The output differs from the dense model's; the table above says by how much, if it was measured."]
+    if sparse and not quantised:
+        lines.append(
+            "Pruned weights are stored as zeros in a dense model: the files are no smaller, and no program named here is "
+            "faster with them."
+        )
+    elif sparse:
+        lines.append("Zeros are stored as codes like other values: they make the files no smaller and decoding no faster.")
+    if quantised:
+        lines.append(
+            "transformers makes the weights dense at the first forward pass: there they take as much memory as those of the "
+            "dense model, and decoding is not faster."
+        )
+        if compression["bytes"]["resident"] is None:
+            lines.append("trainkit's runner does not decode this architecture.")
+        if len(config["quantization_config"]["config_groups"]) > 1:
+            lines.append("Layers differ in bits. vLLM requires one scheme for q, k and v of a block, and for gate and up.")
+    return lines
