@@ -121,9 +121,9 @@ def compress(
         raise UserError(f"--method {method}: removes a share, so give --ratio, such as 0.2")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
-    placed = _start_processes(local_device(device))
+    placed = start_processes(local_device(device))
     # Read the calibration text; compress, block by block
-    text = _calibration_text(layout, calibration, samples, length, seed, columns)
+    text = calibration_text(layout, calibration, samples, length, seed, columns) if calibration else None
     destination = Path(out).resolve()
     computed: dict[str, Any] = {"work": destination.with_name(f"{destination.name}.work"), "dtype": getattr(torch, dtype)}
     computed["device"] = placed
@@ -173,18 +173,17 @@ def check_folders(target: str, out: str) -> Layout:
     return layout
 
 
-def _calibration_text(
-    layout: Layout, files: Sequence[str] | None, samples: int, length: int | None, seed: int, columns: Mapping[str, str] | None
-) -> Calibration | None:
-    if files is None:
-        return None
+def calibration_text(
+    layout: Layout, files: Sequence[str], samples: int, length: int | None, seed: int, columns: Mapping[str, str] | None
+) -> Calibration:
+    """Windows of calibration text of a length that the model covers; by default 2048 tokens, or as many as it covers."""
     covered = layout.config.max_position_embeddings
     if length is not None and length > covered:
         raise UserError(f"--length {length}: {layout.folder} covers {covered} positions; give at most that")
     return read_calibration(files, str(layout.folder), samples, length or min(2048, covered), seed, columns)
 
 
-def _start_processes(device: str) -> torch.device:
+def start_processes(device: str) -> torch.device:
     """The device of this process; under torchrun, joins the others."""
     placed = find_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
