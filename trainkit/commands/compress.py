@@ -19,14 +19,19 @@ from trainkit.compress.layout import INPUTS, Layout, read_layout
 from trainkit.compress.masks import Pattern, parse_pattern
 from trainkit.compress.oneshot import METHODS, Goal, Plan, check_plan, oneshot
 from trainkit.compress.quantise import Grid
+from trainkit.compress.structured import METHODS as STRUCTURED
+from trainkit.compress.structured import Dimension, check_options, prune
 from trainkit.compress.work import rank
 from trainkit.data.sets.writer import check_positive, local_device, quiet_libraries
 from trainkit.data.text.calibration import Calibration
 from trainkit.data.text.calibration import calibration as read_calibration
 from trainkit.errors import UserError
 from trainkit.export.compressed import export_compressed
+from trainkit.files import remove
 from trainkit.models.compressed import quantization_config
 from trainkit.models.load import find_device
+
+STRUCTURED_OPTIONS = {"ratio", "bias", "dimensions", "multiple"}
 
 
 def compress(
@@ -44,6 +49,10 @@ def compress(
     static_scales: bool | None = None,
     sequential: bool | None = None,
     allocation: str | None = None,
+    ratio: float | None = None,
+    bias: bool | None = None,
+    dimensions: list[Dimension] | None = None,
+    multiple: int | None = None,
     calibration: list[str] | None = None,
     samples: int = 128,
     length: int | None = None,
@@ -52,12 +61,15 @@ def compress(
     device: str = "auto",
     dtype: str = "float32",
 ) -> str:
-    """Prunes or quantises the linear layers of a model's blocks without training, and writes the result as a bundle.
+    """Prunes or quantises the linear layers of a model's blocks without training, or makes the model smaller; writes a bundle.
 
     Embeddings, norms and the output head stay as they are. Methods that prune: `magnitude`, `wanda` (arXiv 2306.11695) and
     `sparsegpt` (arXiv 2301.00774), which also changes the weights that stay. Methods that quantise: `rtn` (round to nearest)
-    and `gptq` (arXiv 2210.17323). With --bits, a method that prunes also quantises. All but `magnitude` and `rtn` need
-    calibration text, which should resemble what the model will read and must not be the text that it is evaluated on.
+    and `gptq` (arXiv 2210.17323). With --bits, a method that prunes also quantises. Methods that leave a smaller model of the
+    same architecture: `flap` (arXiv 2312.11983) and its rivals `structured-magnitude` and `structured-random` remove heads and
+    neurons, `width` (arXiv 2407.14679) neurons, heads or channels, `depth` blocks. All but `rtn` and those by magnitude or at
+    random need calibration text, which should resemble what the model will read and must not be the text that it is evaluated
+    on.
 
     One block is in memory at a time. After a kill or an interrupt, the same command continues where it stopped, from the folder
     OUT.work beside OUT, which it removes at the end. Under torchrun, each process reads its share of the calibration text. The
@@ -68,11 +80,12 @@ def compress(
         trainkit compress models/target models/int4 --method gptq --bits 4 --calibration data/train.jsonl
         trainkit compress models/target models/both --method sparsegpt --sparsity 0.5 --bits 8 --calibration data/train.jsonl
         trainkit compress models/target models/int8 --method rtn --bits 8
+        trainkit compress models/target models/smaller --method flap --ratio 0.2 --calibration data/train.jsonl
 
     Args:
         target: Folder of a Llama, Mistral, Qwen2 or Qwen3 model, or the bundle of a draft model.
         out: Bundle to write.
-        method: magnitude, wanda, sparsegpt, rtn or gptq.
+        method: One of those above, or flap-plain, which does not square the scores of heads.
         sparsity: Share of the weights to prune, such as 0.6, or N:M to keep N of every M consecutive weights, such as 2:4.
         bits: Bits of a quantised weight, 4 or 8.
         group: Consecutive weights that share a scale; by default 128 with 4 bits, all of an output with 8.
@@ -85,6 +98,12 @@ def compress(
         static_scales: Whether gptq and sparsegpt take scales from the weights before the pass; by default, during it.
         sequential: Whether layers of a block are measured after its earlier layers were changed; four times the forward passes.
         allocation: File of `trainkit allocate`, in place of --sparsity or --bits.
+        ratio: Share to remove: of each block's weights with flap and its rivals, of each of --dimensions with width, of the
+            blocks with depth.
+        bias: Whether flap and its rivals add the mean output of what they remove as a bias, which only Llama has; by default,
+            flap does where it can.
+        dimensions: What width removes: neurons (by default), heads, channels.
+        multiple: Numbers of neurons and channels that are left are rounded to a multiple of this, by default 64.
         calibration: Files, folders or hub names of calibration text, in any format of training text.
         samples: Number of calibration windows.
         length: Tokens in a window; by default 2048, or as many as the model covers.
@@ -98,32 +117,45 @@ def compress(
     # Check every option before anything is computed
     options = {name: value for name, value in locals().items() if name not in ("start", "target", "out")}
     given = {name for name, value in options.items() if value is not None}
-    check_positive(samples=samples, length=length, group=group)
-    layout = check_folders(target, out)
-    plan = _plan(layout, method, given, options)
-    check_plan(layout, plan)
+    check_positive(samples=samples, length=length, group=group, multiple=multiple)
+    layout, structured = check_folders(target, out), method in STRUCTURED
+    plan = None if structured else _plan(layout, method, given, options)
+    if plan is None:
+        _check_structured(layout, method, given, options)
+    else:
+        check_plan(layout, plan)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
     placed = _start_processes(local_device(device))
     # Read the calibration text, compress block by block, export
     text = _calibration_text(layout, calibration, samples, length, seed, columns)
     work = Path(out).resolve().with_name(f"{Path(out).resolve().name}.work")
-    walked = oneshot(target, text, plan, work=work, dtype=getattr(torch, dtype), device=placed)
+    if plan is None:
+        chosen = {name: options[name] for name in ("bias", "dimensions", "multiple") if options[name] is not None}
+        assert ratio is not None
+        result = prune(target, text, method, ratio, work, seed=seed, dtype=getattr(torch, dtype), device=placed, **chosen)
+        tensors, config, found = result
+        found |= {"layers": {}}
+        table = f"removed: {found['removed']}"
+    else:
+        walked = oneshot(target, text, plan, work=work, dtype=getattr(torch, dtype), device=placed)
+        tensors, config, found = walked.tensors(), _quantisation(layout, plan), _description(plan, walked)
+        table = _table(layout, walked.reports)
     if rank() > 0:
         return ""
     exported = export_compressed(
         out,
         source=layout.folder,
-        tensors=walked.tensors(),
-        config=_quantisation(layout, plan),
-        compression=_description(plan, walked, text, target, out, options),
+        tensors=tensors,
+        config=config,
+        compression=found | _origin(text, target, out, options),
         calibration_fingerprints=text.fingerprints if text else None,
         seed=seed if text else None,
         data={"calibration": text.digest} if text else None,
     )
-    walked.remove()
+    remove(work)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    lines = [_table(layout, walked.reports), "", _summary(exported)]
+    lines = [table, "", _summary(exported)]
     lines += [f"written to {exported.path} in {perf_counter() - start:.0f} s; peak memory {peak:.1f} GiB"]
     return "\n".join(lines)
 
@@ -151,13 +183,13 @@ def _plan(layout: Layout, name: str, given: set[str], options: Mapping[str, Any]
         UserError: an option is missing, does not fit the method, or has a bad value.
     """
     if name not in METHODS:
-        raise UserError(f"--method {name}: unknown method; choose from {', '.join(METHODS)}")
+        raise UserError(f"--method {name}: unknown method; choose from {', '.join((*METHODS, *STRUCTURED))}")
     method = METHODS[name]
     # Which options the method has
     allowed = {"bits", "group", "zero_points", "sequential", "allocation", "order", "static_scales"}
     allowed |= ({"sparsity", "scope"} if method.prunes else set()) | ({"refine"} if method.scores else set())
     allowed -= {"wanda": {"scope"}, "rtn": {"order", "static_scales", "sequential"}}.get(name, set())
-    specific = {"sparsity", "refine", "scope", *allowed}
+    specific = {"sparsity", "refine", "scope", *STRUCTURED_OPTIONS, *allowed}
     if wrong := sorted(given & specific - allowed):
         remedy = "prune by magnitude, wanda or sparsegpt, with --bits to quantise as well" if wrong[0] == "sparsity" else ""
         raise UserError(f"--{wrong[0]}: --method {name} has no such option; {remedy or 'leave it out'}")
@@ -257,21 +289,46 @@ def _quantisation(layout: Layout, plan: Plan) -> dict[str, Any]:
     return {"quantization_config": quantization_config(*sizes, first.symmetric, first.kind)}
 
 
-def _description(
-    plan: Plan, walked: Walked, text: Calibration | None, target: str, out: str, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What was done, for the card."""
+def _check_structured(layout: Layout, method: str, given: set[str], options: Mapping[str, Any]) -> None:
+    """Raises UserError if an option is missing or does not fit a method that removes whole parts."""
+    allowed = {"flap": {"bias", "multiple"}, "width": {"dimensions", "multiple"}, "depth": set()}
+    allowed = {"ratio"} | allowed.get(method, {"bias", "multiple"})
+    others = {
+        "sparsity",
+        "bits",
+        "group",
+        "zero_points",
+        "refine",
+        "scope",
+        "order",
+        "static_scales",
+        "sequential",
+        "allocation",
+    }
+    if wrong := sorted(given & (others | STRUCTURED_OPTIONS) - allowed):
+        raise UserError(f"--{wrong[0]}: --method {method} has no such option; leave it out")
+    if "ratio" not in given:
+        raise UserError(f"--method {method}: removes parts of the model, so give --ratio, such as 0.2")
+    check_options(layout, method, options["ratio"], options["bias"], options["multiple"] or 64, "calibration" in given)
+
+
+def _description(plan: Plan, walked: Walked) -> dict[str, Any]:
+    """What a plan did, for the card."""
     patterns, grids = ({getattr(goal, part) for goal in plan.goals.values()} for part in ("pattern", "grid"))
-    flags = {name: value for name, value in options.items() if value is not None}
     grid = next(iter(grids)) if len(grids) == 1 else None
-    description = {
+    return {
         "method": plan.method,
         "pattern": str(next(iter(patterns))) if patterns != {None} and len(patterns) == 1 else None,
         "grid": {name: getattr(grid, name) for name in ("bits", "group", "symmetric", "kind")} if grid else None,
         **{name: getattr(plan, name) for name in ("refine", "scope", "order", "static_scales", "sequential")},
         "layers": {f"{name}.weight": values for report in walked.reports for name, values in report.items()},
-        "commands": [shlex.join(["trainkit", "compress", target, out, *_as_flags(flags)])],
     }
+
+
+def _origin(text: Calibration | None, target: str, out: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The command and its calibration text, for the card."""
+    flags = {name: value for name, value in options.items() if value is not None}
+    description: dict[str, Any] = {"commands": [shlex.join(["trainkit", "compress", target, out, *_as_flags(flags)])]}
     if text is not None:
         S, T = text.tokens_ST.shape
         files = [{"name": Path(file).name, "sha256": digest} for file, digest in zip(text.files, text.contents, strict=True)]
@@ -305,7 +362,8 @@ def _table(layout: Layout, reports: Sequence[Mapping[str, Any]]) -> str:
 def _summary(exported: bundle.Bundle) -> str:
     found = exported.extra["compression"]
     shares, sizes = found["sparsity"], found["bytes"]
+    sparsity = f"sparsity {shares['matrices']:.4f} of the compressed matrices, {shares['parameters']:.4f} of all parameters; "
     return (
-        f"sparsity {shares['matrices']:.4f} of the compressed matrices, {shares['parameters']:.4f} of all parameters; "
-        f"{sizes['disk'] / 2**20:.1f} MiB of weights on disk, before {sizes['dense'] / 2**20:.1f}"
+        f"{sparsity if found['layers'] else ''}{sizes['disk'] / 2**20:.1f} MiB of weights on disk, before "
+        f"{sizes['dense'] / 2**20:.1f}"
     )
