@@ -138,16 +138,15 @@ def amend(
         folder: Folder of the bundle.
         writer: Receives an empty temporary folder and writes the new files there; None if there are none.
         runner: New runner settings; None keeps the present ones.
-        metrics: Metrics to add; one of the same name is replaced.
+        metrics: Metrics to add; one of the same name is replaced, or removed by None.
 
     Raises:
         UserError: `folder` holds no valid bundle, or cannot be written.
     """
     folder = Path(folder).resolve()
     bundle = read(folder)
-    bundle = replace(
-        bundle, runner=bundle.runner if runner is None else dict(runner), metrics={**bundle.metrics, **(metrics or {})}
-    )
+    added = {name: value for name, value in {**bundle.metrics, **(metrics or {})}.items() if value is not None}
+    bundle = replace(bundle, runner=bundle.runner if runner is None else dict(runner), metrics=added)
     if writer is None:
         write_text(folder / MANIFEST, _to_json(bundle))
         return bundle

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.targets import make_target
 from trainkit import bundle
-from trainkit.card import describe
 from trainkit.cli import main
 from trainkit.export.model import export_model
 
@@ -52,7 +51,7 @@ def test_figures_are_printed_written_and_recorded(tiny_target, made, text, tmp_p
     assert figures["tokenizer"] == bundle.tokenizer_digest(tiny_target) and found["dtype"] == "float32"
     for name in ("text", "own_text"):
         one = found[name]
-        assert one["perplexity"]["value"] / one["dense_perplexity"]["value"] == pytest.approx(one["ratio"]["value"], rel=1e-6)
+        assert one["perplexity"]["value"] / one["perplexity_dense"]["value"] == pytest.approx(one["ratio"]["value"], rel=1e-6)
         assert one["recovery"] == pytest.approx(100 / one["ratio"]["value"]) and one["kl"]["value"] > 0.01
         assert all(
             one[key]["low"] <= one[key]["value"] <= one[key]["high"] for key in ("perplexity", "ratio", "kl", "agreement")
@@ -60,10 +59,33 @@ def test_figures_are_printed_written_and_recorded(tiny_target, made, text, tmp_p
         assert f"{one['kl']['value']:.4f}" in printed and f"{one['agreement']['value']:.4f}" in printed
     assert found["own_text"]["texts"] == 3 and 3 <= found["own_text"]["predicted_tokens"] <= 27
     metrics = bundle.read(made).metrics
-    assert metrics["loss"] == 1.5 and metrics["evaluation"]["text"] == figures and "evaluation" in describe(bundle.read(made))
+    assert metrics["loss"] == 1.5 and metrics["perplexity"] == figures["perplexity"]["value"]
+    assert metrics["own_text_kl"] == found["own_text"]["kl"]["value"] and metrics["recovery"] == f"{figures['recovery']:.1f} %"
     assert main(["evaluate", str(made), f"--text={text}", "--length=32", "--limit=2", "--record=true"]) == 0
-    again = bundle.read(made).metrics["evaluation"]
-    assert again["text"]["windows"] == 2 and "kl" not in again["text"] and again["own_text"] == found["own_text"]
+    again = bundle.read(made).metrics
+    assert "kl" not in again and again["own_text_kl"] == metrics["own_text_kl"], "KL on other windows is removed"
+    assert again["evaluated_on"] == "rows.jsonl, 2 windows of 32 tokens, float32"
+
+
+def test_compressed_model_has_figures_in_its_card(tiny_target, text, chats, tmp_path, capsys):
+    """README.md of a compressed model shows the figures; text that it was calibrated on is refused, also as a part."""
+    out = tmp_path / "sparse"
+    flags = ["--method=wanda", "--sparsity=0.5", f"--calibration={chats}", "--samples=8", "--length=64"]
+    assert main(["compress", str(tiny_target), str(out), *flags]) == 0
+    common = ["evaluate", str(out), "--length=64", f"--dense={tiny_target}", "--record=true"]
+    assert main([*common, f"--text={text}"]) == 0
+    metrics, card = bundle.read(out).metrics, (out / "README.md").read_text()
+    assert f"| {metrics['kl']:.5g} |" in card and f"| {metrics['recovery']} |" in card and "rows.jsonl" in card
+    both = tmp_path / "both.jsonl"
+    both.write_text(text.read_text() + chats.read_text())
+    for source in (chats, both):
+        capsys.readouterr()
+        assert main([*common, f"--text={source}"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"{source}: shares text with the calibration of {out}" in line and "evaluate on other text" in line
+    (out / "calibration.json").write_text("{}")
+    assert main(["evaluate", str(out), "--length=64", f"--text={text}"]) == 2
+    assert "calibration.json: holds no list of fingerprints; compress" in capsys.readouterr().err
 
 
 def test_perplexity_is_that_of_transformers(tiny_target, text, tmp_path):
@@ -122,7 +144,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "own without text": (["--own=3", "--tasks=pick"], ["--own", "--text"]),
     "no such text": (["--text=nowhere.jsonl", "--length=32"], ["nowhere.jsonl", "give an existing file"]),
     "too short": (["--text=TEXT", "--length=512", "--limit=1"], ["rows.jsonl", "fewer than one window of 512", "--length"]),
-    "too long a window": (["--text=TEXT", "--length=513"], ["--length: 513", "covers 512", "smaller"]),
+    "too long a window": (["--text=TEXT", "--length=513"], ["--length: 513", "at most 512"]),
     "window of one": (["--text=TEXT", "--length=1"], ["--length", "at least 2"]),
     "no windows": (["--text=TEXT", "--limit=0"], ["--limit", "at least 1"]),
     "other vocabulary": (

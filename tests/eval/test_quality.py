@@ -58,14 +58,14 @@ def test_perplexity_equals_transformers_loss(architecture, tmp_path, seed):
 def naive(texts: list[Text], model: Path, dense: Path) -> dict[str, list[float]]:
     """The same sums one text at a time, from whole logits in float64."""
     q, p = (AutoModelForCausalLM.from_pretrained(folder).double().eval() for folder in (model, dense))
-    sums: dict[str, list[float]] = {name: [] for name in ("tokens", "nll", "dense_nll", "kl", "agreement")}
+    sums: dict[str, list[float]] = {name: [] for name in ("tokens", "nll", "nll_dense", "kl", "agreement")}
     for text in texts:
         with torch.no_grad():
             log_q, log_p = (one(text.tokens_T[None]).logits[0].log_softmax(-1)[text.start - 1 : -1] for one in (q, p))
         labels = text.tokens_T[text.start :, None]
         sums["tokens"].append(len(labels))
         sums["nll"].append(-log_q.gather(1, labels).sum().item())
-        sums["dense_nll"].append(-log_p.gather(1, labels).sum().item())
+        sums["nll_dense"].append(-log_p.gather(1, labels).sum().item())
         sums["kl"].append((log_p.exp() * (log_p - log_q)).sum().item())
         sums["agreement"].append((log_p.argmax(-1) == log_q.argmax(-1)).sum().item())
     return sums
@@ -78,7 +78,7 @@ def test_sums_of_each_text_equal_naive_ones(tiny_target, other, seed):
     for batch in (1, 3, 8):
         found = measure(load(other), texts, load(tiny_target), batch)
         assert found.keys() == expected.keys() and found["tokens"].tolist() == expected["tokens"]
-        for name in ("nll", "dense_nll", "kl"):
+        for name in ("nll", "nll_dense", "kl"):
             assert np.allclose(found[name], expected[name], rtol=1e-4, atol=1e-4), name  # float32 against float64
         assert np.abs(found["agreement"] - expected["agreement"]).sum() <= 1  # a tie, at most
     assert sum(expected["kl"]) / sum(expected["tokens"]) > 0.01 and sum(expected["agreement"]) < sum(expected["tokens"])
@@ -89,7 +89,7 @@ def test_model_is_at_distance_zero_from_itself(tiny_target, seed):
     found = summarise(measure(load(tiny_target), random_texts(), load(tiny_target)))
     for name, exact in (("kl", 0.0), ("agreement", 1.0), ("ratio", 1.0)):
         assert (found[name].value, found[name].low, found[name].high) == (exact, exact, exact)
-    assert found["perplexity"] == found["dense_perplexity"]
+    assert found["perplexity"] == found["perplexity_dense"]
 
 
 def test_logits_exist_for_few_positions_at_a_time(tiny_target, other, monkeypatch, seed):

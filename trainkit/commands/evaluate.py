@@ -11,19 +11,22 @@ import torch
 
 from trainkit import bundle
 from trainkit.data.sets.writer import check_positive, quiet_libraries
+from trainkit.data.text.calibration import GRAM, shared_text
 from trainkit.data.text.chat_template import Encoder, load_tokenizer
 from trainkit.data.text.sources import content_hash
 from trainkit.errors import UserError
 from trainkit.eval.bench.table import grid
 from trainkit.eval.perplexity import Text, cut_windows, read_documents, write_own_texts
 from trainkit.eval.quality import LanguageModel, measure, summarise
+from trainkit.export.compressed import CALIBRATION
+from trainkit.export.readme import record_metrics
 from trainkit.files import write_json
 from trainkit.models.load import find_device, has_tokenizer, read_config
 from trainkit.runner import Runner
 
 FIGURES = {
     "perplexity": "perplexity",
-    "dense_perplexity": "perplexity of the dense model",
+    "perplexity_dense": "perplexity of the dense model",
     "ratio": "ratio of perplexities",
     "kl": "KL(dense || model), nats per token",
     "agreement": "top-1 agreement",
@@ -36,7 +39,7 @@ def evaluate(
     *,
     text: str | None = None,
     dense: str | None = None,
-    length: int = 2048,
+    length: int | None = None,
     limit: int | None = None,
     own: int | None = None,
     max_new_tokens: int = 256,
@@ -74,7 +77,7 @@ def evaluate(
         model: Hugging Face folder of any causal LM; tasks and --own need one that the runner decodes.
         text: Text for perplexity: a .txt file, or rows in the formats of `data.train`, chats rendered by the template.
         dense: Folder of the model to compare with; it has the same tokenizer.
-        length: Tokens in a window.
+        length: Tokens in a window; by default 2048, or as many as the models cover.
         limit: Largest number of windows, and of documents of each task.
         own: Number of prompts of the text that the model continues itself.
         max_new_tokens: Largest number of tokens of such a continuation; a prompt is cut to half a window.
@@ -90,44 +93,43 @@ def evaluate(
         device: Torch device; `auto` uses a GPU if there is one.
         dtype: Precision of the weights; log-probabilities are always computed in float32.
         json: File for all figures.
-        record: Whether to add the figures to the metrics of the model's bundle.
+        record: Whether to add the figures to the metrics and the README.md of the model's bundle.
     """
     # Check the arguments.
+    quiet_libraries()
     if text is None and tasks is None:
         raise UserError("nothing to evaluate: give --text FILE, --tasks NAMES or both")
     if own is not None and text is None:
         raise UserError("--own: takes its prompts from the text; give --text FILE too")
     check_positive(limit=limit, own=own, max_new_tokens=max_new_tokens, batch=batch)
-    if length < 2:
-        raise UserError(f"--length: {length} must be at least 2, a token to read and one to predict")
     if json is not None and not Path(json).resolve().parent.is_dir():
         raise UserError(f"--json {json}: its folder does not exist; make it first")
     if record:
         bundle.read(model, checksums=False)
-    for folder in (str(model), *([dense] if dense else [])):
-        covered = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
-        if text is not None and covered is not None and length > covered:
-            raise UserError(f"--length: {length}, but {folder} covers {covered} positions; give a smaller one")
+    length = _window_length(length, str(model), dense)
     if dense is not None:
         _check_tokenizers(model, dense)
     names = [name for name in (tasks or "").split(",") if name]
     harness = _import_harness() if names else None
-    manager = harness.load_tasks(names, task_path) if harness else None
+    loaded = harness.load_tasks(names, task_path, few_shot) if harness else None
     # Evaluate on the text, and on what the model writes itself.
-    quiet_libraries()
     settings = {"device": str(find_device(device)), "dtype": dtype}
     load = lambda folder, draft: Runner.load(folder, draft, settings["device"], dtype, batch)
     values: dict[str, Any] = {}
     report: list[str] = []
     if text is not None:
         encoder = Encoder(load_tokenizer(str(model)), str(model))
-        windows, dropped = cut_windows(read_documents(text, encoder, columns), length, text, limit)
+        tokens = read_documents(text, encoder, columns)
+        _check_not_calibration(model, tokens, text)
+        windows, dropped = cut_windows(tokens, length, text, limit)
         texts = {"text": windows}
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         if own is not None:
-            sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
             texts["own_text"] = write_own_texts(load(model, drafter), text, encoder, windows, own, columns, **sampling)
         values = _on_texts(str(model), dense, texts, settings, batch)
         source = {"file": text, "digest": content_hash(text), "tokenizer": bundle.tokenizer_digest(model)}
+        if own is not None:
+            values["own_text"] |= sampling
         values["text"] |= source | {"windows": len(windows), "length": length, "dropped_tokens": dropped}
         report.append(
             f"{text}: {len(windows):,} windows of {length:,} tokens, tail of {dropped:,} tokens left out; {dtype} on "
@@ -136,24 +138,35 @@ def evaluate(
         report += [_text_table(name, found) for name, found in values.items()]
     # Run the tasks.
     if harness is not None:
-        options = {"limit": limit, "num_fewshot": few_shot, "apply_chat_template": chat}
         models = {"model": (str(model), drafter)} | ({"dense": (dense, None)} if dense else {})
         scores = {}
         for name, (folder, draft) in models.items():
             lm = harness.RunnerLM(load(folder, draft))
-            scores[name] = harness.run_tasks(lm, names, manager, **options)
+            scores[name] = harness.run_tasks(lm, loaded, limit, chat)
             report.append(f"{folder}: {lm.summary}")
             del lm
-        values["tasks"] = options | {"scores": _with_recovery(**scores)}
+        values["tasks"] = {"limit": limit, "few_shot": few_shot, "chat": chat, "scores": _with_recovery(**scores)}
         report.append(_task_table(values["tasks"]["scores"]))
     # Write the figures.
-    found = values | {"dense": dense} | settings
     if json is not None:
-        write_json(json, {"model": str(model)} | found)
+        write_json(json, {"model": str(model), "dense": dense} | settings | values)
     if record:
-        known = bundle.read(model, checksums=False).metrics.get("evaluation", {})
-        bundle.amend(model, metrics={"evaluation": known | found})
+        is_compressed = "compression" in bundle.read(model, checksums=False).extra
+        metrics = _recorded(values, settings)
+        record_metrics(model, metrics) if is_compressed else bundle.amend(model, metrics=metrics)
     return "\n\n".join(report)
+
+
+def _window_length(requested: int | None, *folders: str | None) -> int:
+    """The requested number of tokens in a window, or 2048 at most; refused if a model covers fewer positions."""
+    config = lambda folder: read_config(folder).get_text_config()
+    # recurrent models have no limit
+    covered = {folder: getattr(config(folder), "max_position_embeddings", 1 << 30) for folder in folders if folder}
+    smallest = min(covered, key=lambda folder: covered[folder])
+    length = min(2048, covered[smallest]) if requested is None else requested
+    if not 2 <= length <= covered[smallest]:
+        raise UserError(f"--length: {length} must be at least 2 and at most {covered[smallest]}, the positions of {smallest}")
+    return length
 
 
 def _import_harness() -> Any:
@@ -171,6 +184,19 @@ def _check_tokenizers(model: Path, dense: str) -> None:
     if sizes[0] != sizes[1] or len(digests) > 1:
         which = f"a vocabulary of {sizes[1]:,}, {model} one of {sizes[0]:,}" if sizes[0] != sizes[1] else "another tokenizer"
         raise UserError(f"--dense {dense}: has {which}; give the model that {model} was made from")
+
+
+def _check_not_calibration(model: Path, tokens: list[int], source: str) -> None:
+    """Refuses text by which the model was calibrated: its perplexity there is lower than on other text."""
+    if (path := model / CALIBRATION).is_file():
+        fingerprints = bundle.read_json(path).get("fingerprints")
+        if not isinstance(fingerprints, list):
+            raise UserError(f"{path}: holds no list of fingerprints; compress the model again")
+        if count := shared_text(fingerprints, torch.tensor([tokens])):
+            raise UserError(
+                f"{source}: shares text with the calibration of {model} ({count} fingerprints of {GRAM} tokens are equal); "
+                "evaluate on other text"
+            )
 
 
 def _on_texts(
@@ -202,6 +228,28 @@ def _text_table(name: str, values: dict[str, Any]) -> str:
     line = f"{name.replace('_', ' ')}: {values['texts']:,} texts, {tokens:,} predicted tokens in {seconds:.1f} s"
     recovery = f"; recovery {values['recovery']:.1f} % (dense perplexity / perplexity)" if "recovery" in values else ""
     return f"{line}{recovery}\n{grid(rows)}"
+
+
+def _recorded(values: dict[str, Any], settings: dict[str, str]) -> dict[str, Any]:
+    """The figures as metrics of a bundle. None removes a figure of an earlier evaluation that this one does not have."""
+    metrics: dict[str, Any] = {}
+    for name, prefix in (("text", ""), ("own_text", "own_text_")):
+        if name in values:
+            one = values[name]
+            metrics |= {prefix + figure: one[figure]["value"] if figure in one else None for figure in FIGURES}
+            metrics |= {f"{prefix}recovery": f"{one['recovery']:.1f} %" if "recovery" in one else None}
+    if "text" in values:
+        one = values["text"]
+        metrics["evaluated_on"] = (
+            f"{Path(one['file']).name}, {one['windows']} windows of {one['length']} tokens, {settings['dtype']}"
+        )
+    if "tasks" in values:
+        metrics["task_limit"] = values["tasks"]["limit"]
+    for task, scores in values.get("tasks", {}).get("scores", {}).items():
+        for metric, one in scores.items():
+            metrics[f"{task}_{metric}"] = one["value"]
+            metrics[f"{task}_{metric}_recovery"] = f"{one['recovery']:.1f} %" if one.get("recovery") is not None else None
+    return metrics
 
 
 def _with_recovery(model: dict[str, Any], dense: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -74,9 +74,11 @@ def parse_pattern(text: str) -> Pattern:
 
 def prune_lowest(score_SN: Tensor, count: int) -> Tensor:
     """A mask [S, N] that prunes the `count` lowest scores of each set."""
-    mask_SN = torch.ones_like(score_SN, dtype=torch.bool)
-    lowest_SC = score_SN.sort(dim=1, stable=True).indices[:, :count]
-    return mask_SN.scatter_(1, lowest_SC, False)
+    if count == 0:
+        return torch.ones_like(score_SN, dtype=torch.bool)
+    last_S1 = score_SN.kthvalue(count, dim=1, keepdim=True).values  # several times as fast as a stable sort
+    below_SN, tied_SN = score_SN < last_S1, score_SN == last_S1
+    return ~(below_SN | (tied_SN & (tied_SN.cumsum(1) <= count - below_SN.sum(1, keepdim=True))))
 
 
 def mask_from_scores(score_RK: Tensor, pattern: Pattern, scope: Scope = "row") -> Tensor:

@@ -62,8 +62,8 @@ def swaps(weight_RK: Tensor, mask_RK: Tensor, gram_KK: Tensor, pattern: Pattern,
     return mask_RK
 
 
-CANDIDATES = 8
-"""Pruned weights of an output for which the best partner is looked for at each step."""
+CANDIDATES = 4
+"""Pruned weights of an output for which each step looks for the best partner; 8 of them lower errors by 0.1 to 4 % more."""
 
 ENTRIES = 2**24
 """Most entries of a tensor that `swaps` makes."""
@@ -78,8 +78,8 @@ def _best_in_groups(
     at_Q = torch.arange(Q, device=gram_KK.device)
     gram_QMM = gram_KK.view(Q, M, Q, M)[at_Q, :, at_Q]
     weight_AQM = weight_AK.view(A, Q, M)
-    both_AQMM = weight_AQM.unsqueeze(3) * weight_AQM.unsqueeze(2) * gram_QMM
-    change_AQMM = regrown_AK.view(A, Q, M, 1) + pruned_AK.view(A, Q, 1, M) - 2 * both_AQMM
+    change_AQMM = (weight_AQM.unsqueeze(3) * weight_AQM.unsqueeze(2)).mul_(-2 * gram_QMM)
+    change_AQMM.add_(regrown_AK.view(A, Q, M, 1)).add_(pruned_AK.view(A, Q, 1, M))
     change_A, best_A = change_AQMM.view(A, -1).min(1)
     q_A, a_A, b_A = best_A // (M * M), best_A // M % M, best_A % M
     return change_A, q_A * M + a_A, q_A * M + b_A

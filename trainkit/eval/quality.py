@@ -27,7 +27,7 @@ from trainkit.models.target import check_head, load_model
 LOGITS = 2**24
 """Largest number of logits of a model that exist at once; 64 MB in float32."""
 Sums = dict[str, np.ndarray]
-"""Sums over the predicted tokens of each text [Q]: `tokens` (their number), `nll`; with a dense model `dense_nll`, `kl`,
+"""Sums over the predicted tokens of each text [Q]: `tokens` (their number), `nll`; with a dense model `nll_dense`, `kl`,
 `agreement`."""
 
 
@@ -85,7 +85,7 @@ def measure(model: LanguageModel, texts: Sequence[Text], dense: LanguageModel | 
     if dense is not None and dense.vocab_size != model.vocab_size:
         sizes = f"a vocabulary of {dense.vocab_size}, {model.name} one of {model.vocab_size}"
         raise UserError(f"{dense.name}: has {sizes}; give the model it was made from as --dense")
-    names = ["tokens", "nll", *(["dense_nll", "kl", "agreement"] if dense else [])]
+    names = ["tokens", "nll", *(["nll_dense", "kl", "agreement"] if dense else [])]
     sums = {name: np.zeros(len(texts)) for name in names}
     chunk = max(16, LOGITS // model.vocab_size)
     bar = tqdm(total=len(texts), desc="evaluate", unit=" texts", disable=None, delay=2)
@@ -110,13 +110,13 @@ def measure(model: LanguageModel, texts: Sequence[Text], dense: LanguageModel | 
             values["nll"].append(-log_q_NV.gather(1, label_N1)[:, 0])
             if dense is not None:
                 log_p_NV = dense.log_probs(states[1][part])
-                values["dense_nll"].append(-log_p_NV.gather(1, label_N1)[:, 0])
+                values["nll_dense"].append(-log_p_NV.gather(1, label_N1)[:, 0])
                 values["kl"].append((log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1))
                 values["agreement"].append((log_p_NV.argmax(-1) == log_q_NV.argmax(-1)).float())
         for name, parts in values.items():
             value_N = torch.cat(parts).double().cpu().numpy()
             if not np.isfinite(value_N).all():
-                whose = dense.name if dense is not None and name == "dense_nll" else model.name
+                whose = dense.name if dense is not None and name == "nll_dense" else model.name
                 number = int(text_N[~np.isfinite(value_N)][0]) + 1
                 raise UserError(
                     f"{whose}: log-probabilities of text {number} are not finite; give --dtype float32 or fix the model"
@@ -131,15 +131,15 @@ def measure(model: LanguageModel, texts: Sequence[Text], dense: LanguageModel | 
 def summarise(sums: Sums) -> dict[str, Interval]:
     """Means over all predicted tokens, with 95 % bootstrap intervals over texts.
 
-    `perplexity` is exp(nll); with a dense model also `dense_perplexity`, their `ratio` (model / dense, the same texts in each
+    `perplexity` is exp(nll); with a dense model also `perplexity_dense`, their `ratio` (model / dense, the same texts in each
     resample), `kl` in nats per token, and `agreement`, the share of tokens at which both have the same likeliest token.
     """
     mean = {name: bootstrap.mean(values, sums["tokens"]) for name, values in sums.items() if name != "tokens"}
     found = {"perplexity": _exp(mean["nll"])}
-    if "dense_nll" in sums:
-        ratio = bootstrap.mean(sums["nll"] - sums["dense_nll"], sums["tokens"])
+    if "nll_dense" in sums:
+        ratio = bootstrap.mean(sums["nll"] - sums["nll_dense"], sums["tokens"])
         found |= {
-            "dense_perplexity": _exp(mean["dense_nll"]),
+            "perplexity_dense": _exp(mean["nll_dense"]),
             "ratio": _exp(ratio),
             "kl": mean["kl"],
             "agreement": mean["agreement"],
