@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.support.processes import ended, fork
 from tests.support.targets import make_target
 from trainkit.compress import depth, structured
 from trainkit.compress.structured import METHODS, prune
@@ -239,6 +240,26 @@ def test_continues_after_a_kill(method, ratio, tmp_path, monkeypatch, seed):
             stops += 1
     assert stops >= 2 and report_again == report and again.keys() == tensors.keys()
     assert all(torch.equal(value, again[name]) for name, value in tensors.items())
+
+
+def test_two_processes_remove_the_same_blocks(tmp_path, monkeypatch, seed):
+    """Each computes other batches, the first one more than the second; scores are equal to rounding."""
+    source, calibration = make_target(tmp_path / "in", seed=seed, **TINY), text(5, 20)
+    monkeypatch.setattr(depth, "BATCH_TOKENS", 20)
+    once = prune(source, calibration, "depth", 0.7, tmp_path / "once")[2]["removed_blocks"]
+
+    def join(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=rank, world_size=2)
+        report = prune(source, calibration, "depth", 0.7, tmp_path / "two")[2]
+        (tmp_path / f"report-{rank}.json").write_text(json.dumps(report["removed_blocks"]))
+
+    assert [ended(pid) for pid in [fork(lambda rank=rank: join(rank)) for rank in range(2)]] == [0, 0]
+    for rank in range(2):
+        both = json.loads((tmp_path / f"report-{rank}.json").read_text())
+        assert [entry["block"] for entry in both] == [entry["block"] for entry in once]
+        for ours, theirs in zip(both, once, strict=True):
+            assert ours["scores"].keys() == theirs["scores"].keys()
+            assert all(abs(ours["scores"][name] / value - 1) < 1e-5 for name, value in theirs["scores"].items())
 
 
 MISTAKES = {
