@@ -29,6 +29,8 @@ from trainkit.files import remove
 from trainkit.models.compressed import quantization_config
 from trainkit.models.load import find_device
 
+STRUCTURED_OPTIONS = {"ratio", "bias", "dimensions", "multiple"}
+
 
 def compress(
     target: str,
@@ -57,7 +59,7 @@ def compress(
     device: str = "auto",
     dtype: str = "float32",
 ) -> str:
-    """Prunes or quantises the linear layers of a model's blocks without training, and writes the result as a bundle.
+    """Prunes or quantises the linear layers of a model's blocks without training, or makes the model smaller; writes a bundle.
 
     Embeddings and output head stay as they are. Methods that prune: `magnitude`, `wanda` (arXiv 2306.11695) and
     `sparsegpt` (arXiv 2301.00774), which also changes the weights that stay. Methods that quantise: `rtn` (round to nearest)
@@ -253,7 +255,8 @@ def _table(layout: Layout, reports: Sequence[Mapping[str, Any]]) -> str:
 def _summary(exported: bundle.Bundle) -> str:
     found = exported.extra["compression"]
     shares, sizes = found["sparsity"], found["bytes"]
+    sparsity = f"sparsity {shares['matrices']:.4f} of the compressed matrices, {shares['parameters']:.4f} of all parameters; "
     return (
-        f"sparsity {shares['matrices']:.4f} of the compressed matrices, {shares['parameters']:.4f} of all parameters; "
-        f"{sizes['disk'] / 2**20:.1f} MiB of weights on disk, before {sizes['dense'] / 2**20:.1f}"
+        f"{sparsity if found['layers'] else ''}{sizes['disk'] / 2**20:.1f} MiB of weights on disk, before "
+        f"{sizes['dense'] / 2**20:.1f}"
     )
