@@ -104,9 +104,9 @@ def compress(
     check_plan(layout, plan)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
-    placed = _start_processes(local_device(device))
+    placed = start_processes(local_device(device))
     # Read the calibration text, compress block by block, export
-    text = _calibration_text(layout, calibration, samples, length, seed, columns)
+    text = calibration_text(layout, calibration, samples, length, seed, columns) if calibration else None
     work = Path(out).resolve().with_name(f"{Path(out).resolve().name}.work")
     walked = oneshot(target, text, plan, work=work, dtype=getattr(torch, dtype), device=placed)
     if rank() > 0:
@@ -224,18 +224,17 @@ def _allocated(file: str, method: str, given: set[str]) -> dict[str, tuple[float
     return found
 
 
-def _calibration_text(
-    layout: Layout, files: Sequence[str] | None, samples: int, length: int | None, seed: int, columns: Mapping[str, str] | None
-) -> Calibration | None:
-    if files is None:
-        return None
+def calibration_text(
+    layout: Layout, files: Sequence[str], samples: int, length: int | None, seed: int, columns: Mapping[str, str] | None
+) -> Calibration:
+    """Windows of calibration text of a length that the model covers; by default 2048 tokens, or as many as it covers."""
     covered = layout.config.max_position_embeddings
     if length is not None and length > covered:
         raise UserError(f"--length {length}: {layout.folder} covers {covered} positions; give at most that")
     return read_calibration(files, str(layout.folder), samples, length or min(2048, covered), seed, columns)
 
 
-def _start_processes(device: str) -> torch.device:
+def start_processes(device: str) -> torch.device:
     """The device of this process; under torchrun, joins the others."""
     placed = find_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():

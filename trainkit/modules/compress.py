@@ -1,8 +1,8 @@
 """Trains a compressed language model to match its dense original: recovery, sparse training, quantisation-aware training.
 
-The teacher is the dense model. What is compressed and how is a `Compression` (compression/): fixed or growing masks, progressive
-gradient flow, quantisers. Left out on purpose: sharding (FSDP, DeepSpeed), and stored teachers, which would save a quarter of
-the computation.
+The teacher is the dense model. What is compressed, and how, is a `Compression` (compression/): fixed or growing masks,
+progressive gradient flow, quantisers. Left out on purpose: sharding (FSDP, DeepSpeed), and stored teachers, which would save a
+quarter of the computation.
 """
 
 # B batch  T positions  N counted tokens  D hidden  A blocks
@@ -98,9 +98,10 @@ class CompressModule(LanguageModule):
             self.teacher = FrozenTarget(self.teacher_folder, self.teacher_dtype)
 
     def configure_model(self) -> None:
-        if self.lm is not None:
-            return
+        built = self.lm is not None
         super().configure_model()
+        if built:
+            return
         for name, size in (("vocab_size", self.teacher.handle().vocab_size), ("hidden_size", self.teacher.hidden_size)):
             ours = getattr(self.lm.config, name)
             if ours != size and (name == "vocab_size" or self.hidden_weight):

@@ -5,11 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from torch import Tensor
 
-from trainkit.compress.masks import Pattern, mask_from_scores
+from trainkit.compress.masks import Pattern, Scope, mask_from_scores
 from trainkit.errors import UserError
 from trainkit.modules.compression.base import CompressedLinear, Masks, check_pattern, known_total, read_pattern, share_of
 
@@ -74,7 +73,7 @@ class GradualMagnitude(Masks):
         begin: int = 0,
         end: int | None = None,
         every: int = 10,
-        scope: Literal["row", "matrix"] = "matrix",
+        scope: Scope = "matrix",
     ) -> None:
         super().__init__(sparsity=sparsity, initial=initial, begin=begin, end=end, every=every, scope=scope)
         read_pattern("sparsity", str(sparsity))
@@ -84,7 +83,8 @@ class GradualMagnitude(Masks):
             raise UserError(
                 f"model.compression: begin {begin}, end {end}, every {every}; take begin from 0, end after it, every from 1"
             )
-        self.sparsity, self.initial, self.begin, self.end, self.every, self.scope = sparsity, initial, begin, end, every, scope
+        self.sparsity, self.initial, self.begin, self.end, self.every = sparsity, initial, begin, end, every
+        self.scope: Scope = scope
 
     def share(self, step: int, total: int | None) -> float:
         """Share to prune after `step` optimiser steps."""
