@@ -137,7 +137,7 @@ def compress(
         chosen = {name: options[name] for name in ("bias", "dimensions", "multiple") if name in given}
         tensors, config, made = structured.prune(target, text, method, ratio or 0, seed=seed, **chosen, **computed)
         made |= {"layers": {}}
-        table = "\n".join(f"{name:<18} {value}" for name, value in made.items() if isinstance(value, (int, float)))
+        table = f"removed: {made['removed']}"
     # Export
     if rank() > 0:
         return ""
