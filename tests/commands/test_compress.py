@@ -159,6 +159,7 @@ def test_bad_commands_end_with_one_line(
     }
     for name, layers in allocations.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"layers": layers}))
+    (tmp_path / "moved.json").write_text(json.dumps({"target": "0" * 64, "layers": {layer: {"sparsity": 0.5}}}))
     data = ["--calibration", text, "--samples", "4", "--length", "64"]
     wanda, rtn, gptq = (["--method", name] for name in ("wanda", "rtn", "gptq"))
     allocated = lambda name: ["--allocation", str(tmp_path / f"{name}.json")]
@@ -231,6 +232,7 @@ def test_bad_commands_end_with_one_line(
         ),
         ([target, out, *wanda, *data, *allocated("other")], "'a.b' is no linear layer of"),
         ([target, out, *wanda, *data, *allocated("none")], "none.json: has no layers; give a file of trainkit allocate"),
+        ([target, out, *wanda, *data, *allocated("moved")], "moved.json: is for a model with other weights; run trainkit allo"),
         ([target, out, *gptq, *data, *allocated("odd")], "has bits 3, which --method gptq cannot give"),
         (
             [target, out, *wanda, *data, *allocated("other"), "--sparsity", "0.5"],

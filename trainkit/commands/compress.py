@@ -14,12 +14,14 @@ from typing import Any, Literal
 import torch
 
 from trainkit import bundle
+from trainkit.bundle import read_json
 from trainkit.compress import structured
 from trainkit.compress.blocks import Walked
 from trainkit.compress.layout import INPUTS, Layout, read_layout
 from trainkit.compress.oneshot import Plan, oneshot
 from trainkit.compress.plan import check_options, make_plan
 from trainkit.compress.work import rank
+from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.writer import check_positive, local_device, quiet_libraries
 from trainkit.data.text.calibration import Calibration
 from trainkit.data.text.calibration import calibration as read_calibration
@@ -121,6 +123,8 @@ def compress(
     plan = None if method in structured.METHODS else make_plan(layout, method, given, options)
     if plan is None and ratio is None:
         raise UserError(f"--method {method}: removes a share, so give --ratio, such as 0.2")
+    if allocation is not None and read_json(Path(allocation)).get("target") not in (None, weights_digest(target)):
+        raise UserError(f"{allocation}: is for a model with other weights; run trainkit allocate on {target}")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
     placed = start_processes(local_device(device))
