@@ -27,13 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainkit.layers.packed import Packed, pack
+from trainkit.layers.packed import Packed, pack, plane
+from trainkit.layers.packed_cpu import GroupInt4, OnCPU, RowInt8
 
 ROWS = 16
 """Number of rows for which oneDNN's layout is chosen; other numbers use it too. With fewer than 4 it is one for matrix-vector
 products, which is slower for one row and twice as slow for several."""
 SMALLEST = 1 << 16
 """Smallest number of a weight's entries: these products take some microseconds more to start."""
+HAS_KERNELS = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+"""Whether these products were measured on such a processor."""
 MOST_BYTES = 1 << 32
 """Networks of more bytes keep a single copy of their weights, and `F.linear`."""
 
@@ -88,12 +91,16 @@ class Linear(nn.Linear):
     Attributes:
         blocked: The weight in the blocked layout; set by `block_weights`.
         packed: The weight in fewer bytes; `weight` is then empty.
+        on_cpu: The packed weight in the layout of a CPU, instead of `packed`; set by `block_weights`.
     """
 
     blocked: Blocked | None = None
     packed: Packed | None = None
+    on_cpu: OnCPU | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.on_cpu is not None:
+            return self.on_cpu.product(input, self.bias)
         if self.packed is not None:
             return F.linear(input, self.packed.dense(input.dtype), self.bias)
         return project(input, self.weight, self.bias, self.blocked)
@@ -122,22 +129,38 @@ class Linear(nn.Linear):
         """
         if packed.shape != (self.out_features, self.in_features):
             raise ValueError(f"a packed weight of {packed.shape} for {self.out_features} outputs of {self.in_features} inputs")
-        self.packed = packed
+        self.packed, self.on_cpu = packed, None
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    @torch.no_grad()
+    def place_packed(self) -> None:
+        """Brings a packed weight to the layout of its device's product; one that has none there is unpacked."""
+        packed = self.packed
+        assert packed is not None
+        if packed.words.device.type == "cpu":
+            kind = next((kind for kind in (RowInt8, GroupInt4) if HAS_KERNELS and kind.covers(packed)), None)
+            self.on_cpu = None if kind is None else kind(packed)
+        if self.on_cpu is not None or not packed.words.is_cuda or not plane(packed.columns, packed.kind, packed.group):
+            self.packed = None
+        if self.on_cpu is None and self.packed is None:
+            self.weight = nn.Parameter(packed.dense(self.weight.dtype), requires_grad=False)
 
 
 def block_weights(network: nn.Module) -> None:
     """Lets a network compute its products from blocked weights, where the processor is one for which that was measured.
 
-    These are x86 processors with AVX2, in float32, and in bfloat16 if oneDNN has kernels for it there.
+    These are x86 processors with AVX2, in float32, and in bfloat16 if oneDNN has kernels for it there. Packed weights are
+    brought to the layout of their device first.
     """
+    for part in network.modules():
+        if isinstance(part, Linear) and part.packed is not None:
+            part.place_packed()
     weights = list(network.parameters())
-    has_kernels = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     dtypes = {torch.float32}
-    if has_kernels and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if HAS_KERNELS and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         dtypes.add(torch.bfloat16)
     fits = sum(weight.nbytes for weight in weights) <= MOST_BYTES
     fits = fits and all(weight.device.type == "cpu" and weight.dtype in dtypes for weight in weights)
     for part in network.modules():
         if hasattr(part, "blocked"):
-            part.blocked = (part.blocked or Blocked()) if has_kernels and fits else None  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            part.blocked = (part.blocked or Blocked()) if HAS_KERNELS and fits else None  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

@@ -100,20 +100,23 @@ class Packed:
         """Bytes that a product reads."""
         return sum(tensor.nbytes for tensor in (self.words, self.scale, self.zero) if tensor is not None)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K], unpacked: (code - zero) * scale in float32, then rounded."""
+    def codes(self) -> Tensor:
+        """The codes [N, K], int8 or float8_e4m3fn."""
         (N, K), bits = self.shape, 32 // VALUES[self.kind]
         P = plane(K, self.kind, self.group) or 1
         shifts_I1 = torch.arange(0, 32, bits, device=self.words.device)[:, None]
         values_NK = (self.words.view(N, -1, 1, P) >> shifts_I1 & (1 << bits) - 1).flatten(1)[:, :K]
         if self.kind == "fp8":
-            values_NK = values_NK.to(torch.uint8).view(torch.float8_e4m3fn)
-        grouped = values_NK.float().view(N, -1, self.group)
-        if self.kind != "fp8":
-            grouped -= 1 << bits - 1
+            return values_NK.to(torch.uint8).view(torch.float8_e4m3fn)
+        return (values_NK - (1 << bits - 1)).to(torch.int8)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K]: (code - zero) * scale, in float32 or `dtype` if that is wider, then rounded."""
+        wide = torch.promote_types(dtype, torch.float32)
+        grouped = self.codes().to(wide).view(len(self.words), -1, self.group)
         if self.zero is not None:
-            grouped -= self.zero[..., None]
-        return (grouped * self.scale.float()[..., None]).view(N, K).to(dtype)
+            grouped = grouped - self.zero[..., None]
+        return (grouped * self.scale.to(wide)[..., None]).flatten(1).to(dtype)
 
 
 def plane(K: int, kind: str, group: int | None = None) -> int:
