@@ -31,6 +31,8 @@ from trainkit.files import remove
 from trainkit.models.compressed import quantization_config
 from trainkit.models.load import find_device
 
+STRUCTURED_OPTIONS = {"ratio", "bias", "dimensions", "multiple"}
+
 
 def compress(
     target: str,
@@ -59,7 +61,7 @@ def compress(
     device: str = "auto",
     dtype: str = "float32",
 ) -> str:
-    """Prunes or quantises the linear layers of a model's blocks without training, and writes the result as a bundle.
+    """Prunes or quantises the linear layers of a model's blocks without training, or makes the model smaller; writes a bundle.
 
     Embeddings and output head stay as they are. Methods that prune: `magnitude`, `wanda` (arXiv 2306.11695) and
     `sparsegpt` (arXiv 2301.00774), which also changes the weights that stay. Methods that quantise: `rtn` (round to nearest)
@@ -139,7 +141,7 @@ def compress(
         chosen = {name: options[name] for name in ("bias", "dimensions", "multiple") if name in given}
         tensors, config, made = structured.prune(target, text, method, ratio or 0, seed=seed, **chosen, **computed)
         made |= {"layers": {}}
-        table = "\n".join(f"{name:<18} {value}" for name, value in made.items() if isinstance(value, (int, float)))
+        table = f"removed: {made['removed']}"
     # Export
     if rank() > 0:
         return ""
@@ -257,7 +259,8 @@ def _table(layout: Layout, reports: Sequence[Mapping[str, Any]]) -> str:
 def _summary(exported: bundle.Bundle) -> str:
     found = exported.extra["compression"]
     shares, sizes = found["sparsity"], found["bytes"]
+    sparsity = f"sparsity {shares['matrices']:.4f} of the compressed matrices, {shares['parameters']:.4f} of all parameters; "
     return (
-        f"sparsity {shares['matrices']:.4f} of the compressed matrices, {shares['parameters']:.4f} of all parameters; "
-        f"{sizes['disk'] / 2**20:.1f} MiB of weights on disk, before {sizes['dense'] / 2**20:.1f}"
+        f"{sparsity if found['layers'] else ''}{sizes['disk'] / 2**20:.1f} MiB of weights on disk, before "
+        f"{sizes['dense'] / 2**20:.1f}"
     )
