@@ -197,7 +197,7 @@ def test_bad_commands_end_with_one_line(
             [target, out, "--method", "sparsegpt", "--sparsity", "3:16", "--bits", "4", "--group", "8", *data],
             "--group 8: not a multiple of 16, the M of --sparsity 3:16",
         ),
-        ([target, out, "--method", "flap", *data], "--method flap: removes a share, so give --ratio"),
+        ([target, out, "--method", "flap", *data], "--method flap: removes parts of the model, so give --ratio"),
         ([target, out, "--method", "flap", "--ratio", "1.5", *data], "--ratio 1.5: give the share to remove"),
         ([target, out, "--method", "flap", "--ratio", "0.2"], "--method flap: needs calibration text"),
         (

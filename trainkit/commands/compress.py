@@ -122,7 +122,7 @@ def compress(
     check_options(method, given)
     plan = None if method in structured.METHODS else make_plan(layout, method, given, options)
     if plan is None and ratio is None:
-        raise UserError(f"--method {method}: removes a share, so give --ratio, such as 0.2")
+        raise UserError(f"--method {method}: removes parts of the model, so give --ratio, such as 0.2")
     if allocation is not None and read_json(Path(allocation)).get("target") not in (None, weights_digest(target)):
         raise UserError(f"{allocation}: is for a model with other weights; run trainkit allocate on {target}")
     if dtype not in ("float32", "bfloat16", "float16"):
