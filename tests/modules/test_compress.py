@@ -19,7 +19,7 @@ from trainkit.commands.export import export
 from trainkit.commands.fit import run
 from trainkit.compress.masks import unpack_mask
 from trainkit.errors import UserError
-from trainkit.losses.divergence import TV, CrossEntropy, ForwardKL, TVDpp, forward_kl, reverse_kl, tv
+from trainkit.losses.divergence import TV, CrossEntropy, TVDpp, forward_kl, reverse_kl, tv
 from trainkit.models.compressed import dense_tensors, read_scheme
 from trainkit.modules.compress import CompressModule, normalised_difference
 from trainkit.modules.compression.flow import SRSTE, MaskDecay
@@ -245,10 +245,10 @@ def test_checkpoint_with_wrong_weights_is_refused(pruned, tiny_target, chats, tm
 
 def test_every_loss_trains(pruned, tiny_target, chats, tmp_path):
     """Cross entropy reads the text, the others the teacher; all log the same metrics."""
-    for loss in (CrossEntropy(), ForwardKL(temperature=2.0), TVDpp()):
+    for loss in (CrossEntropy(), TVDpp()):
         losses = Losses()
         trainer = fit(
-            module(pruned, tiny_target, divergence=loss), chats, tmp_path, tmp_path / type(loss).__name__, losses, steps=12
+            module(pruned, tiny_target, divergence=loss), chats, tmp_path, tmp_path / type(loss).__name__, losses, steps=8
         )
         names = {name.removeprefix("val/") for name in trainer.callback_metrics if name.startswith("val/")}
         assert names == {"loss", "alpha", "tv", "agreement", "kl", "perplexity"}
