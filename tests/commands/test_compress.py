@@ -67,6 +67,17 @@ def test_methods_without_calibration_read_no_text(options: dict[str, Any], tiny_
     assert not (tmp_path / "out" / "calibration.json").exists()
 
 
+def test_structured_method_writes_a_smaller_model(tiny_target: Path, tmp_path: Path, text: str) -> None:
+    """With fewer neurons and a new bias; transformers and the runner load it (the export's own check)."""
+    out = tmp_path / "out"
+    report = compress(str(tiny_target), str(out), method="flap", ratio=0.3, multiple=16, **calibrated(text))
+    config, made = json.loads((out / "config.json").read_text()), bundle.read(out).extra["compression"]
+    assert config["intermediate_size"] < 128 and config["mlp_bias"]
+    assert made["method"] == "flap" and made["ratio"] == 0.3 and made["calibration"]["samples"] == 4
+    assert made["bytes"]["disk"] < made["bytes"]["dense"] and "neurons of each block" in report
+    assert not (tmp_path / "out.work").exists()
+
+
 def test_killed_command_continues_with_identical_files(tiny_target: Path, tmp_path: Path, text: str, seed: int) -> None:
     """Killed when block 1 is complete; the folders differ in nothing but the name in the command."""
     torch.manual_seed(seed)
@@ -103,11 +114,13 @@ def test_compressed_draft_model_stays_a_drafter(tiny_target: Path, tmp_path: Pat
     draft = LMDraft(target_shape(tiny_target), num_layers=2)
     draft.initialise(FrozenTarget(tiny_target))
     export_drafter(draft, tmp_path / "draft", tokenizer=tiny_target)
-    for name, options in (("sparse", {"sparsity": "2:4"}), ("int8", {"sparsity": "0.5", "bits": 8})):
+    sparse, quantised = {"method": "wanda", "sparsity": "2:4"}, {"method": "wanda", "sparsity": "0.5", "bits": 8}
+    for name, options in (("sparse", sparse), ("int8", quantised), ("short", {"method": "depth", "ratio": 0.5})):
         out = str(tmp_path / name)
-        compress(str(tmp_path / "draft"), out, method="wanda", **options, **calibrated(text))
+        compress(str(tmp_path / "draft"), out, **options, **calibrated(text))
         before, after = bundle.read(tmp_path / "draft"), bundle.read(out)
-        assert (after.kind, after.config, after.target) == (before.kind, before.config, before.target)
+        layers = 1 if name == "short" else 2
+        assert (after.kind, after.config, after.target) == (before.kind, {**before.config, "num_layers": layers}, before.target)
         plain = Runner.load(str(tiny_target), device="cpu", max_len=64).generate([[5, 6, 7]], max_new_tokens=24)[0]
         ours = Runner.load(str(tiny_target), out, device="cpu", max_len=64).generate([[5, 6, 7]], max_new_tokens=24)[0]
         assert ours.tokens == plain.tokens
@@ -146,6 +159,7 @@ def test_bad_commands_end_with_one_line(
     }
     for name, layers in allocations.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"layers": layers}))
+    (tmp_path / "moved.json").write_text(json.dumps({"target": "0" * 64, "layers": {layer: {"sparsity": 0.5}}}))
     data = ["--calibration", text, "--samples", "4", "--length", "64"]
     wanda, rtn, gptq = (["--method", name] for name in ("wanda", "rtn", "gptq"))
     allocated = lambda name: ["--allocation", str(tmp_path / f"{name}.json")]
@@ -183,6 +197,14 @@ def test_bad_commands_end_with_one_line(
             [target, out, "--method", "sparsegpt", "--sparsity", "3:16", "--bits", "4", "--group", "8", *data],
             "--group 8: not a multiple of 16, the M of --sparsity 3:16",
         ),
+        ([target, out, "--method", "flap", *data], "--method flap: removes a share, so give --ratio"),
+        ([target, out, "--method", "flap", "--ratio", "1.5", *data], "--ratio 1.5: give the share to remove"),
+        ([target, out, "--method", "flap", "--ratio", "0.2"], "--method flap: needs calibration text"),
+        (
+            [target, out, "--method", "flap", "--ratio", "0.2", "--sparsity", "0.5", *data],
+            "--sparsity: --method flap has no such",
+        ),
+        ([target, out, *wanda, "--sparsity", "0.5", "--ratio", "0.5", *data], "--ratio: --method wanda has no such option"),
         ([target, out, *wanda, "--sparsity", "0.5", "--calibration", text], "windows of 512; lower --samples or --length"),
         ([target, out, *wanda, "--sparsity", "0.5", *data, "--length", "4096"], "--length 4096: "),
         ([target, out, *wanda, "--sparsity", "0.5", *data, "--samples", "0"], "samples: 0 must be at least 1"),
@@ -210,6 +232,7 @@ def test_bad_commands_end_with_one_line(
         ),
         ([target, out, *wanda, *data, *allocated("other")], "'a.b' is no linear layer of"),
         ([target, out, *wanda, *data, *allocated("none")], "none.json: has no layers; give a file of trainkit allocate"),
+        ([target, out, *wanda, *data, *allocated("moved")], "moved.json: is for a model with other weights; run trainkit allo"),
         ([target, out, *gptq, *data, *allocated("odd")], "has bits 3, which --method gptq cannot give"),
         (
             [target, out, *wanda, *data, *allocated("other"), "--sparsity", "0.5"],

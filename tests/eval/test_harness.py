@@ -44,15 +44,15 @@ ROLLING = {
 
 @pytest.fixture(scope="module")
 def theirs(tiny_target: Path) -> Any:
-    """The harness's own model, on the tiny target."""
+    """The harness's own model, on the tiny target; in float64, so that rounding decides no greedy token."""
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(tiny_target), batch_size=3, device="cpu", dtype="float32", max_length=64)
+    return HFLM(pretrained=str(tiny_target), batch_size=3, device="cpu", dtype="float64", max_length=64)
 
 
 @pytest.fixture(scope="module")
 def ours(tiny_target: Path) -> RunnerLM:
-    return RunnerLM(Runner.load(tiny_target, max_len=64, max_batch=3))
+    return RunnerLM(Runner.load(tiny_target, max_len=64, max_batch=3, dtype="float64"))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_likelihoods_equal_those_of_the_harness(ours, theirs, seed):
     pairs.append(request("In May she", greedy[0]))
     found, expected = (lm.loglikelihood(pairs, disable_tqdm=True) for lm in (ours, theirs))
     for (logprob, is_greedy), (known, known_greedy) in zip(found, expected, strict=True):
-        assert logprob == pytest.approx(known, abs=1e-3) and is_greedy == known_greedy  # float32, up to 20 tokens
+        assert logprob == pytest.approx(known, abs=1e-3) and is_greedy == known_greedy  # our log-softmax is float32
     texts = [request(" ".join(text for pair in random_pairs(8) for text in pair)) for _ in range(3)] + [request("In May")]
     rolling, known = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in (ours, theirs))
     assert max(len(ours.tok_encode(text.args[0])) for text in texts) > 64
@@ -120,7 +120,7 @@ def test_texts_equal_those_of_the_harness(ours, theirs, tiny_target, seed):
     ]
     given = [request(context or "x", settings[n % 3]) for n, (context, _) in enumerate(random_pairs(12))]
     expected = theirs.generate_until(given, disable_tqdm=True)
-    drafted = RunnerLM(Runner.load(tiny_target, tiny_target, max_len=64, max_batch=3), depth=3)
+    drafted = RunnerLM(Runner.load(tiny_target, tiny_target, max_len=64, max_batch=3, dtype="float64"), depth=3)
     assert ours.generate_until(given, disable_tqdm=True) == drafted.generate_until(given, disable_tqdm=True) == expected
     assert drafted.stats.tau > 2 > ours.stats.tau and "tau" in drafted.summary
     sampled = request("In May she", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0, "top_k": 3})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -93,7 +93,7 @@ def allocate(
         survivors: Candidates that survive each stage of a generation; the last is 1.
         tokens: Tokens on which the candidates of each stage are measured.
         seed: Seed of the order of rows, of mutations and of the windows of stages.
-        work: Folder of the levels and the state of the search; by default OUT with the suffix .work.
+        work: Folder of the levels and the state of the search; by default OUT.work beside OUT.
         columns: Column mapping, from trainkit's names to the files'.
         device: Torch device; `auto` uses a GPU if there is one, under torchrun each process its own.
         dtype: Precision of the model: float32, bfloat16 or float16.
@@ -108,6 +108,9 @@ def allocate(
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
     if sparsity is not None and group is not None:
         raise UserError("--group: only for quantised weights; give --bits or --bytes, or leave it out")
+    if len(survivors) != len(tokens) or not survivors or survivors[-1] != 1 or min(*survivors, *tokens) < 1:
+        pairs = f"--survivors {survivors}, --tokens {tokens}"
+        raise UserError(f"{pairs}: give as many of both, from 1 up, and 1 as the last survivor")
     prunes = sparsity is not None
     method = method or ("sparsegpt" if prunes else "gptq")
     if method not in METHODS or METHODS[method].prunes is not prunes:
@@ -128,10 +131,20 @@ def allocate(
         _check_bytes(space, weights, f"--bits {bits:g}" if bits is not None else f"--bytes {bytes}")
     # Text and stages
     placed = start_processes(local_device(device))
-    text = calibration_text(layout, calibration, samples + search + heldout, length, seed, columns)
-    stages = _stages(survivors, tokens, search, text.tokens_ST.shape[1])
+    windows = samples + search + heldout
+    try:
+        text = calibration_text(layout, calibration, windows, length, seed, columns)
+    except UserError as error:  # it knows only their sum
+        options = f"--samples {samples}, --search {search}, --heldout {heldout}:"
+        raise UserError(
+            str(error).replace(f"--samples {windows}:", options).replace("lower --samples or", "lower them or")
+        ) from None
+    length = text.tokens_ST.shape[1]
+    if max(tokens) > search * length:
+        raise UserError(f"--tokens {max(tokens)}: --search {search} windows of {length} have fewer; raise --search")
+    stages = [Stage(count, max(1, size // length)) for count, size in zip(survivors, tokens, strict=True)]
     # Compress every layer at its levels, search, compare
-    folder = Path(work) if work else Path(out).with_suffix(".work")
+    folder = Path(work or f"{out}.work")
     precision = getattr(torch, dtype)
     database = build(layout, _Part(text, slice(samples)), several, method, work=folder, dtype=precision, device=placed)
     fitness = KLToDense(FrozenTarget(target, precision).to(placed), database, text.tokens_ST[samples:])
@@ -152,7 +165,7 @@ def allocate(
             "layers": {name: several[name][level].setting() for name, level in zip(several, found, strict=True)},
             "budget": {"weights" if prunes else "bytes": space.budget, "cost": space.cost(found)},
             "kl": kl,
-            "calibration": {"digest": text.digest, "samples": samples, "length": text.tokens_ST.shape[1], "seed": seed},
+            "calibration": {"digest": text.digest, "samples": samples, "length": length, "seed": seed},
             "search": {"generations": generations, "offspring": offspring, "survivors": survivors, "tokens": tokens},
         },
     )
@@ -179,16 +192,6 @@ def _check_bytes(space: Space, weights: int, option: str) -> None:
             f"{option}: 4 bits everywhere take {low} bytes, 8 bits {high} ({least:.3f} and {most:.3f} bits per weight with "
             "scales); give a budget between the two"
         )
-
-
-def _stages(survivors: Sequence[int], tokens: Sequence[int], search: int, length: int) -> list[Stage]:
-    if len(survivors) != len(tokens) or not survivors or survivors[-1] != 1 or min(*survivors, *tokens) < 1:
-        raise UserError(
-            f"--survivors {survivors}, --tokens {tokens}: give as many of both, from 1 up, and 1 as the last survivor"
-        )
-    if max(tokens) > search * length:
-        raise UserError(f"--tokens {max(tokens)}: --search {search} windows of {length} have fewer; raise --search")
-    return [Stage(count, max(1, size // length)) for count, size in zip(survivors, tokens, strict=True)]
 
 
 def _table(layout: Layout, several: Levels, found: Candidate) -> str:

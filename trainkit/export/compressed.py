@@ -30,7 +30,7 @@ from trainkit.files import write_json, write_text
 from trainkit.layers.linear import Linear, block_weights
 from trainkit.layers.visible import Visible
 from trainkit.models.compressed import read_scheme, stored_weights
-from trainkit.models.load import check_covered, load_decoder, read_config, transformers4_rope
+from trainkit.models.load import SIZES, check_covered, load_decoder, read_config, transformers4_rope
 from trainkit.models.target import load_model
 
 SHARD_BYTES = 1 << 30
@@ -72,6 +72,7 @@ def export_compressed(
     made = bundle.read(source) if bundle.is_bundle(source) else None
     kind, drafter, target = ("model", {}, {}) if made is None else (made.kind, dict(made.config), dict(made.target))
     extra = {"format": "hf", "layout": "hf"} | (dict(made.extra) if made else {})
+    drafter |= {ours: config[theirs] for theirs, ours in SIZES.items() if ours in drafter and theirs in config}
     values = read_json(source / "config.json") | dict(config)
     if "rope_type" in (rope := values.get("rope_parameters") or {}):
         values |= transformers4_rope(rope)

@@ -56,15 +56,16 @@ def model_card(name: str, compression: Mapping[str, Any], metrics: Mapping[str, 
         *("---", "library_name: transformers", f"tags: [{', '.join(tags)}]", "---", "", f"# {name}", ""),
         f"A compressed language model, made by trainkit with the method {compression['method']}.",
         *("", "| | |", "|---|---|"),
+        *_row("Removed", compression.get("removed")),
         *_row("Pattern of zeros", compression.get("pattern")),
         *_row("Grid", compression.get("grid")),
-        *_row("Zeros in compressed matrices", f"{sparsity['matrices']:.2%}"),
+        *_row("Zeros in compressed matrices", f"{sparsity['matrices']:.2%}" if compression["layers"] else None),
         *_row("Zeros in all parameters", f"{sparsity['parameters']:.2%} of {compression['parameters']:,}"),
         *(row for key, value in (compression.get("calibration") or {}).items() for row in _row(f"Calibration: {key}", value)),
         *_row("Weights on disk", _megabytes(compression["bytes"]["disk"])),
         *_row("Weights of the dense model on disk", _megabytes(compression["bytes"]["dense"])),
         *_row("Weights in memory, trainkit's runner on a CPU", _megabytes(compression["bytes"]["resident"])),
-        *("", "## By kind of layer", "", "| layer | matrices | sparsity | bits |", "|---|---|---|---|", *_kinds(compression)),
+        *_kinds(compression),
         *("", "## Measured", "", *(_measured(metrics) or ["Nothing yet: `trainkit evaluate` records it here."])),
         *("", "## Load it", "", *_loading(name, quantised)),
         *("", "## Limits", "", *(f"- {line}" for line in _limits(compression, config, quantised, sparse))),
@@ -92,7 +93,7 @@ def _megabytes(size: int | None) -> str | None:
 
 
 def _kinds(compression: Mapping[str, Any]) -> list[str]:
-    """Rows with the mean sparsity and bits of each kind of layer, such as q_proj; a range if they differ."""
+    """Table of the sparsity and bits of each kind of layer, such as q_proj; a range if they differ. None without layers."""
     kinds = dict[str, list[Mapping[str, Any]]]()
     for name, layer in compression["layers"].items():
         kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
@@ -101,11 +102,13 @@ def _kinds(compression: Mapping[str, Any]) -> list[str]:
         low, high = format(min(values), style), format(max(values), style)
         return low if low == high else f"{low} to {high}"
 
-    return [
+    rows = [
         f"| {kind} | {len(layers)} | {span([layer['sparsity'] for layer in layers], '.2%')} | "
         f"{span([layer['bits'] for layer in layers], 'g')} |"
         for kind, layers in kinds.items()
     ]
+    head = ["", "## By kind of layer", "", "| layer | matrices | sparsity | bits |", "|---|---|---|---|"]
+    return [*head, *rows] if rows else []
 
 
 def _measured(metrics: Mapping[str, Any]) -> list[str]:
