@@ -17,7 +17,6 @@ paused: rounds that drafted nothing because a policy expected no gain.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import median
@@ -55,8 +54,9 @@ def summarise(result: BenchResult) -> Summary:
 
 
 def _model(module: Any, name: str, step_bytes: int) -> Summary:
-    packed = [part.packed.shape for part in module.modules() if isinstance(part, Linear) and part.packed is not None]
-    count = sum(weight.numel() for weight in module.parameters()) + sum(map(math.prod, packed))
+    packed = [part for part in module.modules() if isinstance(part, Linear) and not part.weight.numel()]
+    count = sum(weight.numel() for weight in module.parameters())
+    count += sum(part.in_features * part.out_features for part in packed)
     return {"name": name, "parameters": count, "step_bytes": step_bytes}
 
 
