@@ -130,7 +130,10 @@ def test_dense_student_of_itself_has_no_loss(tiny_target, chats, tmp_path):
 
 def test_hidden_term_by_hand():
     """States are compared after division by their root mean square."""
-    student, teacher = torch.tensor([[[3.0, 4.0]], [[1.0, 1.0]]], requires_grad=True), torch.tensor([[[6.0, 8.0]], [[1.0, -1.0]]])
+    student, teacher = (
+        torch.tensor([[[3.0, 4.0]], [[1.0, 1.0]]], requires_grad=True),
+        torch.tensor([[[6.0, 8.0]], [[1.0, -1.0]]]),
+    )
     value = normalised_difference(student, teacher.requires_grad_())
     assert float(value) == pytest.approx((0 + 0) / 2 + (0 + 4) / 2)
     value.backward()
@@ -254,7 +257,9 @@ def test_every_loss_trains(pruned, tiny_target, chats, tmp_path):
     """Cross entropy reads the text, the others the teacher; all log the same metrics."""
     for loss in (CrossEntropy(), ForwardKL(temperature=2.0), TVDpp()):
         losses = Losses()
-        trainer = fit(module(pruned, tiny_target, divergence=loss), chats, tmp_path, tmp_path / type(loss).__name__, losses, steps=12)
+        trainer = fit(
+            module(pruned, tiny_target, divergence=loss), chats, tmp_path, tmp_path / type(loss).__name__, losses, steps=12
+        )
         names = {name.removeprefix("val/") for name in trainer.callback_metrics if name.startswith("val/")}
         assert names == {"loss", "alpha", "tv", "agreement", "kl", "perplexity"}
         assert sum(losses.values[-3:]) < sum(losses.values[:3])
