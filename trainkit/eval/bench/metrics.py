@@ -17,6 +17,7 @@ paused: rounds that drafted nothing because a policy expected no gain.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import median
