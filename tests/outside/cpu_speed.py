@@ -1,10 +1,12 @@
 """Plain greedy decoding on a CPU by trainkit, transformers and OpenVINO GenAI, in turn: tokens per second of one prompt each.
 
     OMP_NUM_THREADS=2 TRAINKIT_OUTSIDE=$PWD/.outside python -m tests.outside.cpu_speed TARGET [--dtype bfloat16] [--batch 8]
+        [--quantised FOLDER [--drafter FOLDER --depth 4]]
 
 Every program decodes the same prompts with as many threads as torch has, ignoring end tokens, prompt included in the time. The
 processor time of all threads is shown too: it says more than seconds where other programs need the cores. OpenVINO GenAI runs
-in float32 and alone in batch 1.
+in float32 and alone in batch 1. With a quantised folder of the target, trainkit decodes it too, also with the drafter, and
+OpenVINO GenAI decodes the target with weights that it has rounded to int8 itself.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from transformers import GenerationConfig
@@ -44,6 +47,9 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, default=1, help="copies of each prompt that trainkit and transformers decode together"
     )
+    parser.add_argument("--quantised", help="a quantised folder of the target")
+    parser.add_argument("--drafter", help="a drafter for the quantised folder")
+    parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -54,9 +60,12 @@ def main() -> None:
     model = load_model(options.target, torch.device("cpu"), getattr(torch, options.dtype))
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
 
-    def ours(prompt: list[int]) -> list[list[int]]:
-        outputs = runner.generate([prompt] * batch, max_new_tokens=new_tokens, ignore_end=True)
-        return [output.tokens for output in outputs]
+    def decoding(runner: Runner, depth: int = 0) -> Callable[[Sequence[list[int]]], Times]:
+        def ours(prompt: list[int]) -> list[list[int]]:
+            outputs = runner.generate([prompt] * batch, max_new_tokens=new_tokens, ignore_end=True, depth=depth)
+            return [output.tokens for output in outputs]
+
+        return lambda prompts: timed(ours, prompts)
 
     @torch.inference_mode()
     def theirs(prompt: list[int]) -> list[list[int]]:
@@ -66,17 +75,24 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
 
-        def openvino(prompts: Sequence[list[int]]) -> Times:
-            request = {"model": options.target, "prompts": [prompts[0], *prompts], "new_tokens": new_tokens}
+        def openvino(prompts: Sequence[list[int]], int8: bool = False) -> Times:
+            request = {"model": options.target, "prompts": [prompts[0], *prompts], "new_tokens": new_tokens, "int8": int8}
             answer = outside.ask("openvino", "openvino_pipeline", request | {"scratch": scratch, "threads": threads})
             return answer["tokens"][1:], answer["seconds"][1:], answer["cpu_seconds"][1:]  # the first is a warm-up
 
         programs: dict[str, Callable[[Sequence[list[int]]], Times]] = {
-            "trainkit": lambda prompts: timed(ours, prompts),
+            "trainkit": decoding(runner),
             "transformers": lambda prompts: timed(theirs, prompts),
         }
         if batch == 1 and options.dtype == "float32":
             programs["OpenVINO GenAI"] = openvino
+        if options.quantised:
+            quantised = Runner.load(options.quantised, options.drafter, dtype=options.dtype, max_batch=batch)
+            programs["trainkit, quantised"] = decoding(quantised)
+            if options.drafter:
+                programs["the same, drafted"] = decoding(quantised, options.depth)
+            if batch == 1:
+                programs["OpenVINO, int8"] = partial(openvino, int8=True)
         texts = {name: program(prompts)[0] for name, program in programs.items()}
         runs: dict[str, list[Times]] = {name: [] for name in programs}
         for _ in range(options.repeats):
@@ -90,7 +106,7 @@ def main() -> None:
         speed, cpu = (statistics.median(tokens / sum(run[part]) for run in times) for part in (1, 2))
         equal = sum(text == own for text, own in zip(texts[name], texts["trainkit"], strict=True))
         print(
-            f"{name:15s} {speed:8.1f} tokens/s {cpu:8.1f} tokens per processor second, {equal} of {len(prompts)} texts as ours"
+            f"{name:20s} {speed:8.1f} tokens/s {cpu:8.1f} tokens per processor second, {equal} of {len(prompts)} texts as ours"
         )
 
 

@@ -6,9 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.support.drafters import VARIANTS
 from tests.support.equality import Tie, assert_few, compare, exact_logits
-from tests.support.models import BUSHY, SHAPE, SIBLINGS, pair, ragged_prompts
-from trainkit.runner import DynamicTree, Stats
+from tests.support.models import BUSHY, END, SHAPE, SIBLINGS, lm_draft, near, pair, ragged_prompts, random_decoder
+from trainkit.compress.masks import Pattern, mask_from_scores, parse_pattern
+from trainkit.compress.quantise import Grid, quantise
+from trainkit.drafters.base import load_kind
+from trainkit.layers.linear import Linear
+from trainkit.layers.packed import Packed
+from trainkit.models.shape import TargetShape
+from trainkit.runner import DynamicTree, Runner, Stats
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 
 GROWING = DynamicTree(4, 3, 8)
@@ -192,6 +199,42 @@ def test_prompts_longer_than_a_prefill_chunk(seed):
         logits = exact_logits(runner.rounds.target, prompt + out.tokens[:-1])[len(prompt) - 1 :]
         chosen = logits.gather(1, torch.tensor(out.tokens)[:, None])[:, 0]
         assert (logits.max(1).values - chosen).max() < 1e-4
+
+
+def compressed_pair(make: Grid | Pattern, variant: str) -> Runner:
+    """A random target, pruned or packed on a grid, with a drafter near the dense target, or a random one of another kind."""
+    shape = replace(SHAPE, hidden_size=64, intermediate_size=96, head_dim=16)
+    target, full = random_decoder(shape, 0.25), TargetShape(shape, (END,))
+    draft = lm_draft(full, near(target, 0.03))
+    if variant != "lm":
+        kind, options = VARIANTS[variant]
+        draft = load_kind(kind)(full, **options)
+    for part in target.modules():
+        if isinstance(part, Linear) and isinstance(make, Pattern):
+            part.weight.mul_(mask_from_scores(part.weight.abs(), make))
+        elif isinstance(part, Linear):
+            found = quantise(part.weight, make)
+            part.set_packed(Packed.from_codes(found.codes_RK, found.scale_RG, found.zero_RG, make.bits, make.kind))
+    return Runner(target, draft, full, max_batch=3, max_len=64)
+
+
+GRIDS = [Grid(8), Grid(4, 32), Grid(4, scale_dtype=torch.bfloat16), Grid(8, 16, symmetric=False), Grid(8, kind="float")]
+
+
+@pytest.mark.parametrize("variant", ["lm", "eagle", "hydra++"])
+@pytest.mark.parametrize("make", [*GRIDS, parse_pattern("2:4")], ids=str)
+def test_compressed_target_equals_its_plain_decoding(make, variant, seed):
+    """Speculative output of a packed or pruned target is its own plain output, with chains and trees, token for token."""
+    runner, prompts, texts, decisions = compressed_pair(make, variant), ragged_prompts(4), 0, 0
+    for sampling in SAMPLINGS[:3:2]:
+        options = {"max_new_tokens": 12, "seed": seed} | settings(sampling)
+        plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
+        for tree in (3, SIBLINGS, DynamicTree(3, 2, 6)):
+            drafted = runner.generate(prompts, **options, **shaped(tree))
+            texts += sum(out.tokens != own for out, own in zip(drafted, plain, strict=True))
+            decisions += sum(map(len, plain))
+    # Only the small float32 differences of attention remain; they rarely change a rounding to bfloat16.
+    assert texts <= 1, f"{texts} texts differ in {decisions} decisions"
 
 
 @pytest.mark.slow

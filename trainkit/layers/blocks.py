@@ -158,6 +158,5 @@ class Decoder(nn.Module):
     def step_bytes(self) -> int:
         """Bytes of weights that a decoding step reads: all but an untied embedding, of which it reads one row per token."""
         total = sum(p.numel() * p.element_size() for p in self.parameters())
-        stored = [part.on_cpu or part.packed for part in self.modules() if isinstance(part, Linear)]
-        total += sum(packed.nbytes for packed in stored if packed)
+        total += sum(part.packed.nbytes for part in self.modules() if isinstance(part, Linear) and part.packed)
         return total if self.lm_head is None else total - self.embed.weight.numel() * self.embed.weight.element_size()

@@ -22,6 +22,7 @@ from trainkit.layers.kernels.attend import attend
 from trainkit.layers.kernels.few_rows import MAX_ROWS, few_rows, supports
 from trainkit.layers.kernels.place import place
 from trainkit.layers.packed import Packed
+from trainkit.layers.packed_cpu import OnCPU
 
 if TYPE_CHECKING:
     from trainkit.layers.attention import Attention, KernelContext
@@ -102,8 +103,8 @@ def product(x_MK: Tensor, linear: Linear, bias_N: Tensor | None = None, silu: bo
     return _product(x_MK, linear.weight if linear.packed is None else linear.packed, bias_N, silu)
 
 
-def _product(x_MK: Tensor, weight: Tensor | Packed, bias_N: Tensor | None = None, silu: bool = False) -> Tensor:
-    if len(x_MK) <= MAX_ROWS and supports(weight):
+def _product(x_MK: Tensor, weight: Tensor | Packed | OnCPU, bias_N: Tensor | None = None, silu: bool = False) -> Tensor:
+    if len(x_MK) <= MAX_ROWS and not isinstance(weight, OnCPU) and supports(weight):
         parts_SMN = few_rows(x_MK, weight, silu and bias_N is None)
         if bias_N is None:
             return parts_SMN
@@ -112,7 +113,7 @@ def _product(x_MK: Tensor, weight: Tensor | Packed, bias_N: Tensor | None = None
             return parts_SMN
         y_MN = parts_SMN.sum(0).to(x_MK.dtype)
     else:
-        y_MN = F.linear(x_MK, weight.dense(x_MK.dtype) if isinstance(weight, Packed) else weight, bias_N)
+        y_MN = F.linear(x_MK, weight, bias_N) if isinstance(weight, Tensor) else weight.product(x_MK, bias_N)
         if not silu:
             return y_MN[None]
     gate, up = y_MN.chunk(2, dim=-1)

@@ -90,25 +90,21 @@ class Linear(nn.Linear):
 
     Attributes:
         blocked: The weight in the blocked layout; set by `block_weights`.
-        packed: The weight in fewer bytes; `weight` is then empty.
-        on_cpu: The packed weight in the layout of a CPU, instead of `packed`; set by `block_weights`.
+        packed: The weight in fewer bytes, for decoding; `weight` is then empty.
     """
 
     blocked: Blocked | None = None
-    packed: Packed | None = None
-    on_cpu: OnCPU | None = None
+    packed: Packed | OnCPU | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.on_cpu is not None:
-            return self.on_cpu.product(input, self.bias)
         if self.packed is not None:
-            return F.linear(input, self.packed.dense(input.dtype), self.bias)
+            return self.packed.product(input, self.bias)
         return project(input, self.weight, self.bias, self.blocked)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         """`nn.Module.to` and its like: a packed weight moves too, and its scales are rounded to a narrower dtype."""
         super()._apply(fn, recurse)
-        if self.packed is not None:
+        if isinstance(self.packed, Packed):  # what a CPU's product reads has no other place
             old, scale = self.packed, fn(self.packed.scale)
             if scale.element_size() > old.scale.element_size():
                 scale = scale.to(old.scale.dtype)  # exactly the old values
@@ -129,21 +125,21 @@ class Linear(nn.Linear):
         """
         if packed.shape != (self.out_features, self.in_features):
             raise ValueError(f"a packed weight of {packed.shape} for {self.out_features} outputs of {self.in_features} inputs")
-        self.packed, self.on_cpu = packed, None
+        self.packed = packed
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     @torch.no_grad()
     def place_packed(self) -> None:
-        """Brings a packed weight to the layout of its device's product; one that has none there is unpacked."""
+        """Brings a packed weight to the layout of its device's product; one that has none there becomes dense."""
         packed = self.packed
-        assert packed is not None
-        if packed.words.device.type == "cpu":
-            kind = next((kind for kind in (RowInt8, GroupInt4) if HAS_KERNELS and kind.covers(packed)), None)
-            self.on_cpu = None if kind is None else kind(packed)
-        if self.on_cpu is not None or not packed.words.is_cuda or not plane(packed.columns, packed.kind, packed.group):
-            self.packed = None
-        if self.on_cpu is None and self.packed is None:
-            self.weight = nn.Parameter(packed.dense(self.weight.dtype), requires_grad=False)
+        if not isinstance(packed, Packed):
+            return
+        on_cpu = not packed.words.is_cuda
+        kinds = [kind for kind in (RowInt8, GroupInt4) if on_cpu and HAS_KERNELS and kind.covers(packed)]
+        if kinds:
+            self.packed = kinds[0](packed)
+        elif on_cpu or not plane(packed.columns, packed.kind, packed.group):
+            self.packed, self.weight = None, nn.Parameter(packed.dense(self.weight.dtype), requires_grad=False)
 
 
 def block_weights(network: nn.Module) -> None:
@@ -153,7 +149,7 @@ def block_weights(network: nn.Module) -> None:
     brought to the layout of their device first.
     """
     for part in network.modules():
-        if isinstance(part, Linear) and part.packed is not None:
+        if isinstance(part, Linear):
             part.place_packed()
     weights = list(network.parameters())
     dtypes = {torch.float32}

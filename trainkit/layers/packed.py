@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 VALUES = {"int8": 4, "fp8": 4, "int4": 8}
@@ -79,7 +80,7 @@ class Packed:
             values_RK = codes_RK.to(device).to(torch.float8_e4m3fn).view(torch.uint8).int()
         else:
             values_RK = codes_RK.to(device).int() + (1 << bits - 1)
-        values_RK = torch.nn.functional.pad(values_RK, (0, -K % (count * P)))
+        values_RK = F.pad(values_RK, (0, -K % (count * P)))
         words = torch.zeros(R, values_RK.shape[1] // (count * P), P, dtype=torch.int32, device=device)
         for i, value in enumerate(values_RK.view(R, -1, count, P).unbind(2)):
             words |= value << i * bits
@@ -109,6 +110,10 @@ class Packed:
         if self.kind == "fp8":
             return values_NK.to(torch.uint8).view(torch.float8_e4m3fn)
         return (values_NK - (1 << bits - 1)).to(torch.int8)
+
+    def product(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
+        """The product x weight^T + bias, of the unpacked weight."""
+        return F.linear(x, self.dense(x.dtype), bias_N)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K]: (code - zero) * scale, in float32 or `dtype` if that is wider, then rounded."""

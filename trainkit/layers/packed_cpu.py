@@ -5,8 +5,9 @@
 | `RowInt8`   | int8, one scale for a row, no zero points        | 1                       |
 | `GroupInt4` | int4, groups in multiples of 32, no zero points  | 1/2, and 4 for a group  |
 
-Inputs and results are rounded to bfloat16, and sums are float32: with float32 inputs these operators are ten times slower. A row's
-result does not depend on the other rows or on their number, bit for bit, so that verification computes what plain decoding does.
+Inputs and results are rounded to bfloat16, and sums are float32: with float32 inputs these operators are ten times slower.
+A row's result does not depend on the other rows or on their number, bit for bit, so verification computes the products of plain
+decoding.
 
 Milliseconds of the products in the layers of SmolLM2-135M for 1 / 4 / 8 / 16 rows; one thread of an AMD EPYC (Zen 5), processor
 time with other jobs beside it, torch 2.13.0, 2026-11-27:
@@ -40,10 +41,13 @@ class OnCPU:
     """A packed weight in the layout of a product on a CPU.
 
     Attributes:
+        kind, shape, group: As in `Packed`.
         nbytes: Bytes that a product reads.
     """
 
-    nbytes: int
+    def __init__(self, packed: Packed, *stored: Tensor) -> None:
+        self.kind, self.shape, self.group = packed.kind, packed.shape, packed.group
+        self.nbytes = sum(tensor.nbytes for tensor in stored)
 
     def product(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
         """The product x weight^T + bias, in the dtype of x.
@@ -59,6 +63,10 @@ class OnCPU:
     def _rows(self, x_MK: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K], with the scales of the product."""
+        raise NotImplementedError
+
 
 class RowInt8(OnCPU):
     """torch's product with int8 weights."""
@@ -68,7 +76,7 @@ class RowInt8(OnCPU):
         self._weight, self._scale_N = packed.codes(), scale_N.bfloat16()
         rest_N = scale_N / self._scale_N  # what rounding the scale leaves out
         self._rest_N = None if torch.equal(self._scale_N.float(), scale_N) else rest_N
-        self.nbytes = self._weight.nbytes + self._scale_N.nbytes
+        super().__init__(packed, self._weight, self._scale_N)
 
     @staticmethod
     def covers(packed: Packed) -> bool:
@@ -79,6 +87,10 @@ class RowInt8(OnCPU):
         y_MN = torch._weight_int8pack_mm(x_MK.bfloat16(), self._weight, self._scale_N)
         return y_MN if self._rest_N is None else y_MN * self._rest_N
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        scale_N = self._scale_N.float() if self._rest_N is None else self._scale_N * self._rest_N
+        return (self._weight * scale_N[:, None]).to(dtype)
+
 
 class GroupInt4(OnCPU):
     """torch's product with int4 weights; scales are rounded to bfloat16 too."""
@@ -88,7 +100,7 @@ class GroupInt4(OnCPU):
         self._weight = torch._convert_weight_to_int4pack_for_cpu(packed.codes().int() + 8, 1)
         scale_GN = packed.scale.bfloat16().repeat_interleave(packed.group // self._group, 1).T
         self._scale_GN2 = torch.stack([scale_GN, torch.zeros_like(scale_GN)], 2)
-        self.nbytes = self._weight.nbytes + self._scale_GN2.nbytes
+        super().__init__(packed, self._weight, self._scale_GN2)
 
     @staticmethod
     def covers(packed: Packed) -> bool:
@@ -98,3 +110,10 @@ class GroupInt4(OnCPU):
 
     def _rows(self, x_MK: Tensor) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK.bfloat16(), self._weight, self._group, self._scale_GN2)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        # the stored order of the codes depends on the processor, so they are read as products with unit vectors
+        units_KK = torch.eye(self.shape[1], dtype=torch.bfloat16)
+        ones_GN2 = torch.stack([torch.ones_like(self._scale_GN2[..., 0]), self._scale_GN2[..., 1]], 2)
+        codes_KN = torch.ops.aten._weight_int4pack_mm_for_cpu(units_KK, self._weight, self._group, ones_GN2).float()
+        return (codes_KN * self._scale_GN2[..., 0].float().repeat_interleave(self._group, 0)).T.contiguous().to(dtype)

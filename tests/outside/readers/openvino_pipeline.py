@@ -1,8 +1,8 @@
-"""Greedy text in OpenVINO GenAI on the CPU in float32, alone or with a draft model or an EAGLE-3 draft.
+"""Greedy text in OpenVINO GenAI on the CPU in float32, or with int8 weights, alone or with a draft model or an EAGLE-3 draft.
 
 Request: `model`, `prompts`, `new_tokens`; with a drafter `draft`, `depth`, and `eagle` if it is EAGLE-3; `scratch`, a folder
-for the converted models; `threads`, 1 by default. Answer: `tokens`; `accepted` as the pipeline counts it; and for each prompt
-`seconds` and `cpu_seconds`, the time of all threads.
+for the converted models; `threads`, 1 by default; `int8`, whether the model's weights are rounded to int8, a scale per row.
+Answer: `tokens`; `accepted` as the pipeline counts it; and for each prompt `seconds` and `cpu_seconds`, the time of all threads.
 """
 
 import json
@@ -15,23 +15,26 @@ import numpy as np
 import openvino
 import openvino_genai
 from optimum.exporters.openvino import main_export
+from optimum.intel import OVConfig
 
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
-def convert(folder, out, eagle):
-    """Writes the folder `out` in OpenVINO's format with float32 weights, unless it exists."""
+def convert(folder, out, eagle, int8=False):
+    """Writes the folder `out` in OpenVINO's format with float32 weights, or int8 ones, unless it exists."""
     if not out.exists():
         options = {"task": "text-generation-with-past", "trust_remote_code": eagle, "convert_tokenizer": True}
+        if int8:
+            options["ov_config"] = OVConfig(quantization_config={"bits": 8, "sym": True})
         main_export(folder, out, **options)
     return str(out)
 
 
 def main(request):
-    scratch, extra = Path(request["scratch"]), {}
+    scratch, extra, int8 = Path(request["scratch"]), {}, request.get("int8", False)
     properties = PRECISION | {"INFERENCE_NUM_THREADS": request.get("threads", 1)}
     scratch.mkdir(exist_ok=True)
-    model = convert(request["model"], scratch / "model", False)
+    model = convert(request["model"], scratch / ("int8" if int8 else "model"), False, int8)
     if folder := request.get("draft"):
         draft = convert(folder, scratch / "draft", request.get("eagle", False))
         extra["draft_model"] = openvino_genai.draft_model(draft, "CPU", **properties)

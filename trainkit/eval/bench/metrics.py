@@ -55,9 +55,11 @@ def summarise(result: BenchResult) -> Summary:
 
 
 def _model(module: Any, name: str, step_bytes: int) -> Summary:
-    packed = [part.packed.shape for part in module.modules() if isinstance(part, Linear) and part.packed is not None]
-    count = sum(weight.numel() for weight in module.parameters()) + sum(map(math.prod, packed))
-    return {"name": name, "parameters": count, "step_bytes": step_bytes}
+    packed = [part.packed for part in module.modules() if isinstance(part, Linear) and part.packed is not None]
+    count = sum(weight.numel() for weight in module.parameters()) + sum(math.prod(weight.shape) for weight in packed)
+    grouped = lambda weight: weight.group < weight.shape[1]
+    kinds = {weight.kind + (f" in groups of {weight.group}" if grouped(weight) else "") for weight in packed}
+    return {"name": name, "parameters": count, "step_bytes": step_bytes, "packed": sorted(kinds)}
 
 
 def _draft_bytes(runner: Runner) -> int:

@@ -36,7 +36,8 @@ def table(summary: Values) -> str:
 def title(summary: Values) -> str:
     """The target and the drafters, each with its number of parameters."""
     target, drafters = summary["target"], summary["drafters"]
-    text = f"target {target['name']} ({_count(target['parameters'])}, {summary['arguments']['dtype']})"
+    weights = " and ".join([*target.get("packed", ()), summary["arguments"]["dtype"]])
+    text = f"target {target['name']} ({_count(target['parameters'])}, {weights})"
     names = ", ".join(f"{drafter['name']} ({_count(drafter['parameters'])})" for drafter in drafters)
     return f"{text}, drafter{'s' if len(drafters) > 1 else ''} {names}" if drafters else text
 
