@@ -16,10 +16,12 @@ _SIZES = {"vocab_size": "vocabulary", "hidden_size": "hidden", "num_layers": "la
 def describe(bundle: Bundle) -> str:
     """The card in Markdown: kind, size, target, measured values and recommended runner settings."""
     count, size = weight_count(bundle)
+    compression = bundle.extra.get("compression") or {}
     decoder, fingerprint = bundle.target.get("decoder", {}), bundle.target.get("fingerprint") or {}
     sizes = [f"{label} {decoder[key]}" for key, label in _SIZES.items() if key in decoder]
     rows = {
-        "weights": f"{count:,} parameters, {size / 1e6:,.1f} MB",
+        "weights": f"{compression.get('parameters', count):,} parameters, {size / 1e6:,.1f} MB",
+        "compression": _compression(compression),
         "target": ", ".join([str(fingerprint["path"]), *sizes] if fingerprint.get("path") else sizes),
         "decoding": f"not by trainkit's runner: {reason}" if (reason := bundle.target.get("undecodable")) else None,
         "layout": bundle.extra.get("layout"),
@@ -68,6 +70,16 @@ def _certificate(bundle: Bundle) -> str:
         return f"{result} ({where}); {checks['texts']['figure']}"
     except (UserError, KeyError, TypeError):
         return "unreadable; run trainkit verify again"
+
+
+def _compression(values: Mapping[str, Any]) -> str:
+    """Method, zeros and bits of a compressed model; its README.md has more."""
+    if not values:
+        return ""
+    bits = sorted({layer["bits"] for layer in values["layers"].values()})
+    shares = values["sparsity"]
+    zeros = f"{shares['matrices']:.2%} zeros in compressed matrices, {shares['parameters']:.2%} in all parameters"
+    return f"{values['method']}, {zeros}, {' and '.join(map(str, bits))} bits"
 
 
 def _predictor(values: Any) -> str:

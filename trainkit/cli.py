@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "turn a checkpoint into a bundle: trainkit export CHECKPOINT OUT",
     "import": "turn another program's drafter into a bundle: trainkit import FOLDER OUT --target DIR",
     "compress": "prune or quantise a model: trainkit compress TARGET OUT --method wanda --sparsity 2:4 --calibration FILE",
+    "allocate": "how much to compress each layer: trainkit allocate TARGET OUT --sparsity 0.6 --calibration FILE",
     "trim": "make a drafter with a smaller vocabulary: trainkit trim BUNDLE OUT --target DIR --text SET",
     "vocab": "choose the token ids of a smaller draft vocabulary: trainkit vocab OUT --target DIR --text SET",
     "tree": "find the fastest draft tree on this machine: trainkit tree BUNDLE --target DIR --prompts FILE",

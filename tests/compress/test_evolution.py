@@ -77,7 +77,7 @@ def test_exchange_without_a_layer_to_pay_changes_nothing() -> None:
 
 
 def test_search_finds_the_optimum_of_equal_steps(seed: int) -> None:
-    """Where each further level helps a layer less, the optimum is where no exchange helps; the search finds that of brute force."""
+    """Where each further level helps a layer less, exchanges lead to the optimum; the search finds that of brute force."""
     fitness = Separable(seed, layers=6, levels=5)
     fitness.errors = [[scale * 0.6**level for level in range(5)] for scale in (torch.rand(6) + 0.1).tolist()]
     best = min(fitness(candidate, (0,)) for candidate in itertools.product(range(5), repeat=6) if sum(candidate) == 12)
@@ -123,7 +123,6 @@ def test_search_ends_where_only_one_candidate_exists() -> None:
 
 def test_search_killed_and_resumed_is_the_same(tmp_path: Path, seed: int) -> None:
     """A search stopped in the middle of a generation and started again gives the parents of one that ran through."""
-    state = tmp_path / "search.json"
     fitness = Separable(seed, 6, 5, noise=0.1)
     through = SETTINGS.run(STEPS, fitness, MIDDLE)
     calls = 0
@@ -136,13 +135,14 @@ def test_search_killed_and_resumed_is_the_same(tmp_path: Path, seed: int) -> Non
         return fitness(candidate, windows)
 
     with pytest.raises(KeyboardInterrupt):
-        SETTINGS.run(STEPS, stopping, MIDDLE, state)
-    assert len(json.loads(state.read_text())["parents"]) == 3
+        SETTINGS.run(STEPS, stopping, MIDDLE, tmp_path)
+    (state,) = tmp_path.iterdir()
+    assert len(json.loads(state.read_text())) == 3
     fitness.calls.clear()
-    assert SETTINGS.run(STEPS, fitness, MIDDLE, state) == through
+    assert SETTINGS.run(STEPS, fitness, MIDDLE, tmp_path) == through
     assert len(fitness.calls) == 16 * 5
     fitness.calls.clear()
-    assert Search(5, 12, SETTINGS.stages, 16, 3).run(STEPS, fitness, MIDDLE, state) == through[:5] and not fitness.calls
+    assert Search(5, 12, SETTINGS.stages, 16, 3).run(STEPS, fitness, MIDDLE, tmp_path) == through[:5] and not fitness.calls
 
 
 def test_search_in_two_processes_is_that_of_one(tmp_path: Path, seed: int) -> None:
@@ -152,7 +152,7 @@ def test_search_in_two_processes_is_that_of_one(tmp_path: Path, seed: int) -> No
         store = f"file://{tmp_path / 'store'}"
         torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
         fitness = Separable(seed, 6, 5, noise=0.1)
-        found = SETTINGS.run(STEPS, fitness, MIDDLE, tmp_path / "state.json")
+        found = SETTINGS.run(STEPS, fitness, MIDDLE, tmp_path / "work")
         (tmp_path / f"rank{rank}.json").write_text(json.dumps([found, len(fitness.calls)]))
 
     children = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
@@ -164,19 +164,16 @@ def test_search_in_two_processes_is_that_of_one(tmp_path: Path, seed: int) -> No
         assert calls == 8 * (12 + 4) // 2
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not a state of a search"),
-        ('{"parents": []}', "not a state of a search"),
-        ('{"search": "0", "parents": []}', "belongs to a search with other settings"),
-    ],
-)
-def test_search_refuses_a_foreign_state(tmp_path: Path, text: str, message: str) -> None:
-    """A damaged state file, or one of other settings, is refused by name."""
-    (tmp_path / "search.json").write_text(text)
-    with pytest.raises(UserError, match=rf"search\.json: {message}"):
-        SETTINGS.run(STEPS, lambda *_: 1.0, MIDDLE, tmp_path / "search.json")
+def test_search_refuses_a_damaged_state(tmp_path: Path) -> None:
+    """A damaged state file is refused by name; one of other settings is another file, and stays."""
+    SETTINGS.run(STEPS, lambda *_: 1.0, MIDDLE, tmp_path, identity="a")
+    (state,) = tmp_path.iterdir()
+    SETTINGS.run(STEPS, lambda *_: 2.0, MIDDLE, tmp_path, identity="b")
+    assert len(list(tmp_path.iterdir())) == 2 and json.loads(state.read_text())[0]["fitness"] == 1
+    for text in ("{", '{"levels": 1}', '[{"levels": [1]}]'):
+        state.write_text(text)
+        with pytest.raises(UserError, match=r"search-\w+\.json: not a state of a search .*; remove it to start again"):
+            SETTINGS.run(STEPS, lambda *_: 1.0, MIDDLE, tmp_path, identity="a")
 
 
 def test_search_refuses_a_start_beyond_the_budget() -> None:

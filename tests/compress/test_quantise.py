@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
@@ -8,7 +10,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize as refere
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from tests.support.layers import WEIGHT_RK, error
-from trainkit.compress.quantise import Grid, quantise
+from trainkit.compress.quantise import Grid, Quantised, quantise
 from trainkit.errors import UserError
 
 GRIDS = [Grid(8), Grid(4, 8), Grid(8, 16), Grid(4, 8, symmetric=False), Grid(8, None, symmetric=False), Grid(8, kind="float")]
@@ -93,6 +95,24 @@ def test_a_rounded_weight_is_off_by_half_a_step(grid: Grid, seed: int) -> None:
         assert (change_RK <= weight_RK.abs() / 16 + step_RK * 2**-9).all()
     else:
         assert (change_RK <= step_RK * (0.501 if grid.rule == "full" else 1.001)).all()
+
+
+@pytest.mark.parametrize(
+    "grid", [Grid(4, 8), Grid(4, 8, symmetric=False), Grid(8), Grid(4, 8, rule="full", scale_dtype=torch.bfloat16)], ids=str
+)
+def test_a_searched_scale_has_the_least_error(grid: Grid, seed: int) -> None:
+    """Of all shrunk ranges, each group has the one of least weighted error: none that was not searched is better."""
+    weight_RK, importance_K = torch.randn(5, 32, dtype=torch.float64), torch.rand(32, dtype=torch.float64) + 0.01
+
+    def lost(quantised: Quantised, weights_K: torch.Tensor | None) -> torch.Tensor:
+        square_RK = (quantised.dense(torch.float64) - weight_RK).square() * (1 if weights_K is None else weights_K)
+        return square_RK.view(5, -1, grid.group or 32).sum(2)
+
+    factors = torch.linspace(1, 0.5 if grid.bits == 4 else 0.85, 20).tolist()
+    for weights_K in (None, importance_K):
+        errors = [lost(quantise(weight_RK, grid, *grid.scales(weight_RK * factor)), weights_K) for factor in factors]
+        searched = quantise(weight_RK, grid, *replace(grid, search=True).scales(weight_RK, weights_K))
+        torch.testing.assert_close(lost(searched, weights_K), torch.stack(errors).amin(0))
 
 
 def test_zeros_are_exact_and_groups_of_zeros_harmless(seed: int) -> None:

@@ -44,15 +44,15 @@ ROLLING = {
 
 @pytest.fixture(scope="module")
 def theirs(tiny_target: Path) -> Any:
-    """The harness's own model, on the tiny target."""
+    """The harness's own model, on the tiny target; in float64, so that rounding decides no greedy token."""
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(tiny_target), batch_size=3, device="cpu", dtype="float32", max_length=64)
+    return HFLM(pretrained=str(tiny_target), batch_size=3, device="cpu", dtype="float64", max_length=64)
 
 
 @pytest.fixture(scope="module")
 def ours(tiny_target: Path) -> RunnerLM:
-    return RunnerLM(Runner.load(tiny_target, max_len=64, max_batch=3))
+    return RunnerLM(Runner.load(tiny_target, max_len=64, max_batch=3, dtype="float64"))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_likelihoods_equal_those_of_the_harness(ours, theirs, seed):
     pairs.append(request("In May she", greedy[0]))
     found, expected = (lm.loglikelihood(pairs, disable_tqdm=True) for lm in (ours, theirs))
     for (logprob, is_greedy), (known, known_greedy) in zip(found, expected, strict=True):
-        assert logprob == pytest.approx(known, abs=1e-3) and is_greedy == known_greedy  # float32, up to 20 tokens
+        assert logprob == pytest.approx(known, abs=1e-3) and is_greedy == known_greedy  # our log-softmax is float32
     texts = [request(" ".join(text for pair in random_pairs(8) for text in pair)) for _ in range(3)] + [request("In May")]
     rolling, known = (lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in (ours, theirs))
     assert max(len(ours.tok_encode(text.args[0])) for text in texts) > 64
@@ -120,7 +120,7 @@ def test_texts_equal_those_of_the_harness(ours, theirs, tiny_target, seed):
     ]
     given = [request(context or "x", settings[n % 3]) for n, (context, _) in enumerate(random_pairs(12))]
     expected = theirs.generate_until(given, disable_tqdm=True)
-    drafted = RunnerLM(Runner.load(tiny_target, tiny_target, max_len=64, max_batch=3), depth=3)
+    drafted = RunnerLM(Runner.load(tiny_target, tiny_target, max_len=64, max_batch=3, dtype="float64"), depth=3)
     assert ours.generate_until(given, disable_tqdm=True) == drafted.generate_until(given, disable_tqdm=True) == expected
     assert drafted.stats.tau > 2 > ours.stats.tau and "tau" in drafted.summary
     sampled = request("In May she", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0, "top_k": 3})
@@ -133,8 +133,8 @@ def test_task_scores_equal_those_of_the_harness(ours, theirs, tasks):
     import lm_eval
 
     names = ["clips_choice", "clips_writing", "clips_rolling"]
-    manager = load_tasks(names, str(tasks))
-    found = run_tasks(ours, names, manager)
+    found = run_tasks(ours, load_tasks(names, str(tasks)))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     known: Any = lm_eval.simple_evaluate(theirs, tasks=names, task_manager=manager, bootstrap_iters=10, log_samples=False)
     for task, metric in (("clips_choice", "acc"), ("clips_choice", "acc_norm"), ("clips_writing", "exact_match")):
         assert found[task][metric]["value"] == known["results"][task][f"{metric},none"], (task, metric)
@@ -143,6 +143,18 @@ def test_task_scores_equal_those_of_the_harness(ours, theirs, tasks):
     rolling = found["clips_rolling"]["word_perplexity"]
     assert rolling["value"] == pytest.approx(known["results"]["clips_rolling"]["word_perplexity,none"], rel=1e-4)
     assert not rolling["higher_is_better"] and rolling["stderr"] is None
+
+
+def test_examples_are_as_many_as_requested(ours, tasks, monkeypatch, seed):
+    """`few_shot` puts so many questions with answers first, or none, as earlier turns with the chat template."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        RunnerLM, "generate_until", lambda self, requests, **_: [asked.append(r.args[0]) or "" for r in requests]
+    )
+    for count, chat in ((None, False), (2, False), (2, True)):
+        run_tasks(ours, load_tasks(["clips_writing"], str(tasks), count), limit=1, chat=chat)
+        assert asked[-1].count("In May she sold") == 1 + (count or 0) and asked[-1].count("<|user|>") == 3 * chat
+    assert len(asked) == 3
 
 
 def test_chats_are_rendered_by_the_template(ours):
@@ -158,10 +170,7 @@ BROKEN: dict[str, tuple[Any, list[str]]] = {
         ["'clips_chioce'", "did you mean clips_choice?"],
     ),
     "no folder": (lambda tasks, lm: load_tasks(["x"], "nowhere"), ["--task_path nowhere", "no such folder"]),
-    "no data": (
-        lambda tasks, lm: run_tasks(lm, ["lost"], load_tasks(["lost"], str(tasks))),
-        ["lost", "cannot be loaded", "fix"],
-    ),
+    "no data": (lambda tasks, lm: load_tasks(["lost"], str(tasks)), ["lost", "cannot be loaded", "fix"]),
     "unknown option": (lambda tasks, lm: write(lm, num_beams=4), ["'num_beams'", "remove it"]),
     "text too long": (lambda tasks, lm: write(lm, max_gen_toks=64), ["64 new tokens", "covers 64 positions"]),
     "continuation too long": (lambda tasks, lm: lm.loglikelihood([request("a", " b" * 99)]), ["continuation", "64 positions"]),

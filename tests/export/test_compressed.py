@@ -118,7 +118,7 @@ def test_a_reader_that_disagrees_stops_the_export(tiny_target, tmp_path, monkeyp
 
         def broken(*args, original=original, **options):
             model = original(*args, **options)
-            next(weight for name, weight in model.named_parameters() if "down" in name).data.mul_(1.01)
+            next(weight for name, weight in model.named_parameters() if "norm" in name).data.mul_(1.1)
             return model
 
         with monkeypatch.context() as patch:

@@ -1,7 +1,4 @@
-"""compressed-tensors: our exports carry no quantisation yet, and what it writes is refused by the runner, by name.
-
-When compressed exports exist, they belong here: reloaded by this library with equal logits.
-"""
+"""compressed-tensors: transformers reads our quantised folders with our logits, and we read those of the library."""
 
 from __future__ import annotations
 
@@ -9,16 +6,17 @@ import pytest
 import torch
 
 from tests.support import outside
+from tests.support.compressed import export_tiny
 from tests.support.targets import make_target
-from trainkit.errors import UserError
 from trainkit.eval.bench.identity import logits
 from trainkit.export.model import export_model
 from trainkit.models.load import load_decoder
 from trainkit.models.target import load_model
-from trainkit.runner import Runner
 
 pytestmark = pytest.mark.outside
 IDS = [7 * index % 320 for index in range(32)]
+TOLERANCE = {"atol": 2e-4, "rtol": 0}
+"""Of float32 logits up to 20, whose sums another version of torch or transformers may order in another way."""
 
 
 def test_plain_export_has_no_quantization(tmp_path):
@@ -28,13 +26,30 @@ def test_plain_export_has_no_quantization(tmp_path):
     theirs = outside.ask("compressed", "compressed_model", {"folder": str(out), "ids": IDS})
     assert theirs["quantization_config"] is None
     ours = logits(load_decoder(out, dtype=torch.float32), IDS)
-    torch.testing.assert_close(torch.tensor(theirs["logits"]), ours, atol=2e-4, rtol=0)
+    torch.testing.assert_close(torch.tensor(theirs["logits"]), ours, **TOLERANCE)
 
 
-def test_quantised_target_is_refused_by_name(tmp_path):
-    """The runner refuses a target that the library quantised, in one line that names the folder."""
+def test_folder_quantised_by_the_library_is_read(tmp_path):
+    """An int8 folder that the library wrote has the same logits in the runner, which keeps its weights packed."""
     out = str(tmp_path / "int8")
     theirs = outside.ask("compressed", "compressed_model", {"folder": str(make_target(tmp_path / "source")), "out": out})
     assert theirs["quantization_config"]["quant_method"] == "compressed-tensors"
-    with pytest.raises(UserError, match=rf"{out}/config.json: quantised weights are not supported by the runner"):
-        Runner.load(out)
+    theirs = outside.ask("compressed", "compressed_model", {"folder": out, "ids": IDS})
+    decoder = load_decoder(out, dtype=torch.float32)
+    assert decoder.layers[0].mlp.down.packed is not None
+    torch.testing.assert_close(torch.tensor(theirs["logits"]), logits(decoder, IDS), **TOLERANCE)
+
+
+@pytest.mark.parametrize("environment", ["compressed", "transformers4"])
+def test_quantised_exports_load_elsewhere(tmp_path, environment):
+    """int4, int8 and float8 exports have our logits in other environments; transformers 4.57 refuses zero points by a size."""
+    source = make_target(tmp_path / "source")
+    grids = {"int4": {}, "zero": {"symmetric": False}, "int8": {"bits": 8, "group": None}}
+    grids["fp8"] = grids["int8"] | {"kind": "float"}
+    if environment == "transformers4":
+        del grids["zero"]
+    folders = [export_tiny(source, tmp_path / name, **options).path for name, options in grids.items()]
+    jobs = [{"model": str(folder), "ids": IDS} for folder in folders]
+    answers = outside.ask(environment, "transformers_model", {"jobs": jobs})["answers"]
+    for folder, theirs in zip(folders, answers, strict=True):
+        torch.testing.assert_close(torch.tensor(theirs["logits"]), logits(load_decoder(folder), IDS), **TOLERANCE)

@@ -1,10 +1,15 @@
-"""Compressed linear layers with given weights, without a model."""
+"""Compressed linear layers with given weights, without a model; and a target with zeros."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainkit.compress.masks import Pattern, mask_from_scores
 from trainkit.modules.compression.base import CompressedLinear, Compression, compress_linear
 
 
@@ -28,3 +33,14 @@ def gradient(linear: CompressedLinear, g_RK: Tensor) -> Tensor:
     (linear.transform(linear.merged()) * g_RK).sum().backward()
     assert linear.weight.grad is not None
     return linear.weight.grad
+
+
+def prune(source: Path, folder: Path) -> Path:
+    """A copy of a model whose linear layers keep the two largest of every four weights."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith("_proj.weight"):
+            tensors[name] = value * mask_from_scores(value.abs(), Pattern(0.5, 2, 4))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from tests.support.acceptance import make_set
+from tests.support.compressed_layers import prune
 
 
 def tiny_flags(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]:
@@ -27,7 +28,12 @@ def tiny_flags(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]
     model, data = (values[part].get("init_args", {}) for part in ("model", "data"))
     flags = {f"data.{name}": rows for name in ("train", "corpus", "target", "prompts") if name in data}
     flags |= {"data.validation": rows, "data.length": 64, "data.batch_size": 2, "data.cache": cache} | run
-    if "target" in model:
+    if "compression" in model:
+        compression, flags["model.teacher"] = model["compression"]["class_path"], target
+        flags["model.folder"] = prune(target, cache / "pruned") if compression == "FixedMask" else target
+        if compression == "QuantAware":
+            flags["model.compression.group"] = 32  # the tiny target has 64 inputs
+    elif "target" in model:
         flags["model.target"] = target
         drafter = model["drafter"]  # or the path of a fragment
         if isinstance(drafter, dict) and "/" in drafter.get("init_args", {}).get("init", ""):

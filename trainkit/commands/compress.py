@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shlex
@@ -14,19 +15,23 @@ import torch
 
 from trainkit import bundle
 from trainkit.bundle import read_json
+from trainkit.compress import structured
 from trainkit.compress.blocks import Walked
 from trainkit.compress.layout import INPUTS, Layout, read_layout
-from trainkit.compress.masks import Pattern, parse_pattern
-from trainkit.compress.oneshot import METHODS, Goal, Plan, check_plan, oneshot
-from trainkit.compress.quantise import Grid
+from trainkit.compress.oneshot import Plan, oneshot
+from trainkit.compress.plan import check_options, make_plan
 from trainkit.compress.work import rank
+from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.writer import check_positive, local_device, quiet_libraries
 from trainkit.data.text.calibration import Calibration
 from trainkit.data.text.calibration import calibration as read_calibration
 from trainkit.errors import UserError
 from trainkit.export.compressed import export_compressed
+from trainkit.files import remove
 from trainkit.models.compressed import quantization_config
 from trainkit.models.load import find_device
+
+STRUCTURED_OPTIONS = {"ratio", "bias", "dimensions", "multiple"}
 
 
 def compress(
@@ -44,6 +49,10 @@ def compress(
     static_scales: bool | None = None,
     sequential: bool | None = None,
     allocation: str | None = None,
+    ratio: float | None = None,
+    bias: bool | None = None,
+    dimensions: list[str] | None = None,
+    multiple: int | None = None,
     calibration: list[str] | None = None,
     samples: int = 128,
     length: int | None = None,
@@ -52,12 +61,15 @@ def compress(
     device: str = "auto",
     dtype: str = "float32",
 ) -> str:
-    """Prunes or quantises the linear layers of a model's blocks without training, and writes the result as a bundle.
+    """Prunes or quantises the linear layers of a model's blocks without training, or makes the model smaller; writes a bundle.
 
-    Embeddings, norms and the output head stay as they are. Methods that prune: `magnitude`, `wanda` (arXiv 2306.11695) and
+    Embeddings and output head stay as they are. Methods that prune: `magnitude`, `wanda` (arXiv 2306.11695) and
     `sparsegpt` (arXiv 2301.00774), which also changes the weights that stay. Methods that quantise: `rtn` (round to nearest)
-    and `gptq` (arXiv 2210.17323). With --bits, a method that prunes also quantises. All but `magnitude` and `rtn` need
-    calibration text, which should resemble what the model will read and must not be the text that it is evaluated on.
+    and `gptq` (arXiv 2210.17323). With --bits, a method that prunes also quantises. Structured methods give a smaller model:
+    `flap` (arXiv 2312.11983), `flap-plain`, `structured-magnitude` and `structured-random` remove heads and neurons, `width`
+    (arXiv 2407.14679) neurons, heads or channels, `depth` blocks. All but `magnitude`, `rtn`, `structured-magnitude` and
+    `structured-random` need calibration text, which should resemble what the model will read and must not be the text that it
+    is evaluated on.
 
     One block is in memory at a time. After a kill or an interrupt, the same command continues where it stopped, from the folder
     OUT.work beside OUT, which it removes at the end. Under torchrun, each process reads its share of the calibration text. The
@@ -68,11 +80,12 @@ def compress(
         trainkit compress models/target models/int4 --method gptq --bits 4 --calibration data/train.jsonl
         trainkit compress models/target models/both --method sparsegpt --sparsity 0.5 --bits 8 --calibration data/train.jsonl
         trainkit compress models/target models/int8 --method rtn --bits 8
+        trainkit compress models/target models/smaller --method flap --ratio 0.2 --calibration data/train.jsonl
 
     Args:
         target: Folder of a Llama, Mistral, Qwen2 or Qwen3 model, or the bundle of a draft model.
         out: Bundle to write.
-        method: magnitude, wanda, sparsegpt, rtn or gptq.
+        method: One of the methods above.
         sparsity: Share of the weights to prune, such as 0.6, or N:M to keep N of every M consecutive weights, such as 2:4.
         bits: Bits of a quantised weight, 4 or 8.
         group: Consecutive weights that share a scale; by default 128 with 4 bits, all of an output with 8.
@@ -85,6 +98,12 @@ def compress(
         static_scales: Whether gptq and sparsegpt take scales from the weights before the pass; by default, during it.
         sequential: Whether layers of a block are measured after its earlier layers were changed; four times the forward passes.
         allocation: File of `trainkit allocate`, in place of --sparsity or --bits.
+        ratio: Share to remove by a structured method: of the weights of each block's linear layers, with `width` of each of
+            --dimensions, with `depth` of the blocks.
+        bias: Whether the mean contribution of removed heads and neurons becomes a bias; by default with flap, if the layout has
+            such biases (Llama).
+        dimensions: What width removes: neurons, heads, channels; by default neurons.
+        multiple: The numbers of neurons and channels that stay are rounded to a multiple of this; by default 64.
         calibration: Files, folders or hub names of calibration text, in any format of training text.
         samples: Number of calibration windows.
         length: Tokens in a window; by default 2048, or as many as the model covers.
@@ -98,32 +117,48 @@ def compress(
     # Check every option before anything is computed
     options = {name: value for name, value in locals().items() if name not in ("start", "target", "out")}
     given = {name for name, value in options.items() if value is not None}
-    check_positive(samples=samples, length=length, group=group)
+    check_positive(samples=samples, length=length, group=group, multiple=multiple)
     layout = check_folders(target, out)
-    plan = _plan(layout, method, given, options)
-    check_plan(layout, plan)
+    check_options(method, given)
+    plan = None if method in structured.METHODS else make_plan(layout, method, given, options)
+    if plan is None and ratio is None:
+        raise UserError(f"--method {method}: removes a share, so give --ratio, such as 0.2")
+    if allocation is not None and read_json(Path(allocation)).get("target") not in (None, weights_digest(target)):
+        raise UserError(f"{allocation}: is for a model with other weights; run trainkit allocate on {target}")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
-    placed = _start_processes(local_device(device))
-    # Read the calibration text, compress block by block, export
-    text = _calibration_text(layout, calibration, samples, length, seed, columns)
-    work = Path(out).resolve().with_name(f"{Path(out).resolve().name}.work")
-    walked = oneshot(target, text, plan, work=work, dtype=getattr(torch, dtype), device=placed)
+    placed = start_processes(local_device(device))
+    # Read the calibration text; compress, block by block
+    text = calibration_text(layout, calibration, samples, length, seed, columns) if calibration else None
+    destination = Path(out).resolve()
+    computed: dict[str, Any] = {"work": destination.with_name(f"{destination.name}.work"), "dtype": getattr(torch, dtype)}
+    computed["device"] = placed
+    if plan is not None:
+        walked = oneshot(target, text, plan, **computed)
+        tensors, config = walked.tensors(), _quantisation(layout, plan)
+        made, table = _described_plan(plan, walked), _table(layout, walked.reports)
+    else:
+        chosen = {name: options[name] for name in ("bias", "dimensions", "multiple") if name in given}
+        tensors, config, made = structured.prune(target, text, method, ratio or 0, seed=seed, **chosen, **computed)
+        made |= {"layers": {}}
+        table = f"removed: {made['removed']}"
+    # Export
     if rank() > 0:
         return ""
+    made |= {"commands": [shlex.join(["trainkit", "compress", target, out, *_as_flags(options)])]}
     exported = export_compressed(
         out,
         source=layout.folder,
-        tensors=walked.tensors(),
-        config=_quantisation(layout, plan),
-        compression=_description(plan, walked, text, target, out, options),
+        tensors=tensors,
+        config=config,
+        compression=made | _described_text(text),
         calibration_fingerprints=text.fingerprints if text else None,
-        seed=seed if text else None,
+        seed=seed,
         data={"calibration": text.digest} if text else None,
     )
-    walked.remove()
+    remove(computed["work"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    lines = [_table(layout, walked.reports), "", _summary(exported)]
+    lines = [table, "", _summary(exported)]
     lines += [f"written to {exported.path} in {perf_counter() - start:.0f} s; peak memory {peak:.1f} GiB"]
     return "\n".join(lines)
 
@@ -144,98 +179,17 @@ def check_folders(target: str, out: str) -> Layout:
     return layout
 
 
-def _plan(layout: Layout, name: str, given: set[str], options: Mapping[str, Any]) -> Plan:
-    """The plan that the options ask for.
-
-    Raises:
-        UserError: an option is missing, does not fit the method, or has a bad value.
-    """
-    if name not in METHODS:
-        raise UserError(f"--method {name}: unknown method; choose from {', '.join(METHODS)}")
-    method = METHODS[name]
-    # Which options the method has
-    allowed = {"bits", "group", "zero_points", "sequential", "allocation", "order", "static_scales"}
-    allowed |= ({"sparsity", "scope"} if method.prunes else set()) | ({"refine"} if method.scores else set())
-    allowed -= {"wanda": {"scope"}, "rtn": {"order", "static_scales", "sequential"}}.get(name, set())
-    specific = {"sparsity", "refine", "scope", *allowed}
-    if wrong := sorted(given & specific - allowed):
-        remedy = "prune by magnitude, wanda or sparsegpt, with --bits to quantise as well" if wrong[0] == "sparsity" else ""
-        raise UserError(f"--{wrong[0]}: --method {name} has no such option; {remedy or 'leave it out'}")
-    # What each layer becomes
-    bits, group, allocation = options["bits"], options["group"], options["allocation"]
-    if bits not in (None, 4, 8):
-        raise UserError(f"--bits {bits}: weights are stored with 4 or 8 bits; give one of these")
-    pattern = parse_pattern(options["sparsity"]) if "sparsity" in given else None
-    if allocation is None and method.prunes and pattern is None:
-        raise UserError(f"--method {name}: prunes, so give --sparsity, such as 2:4 or 0.5")
-    if allocation is None and not method.prunes and bits is None:
-        raise UserError(f"--method {name}: quantises, so give --bits 4 or 8")
-    symmetric = not options["zero_points"]
-
-    def grid(count: int | None) -> Grid | None:
-        return Grid(count, group or (128 if count == 4 else None), symmetric) if count else None
-
-    goals = {layer: Goal(pattern, grid(bits)) for layer in layout.all_linears()}
-    if allocation is not None:
-        goals = {
-            layer: Goal(Pattern(share) if share else None, grid(count or bits))
-            for layer, (share, count) in _allocated(allocation, name, given).items()
-            if share or count or bits
-        }
-    if not any(goal.grid for goal in goals.values()):
-        if wrong := sorted(given & {"group", "zero_points", "static_scales"}):
-            raise UserError(f"--{wrong[0]}: only for quantised weights; give --bits, or leave it out")
-        if options["order"] and not method.gram:
-            raise UserError("--order: only for a pass that changes weights; give --bits, or leave it out")
-    if options["order"] == "activation" and any(goal.pattern and goal.pattern.group for goal in goals.values()) and method.gram:
-        raise UserError("--order activation: N:M groups are pruned in stored order; leave it out")
-    # What calibration text is for
-    calibrated = "calibration" in given
-    if method.calibrated and not calibrated:
-        raise UserError(f"--method {name}: needs calibration text; give --calibration FILE")
-    refine = options["refine"] or ("swaps" if method.scores and calibrated else "none")
-    if refine != "none" and not calibrated:
-        raise UserError(f"--refine {refine}: needs calibration text; give --calibration FILE")
-    if calibrated and not method.calibrated and refine == "none":
-        raise UserError(f"--calibration: --method {name} without --refine reads no text; leave it out")
-    chosen = {key: options[key] for key in ("scope", "order", "static_scales", "sequential") if options[key] is not None}
-    return Plan(name, goals, refine, **chosen)
-
-
-def _allocated(file: str, method: str, given: set[str]) -> dict[str, tuple[float | None, int | None]]:
-    """Layer -> share to prune and bits, from a file of `trainkit allocate`.
-
-    Raises:
-        UserError: it is not such a file, or does not fit the method or the options.
-    """
-    prunes, layers = METHODS[method].prunes, read_json(Path(file)).get("layers")
-    field, option = ("sparsity", "sparsity") if prunes else ("bits", "bits")
-    if option in given:
-        raise UserError(f"--{option}: is given for each layer by --allocation; leave one of them out")
-    if not isinstance(layers, dict) or not layers or not all(isinstance(values, dict) for values in layers.values()):
-        raise UserError(f"{file}: has no layers; give a file of trainkit allocate")
-    found: dict[str, tuple[float | None, int | None]] = {}
-    for layer, values in layers.items():
-        value = values.get(field)
-        fits = isinstance(value, (int, float)) and (0 <= value < 1 if prunes else value in (4, 8))
-        if not fits:
-            raise UserError(f"{file}: {layer} has {field} {value!r}, which --method {method} cannot give; allocate again")
-        found[layer.removesuffix(".weight")] = (float(value), None) if prunes else (None, int(value))
-    return found
-
-
-def _calibration_text(
-    layout: Layout, files: Sequence[str] | None, samples: int, length: int | None, seed: int, columns: Mapping[str, str] | None
-) -> Calibration | None:
-    if files is None:
-        return None
+def calibration_text(
+    layout: Layout, files: Sequence[str], samples: int, length: int | None, seed: int, columns: Mapping[str, str] | None
+) -> Calibration:
+    """Windows of calibration text of a length that the model covers; by default 2048 tokens, or as many as it covers."""
     covered = layout.config.max_position_embeddings
     if length is not None and length > covered:
         raise UserError(f"--length {length}: {layout.folder} covers {covered} positions; give at most that")
     return read_calibration(files, str(layout.folder), samples, length or min(2048, covered), seed, columns)
 
 
-def _start_processes(device: str) -> torch.device:
+def start_processes(device: str) -> torch.device:
     """The device of this process; under torchrun, joins the others."""
     placed = find_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
@@ -257,33 +211,33 @@ def _quantisation(layout: Layout, plan: Plan) -> dict[str, Any]:
     return {"quantization_config": quantization_config(*sizes, first.symmetric, first.kind)}
 
 
-def _description(
-    plan: Plan, walked: Walked, text: Calibration | None, target: str, out: str, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What was done, for the card."""
+def _described_plan(plan: Plan, walked: Walked) -> dict[str, Any]:
+    """What a one-shot method did, for the card."""
     patterns, grids = ({getattr(goal, part) for goal in plan.goals.values()} for part in ("pattern", "grid"))
-    flags = {name: value for name, value in options.items() if value is not None}
     grid = next(iter(grids)) if len(grids) == 1 else None
-    description = {
+    return {
         "method": plan.method,
         "pattern": str(next(iter(patterns))) if patterns != {None} and len(patterns) == 1 else None,
         "grid": {name: getattr(grid, name) for name in ("bits", "group", "symmetric", "kind")} if grid else None,
         **{name: getattr(plan, name) for name in ("refine", "scope", "order", "static_scales", "sequential")},
         "layers": {f"{name}.weight": values for report in walked.reports for name, values in report.items()},
-        "commands": [shlex.join(["trainkit", "compress", target, out, *_as_flags(flags)])],
     }
-    if text is not None:
-        S, T = text.tokens_ST.shape
-        files = [{"name": Path(file).name, "sha256": digest} for file, digest in zip(text.files, text.contents, strict=True)]
-        described = {"files": files, "digest": text.digest, "seed": text.seed, "samples": S, "length": T}
-        description["calibration"] = described | {"tokens": int(text.counted_ST.sum())}
-    return description
+
+
+def _described_text(text: Calibration | None) -> dict[str, Any]:
+    """The calibration text, for the card."""
+    if text is None:
+        return {}
+    S, T = text.tokens_ST.shape
+    files = [{"name": Path(file).name, "sha256": digest} for file, digest in zip(text.files, text.contents, strict=True)]
+    described = {"files": files, "digest": text.digest, "seed": text.seed, "samples": S, "length": T}
+    return {"calibration": described | {"tokens": int(text.counted_ST.sum())}}
 
 
 def _as_flags(values: Mapping[str, Any]) -> Iterable[str]:
     for name, value in values.items():
-        for item in value if isinstance(value, list) else [value]:
-            yield from (f"--{name}", str(item))
+        for item in value if isinstance(value, list) else [] if value is None else [value]:
+            yield from (f"--{name}", item if isinstance(item, str) else json.dumps(item))
 
 
 def _table(layout: Layout, reports: Sequence[Mapping[str, Any]]) -> str:
@@ -305,7 +259,8 @@ def _table(layout: Layout, reports: Sequence[Mapping[str, Any]]) -> str:
 def _summary(exported: bundle.Bundle) -> str:
     found = exported.extra["compression"]
     shares, sizes = found["sparsity"], found["bytes"]
+    sparsity = f"sparsity {shares['matrices']:.4f} of the compressed matrices, {shares['parameters']:.4f} of all parameters; "
     return (
-        f"sparsity {shares['matrices']:.4f} of the compressed matrices, {shares['parameters']:.4f} of all parameters; "
-        f"{sizes['disk'] / 2**20:.1f} MiB of weights on disk, before {sizes['dense'] / 2**20:.1f}"
+        f"{sparsity if found['layers'] else ''}{sizes['disk'] / 2**20:.1f} MiB of weights on disk, before "
+        f"{sizes['dense'] / 2**20:.1f}"
     )

@@ -96,6 +96,7 @@ def evaluate(
         record: Whether to add the figures to the metrics and the README.md of the model's bundle.
     """
     # Check the arguments.
+    quiet_libraries()
     if text is None and tasks is None:
         raise UserError("nothing to evaluate: give --text FILE, --tasks NAMES or both")
     if own is not None and text is None:
@@ -110,9 +111,8 @@ def evaluate(
         _check_tokenizers(model, dense)
     names = [name for name in (tasks or "").split(",") if name]
     harness = _import_harness() if names else None
-    manager = harness.load_tasks(names, task_path) if harness else None
+    loaded = harness.load_tasks(names, task_path, few_shot) if harness else None
     # Evaluate on the text, and on what the model writes itself.
-    quiet_libraries()
     settings = {"device": str(find_device(device)), "dtype": dtype}
     load = lambda folder, draft: Runner.load(folder, draft, settings["device"], dtype, batch)
     values: dict[str, Any] = {}
@@ -123,11 +123,13 @@ def evaluate(
         _check_not_calibration(model, tokens, text)
         windows, dropped = cut_windows(tokens, length, text, limit)
         texts = {"text": windows}
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         if own is not None:
-            sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
             texts["own_text"] = write_own_texts(load(model, drafter), text, encoder, windows, own, columns, **sampling)
         values = _on_texts(str(model), dense, texts, settings, batch)
         source = {"file": text, "digest": content_hash(text), "tokenizer": bundle.tokenizer_digest(model)}
+        if own is not None:
+            values["own_text"] |= sampling
         values["text"] |= source | {"windows": len(windows), "length": length, "dropped_tokens": dropped}
         report.append(
             f"{text}: {len(windows):,} windows of {length:,} tokens, tail of {dropped:,} tokens left out; {dtype} on "
@@ -136,15 +138,14 @@ def evaluate(
         report += [_text_table(name, found) for name, found in values.items()]
     # Run the tasks.
     if harness is not None:
-        options = {"limit": limit, "num_fewshot": few_shot, "apply_chat_template": chat}
         models = {"model": (str(model), drafter)} | ({"dense": (dense, None)} if dense else {})
         scores = {}
         for name, (folder, draft) in models.items():
             lm = harness.RunnerLM(load(folder, draft))
-            scores[name] = harness.run_tasks(lm, names, manager, **options)
+            scores[name] = harness.run_tasks(lm, loaded, limit, chat)
             report.append(f"{folder}: {lm.summary}")
             del lm
-        values["tasks"] = options | {"scores": _with_recovery(**scores)}
+        values["tasks"] = {"limit": limit, "few_shot": few_shot, "chat": chat, "scores": _with_recovery(**scores)}
         report.append(_task_table(values["tasks"]["scores"]))
     # Write the figures.
     if json is not None:
@@ -156,13 +157,13 @@ def evaluate(
     return "\n\n".join(report)
 
 
-def _window_length(length: int | None, *folders: str | None) -> int:
+def _window_length(requested: int | None, *folders: str | None) -> int:
     """The requested number of tokens in a window, or 2048 at most; refused if a model covers fewer positions."""
     config = lambda folder: read_config(folder).get_text_config()
     # recurrent models have no limit
     covered = {folder: getattr(config(folder), "max_position_embeddings", 1 << 30) for folder in folders if folder}
     smallest = min(covered, key=lambda folder: covered[folder])
-    length = min(2048, covered[smallest]) if length is None else length
+    length = min(2048, covered[smallest]) if requested is None else requested
     if not 2 <= length <= covered[smallest]:
         raise UserError(f"--length: {length} must be at least 2 and at most {covered[smallest]}, the positions of {smallest}")
     return length

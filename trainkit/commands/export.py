@@ -14,10 +14,11 @@ from trainkit.drafters.base import kind_name
 from trainkit.errors import UserError
 from trainkit.export.checks import export_report, layout_for
 from trainkit.export.drafter import export_drafter
-from trainkit.export.model import export_model
+from trainkit.export.model import FORMATS, export_model
 from trainkit.export.predictor import export_predictor
 from trainkit.models.adapter import merge_adapter
 from trainkit.modules.checkpoint import Checkpoint, read_checkpoint
+from trainkit.modules.compression.export import export_trained
 from trainkit.modules.wandb_logger import attach, tracked_folder
 
 
@@ -29,7 +30,7 @@ def export(
     tokenizer: str | None = None,
     target: str | None = None,
     verifier: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     track: bool = True,
 ) -> str:
     """Writes a checkpoint as a bundle: a draft model or heads that the runner loads, or a language model.
@@ -47,6 +48,9 @@ def export(
     A run of JointModule tuned its target as well. That target, with the adapter merged, is written to OUT-target first, as a
     plain Hugging Face folder; the drafter at OUT then refuses any other target.
 
+    A run of CompressModule becomes a model whose zeros are those of its masks, or whose quantised layers hold the very codes of
+    the training forward pass, in the format of compressed-tensors.
+
     A run of PredictorModule trained an acceptance predictor for a drafter. OUT is then the bundle of that drafter, to which the
     predictor is added; an older predictor is replaced.
 
@@ -56,10 +60,11 @@ def export(
         format: native, hf, vllm, sglang or speculators, if the checkpoint's kind has it.
         tokenizer: Folder with the tokenizer files to copy; by default the one that the run used.
         target: Folder of the target, if it was moved since training: EAGLE-3's files contain its embedding, and a JointModule
-            run tuned it.
+            run tuned it. Of a CompressModule run, the folder of the model that it trained.
         verifier: Folder or hub name (owner/name) where readers of the speculators format find the target; by default the
             target's folder here, so name one if the files leave this machine.
-        dtype: Dtype of the written weights, also those of a tuned target.
+        dtype: Dtype of the written weights, also those of a tuned target; by default float32, for quantised weights that of
+            their scales.
         track: Whether to add the bundle, as an artifact with its card, to the W&B run of the checkpoint, if it has one.
 
     Examples:
@@ -70,13 +75,19 @@ def export(
         trainkit export runs/predictor/2026-11-21_10-00-00/checkpoints/best.ckpt models/heads
     """
     run_folder = tracked_folder(checkpoint) if track else None
-    saved, options, notes = read_checkpoint(checkpoint), {"dtype": getattr(torch, dtype), "format": format}, []
+    saved, options, notes = read_checkpoint(checkpoint), {"dtype": getattr(torch, dtype or "float32"), "format": format}, []
     if "predictor" in saved.description:
         changed = {"format": format != "native", "tokenizer": tokenizer, "target": target, "verifier": verifier}
-        changed["dtype"] = dtype != "float32"
+        changed["dtype"] = dtype is not None
         if flag := next((name for name, value in changed.items() if value), None):
             raise UserError(f"--{flag}: a predictor is added to its drafter's bundle unchanged; leave it out")
         bundle = export_predictor(saved.predictor(), saved.description["drafter"], out)
+    elif "compression" in saved.description:
+        for name, value in (("tokenizer", tokenizer), ("verifier", verifier)):
+            if value is not None:
+                raise UserError(f"--{name}: a compressed model has that of the model it was trained from; leave it out")
+        layout_for(format, FORMATS, "compressed model")
+        bundle = export_trained(saved, out, target or saved.info["source"], dtype, **_card(saved))
     elif "model_config" in saved.description:
         for name, value in (("target", target), ("verifier", verifier)):
             if value is not None:

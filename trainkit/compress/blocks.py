@@ -27,7 +27,7 @@ from trainkit.compress.layout import INPUTS, Layout, read_layout
 from trainkit.compress.statistics import Statistics
 from trainkit.compress.work import States, barrier, block_file, claimed, rank, read_report, world, write_block
 from trainkit.errors import UserError
-from trainkit.files import file_digest, remove
+from trainkit.files import file_digest
 from trainkit.models.weights import EMBEDDING, check_finite, read_tensors, weight_files
 
 
@@ -118,11 +118,6 @@ class Walked:
             stem, _, kind = name.rpartition(".")
             if not (kind == "weight" and stem in changed & names) and not name.endswith("rotary_emb.inv_freq"):
                 yield name, value
-
-    def remove(self) -> None:
-        """Removes the work folder."""
-        if rank() == 0:
-            remove(self.work)
 
 
 @torch.no_grad()

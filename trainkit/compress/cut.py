@@ -100,10 +100,20 @@ class Cut:
             fields["layer_types"] = [types[index] for index in self.blocks]
         return fields | dict.fromkeys(sorted(self.biases), True)
 
-    def parameters(self) -> dict[str, int]:
-        """Number of parameters before and after the cut."""
-        shapes = {"before": decoder_shape(self.layout.config), "after": self.shape}
-        return {name: sum(map(prod, hf_shapes(shape).values())) for name, shape in shapes.items()}
+    def description(self) -> str:
+        """What is removed, in words."""
+        before, after = decoder_shape(self.layout.config), self.shape
+        count = lambda shape: sum(map(prod, hf_shapes(shape).values()))
+        parts = {
+            "num_layers": "blocks",
+            "intermediate_size": "neurons of each block",
+            "num_heads": "query heads of each block",
+            "num_kv_heads": "key-value heads of each block",
+            "hidden_size": "channels",
+        }
+        sizes = {name: (getattr(before, field), getattr(after, field)) for field, name in parts.items()}
+        removed = [f"{old - new:,} of {old:,} {name}" for name, (old, new) in sizes.items() if old != new]
+        return f"{', '.join(removed)}; {1 - count(after) / count(before):.1%} of all parameters"
 
     def tensors(
         self, source: Iterable[tuple[str, Tensor]], biases: Mapping[str, Tensor] | None = None

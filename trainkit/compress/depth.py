@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trainkit.compress.blocks import Sequences, origin
-from trainkit.compress.work import BATCH_TOKENS, claimed
+from trainkit.compress.work import BATCH_TOKENS, claimed, rank, world
 from trainkit.errors import UserError
 from trainkit.files import write_json
 from trainkit.models.target import load_model
@@ -65,6 +65,14 @@ class _Blocks:
         return sums
 
 
+def _summed(values: Tensor, device: torch.device | str) -> Tensor:
+    """The sum over all processes, on the CPU."""
+    if world() == 1:
+        return values
+    torch.distributed.all_reduce(total := values.to(device))
+    return total.cpu()
+
+
 @torch.no_grad()
 def drop_blocks(
     folder: Path,
@@ -78,7 +86,8 @@ def drop_blocks(
 ) -> list[dict[str, Any]]:
     """The removed blocks in order, each {"block": number in the whole model, "kl": its score, "scores": {number: score}}.
 
-    The whole model is in memory. The same call with the same `work` continues after a kill, with the same result.
+    The whole model is in memory; with several processes in that of each, which computes a part of the text. The same call with
+    the same `work` continues after a kill, with the same result.
 
     Args:
         folder: Hugging Face folder.
@@ -92,7 +101,7 @@ def drop_blocks(
     size = max(1, BATCH_TOKENS // calibration.tokens_ST.shape[1])
     batches = list(zip(calibration.tokens_ST.split(size), calibration.counted_ST.split(size), strict=True))
     tokens, file = int(calibration.counted_ST.sum()), work / "depth.json"
-    with claimed(work, origin(folder, calibration) | key | {"dtype": str(dtype)}):
+    with claimed(work, origin(folder, calibration) | key | {"dtype": str(dtype), "processes": world()}):
         # Finished rounds, and the sums over the batches of the present one
         state: dict[str, Any] = {"removed": [], "batches": 0, "sums": []}
         if file.is_file():
@@ -102,17 +111,21 @@ def drop_blocks(
             return removed
         blocks = _Blocks(folder, dtype, device)
         total, done = count * len(batches), len(removed) * len(batches) + state["batches"]
-        with tqdm(total=total, initial=done, desc="removing blocks", unit=" batches", delay=2) as bar:
+        with tqdm(total=total, initial=done, desc="depth", unit=" batches", disable=rank() > 0 or None, delay=2) as bar:
             while len(removed) < count:
                 gone = {entry["block"] for entry in removed}
                 current = [index for index in range(len(blocks.layers)) if index not in gone]
                 sums = torch.tensor(state["sums"] or [0.0] * len(current), dtype=torch.float64)
-                for at in range(state["batches"], len(batches)):
-                    tokens_BT, counted_BT = (part.to(device) for part in batches[at])
-                    sums += blocks.divergences(tokens_BT, counted_BT, current)
-                    state |= {"batches": at + 1, "sums": sums.tolist()}
-                    write_json(file, state)
-                    bar.update()
+                for at in range(state["batches"], len(batches), world()):
+                    added = torch.zeros_like(sums)
+                    if at + rank() < len(batches):
+                        tokens_BT, counted_BT = (part.to(device) for part in batches[at + rank()])
+                        added = blocks.divergences(tokens_BT, counted_BT, current)
+                    sums += _summed(added, device)
+                    state |= {"batches": at + world(), "sums": sums.tolist()}
+                    if rank() == 0:
+                        write_json(file, state)
+                    bar.update(world())
                 if not bool(sums.isfinite().all()):
                     name = str(dtype).removeprefix("torch.")
                     raise UserError(f"{folder}: logits without some blocks are not finite in {name}; use --dtype float32")
@@ -120,5 +133,6 @@ def drop_blocks(
                 best = min(scores, key=scores.__getitem__)
                 removed.append({"block": best, "kl": scores[best], "scores": {str(k): v for k, v in scores.items()}})
                 state |= {"batches": 0, "sums": []}
-                write_json(file, state)
+                if rank() == 0:
+                    write_json(file, state)
         return removed

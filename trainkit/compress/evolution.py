@@ -1,7 +1,7 @@
 """Evolutionary search for one level of compression per layer under a common budget.
 
-EvoPress, Sieberling et al. 2024, arXiv 2410.14649. The search knows layers only by the costs of their levels, and quality only as
-a function to minimise. Offspring of a generation pass stages of fewer candidates and more text; the parent competes in the last
+EvoPress, Sieberling et al. 2024, arXiv 2410.14649. The search knows layers by the costs of their levels, and quality as a
+function to minimise. Offspring of a generation pass stages of fewer candidates and more text; the parent competes in the last
 stage, so the search never moves to a candidate that measures worse. Everything random is drawn from (seed, generation, index):
 the result does not depend on interruptions or on the number of processes.
 
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from trainkit.compress.work import rank, world
 from trainkit.errors import UserError
 from trainkit.files import write_json
 
@@ -119,7 +120,7 @@ class Search:
         assert all(1 <= stage.windows <= self.windows for stage in self.stages)
 
     def run(
-        self, space: Space, fitness: Fitness, start: Candidate | None = None, state: Path | None = None, identity: Any = None
+        self, space: Space, fitness: Fitness, start: Candidate | None = None, work: Path | None = None, identity: Any = None
     ) -> list[tuple[float, Candidate]]:
         """The parent after each generation, with its fitness on the windows of that generation's last stage.
 
@@ -129,31 +130,32 @@ class Search:
             space: Costs and budget.
             fitness: Value to minimise; NaN counts as infinite.
             start: First parent; None: the first generation consists of random candidates that fill the budget.
-            state: File that holds the parents so far, written after each generation; a search of the same settings, but for the
-                number of generations, continues from it.
+            work: Folder of a file with the parents so far, written after each generation; a search whose settings are the same,
+                except for the number of generations, continues from it.
             identity: JSON-able value of all that determines `fitness`.
 
         Raises:
-            UserError: `start` costs more than the budget, or no candidate is within it.
+            UserError: `start`, or every candidate, costs more than the budget; or the state file is damaged.
         """
         # Check the budget.
         lowest = tuple(0 for _ in space.costs)
         if space.cost(start or lowest) > space.budget:
-            raise UserError(f"budget {space.budget:,}: the first candidate costs {space.cost(start or lowest):,}; raise the budget")
-        # Continue from the state file, if it is of the same search.
+            raise UserError(
+                f"budget {space.budget:,}: the first candidate costs {space.cost(start or lowest):,}; raise the budget"
+            )
+        # Continue a search of the same settings.
         settings = [self.offspring, [[stage.survivors, stage.windows] for stage in self.stages], self.windows, self.seed]
-        key = _digest([settings, [list(costs) for costs in space.costs], space.budget, start, identity])
-        parents = _read_state(state, key)[: self.generations] if state else []
+        settings += [[list(costs) for costs in space.costs], space.budget, start, identity]
+        state = work and work / f"search-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.json"
+        parents = _read_state(state)[: self.generations] if state else []
         # Run the generations that are left.
-        rank = dist.get_rank() if _several() else 0
-        bar = tqdm(total=self.generations, initial=len(parents), desc="search", unit=" generations", disable=True if rank else None)
-        with bar:
+        hidden = True if rank() else None
+        with tqdm(total=self.generations, initial=len(parents), desc="search", unit=" generations", disable=hidden) as bar:
             while len(parents) < self.generations:
                 parent = parents[-1][1] if parents else start
                 parents.append(self._generation(space, fitness, parent, len(parents)))
-                if state and not rank:
-                    values = [{"fitness": value, "levels": list(candidate)} for value, candidate in parents]
-                    write_json(state, {"search": key, "parents": values})
+                if state and rank() == 0:
+                    write_json(state, [{"fitness": value, "levels": list(candidate)} for value, candidate in parents])
                 bar.set_postfix_str(f"fitness {parents[-1][0]:.5g}", refresh=False)
                 bar.update()
         return parents
@@ -192,33 +194,21 @@ class Search:
 
 def _evaluate(fitness: Fitness, candidates: Sequence[Candidate], windows: Sequence[int]) -> list[float]:
     """The fitness of all candidates on the same windows; each process measures its share."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
-    values_C = torch.zeros(len(candidates), dtype=torch.float64)
-    for index in range(rank, len(candidates), world):
+    device = "cuda" if world() > 1 and dist.get_backend() == "nccl" else "cpu"
+    values_C = torch.zeros(len(candidates), dtype=torch.float64, device=device)
+    for index in range(rank(), len(candidates), world()):
         value = fitness(candidates[index], windows)
         values_C[index] = math.inf if math.isnan(value) else value
-    if world > 1:
+    if world() > 1:
         dist.all_reduce(values_C)
     return values_C.tolist()
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _read_state(state: Path, key: str) -> list[tuple[float, Candidate]]:
+def _read_state(state: Path) -> list[tuple[float, Candidate]]:
     if not state.is_file():
         return []
     try:
         stored = json.loads(state.read_text(encoding="utf-8"))
-        if stored["search"] != key:
-            raise UserError(f"{state}: belongs to a search with other settings; remove it or choose another --work")
-        return [(math.inf if entry["fitness"] is None else entry["fitness"], tuple(entry["levels"])) for entry in stored["parents"]]
+        return [(math.inf if entry["fitness"] is None else entry["fitness"], tuple(entry["levels"])) for entry in stored]
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{state}: not a state of a search ({error}); remove it to start again") from error

@@ -66,6 +66,18 @@ def inverse_factor(gram_KK: Tensor, damping: float) -> tuple[Tensor, float]:
         damping = min(1.0, max(10 * damping, 1e-3))
 
 
+def shared_factor(gram_KK: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
+    """What `solve` computes of a Gram matrix alone, for several calls of it with the same matrix, in stored order."""
+    return inverse_factor(_repaired(gram_KK)[0], damping)
+
+
+def _repaired(gram_KK: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrix in which an input that was always zero does not disturb the factor, and which inputs these are."""
+    gram_KK, dead_K = gram_KK.clone(), gram_KK.diagonal() == 0
+    gram_KK.diagonal()[dead_K] = 1 if dead_K.all() else gram_KK.diagonal()[~dead_K].mean()
+    return gram_KK, dead_K
+
+
 @torch.no_grad()
 def solve(
     weight_RK: Tensor,
@@ -79,6 +91,7 @@ def solve(
     block: int = 128,
     order: Literal["stored", "activation"] = "stored",
     static_scales: bool = False,
+    factor: tuple[Tensor, float] | None = None,
 ) -> Solved:
     """Prunes a matrix by a pattern or a fixed mask, quantises it to a grid, or does both in one pass, by the layer's inputs.
 
@@ -101,6 +114,7 @@ def solve(
         order: Order of the pass: as stored, or from the largest mean square of an input to the smallest; the latter has static
             scales.
         static_scales: Take all scales from the weights before the pass.
+        factor: `shared_factor` of the Gram matrix, which is then not factored again; only in stored order.
 
     Raises:
         ValueError: a pattern and a mask, neither of them and no grid, or N:M in another order than stored.
@@ -115,13 +129,13 @@ def solve(
         raise UserError(f"--group {grid.group}: not a multiple of {pattern.group}, the groups of --sparsity {pattern}")
     static_scales = static_scales or order == "activation"
 
-    # Step 1: inputs in the order of the pass; an input that was always zero must not disturb the factor
-    gram_KK, dead_K = gram_KK.clone(), gram_KK.diagonal() == 0
-    gram_KK.diagonal()[dead_K] = 1 if dead_K.all() else gram_KK.diagonal()[~dead_K].mean()
+    # Step 1: inputs in the order of the pass
+    gram_KK, dead_K = _repaired(gram_KK)
     order_K = torch.arange(K, device=gram_KK.device)
     if order == "activation":
         order_K = gram_KK.diagonal().argsort(descending=True, stable=True)
-    upper_KK, damping = inverse_factor(gram_KK[order_K][:, order_K], damping)
+    assert factor is None or order == "stored"
+    upper_KK, damping = factor or inverse_factor(gram_KK[order_K][:, order_K], damping)
     pivot_K, pivots = upper_KK.diagonal(), upper_KK.diagonal().tolist()
     weight_KR = weight_RK.to(gram_KK).T.masked_fill(dead_K.unsqueeze(1), 0)[order_K].contiguous()
     mask_KR = torch.ones_like(weight_KR, dtype=torch.bool) if mask_RK is None else mask_RK.T[order_K].contiguous()

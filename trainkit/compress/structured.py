@@ -38,7 +38,8 @@ from trainkit.errors import UserError, note
 from trainkit.models.load import decoder_shape
 from trainkit.models.weights import read_tensors
 
-METHODS = ("flap", "flap-plain", "structured-magnitude", "structured-random", "width", "depth")
+FLAP = ("flap", "flap-plain")
+METHODS = (*FLAP, "structured-magnitude", "structured-random", "width", "depth")
 Dimension = Literal["neurons", "heads", "channels"]
 
 
@@ -77,25 +78,12 @@ def prune(
     Raises:
         UserError: an architecture without these layers or biases, or a ratio that leaves or removes nothing.
     """
-    # Refuse what cannot be, before anything is computed
     layout = read_layout(folder)
-    fluctuating, llama = method.startswith("flap"), layout.config.model_type == "llama"
-    if method not in METHODS:
-        raise UserError(f"--method {method}: no method of structured pruning; give one of {', '.join(METHODS)}")
-    if not 0 < ratio < 1:
-        raise UserError(f"--ratio {ratio:g}: give the share to remove, above 0 and below 1")
-    if multiple < 1:
-        raise UserError(f"--multiple {multiple}: must be at least 1")
-    if bias and method in ("width", "depth"):
-        raise UserError(f"--bias: {method} has no bias compensation; leave it out, or take --method flap")
-    if bias and not llama:
-        kind = layout.config.model_type
-        raise UserError(f"--bias: model_type {kind!r} has no biases on o_proj and down_proj, Llama has; leave it out")
-    if bias is None and fluctuating and not llama:
+    check_options(layout, method, ratio, bias, multiple, calibration is not None)
+    llama = layout.config.model_type == "llama"
+    if bias is None and method in FLAP and not llama:
         note(f"{folder}: model_type {layout.config.model_type!r} has no biases for FLAP's compensation, which is left out")
-    biased = bias if bias is not None else fluctuating and llama
-    if calibration is None and (biased or method in ("flap", "flap-plain", "width", "depth")):
-        raise UserError(f"--method {method}: needs calibration text; give --calibration FILE")
+    biased = bias if bias is not None else method in FLAP and llama
 
     # Choose
     key = {"method": method, "ratio": ratio, "bias": biased, "dimensions": [*dimensions], "multiple": multiple, "seed": seed}
@@ -110,15 +98,33 @@ def prune(
     elif method == "width":
         cut = _width(layout, ratio, dimensions, multiple, partial(walked, calibration))
     else:
-        text = calibration if fluctuating or biased else None
-        cut, biases = _heads_and_neurons(layout, method, ratio, biased, multiple, seed, partial(walked, text))
+        cut, biases = _heads_and_neurons(layout, method, ratio, biased, multiple, seed, partial(walked, calibration))
 
-    shape = cut.shape
-    report |= {"method": method, "ratio": ratio, "bias": biased, "parameters": cut.parameters()}
-    report |= {
-        name: getattr(shape, name) for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
-    }
+    report |= {"method": method, "ratio": ratio, "bias": biased, "removed": cut.description()}
     return cut.tensors(read_tensors(layout.folder), biases), cut.config(), report
+
+
+def check_options(layout: Layout, method: str, ratio: float, bias: bool | None, multiple: int, calibrated: bool) -> None:
+    """Refuses what is impossible whatever the sizes; `calibrated`: whether there is calibration text.
+
+    Raises:
+        UserError: names the option.
+    """
+    kind = layout.config.model_type
+    if method not in METHODS:
+        raise UserError(f"--method {method}: removes no parts of a model; choose from {', '.join(METHODS)}")
+    if not 0 < ratio < 1:
+        raise UserError(f"--ratio {ratio:g}: give the share to remove, above 0 and below 1")
+    if multiple < 1:
+        raise UserError(f"--multiple {multiple}: must be at least 1")
+    if bias and method in ("width", "depth"):
+        raise UserError(f"--bias true: --method {method} has no bias compensation; leave it out, or take --method flap")
+    if bias and kind != "llama":
+        raise UserError(f"--bias true: model_type {kind!r} has no biases on o_proj and down_proj, Llama has; leave it out")
+    if not calibrated and (bias or not method.startswith("structured")):
+        raise UserError(f"--method {method}: needs calibration text; give --calibration FILE")
+    if calibrated and method.startswith("structured") and not bias:
+        raise UserError(f"--calibration: --method {method} without --bias true reads no text; leave it out")
 
 
 def _count(total: int, wanted: float, multiple: int, what: str, ratio: float) -> int:
@@ -157,7 +163,7 @@ def _heads_and_neurons(
         prefix = f"{part.name}."
         linears = {name.removeprefix(prefix): linear for name, linear in part.linears.items()}
         out, down = linears["self_attn.o_proj"], linears["mlp.down_proj"]
-        if method.startswith("flap"):
+        if method in FLAP:
             group_U = group_scores(fluctuation(part.by_input["out"], out.weight), G, squared=method == "flap")
             neuron_U = standardised(fluctuation(part.by_input["down"], down.weight))
         elif method == "structured-magnitude":

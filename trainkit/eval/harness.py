@@ -7,20 +7,24 @@ without a drafter, because decoding is lossless.
 from __future__ import annotations
 
 import difflib
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import lm_eval
+import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from trainkit.errors import UserError, first_lines
+from trainkit.errors import UserError, first_lines, note
 from trainkit.runner import Runner, Stats
 
+FEW_SHOT_SEED = 1234
+"""Seed of the choice of examples, the harness's default."""
 DEFAULT_NEW_TOKENS = 256
 """Largest number of new tokens where a task names none, as in the harness."""
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -156,15 +160,20 @@ class RunnerLM(TemplateLM):
         return options | (values if sampled else {})
 
 
-def load_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
-    """The harness's tasks, and those of a local folder of YAML files.
+def load_tasks(names: Sequence[str], folder: str | None = None, few_shot: int | None = None) -> Any:
+    """Tasks with their data, as `TaskManager.load` gives them.
+
+    Args:
+        names: Names of the harness's tasks, groups or tags, or of tasks in `folder`; patterns are allowed.
+        folder: Folder of YAML files that define tasks.
+        few_shot: Number of examples before each question; None takes each task's own, or none.
 
     Raises:
-        UserError: a name is not a task.
+        UserError: a name is not a task, or a task or its data cannot be loaded.
     """
+    # Find the tasks. Indexing the harness's own takes many seconds, and a local folder may hold all that are needed.
     if folder is not None and not Path(folder).is_dir():
         raise UserError(f"--task_path {folder}: no such folder; give one with YAML files of tasks")
-    # Indexing the harness's own tasks takes seconds, and a local folder may hold all that are needed.
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     if not all(manager.match_tasks([name]) for name in names):
         manager = TaskManager(include_path=folder)
@@ -173,30 +182,35 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> TaskManager:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             remedy = f"did you mean {near[0]}?" if near else "give a name of lm-evaluation-harness, or --task_path"
             raise UserError(f"--tasks: unknown task {name!r}; {remedy}")
-    return manager
+    # Load them.
+    try:
+        loaded = manager.load(manager.match_tasks(list(names)))
+    except Exception as error:  # a task is configuration and code of other people, and its data may need a network
+        reason = first_lines(error, 1)
+        raise UserError(f"--tasks {','.join(names)}: cannot be loaded ({reason}); fix the task or its data") from error
+    for name, task in loaded["tasks"].items():
+        own = task.get_config("num_fewshot")
+        if few_shot and own == 0:
+            note(f"task {name}: it is defined without examples, so --few_shot does not apply")
+        task.set_config(key="num_fewshot", value=own or 0 if few_shot is None or own == 0 else few_shot)
+        task.set_fewshot_seed(seed=FEW_SHOT_SEED)
+    return loaded
 
 
-def run_tasks(lm: RunnerLM, names: Sequence[str], manager: TaskManager, **options: Any) -> dict[str, dict[str, Any]]:
+def run_tasks(lm: RunnerLM, tasks: Any, limit: int | None = None, chat: bool = False) -> dict[str, dict[str, Any]]:
     """Scores by task (or group) and metric, as `{"value", "stderr", "higher_is_better"}`.
 
     Args:
         lm: The model.
-        names: Names of tasks, groups or tags; patterns are allowed.
-        manager: From `load_tasks`.
-        options: Options of `lm_eval.simple_evaluate`, such as `limit` and `num_fewshot`.
-
-    Raises:
-        UserError: a task or its data cannot be loaded.
+        tasks: From `load_tasks`.
+        limit: Largest number of documents of each task.
+        chat: Whether to use the chat template, with examples as earlier turns.
     """
-    try:
-        manager.load(manager.match_tasks(list(names)))
-    except Exception as error:  # a task is configuration and code of other people; its data may need a network
-        raise UserError(
-            f"--tasks {','.join(names)}: cannot be loaded ({first_lines(error, 1)}); fix the task or its data"
-        ) from error
-    run: Any = lm_eval.simple_evaluate
+    random.seed(FEW_SHOT_SEED)  # some tasks draw from the global generators
+    np.random.seed(FEW_SHOT_SEED)
+    run: Any = lm_eval.evaluate
     found = run(
-        lm, tasks=manager.match_tasks(list(names)), task_manager=manager, bootstrap_iters=1000, log_samples=False, **options
+        lm, tasks, limit=limit, bootstrap_iters=1000, log_samples=False, apply_chat_template=chat, fewshot_as_multiturn=chat
     )
     scores: dict[str, dict[str, Any]] = {}
     for task, values in found["results"].items():

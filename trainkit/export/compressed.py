@@ -27,10 +27,10 @@ from trainkit.errors import UserError
 from trainkit.export.checks import ReloadError, check_finite, check_reload, copy_tokenizer
 from trainkit.export.readme import model_card
 from trainkit.files import write_json, write_text
-from trainkit.layers.linear import Linear
+from trainkit.layers.linear import Linear, block_weights
 from trainkit.layers.visible import Visible
 from trainkit.models.compressed import read_scheme, stored_weights
-from trainkit.models.load import check_covered, load_decoder, read_config, transformers4_rope
+from trainkit.models.load import SIZES, check_covered, load_decoder, read_config, transformers4_rope
 from trainkit.models.target import load_model
 
 SHARD_BYTES = 1 << 30
@@ -72,6 +72,7 @@ def export_compressed(
     made = bundle.read(source) if bundle.is_bundle(source) else None
     kind, drafter, target = ("model", {}, {}) if made is None else (made.kind, dict(made.config), dict(made.target))
     extra = {"format": "hf", "layout": "hf"} | (dict(made.extra) if made else {})
+    drafter |= {ours: config[theirs] for theirs, ours in SIZES.items() if ours in drafter and theirs in config}
     values = read_json(source / "config.json") | dict(config)
     if "rope_type" in (rope := values.get("rope_parameters") or {}):
         values |= transformers4_rope(rope)
@@ -189,7 +190,7 @@ def _weight_bytes(folder: Path) -> int:
 
 
 def check_logits(folder: Path, out: str | Path) -> int | None:
-    """Compares logits of the written folder; returns the bytes that its weights take in trainkit's decoder, None without one.
+    """Compares logits of the written folder; returns the bytes of its weights in trainkit's runner on a CPU, or None.
 
     transformers, which decompresses by compressed-tensors, must give exactly the logits of a transformers model with the dense
     weights that trainkit reads. The decoder sums in another order: float32 logits must agree to 1e-3 of the largest, which is a
@@ -228,5 +229,7 @@ def check_logits(folder: Path, out: str | Path) -> int | None:
             f"{out}: the logits of trainkit's decoder differ by {difference:.3g} (the largest is {largest:.3g}); nothing was "
             "written, report this as a bug"
         )
-    packed = sum(part.packed.nbytes for part in decoder.modules() if isinstance(part, Linear) and part.packed)
-    return packed + sum(weight.numel() for weight in decoder.parameters()) * dtype.itemsize
+    block_weights(decoder)  # as the runner does, which unpacks weights that no product reads as stored
+    stored = [part.on_cpu or part.packed for part in decoder.modules() if isinstance(part, Linear)]
+    dense = sum(weight.numel() for weight in decoder.parameters()) * dtype.itemsize
+    return dense + sum(part.nbytes for part in stored if part is not None)

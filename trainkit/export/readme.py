@@ -13,22 +13,26 @@ from trainkit.models.compressed import read_scheme
 
 MEASURED = {
     "perplexity": "Perplexity",
-    "perplexity_dense": "Perplexity of the dense model, same text",
-    "kl": "KL divergence from the dense model, nats per token",
-    "agreement": "Agreement of the likeliest token with the dense model",
-    "recovery": "Recovery: score divided by the dense model's",
+    "perplexity_dense": "Perplexity of the dense model",
+    "ratio": "Ratio of the two perplexities",
+    "kl": "KL(dense, compressed), nats per token",
+    "agreement": "Share of tokens at which both have the same likeliest token",
+    "recovery": "Recovery: dense perplexity divided by this perplexity",
+    "evaluated_on": "Text",
 }
-"""Name of a metric -> its row in the table; other metrics have their own names there."""
+"""Metric that `trainkit evaluate` records -> its row in the table; others have their own names there."""
 
 
 def record_metrics(folder: str | Path, metrics: Mapping[str, Any]) -> bundle.Bundle:
     """Adds measured values to the bundle of a compressed model, writes its README.md again, and returns the bundle.
 
+    A value of None removes an older one.
+
     Raises:
         UserError: no valid bundle there.
     """
     found = bundle.read(folder)
-    metrics = {**found.metrics, **metrics}
+    metrics = {name: value for name, value in {**found.metrics, **metrics}.items() if value is not None}
     config = bundle.read_json(found.path / "config.json")
     text = model_card(found.path.resolve().name, found.extra["compression"], metrics, config)
     return bundle.amend(folder, lambda temporary: write_text(temporary / "README.md", text), metrics=metrics)
@@ -46,21 +50,22 @@ def model_card(name: str, compression: Mapping[str, Any], metrics: Mapping[str, 
     scheme = read_scheme(config)
     quantised = scheme is not None
     sparsity = compression["sparsity"]
-    sparse = sparsity["matrices"] >= 0.01
+    sparse = bool(compression.get("pattern")) or (not quantised and sparsity["matrices"] >= 0.01)
     tags = ["trainkit"] + ["compressed-tensors"] * quantised + ["sparse"] * sparse
     lines = [
         *("---", "library_name: transformers", f"tags: [{', '.join(tags)}]", "---", "", f"# {name}", ""),
         f"A compressed language model, made by trainkit with the method {compression['method']}.",
         *("", "| | |", "|---|---|"),
+        *_row("Removed", compression.get("removed")),
         *_row("Pattern of zeros", compression.get("pattern")),
         *_row("Grid", compression.get("grid")),
-        *_row("Zeros in compressed matrices", f"{sparsity['matrices']:.2%}"),
+        *_row("Zeros in compressed matrices", f"{sparsity['matrices']:.2%}" if compression["layers"] else None),
         *_row("Zeros in all parameters", f"{sparsity['parameters']:.2%} of {compression['parameters']:,}"),
         *(row for key, value in (compression.get("calibration") or {}).items() for row in _row(f"Calibration: {key}", value)),
         *_row("Weights on disk", _megabytes(compression["bytes"]["disk"])),
         *_row("Weights of the dense model on disk", _megabytes(compression["bytes"]["dense"])),
-        *_row("Weights in trainkit's runner, memory", _megabytes(compression["bytes"]["resident"])),
-        *("", "## By kind of layer", "", "| layer | matrices | sparsity | bits |", "|---|---|---|---|", *_kinds(compression)),
+        *_row("Weights in memory, trainkit's runner on a CPU", _megabytes(compression["bytes"]["resident"])),
+        *_kinds(compression),
         *("", "## Measured", "", *(_measured(metrics) or ["Nothing yet: `trainkit evaluate` records it here."])),
         *("", "## Load it", "", *_loading(name, quantised)),
         *("", "## Limits", "", *(f"- {line}" for line in _limits(compression, config, quantised, sparse))),
@@ -72,10 +77,14 @@ def model_card(name: str, compression: Mapping[str, Any], metrics: Mapping[str, 
 
 def _row(title: str, value: Any) -> list[str]:
     """A row of a table; none without a value."""
-    return [] if value in (None, "", [], {}) else [f"| {title} | {value if isinstance(value, str) else _short(value)} |"]
+    return [] if value in (None, "", [], {}) else [f"| {title} | {_short(value)} |"]
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):  # files, as names or with their digests
+        return ", ".join(item["name"] if isinstance(item, Mapping) and "name" in item else _short(item) for item in value)
+    if isinstance(value, str):
+        return value
     return f"{value:.5g}" if isinstance(value, float) else json.dumps(value)
 
 
@@ -84,7 +93,7 @@ def _megabytes(size: int | None) -> str | None:
 
 
 def _kinds(compression: Mapping[str, Any]) -> list[str]:
-    """Rows with the mean sparsity and bits of each kind of layer, such as q_proj; a range if they differ."""
+    """Table of the sparsity and bits of each kind of layer, such as q_proj; a range if they differ. None without layers."""
     kinds = dict[str, list[Mapping[str, Any]]]()
     for name, layer in compression["layers"].items():
         kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(layer)
@@ -93,11 +102,13 @@ def _kinds(compression: Mapping[str, Any]) -> list[str]:
         low, high = format(min(values), style), format(max(values), style)
         return low if low == high else f"{low} to {high}"
 
-    return [
+    rows = [
         f"| {kind} | {len(layers)} | {span([layer['sparsity'] for layer in layers], '.2%')} | "
         f"{span([layer['bits'] for layer in layers], 'g')} |"
         for kind, layers in kinds.items()
     ]
+    head = ["", "## By kind of layer", "", "| layer | matrices | sparsity | bits |", "|---|---|---|---|"]
+    return [*head, *rows] if rows else []
 
 
 def _measured(metrics: Mapping[str, Any]) -> list[str]:

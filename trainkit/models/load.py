@@ -38,7 +38,7 @@ MODEL_ERRORS = (
     *(AttributeError, ArithmeticError, ImportError, StrictDataclassError),
 )
 """Errors that transformers raises for a config.json with odd values."""
-_SIZES = {
+SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
@@ -159,9 +159,9 @@ def decoder_shape(config: Any) -> DecoderShape:
     """
     check_text_only(config, config._name_or_path or config.model_type)
     where = f"{config._name_or_path or config.model_type}/config.json"
-    sizes: dict[str, Any] = {name: getattr(config, name, None) for name in _SIZES}
+    sizes: dict[str, Any] = {name: getattr(config, name, None) for name in SIZES}
     for name, value in sizes.items():
-        optional = name in tuple(_SIZES)[4:] and value is None
+        optional = name in tuple(SIZES)[4:] and value is None
         if not optional and (type(value) is not int or value < 1):
             raise UserError(f"{where}: {name} is {value!r}; give a model of attention layers, where it is at least 1")
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
@@ -174,7 +174,7 @@ def decoder_shape(config: Any) -> DecoderShape:
     rope.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
     biases = {field for field in _BIASES.get(config.model_type, ()) if getattr(config, field, False)}
     return DecoderShape(
-        **{ours: sizes[theirs] or defaults[ours] for theirs, ours in _SIZES.items()},
+        **{ours: sizes[theirs] or defaults[ours] for theirs, ours in SIZES.items()},
         norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
         rope=rope,
         qkv_bias=config.model_type == "qwen2" or "attention_bias" in biases,
@@ -451,7 +451,7 @@ def hf_config(
     return {
         "architectures": [f"{model_type.title()}ForCausalLM"],
         "model_type": model_type,
-        **{theirs: getattr(shape, ours) for theirs, ours in _SIZES.items()},
+        **{theirs: getattr(shape, ours) for theirs, ours in SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": dict(shape.rope),

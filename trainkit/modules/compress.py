@@ -1,8 +1,8 @@
 """Trains a compressed language model to match its dense original: recovery, sparse training, quantisation-aware training.
 
-The teacher is the dense model. What is compressed and how is a `Compression` (compression/): fixed or growing masks, progressive
-gradient flow, quantisers. Left out on purpose: sharding (FSDP, DeepSpeed), and stored teachers, which would save a quarter of
-the computation.
+The teacher is the dense model. What is compressed, and how, is a `Compression` (compression/): fixed or growing masks,
+progressive gradient flow, quantisers. Left out on purpose: sharding (FSDP, DeepSpeed), and stored teachers, which would save a
+quarter of the computation.
 """
 
 # B batch  T positions  N counted tokens  D hidden  A blocks
@@ -80,7 +80,9 @@ class CompressModule(LanguageModule):
             raise UserError(f"model: hidden_weight {hidden_weight} and lora_rank {lora_rank} must not be negative")
         divergence = divergence or ForwardKL()
         if divergence.spans_batch:
-            raise UserError("model.divergence: its statistics over the optimiser step are not gathered here; normalise: position")
+            raise UserError(
+                "model.divergence: its statistics over the optimiser step are not gathered here; normalise: position"
+            )
         self.teacher_folder, self.compression = teacher, compression
         self.divergence = divergence.measuring(coupled=False, kl=True)
         self.hidden_weight, self.prompts, self.targets = hidden_weight, prompts, tuple(targets or PROJECTIONS)
@@ -96,9 +98,10 @@ class CompressModule(LanguageModule):
             self.teacher = FrozenTarget(self.teacher_folder, self.teacher_dtype)
 
     def configure_model(self) -> None:
-        if self.lm is not None:
-            return
+        built = self.lm is not None
         super().configure_model()
+        if built:
+            return
         for name, size in (("vocab_size", self.teacher.handle().vocab_size), ("hidden_size", self.teacher.hidden_size)):
             ours = getattr(self.lm.config, name)
             if ours != size and (name == "vocab_size" or self.hidden_weight):
@@ -208,5 +211,7 @@ class CompressModule(LanguageModule):
 
 def normalised_difference(student_NAD: Tensor, teacher_NAD: Tensor) -> Tensor:
     """Sum over tokens of the mean over blocks and channels of (s / rms(s) - t / rms(t))^2; no gradient into the teacher."""
-    s_NAD, t_NAD = (x / x.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt() for x in (student_NAD.float(), teacher_NAD.float()))
+    s_NAD, t_NAD = (
+        x / x.square().mean(-1, keepdim=True).clamp(min=1e-12).sqrt() for x in (student_NAD.float(), teacher_NAD.float())
+    )
     return (s_NAD - t_NAD.detach()).square().mean((1, 2)).sum()

@@ -1,8 +1,8 @@
 """The linear layers that train compressed, and what every compression of them has: a transform, a schedule and a state.
 
-A compressed layer computes with `transform(W + BA)`, where W is its weight, which keeps its name and stays dense storage, and BA
-is its low-rank addition, if it has one. Because the transform comes last, the merged weight of a tuned layer is as sparse, or on
-the same grid, as the weight that was trained.
+A compressed layer computes with `transform(W + BA)`. W is its weight, which keeps its name and its dense storage; BA is its
+low-rank addition, if it has one. Because the transform comes last, a merged weight is as sparse, or on the same grid, as the
+weight that was trained.
 """
 
 # R outputs  K inputs  r rank of the low-rank addition
@@ -30,6 +30,8 @@ class CompressedLinear(nn.Linear):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     lora_scale: float
+    scale: Tensor
+    """Learned scales, flat; only `QuantAware` sets them."""
 
     def merged(self) -> Tensor:
         """[R, K] weight with its low-rank addition, before compression."""
@@ -102,7 +104,7 @@ class Compression(ABC):
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values that `restore` continues from."""
-        return {"step": self.step}
+        return {"step": self.step, "names": list(self.linears)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues from a checkpoint, whose weights may be loaded later."""

@@ -5,11 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from torch import Tensor
 
-from trainkit.compress.masks import Pattern, mask_from_scores
+from trainkit.compress.masks import Pattern, Scope, mask_from_scores
 from trainkit.errors import UserError
 from trainkit.modules.compression.base import CompressedLinear, Masks, check_pattern, known_total, read_pattern, share_of
 
@@ -29,7 +28,9 @@ class FixedMask(Masks):
         super().attach(linears)
         self.masks = {name: linear.weight.detach() != 0 for name, linear in linears.items()}
         if all(bool(mask.all()) for mask in self.masks.values()):
-            raise UserError("model.folder: none of its weights is zero; prune it first (trainkit compress), or dense weights train")
+            raise UserError(
+                "model.folder: none of its weights is zero; prune it first (trainkit compress), or dense weights train"
+            )
         if self.pattern is not None:
             check_pattern("sparsity", self.pattern, linears)
             for name, mask_RK in self.masks.items():
@@ -46,7 +47,9 @@ def _check_fits(name: str, mask_RK: Tensor, pattern: Pattern) -> None:
     else:
         fits = int((~mask_RK).sum()) >= int(mask_RK.shape[1] * pattern.share) * mask_RK.shape[0]
     if not fits:
-        raise UserError(f"model.compression.sparsity: the zeros of {name} do not have the pattern {pattern}; give the right one")
+        raise UserError(
+            f"model.compression.sparsity: the zeros of {name} do not have the pattern {pattern}; give the right one"
+        )
 
 
 class GradualMagnitude(Masks):
@@ -70,7 +73,7 @@ class GradualMagnitude(Masks):
         begin: int = 0,
         end: int | None = None,
         every: int = 10,
-        scope: Literal["row", "matrix"] = "matrix",
+        scope: Scope = "matrix",
     ) -> None:
         super().__init__(sparsity=sparsity, initial=initial, begin=begin, end=end, every=every, scope=scope)
         read_pattern("sparsity", str(sparsity))
@@ -80,7 +83,8 @@ class GradualMagnitude(Masks):
             raise UserError(
                 f"model.compression: begin {begin}, end {end}, every {every}; take begin from 0, end after it, every from 1"
             )
-        self.sparsity, self.initial, self.begin, self.end, self.every, self.scope = sparsity, initial, begin, end, every, scope
+        self.sparsity, self.initial, self.begin, self.end, self.every = sparsity, initial, begin, end, every
+        self.scope: Scope = scope
 
     def share(self, step: int, total: int | None) -> float:
         """Share to prune after `step` optimiser steps."""

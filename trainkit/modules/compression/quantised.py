@@ -47,8 +47,8 @@ class QuantAware(Compression):
 
     q = clamp(round(W / s), low, high) s. The gradient of W is that of q where round(W / s) is in range, else 0. `minmax`: s is
     the largest magnitude of the group / high, from the weights after each optimiser step, without gradient; nothing is clipped.
-    `learned`: LSQ, arXiv 1902.08153, whose s starts there and has the gradient g (code - W / s), or g code outside of the range,
-    summed over the group and divided by sqrt(members * high). The export stores the same codes and scales.
+    `learned`: LSQ, arXiv 1902.08153: s starts there and has the gradient g (code - W / s), or g code out of range, summed over
+    the group and divided by sqrt(members * high). The export stores the same codes and scales.
 
     Args:
         bits: 8 or 4.

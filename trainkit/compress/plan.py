@@ -1,0 +1,118 @@
+"""From the options of `trainkit compress` to a plan: which of them a method has, and what each layer becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainkit.bundle import read_json
+from trainkit.compress import structured
+from trainkit.compress.layout import Layout
+from trainkit.compress.masks import Pattern, parse_pattern
+from trainkit.compress.oneshot import METHODS, Goal, Plan, check_plan
+from trainkit.compress.quantise import Grid
+from trainkit.errors import UserError
+
+SPECIFIC = {
+    *("sparsity", "scope", "refine", "bits", "group", "zero_points", "order", "static_scales", "sequential", "allocation"),
+    *("ratio", "bias", "dimensions", "multiple"),
+}
+"""Options that only some methods have."""
+
+
+def check_options(name: str, given: set[str]) -> None:
+    """Refuses options that a method does not have.
+
+    Raises:
+        UserError: names the first, or the method is unknown.
+    """
+    if name in structured.METHODS:
+        allowed = (
+            {"ratio"} | ({"bias", "multiple"} if name != "depth" else set()) | ({"dimensions"} if name == "width" else set())
+        )
+        allowed -= {"bias"} if name == "width" else set()
+    elif name in METHODS:
+        method = METHODS[name]
+        allowed = {"bits", "group", "zero_points", "sequential", "allocation", "order", "static_scales"}
+        allowed |= ({"sparsity", "scope"} if method.prunes else set()) | ({"refine"} if method.scores else set())
+        allowed -= {"wanda": {"scope"}, "rtn": {"order", "static_scales", "sequential"}}.get(name, set())
+    else:
+        raise UserError(f"--method {name}: unknown method; choose from {', '.join([*METHODS, *structured.METHODS])}")
+    if wrong := sorted(given & SPECIFIC - allowed):
+        pruning = wrong[0] == "sparsity" and name in METHODS
+        remedy = "prune by magnitude, wanda or sparsegpt, with --bits to quantise as well" if pruning else "leave it out"
+        raise UserError(f"--{wrong[0]}: --method {name} has no such option; {remedy}")
+
+
+def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, Any]) -> Plan:
+    """The plan that the options ask for.
+
+    Raises:
+        UserError: an option is missing, does not fit the method, or has a bad value.
+    """
+    check_options(name, given)
+    method = METHODS[name]
+    # What each layer becomes
+    bits, group, allocation = options["bits"], options["group"], options["allocation"]
+    if bits not in (None, 4, 8):
+        raise UserError(f"--bits {bits}: weights are stored with 4 or 8 bits; give one of these")
+    pattern = parse_pattern(options["sparsity"]) if "sparsity" in given else None
+    if allocation is None and method.prunes and pattern is None:
+        raise UserError(f"--method {name}: prunes, so give --sparsity, such as 2:4 or 0.5")
+    if allocation is None and not method.prunes and bits is None:
+        raise UserError(f"--method {name}: quantises, so give --bits 4 or 8")
+    symmetric = not options["zero_points"]
+
+    def grid(count: int | None) -> Grid | None:
+        return Grid(count, group or (128 if count == 4 else None), symmetric) if count else None
+
+    goals = {layer: Goal(pattern, grid(bits)) for layer in layout.all_linears()}
+    if allocation is not None:
+        goals = {
+            layer: Goal(Pattern(share) if share else None, grid(count or bits))
+            for layer, (share, count) in _allocated(allocation, name, given).items()
+            if share or count or bits
+        }
+    if not any(goal.grid for goal in goals.values()):
+        if wrong := sorted(given & {"group", "zero_points", "static_scales"}):
+            raise UserError(f"--{wrong[0]}: only for quantised weights; give --bits, or leave it out")
+        if options["order"] and not method.gram:
+            raise UserError("--order: only for a pass that changes weights; give --bits, or leave it out")
+    if options["order"] == "activation" and any(goal.pattern and goal.pattern.group for goal in goals.values()) and method.gram:
+        raise UserError("--order activation: N:M groups are pruned in stored order; leave it out")
+    # What calibration text is for
+    calibrated = "calibration" in given
+    if method.calibrated and not calibrated:
+        raise UserError(f"--method {name}: needs calibration text; give --calibration FILE")
+    refine = options["refine"] or ("swaps" if method.scores and calibrated else "none")
+    if refine != "none" and not calibrated:
+        raise UserError(f"--refine {refine}: needs calibration text; give --calibration FILE")
+    if calibrated and not method.calibrated and refine == "none":
+        raise UserError(f"--calibration: --method {name} without --refine reads no text; leave it out")
+    chosen = {key: options[key] for key in ("scope", "order", "static_scales", "sequential") if options[key] is not None}
+    plan = Plan(name, goals, refine, **chosen)
+    check_plan(layout, plan)
+    return plan
+
+
+def _allocated(file: str, method: str, given: set[str]) -> dict[str, tuple[float | None, int | None]]:
+    """Layer -> share to prune and bits, from a file of `trainkit allocate`.
+
+    Raises:
+        UserError: it is not such a file, or does not fit the method or the options.
+    """
+    prunes, layers = METHODS[method].prunes, read_json(Path(file)).get("layers")
+    field, option = ("sparsity", "sparsity") if prunes else ("bits", "bits")
+    if option in given:
+        raise UserError(f"--{option}: is given for each layer by --allocation; leave one of them out")
+    if not isinstance(layers, dict) or not layers or not all(isinstance(values, dict) for values in layers.values()):
+        raise UserError(f"{file}: has no layers; give a file of trainkit allocate")
+    found: dict[str, tuple[float | None, int | None]] = {}
+    for layer, values in layers.items():
+        value = values.get(field)
+        fits = isinstance(value, (int, float)) and (0 <= value < 1 if prunes else value in (4, 8))
+        if not fits:
+            raise UserError(f"{file}: {layer} has {field} {value!r}, which --method {method} cannot give; allocate again")
+        found[layer.removesuffix(".weight")] = (float(value), None) if prunes else (None, int(value))
+    return found
