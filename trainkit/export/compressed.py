@@ -230,6 +230,6 @@ def check_logits(folder: Path, out: str | Path) -> int | None:
             "written, report this as a bug"
         )
     block_weights(decoder)  # as the runner does, which unpacks weights that no product reads as stored
-    stored = [part.on_cpu or part.packed for part in decoder.modules() if isinstance(part, Linear)]
+    stored = [part.packed for part in decoder.modules() if isinstance(part, Linear)]
     dense = sum(weight.numel() for weight in decoder.parameters()) * dtype.itemsize
     return dense + sum(part.nbytes for part in stored if part is not None)

@@ -314,6 +314,6 @@ def shapes_digest(module: nn.Module | None) -> str:
         {} if module is None else {name: list(value.shape) for name, value in module.named_parameters()}
     )
     for name, part in () if module is None else module.named_modules():
-        if isinstance(part, Linear) and (stored := part.on_cpu or part.packed):
+        if isinstance(part, Linear) and (stored := part.packed):
             shapes[name] = [type(stored).__name__, stored.nbytes, part.in_features, part.out_features]
     return hashlib.sha256(json.dumps([type(module).__name__, shapes]).encode()).hexdigest()[:16]
