@@ -124,6 +124,9 @@ def test_compressed_draft_model_stays_a_drafter(tiny_target: Path, tmp_path: Pat
         plain = Runner.load(str(tiny_target), device="cpu", max_len=64).generate([[5, 6, 7]], max_new_tokens=24)[0]
         ours = Runner.load(str(tiny_target), out, device="cpu", max_len=64).generate([[5, 6, 7]], max_new_tokens=24)[0]
         assert ours.tokens == plain.tokens
+        card = (Path(out) / "README.md").read_text()
+        assert f"--target TARGET --drafter {name} " in card and "vllm serve" not in card
+        assert ("| Stored weights | int8, a scale for each output |" in card) == (name == "int8")
 
 
 def test_bad_commands_end_with_one_line(

@@ -225,7 +225,8 @@ def _text_table(name: str, values: dict[str, Any]) -> str:
             one = values[figure]
             rows.append([label, f"{one['value']:.4f}", f"[{one['low']:.4f}, {one['high']:.4f}]"])
     tokens, seconds = values["predicted_tokens"], values["seconds"]
-    line = f"{name.replace('_', ' ')}: {values['texts']:,} texts, {tokens:,} predicted tokens in {seconds:.1f} s"
+    title = {"text": "given text", "own_text": "text that the model wrote"}[name]
+    line = f"{title}: {values['texts']:,} sequences, {tokens:,} predicted tokens in {seconds:.1f} s"
     recovery = f"; recovery {values['recovery']:.1f} % (dense perplexity / perplexity)" if "recovery" in values else ""
     return f"{line}{recovery}\n{grid(rows)}"
 

@@ -89,7 +89,8 @@ def export_compressed(
         found["bytes"] |= {"dense": _weight_bytes(source), "resident": check_logits(folder, out)}
         if calibration_fingerprints is not None:
             write_json(folder / CALIBRATION, {"fingerprints": calibration_fingerprints})
-        write_text(folder / "README.md", model_card(Path(out).name, found, card.get("metrics", {}), values))
+        text = model_card(Path(out).name, found, card.get("metrics", {}), values, drafter=made is not None and kind != "model")
+        write_text(folder / "README.md", text)
 
     extra["compression"] = found  # `write_files` completes it before the manifest is written
     return bundle.write(out, write_files, kind=kind, config=drafter, target=target, extra=extra, **card)

@@ -19,6 +19,12 @@ MEASURED = {
     "agreement": "Share of tokens at which both have the same likeliest token",
     "recovery": "Recovery: dense perplexity divided by this perplexity",
     "evaluated_on": "Text",
+    "own_text_perplexity": "Perplexity of what the model writes itself",
+    "own_text_perplexity_dense": "The same of the dense model",
+    "own_text_ratio": "Ratio of these two perplexities",
+    "own_text_kl": "KL(dense, compressed) on what the model writes, nats per token",
+    "own_text_agreement": "Agreement there: share of tokens with the same likeliest token",
+    "own_text_recovery": "Dense perplexity divided by this perplexity, there",
 }
 """Metric that `trainkit evaluate` records -> its row in the table; others have their own names there."""
 
@@ -34,11 +40,13 @@ def record_metrics(folder: str | Path, metrics: Mapping[str, Any]) -> bundle.Bun
     found = bundle.read(folder)
     metrics = {name: value for name, value in {**found.metrics, **metrics}.items() if value is not None}
     config = bundle.read_json(found.path / "config.json")
-    text = model_card(found.path.resolve().name, found.extra["compression"], metrics, config)
+    text = model_card(found.path.resolve().name, found.extra["compression"], metrics, config, drafter=found.kind != "model")
     return bundle.amend(folder, lambda temporary: write_text(temporary / "README.md", text), metrics=metrics)
 
 
-def model_card(name: str, compression: Mapping[str, Any], metrics: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def model_card(
+    name: str, compression: Mapping[str, Any], metrics: Mapping[str, Any], config: Mapping[str, Any], drafter: bool = False
+) -> str:
     """The text of README.md.
 
     Args:
@@ -46,6 +54,7 @@ def model_card(name: str, compression: Mapping[str, Any], metrics: Mapping[str, 
         compression: `extra["compression"]` of the bundle.
         metrics: Measured values of the bundle.
         config: Content of config.json.
+        drafter: Whether it is a draft model.
     """
     scheme = read_scheme(config)
     quantised = scheme is not None
@@ -54,11 +63,11 @@ def model_card(name: str, compression: Mapping[str, Any], metrics: Mapping[str, 
     tags = ["trainkit"] + ["compressed-tensors"] * quantised + ["sparse"] * sparse
     lines = [
         *("---", "library_name: transformers", f"tags: [{', '.join(tags)}]", "---", "", f"# {name}", ""),
-        f"A compressed language model, made by trainkit with the method {compression['method']}.",
+        f"A compressed {'draft' if drafter else 'language'} model, made by trainkit with the method {compression['method']}.",
         *("", "| | |", "|---|---|"),
         *_row("Removed", compression.get("removed")),
         *_row("Pattern of zeros", compression.get("pattern")),
-        *_row("Grid", compression.get("grid")),
+        *_row("Stored weights", _grid(compression.get("grid"))),
         *_row("Zeros in compressed matrices", f"{sparsity['matrices']:.2%}" if compression["layers"] else None),
         *_row("Zeros in all parameters", f"{sparsity['parameters']:.2%} of {compression['parameters']:,}"),
         *(row for key, value in (compression.get("calibration") or {}).items() for row in _row(f"Calibration: {key}", value)),
@@ -67,7 +76,7 @@ def model_card(name: str, compression: Mapping[str, Any], metrics: Mapping[str, 
         *_row("Weights in memory, trainkit's runner on a CPU", _megabytes(compression["bytes"]["resident"])),
         *_kinds(compression),
         *("", "## Measured", "", *(_measured(metrics) or ["Nothing yet: `trainkit evaluate` records it here."])),
-        *("", "## Load it", "", *_loading(name, quantised)),
+        *("", "## Load it", "", *_loading(name, quantised, drafter)),
         *("", "## Limits", "", *(f"- {line}" for line in _limits(compression, config, quantised, sparse))),
     ]
     if commands := compression.get("commands"):
@@ -86,6 +95,14 @@ def _short(value: Any) -> str:
     if isinstance(value, str):
         return value
     return f"{value:.5g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _grid(grid: Mapping[str, Any] | None) -> str | None:
+    """A grid in words, such as `int4, a scale for each group of 128 weights`."""
+    if grid is None:
+        return None
+    scales = "output" if grid["group"] is None else f"group of {grid['group']} weights"
+    return f"{grid['kind']}{grid['bits']}, a scale{'' if grid['symmetric'] else ' and a zero point'} for each {scales}"
 
 
 def _megabytes(size: int | None) -> str | None:
@@ -116,15 +133,16 @@ def _measured(metrics: Mapping[str, Any]) -> list[str]:
     return ["| | |", "|---|---|", *rows] if rows else []
 
 
-def _loading(name: str, quantised: bool) -> list[str]:
+def _loading(name: str, quantised: bool, drafter: bool) -> list[str]:
+    role = "TARGET --drafter " if drafter else ""
     needs = " (with the package compressed-tensors)" if quantised else ""
     return [
         "```python",
         f"from transformers import AutoModelForCausalLM, AutoTokenizer  # transformers{needs}",
         f'model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")',
         *("```", "", "```bash"),
-        f"vllm serve {name}",
-        f'trainkit generate --target {name} --prompt "Why is the sky blue?"',
+        *([] if drafter else [f"vllm serve {name}"]),
+        f'trainkit generate --target {role}{name} --prompt "Why is the sky blue?"',
         "```",
     ]
 
@@ -132,21 +150,27 @@ def _loading(name: str, quantised: bool) -> list[str]:
 def _limits(compression: Mapping[str, Any], config: Mapping[str, Any], quantised: bool, sparse: bool) -> list[str]:
     """What a reader must not expect of this model."""
     lines = ["The output differs from the dense model's; the table above says by how much, if it was measured."]
+    if quantised and not sparse:
+        lines.append("Zeros in the tables are small weights that were rounded to zero; nothing was pruned.")
     if sparse and not quantised:
         lines.append(
-            "Pruned weights are stored as zeros in a dense model: the files are no smaller, and no program named here is "
+            "Pruned weights are stored as zeros in a dense model: the files are not smaller, and no program named here is "
             "faster with them."
         )
     elif sparse:
-        lines.append("Zeros are stored as codes like other values: they make the files no smaller and decoding no faster.")
+        lines.append(
+            "Pruned weights are stored as codes like other weights: they make neither the files smaller nor decoding faster."
+        )
     if quantised:
         lines.append(
-            "transformers makes the weights dense at the first forward pass: there they take as much memory as those of the "
+            "transformers makes the weights dense at the first forward pass. There they take as much memory as those of the "
             "dense model, and decoding is not faster."
         )
         sizes = compression["bytes"]
         if sizes["resident"] is not None and sizes["resident"] > 1.1 * sizes["disk"]:
-            lines.append("trainkit's runner on a CPU has no product for this grid, and makes the weights dense too.")
+            lines.append(
+                "trainkit's runner on a CPU cannot compute with weights stored in this grid, and makes them dense too."
+            )
         if sizes["resident"] is None:
             lines.append("trainkit's runner does not decode this architecture.")
         if len(config["quantization_config"]["config_groups"]) > 1:
