@@ -233,7 +233,7 @@ def test_bad_commands_end_with_one_line(
             [target, out, *wanda, *data, *allocated("head")],
             "the output head lm_head is never compressed, and here it is the emb",
         ),
-        ([target, out, *wanda, *data, *allocated("other")], "'a.b' is no linear layer of"),
+        ([target, out, *wanda, *data, *allocated("other")], "'a.b' is not a linear layer of"),
         ([target, out, *wanda, *data, *allocated("none")], "none.json: has no layers; give a file of trainkit allocate"),
         ([target, out, *wanda, *data, *allocated("moved")], "moved.json: is for a model with other weights; run trainkit allo"),
         ([target, out, *gptq, *data, *allocated("odd")], "has bits 3, which --method gptq cannot give"),

@@ -351,7 +351,7 @@ def test_export_merges_lora_under_the_mask(pruned, tiny_target, chats, tmp_path)
 def test_export_of_unfinished_runs_is_refused(tiny_target, chats, tmp_path):
     """While pruned weights still count, or before anything is pruned; and a dtype in which the codes would differ."""
     for name, compression, part in (
-        ("decay", MaskDecay("2:4", "linear", dense=0.0, hard=0.0, rate=0.05), "pruned weights still count"),
+        ("decay", MaskDecay("2:4", "linear", dense=0.0, hard=0.0, rate=0.05), "pruned weights still contribute"),
         ("dense", HardMask("2:4", dense=1.0), "no weight is pruned yet"),
         ("codes", QuantAware(8), "--dtype float16: the scales were trained in bfloat16"),
     ):

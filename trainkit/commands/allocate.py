@@ -55,18 +55,19 @@ def allocate(
 ) -> str:
     """Searches how a budget of weights or bytes is best spread over layers, and writes the allocation for `trainkit compress`.
 
-    EvoPress (arXiv 2410.14649): every linear layer is compressed alone at several levels; an evolutionary search then mixes
-    levels, and keeps what has the lowest KL divergence from the dense model on search text. With --sparsity, all allocations
-    prune exactly as many weights as the uniform one. With --bits or --bytes, layers get 4 or 8 bits, and scales and packing
-    count. The output head, embeddings and norms are not in the budget.
+    EvoPress (arXiv 2410.14649): every linear layer is compressed alone at several levels; an evolutionary search then combines
+    levels, and keeps the combination with the lowest KL divergence from the dense model on search text. With --sparsity, all
+    allocations prune exactly as many weights as the uniform one. With --bits or --bytes, layers get 4 or 8 bits, and the budget
+    includes scales and packing. The output head, embeddings and norms are not in the budget.
 
     Calibration, search and held-out windows are taken one after the other from the same text; give training text, not what the
     model will be evaluated on. The last two lines compare KL on the held-out windows with the uniform allocation. The defaults
     suit a small model on a CPU; those published are --generations 400 --offspring 64 --survivors [8,2,1] --tokens
-    [2048,16384,65536] --search 256 for sparsity, and 150, 128, [16,4,1], [2048,16384,131072] for bits.
+    [2048,16384,65536] --search 256 for sparsity, and --generations 150 --offspring 128 --survivors [16,4,1] --tokens
+    [2048,16384,131072] for bits.
 
-    After a kill, the same command continues from the folder of --work and gives the same result. Other budgets of --bits or
-    --bytes, seeds and search settings use the levels that lie there. Under torchrun, processes share the candidates.
+    After a kill, the same command continues from the folder of --work and gives the same result. Commands with another budget
+    of --bits or --bytes, seed or search setting use the same levels again. Under torchrun, processes share the candidates.
 
     Examples:
         trainkit allocate models/target sparse.json --sparsity 0.6 --calibration data/train.jsonl
@@ -77,13 +78,14 @@ def allocate(
         target: Folder of a Llama, Mistral, Qwen2 or Qwen3 model, or the bundle of a draft model.
         out: JSON file to write.
         calibration: Files, folders or hub names of text, in any format of training text.
-        sparsity: Share of the weights to prune in the mean, such as 0.6.
-        bits: Bits per weight in the mean, scales included, such as 5.
-        bytes: Bytes of all linear layers of the blocks, instead of --bits.
+        sparsity: Mean share of the weights to prune, such as 0.6.
+        bits: Mean bits per weight, scales included, such as 5.
+        bytes: Total bytes of all linear layers of the blocks, instead of --bits.
         method: sparsegpt (default), wanda or magnitude to prune; gptq (default) or rtn to quantise.
         group: Consecutive weights that share a scale; by default 128 with 4 bits, all of an output with 8.
-        levels: Levels of sparsity below and above the uniform one.
-        step: Weights between two levels; by default such that --levels steps take half of a square matrix's margin.
+        levels: Number of levels of sparsity below, and also above, the uniform one.
+        step: Number of weights between two levels; by default --levels steps are half of the weights that a square matrix
+            prunes or keeps, whichever are fewer.
         samples: Number of windows on which layers are compressed.
         search: Number of windows from which the search draws.
         heldout: Number of windows of the final comparison.
@@ -110,7 +112,7 @@ def allocate(
         raise UserError("--group: only for quantised weights; give --bits or --bytes, or leave it out")
     if len(survivors) != len(tokens) or not survivors or survivors[-1] != 1 or min(*survivors, *tokens) < 1:
         pairs = f"--survivors {survivors}, --tokens {tokens}"
-        raise UserError(f"{pairs}: give as many of both, from 1 up, and 1 as the last survivor")
+        raise UserError(f"{pairs}: give two lists of the same length, of numbers from 1, with 1 as the last survivor")
     prunes = sparsity is not None
     method = method or ("sparsegpt" if prunes else "gptq")
     if method not in METHODS or METHODS[method].prunes is not prunes:

@@ -64,7 +64,7 @@ def compress(
     """Prunes or quantises the linear layers of a model's blocks without training, or makes the model smaller; writes a bundle.
 
     Embeddings and output head stay as they are. Methods that prune: `magnitude`, `wanda` (arXiv 2306.11695) and
-    `sparsegpt` (arXiv 2301.00774), which also changes the weights that stay. Methods that quantise: `rtn` (round to nearest)
+    `sparsegpt` (arXiv 2301.00774), which also changes the remaining weights. Methods that quantise: `rtn` (round to nearest)
     and `gptq` (arXiv 2210.17323). With --bits, a method that prunes also quantises. Structured methods give a smaller model:
     `flap` (arXiv 2312.11983), `flap-plain`, `structured-magnitude` and `structured-random` remove heads and neurons, `width`
     (arXiv 2407.14679) neurons, heads or channels, `depth` blocks. All but `magnitude`, `rtn`, `structured-magnitude` and
@@ -72,8 +72,8 @@ def compress(
     is evaluated on.
 
     One block is in memory at a time. After a kill or an interrupt, the same command continues where it stopped, from the folder
-    OUT.work beside OUT, which it removes at the end. Under torchrun, each process reads its share of the calibration text. The
-    model may be a draft model's bundle; then the result is one too.
+    OUT.work beside OUT, which it removes at the end. Under torchrun, each process reads its share of the calibration text.
+    TARGET may be a draft model's bundle; then the result is one too.
 
     Examples:
         trainkit compress models/target models/sparse --method wanda --sparsity 2:4 --calibration data/train.jsonl
@@ -90,27 +90,28 @@ def compress(
         bits: Bits of a quantised weight, 4 or 8.
         group: Consecutive weights that share a scale; by default 128 with 4 bits, all of an output with 8.
         zero_points: Whether groups have zero points, for weights that are not symmetric around 0.
-        refine: What moves the mask of magnitude or wanda afterwards: `swaps` lowers the squared error of each output swap by
-            swap, `dsnot` its mean error (arXiv 2310.08915); by default swaps where there is calibration text.
-        scope: What magnitude and sparsegpt compare when they prune a share: the weights of a whole matrix (for sparsegpt those
-            of 128 inputs), by default, or of each output.
-        order: Order in which gptq and sparsegpt quantise inputs: as stored, by default, or by activation, largest first.
+        refine: How the mask of magnitude or wanda is refined afterwards: `swaps` exchanges weights to lower the squared error
+            of each output, `dsnot` to lower its mean error (arXiv 2310.08915); by default swaps if there is calibration text.
+        scope: Which weights magnitude and sparsegpt compare when they prune a share: those of a whole matrix (sparsegpt: of 128
+            inputs), the default, or those of each output.
+        order: Order in which gptq and sparsegpt quantise inputs: `stored`, the default, or `activation`, largest first.
         static_scales: Whether gptq and sparsegpt take scales from the weights before the pass; by default, during it.
-        sequential: Whether layers of a block are measured after its earlier layers were changed; four times the forward passes.
+        sequential: Whether the inputs of a block's layers are measured after its earlier layers were changed; this takes four
+            times the forward passes.
         allocation: File of `trainkit allocate`, in place of --sparsity or --bits.
         ratio: Share to remove by a structured method: of the weights of each block's linear layers, with `width` of each of
             --dimensions, with `depth` of the blocks.
         bias: Whether the mean contribution of removed heads and neurons becomes a bias; by default with flap, if the layout has
             such biases (Llama).
-        dimensions: What flap and its rivals (neurons, heads) or width (channels too) remove; by default neurons.
-        multiple: The numbers of neurons and channels that stay are rounded to a multiple of this; by default 64.
+        dimensions: What to remove: neurons, heads, and with width also channels; by default neurons.
+        multiple: The remaining numbers of neurons and channels are rounded to a multiple of this; by default 64.
         calibration: Files, folders or hub names of calibration text, in any format of training text.
         samples: Number of calibration windows.
         length: Tokens in a window; by default 2048, or as many as the model covers.
         seed: Seed of the order of calibration rows.
         columns: Column mapping, from trainkit's names to the files'.
         device: Torch device; `auto` uses a GPU if there is one, under torchrun each process its own.
-        dtype: Precision of the computation: float32, bfloat16 or float16. Files keep the model's own.
+        dtype: Precision of the computation: float32, bfloat16 or float16. The files keep the model's dtype.
     """
     start = perf_counter()
     quiet_libraries()

@@ -59,14 +59,14 @@ def evaluate(
 ) -> str:
     """Quality of a model: perplexity on a text, distance from the dense model it was made from, and scores of tasks.
 
-    Perplexity follows the WikiText protocol: documents are joined by blank lines and tokenised once, and windows of `length`
-    tokens do not overlap. With --dense also KL(dense || model) in nats per token, the share of tokens at which both have the
-    same likeliest token, and the ratio of the perplexities. Intervals are 95 % bootstrap intervals over windows. With --own the
-    model also continues prompts of the text, and is compared on what it wrote itself, where it will be used.
+    Perplexity follows the WikiText protocol: documents are joined by blank lines and tokenised once, and cut into windows of
+    --length tokens that do not overlap. With --dense also KL(dense || model) in nats per token, the share of tokens at which
+    both have the same likeliest token, and the ratio of the perplexities. Intervals are 95 % bootstrap intervals over windows.
+    With --own the model also continues prompts of the text, and is compared with the dense model on what it wrote.
 
     Tasks are those of lm-evaluation-harness (pip install 'trainkit[eval]'), or YAML files of the same form in --task_path. The
-    runner is the model: with --drafter, texts are the same and come sooner. With --dense, recovery is the model's score as a
-    share of the dense model's.
+    runner is the model: with --drafter, the texts are the same and take less time. With --dense, recovery is the model's score
+    as a share of the dense model's.
 
     Examples:
         trainkit evaluate models/w50 --text test.jsonl --dense models/target --length 512
@@ -80,20 +80,20 @@ def evaluate(
         length: Tokens in a window; by default 2048, or as many as the models cover.
         limit: Largest number of windows, and of documents of each task.
         own: Number of prompts of the text that the model continues itself.
-        max_new_tokens: Largest number of tokens of such a continuation; a prompt is cut to half a window.
-        temperature: Temperature of these continuations.
-        seed: Seed of these continuations.
+        max_new_tokens: Largest number of tokens of a continuation of --own; a prompt is cut to half a window.
+        temperature: Temperature of the continuations of --own.
+        seed: Seed of the continuations of --own.
         tasks: Names of tasks, with commas between them.
         task_path: Folder of YAML files that define further tasks, for example over local JSON Lines.
-        few_shot: Number of examples before each question; by default as the task says.
+        few_shot: Number of examples before each question; by default the task's own number.
         chat: Whether tasks use the chat template.
-        drafter: Drafter bundle for texts that the model writes.
+        drafter: Drafter bundle that makes --own and tasks faster.
         batch: Number of windows or texts computed together.
         columns: Column mapping for the text, from trainkit's names to the file's.
         device: Torch device; `auto` uses a GPU if there is one.
         dtype: Precision of the weights; log-probabilities are always computed in float32.
         json: File for all figures.
-        record: Whether to add the figures to the metrics and the README.md of the model's bundle.
+        record: Whether to add the figures to trainkit.json of the model's bundle, and to the README.md of a compressed model.
     """
     # Check the arguments.
     quiet_libraries()

@@ -1,8 +1,9 @@
-"""The walk over a model's blocks with calibration text, one block in memory at a time; it can be continued after a kill.
+"""The walk over a model's blocks with calibration text, one block in memory at a time; it continues after an interruption.
 
 The hidden states of all calibration sequences lie in two files: the states before the current block are read from one while
 those after it are written to the other. Peak memory is one block, the statistics of its inputs, and a few sequences. A block is
-computed by transformers' own model of one layer, so masks, rotary positions and sliding windows are its own.
+computed by a transformers model of one layer, so attention masks, rotary positions and sliding windows are those of
+transformers.
 """
 
 # S sequences  B sequences of a batch  T positions  D hidden  R outputs  K inputs
@@ -75,7 +76,7 @@ class Part:
 
     @torch.no_grad()
     def replace(self, name: str, weight_RK: Tensor, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Replaces a weight: later blocks are measured behind it, and the result's files hold it.
+        """Replaces a weight: inputs of later blocks are computed with it, and the exported files contain it.
 
         Args:
             name: Name of the layer.
@@ -88,7 +89,7 @@ class Part:
 
 
 Visit = Callable[[Part], Mapping[str, Any] | None]
-"""Changes weights of a part by its statistics; returns what to report, JSON-able."""
+"""Changes the weights of a part, using its statistics; returns what to report, JSON-able."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def walk(
     device: torch.device | str = "cpu",
     title: str = "",
 ) -> Walked:
-    """Visits a model's blocks in order, each with statistics of its inputs behind the changed blocks before it.
+    """Visits a model's blocks in order; a block's inputs are measured with the changed blocks before it.
 
     With several processes, each computes the sequences rank, rank + world size, ...; the statistics are added up, and the first
     process alone visits and sends the changed weights to the others.
@@ -149,7 +150,7 @@ def walk(
         key: Everything else that determines the result, such as the method; JSON-able.
         sequential: Whether the layers of an input are measured after those of the block's earlier inputs were changed. It costs
             four times the forward work.
-        dense: Whether later blocks are measured behind the dense weights, whatever `visit` does.
+        dense: Whether the inputs of later blocks are computed with the dense weights, whatever `visit` changes.
         dtype: Precision of the computation.
         device: Device of the computation.
         title: Text before the progress bar.
@@ -161,7 +162,7 @@ def walk(
     tokens_ST = None if calibration is None else calibration.tokens_ST[rank() :: world()]
     settings = {"gram": gram, "sequential": sequential, "dense": dense, "dtype": str(dtype), "processes": world()}
     with claimed(work, origin(folder, calibration) | settings | dict(key or {})):
-        # Continue behind the blocks that are complete; embed the text if there are none.
+        # Continue after the blocks that are complete; embed the text if there are none.
         done = next(index for index in range(layout.blocks + 1) if not block_file(work, index).is_file())
         states = None
         if calibration is not None and tokens_ST is not None:
@@ -187,7 +188,7 @@ def walk(
                 if world() > 1 and not dense:
                     for linear in part.linears.values():
                         dist.broadcast(linear.weight.data, 0)
-            # Compute the next inputs behind the changed block, and only then declare it complete.
+            # Compute the next inputs with the changed block, and only then mark it complete.
             if states is not None and not dense:
                 _measure(block, layout, index, states, (), False, True)
             barrier()

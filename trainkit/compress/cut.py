@@ -1,6 +1,6 @@
-"""What structured pruning keeps of a model, and the smaller Hugging Face model made of it: its config and its tensors.
+"""What structured pruning keeps of a model, and the config and tensors of the smaller Hugging Face model.
 
-Every block keeps as many heads and neurons as every other, because a config.json of these layouts has one size for all blocks.
+All blocks keep the same number of heads and neurons, because a config.json of these layouts has one size for all blocks.
 Blocks may keep different ones.
 """
 
@@ -35,7 +35,7 @@ _ROWS_AND_COLUMNS = {
     "model.norm": ("channels",),
     "lm_head": ("", "channels"),
 }
-"""Module -> what the rows and columns of its weight are; "" is never cut, as are modules not listed here."""
+"""Module -> what the rows and columns of its weight are; "" is never cut. Modules that are not listed are never cut either."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Cut:
         kv_heads: Kept key-value heads of each block.
         neurons: Kept neurons of each block's MLP.
         channels: Kept channels of the residual stream.
-        biases: Switches of config.json that the smaller model has on: `attention_bias`, `mlp_bias`.
+        biases: Fields of config.json that are true in the smaller model: `attention_bias`, `mlp_bias`.
     """
 
     layout: Layout

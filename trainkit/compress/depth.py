@@ -1,7 +1,7 @@
-"""Removes blocks one after the other: each time the one without which the model's distributions change least.
+"""Removes blocks one after the other: each time the block whose removal changes the model's distributions least.
 
 The score of a block is the mean KL(dense || model without it and without those removed before), in nats per counted calibration
-token. Every block is scored in every round, behind the removed ones.
+token. Every remaining block is scored in every round, in the model without the blocks that were removed before.
 """
 
 # S sequences  B sequences of a batch  T positions  D hidden  N counted tokens  V vocabulary
@@ -48,7 +48,7 @@ class _Blocks:
 
     def divergences(self, tokens_BT: Tensor, counted_BT: Tensor, current: list[int]) -> Tensor:
         """Sum over counted tokens of KL(dense || without block i of `current`), for each i."""
-        # States behind the dense model, and before each of the current blocks
+        # States after the dense model, and before each of the current blocks
         states = [self.embed(tokens_BT)]
         hidden = [self.run(states[0], list(range(len(self.layers))))]
         for index in current[:-1]:
@@ -84,9 +84,9 @@ def drop_blocks(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Any]]:
-    """The removed blocks in order, each {"block": number in the whole model, "kl": its score, "scores": {number: score}}.
+    """The removed blocks in order, each {"block": number in the dense model, "kl": its score, "scores": {number: score}}.
 
-    The whole model is in memory; with several processes in that of each, which computes a part of the text. The same call with
+    The whole model is in memory. With several processes, each holds it and computes a part of the text. The same call with
     the same `work` continues after a kill, with the same result.
 
     Args:

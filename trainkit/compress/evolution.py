@@ -84,7 +84,7 @@ class Space:
         return self.fill(levels, draw, frozenset(lowered))
 
     def _step(self, layer: int, level: int) -> float:
-        """What the next level costs more; infinite at the last level."""
+        """Extra cost of the next level; infinite at the last level."""
         costs = self.costs[layer]
         return costs[level + 1] - costs[level] if level + 1 < len(costs) else math.inf
 
@@ -124,7 +124,7 @@ class Search:
     ) -> list[tuple[float, Candidate]]:
         """The parent after each generation, with its fitness on the windows of that generation's last stage.
 
-        Under torch.distributed the candidates of a stage are dealt over the processes, and all return the same.
+        Under torch.distributed the candidates of a stage are distributed over the processes, and all return the same.
 
         Args:
             space: Costs and budget.

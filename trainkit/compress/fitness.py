@@ -1,4 +1,4 @@
-"""How far a model moves from the dense one when its layers take the levels of a candidate: KL divergence per token."""
+"""Divergence from the dense model when the layers have the levels of a candidate: KL, nats per token."""
 
 # S windows  T tokens  D hidden  B windows of a batch  N tokens of a chunk  V vocabulary
 
@@ -24,7 +24,7 @@ class KLToDense:
     """KL(dense || candidate), nats per token, on windows of text; a fitness of `evolution.Search`.
 
     The dense model's hidden states before its output head are computed once and kept, S x T x D values: the head is never
-    compressed, so its logits are exact, and a table of [S x T, V] probabilities does not exist. Between two candidates only the
+    compressed, so the logits are exact, and a table of [S x T, V] probabilities is never built. Between two candidates only the
     weights of layers whose level differs are read from the database.
 
     Args:

@@ -1,8 +1,8 @@
-"""Scores of heads and neurons, and the bias that stands in for removed ones: FLAP, and the rivals it is compared with.
+"""Scores of heads and neurons, and the bias that replaces removed ones: FLAP, and the baselines it is compared with.
 
-FLAP (An et al. 2024, arXiv 2312.11983) removes what fluctuates least around its mean on calibration text, and adds the mean's
-contribution to the output as a bias. Statistics are those of the dense model. Query heads that share a key-value head are
-removed together.
+FLAP (An et al. 2024, arXiv 2312.11983) removes the parts whose values vary least around their mean on calibration text, and
+adds the contribution of the mean to the output as a bias. Statistics are those of the dense model. Query heads that share a
+key-value head are removed together.
 """
 
 # R outputs  K inputs  U units: groups of heads, or neurons
@@ -37,7 +37,7 @@ def group_scores(score_K: Tensor, groups: int, squared: bool = True) -> Tensor:
     Args:
         score_K: `fluctuation` of the input of attention's output projection.
         groups: Number of groups.
-        squared: Whether scores are squared first, as in the published code, by which single strong channels weigh more.
+        squared: Whether scores are squared first, as in the published code; this gives single strong channels more weight.
     """
     return standardised(score_K.square() if squared else score_K).view(groups, -1).mean(1)
 

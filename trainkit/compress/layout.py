@@ -71,7 +71,7 @@ class Layout:
             raise UserError(f"{source}: the output head lm_head is never compressed{tied}; remove it")
         if unknown:
             example = f"{self.block(0)}.mlp.down_proj"
-            raise UserError(f"{source}: {unknown[0]!r} is no linear layer of {self.folder}; give names such as {example}")
+            raise UserError(f"{source}: {unknown[0]!r} is not a linear layer of {self.folder}; give names such as {example}")
 
 
 def read_layout(folder: str | Path) -> Layout:

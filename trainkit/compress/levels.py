@@ -43,7 +43,7 @@ class Level:
 
     Attributes:
         cost: Weights that are kept, or bytes.
-        goal: What becomes of the layer.
+        goal: How the layer is compressed.
     """
 
     cost: int
@@ -75,7 +75,7 @@ def sparsity_levels(
             hidden size prunes and keeps. Rounded down to a number that all layers can prune.
 
     Raises:
-        UserError: the model's matrices can prune no common number of weights so small.
+        UserError: no number of weights up to `step` can be pruned in all layers.
     """
     shapes = layout.shapes()
     units = {name: {"sparsegpt": K // math.gcd(BLOCK, K), "wanda": R}.get(method, 1) for name, (R, K) in shapes.items()}

@@ -1,7 +1,7 @@
 """Which weights are pruned: patterns, counts, and masks as bits.
 
-A mask is True where a weight is kept. Exactly as many weights are pruned as the pattern says: among equal scores the one of the
-lower index is pruned first.
+A mask is True where a weight is kept. Exactly the number of weights that the pattern gives is pruned: among equal scores the
+one of the lower index is pruned first.
 """
 
 # R outputs  K inputs  S compared sets  N members of a set

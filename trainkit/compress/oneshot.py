@@ -28,7 +28,7 @@ Refine = Literal["swaps", "dsnot", "none"]
 
 @dataclass(frozen=True)
 class Goal:
-    """What becomes of a layer.
+    """How a layer is compressed.
 
     Attributes:
         pattern: What to prune; None prunes nothing.
@@ -41,17 +41,17 @@ class Goal:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a model, and by which method.
+    """How a model is compressed, and by which method.
 
     Attributes:
         method: One of `METHODS`.
         goals: Layer, by its Hugging Face name without `.weight` -> goal; other layers stay as they are.
-        refine: What moves the mask of `magnitude` or `wanda` afterwards.
+        refine: How the mask of `magnitude` or `wanda` is refined afterwards.
         scope: What a share is counted over by `magnitude` and `sparsegpt`.
         order: Order of the inputs in `sparsegpt` and `gptq`.
         static_scales: Whether `sparsegpt` and `gptq` take all scales from the weights before the pass.
         damping: Damping of `sparsegpt` and `gptq`.
-        sequential: Whether a block's layers are measured behind its earlier ones.
+        sequential: Whether a block's layers are measured after its earlier layers were changed.
     """
 
     method: str
@@ -186,7 +186,7 @@ def oneshot(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Walked:
-    """Compresses the layers that a plan names, each behind the compressed blocks before it.
+    """Compresses the layers that a plan names; inputs are measured with the compressed blocks before.
 
     Its reports have for each changed layer, by name: `sparsity`, the measured share of zeros; `bits`; `error`, the squared
     error of its outputs relative to the outputs, over the calibration tokens (None where no Gram matrix was measured);
@@ -195,7 +195,7 @@ def oneshot(
     Args:
         folder: Hugging Face folder.
         calibration: Calibration text; None for methods that need none.
-        plan: What becomes of each layer.
+        plan: How each layer is compressed.
         work: Work folder, as in `walk`.
         key: Further values that determine the result, such as how the calibration text was made.
         dtype: Precision of the computation.
@@ -228,7 +228,7 @@ def oneshot(
 
 def _change(part: Part, name: str, goal: Goal, plan: Plan) -> dict[str, Any]:
     """Changes one layer; returns what was measured."""
-    dense_RK = part.linears[name].weight.to(torch.float32, copy=True)  # `replace` overwrites the layer's own
+    dense_RK = part.linears[name].weight.to(torch.float32, copy=True)  # because `replace` overwrites the layer's weight
     stored = part.dtypes[name]
     sums = part.statistics(name) if part.by_input else None
     if goal.grid:  # scales are stored in the dtype of the weights

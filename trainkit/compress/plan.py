@@ -1,4 +1,4 @@
-"""From the options of `trainkit compress` to a plan: which of them a method has, and what each layer becomes."""
+"""From the options of `trainkit compress` to a plan: which options a method has, and how each layer is compressed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
     """
     check_options(name, given)
     method = METHODS[name]
-    # What each layer becomes
+    # How each layer is compressed
     bits, group, allocation = options["bits"], options["group"], options["allocation"]
     if bits not in (None, 4, 8):
         raise UserError(f"--bits {bits}: weights are stored with 4 or 8 bits; give one of these")
@@ -79,7 +79,7 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
             raise UserError("--order: only for a pass that changes weights; give --bits, or leave it out")
     if options["order"] == "activation" and any(goal.pattern and goal.pattern.group for goal in goals.values()) and method.gram:
         raise UserError("--order activation: N:M groups are pruned in stored order; leave it out")
-    # What calibration text is for
+    # Whether calibration text is needed
     calibrated = "calibration" in given
     if method.calibrated and not calibrated:
         raise UserError(f"--method {name}: needs calibration text; give --calibration FILE")

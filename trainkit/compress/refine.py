@@ -1,6 +1,6 @@
-"""Other masks of the same sparsity for the weights as they are: exact swaps, and DSnoT.
+"""Better masks of the same sparsity, without changing weights: exact swaps, and DSnoT.
 
-Both move the mask alone, so the weights must be the dense ones: a solver that changes weights comes after them.
+Both change only the mask, so they need the dense weights. A solver that changes weights must run after them.
 """
 
 # R outputs  K inputs  A active outputs  P candidates  Q groups  M inputs of a group
@@ -21,8 +21,8 @@ def swaps(weight_RK: Tensor, mask_RK: Tensor, gram_KK: Tensor, pattern: Pattern,
 
     With d_j the pruned weights, else 0, an output's squared error is d^T G d, G the Gram matrix. With g = G d, keeping a and
     pruning b changes it by -2 w_a g_a + w_a^2 G_aa + 2 w_b g_b + w_b^2 G_bb - 2 w_a w_b G_ab. N:M swaps the best pair within a
-    group. Otherwise the best pair with one of the `CANDIDATES` weights a that alone would gain most is swapped. Each output
-    keeps its number of weights. The aim, though not the search, is that of SparseSwaps (arXiv 2512.10922).
+    group. Otherwise the best pair is swapped whose a is one of the `CANDIDATES` weights that alone would lower the error most.
+    Each output keeps its number of weights. The objective is that of SparseSwaps (arXiv 2512.10922); the search is ours.
 
     Args:
         weight_RK: Dense weights.
@@ -49,7 +49,7 @@ def swaps(weight_RK: Tensor, mask_RK: Tensor, gram_KK: Tensor, pattern: Pattern,
             better_A = change_A < -(1e-12 + 16 * torch.finfo(gram_KK.dtype).eps * error_A)
             if not better_A.any():
                 break
-            # Only outputs that gained go on: the others have come to rest
+            # Continue only with outputs that improved; no swap helps the others
             active_A, a_A1, b_A1 = active_A[better_A], a_A[better_A].unsqueeze(1), b_A[better_A].unsqueeze(1)
             weight_AK = weight_AK[better_A]
             mask_AK = mask_AK[better_A].scatter(1, a_A1, True).scatter(1, b_A1, False)
@@ -63,10 +63,10 @@ def swaps(weight_RK: Tensor, mask_RK: Tensor, gram_KK: Tensor, pattern: Pattern,
 
 
 CANDIDATES = 4
-"""Pruned weights of an output for which each step looks for the best partner; 8 of them lower errors by 0.1 to 4 % more."""
+"""Pruned weights of an output for which each step looks for the best partner; with 8, errors were 0.1 to 4 % lower."""
 
 ENTRIES = 2**24
-"""Most entries of a tensor that `swaps` makes."""
+"""Largest number of entries of a tensor that `swaps` makes."""
 
 
 def _best_in_groups(
@@ -105,7 +105,7 @@ def dsnot(
 
     With c_j = w_j times the mean of input j, an output's lost mean e is the sum of c over pruned weights. A cycle keeps the
     pruned weight whose c / variance is largest with the sign of e, prunes the kept one of lowest Wanda score whose c has the
-    opposite sign (N:M: of lowest score in the group), and moves no weight twice. An output rests when |e| is at most 0.1 / L,
+    opposite sign (N:M: of lowest score in the group), and moves no weight twice. An output stops when |e| is at most 0.1 / L,
     with L the mean length of a sequence, when no such weight is left, or with N:M when e would change its sign. Zhang et al.
     2023, arXiv 2310.08915, whose sums are L times ours.
 
@@ -115,7 +115,7 @@ def dsnot(
         statistics: Sums over the layer's inputs.
         pattern: Pattern of the mask.
         cycles: Most swaps of one output.
-        guard: Whether an output rests rather than make |e| larger, as it often does without.
+        guard: Whether an output stops before a swap that makes |e| larger; without it this often happens.
     """
     R, K = weight_RK.shape
     device, tokens, infinite = weight_RK.device, max(statistics.tokens, 1), torch.inf
@@ -128,10 +128,10 @@ def dsnot(
     sign_R = lost_R.sign()
     for _ in range(cycles):
         positive_R1 = (lost_R > 0).unsqueeze(1)
-        # Step 1: what comes back
+        # Step 1: the pruned weight to keep
         gain_RK = torch.where(positive_R1, ratio_RK, -ratio_RK).masked_fill(mask_RK | ~free_RK, -infinite)
         gain_R, a_R = gain_RK.max(1)
-        # Step 2: what goes
+        # Step 2: the kept weight to prune
         if pattern.group:
             open_RK = (
                 mask_RK & free_RK & (torch.arange(K, device=device) // pattern.group == (a_R // pattern.group).unsqueeze(1))
@@ -139,7 +139,7 @@ def dsnot(
         else:
             open_RK = mask_RK & free_RK & torch.where((lost_R < 0).unsqueeze(1), mean_RK > 0, mean_RK < 0)
         price_R, b_R = score_RK.masked_fill(~open_RK, infinite).min(1)
-        # Step 3: whether it happens
+        # Step 3: whether to swap them
         after_R = lost_R + mean_RK[rows_R, b_R] - mean_RK[rows_R, a_R]
         active_R &= (lost_R.abs() > 0.1 * statistics.sequences / tokens) & (gain_R > 0) & (price_R < infinite)
         if pattern.group:

@@ -1,4 +1,4 @@
-"""Scores by which weights are pruned without changing those that stay: the lowest go."""
+"""Scores of weights: those with the lowest scores are pruned, and the others do not change."""
 
 # R outputs  K inputs
 

@@ -1,8 +1,8 @@
-"""Prunes and quantises a matrix input by input, and lets the inputs that are left make up for each error.
+"""Prunes and quantises a matrix input by input, and changes the weights of later inputs to compensate each error.
 
-SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774) and GPTQ (Frantar et al. 2022, arXiv 2210.17323) are one algorithm: they
-differ in what a weight may become. The matrix is kept transposed so that an input's weights lie next to one another, and an
-input receives the errors of earlier inputs as late as possible, by products of matrices.
+SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774) and GPTQ (Frantar et al. 2022, arXiv 2210.17323) are one algorithm; they
+differ in the values that a weight may take. The matrix is kept transposed so that an input's weights lie next to one another,
+and an input receives the errors of earlier inputs as late as possible, by products of matrices.
 """
 
 # R outputs  K inputs  N, B some consecutive inputs  G groups that share a scale
@@ -25,7 +25,7 @@ STEP = 32
 
 @dataclass(frozen=True)
 class Solved:
-    """A matrix solved for.
+    """The result of `solve`.
 
     Attributes:
         weight_RK: New weights, in the dtype of the Gram matrix.
@@ -43,7 +43,7 @@ class Solved:
 
 
 def inverse_factor(gram_KK: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper U with U^T U = (gram + damping * mean of its diagonal * I)^-1, and the damping that it took.
+    """The upper U with U^T U = (gram + damping * mean of its diagonal * I)^-1, and the damping that was needed.
 
     Damping is raised tenfold, up to 1, as long as the Cholesky factorisation fails.
 
@@ -67,12 +67,12 @@ def inverse_factor(gram_KK: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def shared_factor(gram_KK: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
-    """What `solve` computes of a Gram matrix alone, for several calls of it with the same matrix, in stored order."""
+    """The part of `solve` that depends on the Gram matrix alone, to be shared by calls with the same matrix in stored order."""
     return inverse_factor(_repaired(gram_KK)[0], damping)
 
 
 def _repaired(gram_KK: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gram matrix in which an input that was always zero does not disturb the factor, and which inputs these are."""
+    """The Gram matrix with a positive diagonal also for inputs that were always zero, and a mask of these inputs."""
     gram_KK, dead_K = gram_KK.clone(), gram_KK.diagonal() == 0
     gram_KK.diagonal()[dead_K] = 1 if dead_K.all() else gram_KK.diagonal()[~dead_K].mean()
     return gram_KK, dead_K
@@ -95,10 +95,10 @@ def solve(
 ) -> Solved:
     """Prunes a matrix by a pattern or a fixed mask, quantises it to a grid, or does both in one pass, by the layer's inputs.
 
-    Every input in turn is pruned and rounded, and its error e = (w - q) / U_jj is taken off the later inputs k by e U_jk. A
-    share is pruned block by block: of the weights that a block has when the pass reaches it, those of lowest w^2 / U_jj^2. N:M
-    groups are pruned when the pass reaches them, so that their result does not depend on the block. A group's scale is taken
-    when the pass reaches its first input, from weights that have received all errors, without those to be pruned.
+    Every input in turn is pruned and rounded, with the error e = (w - q) / U_jj; e U_jk is subtracted from the weights of each
+    later input k. A share is pruned block by block: when the pass reaches a block, its weights with the lowest w^2 / U_jj^2 are
+    pruned. N:M groups are pruned when the pass reaches them, so that their result does not depend on the block. A group's scale
+    is taken when the pass reaches its first input, from weights that have received all errors, without those to be pruned.
 
     Inputs that were zero on all calibration tokens get weights of zero.
 
@@ -122,7 +122,7 @@ def solve(
     """
     R, K = weight_RK.shape
     if (pattern and mask_RK is not None) or not (pattern or grid or mask_RK is not None):
-        raise ValueError("solve takes a pattern or a mask, a grid, or one of the former with the latter")
+        raise ValueError("solve needs a pattern or a mask but not both, a grid, or one of the first two with a grid")
     if pattern and pattern.group and order == "activation":
         raise ValueError("N:M groups are pruned in stored order")
     if pattern and pattern.group and grid and grid.group and grid.group % pattern.group:
@@ -181,7 +181,7 @@ def solve(
                     scale_RG[:, j // group] = new_scale_R1[:, 0]
                     if zero_RG is not None and new_zero_R1 is not None:
                         zero_RG[:, j // group] = new_zero_R1[:, 0]
-                # Step 5: the input is pruned and rounded, and its error goes to the rest of the step
+                # Step 5: the input is pruned and rounded; its error changes the later inputs of the step
                 weight_R = current_KR[j]
                 new_R = torch.where(mask_KR[j], weight_R, 0)
                 if grid:

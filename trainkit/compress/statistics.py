@@ -1,4 +1,4 @@
-"""Sums over calibration inputs of a linear layer, from which the one-shot methods take what they need."""
+"""Sums over the calibration inputs of a linear layer, for the one-shot methods."""
 
 # B sequences  T positions  N counted tokens of a sequence  K inputs
 
@@ -23,12 +23,12 @@ class Statistics:
         square_K: Sum of x^2.
         within_K: Sum over sequences of their number of tokens times the (biased) variance within the sequence.
         magnitude_K: Sum over sequences of the square of their mean |x|.
-        gram_KK: Sum of x x^T, float64; None if not asked for.
+        gram_KK: Sum of x x^T, float64; None if not requested.
 
     Args:
         inputs: Number of inputs K.
         gram: Whether to accumulate the Gram matrix.
-        device: Where the sums lie.
+        device: Device of the sums.
     """
 
     def __init__(self, inputs: int, gram: bool = False, device: torch.device | str = "cpu") -> None:

@@ -1,4 +1,4 @@
-"""Structured pruning: removes heads, neurons, hidden channels or blocks, so that what is left is a smaller model of its layout.
+"""Structured pruning: removes heads, neurons, hidden channels or blocks; the result is a smaller model of the same layout.
 
 | method                 | removes                        | chosen by                                                          |
 |------------------------|--------------------------------|--------------------------------------------------------------------|
@@ -69,7 +69,7 @@ def prune(
             of the blocks.
         work: Folder for the state; remove it when the tensors have been read.
         bias: Whether the mean contribution of removed heads and neurons becomes a bias. None: with FLAP, if the layout has it.
-        dimensions: What goes: neurons, heads, and with `width` channels. FLAP and its rivals always remove neurons.
+        dimensions: What is removed: neurons, heads, and with `width` channels. FLAP and its baselines always remove neurons.
         multiple: The kept numbers of neurons and channels are rounded to a multiple of this.
         seed: Seed of `structured-random`.
         dtype: Precision of the computation.
@@ -115,7 +115,7 @@ def check_options(
     """
     kind = layout.config.model_type
     if method not in METHODS:
-        raise UserError(f"--method {method}: removes no parts of a model; choose from {', '.join(METHODS)}")
+        raise UserError(f"--method {method}: is not a structured method; choose from {', '.join(METHODS)}")
     if not 0 < ratio < 1:
         raise UserError(f"--ratio {ratio:g}: give the share to remove, above 0 and below 1")
     if not dimensions or set(dimensions) - set(get_args(Dimension)):
@@ -125,7 +125,7 @@ def check_options(
     if multiple < 1:
         raise UserError(f"--multiple {multiple}: must be at least 1")
     if bias and method in ("width", "depth"):
-        raise UserError(f"--bias true: --method {method} has no bias compensation; leave it out, or take --method flap")
+        raise UserError(f"--bias true: --method {method} has no bias compensation; leave it out, or use --method flap")
     if bias and kind != "llama":
         raise UserError(f"--bias true: model_type {kind!r} has no biases on o_proj and down_proj, Llama has; leave it out")
     if not calibrated and (bias or not method.startswith("structured")):
@@ -222,7 +222,7 @@ def _width(layout: Layout, ratio: float, dimensions: Sequence[Dimension], multip
         neurons = _count(neurons, neurons * (1 - ratio), multiple, "neurons", ratio)
     if "heads" in dimensions:
         if each == 1:
-            raise UserError("--dimensions heads: every key-value head has one query head here; take --method flap")
+            raise UserError("--dimensions heads: every key-value head has one query head here; use --method flap")
         heads = shape.num_kv_heads * _count(each, each * (1 - ratio), 1, "query heads of each key-value head", ratio)
     llama = layout.config.model_type == "llama"
     if "channels" in dimensions:

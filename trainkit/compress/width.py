@@ -1,7 +1,7 @@
 """Importance of neurons, heads and hidden channels by the size of their activations, as in Minitron (arXiv 2407.14679).
 
-The importance of a channel is sqrt(sum over sequences of (mean over tokens of |x|)^2), in the dense model. The norms' means are
-over fewer channels after a cut; nothing corrects that, training is expected to.
+The importance of a channel is sqrt(sum over sequences of (mean over tokens of |x|)^2), in the dense model. After a cut, the
+norms' means are over fewer channels. This is not corrected; training afterwards adapts to it.
 """
 
 # K inputs  G key-value heads  Q query heads of each  E head width

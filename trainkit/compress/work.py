@@ -1,6 +1,6 @@
-"""The work folder of a walk over blocks: which command it belongs to, the complete blocks, and the hidden states between two.
+"""The work folder of a walk over blocks: the command it belongs to, the complete blocks, and hidden states between blocks.
 
-A block is complete when its file exists; the states behind it are on disk by then. Temporary files have names with a dot.
+A block is complete when its file exists; the states after it are on disk by then. Names of temporary files begin with a dot.
 """
 
 # S sequences  B sequences of a batch  T positions  D hidden
@@ -64,7 +64,7 @@ def block_file(work: Path, index: int) -> Path:
 
 
 def write_block(work: Path, index: int, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
-    """Declares a block complete."""
+    """Marks a block as complete."""
     contents = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_file(block_file(work, index), partial(save_file, contents, metadata={"report": json.dumps(report)}))
 

@@ -55,7 +55,7 @@ class RunnerLM(TemplateLM):
 
     @property
     def summary(self) -> str:
-        """Tokens and speed of what it wrote, and the time of scoring, as one line."""
+        """Number of written tokens, their speed and the time of scoring, as one line."""
         writing, scoring = self.seconds["writing"], self.seconds["scoring"]
         parts = [f"scored in {scoring:.1f} s"] if scoring else []
         if writing:
@@ -185,7 +185,7 @@ def load_tasks(names: Sequence[str], folder: str | None = None, few_shot: int | 
     # Load them.
     try:
         loaded = manager.load(manager.match_tasks(list(names)))
-    except Exception as error:  # a task is configuration and code of other people, and its data may need a network
+    except Exception as error:  # a task is third-party configuration and code, and its data may need a network
         reason = first_lines(error, 1)
         raise UserError(f"--tasks {','.join(names)}: cannot be loaded ({reason}); fix the task or its data") from error
     for name, task in loaded["tasks"].items():

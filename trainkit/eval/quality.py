@@ -53,7 +53,7 @@ class LanguageModel:
         except UserError as error:
             if error.__cause__ is not None:  # the model does not run at all
                 raise
-            self._has_plain_head = False  # a soft-cap or scale; logits of whole texts are the price
+            self._has_plain_head = False  # a soft-cap or scale: logits of whole texts are computed
 
     def states(self, tokens_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D], which `log_probs` takes; for a model with soft-capped or scaled logits, those logits."""

@@ -1,6 +1,6 @@
 """Quantised weights in Hugging Face folders, in the formats of compressed-tensors: their tensors and config, and reading them.
 
-Read and written are weights of 4 or 8 bits with activations in floating point: integers in the format pack-quantized, and
+It reads and writes weights of 4 or 8 bits, with floating-point activations: integers in the format pack-quantized, and
 float8_e4m3fn in float-quantized. These are formats of compressed-tensors 0.18 to 0.20, which transformers and vLLM load. The
 tensors of one linear layer of R outputs and K inputs in G groups:
 

@@ -1,4 +1,4 @@
-"""Puts the quantised layers of a folder into a decoder as they are stored, so that the runner holds their bytes only."""
+"""Puts the quantised layers of a folder into a decoder as they are stored, so that the runner holds only their stored bytes."""
 
 # R outputs  K inputs  G groups of a row
 

@@ -34,8 +34,8 @@ class CompressModule(LanguageModule):
 
     Logs per counted token: the loss, `kl` (from teacher to student, nats), `tv` (total variation distance, 1 - alpha) and
     `agreement` (equal argmax); in validation also the `perplexity` of the text. In training also `compress/sparsity` (share of
-    the weights of the compressed layers), `compress/mask_flips` (share of mask bits changed since the last line, each change
-    counted) and `compress/beta` (`MaskDecay`).
+    the weights of the compressed layers), `compress/mask_flips` (share of mask bits changed since the last line, every change
+    counts) and `compress/beta` (`MaskDecay`).
 
     Args:
         folder: Folder of the model to train: dense, or already pruned by `trainkit compress`.
@@ -81,7 +81,8 @@ class CompressModule(LanguageModule):
         divergence = divergence or ForwardKL()
         if divergence.spans_batch:
             raise UserError(
-                "model.divergence: its statistics over the optimiser step are not gathered here; normalise: position"
+                "model.divergence: this loss needs statistics over the optimiser step, which CompressModule does not gather; "
+                "set normalise: position"
             )
         self.teacher_folder, self.compression = teacher, compression
         self.divergence = divergence.measuring(coupled=False, kl=True)

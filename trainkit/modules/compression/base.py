@@ -76,7 +76,7 @@ class Compression(ABC):
         self.step = -1
 
     def attach(self, linears: Mapping[str, CompressedLinear]) -> None:
-        """Takes over the layers. Raises UserError if a weight does not suit."""
+        """Takes over the layers. Raises UserError if a weight does not fit the compression."""
         self.linears = dict(linears)
         for name, linear in linears.items():
             linear.transform = partial(self.transform, name)
@@ -90,12 +90,12 @@ class Compression(ABC):
         """The weight [R, K] to export: dense with zeros, or `Quantised`."""
 
     def refresh(self, step: int, total: int | None, optimizer: torch.optim.Optimizer | None) -> None:
-        """Follows the schedule and the weights, which are those after `step` optimiser steps.
+        """Updates masks or scales by the schedule, from the weights after `step` optimiser steps.
 
         Args:
             step: Number of optimiser steps taken.
             total: Number of optimiser steps of the run; None if it has no end.
-            optimizer: Its state of pruned entries is set to zero when they are pruned.
+            optimizer: Its averages of an entry are set to zero when the entry is pruned.
         """
         self.step = step
 
@@ -175,7 +175,7 @@ class Masks(Compression):
         super().refresh(step, total, optimizer)
 
     def _clear_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Sets the optimiser's averages of pruned entries to zero, which would otherwise push them on."""
+        """Sets the optimiser's averages of pruned entries to zero, which would otherwise continue to change them."""
         for name, linear in self.linears.items():
             for value in optimizer.state.get(linear.weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == linear.weight.shape:

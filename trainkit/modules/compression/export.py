@@ -50,7 +50,9 @@ def export_trained(saved: Checkpoint, out: str | Path, source: str | Path, dtype
     # Refuse a run that would become another model than the one it trained
     if isinstance(compression, Masks):
         if (beta := saved.compression.get("beta", 0.0)) > 0.01 and not saved.compression["holds"]:
-            raise UserError(f"{saved.path}: pruned weights still count {beta:.3g}; export a checkpoint of the last phase")
+            raise UserError(
+                f"{saved.path}: pruned weights still contribute, times {beta:.3g}; export a checkpoint of the last phase"
+            )
         if all(bool(mask.all()) for mask in compression.masks.values()):
             raise UserError(f"{saved.path}: no weight is pruned yet; export a later checkpoint")
         if saved.compression.get("holds", True) and not saved.description["lora"]["rank"]:

@@ -96,7 +96,7 @@ class _Progressive(Masks):
 
 
 class SRSTE(_Progressive):
-    """N:M by magnitude in every step, gradient straight through, and a pull of pruned weights to zero. arXiv 2102.04010.
+    """N:M by magnitude in every step, gradient straight through, pruned weights pulled to zero. arXiv 2102.04010.
 
     Forward W M; gradient g + decay (1 - M) W for all entries, M the mask.
 

@@ -29,7 +29,7 @@ class FixedMask(Masks):
         self.masks = {name: linear.weight.detach() != 0 for name, linear in linears.items()}
         if all(bool(mask.all()) for mask in self.masks.values()):
             raise UserError(
-                "model.folder: none of its weights is zero; prune it first (trainkit compress), or dense weights train"
+                "model.folder: none of its weights is zero, so dense weights would train; prune it first (trainkit compress)"
             )
         if self.pattern is not None:
             check_pattern("sparsity", self.pattern, linears)
@@ -110,7 +110,7 @@ class GradualMagnitude(Masks):
 
 
 class HardMask(Masks):
-    """N:M (or a share) by magnitude, chosen once after the dense steps and fixed: the simple rival of gradual methods.
+    """N:M (or a share) by magnitude, chosen once after the dense steps and then fixed: the baseline of gradual methods.
 
     Args:
         sparsity: Pattern, as 2:8 (quote it in YAML), or a share of each row.
