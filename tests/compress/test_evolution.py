@@ -109,10 +109,19 @@ def test_search_compares_a_stage_on_equal_windows(seed: int) -> None:
 
 
 def test_search_keeps_its_parent_if_nothing_is_better() -> None:
-    """With equal fitness everywhere, or NaN for all others, the start stays the parent."""
-    assert {candidate for _, candidate in SETTINGS.run(STEPS, lambda *_: 1.0, MIDDLE)} == {MIDDLE}
+    """With equal fitness everywhere the start stays the parent, and each generation has other offspring of it."""
+    measured: list[Candidate] = []
+    assert {candidate for _, candidate in SETTINGS.run(STEPS, lambda c, _: measured.append(c) or 1.0, MIDDLE)} == {MIDDLE}
+    generations = [frozenset(measured[first : first + 12]) for first in range(0, len(measured), 16)]
+    assert len(set(generations)) == len(generations) == 8
+
+
+def test_search_never_takes_a_candidate_without_a_value() -> None:
+    """NaN is worse than any value, whether the parent has it or its offspring."""
     only_start = lambda candidate, _: 1.0 if candidate == MIDDLE else math.nan
     assert {candidate for _, candidate in SETTINGS.run(STEPS, only_start, MIDDLE)} == {MIDDLE}
+    not_start = lambda candidate, _: math.nan if candidate == MIDDLE else 1.0
+    assert MIDDLE not in {candidate for _, candidate in SETTINGS.run(STEPS, not_start, MIDDLE)}
 
 
 def test_search_ends_where_only_one_candidate_exists() -> None:

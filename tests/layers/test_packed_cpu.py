@@ -12,6 +12,7 @@ from trainkit.eval.bench.identity import TIE, logits, tie_tolerance
 from trainkit.layers.linear import HAS_KERNELS, Linear, block_weights
 from trainkit.layers.packed import Packed
 from trainkit.layers.packed_cpu import OnCPU
+from trainkit.layers.visible import Visible
 
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="these products are for x86 processors with AVX2")
 COVERED = [Grid(8), Grid(8, scale_dtype=torch.bfloat16), Grid(4, 32), Grid(4, 64), Grid(4), Grid(4, 96)]
@@ -103,6 +104,34 @@ def test_step_bytes_count_packed_weights(seed):
     block_weights(decoder)
     assert layer.packed is held and isinstance(held, OnCPU)
     assert before - decoder.step_bytes() == 3 * 32 * 48 - 2 * 32
+
+
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4, 32)], ids=str)
+def test_round_has_the_bits_of_one_by_one(grid, seed):
+    """Several positions of two texts in one call give, bit for bit, the hidden states of positions that are read one by one."""
+    decoder = random_decoder(replace(SHAPE, hidden_size=64, intermediate_size=128, num_heads=4, head_dim=16))
+    for part in decoder.modules():
+        if isinstance(part, Linear):
+            found = quantise(part.weight, grid)
+            part.set_packed(Packed.from_codes(found.codes_RK, found.scale_RG, None, grid.bits))
+    block_weights(decoder)
+    decoder.reserve_positions(256)
+    tokens_BT = torch.randint(SHAPE.vocab_size, (2, 160))
+    caches = [decoder.new_cache(2, 256, torch.device("cpu"), torch.float32) for _ in range(2)]
+
+    def read(cache: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        positions_BT = torch.arange(start, stop).expand(2, -1)
+        span = -(-stop // 64) * 64  # as the session rounds it
+        seen = Visible.causal(positions_BT)
+        return decoder(tokens_BT[:, start:stop], positions_BT, seen, cache, positions_BT, span=span)[0]
+
+    with torch.inference_mode():
+        for cache in caches:
+            read(cache, 0, 100)
+        for start, T in ((100, 2), (102, 5), (107, 16), (123, 8)):
+            one_by_one = torch.cat([read(caches[0], at, at + 1) for at in range(start, start + T)], dim=1)
+            assert torch.equal(read(caches[1], start, start + T), one_by_one)
+            assert torch.equal(*caches)
 
 
 def test_bench_tolerates_the_rounding_of_packed_products(seed):

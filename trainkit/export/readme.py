@@ -144,7 +144,10 @@ def _limits(compression: Mapping[str, Any], config: Mapping[str, Any], quantised
             "transformers makes the weights dense at the first forward pass: there they take as much memory as those of the "
             "dense model, and decoding is not faster."
         )
-        if compression["bytes"]["resident"] is None:
+        sizes = compression["bytes"]
+        if sizes["resident"] is not None and sizes["resident"] > 1.1 * sizes["disk"]:
+            lines.append("trainkit's runner on a CPU has no product for this grid, and makes the weights dense too.")
+        if sizes["resident"] is None:
             lines.append("trainkit's runner does not decode this architecture.")
         if len(config["quantization_config"]["config_groups"]) > 1:
             lines.append("Layers differ in bits. vLLM requires one scheme for q, k and v of a block, and for gate and up.")

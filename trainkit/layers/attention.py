@@ -219,7 +219,7 @@ class Attention(nn.Module):
             assert context.slots_BGTE is not None
             cache_BGSE.scatter_(2, context.slots_BGTE, torch.cat([k, v], dim=2).transpose(1, 2))
             keys, values = cache_BGSE[:, :, : context.bias_B1RS.shape[3]].split(G, dim=1)
-            y_BTHE = attend(q_BTHE, keys, values, context.bias_B1RS)
+            y_BTHE = attend(q_BTHE, keys, values, context.bias_B1RS, alone=self.qkv.packed is not None)
         y_BTD = y_BTHE.flatten(2)
         return self.out(y_BTD if packing is None else packing.pack(y_BTD))
 
