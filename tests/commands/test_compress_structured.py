@@ -62,7 +62,7 @@ def test_a_draft_model_loses_blocks_and_heads(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "flap"}, "--method flap: removes a share, so give --ratio"),
+        ({"method": "flap"}, "--method flap: removes parts of the model, so give --ratio"),
         ({"method": "flap", "ratio": 0.2, "sparsity": "2:4"}, "--sparsity: --method flap has no such option"),
         ({"method": "depth", "ratio": 0.5, "multiple": 8}, "--multiple: --method depth has no such option"),
         ({"method": "depth", "ratio": 0.5, "dimensions": ["heads"]}, "--dimensions: --method depth has no such option"),

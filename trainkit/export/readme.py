@@ -19,6 +19,7 @@ MEASURED = {
     "agreement": "Share of tokens at which both have the same likeliest token",
     "recovery": "Recovery: dense perplexity divided by this perplexity",
     "evaluated_on": "Text",
+    "step": "Optimiser steps of the checkpoint",
     "own_text_perplexity": "Perplexity of what the model writes itself",
     "own_text_perplexity_dense": "The same of the dense model",
     "own_text_ratio": "Ratio of these two perplexities",
@@ -77,7 +78,7 @@ def model_card(
         *_kinds(compression),
         *("", "## Measured", "", *(_measured(metrics) or ["Nothing yet: `trainkit evaluate` records it here."])),
         *("", "## Load it", "", *_loading(name, quantised, drafter)),
-        *("", "## Limits", "", *(f"- {line}" for line in _limits(compression, config, quantised, sparse))),
+        *("", "## Limits", "", *(f"- {line}" for line in _limits(compression, config, quantised, sparse, drafter))),
     ]
     if commands := compression.get("commands"):
         lines += ["", "## Made by", "", "```bash", *([commands] if isinstance(commands, str) else commands), "```"]
@@ -129,7 +130,8 @@ def _kinds(compression: Mapping[str, Any]) -> list[str]:
 
 
 def _measured(metrics: Mapping[str, Any]) -> list[str]:
-    rows = [row for key, value in metrics.items() for row in _row(MEASURED.get(key, key), value)]
+    title = lambda name: MEASURED.get(name, name.replace("val/", "Validation during training: "))
+    rows = [row for name, value in metrics.items() for row in _row(title(name), value)]
     return ["| | |", "|---|---|", *rows] if rows else []
 
 
@@ -147,9 +149,13 @@ def _loading(name: str, quantised: bool, drafter: bool) -> list[str]:
     ]
 
 
-def _limits(compression: Mapping[str, Any], config: Mapping[str, Any], quantised: bool, sparse: bool) -> list[str]:
+def _limits(
+    compression: Mapping[str, Any], config: Mapping[str, Any], quantised: bool, sparse: bool, drafter: bool
+) -> list[str]:
     """What a reader must not expect of this model."""
     lines = ["The output differs from the dense model's; the table above says by how much, if it was measured."]
+    if drafter:
+        lines = ["Decoding with it gives the same text as with the dense draft, but may accept fewer drafted tokens."]
     if quantised and not sparse:
         lines.append("Zeros in the tables are small weights that were rounded to zero; nothing was pruned.")
     if sparse and not quantised:
