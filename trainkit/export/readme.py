@@ -130,8 +130,11 @@ def _kinds(compression: Mapping[str, Any]) -> list[str]:
 
 
 def _measured(metrics: Mapping[str, Any]) -> list[str]:
-    title = lambda name: MEASURED.get(name, name.replace("val/", "Validation during training: "))
-    rows = [row for name, value in metrics.items() for row in _row(title(name), value)]
+    rows = [
+        row
+        for name, value in metrics.items()
+        for row in _row(str(MEASURED.get(name) or name.replace("val/", "Validation during training: ")), value)
+    ]
     return ["| | |", "|---|---|", *rows] if rows else []
 
 
