@@ -122,7 +122,8 @@ def allocate(
     # Levels and budget
     if sparsity is not None:
         if not 0 < sparsity < 1:
-            raise UserError(f"--sparsity {sparsity}: give a share above 0 and below 1; N:M is the same in all layers")
+            remedy = "give a share above 0 and below 1 (N:M, such as 2:4, is the same in all layers)"
+            raise UserError(f"--sparsity {sparsity}: {remedy}")
         several, start = sparsity_levels(layout, sparsity, method, levels, step)
         space = _space(several, None)
         space = Space(space.costs, space.cost(start))

@@ -38,8 +38,10 @@ def check_options(name: str, given: set[str]) -> None:
     else:
         raise UserError(f"--method {name}: unknown method; choose from {', '.join([*METHODS, *structured.METHODS])}")
     if wrong := sorted(given & SPECIFIC - allowed):
-        pruning = wrong[0] == "sparsity" and name in METHODS
-        remedy = "prune by magnitude, wanda or sparsegpt, with --bits to quantise as well" if pruning else "leave it out"
+        remedy = "leave it out"
+        if wrong[0] == "sparsity":
+            pruning = "prune by magnitude, wanda or sparsegpt, with --bits to quantise as well"
+            remedy = pruning if name in METHODS else "give --ratio instead"
         raise UserError(f"--{wrong[0]}: --method {name} has no such option; {remedy}")
 
 
@@ -79,7 +81,7 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
             raise UserError("--order: only for a pass that changes weights; give --bits, or leave it out")
     if options["order"] == "activation" and any(goal.pattern and goal.pattern.group for goal in goals.values()) and method.gram:
         raise UserError("--order activation: N:M groups are pruned in stored order; leave it out")
-    # Whether calibration text is needed
+    # What calibration text is for
     calibrated = "calibration" in given
     if method.calibrated and not calibrated:
         raise UserError(f"--method {name}: needs calibration text; give --calibration FILE")
