@@ -153,7 +153,7 @@ def _heads_and_neurons(
 ) -> tuple[Cut, dict[str, Tensor]]:
     """The cut of groups of heads and neurons, and the new biases.
 
-    With `heads`, as many whole groups go as fit in the ratio; then as many neurons as reach it. Where there are few groups,
+    With `heads`, whole groups are removed up to the ratio; then neurons until it is reached. Where there are few groups,
     neurons alone lose far less.
     """
     # How many: a group is a key-value head and its query heads. transformers' Llama needs heads that divide the hidden size.
