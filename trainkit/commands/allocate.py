@@ -108,6 +108,10 @@ def allocate(
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
     if sparsity is not None and group is not None:
         raise UserError("--group: only for quantised weights; give --bits or --bytes, or leave it out")
+    if sparsity is None and step is not None:
+        raise UserError("--step: only for levels of --sparsity; leave it out")
+    if Path(out).is_dir():
+        raise UserError(f"{out}: is a folder; name a JSON file to write")
     if len(survivors) != len(tokens) or not survivors or survivors[-1] != 1 or min(*survivors, *tokens) < 1:
         pairs = f"--survivors {survivors}, --tokens {tokens}"
         raise UserError(f"{pairs}: give as many of both, from 1 up, and 1 as the last survivor")

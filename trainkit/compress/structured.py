@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -208,6 +208,8 @@ def _width(layout: Layout, ratio: float, dimensions: Sequence[Dimension], multip
         UserError: a dimension that this model cannot lose, or sizes that its config cannot have.
     """
     # How many
+    if not dimensions or not set(dimensions) <= set(get_args(Dimension)):
+        raise UserError(f"--dimensions {[*dimensions]}: give one or more of {', '.join(get_args(Dimension))}")
     whole, shape = Cut.whole(layout), decoder_shape(layout.config)
     heads, each, channels = shape.num_heads, shape.num_heads // shape.num_kv_heads, shape.hidden_size
     neurons = shape.intermediate_size

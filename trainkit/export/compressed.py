@@ -62,7 +62,8 @@ def export_compressed(
             `layers`, which has `sparsity` and `bits` of each compressed weight by its Hugging Face name. Sparsity is measured
             here, over each matrix, all compressed matrices and all parameters; a weight less sparse than `layers` says is an
             error.
-        calibration_fingerprints: Fingerprints of the calibration text; None without one.
+        calibration_fingerprints: Fingerprints of the calibration text; None without one. Those that the source has, which was
+            compressed before, are kept too.
         card: `metrics`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:
@@ -78,6 +79,9 @@ def export_compressed(
         values |= transformers4_rope(rope)
     values.setdefault("dtype", values.pop("torch_dtype", None) or "float32")
     found = dict(compression)
+    if (source / CALIBRATION).is_file():
+        earlier = read_json(source / CALIBRATION).get("fingerprints") or []
+        calibration_fingerprints = sorted({*earlier, *(calibration_fingerprints or ())})
 
     def write_files(folder: Path) -> None:
         copy_tokenizer(source, folder)
