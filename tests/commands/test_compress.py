@@ -281,6 +281,18 @@ def test_bad_commands_end_with_one_line(
         shutil.rmtree(tmp_path / "out.work", ignore_errors=True)
 
 
+def test_allocation_brings_its_group(tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --group the groups are those whose scales the budget counted; a wrong one in the file gives one line."""
+    layers = {"model.layers.0.mlp.down_proj": {"bits": 4}}
+    file, options = tmp_path / "bits.json", ["--method", "rtn", "--device", "cpu"]
+    command = ["compress", str(tiny_target), str(tmp_path / "out"), *options, "--allocation", str(file)]
+    file.write_text(json.dumps({"layers": layers, "group": "32"}))
+    assert main(command) == 2 and "bits.json: group is '32'; allocate again" in capsys.readouterr().err
+    file.write_text(json.dumps({"layers": layers, "group": 32}))
+    assert main(command) == 0
+    assert bundle.read(tmp_path / "out").extra["compression"]["grid"]["group"] == 32
+
+
 def test_damaged_work_folder_is_named(tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A walk.json that is no JSON gives one line."""
     (tmp_path / "out.work").mkdir()

@@ -166,6 +166,7 @@ def allocate(
         {
             "target": weights_digest(target),
             "method": method,
+            "group": group,
             "layers": {name: several[name][level].setting() for name, level in zip(several, found, strict=True)},
             "budget": {"weights" if prunes else "bytes": space.budget, "cost": space.cost(found)},
             "kl": kl,

@@ -88,7 +88,8 @@ def compress(
         method: One of the methods above.
         sparsity: Share of the weights to prune, such as 0.6, or N:M to keep N of every M consecutive weights, such as 2:4.
         bits: Bits of a quantised weight, 4 or 8.
-        group: Consecutive weights that share a scale; by default 128 with 4 bits, all of an output with 8.
+        group: Consecutive weights that share a scale; by default that of --allocation, else 128 with 4 bits, all of an output
+            with 8.
         zero_points: Whether groups have zero points, for weights that are not symmetric around 0.
         refine: What moves the mask of magnitude or wanda afterwards: `swaps` lowers the squared error of each output swap by
             swap, `dsnot` its mean error (arXiv 2310.08915); by default swaps where there is calibration text.

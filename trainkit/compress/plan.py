@@ -55,6 +55,10 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
     method = METHODS[name]
     # What each layer becomes
     bits, group, allocation = options["bits"], options["group"], options["allocation"]
+    if allocation is not None and group is None:  # the budget counted the scales of these groups
+        group = read_json(Path(allocation)).get("group")
+        if group is not None and (type(group) is not int or group < 1):
+            raise UserError(f"{allocation}: group is {group!r}; allocate again")
     if bits not in (None, 4, 8):
         raise UserError(f"--bits {bits}: weights are stored with 4 or 8 bits; give one of these")
     pattern = parse_pattern(options["sparsity"]) if "sparsity" in given else None
