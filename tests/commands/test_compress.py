@@ -222,16 +222,13 @@ def test_bad_commands_end_with_one_line(
         ([target, out, *rtn, "--bits", "8", "--columns", '{"text": "x"}'], "--columns: is for calibration text"),
         ([target, out, *wanda, "--sparsity", "1e-9", *data], "--sparsity 1e-09: prunes none of the 4096 weights of"),
         ([target, out, *wanda, "--sparsity", "0.5", *data, "--seed", "-1"], "--seed -1: must be at least 0"),
-        (
-            [target, out, "--method", "width", "--ratio", "0.3", "--dimensions", "[]", *data],
-            "--dimensions []: give one or more",
-        ),
+        ([target, out, "--method", "width", "--ratio", "0.3", "--dimensions", "[]", *data], "--dimensions : give some of"),
         (
             [target, out, "--method", "width", "--ratio", "0.3", "--dimensions", '["nuerons"]', *data],
-            "--dimensions ['nuerons']: give one or more of neurons, heads, channels",
+            "--dimensions nuerons: give some of neurons, heads, channels",
         ),
         ([target, out, *wanda, *data, *allocated("zero")], "zero.json: compresses no layer; allocate again"),
-        ([target, out, "--method", "flap", *data], "--method flap: removes a share, so give --ratio"),
+        ([target, out, "--method", "flap", *data], "--method flap: removes parts of the model, so give --ratio"),
         ([target, out, "--method", "flap", "--ratio", "1.5", *data], "--ratio 1.5: give the share to remove"),
         ([target, out, "--method", "flap", "--ratio", "0.2"], "--method flap: needs calibration text"),
         (

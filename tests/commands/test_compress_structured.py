@@ -26,12 +26,13 @@ def corpus(tmp_path):
 
 
 SHORT = {"samples": 4, "length": 32}
+BOTH = SHORT | {"dimensions": ["neurons", "heads"]}
 
 
 def test_flap_writes_a_smaller_bundle(corpus, tmp_path):
     """The bundle has fewer bytes and biases, its card says what is gone, and speculative decoding of it is plain decoding."""
     source, out = make_target(tmp_path / "in"), tmp_path / "out"
-    report = compress(str(source), str(out), method="flap", ratio=0.5, calibration=corpus, multiple=16, **SHORT)
+    report = compress(str(source), str(out), method="flap", ratio=0.5, calibration=corpus, multiple=16, **BOTH)
     made = bundle.read(out)
     found, config = made.extra["compression"], json.loads((out / "config.json").read_text())
     assert found["removed"] in report and found["removed"].startswith("64 of 128 neurons of each block, 2 of 4 query heads")
@@ -49,7 +50,7 @@ def test_a_draft_model_loses_blocks_and_heads(corpus, tmp_path):
     """A drafter's bundle becomes a smaller drafter's bundle, whose speculative decoding is the target's plain decoding."""
     target = make_target(tmp_path / "target")
     export_drafter(LMDraft(target_shape(target), num_layers=2), tmp_path / "draft", tokenizer=target)
-    compress(str(tmp_path / "draft"), str(tmp_path / "one"), method="flap", ratio=0.5, calibration=corpus, multiple=8, **SHORT)
+    compress(str(tmp_path / "draft"), str(tmp_path / "one"), method="flap", ratio=0.5, calibration=corpus, multiple=8, **BOTH)
     compress(str(tmp_path / "one"), str(tmp_path / "two"), method="depth", ratio=0.5, calibration=corpus, **SHORT)
     sizes = bundle.read(tmp_path / "two").config
     assert (sizes["num_layers"], sizes["num_heads"], sizes["num_kv_heads"]) == (1, 2, 1)
@@ -64,7 +65,7 @@ def test_a_draft_model_loses_blocks_and_heads(corpus, tmp_path):
         ({"method": "flap"}, "--method flap: removes parts of the model, so give --ratio"),
         ({"method": "flap", "ratio": 0.2, "sparsity": "2:4"}, "--sparsity: --method flap has no such option"),
         ({"method": "depth", "ratio": 0.5, "multiple": 8}, "--multiple: --method depth has no such option"),
-        ({"method": "flap", "ratio": 0.2, "dimensions": ["heads"]}, "--dimensions: --method flap has no such option"),
+        ({"method": "depth", "ratio": 0.5, "dimensions": ["heads"]}, "--dimensions: --method depth has no such option"),
         ({"method": "wanda", "sparsity": "2:4", "ratio": 0.2}, "--ratio: --method wanda has no such option"),
         ({"method": "flap", "ratio": 1.5}, "--ratio 1.5: give the share"),
         ({"method": "width", "ratio": 0.9, "dimensions": ["heads"]}, "--ratio 0.9: leaves none of 2 query heads"),

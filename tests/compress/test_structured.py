@@ -75,12 +75,13 @@ def without(model: Any, smaller: Any, calibration: Any, biased: bool) -> Any:
     return model
 
 
+BOTH = ("neurons", "heads")
 CASES = {
-    "flap": ("llama", "flap", 0.5, {}),
-    "flap without a bias": ("llama", "flap-plain", 0.5, {"bias": False}),
-    "flap, biased model": ("llama", "flap", 0.5, {"attention_bias": True, "mlp_bias": True}),
-    "magnitude with a bias": ("llama", "structured-magnitude", 0.5, {"bias": True}),
-    "random": ("mistral", "structured-random", 0.4, {}),
+    "flap": ("llama", "flap", 0.5, {"dimensions": BOTH}),
+    "flap without a bias": ("llama", "flap-plain", 0.5, {"bias": False, "dimensions": BOTH}),
+    "flap, biased model": ("llama", "flap", 0.5, {"attention_bias": True, "mlp_bias": True, "dimensions": BOTH}),
+    "magnitude with a bias": ("llama", "structured-magnitude", 0.5, {"bias": True, "dimensions": BOTH}),
+    "random": ("mistral", "structured-random", 0.4, {"dimensions": BOTH}),
     "flap, Qwen2": ("qwen2", "flap", 0.3, {"tie_word_embeddings": False}),
     "width": ("qwen3", "width", 0.5, {"dimensions": ("neurons", "heads")}),
 }
@@ -117,7 +118,7 @@ def test_flap_chooses_by_its_formula(tmp_path, seed):
     """Against variances by `torch.var` of the whole model's inputs: the kept neurons and groups of every block."""
     source, calibration = make_target(tmp_path / "in", seed=seed, **TINY), text()
     (tmp_path / "out").mkdir()
-    smaller, _ = pruned(source, tmp_path / "out", calibration, "flap", 0.5, multiple=4)
+    smaller, _ = pruned(source, tmp_path / "out", calibration, "flap", 0.5, multiple=4, dimensions=BOTH)
     model, inputs = load(source), {}
     for name, part in model.named_modules():
         if name.endswith(("o_proj", "down_proj")):
@@ -210,7 +211,7 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize(("method", "ratio"), [("flap", 0.5), ("depth", 0.7)])
+@pytest.mark.parametrize(("method", "ratio"), [("flap", 0.3), ("depth", 0.7)])
 def test_continues_after_a_kill(method, ratio, tmp_path, monkeypatch, seed):
     """Stopped after any number of steps and called again, the result is that of a single call."""
     source, calibration = make_target(tmp_path / "in", seed=seed, **TINY), text(5, 20)
@@ -267,6 +268,15 @@ MISTAKES = {
     "ratio 1": ("llama", "depth", 1.0, {}, "--ratio 1: give the share"),
     "no head": ("llama", "width", 0.9, {"dimensions": ("heads",)}, "leaves none of 2 query heads"),
     "no neuron": ("llama", "flap", 0.99, {"multiple": 16}, "leaves none of 48 neurons"),
+    "dimension": (
+        "llama",
+        "width",
+        0.5,
+        {"dimensions": ("heads", "layers")},
+        "--dimensions heads layers: give some of neurons",
+    ),
+    "channels of flap": ("llama", "flap", 0.5, {"dimensions": ("channels",)}, "--dimensions channels: --method flap"),
+    "no dimension": ("llama", "width", 0.5, {"dimensions": ()}, "give some of neurons, heads, channels"),
     "no block": ("llama", "depth", 0.9, {}, "leaves none of 3 blocks"),
     "nothing": ("llama", "depth", 0.1, {}, "removes none of 3 blocks; raise it"),
     "multiple": ("llama", "flap", 0.2, {}, "leaves none of 48 neurons in multiples of 64; lower it, or lower --multiple"),

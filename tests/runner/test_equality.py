@@ -231,9 +231,11 @@ def test_compressed_target_equals_its_plain_decoding(make, variant, seed):
         plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
         for tree in (3, SIBLINGS, DynamicTree(3, 2, 6)):
             drafted = runner.generate(prompts, **options, **shaped(tree))
-            texts += sum(out.tokens != own for out, own in zip(drafted, plain, strict=True))
+            differing = sum(out.tokens != own for out, own in zip(drafted, plain, strict=True))
+            assert not differing or tree != 3  # a chain's layers have the very bits of plain decoding
+            texts += differing
             decisions += sum(map(len, plain))
-    # Only the small float32 differences of attention remain; they rarely change a rounding to bfloat16.
+    # In a tree a token's keys lie in other slots, so attention differs by the order of a sum; that rarely changes a rounding.
     assert texts <= 1, f"{texts} texts differ in {decisions} decisions"
 
 

@@ -103,7 +103,7 @@ def compress(
             --dimensions, with `depth` of the blocks.
         bias: Whether the mean contribution of removed heads and neurons becomes a bias; by default with flap, if the layout has
             such biases (Llama).
-        dimensions: What width removes: neurons, heads, channels; by default neurons.
+        dimensions: What flap and its rivals (neurons, heads) or width (channels too) remove; by default neurons.
         multiple: The numbers of neurons and channels that stay are rounded to a multiple of this; by default 64.
         calibration: Files, folders or hub names of calibration text, in any format of training text.
         samples: Number of calibration windows.
@@ -125,9 +125,13 @@ def compress(
         raise UserError(f"--{unread[0]}: is for calibration text; give --calibration FILE, or leave it out")
     plan = None if method in structured.METHODS else make_plan(layout, method, given, options)
     if plan is None and ratio is None:
-        raise UserError(f"--method {method}: removes a share, so give --ratio, such as 0.2")
+        raise UserError(f"--method {method}: removes parts of the model, so give --ratio, such as 0.2")
     if allocation is not None and read_json(Path(allocation)).get("target") not in (None, weights_digest(target)):
         raise UserError(f"{allocation}: is for a model with other weights; run trainkit allocate on {target}")
+    chosen: dict[str, Any] = {name: options[name] for name in ("bias", "dimensions", "multiple") if name in given}
+    if plan is None:
+        defaults = {"bias": None, "dimensions": ["neurons"], "multiple": 64}
+        structured.check_options(layout, method, ratio or 0, **{**defaults, **chosen}, calibrated=calibration is not None)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
     placed = start_processes(local_device(device))
@@ -141,7 +145,6 @@ def compress(
         tensors, config = walked.tensors(), _quantisation(layout, plan)
         made, table = _described_plan(plan, walked), _table(layout, walked.reports)
     else:
-        chosen = {name: options[name] for name in ("bias", "dimensions", "multiple") if name in given}
         tensors, config, made = structured.prune(target, text, method, ratio or 0, seed=seed, **chosen, **computed)
         made |= {"layers": {}}
         table = f"removed: {made['removed']}"

@@ -28,9 +28,7 @@ def check_options(name: str, given: set[str]) -> None:
         UserError: names the first, or the method is unknown.
     """
     if name in structured.METHODS:
-        allowed = (
-            {"ratio"} | ({"bias", "multiple"} if name != "depth" else set()) | ({"dimensions"} if name == "width" else set())
-        )
+        allowed = {"ratio"} | ({"bias", "multiple", "dimensions"} if name != "depth" else set())
         allowed -= {"bias"} if name == "width" else set()
     elif name in METHODS:
         method = METHODS[name]

@@ -69,7 +69,7 @@ def prune(
             of the blocks.
         work: Folder for the state; remove it when the tensors have been read.
         bias: Whether the mean contribution of removed heads and neurons becomes a bias. None: with FLAP, if the layout has it.
-        dimensions: What `width` removes.
+        dimensions: What goes: neurons, heads, and with `width` channels. FLAP and its rivals always remove neurons.
         multiple: The kept numbers of neurons and channels are rounded to a multiple of this.
         seed: Seed of `structured-random`.
         dtype: Precision of the computation.
@@ -79,7 +79,7 @@ def prune(
         UserError: an architecture without these layers or biases, or a ratio that leaves or removes nothing.
     """
     layout = read_layout(folder)
-    check_options(layout, method, ratio, bias, multiple, calibration is not None)
+    check_options(layout, method, ratio, bias, dimensions, multiple, calibration is not None)
     llama = layout.config.model_type == "llama"
     if bias is None and method in FLAP and not llama:
         note(f"{folder}: model_type {layout.config.model_type!r} has no biases for FLAP's compensation, which is left out")
@@ -98,13 +98,16 @@ def prune(
     elif method == "width":
         cut = _width(layout, ratio, dimensions, multiple, partial(walked, calibration))
     else:
-        cut, biases = _heads_and_neurons(layout, method, ratio, biased, multiple, seed, partial(walked, calibration))
+        rest = (multiple, seed, partial(walked, calibration))
+        cut, biases = _heads_and_neurons(layout, method, ratio, biased, "heads" in dimensions, *rest)
 
     report |= {"method": method, "ratio": ratio, "bias": biased, "removed": cut.description()}
     return cut.tensors(read_tensors(layout.folder), biases), cut.config(), report
 
 
-def check_options(layout: Layout, method: str, ratio: float, bias: bool | None, multiple: int, calibrated: bool) -> None:
+def check_options(
+    layout: Layout, method: str, ratio: float, bias: bool | None, dimensions: Sequence[str], multiple: int, calibrated: bool
+) -> None:
     """Refuses what is impossible whatever the sizes; `calibrated`: whether there is calibration text.
 
     Raises:
@@ -115,6 +118,10 @@ def check_options(layout: Layout, method: str, ratio: float, bias: bool | None, 
         raise UserError(f"--method {method}: removes no parts of a model; choose from {', '.join(METHODS)}")
     if not 0 < ratio < 1:
         raise UserError(f"--ratio {ratio:g}: give the share to remove, above 0 and below 1")
+    if not dimensions or set(dimensions) - set(get_args(Dimension)):
+        raise UserError(f"--dimensions {' '.join(dimensions)}: give some of {', '.join(get_args(Dimension))}")
+    if "channels" in dimensions and method != "width":
+        raise UserError(f"--dimensions channels: --method {method} removes none; take --method width")
     if multiple < 1:
         raise UserError(f"--multiple {multiple}: must be at least 1")
     if bias and method in ("width", "depth"):
@@ -142,18 +149,18 @@ def _count(total: int, wanted: float, multiple: int, what: str, ratio: float) ->
 
 
 def _heads_and_neurons(
-    layout: Layout, method: str, ratio: float, biased: bool, multiple: int, seed: int, walked: Any
+    layout: Layout, method: str, ratio: float, biased: bool, heads: bool, multiple: int, seed: int, walked: Any
 ) -> tuple[Cut, dict[str, Tensor]]:
     """The cut of groups of heads and neurons, and the new biases.
 
-    As many whole groups go as fit in the ratio, and as many neurons as then reach it.
+    With `heads`, as many whole groups go as fit in the ratio; then as many neurons as reach it. Where there are few groups,
+    neurons alone lose far less.
     """
     # How many: a group is a key-value head and its query heads. transformers' Llama needs heads that divide the hidden size.
     whole, shape = Cut.whole(layout), decoder_shape(layout.config)
     D, G, each = shape.hidden_size, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
-    fits = [
-        n for n in range(math.floor(ratio * G + 1e-9) + 1) if layout.config.model_type != "llama" or D % (each * (G - n)) == 0
-    ]
+    most = math.floor(ratio * G + 1e-9) if heads else 0
+    fits = [n for n in range(most + 1) if layout.config.model_type != "llama" or D % (each * (G - n)) == 0]
     groups, cost = fits[-1], (2 * each + 2) * shape.head_dim * D
     neurons = shape.intermediate_size - (ratio * (G * cost + 3 * D * shape.intermediate_size) - groups * cost) / (3 * D)
     neurons = _count(shape.intermediate_size, neurons, multiple, "neurons", ratio)
@@ -208,8 +215,6 @@ def _width(layout: Layout, ratio: float, dimensions: Sequence[Dimension], multip
         UserError: a dimension that this model cannot lose, or sizes that its config cannot have.
     """
     # How many
-    if not dimensions or not set(dimensions) <= set(get_args(Dimension)):
-        raise UserError(f"--dimensions {[*dimensions]}: give one or more of {', '.join(get_args(Dimension))}")
     whole, shape = Cut.whole(layout), decoder_shape(layout.config)
     heads, each, channels = shape.num_heads, shape.num_heads // shape.num_kv_heads, shape.hidden_size
     neurons = shape.intermediate_size

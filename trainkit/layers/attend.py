@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 MOST_ALONE = 64
 """Positions up to which `alone` applies: more are a prompt, not a round."""
 

@@ -2,7 +2,7 @@
 
 Request: `model`, `prompts`, `new_tokens`; with a drafter `draft`, `depth`, and `eagle` if it is EAGLE-3; `scratch`, a folder
 for the converted models; `threads`, 1 by default; `int8`, whether the model's weights are rounded to int8, a scale per row.
-Answer: `tokens`; `accepted` as the pipeline counts it; and for each prompt `seconds` and `cpu_seconds`, the time of all threads.
+Answer: `tokens`; `accepted` as the pipeline counts it; for each prompt `seconds`, and `cpu_seconds`, the time of all threads.
 """
 
 import json
