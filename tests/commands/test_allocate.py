@@ -133,6 +133,8 @@ def test_allocation_killed_and_resumed_is_the_same(target: Path, text: Path, tmp
         (["--bits", "5", "--search", "2"], "--tokens 8192: --search 2 windows of 32 have fewer; raise --search"),
         (["--bits", "5", "--offspring", "0"], "--offspring: 0 must be at least 1"),
         (["--bits", "5", "--search", "90"], "only 55 windows of 32; lower them or --length, or give more text"),
+        (["--bits", "5", "--step", "3"], "--step: only for levels of --sparsity; leave it out"),
+        (["--bits", "5", "--seed", "-1"], "--seed -1: must be at least 0"),
         (["--bits", "5", "--dtype", "int8"], "--dtype int8: choose from float32, bfloat16, float16"),
         (["--bits", "5", "--samples", "4000"], "--samples 4000, --search 64, --heldout 2: "),
     ],

@@ -158,6 +158,7 @@ def test_bad_commands_end_with_one_line(
         "head": {"lm_head": {"sparsity": 0.5}},
         "odd": {layer: {"bits": 3}},
         "none": {},
+        "zero": {layer: {"sparsity": 0}},
         "other": {"a.b": {"sparsity": 0.1}},
     }
     for name, layers in allocations.items():
@@ -200,6 +201,36 @@ def test_bad_commands_end_with_one_line(
             [target, out, "--method", "sparsegpt", "--sparsity", "3:16", "--bits", "4", "--group", "8", *data],
             "--group 8: not a multiple of 16, the M of --sparsity 3:16",
         ),
+        (
+            [target, out, "--method", "magnitude", "--sparsity", "2:4", "--scope", "row"],
+            "--scope: --sparsity 2:4 compares the weights",
+        ),
+        (
+            [target, out, *wanda, "--sparsity", "0.5", "--bits", "8", "--refine", "dsnot", "--order", "activation", *data],
+            "--order: only for a pass that compensates rounding; take --refine swaps",
+        ),
+        (
+            [target, out, "--method", "magnitude", "--sparsity", "0.5", "--bits", "8", "--static_scales", "true"],
+            "--static_scales: only for a pass that compensates rounding",
+        ),
+        (
+            [target, out, *gptq, "--bits", "8", "--order", "activation", "--static_scales", "false", *data],
+            "--static_scales false: --order activation takes scales before",
+        ),
+        (
+            [target, out, "--method", "magnitude", "--sparsity", "0.5", "--sequential", "true"],
+            "--sequential: measures layers on calibration text",
+        ),
+        ([target, out, *rtn, "--bits", "8", "--length", "64"], "--length: is for calibration text; give --calibration"),
+        ([target, out, *rtn, "--bits", "8", "--columns", '{"text": "x"}'], "--columns: is for calibration text"),
+        ([target, out, *wanda, "--sparsity", "1e-9", *data], "--sparsity 1e-09: prunes none of the 4096 weights of"),
+        ([target, out, *wanda, "--sparsity", "0.5", *data, "--seed", "-1"], "--seed -1: must be at least 0"),
+        ([target, out, "--method", "width", "--ratio", "0.3", "--dimensions", "[]", *data], "--dimensions : give some of"),
+        (
+            [target, out, "--method", "width", "--ratio", "0.3", "--dimensions", '["nuerons"]', *data],
+            "--dimensions nuerons: give some of neurons, heads, channels",
+        ),
+        ([target, out, *wanda, *data, *allocated("zero")], "zero.json: compresses no layer; allocate again"),
         ([target, out, "--method", "flap", *data], "--method flap: removes parts of the model, so give --ratio"),
         ([target, out, "--method", "flap", "--ratio", "1.5", *data], "--ratio 1.5: give the share to remove"),
         ([target, out, "--method", "flap", "--ratio", "0.2"], "--method flap: needs calibration text"),
@@ -248,6 +279,59 @@ def test_bad_commands_end_with_one_line(
         assert error.startswith("trainkit: error: ") and message in error, (arguments, error)
         assert not (tmp_path / "out").exists()
         shutil.rmtree(tmp_path / "out.work", ignore_errors=True)
+
+
+def test_allocation_brings_its_group(tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --group the groups are those whose scales the budget counted; a wrong one in the file gives one line."""
+    layers = {"model.layers.0.mlp.down_proj": {"bits": 4}}
+    file, options = tmp_path / "bits.json", ["--method", "rtn", "--device", "cpu"]
+    command = ["compress", str(tiny_target), str(tmp_path / "out"), *options, "--allocation", str(file)]
+    file.write_text(json.dumps({"layers": layers, "group": "32"}))
+    assert main(command) == 2 and "bits.json: group is '32'; allocate again" in capsys.readouterr().err
+    file.write_text(json.dumps({"layers": layers, "group": 32}))
+    assert main(command) == 0
+    assert bundle.read(tmp_path / "out").extra["compression"]["grid"]["group"] == 32
+
+
+def test_damaged_work_folder_is_named(tiny_target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A walk.json that is no JSON gives one line."""
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "walk.json").write_text("{")
+    assert main(["compress", str(tiny_target), str(tmp_path / "out"), "--method", "rtn", "--bits", "8", "--device", "cpu"]) == 2
+    assert "walk.json: not readable as JSON" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("case", ["no dtype in config.json", "norms in float32"])
+@pytest.mark.parametrize(
+    "options", [{"method": "rtn", "bits": 8}, {"method": "structured-random", "ratio": 0.3, "multiple": 16}]
+)
+def test_files_of_another_dtype_than_config(case: str, options: dict[str, Any], tiny_target: Path, tmp_path: Path) -> None:
+    """The result has the dtype of most stored weights, in its files and its config.json."""
+    source = shutil.copytree(tiny_target, tmp_path / "in")
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    if case == "no dtype in config.json":
+        config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    (source / "config.json").write_text(json.dumps(config))
+    weights = load_file(source / "model.safetensors")
+    weights = {name: value if "norm" in name and "dtype" not in case else value.bfloat16() for name, value in weights.items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    compress(str(source), str(tmp_path / "out"), device="cpu", **options)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in made.values() if value.is_floating_point()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_second_compression_keeps_the_fingerprints(tiny_target: Path, tmp_path: Path) -> None:
+    """A model that was pruned by a text and then rounded without one still cannot be evaluated on it."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{n} clips. " * 30}) + "\n" for n in range(400, 430)))
+    text = str(tmp_path / "text.jsonl")
+    compress(str(tiny_target), str(tmp_path / "sparse"), method="wanda", sparsity="2:4", **calibrated(text, samples=16))
+    compress(str(tmp_path / "sparse"), str(tmp_path / "both"), method="rtn", bits=8, device="cpu")
+    first, second = (json.loads((tmp_path / name / "calibration.json").read_text()) for name in ("sparse", "both"))
+    assert first["fingerprints"] and second == first
+    assert main(["evaluate", str(tmp_path / "both"), "--text", text, "--length", "64", "--device", "cpu"]) == 2
+    (tmp_path / "both" / "calibration.json").write_text('{"fingerprints": ["a"]}')
+    assert main(["evaluate", str(tmp_path / "both"), "--text", text, "--length", "64", "--device", "cpu"]) == 2
 
 
 def test_allocation_gives_each_layer_its_share(tiny_target: Path, tmp_path: Path, text: str) -> None:

@@ -156,6 +156,12 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no bundle": (["--text=TEXT", "--length=32", "--record=true"], ["not a bundle", "trainkit export"]),
     "no folder": (["--text=TEXT", "--json=/nowhere/x.json"], ["--json /nowhere/x.json", "make it first"]),
     "not a number": (["--text=TEXT", "--length=32", "--dense=NAN"], ["nan", "not finite"]),
+    "drafter for nothing": (["--text=TEXT", "--length=32", "--drafter=OTHER"], ["--drafter", "--own N", "leave it out"]),
+    "chat without tasks": (["--text=TEXT", "--length=32", "--chat=true"], ["--chat: is for tasks", "leave it out"]),
+    "examples without tasks": (["--text=TEXT", "--length=32", "--few_shot=3"], ["--few_shot: is for tasks", "leave it out"]),
+    "no task named": (["--tasks=,"], ["--tasks ','", "names no task"]),
+    "negative examples": (["--tasks=pick", "--task_path=TASKS", "--few_shot=-1"], ["--few_shot: -1 must be at least 0"]),
+    "figures into a folder": (["--text=TEXT", "--length=32", "--json=OTHER"], ["--json", "is a folder"]),
     "bad row": (["--text=BAD", "--length=32"], ["bad.jsonl:2", "fix or remove"]),
 }
 

@@ -15,6 +15,7 @@ from tests.support.training import Losses, StopAt, text_data
 from tests.support.training import fit as train
 from trainkit.bundle import read as read_bundle
 from trainkit.cli import main
+from trainkit.commands.compress import compress
 from trainkit.commands.export import export
 from trainkit.commands.fit import run
 from trainkit.compress.masks import unpack_mask
@@ -219,6 +220,11 @@ def test_lora_under_a_mask_merges_sparse(pruned, tiny_target, chats, tmp_path):
         ({"targets": ["query"]}, "no linear layer 'query'"),
         ({"hidden_weight": -1.0}, "hidden_weight -1.0"),
         ({"divergence": TVDpp(normalise="batch")}, "normalise: position"),
+        ({"lora_rank": 2, "lora_alpha": 0.0}, "model.lora_alpha is 0.0; it must be above 0"),
+        ({"hidden_weight": float("nan")}, "hidden_weight nan"),
+        ({"targets": []}, "model.targets is empty"),
+        ({"compression": GradualMagnitude(0.5, end=100)}, "is reached at step 100, after the last step 6; lower begin or end"),
+        ({"compression": GradualMagnitude(0.5, begin=6)}, "is reached at step 7, after the last step 6"),
         ({"compression": FixedMask()}, "none of its weights is zero"),
     ],
 )
@@ -307,6 +313,15 @@ def test_export_of_pruned_model_has_its_zeros(recovered, pruned, tmp_path):
     assert found["method"] == "training (FixedMask)" and found["sparsity"]["matrices"] == 0.5
     assert bundle.metrics["val/kl"] > 0
     assert "Zeros in compressed matrices | 50.00%" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_recovery_of_a_quantised_folder_exports_dense(tiny_target, chats, tmp_path):
+    """Its int8 weights were unpacked to train; the result has the zeros, float weights and no quantization_config."""
+    compress(str(tiny_target), str(tmp_path / "int8"), method="magnitude", sparsity="2:4", bits=8, device="cpu")
+    fit(module(tmp_path / "int8", tiny_target), chats, tmp_path, tmp_path, steps=2)
+    export(str(tmp_path / "checkpoints" / "last.ckpt"), str(tmp_path / "out"))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert read_bundle(tmp_path / "out").extra["compression"]["sparsity"]["matrices"] >= 0.5
 
 
 def test_export_of_wrong_weights_is_refused(recovered, tmp_path, capsys):

@@ -110,6 +110,10 @@ def allocate(
         raise UserError(f"--dtype {dtype}: choose from float32, bfloat16, float16")
     if sparsity is not None and group is not None:
         raise UserError("--group: only for quantised weights; give --bits or --bytes, or leave it out")
+    if sparsity is None and step is not None:
+        raise UserError("--step: only for levels of --sparsity; leave it out")
+    if Path(out).is_dir():
+        raise UserError(f"{out}: is a folder; name a JSON file to write")
     if len(survivors) != len(tokens) or not survivors or survivors[-1] != 1 or min(*survivors, *tokens) < 1:
         pairs = f"--survivors {survivors}, --tokens {tokens}"
         raise UserError(f"{pairs}: give two lists of the same length, of numbers from 1, with 1 as the last survivor")
@@ -165,6 +169,7 @@ def allocate(
         {
             "target": weights_digest(target),
             "method": method,
+            "group": group,
             "layers": {name: several[name][level].setting() for name, level in zip(several, found, strict=True)},
             "budget": {"weights" if prunes else "bytes": space.budget, "cost": space.cost(found)},
             "kl": kl,

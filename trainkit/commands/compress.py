@@ -88,7 +88,8 @@ def compress(
         method: One of the methods above.
         sparsity: Share of the weights to prune, such as 0.6, or N:M to keep N of every M consecutive weights, such as 2:4.
         bits: Bits of a quantised weight, 4 or 8.
-        group: Consecutive weights that share a scale; by default 128 with 4 bits, all of an output with 8.
+        group: Consecutive weights that share a scale; by default that of --allocation, else 128 with 4 bits, all of an output
+            with 8.
         zero_points: Whether groups have zero points, for weights that are not symmetric around 0.
         refine: How the mask of magnitude or wanda is refined afterwards: `swaps` exchanges weights to lower the squared error
             of each output, `dsnot` to lower its mean error (arXiv 2310.08915); by default swaps if there is calibration text.
@@ -121,6 +122,8 @@ def compress(
     check_positive(samples=samples, length=length, group=group, multiple=multiple)
     layout = check_folders(target, out)
     check_options(method, given)
+    if not calibration and (unread := sorted(given & {"length", "columns"})):
+        raise UserError(f"--{unread[0]}: is for calibration text; give --calibration FILE, or leave it out")
     plan = None if method in structured.METHODS else make_plan(layout, method, given, options)
     if plan is None and ratio is None:
         raise UserError(f"--method {method}: removes parts of the model, so give --ratio, such as 0.2")
@@ -146,15 +149,16 @@ def compress(
         tensors, config, made = structured.prune(target, text, method, ratio or 0, seed=seed, **chosen, **computed)
         made |= {"layers": {}}
         table = f"removed: {made['removed']}"
-    # Export
+    # Export; a file may mix dtypes, such as norms in float32 beside bfloat16
+    stored = getattr(torch, layout.stored_dtype())
     if rank() > 0:
         return ""
     made |= {"commands": [shlex.join(["trainkit", "compress", target, out, *_as_flags(options)])]}
     exported = export_compressed(
         out,
         source=layout.folder,
-        tensors=tensors,
-        config=config,
+        tensors=((name, value.to(stored) if value.is_floating_point() else value) for name, value in tensors),
+        config={"dtype": layout.stored_dtype()} | config,
         compression=made | _described_text(text),
         calibration_fingerprints=text.fingerprints if text else None,
         seed=seed,

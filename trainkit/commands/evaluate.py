@@ -102,6 +102,8 @@ def evaluate(
     if own is not None and text is None:
         raise UserError("--own: takes its prompts from the text; give --text FILE too")
     check_positive(limit=limit, own=own, max_new_tokens=max_new_tokens, batch=batch)
+    if json is not None and Path(json).is_dir():
+        raise UserError(f"--json {json}: is a folder; name a file to write")
     if json is not None and not Path(json).resolve().parent.is_dir():
         raise UserError(f"--json {json}: its folder does not exist; make it first")
     if record:
@@ -110,6 +112,15 @@ def evaluate(
     if dense is not None:
         _check_tokenizers(model, dense)
     names = [name for name in (tasks or "").split(",") if name]
+    if tasks is not None and not names:
+        raise UserError(f"--tasks {tasks!r}: names no task; give names with commas between them")
+    for option, value in (("task_path", task_path), ("few_shot", few_shot), ("chat", chat or None)):
+        if value is not None and not names:
+            raise UserError(f"--{option}: is for tasks; give --tasks NAMES, or leave it out")
+    if drafter is not None and not names and own is None:
+        raise UserError("--drafter: drafts what the model writes; give --own N or --tasks NAMES, or leave it out")
+    if few_shot is not None and few_shot < 0:
+        raise UserError(f"--few_shot: {few_shot} must be at least 0")
     harness = _import_harness() if names else None
     loaded = harness.load_tasks(names, task_path, few_shot) if harness else None
     # Evaluate on the text, and on what the model writes itself.
@@ -190,7 +201,7 @@ def _check_not_calibration(model: Path, tokens: list[int], source: str) -> None:
     """Refuses text by which the model was calibrated: its perplexity there is lower than on other text."""
     if (path := model / CALIBRATION).is_file():
         fingerprints = bundle.read_json(path).get("fingerprints")
-        if not isinstance(fingerprints, list):
+        if not isinstance(fingerprints, list) or not all(type(one) is int and 0 <= one < 1 << 63 for one in fingerprints):
             raise UserError(f"{path}: holds no list of fingerprints; compress the model again")
         if count := shared_text(fingerprints, torch.tensor([tokens])):
             raise UserError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,17 @@ class Layout:
         if missing := next((name for name in names if f"{name}.weight" not in entries), None):
             raise UserError(f"{self.folder}: tensor '{missing}.weight' is missing; copy all weight files")
         return {name: tuple(entries[f"{name}.weight"]["shape"]) for name in names}
+
+    def stored_dtype(self) -> str:
+        """The dtype, by torch's name, of most weights in the files; config.json may have none, or another."""
+        sizes = Counter[str]()
+        for file in weight_files(self.folder):
+            for entry in tensor_entries(file).values():
+                sizes[entry["dtype"]] += prod(entry["shape"])
+        names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+        if (most := max(sizes, key=sizes.__getitem__)) not in names:
+            raise UserError(f"{self.folder}: most weights are of type {most}; save them as float32, bfloat16 or float16")
+        return names[most]
 
     def check_names(self, names: Mapping[str, object], source: str) -> None:
         """Refuses names, given by `source`, of tensors that are not linear layers of a block.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +172,8 @@ def check_plan(layout: Layout, plan: Plan) -> None:
         for part in (goal.pattern, goal.grid):
             if part:
                 part.check(shapes[name][1], name)
+        if goal.pattern and goal.pattern.share and not goal.pattern.pruned(prod(shapes[name])):
+            raise UserError(f"--sparsity {goal.pattern}: prunes none of the {prod(shapes[name])} weights of {name}; raise it")
         if goal.pattern and goal.grid and goal.pattern.group and (goal.grid.group or 0) % goal.pattern.group:
             size, pattern = goal.grid.group, goal.pattern
             raise UserError(f"--group {size}: not a multiple of {pattern.group}, the M of --sparsity {pattern}")
@@ -246,6 +249,7 @@ def _change(part: Part, name: str, goal: Goal, plan: Plan) -> dict[str, Any]:
         gram_KK = _gram(sums)
         outputs = float(((dense_RK @ gram_KK) * dense_RK).sum(dtype=torch.float64))
         error = float(((lost_RK @ gram_KK) * lost_RK).sum(dtype=torch.float64)) / max(outputs, 1e-30)
-    report = {"sparsity": float((weight_RK == 0).float().mean()), "bits": bits, "error": error}
+    # counted, because a mean in float32 may round up beyond what the file has
+    report = {"sparsity": int((weight_RK == 0).sum()) / weight_RK.numel(), "bits": bits, "error": error}
     report["weight_error"] = float(lost_RK.square().sum() / dense_RK.square().sum().clamp(min=1e-30))
     return report | ({} if changed.damping is None else {"damping": changed.damping})

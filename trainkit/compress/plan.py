@@ -55,6 +55,10 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
     method = METHODS[name]
     # How each layer is compressed
     bits, group, allocation = options["bits"], options["group"], options["allocation"]
+    if allocation is not None and group is None:  # the budget counted the scales of these groups
+        group = read_json(Path(allocation)).get("group")
+        if group is not None and (type(group) is not int or group < 1):
+            raise UserError(f"{allocation}: group is {group!r}; allocate again")
     if bits not in (None, 4, 8):
         raise UserError(f"--bits {bits}: weights are stored with 4 or 8 bits; give one of these")
     pattern = parse_pattern(options["sparsity"]) if "sparsity" in given else None
@@ -74,15 +78,23 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
             for layer, (share, count) in _allocated(allocation, name, given).items()
             if share or count or bits
         }
+        if not goals:
+            raise UserError(f"{allocation}: compresses no layer; allocate again")
     if not any(goal.grid for goal in goals.values()):
         if wrong := sorted(given & {"group", "zero_points", "static_scales"}):
             raise UserError(f"--{wrong[0]}: only for quantised weights; give --bits, or leave it out")
         if options["order"] and not method.gram:
             raise UserError("--order: only for a pass that changes weights; give --bits, or leave it out")
+    if options["order"] == "activation" and options["static_scales"] is False:
+        raise UserError("--static_scales false: --order activation takes scales before the pass; leave one of them out")
+    if "scope" in given and all(goal.pattern and goal.pattern.group for goal in goals.values()):
+        raise UserError(f"--scope: --sparsity {pattern} compares the weights of its groups; leave it out")
     if options["order"] == "activation" and any(goal.pattern and goal.pattern.group for goal in goals.values()) and method.gram:
         raise UserError("--order activation: N:M groups are pruned in stored order; leave it out")
     # What calibration text is for
     calibrated = "calibration" in given
+    if options["sequential"] and not calibrated:
+        raise UserError("--sequential: measures layers on calibration text; give --calibration FILE, or leave it out")
     if method.calibrated and not calibrated:
         raise UserError(f"--method {name}: needs calibration text; give --calibration FILE")
     refine = options["refine"] or ("swaps" if method.scores and calibrated else "none")
@@ -90,6 +102,8 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
         raise UserError(f"--refine {refine}: needs calibration text; give --calibration FILE")
     if calibrated and not method.calibrated and refine == "none":
         raise UserError(f"--calibration: --method {name} without --refine reads no text; leave it out")
+    if not (method.gram or refine == "swaps") and (wrong := sorted(given & {"order", "static_scales"})):
+        raise UserError(f"--{wrong[0]}: only for a pass that compensates rounding; take --refine swaps, or leave it out")
     chosen = {key: options[key] for key in ("scope", "order", "static_scales", "sequential") if options[key] is not None}
     plan = Plan(name, goals, refine, **chosen)
     check_plan(layout, plan)

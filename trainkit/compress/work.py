@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainkit.bundle import read_json
 from trainkit.errors import UserError
 from trainkit.files import sync, write_file, write_json
 
@@ -94,7 +95,7 @@ def claimed(work: Path, key: Mapping[str, Any]) -> Iterator[None]:
             if any(not path.name.startswith(".") for path in work.iterdir()):
                 raise UserError(f"{work}: holds other files; move them, or choose another OUT")
             write_json(file, values)
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = read_json(file)
         if changed := sorted(name for name in stored.keys() | values.keys() if stored.get(name) != values.get(name)):
             raise UserError(
                 f"{work}: holds the unfinished work of another command ({', '.join(changed)} differ); give that command again "

@@ -57,12 +57,13 @@ def export_compressed(
         source: Folder of the dense model. If it is a drafter's bundle, so is `out`.
         tensors: Names and values of all tensors of the files, one at a time; quantised layers as
             `models.compressed.stored_tensors` gives them. Floating-point tensors have the dtype of the config.
-        config: Fields of config.json that differ from the source's, such as `quantization_config`.
+        config: Fields of config.json that differ from the source's, such as `quantization_config`, which None removes.
         compression: What was done, for trainkit.json and README.md: `method`, `pattern`, `grid`, `calibration`, `commands`, and
             `layers`, which has `sparsity` and `bits` of each compressed weight by its Hugging Face name. Sparsity is measured
             here, over each matrix, all compressed matrices and all parameters; a weight less sparse than `layers` says is an
             error.
-        calibration_fingerprints: Fingerprints of the calibration text; None without one.
+        calibration_fingerprints: Fingerprints of the calibration text; None without one. Those that the source has, which was
+            compressed before, are kept too.
         card: `metrics`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:
@@ -74,10 +75,15 @@ def export_compressed(
     extra = {"format": "hf", "layout": "hf"} | (dict(made.extra) if made else {})
     drafter |= {ours: config[theirs] for theirs, ours in SIZES.items() if ours in drafter and theirs in config}
     values = read_json(source / "config.json") | dict(config)
+    if values.get("quantization_config") is None:
+        values.pop("quantization_config", None)
     if "rope_type" in (rope := values.get("rope_parameters") or {}):
         values |= transformers4_rope(rope)
     values.setdefault("dtype", values.pop("torch_dtype", None) or "float32")
     found = dict(compression)
+    if (source / CALIBRATION).is_file():
+        earlier = read_json(source / CALIBRATION).get("fingerprints") or []
+        calibration_fingerprints = sorted({*earlier, *(calibration_fingerprints or ())})
 
     def write_files(folder: Path) -> None:
         copy_tokenizer(source, folder)

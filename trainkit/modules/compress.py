@@ -76,8 +76,12 @@ class CompressModule(LanguageModule):
         for name, path in (("folder", folder), ("teacher", teacher)):
             if not (Path(path) / "config.json").is_file():
                 raise UserError(f"model.{name}: {path}: no config.json there; give a Hugging Face model folder")
-        if hidden_weight < 0 or lora_rank < 0:
+        if not hidden_weight >= 0 or lora_rank < 0:
             raise UserError(f"model: hidden_weight {hidden_weight} and lora_rank {lora_rank} must not be negative")
+        if lora_rank and not lora_alpha > 0:
+            raise UserError(f"model.lora_alpha is {lora_alpha}; it must be above 0, or nothing trains")
+        if targets is not None and not targets:
+            raise UserError("model.targets is empty; name projections, or leave it out for all seven")
         divergence = divergence or ForwardKL()
         if divergence.spans_batch:
             raise UserError(

@@ -33,6 +33,12 @@ def test_gradients_of_sparse_rivals_by_hand():
     assert torch.equal(linear.weight, W), "pruned weights stay in memory and may come back"
 
 
+def test_negative_decay_is_refused():
+    """It would push pruned weights away from zero."""
+    with pytest.raises(UserError, match="model.compression.decay is -0.1; it must not be negative"):
+        SRSTE("2:4", decay=-0.1)
+
+
 @pytest.mark.parametrize(("kind", "wanted"), [("ste", [[1.0, 2, -1, 0.5]]), ("decayed", [[1.0, 1, -1, 0.25]])])
 def test_mask_decay_by_hand(kind, wanted):
     """With beta 0.5, the weights and both gradients."""

@@ -35,6 +35,13 @@ def test_minmax_scales_clip_no_gradient(bits, dtype, seed):
     assert torch.equal(gradient(linear, g), g)
 
 
+@pytest.mark.parametrize("group", [0, -32])
+def test_group_below_one_is_refused(group):
+    """A negative divisor of the inputs would pass the check of sizes and fail in the first step; 0 would mean the default."""
+    with pytest.raises(UserError, match=f"model.compression.group is {group}; it must be at least 1"):
+        QuantAware(4, group)
+
+
 @pytest.mark.parametrize("scales", ["minmax", "learned"])
 def test_codes_of_export_equal_those_of_training(scales, seed):
     """Codes and scales to export give, bit for bit, the weight of the training forward pass."""

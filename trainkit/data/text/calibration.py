@@ -74,6 +74,8 @@ def calibration(
         UserError: a row cannot be used, or the files hold fewer windows.
     """
     # Read all rows; encode them in random order until the windows are full.
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must be at least 0")
     columns, encoder = check_columns(columns), Encoder(load_tokenizer(tokenizer_folder))
     rows = list[LocatedRow]()
     for file in files:

@@ -66,7 +66,7 @@ def export_trained(saved: Checkpoint, out: str | Path, source: str | Path, dtype
     if not (Path(source) / "config.json").is_file():
         raise UserError(f"{source}: does not hold the model that was trained; give its folder with --target")
     values, names = read_json(Path(source) / "config.json"), saved.compression["names"]
-    config: dict[str, Any] = {"dtype": chosen}
+    config: dict[str, Any] = {"dtype": chosen, "quantization_config": None}  # a quantised folder was trained unpacked
     if isinstance(compression, QuantAware):
         modules, grid = [name.removesuffix(".weight") for name in names], compression.grid
         config["quantization_config"] = quantization_config(

@@ -109,6 +109,8 @@ class SRSTE(_Progressive):
 
     def __init__(self, sparsity: str, decay: float = 2e-4, dense: float = 0.1, hard: float = 0.0) -> None:
         super().__init__(sparsity, dense, hard, decay=decay)
+        if not decay >= 0:
+            raise UserError(f"model.compression.decay is {decay}; it must not be negative")
         self.decay = decay
 
     def attach(self, linears: Mapping[str, CompressedLinear]) -> None:

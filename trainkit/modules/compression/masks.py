@@ -96,6 +96,11 @@ class GradualMagnitude(Masks):
 
     def new_masks(self, step: int, total: int | None) -> Mapping[str, Tensor] | None:
         end = self._end(total)
+        if total is not None and end > total:
+            raise UserError(
+                f"model.compression: sparsity {self.sparsity:g} is reached at step {end}, after the last step {total}; lower "
+                "begin or end, or raise trainer.max_steps"
+            )
         first = self.step < 0 and self.initial > 0
         regular = self.begin <= step < end and (step - self.begin) % self.every == 0
         last = self.step < end <= step  # also if `every` does not divide the steps to it

@@ -66,6 +66,8 @@ class QuantAware(Compression):
         scale_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         keep_zeros: bool = False,
     ) -> None:
+        if group is not None and group < 1:
+            raise UserError(f"model.compression.group is {group}; it must be at least 1")
         group = group or (128 if bits == 4 else None)
         super().__init__(bits=bits, group=group, scales=scales, scale_dtype=scale_dtype, keep_zeros=keep_zeros)
         self.grid = Grid(bits, group, rule="full", scale_dtype=_DTYPES[scale_dtype])
