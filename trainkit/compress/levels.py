@@ -117,7 +117,7 @@ def bit_levels(layout: Layout, group: int | None = None) -> Levels:
         start, end = entries[f"{name}.weight"]["data_offsets"]
         scale_bytes = (end - start) // (R * K)
         for bits in (4, 8):
-            grid = Grid(bits, group or (128 if bits == 4 else None))
+            grid = Grid(bits, group or (128 if bits == 4 else None), search=bits == 4)
             grid.check(K, name)
             size = R * math.ceil(K * bits / 32) * 4 + R * (K // (grid.group or K)) * scale_bytes + 2 * 8
             levels[name].append(Level(size, Goal(grid=grid)))

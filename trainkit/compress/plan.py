@@ -69,7 +69,7 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
     symmetric = not options["zero_points"]
 
     def grid(count: int | None) -> Grid | None:
-        return Grid(count, group or (128 if count == 4 else None), symmetric) if count else None
+        return Grid(count, group or (128 if count == 4 else None), symmetric, search=count == 4) if count else None
 
     goals = {layer: Goal(pattern, grid(bits)) for layer in layout.all_linears()}
     if allocation is not None:
