@@ -142,6 +142,11 @@ class Linear(nn.Linear):
             self.packed, self.weight = None, nn.Parameter(packed.dense(self.weight.dtype), requires_grad=False)
 
 
+def rounds_products(network: nn.Module) -> bool:
+    """Whether products of packed weights round their inputs to bfloat16, whatever the dtype of the rest (on a CPU)."""
+    return any(isinstance(part, Linear) and isinstance(part.packed, OnCPU) for part in network.modules())
+
+
 def block_weights(network: nn.Module) -> None:
     """Lets a network compute its products from blocked weights, where the processor is one for which that was measured.
 

@@ -22,7 +22,7 @@ QUESTIONS, DEPTH = int(os.environ.get("QUESTIONS", "40")), int(os.environ.get("D
 
 
 def measure(prompts: str, out: Path, pairs: list[str]) -> None:
-    """Adds the pairs that OUT does not hold yet: tau, acceptance by position, equal texts, processor time beside plain decoding."""
+    """Adds the pairs that OUT does not hold yet: tau, acceptance by position, equal texts, processor time of plain decoding."""
     done = json.loads(out.read_text()) if out.is_file() else {}
     for pair in pairs:
         target, _, drafter = pair.partition(":")

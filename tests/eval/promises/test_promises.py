@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.compressed import export_tiny
 from tests.support.drafters import VARIANTS
 from tests.support.targets import make_target
 from trainkit import bundle
@@ -27,6 +28,7 @@ from trainkit.eval.promises.distribution import p_value
 from trainkit.eval.promises.run import CHECKS, load_subject, run_checks
 from trainkit.eval.promises.types import Check, VerifyArguments
 from trainkit.export.drafter import export_drafter
+from trainkit.layers.linear import HAS_KERNELS
 from trainkit.layers.visible import Visible
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import Runner
@@ -290,6 +292,17 @@ def test_half_precision_reports_a_rate(target, tmp_path, seed):
     texts, acceptance = CHECKS["texts"](subject), CHECKS["acceptance"](subject)
     assert texts.status == "measured" and "%" in texts.figure and "as many rows" in texts.details[0]
     assert acceptance.status == "kept", (texts, acceptance)
+
+
+def test_quantised_targets_keep_every_promise(target, tmp_path, seed):
+    """Products that round to bfloat16 are compared with transformers' dense ones to that precision; texts stay equal."""
+    quantised = tmp_path / "int8"
+    export_tiny(target, quantised, bits=8, group=None)
+    arguments = VerifyArguments(str(quantised), **(QUICK | {"seed": seed}))
+    subject = load_subject(make_bundle(quantised, tmp_path / "bundle"), arguments)
+    found = [CHECKS[name](subject) for name in ("files", "target", "texts")]
+    assert [check.status for check in found] == ["kept"] * 3, found
+    assert not HAS_KERNELS or "0.1" in found[1].details[0]
 
 
 def test_plain_folders_are_verified_without_certificate(target, tmp_path, capsys, seed):

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainkit.layers.blocks import Decoder
-from trainkit.layers.linear import Linear
-from trainkit.layers.packed_cpu import OnCPU
+from trainkit.layers.linear import Linear, rounds_products
 from trainkit.layers.visible import Visible
 from trainkit.runner.sampling import CHOICE, Sampling, gumbel, request_keys
 
@@ -168,8 +167,9 @@ def tie_tolerance(target: Decoder, text: Sequence[int], max_tokens: int = 32) ->
     text = list(text)[:max_tokens]
     whole = logits(target, text)
     if dtype == torch.float32:
-        rounds = any(isinstance(part, Linear) and isinstance(part.packed, OnCPU) for part in target.modules())
-        return max(TIE, 4 * float((whole - logits(_unpacked(target), text)).abs().max())) if rounds else TIE
+        if not rounds_products(target):
+            return TIE
+        return max(TIE, 4 * float((whole - logits(_unpacked(target), text)).abs().max()))
     cache = target.new_cache(1, len(text), device, dtype)
     largest = 0.0
     for index, token in enumerate(text):
