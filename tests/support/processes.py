@@ -22,6 +22,8 @@ def fork(work: Callable[[], object], stderr: Path | None = None) -> int:
     code = 1
     try:
         torch.set_num_threads(1)  # a fork has no copies of the parent's threads
+        if torch.distributed.is_initialized():  # nor of those of a process group that training left in the parent
+            torch.distributed.distributed_c10d._update_default_pg(None)
         if stderr is not None:
             os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # pytest's stderr is in memory

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trainkit.errors import UserError
@@ -64,10 +65,10 @@ class Statistics:
 
     def reduce(self) -> None:
         """Adds up the sums of all processes, if there are several; each has read other sequences."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         counts_2 = torch.tensor([self.tokens, self.sequences], dtype=torch.float64, device=self.sum_K.device)
         sums = [counts_2, self.sum_K, self.square_K, self.within_K, self.magnitude_K]
         for total in sums if self.gram_KK is None else [*sums, self.gram_KK]:
-            torch.distributed.all_reduce(total)
+            dist.all_reduce(total)
         self.tokens, self.sequences = (int(count) for count in counts_2)
