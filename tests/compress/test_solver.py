@@ -242,7 +242,7 @@ def test_dead_inputs_change_nothing_but_their_weights(seed: int) -> None:
     [(0.5, 0.01, 0.01), (1.05, 0.01, 0.1), (1.5, 0.01, 1.0), (1.05, 0.02, 0.2), (1.0, 0.0, 0.001)],
 )
 def test_damping_rises_tenfold_until_it_suffices(coupling: float, start: float, damping: float) -> None:
-    """[[1, c], [c, 1]] has the smallest eigenvalue 1 - c, so that damping must be above c - 1; the damping used is told."""
+    """[[1, c], [c, 1]] has the smallest eigenvalue 1 - c, so that damping must be above c - 1; the damping used is reported."""
     gram_KK = torch.tensor([[1, coupling], [coupling, 1]], dtype=torch.float64)
     solved = solve(torch.ones(1, 2), gram_KK, mask_RK=torch.tensor([[True, False]]), damping=start)
     assert solved.damping == pytest.approx(damping)

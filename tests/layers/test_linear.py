@@ -10,11 +10,10 @@ from torch import nn
 from tests.support.equality import compare
 from tests.support.models import SHAPE, pair, ragged_prompts, random_decoder
 from trainkit.layers import linear
-from trainkit.layers.linear import Blocked, Linear, block_weights, project
+from trainkit.layers.linear import HAS_KERNELS, Blocked, Linear, block_weights, project
 from trainkit.runner.sampling import Sampling
 
-has_kernels = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-pytestmark = pytest.mark.skipif(not has_kernels, reason="blocked weights are for x86 processors with AVX2")
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="blocked weights are for x86 processors with AVX2")
 
 
 @pytest.fixture(autouse=True)

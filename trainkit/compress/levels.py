@@ -27,7 +27,7 @@ from trainkit.compress.blocks import Part, Sequences, walk
 from trainkit.compress.layout import Layout
 from trainkit.compress.masks import Pattern
 from trainkit.compress.oneshot import METHODS, Goal, Plan
-from trainkit.compress.quantise import Grid
+from trainkit.compress.quantise import usual_grid
 from trainkit.compress.solver import shared_factor, solve
 from trainkit.errors import UserError
 from trainkit.files import write_file
@@ -87,7 +87,7 @@ def sparsity_levels(
     levels, uniform = dict[str, list[Level]](), []
     for name, (R, K) in shapes.items():
         size, unit = R * K, units[name]
-        middle = int(size * share) // unit * unit
+        middle = Pattern(share).pruned(size) // unit * unit
         pruned = [middle + number * step for number in range(around, -around - 1, -1)]
         pruned = [count for count in pruned if 0 <= count <= size - unit]
         levels[name] = [Level(size - count, Goal(Pattern(_share(count, size)))) for count in pruned]
@@ -96,7 +96,7 @@ def sparsity_levels(
 
 
 def _share(count: int, size: int) -> float:
-    """The share of which int(n * share) is exactly that of `count` in `size`, for every set of n weights."""
+    """The share of which `Pattern.pruned(n)` is exactly that of `count` in `size`, for every set of n weights."""
     return math.nextafter(count / size, 1) if count else 0.0
 
 
@@ -117,7 +117,7 @@ def bit_levels(layout: Layout, group: int | None = None) -> Levels:
         start, end = entries[f"{name}.weight"]["data_offsets"]
         scale_bytes = (end - start) // (R * K)
         for bits in (4, 8):
-            grid = Grid(bits, group or (128 if bits == 4 else None), search=bits == 4)
+            grid = usual_grid(bits, group)
             grid.check(K, name)
             size = R * math.ceil(K * bits / 32) * 4 + R * (K // (grid.group or K)) * scale_bytes + 2 * 8
             levels[name].append(Level(size, Goal(grid=grid)))

@@ -115,7 +115,7 @@ def test_packing_keeps_what_its_kind_can_hold(kind, seed):
         pack(w, "int3")
 
 
-def test_sizes_that_the_kernel_does_not_cover_are_told():
+def test_sizes_that_the_kernel_covers():
     """Columns in multiples of 64 (int4: 128) are covered; parts divide K into whole steps."""
     assert supports(torch.empty(4, 576, dtype=torch.bfloat16)) and not supports(torch.empty(4, 96, dtype=torch.bfloat16))
     assert not supports(torch.empty(4, 576))

@@ -45,7 +45,7 @@ def _check_fits(name: str, mask_RK: Tensor, pattern: Pattern) -> None:
     if pattern.group:
         fits = bool((mask_RK.view(-1, pattern.group).sum(1) <= pattern.kept).all())
     else:
-        fits = int((~mask_RK).sum()) >= int(mask_RK.shape[1] * pattern.share) * mask_RK.shape[0]
+        fits = int((~mask_RK).sum()) >= pattern.pruned(mask_RK.shape[1]) * mask_RK.shape[0]
     if not fits:
         raise UserError(
             f"model.compression.sparsity: the zeros of {name} do not have the pattern {pattern}; give the right one"
