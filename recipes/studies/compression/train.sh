@@ -31,10 +31,9 @@ row() {
 # not zero from the start, as it is with the teacher's distribution. Rows `start` take no step: learning rate 0.
 recovery() {
     local sparsity loss
-    row dense/start compress_sparse "$target" --model.compression HardMask --model.compression.sparsity 2:4 --model.compression.dense 1 \
-        --model.optimizer.lr 0 --trainer.max_steps 1 --trainer.val_check_interval 1
-    row dense/CrossEntropy compress_sparse "$target" --model.compression HardMask --model.compression.sparsity 2:4 \
-        --model.compression.dense 1 --model.divergence CrossEntropy
+    local dense=(--model.compression GradualMagnitude --model.compression.sparsity 1e-9) # a share that prunes no weight
+    row dense/start compress_sparse "$target" "${dense[@]}" --model.optimizer.lr 0 --trainer.max_steps 1 --trainer.val_check_interval 1
+    row dense/CrossEntropy compress_sparse "$target" "${dense[@]}" --model.divergence CrossEntropy
     for sparsity in 2:4 0.6; do
         [ -e "$out/pruned-$sparsity/trainkit.json" ] || ./launch.sh compress "$target" "$out/pruned-$sparsity" --method wanda \
             --refine none --sparsity "$sparsity" --calibration "$data/train.jsonl" --length 512
