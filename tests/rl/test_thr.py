@@ -94,6 +94,18 @@ def test_influence_predicts_likelihood_of_correct_responses(seed):
             assert score.item() == pytest.approx(sign * (own * correct).sum().item(), abs=1e-10)
 
 
+def test_thr_scales_by_the_sign_of_large_influence(seed):
+    """Tokens above tau in size are scaled by 1 + p or 1 - p after the sign of their influence; the others get 0."""
+    group, thr = Group(), THR(0.25)
+    advantage = [torch.ones(len(tokens), dtype=DOUBLE) for tokens in group.tokens]
+    influence = thr.influence(group.hidden, group.tokens, group.head, group.correct)
+    tau = min(influence[0].mean(), influence[2].mean())
+    found = thr.reweight(group.hidden, group.tokens, group.head, group.correct, advantage)
+    for row, scores in zip(found, influence, strict=True):
+        expected = [0.0 if abs(score) <= tau else 1.25 if score > 0 else 0.75 for score in scores.tolist()]
+        assert row.tolist() == expected
+
+
 def test_thr_skips_groups_of_one_kind(seed):
     """A group that is all correct or all wrong, or whose correct responses are empty, keeps its advantages."""
     group = Group()
