@@ -378,6 +378,12 @@ class Drafter(nn.Module, ABC):
         """
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
+    @torch.no_grad()
+    def copy_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies new weights, a `state_dict`, into the present ones in place, casting to their dtype; graphs stay valid."""
+        for name, weight in self.state_dict().items():
+            weight.copy_(tensors[name])
+
     # Files
 
     def config(self) -> dict[str, Any]:
