@@ -41,6 +41,7 @@ def compress(
     method: str,
     sparsity: str | None = None,
     bits: int | None = None,
+    kind: Literal["int", "float"] | None = None,
     group: int | None = None,
     zero_points: bool | None = None,
     refine: Literal["swaps", "dsnot", "none"] | None = None,
@@ -54,9 +55,9 @@ def compress(
     dimensions: list[str] | None = None,
     multiple: int | None = None,
     calibration: list[str] | None = None,
-    samples: int = 128,
+    samples: int | None = None,
     length: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     columns: dict[str, str] | None = None,
     device: str = "auto",
     dtype: str = "float32",
@@ -80,6 +81,7 @@ def compress(
         trainkit compress models/target models/int4 --method gptq --bits 4 --calibration data/train.jsonl
         trainkit compress models/target models/both --method sparsegpt --sparsity 0.5 --bits 8 --calibration data/train.jsonl
         trainkit compress models/target models/int8 --method rtn --bits 8
+        trainkit compress models/target models/float8 --method rtn --bits 8 --kind float
         trainkit compress models/target models/smaller --method flap --ratio 0.2 --calibration data/train.jsonl
 
     Args:
@@ -88,6 +90,7 @@ def compress(
         method: One of the methods above.
         sparsity: Share of the weights to prune, such as 0.6, or N:M to keep N of every M consecutive weights, such as 2:4.
         bits: Bits of a quantised weight, 4 or 8.
+        kind: With 8 bits: integers, the default, or `float` for float8 (e4m3), one scale for each output.
         group: Consecutive weights that share a scale; by default that of --allocation, else 128 with 4 bits, all of an output
             with 8.
         zero_points: Whether groups have zero points, for weights that are not symmetric around 0.
@@ -107,9 +110,9 @@ def compress(
         dimensions: What to remove: neurons, heads, and with width also channels; by default neurons.
         multiple: The remaining numbers of neurons and channels are rounded to a multiple of this; by default 64.
         calibration: Files, folders or hub names of calibration text, in any format of training text.
-        samples: Number of calibration windows.
+        samples: Number of calibration windows, by default 128.
         length: Tokens in a window; by default 2048, or as many as the model covers.
-        seed: Seed of the order of calibration rows.
+        seed: Seed of the order of calibration rows, and of the draws of structured-random; by default 0.
         columns: Column mapping, from trainkit's names to the files'.
         device: Torch device; `auto` uses a GPU if there is one, under torchrun each process its own.
         dtype: Precision of the computation: float32, bfloat16 or float16. The files keep the model's dtype.
@@ -122,8 +125,11 @@ def compress(
     check_positive(samples=samples, length=length, group=group, multiple=multiple)
     layout = check_folders(target, out)
     check_options(method, given)
-    if not calibration and (unread := sorted(given & {"length", "columns"})):
-        raise UserError(f"--{unread[0]}: is for calibration text; give --calibration FILE, or leave it out")
+    unread = {"length", "columns", "samples", "seed"} - ({"seed"} if method == "structured-random" else set())
+    if not calibration and (wrong := sorted(given & unread)):
+        raise UserError(f"--{wrong[0]}: is for calibration text; give --calibration FILE, or leave it out")
+    samples, seed = samples or 128, seed or 0
+    options |= {name: value for name, value in (("samples", samples), ("seed", seed)) if calibration}
     plan = None if method in structured.METHODS else make_plan(layout, method, given, options)
     if plan is None and ratio is None:
         raise UserError(f"--method {method}: removes parts of the model, so give --ratio, such as 0.2")
@@ -149,15 +155,16 @@ def compress(
         tensors, config, made = structured.prune(target, text, method, ratio or 0, seed=seed, **chosen, **computed)
         made |= {"layers": {}}
         table = f"removed: {made['removed']}"
-    # Export; a file may mix dtypes, such as norms in float32 beside bfloat16
+    # Export; a file may mix dtypes, such as norms in float32 beside bfloat16. Codes of float8 stay as they are
     stored = getattr(torch, layout.stored_dtype())
+    wide = lambda value: value.is_floating_point() and value.itemsize > 1
     if rank() > 0:
         return ""
     made |= {"commands": [shlex.join(["trainkit", "compress", target, out, *_as_flags(options)])]}
     exported = export_compressed(
         out,
         source=layout.folder,
-        tensors=((name, value.to(stored) if value.is_floating_point() else value) for name, value in tensors),
+        tensors=((name, value.to(stored) if wide(value) else value) for name, value in tensors),
         config={"dtype": layout.stored_dtype()} | config,
         compression=made | _described_text(text),
         calibration_fingerprints=text.fingerprints if text else None,
