@@ -92,8 +92,9 @@ def table(path: Path) -> None:
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "drift":
-        *paths, steps, lr, positions = [*arguments, *("60", "3e-4", "mixed")[len(arguments) - 4 :]]
-        drift(*(Path(path) for path in paths), int(steps), float(lr), positions)
+        steps, lr, positions = [*arguments[4:], *("60", "3e-4", "mixed")[len(arguments) - 4 :]]
+        folder, bundle, text, out = map(Path, arguments[:4])
+        drift(folder, bundle, text, out, int(steps), float(lr), positions)
     else:
         for name in arguments:
             table(Path(name))
