@@ -107,15 +107,16 @@ def test_thr_scales_by_the_sign_of_large_influence(seed):
 
 
 def test_thr_skips_groups_of_one_kind(seed):
-    """A group that is all correct or all wrong, or whose correct responses are empty, keeps its advantages."""
+    """A group whose responses with tokens are all correct or all wrong keeps its advantages."""
     group = Group()
     advantage = [torch.randn(len(tokens), dtype=DOUBLE) for tokens in group.tokens]
     for correct in ([True] * 4, [False] * 4):
         found = THR(0.1).reweight(group.hidden, group.tokens, group.head, correct, advantage)
         assert all(torch.equal(x, y) for x, y in zip(found, advantage, strict=True))
     tokens, hidden, part = ([values[0][:0], *values[1:]] for values in (group.tokens, group.hidden, advantage))
-    found = THR(0.1).reweight(hidden, tokens, group.head, [True, False, False, False], part)
-    assert all(torch.equal(x, y) for x, y in zip(found, part, strict=True))
+    for correct in ([True, False, False, False], [False, True, True, True]):
+        found = THR(0.1).reweight(hidden, tokens, group.head, correct, part)
+        assert all(torch.equal(x, y) for x, y in zip(found, part, strict=True))
     assert len(THR(0.1).reweight(hidden, tokens, group.head, group.correct, part)[0]) == 0
 
 
