@@ -177,6 +177,8 @@ def test_micro_batches_add_up_to_one_batch(seed, algorithm):
     fields = ("new_RT", "old_RT", "advantage_RT", "mask_RT", "ref_RT", "correction_RT")
     parts = [PolicyTokens(*(getattr(whole, name)[rows] for name in fields)) for rows in (slice(0, 2), slice(2, 6))]
     outputs, output = [algorithm.loss(part) for part in parts], algorithm.loss(whole)
+    counts = {"responses": 5, "tokens": int(whole.mask_RT.sum())}  # of responses that have a token
+    assert output.count == counts[algorithm.mean_over] * getattr(algorithm, "max_length", 1)
     assert output.count.item() == sum(algorithm.count(part.mask_RT).item() for part in parts)
     torch.testing.assert_close(
         outputs[0].sum + outputs[1].sum, output.sum, rtol=0, atol=1e-12
