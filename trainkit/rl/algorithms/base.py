@@ -84,7 +84,7 @@ class Algorithm(ABC):
 
         Args:
             tokens: The tokens.
-            log_ratio_RT: log(new / old), differentiable, within +-`MAX_LOG_RATIO`, 0 where the mask is 0.
+            log_ratio_RT: log(new / old), differentiable, within +-`MAX_LOG_RATIO`.
         """
 
     def count(self, mask_RT: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ class Algorithm(ABC):
         removes), `ratio` (new / old), and the estimators of two KL divergences in nats: `kl_old_k1` and `kl_old_k3` of
         KL(old || new), and, if `ref_RT` is given, `kl_ref_k1` and `kl_ref_k3` of KL(new || ref). Per token: `ratio`.
         """
-        mask_RT, counted_RT = tokens.mask_RT, tokens.mask_RT > 0
-        log_ratio_RT = _difference(tokens.new_RT, tokens.old_RT, counted_RT)
+        mask_RT = tokens.mask_RT
+        log_ratio_RT = _difference(tokens.new_RT, tokens.old_RT)
         terms = self.terms(tokens, log_ratio_RT)
         loss_RT = terms.loss_RT if tokens.correction_RT is None else terms.loss_RT * tokens.correction_RT
         # Metrics.
@@ -151,7 +151,7 @@ class Algorithm(ABC):
         }
         # The KL term.
         if tokens.ref_RT is not None:
-            log_ref_RT = _difference(tokens.ref_RT, tokens.new_RT, counted_RT)
+            log_ref_RT = _difference(tokens.ref_RT, tokens.new_RT)
             k3_RT = k3(log_ref_RT)
             values |= {"kl_ref_k1": -log_ref_RT.detach(), "kl_ref_k3": k3_RT.detach()}
             if self.beta:
@@ -190,6 +190,6 @@ def check(fits: bool, name: str, value: T, allowed: str) -> T:
     return value
 
 
-def _difference(x_RT: Tensor, y_RT: Tensor, counted_RT: Tensor) -> Tensor:
-    """X - y, within +-`MAX_LOG_RATIO`, and 0 where not counted."""
-    return (x_RT - y_RT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).masked_fill(~counted_RT, 0.0)
+def _difference(x_RT: Tensor, y_RT: Tensor) -> Tensor:
+    """X - y, within +-`MAX_LOG_RATIO`."""
+    return (x_RT - y_RT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
