@@ -145,7 +145,7 @@ def test_bad_commands_end_with_one_line(
 ) -> None:
     """Every mistake names its option, file or layer, and a remedy; nothing is written."""
     target, out = str(tiny_target), str(tmp_path / "out")
-    folders = {name: shutil.copytree(tiny_target, tmp_path / name) for name in ("gpt2", "quantised", "infinite", "medusa")}
+    folders = {name: shutil.copytree(tiny_target, tmp_path / name) for name in ("gpt2", "quantised", "infinite")}
     for name, change in (("gpt2", {"model_type": "gpt2"}), ("quantised", {"quantization_config": {"quant_method": "fp8"}})):
         file = folders[name] / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -153,14 +153,6 @@ def test_bad_commands_end_with_one_line(
     weights["model.layers.1.mlp.down_proj.weight"] *= 1e30
     weights["model.layers.1.mlp.up_proj.weight"] *= 1e30
     save_file(weights, folders["infinite"] / "model.safetensors", metadata={"format": "pt"})
-    fingerprint = target_shape(tiny_target).to_dict()
-    bundle.write(
-        folders["medusa"].with_name("medusa-bundle"),
-        lambda folder: shutil.copytree(tiny_target, folder, dirs_exist_ok=True) and None,
-        kind="medusa",
-        config={},
-        target=fingerprint,
-    )
     (tmp_path / "broken.jsonl").write_text('{"text": "a"\n')
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").touch()
@@ -273,7 +265,6 @@ def test_bad_commands_end_with_one_line(
         ),
         ([str(folders["gpt2"]), out, *rtn, "--bits", "8"], "model_type 'gpt2' cannot be compressed"),
         ([str(folders["quantised"]), out, *rtn, "--bits", "8"], "already quantised; give the folder of the dense model"),
-        ([str(tmp_path / "medusa-bundle"), out, *rtn, "--bits", "8"], "a drafter of kind 'medusa' cannot be compressed"),
         ([str(tmp_path / "none"), out, *rtn, "--bits", "8"], "none: no config.json there"),
         ([target, target, *rtn, "--bits", "8"], "is the folder of the model, inside it or around it; choose another OUT"),
         ([target, target + "/int8", *rtn, "--bits", "8"], "is the folder of the model, inside it or around it"),

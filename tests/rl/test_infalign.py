@@ -108,7 +108,9 @@ def test_calibration_refuses_other_settings_and_prompts(tmp_path):
     """A table is continued only with its own settings and prompts, and used only on its own tasks."""
     path = tmp_path / "table.json"
     calibrate(Reference(), Numbers(), TASKS[:4], path, {"seed": 1}, part=3)
-    with pytest.raises(UserError, match=r"table.json: was made with another seed; choose another file, or remove this one"):
+    with pytest.raises(
+        UserError, match=r"table.json: its seed differs from what is given now; choose another file, or remove this one"
+    ):
         calibrate(Reference(), Numbers(), TASKS, path, {"seed": 2})
     other = [Task(3, [9], "other")]
     with pytest.raises(UserError, match=r"table.json: has another prompt for task 3"):

@@ -233,7 +233,8 @@ def test_useless_drafter_is_reported_once(capsys, seed):
     resumed = Rollouts(runner, 8, 20, 0.3, seed, "auto", policy="fixed", depth=2)
     resumed.load_state_dict(rollouts.state_dict())
     assert resumed._draft(RETRY + 5)["depth"] == 0 and "policy" in resumed._draft(2 * RETRY + 3)
-    runner.drafter.decoder.norm.weight.data.neg_()
+    with torch.no_grad():
+        runner.drafter.decoder.norm.weight.neg_()
     assert drafted(RETRY + 5) and rollouts.report()["rollout/acceptance_1"] == 1
     assert "not used for 20 steps" in capsys.readouterr().err
 

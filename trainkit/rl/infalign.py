@@ -147,7 +147,7 @@ def calibrate(
     if path.exists():
         table = Calibration.load(path)
         if changed := [name for name in {**table.settings, **settings} if table.settings.get(name) != settings.get(name)]:
-            raise UserError(f"{path}: was made with another {changed[0]}; choose another file, or remove this one")
+            raise UserError(f"{path}: its {changed[0]} differs from what is given now; choose another file, or remove this one")
         check_tasks(table, [task for task in tasks if task.index in table.rewards], str(path))
     missing = [task for task in tasks if task.index not in table.rewards]
     began = saved = perf_counter()

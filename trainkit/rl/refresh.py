@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from trainkit import bundle
 from trainkit.data.teacher.live import LiveTeacher
-from trainkit.drafters.base import DraftBatch, Drafter
+from trainkit.drafters.base import DraftBatch, Drafter, TargetShape, load_bundle, load_outside
 from trainkit.errors import UserError
 from trainkit.eval.acceptance import per_head
 from trainkit.layers.linear import Linear
@@ -89,9 +90,9 @@ class Refresh:
             raise UserError(f"refresh.positions is {positions!r}; choose all, rejected or mixed")
         self.every, self.steps, self.window, self.batch = every, steps, window, batch
         self.loss, self.positions, self.seed, self._reduce = loss or TV(), positions, seed, reduce
-        self._drafter, self._teacher = drafter, LiveTeacher(target)
+        self._drafter, self._source, self._teacher = drafter, Path(source), LiveTeacher(target)
         # The twin.
-        self.twin = load_drafter(Path(source), target.folder, target.shape())
+        self.twin = load_drafter(self._source, target.folder, target.shape())
         if any(isinstance(part, Linear) and part.packed is not None for part in self.twin.modules()):
             raise UserError(f"{source}: quantised weights cannot be trained; refresh a dense drafter, or leave refresh out")
         self.twin = self.twin.float().to(next(drafter.parameters()).device).requires_grad_(True)
@@ -229,7 +230,10 @@ class Refresh:
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next refresh depends on, as tensors and plain values; `window` has this rank's rollouts."""
+        """Everything that the next refresh depends on, as tensors and plain values; `window` has this rank's rollouts.
+
+        `source` is the folder of the drafter before, with which `load_refreshed` rebuilds it.
+        """
         window = {
             "tokens": torch.cat([tokens for _, tokens, _ in self._rollouts] or [torch.zeros(0, dtype=torch.int32)]),
             "numbers": torch.tensor([(step, len(tokens), prompt) for step, tokens, prompt in self._rollouts])
@@ -237,7 +241,7 @@ class Refresh:
             .long(),
         }
         trained = {"twin": self.twin.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return trained | {"window": window, "last": self._last, "best": self._best}
+        return trained | {"window": window, "last": self._last, "best": self._best, "source": str(self._source.resolve())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict`; the runner's drafter receives the trained weights.
@@ -257,6 +261,21 @@ class Refresh:
         self._rollouts = [(step, tokens.cpu(), prompt) for (step, _, prompt), tokens in zip(numbers, parts, strict=True)]
         self._last, self._best = int(state["last"]), float(state["best"])
         self._drafter.copy_weights(self.twin.state_dict())
+
+
+def load_refreshed(state: Mapping[str, Any], target: TargetShape, target_folder: Path) -> Drafter:
+    """The refreshed drafter of a `state_dict`, float32 on the CPU, bound to a target of the same sizes.
+
+    Raises:
+        UserError: the drafter that was refreshed is no longer in its folder.
+    """
+    source = Path(state["source"])
+    if not source.is_dir():
+        raise UserError(f"{source}: the drafter that the run refreshed is not there; put it back")
+    is_bundle = bundle.is_bundle(source)
+    drafter = load_bundle(bundle.read(source), target) if is_bundle else load_outside(source, target, target_folder)
+    drafter.float().load_state_dict(state["twin"])
+    return drafter
 
 
 def first_acceptance(drafter: Drafter, batch: DraftBatch, output: LossOutput) -> tuple[Tensor, Tensor]:

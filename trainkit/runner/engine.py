@@ -397,8 +397,10 @@ class Runner:
         return Output(request.tokens, text, request.finish, request.stats, request.logprobs if logprobs else None)
 
 
-def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Drafter:
+def load_drafter(folder: Path, target_folder: Path, shape: TargetShape, packed: bool = True) -> Drafter:
     """A drafter from a trainkit bundle, or from a folder that another program wrote and a kind claims.
+
+    With `packed`, quantised weights of heads stay as they are stored, for decoding.
 
     Raises:
         UserError: no such folder, a broken bundle, or one made for another target.
@@ -410,7 +412,7 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
     if manifest is not None and manifest.target:
         for line in bundle.check_fit(manifest, bundle.fingerprint(target_folder), shape.decoder.to_dict()):
             note(line)
-        return load_bundle(manifest, shape)
+        return load_bundle(manifest, shape, packed)
     return load_outside(folder, shape, target_folder)
 
 
