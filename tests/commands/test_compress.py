@@ -59,6 +59,17 @@ def test_pruned_and_quantised_export_loads_and_reports(tiny_target: Path, tmp_pa
     assert len(runner.generate([[1, 2, 3]], max_new_tokens=4)[0].tokens) > 0
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_float8_export_loads_and_says_so(method: str, tiny_target: Path, tmp_path: Path, text: str) -> None:
+    """Files hold float8 codes, which transformers and the runner read (the export's own check); the card names them."""
+    out = tmp_path / "out"
+    compress(str(tiny_target), str(out), method=method, bits=8, kind="float", **(calibrated(text) if method == "gptq" else {}))
+    stored = load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert stored.dtype == torch.float8_e4m3fn
+    assert "| Stored weights | float8, a scale for each output |" in (out / "README.md").read_text()
+    assert len(Runner.load(str(out), device="cpu", max_len=64).generate([[1, 2, 3]], max_new_tokens=4)[0].tokens) > 0
+
+
 @pytest.mark.parametrize("options", [{"method": "magnitude", "sparsity": "0.5"}, {"method": "rtn", "bits": 8}])
 def test_methods_without_calibration_read_no_text(options: dict[str, Any], tiny_target: Path, tmp_path: Path) -> None:
     """And their bundle names none."""
@@ -134,7 +145,7 @@ def test_bad_commands_end_with_one_line(
 ) -> None:
     """Every mistake names its option, file or layer, and a remedy; nothing is written."""
     target, out = str(tiny_target), str(tmp_path / "out")
-    folders = {name: shutil.copytree(tiny_target, tmp_path / name) for name in ("gpt2", "quantised", "infinite", "medusa")}
+    folders = {name: shutil.copytree(tiny_target, tmp_path / name) for name in ("gpt2", "quantised", "infinite")}
     for name, change in (("gpt2", {"model_type": "gpt2"}), ("quantised", {"quantization_config": {"quant_method": "fp8"}})):
         file = folders[name] / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -142,14 +153,6 @@ def test_bad_commands_end_with_one_line(
     weights["model.layers.1.mlp.down_proj.weight"] *= 1e30
     weights["model.layers.1.mlp.up_proj.weight"] *= 1e30
     save_file(weights, folders["infinite"] / "model.safetensors", metadata={"format": "pt"})
-    fingerprint = target_shape(tiny_target).to_dict()
-    bundle.write(
-        folders["medusa"].with_name("medusa-bundle"),
-        lambda folder: shutil.copytree(tiny_target, folder, dirs_exist_ok=True) and None,
-        kind="medusa",
-        config={},
-        target=fingerprint,
-    )
     (tmp_path / "broken.jsonl").write_text('{"text": "a"\n')
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").touch()
@@ -222,6 +225,14 @@ def test_bad_commands_end_with_one_line(
             "--sequential: measures layers on calibration text",
         ),
         ([target, out, *rtn, "--bits", "8", "--length", "64"], "--length: is for calibration text; give --calibration"),
+        ([target, out, *rtn, "--bits", "8", "--samples", "4"], "--samples: is for calibration text; give --calibration"),
+        ([target, out, *rtn, "--bits", "8", "--seed", "1"], "--seed: is for calibration text"),
+        ([target, out, *rtn, "--bits", "4", "--kind", "float"], "--kind float: stores float8, so give --bits 8"),
+        (
+            [target, out, *rtn, "--bits", "8", "--kind", "float", "--group", "32"],
+            "--group: --kind float has one scale for each output",
+        ),
+        ([target, out, *wanda, "--sparsity", "0.5", "--kind", "int", *data], "--kind: only for quantised weights; give --bits"),
         ([target, out, *rtn, "--bits", "8", "--columns", '{"text": "x"}'], "--columns: is for calibration text"),
         ([target, out, *wanda, "--sparsity", "1e-9", *data], "--sparsity 1e-09: prunes none of the 4096 weights of"),
         ([target, out, *wanda, "--sparsity", "0.5", *data, "--seed", "-1"], "--seed -1: must be at least 0"),
@@ -254,7 +265,6 @@ def test_bad_commands_end_with_one_line(
         ),
         ([str(folders["gpt2"]), out, *rtn, "--bits", "8"], "model_type 'gpt2' cannot be compressed"),
         ([str(folders["quantised"]), out, *rtn, "--bits", "8"], "already quantised; give the folder of the dense model"),
-        ([str(tmp_path / "medusa-bundle"), out, *rtn, "--bits", "8"], "a drafter of kind 'medusa' cannot be compressed"),
         ([str(tmp_path / "none"), out, *rtn, "--bits", "8"], "none: no config.json there"),
         ([target, target, *rtn, "--bits", "8"], "is the folder of the model, inside it or around it; choose another OUT"),
         ([target, target + "/int8", *rtn, "--bits", "8"], "is the folder of the model, inside it or around it"),

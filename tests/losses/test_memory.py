@@ -20,6 +20,7 @@ def _step(variant: str, chunk: int, seed: int, connection: Connection) -> None:
     import torch
 
     from trainkit.losses.divergence import TV, TVDpp
+    from trainkit.losses.selected import selected_logprobs
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -29,6 +30,11 @@ def _step(variant: str, chunk: int, seed: int, connection: Connection) -> None:
     head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
 
     def loss(tokens: int) -> torch.Tensor:
+        labels = torch.arange(tokens)
+        if variant == "dense logprobs":
+            return head(hidden[:tokens]).log_softmax(-1).gather(-1, labels[:, None]).sum() / tokens
+        if variant == "logprobs":
+            return selected_logprobs(hidden[:tokens], head, labels, chunk=chunk)[0].sum() / tokens
         if variant == "naive":
             q = head(hidden[:tokens]).softmax(-1)
             return (target_head(target[:tokens]).softmax(-1) - q).clamp(min=0).sum() / tokens
@@ -58,3 +64,12 @@ def test_chunked_loss_needs_a_third_of_the_memory(seed):
         assert bytes_ <= naive / 3
         if variant == "tv":
             assert ours == pytest.approx(norm, rel=1e-3)  # the same gradient, in float32 over 131072 columns
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_chunked_logprobs_need_a_third_of_the_memory(seed):
+    """Log-probabilities of given tokens need at most a third of the memory of whole logits, and give the same gradient."""
+    dense, _, norm = measure(seed, "dense logprobs")
+    bytes_, _, ours = measure(seed, "logprobs", 512)
+    assert bytes_ <= dense / 3 and ours == pytest.approx(norm, rel=1e-3)  # float32 over 131072 columns

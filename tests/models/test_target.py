@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.support import architectures
 from tests.support.targets import make_target
 from trainkit.errors import UserError
-from trainkit.models.target import FrozenTarget, end_ids, load_model, target_shape
+from trainkit.models.target import FrozenTarget, LiveTarget, end_ids, load_model, target_shape
 
 SIZES = architectures.SIZES | {"num_hidden_layers": 3}
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -177,3 +177,32 @@ def test_model_of_text_and_images_gives_one_line(model_type, tmp_path):
         with pytest.raises(UserError, match=f"{model_type}.*text and other inputs.*language model") as caught:
             read(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_live_target_is_the_policy_as_it_is(lora, tmp_path, seed):
+    """It computes what the trained model computes now, adapter on and dropout off, and leaves no gradients or modes behind."""
+    model = random_model(tmp_path, "llama", attention_dropout=0.5).train()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.5))
+    target = LiveTarget(model, tmp_path)
+    with torch.no_grad():  # a step of the trainer
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    tokens_BT, positions_BT, document_BT = packed([9], padding=0)
+    hidden_BTD, taps_BTAD = target.forward(tokens_BT, positions_BT, document_BT, (1, -1))
+    handle = target.handle()
+    assert all(module.training for module in model.modules())
+    model.eval()
+    expected = model(input_ids=tokens_BT, output_hidden_states=True)
+    assert torch.allclose(handle.head(hidden_BTD), expected.logits, atol=1e-5)  # the head alone, in another order of sums
+    assert taps_BTAD is not None and torch.equal(taps_BTAD[:, :, 0], expected.hidden_states[1])
+    assert torch.equal(taps_BTAD[:, :, 1], hidden_BTD)
+    embedded = handle.embed(tokens_BT)
+    assert not any(x.requires_grad for x in (hidden_BTD, taps_BTAD, embedded, handle.head(hidden_BTD), target.norm_weight()))
+    assert (
+        embedded.storage_offset() == 0 and target.embedding_weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    )
+    assert any(parameter.requires_grad for parameter in model.parameters())

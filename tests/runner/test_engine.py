@@ -162,6 +162,25 @@ def test_logprobs_equal_scores_at_temperature_1(runner, verify, seed):
     assert outs[0].logprobs is not None and runner.generate(prompts[:1], max_new_tokens=1)[0].logprobs is None
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_processed_logprobs_are_those_of_the_draw(captured, seed):
+    """On request they are under the distribution that tokens are drawn from, also where a graph without them was captured."""
+    runner, prompts = pair(ends=()), ragged_prompts(4)
+    if captured:
+        replayed(runner, lag=1)
+    for sampling in ({"temperature": 0.7}, {"temperature": 1.4, "top_k": 5, "top_p": 0.9}, {"temperature": 0.0}):
+        options = {"max_new_tokens": 9, "seed": seed, "depth": 2, "logprobs": True, **sampling}
+        plain = runner.generate(prompts, **options)
+        for prompt, before, out in zip(
+            prompts, plain, runner.generate(prompts, processed_logprobs=True, **options), strict=True
+        ):
+            assert out.tokens == before.tokens
+            logits = exact_logits(runner.rounds.target, prompt + out.tokens[:-1])[len(prompt) - 1 :].float()
+            for values, given in ((before.logprobs, logits), (out.logprobs, Sampling(**sampling).process(logits))):
+                log_p = given.log_softmax(-1).gather(1, torch.tensor(out.tokens)[:, None])[:, 0]
+                assert values == pytest.approx(log_p.tolist(), abs=1e-4)
+
+
 def test_updated_weights_equal_a_fresh_load(tiny_target, tmp_path):
     """After an update the runner decodes as one that was loaded with the new weights."""
     other = make_target(tmp_path / "other", seed=5)

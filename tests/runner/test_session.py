@@ -13,10 +13,11 @@ from tests.support.drafters import VARIANTS
 from tests.support.equality import assert_few, compare
 from tests.support.models import SIBLINGS, pair
 from tests.support.pauses import Erratic
+from tests.support.replaying import replayed
 from tests.support.traffic import check_traffic, copied, draws_of_first_levels, finish, open_session
 from trainkit.drafters.base import load_kind
 from trainkit.errors import UserError
-from trainkit.models.load import load_decoder
+from trainkit.models.load import hf_views, load_decoder
 from trainkit.models.target import FrozenTarget, target_shape
 from trainkit.runner import DynamicTree, Runner
 from trainkit.runner.options import GenerateOptions
@@ -175,23 +176,80 @@ def test_kinds_that_cannot_resume_share_nothing(runners):
     """A kind that does not declare itself resumable reads every prompt whole, except where nothing is drafted."""
     runner = runners("twig")
     assert not runner.drafter.resumable
-    for depth, shared in ((2, 0), (0, 128)):
+    for depth, shared in ((2, 0), (0, 138)):
         outs = runner.generate([list(range(2, 140))], max_new_tokens=3, n=2, depth=depth)
         assert [out.stats.shared for out in outs] == [0, shared]
 
 
-@pytest.mark.parametrize("max_batch", [1, 2, 8])
-def test_samples_of_a_prompt_read_it_once(max_batch, seed):
-    """Four samples prefill P + 3 (P - P') tokens, and their texts are those of four requests."""
+@pytest.mark.parametrize(("max_batch", "captured"), [(1, False), (2, True), (8, False)])
+@pytest.mark.parametrize("shaped", [{"depth": 0}, {"depth": 3}, {"policy": "ema"}])
+def test_samples_of_a_prompt_read_it_once(shaped, max_batch, captured, seed):
+    """Whatever its length, each prompt is read once for all its samples, whose texts are those of single requests."""
     runner = pair(max_len=260, max_batch=max_batch)
-    prompt = torch.randint(0, 48, (150,)).tolist()
-    options = {"max_new_tokens": 20, "temperature": 1.0, "seed": seed, "depth": 3}
-    outs = runner.generate([prompt], n=4, **options)
-    assert sum(out.stats.prefilled for out in outs) == 150 + 3 * (150 - 128)
-    assert sum(out.stats.shared for out in outs) == 3 * 128 == runner.last.shared
-    alone = [next(runner.generate_each([prompt], [(0, n)], **options))[1].tokens for n in range(4)]
-    ties = compare(runner.rounds.target, [prompt], [out.tokens for out in outs], alone, Sampling(1.0), seed, n=4)
-    assert_few(ties, 80)
+    if captured:
+        replayed(runner, lag=1)
+    prompts = [torch.randint(0, 48, (length,)).tolist() for length in (1, 2, 64, 150)]
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": seed, **shaped}
+    outs = runner.generate(prompts, n=3, **options)
+    total = sum(map(len, prompts))
+    assert (runner.last.prefilled, runner.last.shared) == (total, 2 * total)
+    pairs = [(index, sample) for index in range(len(prompts)) for sample in range(3)]
+    alone = [next(runner.generate_each([prompts[index]], [(index, n)], **options))[1].tokens for index, n in pairs]
+    texts = [out.tokens for out in outs]
+    assert_few(compare(runner.rounds.target, prompts, texts, alone, Sampling(1.0), seed, n=3), 96)
+
+
+@pytest.mark.parametrize("length", [1, 2, 70])
+@pytest.mark.parametrize("variant", RESUMABLE)
+def test_copied_prompt_equals_a_read_one_bit_by_bit(variant, length, runners, seed):
+    """In one row, samples of a prompt that is copied have exactly the log-probabilities of those that read it themselves."""
+    runner, found = runners(variant), []
+    prompt = torch.randint(0, 300, (length,)).tolist()
+    options = GenerateOptions(max_new_tokens=9, seed=seed, temperature=1.0, logprobs=True)
+    for sharing in ("prompts", False):
+        session = open_session(runner, 1, {"depth": 2}, prefill=None, sharing=sharing)
+        requests = [runner.request(prompt, options, 0, (0, sample)) for sample in range(3)]
+        for request in requests:
+            session.submit(request)
+        finish(session)
+        assert [request.stats.shared for request in requests] == [0] + [length if sharing else 0] * 2
+        found.append([(request.tokens, request.logprobs, request.stats.accepted) for request in requests])
+    assert found[0] == found[1]
+
+
+def test_paused_drafter_reads_a_prompt_that_others_wait_for(seed):
+    """Drafting that pauses leaves prompts unread, but not those of which further samples wait: they could not be copied."""
+    runner = pair(max_len=260)
+    policy = Erratic(4)
+    policy.is_paused = lambda rows: True
+    session = open_session(runner, 2, {"tree": PolicyChain(policy, runner.device)}, prefill=None)
+    prompts, options = [*[[1] * 20] * 3, *[[2] * 30] * 2, [3] * 10], {"max_new_tokens": 12, "seed": seed, "temperature": 1.0}
+    requests = [runner.request(prompt, GenerateOptions(**options), i, (i, 0)) for i, prompt in enumerate(prompts)]
+    for request in requests:
+        session.submit(request)
+    texts = finish(session)
+    assert [request.stats.shared for request in requests] == [0, 20, 20, 0, 30, 0]
+    plain = [out.tokens for out in runner.generate(prompts, depth=0, **options)]
+    assert_few(compare(runner.rounds.target, prompts, [texts[i] for i in range(6)], plain, Sampling(1.0), seed), 72)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_new_weights_share_no_prefix_of_old_ones(depth, seed):
+    """After an update an open session reads again what the old weights have read, whole prompts and prefixes."""
+    runner, other = pair(max_len=260), pair(max_len=260)
+    prompt, options = torch.randint(0, 48, (150,)).tolist(), GenerateOptions(max_new_tokens=20, seed=seed, logprobs=True)
+    session = open_session(runner, 2, {"depth": depth})
+    old, again, longer = (runner.request(tokens, options) for tokens in (prompt, prompt, prompt + [5]))
+    session.submit(old)
+    finish(session)
+    runner.update(hf_views(other.rounds.target).items())
+    for request in (again, longer):
+        session.submit(request)
+        finish(session)
+    assert (again.stats.shared, longer.stats.shared) == (0, 128)
+    for request in (again, longer):
+        (fresh,) = other.generate([request.prompt], max_new_tokens=20, seed=seed, depth=0, logprobs=True)
+        assert request.logprobs[:1] == pytest.approx((fresh.logprobs or [])[:1], abs=1e-4)
 
 
 def test_cancelled_row_is_free_in_the_next_step(seed):

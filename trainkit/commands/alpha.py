@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def alpha(
     if length > (covered := teacher.shape().decoder.max_positions):
         raise UserError(f"--length: {length}, but the target covers {covered} positions")
     reader = LiveTeacher(teacher, teacher_cache)
-    networks = [load_drafter(Path(folder), Path(target), teacher.shape()).to(torch_device).eval() for folder in drafter]
+    shape, load = teacher.shape(), partial(load_drafter, packed=False)
+    networks = [load(Path(folder), Path(target), shape).to(torch_device).eval() for folder in drafter]
     # measure
     note = ""
     measured = measure(reader, networks, prepared.train, temperatures, batch, prepared.fingerprint)

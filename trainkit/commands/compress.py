@@ -17,9 +17,9 @@ from trainkit import bundle
 from trainkit.bundle import read_json
 from trainkit.compress import structured
 from trainkit.compress.blocks import Walked
-from trainkit.compress.layout import INPUTS, Layout, read_layout
+from trainkit.compress.layout import Layout, read_layout
 from trainkit.compress.oneshot import Plan, oneshot
-from trainkit.compress.plan import check_options, make_plan
+from trainkit.compress.plan import check_options, make_goal, make_plan
 from trainkit.compress.work import rank
 from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.writer import check_positive, local_device, quiet_libraries
@@ -27,6 +27,7 @@ from trainkit.data.text.calibration import Calibration
 from trainkit.data.text.calibration import calibration as read_calibration
 from trainkit.errors import UserError
 from trainkit.export.compressed import export_compressed
+from trainkit.export.compressed_drafter import compress_drafter
 from trainkit.files import remove
 from trainkit.models.compressed import quantization_config
 from trainkit.models.load import find_device
@@ -41,6 +42,7 @@ def compress(
     method: str,
     sparsity: str | None = None,
     bits: int | None = None,
+    kind: Literal["int", "float"] | None = None,
     group: int | None = None,
     zero_points: bool | None = None,
     refine: Literal["swaps", "dsnot", "none"] | None = None,
@@ -54,9 +56,9 @@ def compress(
     dimensions: list[str] | None = None,
     multiple: int | None = None,
     calibration: list[str] | None = None,
-    samples: int = 128,
+    samples: int | None = None,
     length: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     columns: dict[str, str] | None = None,
     device: str = "auto",
     dtype: str = "float32",
@@ -73,21 +75,24 @@ def compress(
 
     One block is in memory at a time. After a kill or an interrupt, the same command continues where it stopped, from the folder
     OUT.work beside OUT, which it removes at the end. Under torchrun, each process reads its share of the calibration text.
-    TARGET may be a draft model's bundle; then the result is one too.
+    TARGET may be a draft model's bundle; then the result is one too. Drafters of other kinds, such as medusa and eagle, are
+    compressed by `magnitude` and `rtn`, without calibration text and including their own output heads.
 
     Examples:
         trainkit compress models/target models/sparse --method wanda --sparsity 2:4 --calibration data/train.jsonl
         trainkit compress models/target models/int4 --method gptq --bits 4 --calibration data/train.jsonl
         trainkit compress models/target models/both --method sparsegpt --sparsity 0.5 --bits 8 --calibration data/train.jsonl
         trainkit compress models/target models/int8 --method rtn --bits 8
+        trainkit compress models/target models/float8 --method rtn --bits 8 --kind float
         trainkit compress models/target models/smaller --method flap --ratio 0.2 --calibration data/train.jsonl
 
     Args:
-        target: Folder of a Llama, Mistral, Qwen2 or Qwen3 model, or the bundle of a draft model.
+        target: Folder of a Llama, Mistral, Qwen2 or Qwen3 model, or the bundle of a drafter.
         out: Bundle to write.
         method: One of the methods above.
         sparsity: Share of the weights to prune, such as 0.6, or N:M to keep N of every M consecutive weights, such as 2:4.
         bits: Bits of a quantised weight, 4 or 8.
+        kind: With 8 bits: integers, the default, or `float` for float8 (e4m3), one scale for each output.
         group: Consecutive weights that share a scale; by default that of --allocation, else 128 with 4 bits, all of an output
             with 8.
         zero_points: Whether groups have zero points, for weights that are not symmetric around 0.
@@ -107,9 +112,9 @@ def compress(
         dimensions: What to remove: neurons, heads, and with width also channels; by default neurons.
         multiple: The remaining numbers of neurons and channels are rounded to a multiple of this; by default 64.
         calibration: Files, folders or hub names of calibration text, in any format of training text.
-        samples: Number of calibration windows.
+        samples: Number of calibration windows, by default 128.
         length: Tokens in a window; by default 2048, or as many as the model covers.
-        seed: Seed of the order of calibration rows.
+        seed: Seed of the order of calibration rows, and of the draws of structured-random; by default 0.
         columns: Column mapping, from trainkit's names to the files'.
         device: Torch device; `auto` uses a GPU if there is one, under torchrun each process its own.
         dtype: Precision of the computation: float32, bfloat16 or float16. The files keep the model's dtype.
@@ -120,10 +125,16 @@ def compress(
     options = {name: value for name, value in locals().items() if name not in ("start", "target", "out")}
     given = {name for name, value in options.items() if value is not None}
     check_positive(samples=samples, length=length, group=group, multiple=multiple)
-    layout = check_folders(target, out)
+    source = check_folders(target, out)
+    if source is not None and source.kind not in ("model", "lm"):
+        return _compress_drafter(source, target, out, given, options)
+    layout = read_layout(target)
     check_options(method, given)
-    if not calibration and (unread := sorted(given & {"length", "columns"})):
-        raise UserError(f"--{unread[0]}: is for calibration text; give --calibration FILE, or leave it out")
+    unread = {"length", "columns", "samples", "seed"} - ({"seed"} if method == "structured-random" else set())
+    if not calibration and (wrong := sorted(given & unread)):
+        raise UserError(f"--{wrong[0]}: is for calibration text; give --calibration FILE, or leave it out")
+    samples, seed = samples or 128, seed or 0
+    options |= {name: value for name, value in (("samples", samples), ("seed", seed)) if calibration}
     plan = None if method in structured.METHODS else make_plan(layout, method, given, options)
     if plan is None and ratio is None:
         raise UserError(f"--method {method}: removes parts of the model, so give --ratio, such as 0.2")
@@ -144,20 +155,22 @@ def compress(
     if plan is not None:
         walked = oneshot(target, text, plan, **computed)
         tensors, config = walked.tensors(), _quantisation(layout, plan)
-        made, table = _described_plan(plan, walked), _table(layout, walked.reports)
+        made = _described_plan(plan, walked)
+        table = _table(made["layers"])
     else:
         tensors, config, made = structured.prune(target, text, method, ratio or 0, seed=seed, **chosen, **computed)
         made |= {"layers": {}}
         table = f"removed: {made['removed']}"
-    # Export; a file may mix dtypes, such as norms in float32 beside bfloat16
+    # Export; a file may mix dtypes, such as norms in float32 beside bfloat16. Codes of float8 stay as they are
     stored = getattr(torch, layout.stored_dtype())
+    wide = lambda value: value.is_floating_point() and value.itemsize > 1
     if rank() > 0:
         return ""
     made |= {"commands": [shlex.join(["trainkit", "compress", target, out, *_as_flags(options)])]}
     exported = export_compressed(
         out,
         source=layout.folder,
-        tensors=((name, value.to(stored) if value.is_floating_point() else value) for name, value in tensors),
+        tensors=((name, value.to(stored) if wide(value) else value) for name, value in tensors),
         config={"dtype": layout.stored_dtype()} | config,
         compression=made | _described_text(text),
         calibration_fingerprints=text.fingerprints if text else None,
@@ -171,20 +184,34 @@ def compress(
     return "\n".join(lines)
 
 
-def check_folders(target: str, out: str) -> Layout:
-    """The layout of a model to compress, and a check that `out` can be written.
+def check_folders(target: str, out: str) -> bundle.Bundle | None:
+    """Checks that `out` can be written; returns the bundle at `target`, if it is one.
 
     Raises:
-        UserError: it cannot be compressed, or `out` is the model's folder, inside it, around it, or holds something else.
+        UserError: `out` is the model's folder, inside it, around it, or holds something else.
     """
-    layout = read_layout(target)
     source, destination = Path(target).resolve(), Path(out).resolve()
     if source == destination or source in destination.parents or destination in source.parents:
         raise UserError(f"{out}: is the folder of the model, inside it or around it; choose another OUT")
     bundle.check_replaceable(destination)
-    if bundle.is_bundle(source) and (kind := bundle.read(source, checksums=False).kind) not in ("model", "lm"):
-        raise UserError(f"{target}: a drafter of kind {kind!r} cannot be compressed; give a model or a draft model (kind lm)")
-    return layout
+    return bundle.read(source, checksums=False) if bundle.is_bundle(source) else None
+
+
+def _compress_drafter(source: bundle.Bundle, target: str, out: str, given: set[str], options: Mapping[str, Any]) -> str:
+    """Compresses a drafter of another kind than `lm`."""
+    goal = make_goal(source.kind, options["method"], given, options)
+    command = shlex.join(["trainkit", "compress", target, out, *_as_flags(options)])
+    exported = compress_drafter(
+        source,
+        out,
+        pattern=goal.pattern,
+        grid=goal.grid,
+        scope=options["scope"] or "matrix",
+        device=find_device(options["device"]),
+        method=options["method"],
+        commands=[command],
+    )
+    return f"{_table(exported.extra['compression']['layers'])}\n\n{_summary(exported)}\nwritten to {exported.path}"
 
 
 def calibration_text(
@@ -248,18 +275,16 @@ def _as_flags(values: Mapping[str, Any]) -> Iterable[str]:
             yield from (f"--{name}", item if isinstance(item, str) else json.dumps(item))
 
 
-def _table(layout: Layout, reports: Sequence[Mapping[str, Any]]) -> str:
-    """Means over the blocks of what was measured, for each kind of layer."""
-    rows = [("layers", "sparsity", "bits", "output error", "weight error")]
-    for names in INPUTS.values():
-        for name in names:
-            found = [report[key] for index, report in enumerate(reports) if (key := f"{layout.block(index)}.{name}") in report]
-            if not found:
-                continue
-            mean = lambda field, found=found: sum(values[field] for values in found) / len(found)
-            error = "not measured" if any(values["error"] is None for values in found) else f"{mean('error'):.3g}"
-            kind = name.rpartition(".")[2]
-            rows.append((kind, f"{mean('sparsity'):.4f}", f"{mean('bits'):g}", error, f"{mean('weight_error'):.3g}"))
+def _table(layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Means of what was measured over the layers of each kind, such as q_proj."""
+    rows, kinds = [("layers", "sparsity", "bits", "output error", "weight error")], dict[str, list[Mapping[str, Any]]]()
+    for name, values in layers.items():
+        parts = [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()]
+        kinds.setdefault(parts[-1], []).append(values)
+    for kind, found in kinds.items():
+        mean = lambda field, found=found: sum(values[field] for values in found) / len(found)
+        error = "not measured" if any(values.get("error") is None for values in found) else f"{mean('error'):.3g}"
+        rows.append((kind, f"{mean('sparsity'):.4f}", f"{mean('bits'):g}", error, f"{mean('weight_error'):.3g}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 

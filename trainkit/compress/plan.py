@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from trainkit.compress.quantise import Grid, usual_grid
 from trainkit.errors import UserError
 
 SPECIFIC = {
-    *("sparsity", "scope", "refine", "bits", "group", "zero_points", "order", "static_scales", "sequential", "allocation"),
-    *("ratio", "bias", "dimensions", "multiple"),
+    *("sparsity", "scope", "refine", "bits", "kind", "group", "zero_points", "order", "static_scales", "sequential"),
+    *("allocation", "ratio", "bias", "dimensions", "multiple"),
 }
 """Options that only some methods have."""
 
@@ -32,7 +32,7 @@ def check_options(name: str, given: set[str]) -> None:
         allowed -= {"bias"} if name == "width" else set()
     elif name in METHODS:
         method = METHODS[name]
-        allowed = {"bits", "group", "zero_points", "sequential", "allocation", "order", "static_scales"}
+        allowed = {"bits", "kind", "group", "zero_points", "sequential", "allocation", "order", "static_scales"}
         allowed |= ({"sparsity", "scope"} if method.prunes else set()) | ({"refine"} if method.scores else set())
         allowed -= {"wanda": {"scope"}, "rtn": {"order", "static_scales", "sequential"}}.get(name, set())
     else:
@@ -43,6 +43,26 @@ def check_options(name: str, given: set[str]) -> None:
             pruning = "prune by magnitude, wanda or sparsegpt, with --bits to quantise as well"
             remedy = pruning if name in METHODS else "give --ratio instead"
         raise UserError(f"--{wrong[0]}: --method {name} has no such option; {remedy}")
+
+
+def make_goal(kind: str, name: str, given: set[str], options: Mapping[str, Any]) -> Goal:
+    """What the options ask of a drafter of another kind than `lm`, of which all layers are compressed alike.
+
+    Raises:
+        UserError: as `make_plan`; or an option that such a drafter does not have.
+    """
+    if name not in ("magnitude", "rtn"):
+        raise UserError(f"--method {name}: not for drafters of kind {kind!r}; give magnitude or rtn")
+    allowed = {"method", "sparsity", "scope", "bits", "kind", "group", "zero_points", "device", "dtype"}
+    unused = given - allowed | ({"dtype"} if options["dtype"] != "float32" else set())
+    _refuse(unused, f"drafters of kind {kind!r} are compressed without it; leave it out")
+    check_options(name, given)
+    pattern, grid = _pattern_and_grid(name, given, options, options["group"])
+    if "scope" in given and pattern and pattern.group:
+        raise UserError(f"--scope: --sparsity {pattern} compares the weights of its groups; leave it out")
+    if not options["bits"]:
+        _refuse(given & {"kind", "group", "zero_points"}, "only for quantised weights; give --bits, or leave it out")
+    return Goal(pattern, grid(options["bits"]))
 
 
 def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, Any]) -> Plan:
@@ -59,21 +79,7 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
         group = read_json(Path(allocation)).get("group")
         if group is not None and (type(group) is not int or group < 1):
             raise UserError(f"{allocation}: group is {group!r}; allocate again")
-    if bits not in (None, 4, 8):
-        raise UserError(f"--bits {bits}: weights are stored with 4 or 8 bits; give one of these")
-    pattern = parse_pattern(options["sparsity"]) if "sparsity" in given else None
-    if allocation is None and method.prunes and pattern is None:
-        raise UserError(f"--method {name}: prunes, so give --sparsity, such as 2:4 or 0.5")
-    if allocation is None and not method.prunes and bits is None:
-        raise UserError(f"--method {name}: quantises, so give --bits 4 or 8")
-    symmetric = not options["zero_points"]
-
-    def grid(count: int | None) -> Grid | None:
-        if not count:
-            return None
-        # Where weights are pruned in the same pass, searched scales were worse: KL 0.029 instead of 0.026 on a 14M target.
-        return usual_grid(count, group, symmetric, search=pattern is None)
-
+    pattern, grid = _pattern_and_grid(name, given, options, group)
     goals = {layer: Goal(pattern, grid(bits)) for layer in layout.all_linears()}
     if allocation is not None:
         goals = {
@@ -84,8 +90,8 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
         if not goals:
             raise UserError(f"{allocation}: compresses no layer; allocate again")
     if not any(goal.grid for goal in goals.values()):
-        if wrong := sorted(given & {"group", "zero_points", "static_scales"}):
-            raise UserError(f"--{wrong[0]}: only for quantised weights; give --bits, or leave it out")
+        unused = given & {"kind", "group", "zero_points", "static_scales"}
+        _refuse(unused, "only for quantised weights; give --bits, or leave it out")
         if options["order"] and not method.gram:
             raise UserError("--order: only for a pass that changes weights; give --bits, or leave it out")
     if options["order"] == "activation" and options["static_scales"] is False:
@@ -105,12 +111,48 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
         raise UserError(f"--refine {refine}: needs calibration text; give --calibration FILE")
     if calibrated and not method.calibrated and refine == "none":
         raise UserError(f"--calibration: --method {name} without --refine reads no text; leave it out")
-    if not (method.gram or refine == "swaps") and (wrong := sorted(given & {"order", "static_scales"})):
-        raise UserError(f"--{wrong[0]}: only for a pass that compensates rounding; take --refine swaps, or leave it out")
+    if not (method.gram or refine == "swaps"):
+        unused = given & {"order", "static_scales"}
+        _refuse(unused, "only for a pass that compensates rounding; take --refine swaps, or leave it out")
     chosen = {key: options[key] for key in ("scope", "order", "static_scales", "sequential") if options[key] is not None}
     plan = Plan(name, goals, refine, **chosen)
     check_plan(layout, plan)
     return plan
+
+
+def _refuse(names: set[str], reason: str) -> None:
+    """Refuses the first of these options, if there are any."""
+    if names:
+        raise UserError(f"--{min(names)}: {reason}")
+
+
+def _pattern_and_grid(
+    name: str, given: set[str], options: Mapping[str, Any], group: int | None
+) -> tuple[Pattern | None, Callable[[int | None], Grid | None]]:
+    """The pattern that is pruned, and the grid of a number of bits; refuses values that do not fit the method."""
+    method, bits = METHODS[name], options["bits"]
+    if bits not in (None, 4, 8):
+        raise UserError(f"--bits {bits}: weights are stored with 4 or 8 bits; give one of these")
+    pattern = parse_pattern(options["sparsity"]) if "sparsity" in given else None
+    if options["allocation"] is None and method.prunes and pattern is None:
+        raise UserError(f"--method {name}: prunes, so give --sparsity, such as 2:4 or 0.5")
+    if options["allocation"] is None and not method.prunes and bits is None:
+        raise UserError(f"--method {name}: quantises, so give --bits 4 or 8")
+    symmetric, kind = not options["zero_points"], options["kind"] or "int"
+    if kind == "float" and bits != 8:
+        raise UserError("--kind float: stores float8, so give --bits 8")
+    if kind == "float":
+        _refuse(
+            given & {"group", "zero_points"}, "--kind float has one scale for each output, without zero points; leave it out"
+        )
+
+    def grid(count: int | None) -> Grid | None:
+        if not count:
+            return None
+        # Where weights are pruned in the same pass, searched scales were worse: KL 0.029 instead of 0.026 on a 14M target.
+        return usual_grid(count, group, symmetric, kind, search=pattern is None)
+
+    return pattern, grid
 
 
 def _allocated(file: str, method: str, given: set[str]) -> dict[str, tuple[float | None, int | None]]:

@@ -143,9 +143,9 @@ class Quantised:
         return codes * self.grid.spread(self.scale_RG, codes.shape[1]).to(dtype)
 
 
-def usual_grid(bits: int, group: int | None = None, symmetric: bool = True, search: bool = True) -> Grid:
+def usual_grid(bits: int, group: int | None = None, symmetric: bool = True, kind: Kind = "int", search: bool = True) -> Grid:
     """The grid of one-shot methods: 4 bits in groups of 128 whose scales are searched, or 8 bits with one scale per output."""
-    return Grid(bits, group or (128 if bits == 4 else None), symmetric, search=search and bits == 4)
+    return Grid(bits, group or (128 if bits == 4 else None), symmetric, kind, search=search and bits == 4)
 
 
 def quantise(weight_RK: Tensor, grid: Grid, scale_RG: Tensor | None = None, zero_RG: Tensor | None = None) -> Quantised:

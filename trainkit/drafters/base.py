@@ -27,11 +27,14 @@ from torch import Tensor, nn
 from trainkit.bundle import MANIFEST, Bundle
 from trainkit.errors import UserError
 from trainkit.layers.blocks import Decoder
+from trainkit.layers.linear import weight_bytes
 from trainkit.layers.visible import Visible
 from trainkit.layers.vocabulary import checked_vocab, trim_rows
 from trainkit.losses.chunked import HeadRows
 from trainkit.losses.output import LossOutput, by_head
+from trainkit.models.compressed import WeightScheme
 from trainkit.models.load import note_other_tokenizer
+from trainkit.models.packed import load_network
 from trainkit.models.shape import TargetHandle, TargetShape
 from trainkit.models.target import FrozenTarget
 
@@ -42,6 +45,8 @@ State: TypeAlias = dict[str, Tensor]
 Divergence: TypeAlias = Callable[..., LossOutput]
 """Compares draft and target over N flattened tokens; arguments as in `losses.chunked.ChunkedDivergence.__call__`."""
 
+QUANTISED = "weights"
+"""Key of a bundle's `extra`: how the linear layers are stored, if they are quantised; the fields of `WeightScheme`."""
 WIDEST = 256
 """Maximum number of nodes on one tree level, for drafters with a state per node for the next level."""
 
@@ -376,7 +381,13 @@ class Drafter(nn.Module, ABC):
         Args:
             head_bytes: Bytes of the target's output head, for drafters whose step reads it.
         """
-        return sum(p.numel() * p.element_size() for p in self.parameters())
+        return weight_bytes(self)
+
+    @torch.no_grad()
+    def copy_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies new weights, a `state_dict`, into the present ones in place, casting to their dtype; graphs stay valid."""
+        for name, weight in self.state_dict().items():
+            weight.copy_(tensors[name])
 
     # Files
 
@@ -485,11 +496,11 @@ def kind_name(drafter: Drafter) -> str:
     raise UserError(f"{type(drafter).__name__} is not a known drafter kind; register its package with add_kinds_from")
 
 
-def load_bundle(bundle: Bundle, target: TargetShape, **changes: Any) -> Drafter:
+def load_bundle(bundle: Bundle, target: TargetShape, packed: bool = False, **changes: Any) -> Drafter:
     """The drafter in a bundle. The caller has checked that the bundle fits the target.
 
     The tree that the bundle recommends (`runner.tree`, from `trainkit tree`) becomes its `default_tree`; `changes` replaces
-    constructor arguments of the bundle.
+    constructor arguments of the bundle. With `packed`, quantised weights stay as they are stored, for decoding.
 
     Raises:
         UserError: unknown kind, constructor arguments that the kind does not take, or a malformed recommended tree.
@@ -501,7 +512,14 @@ def load_bundle(bundle: Bundle, target: TargetShape, **changes: Any) -> Drafter:
         raise UserError(f"{manifest}: {error}") from None
     if unknown := sorted(arguments.keys() - inspect.signature(kind).parameters.keys()):
         raise UserError(f"{manifest}: kind {bundle.kind!r} takes no argument {unknown[0]!r}; export it again")
-    drafter, tree = kind.load(bundle.path, target, arguments), bundle.runner.get("tree")
+    if weights := bundle.extra.get(QUANTISED):
+        if changes:
+            raise UserError(f"{bundle.path}: its weights are quantised; give the drafter that it was made from")
+        drafter = kind(target, **arguments).eval()
+        load_network(drafter, bundle.path / "model.safetensors", WeightScheme(**weights), packed)
+    else:
+        drafter = kind.load(bundle.path, target, arguments)
+    tree = bundle.runner.get("tree")
     if tree is not None:
         try:
             drafter.default_tree = parse_rank_paths(tree)

@@ -7,6 +7,7 @@ Left out on purpose: running the programs that the formats are for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def export_drafter(
     dtype: torch.dtype = torch.float32,
     format: str = "native",
     verifier: str | None = None,
+    extra: Mapping[str, Any] | None = None,
     **card: Any,
 ) -> bundle.Bundle:
     """Writes a drafter as a bundle and returns it.
@@ -44,6 +46,7 @@ def export_drafter(
         dtype: Dtype of the written weights.
         format: One of the kind's `formats`.
         verifier: Folder or hub name of the target, for layouts that record where it is; its folder by default.
+        extra: Further entries of the bundle's `extra`.
         card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:
@@ -85,7 +88,7 @@ def export_drafter(
         check_reload(before, first_logits(reloaded), out)
         check_weights(drafter.state_dict(), reloaded.state_dict(), out)
 
-    extra = {"taps": list(drafter.taps), "format": format, "layout": layout if shapes is not None else "native"}
+    extra = {"taps": list(drafter.taps), "format": format, "layout": layout if shapes else "native"} | dict(extra or {})
     config, shape = drafter.config(), drafter.target.to_dict()
     return bundle.write(out, write_files, kind=kind, config=config, target=shape, extra=extra, **card)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainkit.layers import kernels
 from trainkit.layers.attention import Attention, Context, KernelContext, Packing, Rotary
-from trainkit.layers.linear import Blocked, Linear, project
+from trainkit.layers.linear import Blocked, Linear, project, weight_bytes
 from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
 from trainkit.layers.visible import Visible
@@ -157,6 +157,5 @@ class Decoder(nn.Module):
 
     def step_bytes(self) -> int:
         """Bytes of weights that a decoding step reads: all but an untied embedding, of which it reads one row per token."""
-        total = sum(p.numel() * p.element_size() for p in self.parameters())
-        total += sum(part.packed.nbytes for part in self.modules() if isinstance(part, Linear) and part.packed)
+        total = weight_bytes(self)
         return total if self.lm_head is None else total - self.embed.weight.numel() * self.embed.weight.element_size()

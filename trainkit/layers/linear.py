@@ -142,6 +142,12 @@ class Linear(nn.Linear):
             self.packed, self.weight = None, nn.Parameter(packed.dense(self.weight.dtype), requires_grad=False)
 
 
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of a network's parameters and packed weights."""
+    packed = (part.packed for part in network.modules() if isinstance(part, Linear))
+    return sum(weight.nbytes for weight in network.parameters()) + sum(part.nbytes for part in packed if part is not None)
+
+
 def rounds_products(network: nn.Module) -> bool:
     """Whether products of packed weights round their inputs to bfloat16, whatever the dtype of the rest (on a CPU)."""
     return any(isinstance(part, Linear) and isinstance(part.packed, OnCPU) for part in network.modules())

@@ -17,9 +17,10 @@ class LossOutput:
 
     Attributes:
         sum: Differentiable numerator, a scalar (nats, or probability for `tv`), summed over counted tokens.
-        count: Number of counted tokens, a scalar float tensor without gradient.
+        count: Number of counted tokens, or the denominator of a policy loss; a scalar float tensor without gradient.
         metrics: Detached scalar sums over the same tokens, by name (`alpha`, `alpha_coupled`, `agreement`, ...). Add them over
-            chunks, micro-batches and ranks, then divide by `count`; divide those named `..._head2` by `count_head2`.
+            chunks, micro-batches and ranks, then divide by `count_tokens` if it is among them, else by `count`; divide
+            those named `..._head2` by `count_head2`.
         per_token: Detached [N] values of the same metrics in the order of the tokens, 0 where not counted. For several heads
             `alpha_HBT`, `agreement_HBT`, ... [H, B, T] by the position of the label, and `counted_HBT`, True where counted.
     """

@@ -1,4 +1,4 @@
-"""Puts the quantised layers of a folder into a decoder as they are stored, so that the runner holds only their stored bytes."""
+"""Puts the quantised layers of a folder into a network as they are stored, so that the runner holds only their stored bytes."""
 
 # R outputs  K inputs  G groups of a row
 
@@ -6,15 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from math import lcm
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from trainkit.errors import UserError
+from trainkit.errors import UserError, first_lines
 from trainkit.layers.blocks import Decoder
 from trainkit.layers.linear import Linear
 from trainkit.layers.packed import Packed
-from trainkit.models.compressed import Layer, Scheme, dense_weight
+from trainkit.models.compressed import PARTS, Layer, Scheme, WeightScheme, codes_of, dense_weight
+from trainkit.models.weights import tensors_in
 
 
 class PackedLayers:
@@ -87,3 +89,39 @@ def stacked(layers: list[Layer]) -> Layer:
         zeros = (torch.zeros_like(scale_RG, dtype=torch.int8) if zero is None else zero for _, scale_RG, zero in layers)
         zero_RG = torch.cat([spread(zero) for zero in zeros])
     return torch.cat([layer[0] for layer in layers]), torch.cat([spread(layer[1]) for layer in layers]), zero_RG
+
+
+def load_network(network: nn.Module, file: Path, weights: WeightScheme, packed: bool) -> None:
+    """Loads a network's `state_dict` from a file that has the tensors of quantised layers in place of some weights.
+
+    The network takes the dtype of the scales.
+
+    Args:
+        network: Its linear layers are `layers.linear.Linear`.
+        file: A safetensors file; quantised layers have the tensors of models/compressed.py.
+        weights: How these layers are stored.
+        packed: Whether their weights stay packed, for decoding; otherwise they become dense, for training.
+
+    Raises:
+        UserError: tensors are missing, unknown, or do not fit the network.
+    """
+    tensors, scheme = dict(tensors_in(file)), Scheme(((("Linear",), weights),), where=str(file))
+    names = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
+    if not names:
+        raise UserError(f"{file}: has no quantised layers; copy the folder again")
+    network.to(tensors[f"{names[0]}.weight_scale"].dtype)
+    for name in names:
+        codes_RK, scale_RG, zero_RG = codes_of(tensors, name, scheme)
+        linear = dict(network.named_modules()).get(name)
+        if not isinstance(linear, Linear) or linear.weight.shape != codes_RK.shape:
+            raise UserError(f"{file}: {name} {list(codes_RK.shape)} is no linear layer of this drafter; copy the folder again")
+        tensors = {key: value for key, value in tensors.items() if key not in {f"{name}.{part}" for part in PARTS}}
+        if packed:
+            linear.set_packed(Packed.from_codes(codes_RK, scale_RG, zero_RG, weights.bits, weights.kind))
+            tensors[f"{name}.weight"] = linear.weight
+        else:
+            tensors[f"{name}.weight"] = dense_weight(codes_RK, scale_RG, zero_RG, scale_RG.dtype)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{file}: {first_lines(error, 2)}; copy the folder again") from error

@@ -200,12 +200,15 @@ class FrozenTarget:
     def __init__(
         self, folder: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, layers: bool = True
     ) -> None:
-        self.folder = Path(folder)
         note_drafter_as_target(folder)
-        self._trust = trust_remote_code
-        self.config = read_config(folder, trust_remote_code)
         model = load_model(folder, dtype, trust_remote_code, layers)
-        self.model: nn.Module = model.requires_grad_(False).eval()
+        self._read_from(model.requires_grad_(False).eval(), folder, trust_remote_code, layers)
+
+    def _read_from(self, model: Any, folder: str | Path, trust_remote_code: bool, layers: bool = True) -> None:
+        """Sets everything that the target reads from a transformers model in eval mode; its weights came from `folder`."""
+        self.folder, self._trust = Path(folder), trust_remote_code
+        self.config = read_config(folder, trust_remote_code)
+        self.model: nn.Module = model
         self.backbone: nn.Module = model.base_model
         self._embedding: Any = model.get_input_embeddings()
         self._head: Any = model.get_output_embeddings()
@@ -383,3 +386,61 @@ class FrozenTarget:
         raise UserError(
             f"{self.folder}: found no list of {count} decoder layers in {type(self.backbone).__name__}; use another model"
         )
+
+
+class LiveTarget(FrozenTarget):
+    """The present state of a causal LM that somebody else trains: its own modules, no copy of weights.
+
+    Of a peft model that is the base model with its adapter on. `forward` runs in eval mode and without gradients, and embedding
+    and head are detached: a drafter's loss leaves no gradient in the model. Left out on purpose: models whose parameters are
+    sharded (FSDP, ZeRO), because only parts of the model run here.
+
+    Args:
+        model: A transformers causal LM, or a peft model of one.
+        folder: Hugging Face folder that its weights came from.
+        trust_remote_code: Whether to run model code that the folder carries.
+
+    Raises:
+        UserError: as in `FrozenTarget`.
+    """
+
+    def __init__(self, model: Any, folder: str | Path, trust_remote_code: bool = False) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        with evaluating(base):
+            self._read_from(base, folder, trust_remote_code)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self._embedding.weight.detach()
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self._head.weight.detach()
+
+    def norm_weight(self) -> Tensor:
+        with evaluating(self.model):
+            return super().norm_weight()
+
+    def forward(
+        self, tokens_BT: Tensor, positions_BT: Tensor, document_BT: Tensor, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        with evaluating(self.model):
+            return super().forward(tokens_BT, positions_BT, document_BT, taps)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        weight, bias = self.head_weight, self._head.bias
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(weight.dtype)
+        return F.linear(hidden, weight, None if bias is None else bias.detach())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While the context is open the model is in eval mode; afterwards each of its modules is in its mode of before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -22,12 +22,14 @@ class Task:
         tokens: Token ids of the prompt.
         prompt: The prompt as the data set has it: raw text, or the messages of a chat. Reward functions receive it.
         columns: The row's other columns by name. Reward functions receive them.
+        source: Where the row was read, such as `file.jsonl:3`, for messages.
     """
 
     index: int
     tokens: list[int]
     prompt: str | list[dict[str, Any]]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Response:
         stats: Rounds and accepted lengths.
         rewards: Value of each reward function by name; NaN if it is missing.
         reward: Weighted sum of the rewards that are not missing; NaN if all are.
+        extra: What reward functions logged for tables, by column.
     """
 
     tokens: list[int]
@@ -51,6 +54,7 @@ class Response:
     stats: Stats = field(default_factory=Stats)
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = float("nan")
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -237,7 +237,7 @@ class Runner:
 
         Args:
             prompt: As in `generate`.
-            options: The request's options; draft and verification are ignored.
+            options: The request's options; draft, verification and `processed_logprobs` are ignored.
             index: Number of the prompt in error messages.
             draws: As in `generate_each`.
 
@@ -292,9 +292,12 @@ class Runner:
     def update(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies new target weights, under their Hugging Face names, into the fused storage in place; graphs stay valid.
 
+        What older weights have read is not shared any more. A text that is being decoded continues with mixed weights.
+
         Raises:
             UserError: a name or shape that the target does not have.
         """
+        self.rounds.updates += 1
         copy_weights(self.rounds.target, named_tensors, "update", complete=False)
 
     def _finished(
@@ -320,7 +323,16 @@ class Runner:
         if not (rule.verifies_last_level or (isinstance(shape, Tree) and shape.is_chain and shape.depth)):
             raise UserError(f"{type(rule).__name__} needs a drafter and a chain of at least one token; give depth")
         can_pause = shape.policy is not None and shape.policy.pauses
-        return Plan(sampling, shape, rule, options.logprobs, self.observe, can_pause, options.plain)
+        return Plan(
+            sampling,
+            shape,
+            rule,
+            options.logprobs,
+            self.observe,
+            can_pause,
+            options.plain,
+            processed=options.processed_logprobs,
+        )
 
     def _shape(self, options: GenerateOptions) -> Shape:
         """The requested shape: a tree, a chain, or by default the drafter's own; the root alone without a drafter."""
@@ -385,8 +397,10 @@ class Runner:
         return Output(request.tokens, text, request.finish, request.stats, request.logprobs if logprobs else None)
 
 
-def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Drafter:
+def load_drafter(folder: Path, target_folder: Path, shape: TargetShape, packed: bool = True) -> Drafter:
     """A drafter from a trainkit bundle, or from a folder that another program wrote and a kind claims.
+
+    With `packed`, quantised weights of heads stay as they are stored, for decoding.
 
     Raises:
         UserError: no such folder, a broken bundle, or one made for another target.
@@ -398,7 +412,7 @@ def load_drafter(folder: Path, target_folder: Path, shape: TargetShape) -> Draft
     if manifest is not None and manifest.target:
         for line in bundle.check_fit(manifest, bundle.fingerprint(target_folder), shape.decoder.to_dict()):
             note(line)
-        return load_bundle(manifest, shape)
+        return load_bundle(manifest, shape, packed)
     return load_outside(folder, shape, target_folder)
 
 

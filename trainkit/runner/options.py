@@ -30,6 +30,8 @@ class GenerateOptions:
             typical: LOSSY above temperature 0, accepts drafted tokens that the target finds plausible.
         stop: Strings that end a text; the text is cut before them.
         logprobs: Also return each token's log-probability.
+        processed_logprobs: Log-probabilities under the distribution that tokens are drawn from, after temperature, top-k and
+            top-p; by default under the target's at temperature 1. Equal at temperature 0.
         tree: Draft a tree instead of a chain. dynamic:DEPTH,TOP_K,NODES follows the draft's probabilities: on each of DEPTH
             levels the TOP_K best nodes get TOP_K children, and the best NODES of all, root included, are verified.
             [[0],[1],[0,0]] is a static tree of rank paths: the root's two likeliest children, and the first one's likeliest
@@ -60,6 +62,7 @@ class GenerateOptions:
     verify: str | Verification = "coupled"
     stop: str | Sequence[str] = ()
     logprobs: bool = False
+    processed_logprobs: bool = False
     tree: str | Sequence[RankPath] | Shape | None = None
     policy: str | None = None
     plain: bool = False

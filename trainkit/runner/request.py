@@ -23,7 +23,7 @@ class Output:
         finish: `end` (end token), `stop` (stop string), `length` (`max_new_tokens`), or `max_len` (prompt and text fill the
             runner's `max_len`).
         stats: Rounds and accepted lengths.
-        logprobs: Log-probability of each token under the target at temperature 1, or None.
+        logprobs: Log-probability of each token under the target at temperature 1, or as `processed_logprobs` asks; or None.
     """
 
     tokens: list[int]

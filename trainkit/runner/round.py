@@ -53,6 +53,8 @@ class RoundState:
         top_k_B: As in `RowSampling`.
         top_p_B: As in `RowSampling`.
         done_B: True where the text has ended, and in rows without a text.
+        hidden_B1D: The target's final hidden state at the prompt's last token, and
+        taps_B1AD: its taps there, from which another row may continue (`Rounds.repeat`).
         draft: The drafter's tensors; empty without a drafter.
         missed: Tokens decoded since the drafter last read: `count` [B], `tokens` [B, M] and the target's `taps` [B, M, A, D];
             empty if drafting never pauses.
@@ -68,6 +70,8 @@ class RoundState:
     top_k_B: Tensor
     top_p_B: Tensor
     done_B: Tensor
+    hidden_B1D: Tensor
+    taps_B1AD: Tensor
     draft: State
     missed: State
 
@@ -122,6 +126,7 @@ class Plan:
         can_pause: Rounds without a draft may come between others; their tokens are stored for the drafter to read later.
         plain: Rounds draft nothing, emit one token, and compute as many rows as verifying the shape takes.
         top: With `logprobs`, also return this number of likeliest tokens at each position.
+        processed: Log-probabilities are those of the distribution that tokens are drawn from, not of temperature 1.
     """
 
     sampling: Sampling | Mixed
@@ -132,6 +137,7 @@ class Plan:
     can_pause: bool = False
     plain: bool = False
     top: int = 0
+    processed: bool = False
 
     @property
     def filters(self) -> bool:
@@ -190,11 +196,12 @@ class Rounds:
         drafter: The drafter, or None.
 
     Attributes:
+        updates: Number of times that weights were replaced; what older weights have read is not shared.
         seconds: Time spent in eager rounds since the scheduler last set it to 0: draft, target, verify.
     """
 
     def __init__(self, target: Decoder, drafter: Drafter | None) -> None:
-        self.target, self.drafter = target, drafter
+        self.target, self.drafter, self.updates = target, drafter, 0
         self.taps = () if drafter is None else drafter.taps
         self.device = target.embed.weight.device
         # Every tensor of end ids ever used is retained, because captured graphs point to them.
@@ -228,6 +235,8 @@ class Rounds:
             top_k_B=torch.zeros(B, dtype=torch.long, device=device),
             top_p_B=torch.ones(B, device=device),
             done_B=torch.ones(B, dtype=torch.bool, device=device),
+            hidden_B1D=weight.new_zeros(B, 1, weight.shape[1]),
+            taps_B1AD=weight.new_zeros(B, 1, len(self.taps), weight.shape[1]),
             draft={} if self.drafter is None else self.drafter.init_state(B, slots, device, weight.dtype),
             missed=missed,
         )
@@ -262,7 +271,8 @@ class Rounds:
             if plan.observe is not None:
                 plan.observe(Trace(verified, scores, verdict, state.keys_B2.clone(), state.position_B.clone()))
             finite_BN = logits.amax(-1).isfinite()
-            logprobs = _logprobs(plan.top, verdict.along_path(logits), verdict.emitted_BP) if plan.logprobs else {}
+            shown = scores if plan.processed else logits
+            logprobs = _logprobs(plan.top, verdict.along_path(shown), verdict.emitted_BP) if plan.logprobs else {}
         # Step 4: commit the path to both caches; its last token is the next root.
         self._commit_caches(plan, state, verified, verdict, taps, span)
         self._move_root(state, verdict)
@@ -360,7 +370,13 @@ class Rounds:
             temperature_B = torch.full_like(temperature_B, plan.sampling.temperature)
         positions_BN = state.position_B[:, None] + 1 + draft.topology.depths_BN
         chosen_BN, logprobs_BN = choose(
-            logits_BNV, temperature_B, state.keys_B2, positions_BN, plan.verification.stream, plan.logprobs and not plan.top
+            logits_BNV,
+            temperature_B,
+            state.keys_B2,
+            positions_BN,
+            plan.verification.stream,
+            plan.logprobs and not plan.top,
+            plan.processed,
         )
         finite_BN = chosen_BN >= 0
         chosen_BN.clamp_(min=0)  # -1 after an overflow, where any token will do
@@ -369,7 +385,10 @@ class Rounds:
         fields = walk(chosen_BN, draft.tokens_BN, parents_BN, state.done_B, draft.shape.depth, lengths_B, plan.plain)
         verdict = Verdict(*fields)
         if plan.top:
-            return verdict, finite_BN, _logprobs(plan.top, verdict.along_path(logits_BNV), verdict.emitted_BP)
+            shown_BPV = verdict.along_path(logits_BNV)
+            if plan.processed:
+                shown_BPV = self.sampling(plan, state).process(shown_BPV)
+            return verdict, finite_BN, _logprobs(plan.top, shown_BPV, verdict.emitted_BP)
         return verdict, finite_BN, {} if logprobs_BN is None else {"logprobs_BP": verdict.along_path(logprobs_BN)}
 
     def _commit_caches(
@@ -449,6 +468,9 @@ class Rounds:
         state.position_B.copy_(begin_B + counts_B - final_B.long())
         state.done_B.copy_(~final_B)
         if any(finals):
+            state.hidden_B1D.copy_(chunk.last(hidden_BTD))
+            if taps is not None:
+                state.taps_B1AD.copy_(chunk.last(taps))
             output = self._first_token(plan, state, chunk.last(hidden_BTD), final_B)
             last_B1 = counts_B[:, None] - 1
             next_BT.scatter_(1, last_B1, torch.where(final_B[:, None], state.token_B[:, None], next_BT.gather(1, last_B1)))
@@ -460,6 +482,29 @@ class Rounds:
             state.missed["count"].copy_(counts_B)
         elif self.drafter is not None and plan.shape.depth:
             self.drafter.prefill(state.draft, chunk, self.handle, span)
+        return output
+
+    def repeat(self, plan: Plan, state: RoundState, prompt_T: Tensor) -> RoundOutput:
+        """The first token after a prompt that the target has read in this row, or in the row that this one is a copy of.
+
+        The target reads nothing. The drafter, which has read the prompt too, reads its last token again, because what it stores
+        there may depend on the token that follows.
+
+        Args:
+            plan: The plan of the rounds that follow.
+            state: The row; the copy may have been made after further rounds.
+            prompt_T: The whole prompt, on the device.
+        """
+        last = len(prompt_T) - 1
+        state.position_B.fill_(last)
+        state.done_B.fill_(False)
+        output = self._first_token(plan, state, state.hidden_B1D, torch.ones_like(state.done_B))
+        if self.drafter is not None and plan.shape.depth:
+            if last:
+                self.drafter.resume(state.draft, prompt_T[None, last - 1 : last])
+            positions_B1, taps = torch.full((1, 1), last, device=self.device), state.taps_B1AD if self.taps else None
+            chunk = Chunk(prompt_T[None, last:], state.token_B[:, None], positions_B1, taps, continues=last > 0)
+            self.drafter.prefill(state.draft, chunk, self.handle, last + 1)
         return output
 
     def _first_token(self, plan: Plan, state: RoundState, hidden_B1D: Tensor, final_B: Tensor) -> RoundOutput:
@@ -475,7 +520,8 @@ class Rounds:
         self._move_root(state, Verdict(None, counts_B, token_B1))
         # NaN, for example after an overflow in float16, would silently become a token.
         state.done_B.logical_or_(~finite_B1[:, 0])
-        logprobs = _logprobs(plan.top, logits, token_B1) if plan.logprobs else {}
+        shown = sampling.process(logits) if plan.processed else logits
+        logprobs = _logprobs(plan.top, shown, token_B1) if plan.logprobs else {}
         return RoundOutput(token_B1.masked_fill(~finite_B1, -1), counts_B, **logprobs)
 
     def to_device(self, values: Sequence[Any]) -> Tensor:
@@ -505,7 +551,7 @@ def _silent(sampling: Sampling | RowSampling) -> Tensor | None:
 
 
 def _logprobs(top: int, logits_BPV: Tensor, tokens_BP: Tensor) -> dict[str, Any]:
-    """Log-probabilities at temperature 1 as fields of `RoundOutput`: of the tokens, and of the `top` likeliest ones."""
+    """Log-softmax of logits as fields of `RoundOutput`: of the tokens, and of the `top` likeliest ones."""
     log_p_BPV = logits_BPV.float().log_softmax(-1)
     fields = {"logprobs_BP": log_p_BPV.gather(2, tokens_BP[..., None])[..., 0]}
     if top:

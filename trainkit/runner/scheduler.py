@@ -127,7 +127,7 @@ class Scheduler:
             # prompt's on the rows that one call reads, so neither may depend on what is drafted.
             slots = max(slots, longest + DRAFT_SLOTS)
             if self.rounds.target.embed.weight.itemsize == 2:
-                options |= {"together": 1, "sharing": False}
+                options |= {"together": 1, "sharing": "prompts"}
         session = Session(
             self.rounds, batch, longest, plan, self.graphs, state=self.state(batch, slots, plan.can_pause), **options
         )

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from trainkit.runner.round import MISSED, PREFILL_CHUNK, Plan, RoundOutput, Roun
 from trainkit.runner.sampling import Mixed
 
 SHARED = 64
-"""Shared prefixes have a multiple of this number of tokens."""
+"""Shared prefixes have a multiple of this number of tokens; equal prompts share all."""
 
 TOP = 5
 """Number of likeliest tokens that rounds return if any request asks for some; fixed, so that few graphs are captured."""
@@ -82,6 +83,8 @@ class Row:
         prompt_T: The prompt on the device, until it is read.
         arrival: Sequence number of the admission.
         end: Upper bound of the device's position in a free row.
+        drafter_read: Whether the drafter, if it drafts, has read the whole prompt.
+        updates: `Rounds.updates` at the admission.
     """
 
     request: Request | None = None
@@ -90,6 +93,8 @@ class Row:
     prompt_T: Tensor | None = None
     arrival: int = 0
     end: int = 1
+    drafter_read: bool = False
+    updates: int = 0
 
     @property
     def is_owned(self) -> bool:
@@ -148,7 +153,8 @@ class Session:
             reads each prompt whole as soon as it has a row.
         together: Largest number of neighbouring rows whose prompts one call reads; by default 1 on a CPU, where more saves
             little, and 8 on a GPU. More than 1 requires a drafter that is `resumable`.
-        sharing: Whether a prompt reuses a prefix in another row's cache; requires a drafter that is `resumable`.
+        sharing: Whether a prompt reuses a prefix in another row's cache; requires a drafter that is `resumable`. With `prompts`
+            only a whole prompt that is equal is reused: its text is then, bit for bit, that of a prompt that is read.
         fetch: Copies a round's output to the host; by default as the device needs it.
 
     Attributes:
@@ -170,7 +176,7 @@ class Session:
         lag: int | None = None,
         prefill: int | None = PREFILL_CHUNK,
         together: int | None = None,
-        sharing: bool = True,
+        sharing: bool | Literal["prompts"] = True,
         fetch: Fetch | None = None,
     ) -> None:
         self.rounds, self.rows, self.max_len = rounds, rows, max_len
@@ -287,16 +293,23 @@ class Session:
             left = left and left - count
             events += self._deliver()
             self._retire()
+        events += self._deliver()
+        self._retire()
         return events
 
     def _admit(self) -> None:
-        """Gives free rows to waiting requests in order; a request whose prefix another row is reading waits for that row."""
+        """Gives free rows to waiting requests in order; a request whose prefix another row is reading waits for that row.
+
+        A prompt that a row holds as a whole is not read again.
+        """
         kept: deque[Request] = deque()
         while self._waiting and any(row.request is None for row in self._rows):
             request = self._waiting.popleft()
             donor, shared, later = self._donor(request)
             if later > shared:
                 kept.append(request)
+                if self.prefill is None:  # the row is read in this step: nobody takes the row of a prompt that others wait for
+                    break
                 continue
             free = next(index for index, row in enumerate(self._rows) if row.request is None)
             if donor is not None and self._rows[donor].request is None:
@@ -310,7 +323,13 @@ class Session:
         """The row with the longest common prefix, its length now, and its length once all prompts in rows are read."""
         donor, shared, later = None, 0, 0
         for index, row in enumerate(self._rows if self.sharing else ()):
-            if row.text is None:
+            if row.text is None or row.updates != self.rounds.updates:
+                continue
+            if row.text.prompt == request.prompt and (row.is_filling or row.drafter_read):
+                if not row.is_filling:
+                    return index, len(request.prompt), 0
+                later = len(request.prompt)
+            if self.sharing == "prompts":
                 continue
             known = row.text.prompt + row.text.tokens
             common = _common(request.prompt, known)
@@ -335,11 +354,17 @@ class Session:
         state.temperature_B.fill_(request.sampling.temperature)
         state.top_k_B.fill_(request.sampling.top_k)
         state.top_p_B.fill_(request.sampling.top_p)
-        prompt_T = self.rounds.to_device(request.prompt)
+        whole, prompt_T = shared == len(request.prompt), self.rounds.to_device(request.prompt)
         self._arrivals += 1
         request.missed, request.stats.shared, request.admitted = 0, shared, perf_counter()
-        self._rows[index] = Row(request, request, shared, prompt_T, self._arrivals)
-        if shared and self.rounds.drafter is not None:
+        unread_T, updates = None if whole else prompt_T, self.rounds.updates
+        self._rows[index] = Row(request, request, shared, unread_T, self._arrivals, drafter_read=whole, updates=updates)
+        if whole:
+            started = perf_counter()
+            output = self.rounds.repeat(self._with_sampling([request]), state, prompt_T)
+            self._flight.append(Call(1, [(0, request)], self._fetch(output), prefill=True))
+            self.prefill_seconds += perf_counter() - started
+        elif shared and self.rounds.drafter is not None:
             self.rounds.drafter.resume(state.draft, prompt_T[None, shared - 1 : shared])
 
     def _read(self, first: int, budget: int) -> int:
@@ -354,7 +379,8 @@ class Session:
         policy, begin, length = self.plan.shape.policy, rows[first].filled, len(owner.prompt)
         coming = min(sum(row.request is not None for row in rows) + len(self._waiting), self.rows)
         later = policy is not None and policy.is_paused(coming) and begin == owner.stats.shared
-        later = later and length - begin <= min(budget, MISSED - 1)
+        # Other samples of the prompt continue from what the drafter has read.
+        later = later and length - begin <= min(budget, MISSED - 1) and all(owner.prompt != one.prompt for one in self._waiting)
         # The range of rows: neighbours that all start at position 0, or all later.
         low, high, longest = first, first + 1, min(length - begin, budget)
         while self.together > high - low and not later:
@@ -377,7 +403,7 @@ class Session:
             request.stats.prefilled += end - row.filled
             row.filled = end
             if end == len(request.prompt):
-                row.prompt_T = None
+                row.prompt_T, row.drafter_read = None, not later
                 ended.append((index, request))
         if output is not None:
             self._flight.append(Call(high - low, ended, self._fetch(output), prefill=True))
@@ -450,8 +476,8 @@ class Session:
         missed = max(request.missed for request in requests)
         if missed and (levels or missed >= MISSED):
             self.rounds.catch_up(self._state, rows)
-            for request in requests:
-                request.missed = 0
+            for row, request in zip(rows, requests, strict=True):
+                request.missed, self._rows[row].drafter_read = 0, True
         if not levels:
             for request in requests:
                 request.missed += 1
@@ -464,7 +490,7 @@ class Session:
         view = self._state.rows(0, batch)
         if self.graphs is None or plan.observe is not None:
             return self.rounds(plan, view, span, levels)
-        options = plan.sampling, plan.verification, plan.logprobs, plan.top, plan.can_pause, plan.plain
+        options = plan.sampling, plan.verification, plan.logprobs, plan.top, plan.processed, plan.can_pause, plan.plain
         key = (plan.shape.key, options, batch, self._end_ids)
         modules = [module for module in (self.rounds.target, self.rounds.drafter) if module is not None]
         tables: list[Tensor] = []

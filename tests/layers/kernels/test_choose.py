@@ -36,13 +36,19 @@ def test_choose_equals_the_runners_sampling(B, R, V, stream, dtype, seed):
     """Texts of different temperatures, 0 among them, choose what processed logits plus noise choose; 10^5 draws at a time."""
     logits, keys, positions = inputs(B, R, V)
     logits, temperatures = logits.to(dtype), [0.7, 0.0, 1.0, 1e-3][:B]
-    chosen, logprobs = choose(logits, torch.tensor(temperatures, device=DEVICE), keys, positions, stream, logprobs=True)
+    options = logits, torch.tensor(temperatures, device=DEVICE), keys, positions, stream
+    chosen, logprobs = choose(*options, logprobs=True)
     expected = scores(logits, temperatures, keys, positions, stream)
     # Another choice is right only where the two best differ by less than the logarithms' last bits.
     best, ours = expected.amax(-1), expected.gather(2, chosen[..., None])[..., 0]
     assert ((chosen == expected.argmax(-1)) | (best - ours <= 2**-21 * best.abs().clamp(min=1))).all()
     assert logprobs is not None
     assert torch.allclose(logprobs, logits.float().log_softmax(-1).gather(2, chosen[..., None])[..., 0], atol=1e-5)
+    again, warm = choose(*options, logprobs=True, processed=True)
+    assert torch.equal(again, chosen) and warm is not None
+    for b, temperature in enumerate(temperatures):
+        log_p = Sampling(temperature).process(logits[b]).log_softmax(-1).gather(1, chosen[b, :, None])[:, 0]
+        assert torch.allclose(warm[b], log_p, atol=1e-5 if temperature != 1e-3 else 1e-2)  # logits of 10^4 round by 10^-3
 
 
 def test_choose_draws_the_runners_noise(seed):

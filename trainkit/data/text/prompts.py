@@ -83,6 +83,13 @@ def read_prompt_rows(
     Raises:
         UserError: the file has no row, or a row has no prompt; the message names the row and the reason.
     """
+    return [prompt for _, _, prompt in read_located_prompts(path, encoder, limit, columns)]
+
+
+def read_located_prompts(
+    path: str, encoder: Encoder, limit: int | None = None, columns: Mapping[str, str] | None = None
+) -> list[tuple[str, Mapping[str, Any], Prompt]]:
+    """The location, the values and the prompt of each row; arguments and errors as in `read_prompt_rows`."""
     columns = check_columns(columns)
     if Path(path).is_dir() and (left_out := data_files(Path(path))[1]):
         print(f"{path}: left out: {', '.join(file.name for file in left_out)}", file=sys.stderr)
@@ -91,8 +98,9 @@ def read_prompt_rows(
         try:
             if isinstance(row, RowError):
                 raise row
-            prompts.append(_prompt(row, columns, encoder))
-            unread_tools += prompts[-1].tools is not None and not encoder.reads_tools(prompts[-1].tools)
+            prompt = encode_prompt(row, columns, encoder)
+            prompts.append((location, row, prompt))
+            unread_tools += prompt.tools is not None and not encoder.reads_tools(prompt.tools)
         except RowError as reason:
             raise UserError(f"{location}: {reason}; fix or remove this row") from None
     if not prompts:
@@ -102,7 +110,8 @@ def read_prompt_rows(
     return prompts
 
 
-def _prompt(values: Mapping[str, Any], columns: Mapping[str, str], encoder: Encoder) -> Prompt:
+def encode_prompt(values: Mapping[str, Any], columns: Mapping[str, str], encoder: Encoder) -> Prompt:
+    """The prompt of a row, as in `read_prompt_rows`; raises RowError if it has none."""
     fmt = pick_format(values, columns, PROMPT_FORMATS)
     value = values[columns.get(fmt[0], fmt[0])]
     if fmt[0] == "input_ids":

@@ -23,7 +23,7 @@ from trainkit.drafters.eagle.unrolled import Entry, attend
 from trainkit.errors import UserError
 from trainkit.layers.attention import Attention, Context, KernelContext, Rotary
 from trainkit.layers.blocks import GatedMLP, draw_weights
-from trainkit.layers.linear import Linear
+from trainkit.layers.linear import Linear, weight_bytes
 from trainkit.layers.norm import RMSNorm
 from trainkit.layers.shape import DecoderShape
 from trainkit.layers.visible import Visible
@@ -227,7 +227,7 @@ class Eagle(Drafter):
         return self.layer(handle.embed(next_BT).to(feature_BTD.dtype), feature_BTD, context, state["cache"])
 
     def step_bytes(self, head_bytes: int) -> int:
-        return super().step_bytes(head_bytes) - self.fc.weight.numel() * self.fc.weight.element_size()  # fc runs in `commit`
+        return super().step_bytes(head_bytes) - weight_bytes(self.fc)  # fc runs in `commit`
 
     # Files: layouts.py
 

@@ -138,14 +138,21 @@ class LMDraft(Drafter):
 
     def init_state(self, batch_size: int, slots: int, device: torch.device, dtype: torch.dtype) -> State:
         self.decoder.reserve_positions(slots)
-        if self.ids_K is not None:  # copied in place: a captured graph may hold the tensor
-            with torch.inference_mode(False):  # so that later copies change its version, which `Blocked` reads
-                rows_KD = self.decoder.head_weight.detach()[self.ids_K]
-            self.head_KD = rows_KD if self.head_KD is None else self.head_KD.copy_(rows_KD)
+        self._take_head_rows()
         return {
             "cache": self.decoder.new_cache(batch_size, slots, device, dtype),
             "previous": torch.zeros(batch_size, 1, dtype=torch.long, device=device),  # the token before the root
         }
+
+    def _take_head_rows(self) -> None:
+        if self.ids_K is not None:  # copied in place: a captured graph may hold the tensor
+            with torch.inference_mode(False):  # so that later copies change its version, which `Blocked` reads
+                rows_KD = self.decoder.head_weight.detach()[self.ids_K]
+            self.head_KD = rows_KD if self.head_KD is None else self.head_KD.copy_(rows_KD)
+
+    def copy_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        super().copy_weights(tensors)
+        self._take_head_rows()
 
     def prefill(self, state: State, chunk: Chunk, handle: TargetHandle, span: int) -> None:
         tokens_BT, positions_BT = chunk.tokens_BT, chunk.positions_BT

@@ -43,7 +43,8 @@ def check_formats(subject: Subject) -> Check:
     """
     promise = "Each export format reloads to the same logits, in trainkit and in transformers where it can load the format."
     # A copy in float32 on the CPU: exporting casts and moves it
-    shape, drafter = subject.runner.shape, load_drafter(subject.folder, subject.target_folder, subject.runner.shape).float()
+    shape = subject.runner.shape
+    drafter = load_drafter(subject.folder, subject.target_folder, shape, packed=False).float()
     by_layout: dict[str, list[str]] = {}
     # Formats by layout: formats with the same layout write the same files
     for format, layout in drafter.formats.items():

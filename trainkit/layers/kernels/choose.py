@@ -47,6 +47,7 @@ def _best_of_block(
     position_row_stride,
     SALT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PROCESSED: tl.constexpr,
 ):
     # Step 1: this block's logits. One that is not a number counts as +inf, which makes the row invalid.
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -56,11 +57,13 @@ def _best_of_block(
     x = tl.load(logits + b * logits_text_stride + r * logits_row_stride + token, mask=inside, other=float("-inf"))
     x = x.to(tl.float32)
     x = tl.where(x == x, x, float("inf"))
+    temperature = tl.load(temperatures + b)
+    if PROCESSED and temperature > 0:
+        x = tl.div_rn(x, temperature)
     maximum = tl.max(x, axis=0)
     tl.store(maxima + row * N + block, maximum)
     tl.store(sums + row * N + block, tl.sum(tl.where(x == float("-inf"), 0.0, tl.exp(x - maximum)), axis=0))
     # Step 2: temperature and noise, a hash of key, position, stream and token, as `gumbel` of runner/sampling.py computes it.
-    temperature = tl.load(temperatures + b)
     if temperature > 0:
         first = tl.load(keys + b * key_stride).to(tl.uint32, bitcast=True)
         second = tl.load(keys + b * key_stride + 1).to(tl.uint32, bitcast=True)
@@ -70,7 +73,9 @@ def _best_of_block(
         u = tl.minimum((h.to(tl.float32) + 0.5) * (2.0**-32), 1 - 2.0**-24)
         w = 1.0 - u
         exponential = tl.where(w == 1.0, u, tl.div_rn(tl.log(w) * u, w - 1.0))  # -log1p(-u), as precise for a small u
-        x = tl.div_rn(x, temperature) - tl.log(exponential)
+        if not PROCESSED:
+            x = tl.div_rn(x, temperature)
+        x -= tl.log(exponential)
     # Step 3: the best; of equal ones the lowest id.
     value, index = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(values + row * N + block, value)
@@ -80,6 +85,7 @@ def _best_of_block(
 @triton.jit
 def _best_of_blocks(
     logits,
+    temperatures,
     values,
     tokens,
     maxima,
@@ -91,6 +97,7 @@ def _best_of_blocks(
     logits_text_stride,
     logits_row_stride,
     LOGPROBS: tl.constexpr,
+    PROCESSED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -104,12 +111,21 @@ def _best_of_blocks(
     if LOGPROBS:
         total = tl.sum(tl.load(sums + at, mask=inside, other=0.0) * tl.exp(maxima_N - maximum), axis=0)
         logit = tl.load(logits + row // R * logits_text_stride + row % R * logits_row_stride + token).to(tl.float32)
+        if PROCESSED:
+            temperature = tl.load(temperatures + row // R)
+            logit = tl.div_rn(logit, tl.where(temperature > 0, temperature, 1.0))
         tl.store(logprobs + row, logit - maximum - tl.log(total))
 
 
 @on_its_device
 def choose(
-    logits_BRV: Tensor, temperature_B: Tensor, keys_B2: Tensor, positions_BR: Tensor, stream: int, logprobs: bool = False
+    logits_BRV: Tensor,
+    temperature_B: Tensor,
+    keys_B2: Tensor,
+    positions_BR: Tensor,
+    stream: int,
+    logprobs: bool = False,
+    processed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Tokens [B, R] that maximise logit / temperature + Gumbel noise, and on request their log-probabilities [B, R].
 
@@ -123,7 +139,8 @@ def choose(
         keys_B2: int32, from `request_keys`.
         positions_BR: Absolute position of the token being chosen, an integer.
         stream: Purpose of the draw, as in `uniform` of runner/sampling.py.
-        logprobs: Also return the chosen tokens' log-probabilities at temperature 1, float32; otherwise None.
+        logprobs: Also return the chosen tokens' log-probabilities, float32; otherwise None.
+        processed: Log-probabilities at the text's temperature, where it is above 0; otherwise at temperature 1.
     """
     B, R, V = logits_BRV.shape
     N, device = triton.cdiv(V, BLOCK), logits_BRV.device
@@ -149,10 +166,12 @@ def choose(
         *positions_BR.stride(),
         SALT=(stream * 0x9E3779B1 + 0x7F4A7C15) & 0x7FFFFFFF,
         BLOCK=BLOCK,
+        PROCESSED=processed,
         num_warps=4,
     )
     _best_of_blocks[(B * R,)](
         logits_BRV,
+        temperature_B,
         values,
         tokens,
         maxima,
@@ -163,6 +182,7 @@ def choose(
         N,
         *logits_BRV.stride()[:2],
         LOGPROBS=logprobs,
+        PROCESSED=processed,
         BLOCKS=triton.next_power_of_2(N),
         num_warps=1,
     )

@@ -1,0 +1,36 @@
+"""Dr. GRPO: GRPO without the standard deviation and without the length of the response, which both bias the gradient."""
+
+# R responses  T response tokens, padded at the end
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trainkit.rl.algorithms.base import check
+from trainkit.rl.algorithms.grpo import GRPO
+
+
+class DrGRPO(GRPO):
+    """GRPO's tokens with A = R - mean, summed and divided by (responses x `max_length`).
+
+    Liu et al. 2025, arXiv 2503.20783. Responses without a token that counts are not among the responses.
+
+    Args:
+        max_length: The longest possible response in tokens (`max_new_tokens`), a constant.
+        clip_low: As in `GRPO`.
+        clip_high: As in `GRPO`.
+        beta: As in `Algorithm`.
+        mask_truncated: As in `Algorithm`.
+    """
+
+    def __init__(
+        self, max_length: int, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, mask_truncated: bool = False
+    ) -> None:
+        super().__init__(clip_low, clip_high, beta, "none", mask_truncated)
+        self.max_length = check(max_length > 0, "max_length", max_length, "at least 1")
+
+    def count(self, mask_RT: Tensor) -> Tensor:
+        return super().count(mask_RT) * self.max_length
+
+    def weights(self, mask_RT: Tensor) -> Tensor:
+        return mask_RT
