@@ -26,6 +26,7 @@ def describe(bundle: Bundle) -> str:
         "decoding": f"not by trainkit's runner: {reason}" if (reason := bundle.target.get("undecodable")) else None,
         "layout": bundle.extra.get("layout"),
         "config": _items(bundle.config),
+        "policy": _items(bundle.extra.get("policy") or {}),
         "metrics": _items(bundle.metrics) or "none recorded",
         "runner": _items({name: value for name, value in bundle.runner.items() if name != "predictor"}),
         "predictor": _predictor(bundle.runner.get("predictor")),

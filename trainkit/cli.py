@@ -36,6 +36,7 @@ COMMANDS = {
     "inspect": "show a bundle's card and check its files: trainkit inspect BUNDLE",
     "distill": "make a training set of the target's answers: trainkit distill --target DIR --prompts FILE --out DIR",
     "features": "store the target's outputs on training data: trainkit features --target DIR --data SET --out DIR",
+    "infalign": "record the rewards of a policy before RL: trainkit infalign OUT --target DIR --prompts FILE --reward NAME",
     "acceptance": "record which drafted tokens are accepted, to train a predictor: trainkit acceptance --help",
     "generate": "generate text: trainkit generate --target DIR --drafter DIR --prompt TEXT",
     "serve": "answer OpenAI clients: trainkit serve --target DIR --drafter DIR",

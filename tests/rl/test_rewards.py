@@ -16,6 +16,7 @@ import pytest
 from tests.support import reward_users as users
 from tests.support.rewards import group, rewards_of
 from trainkit.errors import UserError
+from trainkit.rl.evaluate import rows
 from trainkit.rl.rewards import Rewards
 
 MODULE = "tests.support.reward_users"
@@ -136,6 +137,27 @@ def test_an_error_is_missing_and_the_run_goes_on(capsys: pytest.CaptureFixture[s
     assert line.startswith("note: reward raising failed at step 0: RuntimeError: no connection to the server (reward_users.py:")
 
 
+def test_tables_hold_what_functions_log() -> None:
+    """Rows of tables have the columns of `log_extra`; values that JSON does not have become text."""
+
+    def logs(completions: list[str], log_extra: Any) -> list[float]:
+        log_extra("path", [Path("a"), None])
+        return [0.0, 1.0]
+
+    Rewards([{"function": logs}]).score(groups := [group("ab")], 0)
+    assert [row["log/path"] for row in rows(groups)] == ["a", None]
+
+
+def test_a_mistake_named_by_a_function_stops_the_run() -> None:
+    """A UserError of a function is its last word, not one more failure."""
+
+    def picky(completions: list[str]) -> list[float]:
+        raise UserError("picky: the file is missing; make it")
+
+    with pytest.raises(UserError, match=r"^picky: the file is missing; make it$"):
+        Rewards([{"function": picky}]).score([group("a")], 0)
+
+
 def test_a_function_that_exits_does_not_end_the_run() -> None:
     """`exit()` in a function is an error as others are, not the silent end of the run."""
     counts = Rewards([{"function": lambda completions: sys.exit(0), "name": "leaves"}]).score([group(["a"])], 0)
@@ -218,6 +240,9 @@ def test_no_group_is_no_call() -> None:
         ([{"function": "numeric", "options": {"extract": 3}}], "rewards[0]: options: extract: 3 must be str or None"),
         ([{"function": "numeric", "options": {"extract": "("}}], "extract: '(' is not a regular expression"),
         ([{"function": "regex"}], "rewards[0]: options: regex needs the option pattern"),
+        ([{"function": "format", "options": {"tags": [1]}}], "rewards[0]: options: tags: [1] must be list[str] or None"),
+        ([{"function": "length", "options": {"maximum": 2.5}}], "rewards[0]: options: maximum: 2.5 must be int"),
+        ([{"function": "regex", "options": {"pattern": "a", "full": 1}}], "rewards[0]: options: full: 1 must be bool"),
         ([{"function": "format", "options": {"tags": []}}], "tags: must be a list of names"),
         ([{"function": "length", "options": {"maximum": 0}}], "maximum: 0 must be at least 1"),
         ([{"function": "length", "options": {"maximum": 5, "minimum": 9}}], "maximum: 5 must be at least 9"),

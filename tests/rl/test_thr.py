@@ -94,16 +94,29 @@ def test_influence_predicts_likelihood_of_correct_responses(seed):
             assert score.item() == pytest.approx(sign * (own * correct).sum().item(), abs=1e-10)
 
 
+def test_thr_scales_by_the_sign_of_large_influence(seed):
+    """Tokens above tau in size are scaled by 1 + p or 1 - p after the sign of their influence; the others get 0."""
+    group, thr = Group(), THR(0.25)
+    advantage = [torch.ones(len(tokens), dtype=DOUBLE) for tokens in group.tokens]
+    influence = thr.influence(group.hidden, group.tokens, group.head, group.correct)
+    tau = min(influence[0].mean(), influence[2].mean())
+    found = thr.reweight(group.hidden, group.tokens, group.head, group.correct, advantage)
+    for row, scores in zip(found, influence, strict=True):
+        expected = [0.0 if abs(score) <= tau else 1.25 if score > 0 else 0.75 for score in scores.tolist()]
+        assert row.tolist() == expected
+
+
 def test_thr_skips_groups_of_one_kind(seed):
-    """A group that is all correct or all wrong, or whose correct responses are empty, keeps its advantages."""
+    """A group whose responses with tokens are all correct or all wrong keeps its advantages."""
     group = Group()
     advantage = [torch.randn(len(tokens), dtype=DOUBLE) for tokens in group.tokens]
     for correct in ([True] * 4, [False] * 4):
         found = THR(0.1).reweight(group.hidden, group.tokens, group.head, correct, advantage)
         assert all(torch.equal(x, y) for x, y in zip(found, advantage, strict=True))
     tokens, hidden, part = ([values[0][:0], *values[1:]] for values in (group.tokens, group.hidden, advantage))
-    found = THR(0.1).reweight(hidden, tokens, group.head, [True, False, False, False], part)
-    assert all(torch.equal(x, y) for x, y in zip(found, part, strict=True))
+    for correct in ([True, False, False, False], [False, True, True, True]):
+        found = THR(0.1).reweight(hidden, tokens, group.head, correct, part)
+        assert all(torch.equal(x, y) for x, y in zip(found, part, strict=True))
     assert len(THR(0.1).reweight(hidden, tokens, group.head, group.correct, part)[0]) == 0
 
 

@@ -48,6 +48,8 @@ def export(
     A run of JointModule tuned its target as well. That target, with the adapter merged, is written to OUT-target first, as a
     plain Hugging Face folder; the drafter at OUT then refuses any other target.
 
+    A run of PolicyModule becomes a plain Hugging Face folder of the fine-tuned model; an adapter is merged in float32.
+
     A run of CompressModule becomes a model whose zeros are those of its masks, or whose quantised layers hold the very codes of
     the training forward pass, in the format of compressed-tensors.
 
@@ -59,8 +61,9 @@ def export(
         out: Folder to write; for a predictor, the bundle of its drafter.
         format: native, hf, vllm, sglang or speculators, if the checkpoint's kind has it.
         tokenizer: Folder with the tokenizer files to copy; by default the one that the run used.
-        target: Folder of the target, if it was moved since training: EAGLE-3's files contain its embedding, and a JointModule
-            run tuned it. Of a CompressModule run, the folder of the model that it trained.
+        target: Folder of the target, if it was moved since training: EAGLE-3's files contain its embedding, and runs of
+            JointModule, and of PolicyModule with an adapter, tuned it. Of a CompressModule run, the folder of the model that it
+            trained.
         verifier: Folder or hub name (owner/name) where readers of the speculators format find the target; by default the
             target's folder here, so name one if the files leave this machine.
         dtype: Dtype of the written weights, also those of a tuned target; by default float32, for quantised weights that of
@@ -93,7 +96,12 @@ def export(
             if value is not None:
                 raise UserError(f"--{name}: a language model has none; leave it out")
         source = tokenizer or saved.info["tokenizer"]
-        bundle = export_model(saved.language_model(), out, tokenizer=source, **options, **_card(saved))
+        bundle = export_model(saved.language_model(), out, tokenizer=source, **options, **_card(saved), policy=saved.policy())
+    elif "kind" not in saved.description and "adapter" in saved.description:
+        if verifier is not None:
+            raise UserError("--verifier: a language model has none; leave it out")
+        model, folder = _merged(saved, target)
+        bundle = export_model(model, out, tokenizer=tokenizer or folder, **options, **_card(saved), policy=saved.policy())
     else:
         bundle, notes = _export_drafter(saved, out, tokenizer, target, options | {"verifier": verifier})
     lines = [export_report(bundle), *notes]
@@ -110,24 +118,40 @@ def _export_drafter(
     Raises:
         UserError: the folder of a tuned target does not hold the target that was tuned, or merging changed its logits.
     """
-    drafter, adapter, target, notes = saved.drafter(), saved.adapter(), target or saved.info.get("target"), []
-    if adapter is not None:
+    drafter, notes = saved.drafter(), []
+    if saved.adapter() is not None:
         # The run tuned the target too: write the merged target first, and bind the drafter to that target
         layout_for(options["format"], drafter.formats, f"drafter of kind {kind_name(drafter)!r}")  # before anything is written
-        folder, path, digest = Path(target or ""), Path(out).resolve(), saved.description["target_weights"]
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: does not hold the tuned target; give its folder with --target")
-        if weights_digest(folder) != digest:
-            raise UserError(
-                f"{folder}: its weights are not those that were tuned; give the tuned target's folder with --target"
-            )
-        model, tuned_path = merge_adapter(folder, *adapter, digest), path.with_name(f"{path.name}-target")
+        model, folder = _merged(saved, target)
+        path = Path(out).resolve()
+        tuned_path = path.with_name(f"{path.name}-target")
         tuned = export_model(model, tuned_path, tokenizer=folder, dtype=options["dtype"], **_card(saved))
         drafter.target = replace(drafter.target, fingerprint=fingerprint(tuned.path))
         target, notes = str(tuned.path), [f"target: {tuned.path}; this drafter works only with it"]
+    else:
+        target = target or saved.info.get("target")
     drafter.fill_untrained()
     source = tokenizer or saved.info["tokenizer"]
     return export_drafter(drafter, out, tokenizer=source, target=target, **options, **_card(saved)), notes
+
+
+def _merged(saved: Checkpoint, target: str | None) -> tuple[Any, Path]:
+    """The target that the run tuned, with the adapter merged, and the folder of its weights before.
+
+    Raises:
+        UserError: the folder does not hold the target that was tuned, or merging changed its logits.
+    """
+    folder, digest, adapter = (
+        Path(target or saved.info.get("target") or ""),
+        saved.description["target_weights"],
+        saved.adapter(),
+    )
+    assert adapter is not None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: does not hold the tuned target; give its folder with --target")
+    if weights_digest(folder) != digest:
+        raise UserError(f"{folder}: its weights are not those that were tuned; give the tuned target's folder with --target")
+    return merge_adapter(folder, *adapter, digest), folder
 
 
 def _card(saved: Checkpoint) -> dict[str, Any]:

@@ -37,9 +37,13 @@ from trainkit.modules.training_data import TrainingData
 from trainkit.parser import OneLine, one_line
 
 # Imported so that recipes can name their classes without the path of the module.
-for _module in ("text_data", "mixture_data", "acceptance_data", "draft", "joint", "language", "predictor", "compress"):
-    importlib.import_module(f"trainkit.modules.{_module}")
-for _module in ("losses.divergence", "modules.compression.masks", "modules.compression.flow", "modules.compression.quantised"):
+_MODULES = "text_data mixture_data acceptance_data prompt_data draft joint language predictor compress policy completions"
+_COMPRESSION = "masks flow quantised"
+for _module in (
+    *(f"modules.{name}" for name in _MODULES.split()),
+    *(f"modules.compression.{name}" for name in _COMPRESSION.split()),
+    *("losses.divergence", "rl.algorithms", "rl.refresh", "rl.thr", "rl.infalign"),
+):
     importlib.import_module(f"trainkit.{_module}")
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "base.yaml"

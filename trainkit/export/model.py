@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def export_model(
     tokenizer: str | Path,
     dtype: torch.dtype = torch.float32,
     format: str = "native",
+    policy: Mapping[str, Any] | None = None,
     **card: Any,
 ) -> bundle.Bundle:
     """Writes a transformers model with its tokenizer as a bundle and returns it.
@@ -43,6 +45,7 @@ def export_model(
         tokenizer: Folder whose tokenizer files are copied.
         dtype: Dtype of the written weights.
         format: One of `FORMATS`.
+        policy: How RL trained it (algorithm, rewards), for its card.
         card: `metrics`, `runner`, `recipe`, `seed`, `data` for trainkit.json.
 
     Raises:
@@ -82,7 +85,7 @@ def export_model(
         check_reload(before, reloaded(tokens).logits, out)
         check_weights(model.state_dict(), reloaded.state_dict(), out)
 
-    extra = {"format": format, "layout": layout}
+    extra = {"format": format, "layout": layout} | ({"policy": dict(policy)} if policy else {})
     return bundle.write(out, write_files, kind="model", config={}, target={}, extra=extra, **card)
 
 

@@ -222,7 +222,7 @@ class TrainingModule(LightningModule):
     def _log_training(self) -> None:
         sums = self._training.take(self._reduce, self.device)
         seconds = self._busy + self._waited + time.perf_counter() - self._step_start
-        values = {f"train/{name}": value for name, value in means(sums, exclude=("tokens", "skipped_steps")).items()}
+        values = {f"train/{name}": value for name, value in self.training_means(sums).items()}
         values |= self.training_values()
         values["optim/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         if self._gradient_norm is not None:
@@ -232,13 +232,17 @@ class TrainingModule(LightningModule):
             values["optim/skipped_steps"] = sums["skipped_steps"]
         values["speed/tokens_per_second"] = sums["tokens"] / seconds
         values["speed/data_wait"] = self._waited / seconds
-        for name in ("train/loss", "train/alpha", "speed/tokens_per_second"):
+        for name in ("train/loss", "train/reward", "train/alpha", "speed/tokens_per_second"):
             if name in values:
                 self.log(name, values[name], prog_bar=True, logger=False)
         # Not through `self.log`, which writes later, and twice when a run stops between two log intervals.
         self._write(values)
         self._busy = self._waited = 0.0
         self._step_start = time.perf_counter()
+
+    def training_means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics to log under `train/`, by name, from the sums over all ranks and the steps since the last log line."""
+        return means(sums, exclude=("tokens", "skipped_steps"))
 
     def training_values(self) -> dict[str, float]:
         """Further metrics of a training log line, by name, equal on all ranks."""
@@ -269,10 +273,7 @@ class TrainingModule(LightningModule):
         self._validation.add_output(self.loss(batch, None))
 
     def on_validation_epoch_end(self) -> None:
-        sums = self._validation.take(self._reduce, self.device)
-        if not sums.get("count"):
-            raise UserError("data.validation: no token counts in the loss; give rows with assistant text")
-        values = {f"val/{name}": value for name, value in self.validation_values(sums).items()}
+        values = {f"val/{name}": value for name, value in self.validation_metrics().items()}
         fits = self.trainer.state.fn == "fit"
         for name, value in values.items():  # Lightning takes the mean over ranks; the values are equal on all ranks
             self.log(name, value, prog_bar=name == "val/loss", logger=not fits, sync_dist=True)
@@ -280,6 +281,13 @@ class TrainingModule(LightningModule):
             self.log("step", float(self.trainer.global_step), sync_dist=True)
         elif not self.trainer.sanity_checking:
             self._write(values)
+
+    def validation_metrics(self) -> dict[str, float]:
+        """Metrics of a finished validation, by name, equal on all ranks."""
+        sums = self._validation.take(self._reduce, self.device)
+        if not sums.get("count"):
+            raise UserError("data.validation: no token counts in the loss; give rows with assistant text")
+        return self.validation_values(sums)
 
     def validation_values(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics to log under `val/`, by name, from the sums over all ranks."""

@@ -32,7 +32,8 @@ class Checkpoint:
         path: File of the checkpoint.
         description: Values that rebuild the network, from `TrainingModule.describe`.
         info: About the run: `module` (class name), `recipe`, `seed`, `step`, `metrics` (validation, by name), `data`
-            (fingerprint), `tokenizer` (folder) and, for a drafter, `target` (folder), for a language model `generation_config`.
+            (fingerprint), `tokenizer` (folder) and, for a drafter, `target` (folder), for a language model `generation_config`,
+            for an RL run `target` and `policy` (algorithm, rewards).
         weights: Trained weights by name, all networks together.
         compression: State of the compression, with its masks; empty if the run had none.
     """
@@ -68,6 +69,10 @@ class Checkpoint:
         """Sizes and weights of the target's adapter; None if the target was frozen."""
         saved = self.description.get("adapter")
         return saved and (AdapterShape(**{**saved, "modules": tuple(saved["modules"])}), self._weights("adapter."))
+
+    def policy(self) -> dict[str, Any] | None:
+        """How RL trained the model, by name; None if the run was none of PolicyModule."""
+        return self.info.get("policy")
 
     def _weights(self, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in self.weights.items() if name.startswith(prefix)}

@@ -11,7 +11,7 @@ from trainkit.losses.output import LossOutput
 
 
 class Meter:
-    """Named scalar sums in float64; `means` divides them."""
+    """Named scalar sums in float64; every metric of a `LossOutput` shares the denominator `count`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -56,13 +56,11 @@ class Meter:
 def means(sums: dict[str, float], exclude: tuple[str, ...] = ()) -> dict[str, float]:
     """Each sum divided by its number of tokens, without the counts and the names in `exclude`.
 
-    A name that ends in `_headN` is divided by `count_headN`, the number of tokens that count for head N; others by `count`. If
-    there is `count_tokens`, only the loss is divided by `count`, which counts something else, and others by `count_tokens`.
+    A name that ends in `_headN` is divided by `count_headN`, the number of tokens that count for head N; others by `count`.
     """
 
     def count(name: str) -> float:
         _, head, number = name.rpartition("_head")
-        shared = "count_tokens" if "count_tokens" in sums and name != "loss" else "count"
-        return max(sums.get(f"count_head{number}" if head else shared, 0.0), 1.0)
+        return max(sums.get(f"count_head{number}" if head else "count", 0.0), 1.0)
 
     return {name: value / count(name) for name, value in sums.items() if not name.startswith("count") and name not in exclude}

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 COLUMNS = 100
-METRICS = ("loss", "alpha", "perplexity", "tau")
+METRICS = ("loss", "reward", "alpha", "perplexity", "tau")
 """Metrics to show, if the module logs them."""
 
 

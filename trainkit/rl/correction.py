@@ -29,13 +29,13 @@ def mismatch(old_RT: Tensor, sampler_RT: Tensor, mask_RT: Tensor, cap: float = 2
     a ratio exp(c) above `cap` (`token_capped`), and of those whose response's ratio exp(sum c) is (`sequence_capped`).
     """
     log_ratio_RT = (old_RT - sampler_RT).detach() * mask_RT
-    token_RT, sequence_RT = _ratio(log_ratio_RT), _ratio(log_ratio_RT.sum(-1, keepdim=True)).expand_as(mask_RT)
+    token_RT, sequence_R1 = log_ratio_RT.exp(), log_ratio_RT.sum(-1, keepdim=True).exp()
     return {
         "tokens": mask_RT.sum(),
         "abs": log_ratio_RT.abs().sum(),
         "k3": (k3(log_ratio_RT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) * mask_RT).sum(),
         "token_capped": ((token_RT > cap) * mask_RT).sum(),
-        "sequence_capped": ((sequence_RT > cap) * mask_RT).sum(),
+        "sequence_capped": ((sequence_R1 > cap) * mask_RT).sum(),
     }
 
 
@@ -70,8 +70,8 @@ def correction(kind: Kind, cap: float, old_RT: Tensor, sampler_RT: Tensor, mask_
         return None
     log_ratio_RT = (old_RT - sampler_RT).detach() * mask_RT
     if kind == "token_truncate":
-        return _ratio(log_ratio_RT).clamp(max=cap)
-    ratio_RT = _ratio(log_ratio_RT.sum(-1, keepdim=True)).expand_as(mask_RT)
+        return log_ratio_RT.exp().clamp(max=cap)
+    ratio_RT = log_ratio_RT.sum(-1, keepdim=True).exp().expand_as(mask_RT)
     return ratio_RT.clamp(max=cap) if kind == "sequence_truncate" else ratio_RT.masked_fill(ratio_RT > cap, 0.0)
 
 
@@ -81,7 +81,3 @@ def check_correction(kind: str, cap: float) -> None:
         raise UserError(f"model.correction is {kind!r}; choose from {', '.join(KINDS)}")
     if not cap >= 1:
         raise UserError(f"model.correction_cap is {cap}; it must be at least 1")
-
-
-def _ratio(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()

@@ -121,12 +121,13 @@ def reward_table(groups: Sequence[Group]) -> np.ndarray:
 
 
 def rows(groups: Sequence[Group], **columns: Any) -> list[dict[str, Any]]:
-    """A row for each response: prompt, completion, reward, rewards by function, length and finish, after the given columns."""
+    """A row for each response, after the given columns: prompt, text, rewards, length, finish, and what rewards logged."""
     return [
         columns
         | {"task": group.task.index, "prompt": group.task.prompt, "completion": response.text, "reward": response.reward}
         | {f"reward/{name}": value for name, value in response.rewards.items()}
         | {"length": len(response.tokens), "finish": response.finish}
+        | {f"log/{column}": value for column, value in response.extra.items()}
         for group in groups
         for response in group.responses
     ]

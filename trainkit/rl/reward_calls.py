@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 from trainkit.errors import UserError, first_lines
@@ -61,8 +61,8 @@ class Result:
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        """Keeps a value for each completion."""
-        self.extra[column] = list(values)
+        """Keeps a value for each completion; anything but numbers and text becomes text, because tables are JSON."""
+        self.extra[column] = [value if isinstance(value, (bool, int, float, str, NoneType)) else str(value) for value in values]
 
     def log_metric(self, name: str, value: float) -> None:
         self.metrics.setdefault(name, []).append(float(value))
@@ -113,6 +113,7 @@ def call(function: Callable[..., Any], request: Request) -> Result:
     Raises:
         BadCall: its result, or what it logs, is not one value per completion.
         BadGold: it cannot read a reference answer.
+        UserError: it raised one.
         Failed: it raised another error.
     """
     if is_async(function):
@@ -160,10 +161,10 @@ def _load_module(where: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _errors_of_function() -> Iterator[None]:
-    """Turns every error, even `exit()`, into `Failed`."""
+    """Turns every error but those that stop the run, even `exit()`, into `Failed`."""
     try:
         yield
-    except (BadCall, BadGold):
+    except (BadCall, BadGold, UserError):
         raise
     except (Exception, SystemExit) as error:
         text = _describe(error)

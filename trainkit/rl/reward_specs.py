@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from types import UnionType
 from typing import Any
 
 from trainkit.errors import UserError
@@ -110,13 +111,23 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
     for option, value in options.items():
         if option not in parameters:
             raise UserError(f"options: {name} has no option {option!r}; choose from {', '.join(parameters) or 'none'}")
-        kinds = typing.get_args(hints[option]) or (hints[option],)
-        fits = [type(value) is (typing.get_origin(kind) or kind) or (kind is float and type(value) is int) for kind in kinds]
-        if not any(fits):
+        if not _fits(value, hints[option]):
             raise UserError(f"options: {option}: {value!r:.60} must be {parameters[option].annotation.replace(' | ', ' or ')}")
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise UserError(f"options: {name} needs the option {option}; set it")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML has a type; whole numbers are floats too."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, UnionType):
+        return any(_fits(value, part) for part in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(entry, inner[0]) for entry in value)
+    if isinstance(value, bool) or hint is None:
+        return hint in (bool, type(value))
+    return isinstance(value, (int, float) if hint is float else kind or hint)
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[set[str], set[str] | None]:

@@ -131,7 +131,7 @@ def serve(handle: str, parent: str) -> None:
         except (BadCall, BadGold, Failed) as error:
             reply = error
         except UserError as error:
-            reply = BadCall(f"cannot be loaded: {error}")
+            reply = error if function else BadCall(f"cannot be loaded: {error}")
         try:
             connection.send(reply)
         except ConnectionError:

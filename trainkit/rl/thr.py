@@ -67,7 +67,7 @@ class THR:
         advantage: Sequence[Tensor],
         temperature: float = 1.0,
     ) -> list[Tensor]:
-        """The advantages [n] of each response of one group, reweighted; unchanged if all are correct, or none.
+        """The advantages [n] of each response of one group, reweighted; unchanged if all with tokens are correct, or none.
 
         Args:
             hidden: For each response the output head's inputs [n, D] at the positions that predict its tokens, under the policy
@@ -78,9 +78,9 @@ class THR:
             advantage: Advantages [n] of its tokens.
             temperature: Sampling temperature.
         """
-        sizes = [len(token_n) for token_n in tokens]
-        right = [bool(is_correct) and size > 0 for is_correct, size in zip(correct, sizes, strict=True)]
-        if not any(right) or all(correct):
+        counted = [(is_correct, len(token_n) > 0) for is_correct, token_n in zip(correct, tokens, strict=True)]
+        right = [is_correct and has_tokens for is_correct, has_tokens in counted]
+        if not any(right) or all(is_correct for is_correct, has_tokens in counted if has_tokens):
             return list(advantage)
         influence = self.influence(hidden, tokens, head, right, temperature)
         means = torch.stack([influence_n.mean() for influence_n, is_right in zip(influence, right, strict=True) if is_right])

@@ -1,0 +1,359 @@
+"""RL fine-tuning in small runs: exact ratios and gradients, equal results however a run is split, resumed or sped up."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from tests.support.policies import arguments, weights_apart, write_prompts
+from tests.support.processes import torchrun
+from tests.support.runs import log, resumed, weights
+from tests.support.targets import make_target
+from tests.support.training import fit as train
+from trainkit.commands.export import export
+from trainkit.commands.fit import run
+from trainkit.drafters.lm import LMDraft
+from trainkit.errors import UserError
+from trainkit.export.drafter import export_drafter
+from trainkit.models.target import FrozenTarget, target_shape
+from trainkit.modules.policy import PolicyModule
+from trainkit.modules.prompt_data import PromptData
+from trainkit.rl.algorithms import DAPO, GRPO, DrGRPO, OnPolicyDistillation
+from trainkit.rl.batches import policy_logprobs
+from trainkit.rl.refresh import Refresh
+from trainkit.runner import Runner
+from trainkit.runner.stats import Stats
+
+# R responses  L response tokens
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    """A tiny target with moderate logits, so that responses differ and importance ratios stay near 1."""
+    return make_target(tmp_path_factory.mktemp("targets") / "policy", num_hidden_layers=2, std=0.1)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def drafter(target, tmp_path_factory) -> Path:
+    """A bundle of a one-layer draft of the target."""
+    folder = tmp_path_factory.mktemp("drafters") / "lm"
+    draft = LMDraft(target_shape(target), num_layers=1, init="target")
+    draft.initialise(FrozenTarget(target))
+    export_drafter(draft, folder, tokenizer=target)
+    return folder
+
+
+def policy_module(target: Path, **more) -> PolicyModule:
+    """Groups of 4 responses to 8 prompts, in two minibatches; `more` replaces arguments."""
+    options = {
+        "algorithm": GRPO(),
+        "rewards": [{"function": "tests.support.policies:odd_share"}],
+        "samples": 4,
+        "prompts": 8,
+        "max_new_tokens": 10,
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
+    }
+    return PolicyModule(str(target), **(options | more))
+
+
+def fit(module: PolicyModule, prompts: Path, root: Path, *callbacks: Callback, **more) -> Trainer:
+    data = PromptData(str(prompts), **{name: more.pop(name) for name in ("validation", "limit") if name in more})
+    return train(module, data, root, *callbacks, **more)
+
+
+class Record(Callback):
+    """What the loss reads and the gradient at each optimiser step."""
+
+    def __init__(self) -> None:
+        self.batches, self.gradients = [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.batches.append(batch)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self.gradients.append([parameter.grad.clone() for parameter in module.parameters()])
+
+
+class Ratios(GRPO):
+    """GRPO that records whether the ratios of each call are exactly 1."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.exact: list[bool] = []
+
+    def loss(self, tokens):
+        self.exact.append(torch.equal(tokens.new_RT, tokens.old_RT) and bool(tokens.mask_RT.any()))
+        return super().loss(tokens)
+
+
+@pytest.mark.parametrize("lora", [None, 4], ids=["full", "lora"])
+def test_ratio_is_exactly_one_at_first_minibatch(lora, target, prompts, tmp_path, seed):
+    """Bit for bit, in every micro-batch, with a temperature; in the second minibatch, after an update, it is not."""
+    algorithm = Ratios(clip_low=0.2)
+    module = policy_module(target, algorithm=algorithm, lora_rank=lora, temperature=0.7)
+    fit(module, prompts, tmp_path, steps=4, accumulate_grad_batches=2)
+    assert algorithm.exact == [True, True, False, False] * 2
+
+
+def test_one_minibatch_gives_plain_policy_gradient(target, prompts, tmp_path, seed):
+    """The gradient of a step on a whole generation equals -1/B sum_i 1/n_i sum_t A_i grad log p, each response alone."""
+    record, module = Record(), policy_module(target, minibatches=1)
+    fit(module, prompts, tmp_path, record, steps=1, accumulate_grad_batches=2, gradient_clip_val=0)
+    # The same responses from a runner, and their advantages by hand.
+    reference = FrozenTarget(target)
+    reference.model.requires_grad_(True)
+    losses, responses = [], 0
+    for batch in record.batches:
+        for row, exists_L in enumerate(batch["exists_RL"]):
+            place, count = int(batch["place_RL"][row, 0]), int(exists_L.sum())
+            tokens, positions = batch["tokens_BT"].flatten(), batch["positions_BT"].flatten()
+            start = place - int(positions[place])
+            text = tokens[start : place + count + 1]
+            logp = reference.model(text[None]).logits[0].log_softmax(-1)
+            labels = text[-count:]
+            chosen = logp[-count - 1 : -1].gather(1, labels[:, None]).mean()
+            losses.append(-batch["advantage_RL"][row, 0] * chosen)
+            responses += 1
+    assert responses == 32 and sum(bool(loss) for loss in losses) > 16
+    wanted = torch.autograd.grad(torch.stack(losses).sum() / responses, list(reference.model.parameters()))
+    for ours, theirs in zip(record.gradients[0], wanted, strict=True):  # float32, packed against alone
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()) + 1e-7)
+
+
+def test_advantages_are_those_of_the_rewards(target, prompts, tmp_path, seed):
+    """Each response's advantage is (R - mean) / (std + 1e-4) of its group, with rewards computed from its own tokens."""
+    record, module = Record(), policy_module(target, minibatches=1)
+    fit(module, prompts, tmp_path, record, steps=1)
+    (batch,) = record.batches
+    shares = [(row[exists] % 2).float().mean() for row, exists in zip(batch["labels_RL"], batch["exists_RL"], strict=True)]
+    rewards_PG = torch.stack(shares).view(8, 4)
+    wanted_PG = (rewards_PG - rewards_PG.mean(1, keepdim=True)) / (rewards_PG.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(batch["advantage_RL"][:, 0].view(8, 4), wanted_PG, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", [GRPO, DAPO, lambda: DrGRPO(10)], ids=["responses", "tokens", "constant"])
+def test_accumulation_equals_one_batch(algorithm, target, prompts, tmp_path, seed):
+    """Eight micro-batches per step and one give the same weights."""
+    modules = []
+    for accumulate in (1, 8):
+        module = policy_module(target, algorithm=algorithm())
+        fit(module, prompts, tmp_path / str(accumulate), steps=4, accumulate_grad_batches=accumulate)
+        modules.append(module)
+    start = FrozenTarget(target).model
+    assert weights_apart(modules[0], start) > 1e-3
+    assert weights_apart(*modules) < 1e-5  # sums in another order
+
+
+@pytest.mark.parametrize("lora", [None, 4], ids=["full", "lora"])
+def test_runner_has_the_trained_weights(lora, target, prompts, tmp_path, seed):
+    """At every generation the runner's log-probabilities are those of the trainer, with the adapter merged in float32."""
+    record = Record()
+    module = policy_module(target, lora_rank=lora, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    fit(module, prompts, tmp_path, record, steps=6)
+    apart = [(batch["old_RL"] - batch["sampler_RL"]).abs().max() for batch in record.batches]
+    assert len(apart) == 6 and max(apart) < 1e-4  # float32 rounding
+    first, last = record.batches[0], record.batches[-1]
+    with torch.no_grad():
+        now_RL, _, _ = policy_logprobs(module.policy, first, 1.0)
+        assert (now_RL - first["old_RL"]).abs().max() > 1e-2, "the policy did not move, so a stale runner would not show"
+        old = Runner.load(target, max_len=64)
+        prompt, continuation = _texts(last)[0]
+        (stale,) = old.score([prompt], [continuation])
+        module.sync()
+        (fresh,) = module.rollouts.runner.score([prompt], [continuation])
+        trainer_RL, _, _ = policy_logprobs(module.policy, last, 1.0)
+    trained = trainer_RL[0, : len(continuation)]
+    assert (torch.tensor(fresh) - trained).abs().max() < 1e-4 < (torch.tensor(stale) - trained).abs().max()
+
+
+def _texts(batch: dict) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) of each response of a micro-batch."""
+    pairs, tokens, positions = [], batch["tokens_BT"].flatten(), batch["positions_BT"].flatten()
+    for place_L, labels_L, exists_L in zip(batch["place_RL"], batch["labels_RL"], batch["exists_RL"], strict=True):
+        first = int(place_L[0])
+        pairs.append((tokens[first - int(positions[first]) : first + 1].tolist(), labels_L[exists_L].tolist()))
+    return pairs
+
+
+def test_resume_at_every_step_is_exact(target, prompts, tmp_path):
+    """Runs that stop after each step, inside a generation and at its end, and resume, end with the same weights bit for bit."""
+    options = {"lora_rank": 4, "algorithm": DAPO(beta=0.01), "epochs": 2, "reward": "first_odd"}
+    straight = fit(_adam(target, **options), prompts, tmp_path / "straight", steps=9, accumulate_grad_batches=2)
+    root, last = tmp_path / "parts", None
+    for steps in range(1, 10):
+        parts = fit(_adam(target, **options), prompts, root, steps=steps, accumulate_grad_batches=2, ckpt_path=last)
+        last = root / "checkpoints" / "last.ckpt"
+    for ours, theirs in zip(straight.lightning_module.parameters(), parts.lightning_module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _adam(target: Path, reward: str = "odd_share", **more) -> PolicyModule:
+    rewards = [{"function": f"tests.support.policies:{reward}"}]
+    return policy_module(target, rewards=rewards, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), **more)
+
+
+def test_resumed_log_equals_that_of_one_run(target, drafter, prompts, tmp_path):
+    """Rewards, statistics, refreshes of the drafter and weights of a run that was stopped inside a generation and resumed."""
+    more = {
+        "model.drafter": drafter,
+        "model.speculate": "on",
+        "model.refresh": "Refresh",
+        "model.refresh.every": 1,
+        "model.refresh.steps": 2,
+        "model.refresh.lr": 1e-3,
+        "model.pass_at": "[1,4]",
+        "data.validation": prompts,
+        "data.limit_validation": 4,
+        "trainer.val_check_interval": 5,
+    }
+    flags = lambda name, steps: arguments(target, prompts, tmp_path / name, **more, **{"trainer.max_steps": steps})
+    assert run("fit", flags("straight", 8)) == 0
+    for steps in (3, 8):
+        assert run("fit", resumed(flags("parts", steps), tmp_path / "parts")) == 0
+    straight, parts = (_rows(tmp_path / name) for name in ("straight", "parts"))
+    names = {name for row in straight for name in row}
+    assert {"train/reward", "train/reward/odd_share", "train/ratio_max", "train/tau", "refresh/alpha_after"} <= names
+    assert parts == straight
+    assert any("val/pass@4" in row for row in log(tmp_path / "straight"))
+    ours, theirs = weights(tmp_path / "straight"), weights(tmp_path / "parts")
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def _rows(root: Path) -> list[dict[str, str]]:
+    """The training rows of the log, without times."""
+    timed = ("refresh/seconds", "refresh/share")
+    return [{k: v for k, v in row.items() if v and k not in timed} for row in log(root) if row["train/loss"]]
+
+
+def test_speculation_changes_nothing_but_speed(target, drafter, prompts, tmp_path, seed):
+    """With a drafter, and with one that is refreshed, the same weights bit for bit as without."""
+    plain = _adam(target)
+    fit(plain, prompts, tmp_path / "plain", steps=6)
+    refresh = lambda *given, **options: Refresh(*given, every=1, steps=2, lr=1e-3, **options)
+    for name, more in {"frozen": {}, "refreshed": {"refresh": refresh}}.items():
+        module = _adam(target, drafter=str(drafter), speculate="on", **more)
+        fit(module, prompts, tmp_path / name, steps=6)
+        assert Stats.merge(r.stats for group in module.groups for r in group.responses).drafted > 0
+        assert weights_apart(module, plain) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(target, prompts, tmp_path):
+    """DAPO with refill, and a reward that raises on one rank only: equal rewards, and weights to 1e-5."""
+    more = {
+        "model.algorithm": "DAPO",
+        "model.rewards": json.dumps([{"function": "tests.support.policies:first_odd"}]),
+        "model.prompts": 4,
+        "model.optimizer": "torch.optim.SGD",
+        "model.optimizer.lr": 0.1,
+        "trainer.max_steps": 6,
+        "data.validation": prompts,
+        "data.limit_validation": 5,
+    }
+    assert run("fit", arguments(target, prompts, tmp_path / "one", **more)) == 0
+    process = torchrun(arguments(target, prompts, tmp_path / "two", **more), tmp_path / "output")
+    assert process.wait(120) == 0, (tmp_path / "output").read_text()[-2000:]
+    for row, other in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        for name in ("train/reward", "train/filtered", "train/zero_variance", "train/length", "val/reward", "val/length"):
+            assert row[name] == other[name], name
+        assert not row["train/loss"] or float(row["train/loss"]) == pytest.approx(float(other["train/loss"]), abs=1e-5)
+    assert {row["train/filtered"] for row in log(tmp_path / "one")} - {"", "0.0"}, "nothing was refilled"
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(value, two[name], rtol=0, atol=1e-5) for name, value in one.items())
+
+
+def test_missing_rewards_stop_with_one_line(target, prompts, tmp_path):
+    """A reward that is missing for every response ends the run and names the function."""
+    module = policy_module(target, rewards=[{"function": "tests.support.policies:never"}])
+    with pytest.raises(UserError, match=r"no response of generation 1 has a reward.*never") as caught:
+        fit(module, prompts, tmp_path, steps=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_step_without_signal_leaves_weights_alone(target, prompts, tmp_path):
+    """With dynamic sampling and rewards that are all equal, no group is left; moments and weight decay do not act."""
+    module = policy_module(
+        target,
+        algorithm=DAPO(),
+        rewards=[{"function": "length", "options": {"minimum": 1, "maximum": 10}}],
+        optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    )
+    fit(module, prompts, tmp_path, steps=2)
+    assert weights_apart(module, FrozenTarget(target).model) == 0
+
+
+BAD = {
+    "one sample": ({"samples": 1}, "model.samples is 1, but GRPO compares responses"),
+    "minibatches": ({"minibatches": 3}, "model.minibatches: 8 prompts do not divide into 3"),
+    "no reward": ({"rewards": []}, "model.rewards: GRPO needs at least one reward"),
+    "unknown reward": ({"rewards": [{"function": "nmeric"}]}, "model.rewards.*unknown function 'nmeric'"),
+    "temperature": ({"temperature": 0.0}, "model.temperature is 0.0"),
+    "no teacher": ({"algorithm": OnPolicyDistillation(), "rewards": None}, "model.reference: OnPolicyDistillation needs"),
+    "unread reference": ({"reference": "x"}, "model.reference: the algorithm reads no reference"),
+    "rank": ({"lora_rank": 0}, "lora_rank 0 must be at least 1"),
+    "projection": ({"lora_rank": 2, "lora_modules": ["qq"]}, "model.lora_modules"),
+    "pass@k": ({"pass_at": [8]}, "model.pass_at: 8 must be between 1 and model.samples"),
+    "long": ({"max_new_tokens": 510}, "data.train: prompt 0 has .* lower model.max_new_tokens"),
+    "too few prompts": ({"prompts": 64}, "data.train: 24 prompts, but a generation needs 64"),
+    "target": ({"target": "nowhere"}, "nowhere: no"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options_give_one_line(name, target, prompts, tmp_path):
+    """A wrong option gives one line that names it."""
+    more, message = BAD[name]
+    with pytest.raises(UserError, match=message) as caught:
+        fit(policy_module(**({"target": target} | more)), prompts, tmp_path, steps=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_accumulation_must_divide_responses(target, prompts, tmp_path):
+    """Micro-batches that do not divide a minibatch are refused."""
+    with pytest.raises(
+        UserError, match="accumulate_grad_batches: 16 responses of a process and minibatch do not divide into 3"
+    ):
+        fit(policy_module(target), prompts, tmp_path, steps=1, accumulate_grad_batches=3)
+
+
+@pytest.mark.parametrize("lora", [None, 4], ids=["full", "lora"])
+def test_exported_folder_is_the_policy(lora, target, prompts, tmp_path):
+    """The exported folder has the logits of the trained policy, and its card names algorithm and rewards."""
+    module = policy_module(target, lora_rank=lora, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    fit(module, prompts, tmp_path / "run", steps=2)
+    export(str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out"))
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        ours, theirs = (FrozenTarget(folder).model(tokens).logits for folder in (target, tmp_path / "out"))
+        policy = module.policy.model(tokens).logits
+    assert (theirs - policy).abs().max() < 1e-4 < 1e-2 < (ours - policy).abs().max()
+    card = json.loads((tmp_path / "out" / "trainkit.json").read_text())
+    assert card["extra"]["policy"]["algorithm"] == "GRPO" and card["extra"]["policy"]["rewards"] == ["odd_share"]
+    assert card["metrics"]["step"] == 2
+    Runner.load(tmp_path / "out", max_len=64).generate(["1 + 1?"], max_new_tokens=4)
+
+
+def _mean_reward(module: PolicyModule) -> float:
+    values = [response.reward for group in module.groups for response in group.responses]
+    return sum(values) / len(values)
+
+
+@pytest.mark.slow
+def test_policy_learns_a_trivial_reward(target, prompts, tmp_path, seed):
+    """The share of odd token ids rises well above chance within 16 generations."""
+    module = policy_module(target, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), samples=8)
+    rewards = []
+
+    class Rewards(Callback):
+        def on_train_batch_end(self, trainer, module, *args) -> None:
+            rewards.append(_mean_reward(module))
+
+    fit(module, prompts, tmp_path, Rewards(), steps=32)
+    assert sum(rewards[-6:]) / 6 > sum(rewards[:2]) / 2 + 0.15
