@@ -16,10 +16,10 @@ import torch
 from trainkit import bundle
 from trainkit.bundle import read_json
 from trainkit.compress import structured
-from trainkit.compress.blocks import Walked
+from trainkit.compress.awq import awq
 from trainkit.compress.layout import Layout, read_layout
-from trainkit.compress.oneshot import Plan, oneshot
-from trainkit.compress.plan import check_options, make_goal, make_plan
+from trainkit.compress.oneshot import METHODS, oneshot
+from trainkit.compress.plan import awq_grid, check_options, described, make_goal, make_plan, quantisation
 from trainkit.compress.work import rank
 from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.writer import check_positive, local_device, quiet_libraries
@@ -29,7 +29,6 @@ from trainkit.errors import UserError
 from trainkit.export.compressed import export_compressed
 from trainkit.export.compressed_drafter import compress_drafter
 from trainkit.files import remove
-from trainkit.models.compressed import quantization_config
 from trainkit.models.load import find_device
 
 STRUCTURED_OPTIONS = {"ratio", "bias", "dimensions", "multiple"}
@@ -51,6 +50,7 @@ def compress(
     static_scales: bool | None = None,
     sequential: bool | None = None,
     allocation: str | None = None,
+    python: str | None = None,
     ratio: float | None = None,
     bias: bool | None = None,
     dimensions: list[str] | None = None,
@@ -66,12 +66,12 @@ def compress(
     """Prunes or quantises the linear layers of a model's blocks without training, or makes the model smaller; writes a bundle.
 
     Embeddings and output head stay as they are. Methods that prune: `magnitude`, `wanda` (arXiv 2306.11695) and
-    `sparsegpt` (arXiv 2301.00774), which also changes the remaining weights. Methods that quantise: `rtn` (round to nearest)
-    and `gptq` (arXiv 2210.17323). With --bits, a method that prunes also quantises. Structured methods give a smaller model:
-    `flap` (arXiv 2312.11983), `flap-plain`, `structured-magnitude` and `structured-random` remove heads and neurons, `width`
-    (arXiv 2407.14679) neurons, heads or channels, `depth` blocks. All but `magnitude`, `rtn`, `structured-magnitude` and
-    `structured-random` need calibration text, which should resemble what the model will read and must not be the text that it
-    is evaluated on.
+    `sparsegpt` (arXiv 2301.00774), which also changes the remaining weights. Methods that quantise: `rtn` (round to nearest),
+    `gptq` (arXiv 2210.17323), and `awq` (arXiv 2306.00978), which needs llmcompressor. With --bits, a method that prunes also
+    quantises. Structured methods give a smaller model: `flap` (arXiv 2312.11983), `flap-plain`, `structured-magnitude` and
+    `structured-random` remove heads and neurons, `width` (arXiv 2407.14679) neurons, heads or channels, `depth` blocks. All but
+    `magnitude`, `rtn`, `structured-magnitude` and `structured-random` need calibration text, which should resemble what the
+    model will read and must not be the text that it is evaluated on.
 
     One block is in memory at a time. After a kill or an interrupt, the same command continues where it stopped, from the folder
     OUT.work beside OUT, which it removes at the end. Under torchrun, each process reads its share of the calibration text.
@@ -105,6 +105,7 @@ def compress(
         sequential: Whether the inputs of a block's layers are measured after its earlier layers were changed; this takes four
             times the forward passes.
         allocation: File of `trainkit allocate`, in place of --sparsity or --bits.
+        python: Interpreter that has llmcompressor, which computes `awq`; by default the one that runs trainkit.
         ratio: Share to remove by a structured method: of the weights of each block's linear layers, with `width` of each of
             --dimensions, with `depth` of the blocks.
         bias: Whether the mean contribution of removed heads and neurons becomes a bias; by default with flap, if the layout has
@@ -135,13 +136,14 @@ def compress(
         raise UserError(f"--{wrong[0]}: is for calibration text; give --calibration FILE, or leave it out")
     samples, seed = samples or 128, seed or 0
     options |= {name: value for name, value in (("samples", samples), ("seed", seed)) if calibration}
-    plan = None if method in structured.METHODS else make_plan(layout, method, given, options)
-    if plan is None and ratio is None:
+    plan = make_plan(layout, method, given, options) if method in METHODS else None
+    grid = awq_grid(layout, given, options) if method == "awq" else None
+    if plan is None and grid is None and ratio is None:
         raise UserError(f"--method {method}: removes parts of the model, so give --ratio, such as 0.2")
     if allocation is not None and read_json(Path(allocation)).get("target") not in (None, weights_digest(target)):
         raise UserError(f"{allocation}: is for a model with other weights; run trainkit allocate on {target}")
     chosen: dict[str, Any] = {name: options[name] for name in ("bias", "dimensions", "multiple") if name in given}
-    if plan is None:
+    if method in structured.METHODS:
         defaults = {"bias": None, "dimensions": ["neurons"], "multiple": 64}
         structured.check_options(layout, method, ratio or 0, **{**defaults, **chosen}, calibrated=calibration is not None)
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -154,9 +156,11 @@ def compress(
     computed["device"] = placed
     if plan is not None:
         walked = oneshot(target, text, plan, **computed)
-        tensors, config = walked.tensors(), _quantisation(layout, plan)
-        made = _described_plan(plan, walked)
+        tensors, config, made = walked.tensors(), quantisation(layout, plan), described(plan, walked)
         table = _table(made["layers"])
+    elif grid is not None and text is not None:
+        tensors, config, made = awq(layout, text, grid, python=python, **computed)
+        table = f"quantised by {made['program']}"
     else:
         tensors, config, made = structured.prune(target, text, method, ratio or 0, seed=seed, **chosen, **computed)
         made |= {"layers": {}}
@@ -232,31 +236,6 @@ def start_processes(device: str) -> torch.device:
             torch.cuda.set_device(placed)
         torch.distributed.init_process_group("nccl" if placed.type == "cuda" else "gloo")
     return placed
-
-
-def _quantisation(layout: Layout, plan: Plan) -> dict[str, Any]:
-    """Fields of config.json that a plan changes."""
-    grids = {name: goal.grid for name, goal in plan.goals.items() if goal.grid}
-    if not grids:
-        return {}
-    first = next(iter(grids.values()))
-    sizes: tuple[Any, Any] = first.bits, first.group
-    if len(grids) < len(layout.all_linears()) or len(set(grids.values())) > 1:
-        sizes = {name: grid.bits for name, grid in grids.items()}, {name: grid.group for name, grid in grids.items()}
-    return {"quantization_config": quantization_config(*sizes, first.symmetric, first.kind)}
-
-
-def _described_plan(plan: Plan, walked: Walked) -> dict[str, Any]:
-    """What a one-shot method did, for the card."""
-    patterns, grids = ({getattr(goal, part) for goal in plan.goals.values()} for part in ("pattern", "grid"))
-    grid = next(iter(grids)) if len(grids) == 1 else None
-    return {
-        "method": plan.method,
-        "pattern": str(next(iter(patterns))) if patterns != {None} and len(patterns) == 1 else None,
-        "grid": {name: getattr(grid, name) for name in ("bits", "group", "symmetric", "kind")} if grid else None,
-        **{name: getattr(plan, name) for name in ("refine", "scope", "order", "static_scales", "sequential")},
-        "layers": {f"{name}.weight": values for report in walked.reports for name, values in report.items()},
-    }
 
 
 def _described_text(text: Calibration | None) -> dict[str, Any]:

@@ -8,15 +8,17 @@ from typing import Any
 
 from trainkit.bundle import read_json
 from trainkit.compress import structured
+from trainkit.compress.blocks import Walked
 from trainkit.compress.layout import Layout
 from trainkit.compress.masks import Pattern, parse_pattern
 from trainkit.compress.oneshot import METHODS, Goal, Plan, check_plan
 from trainkit.compress.quantise import Grid, usual_grid
 from trainkit.errors import UserError
+from trainkit.models.compressed import quantization_config
 
 SPECIFIC = {
     *("sparsity", "scope", "refine", "bits", "kind", "group", "zero_points", "order", "static_scales", "sequential"),
-    *("allocation", "ratio", "bias", "dimensions", "multiple"),
+    *("python", "allocation", "ratio", "bias", "dimensions", "multiple"),
 }
 """Options that only some methods have."""
 
@@ -30,19 +32,38 @@ def check_options(name: str, given: set[str]) -> None:
     if name in structured.METHODS:
         allowed = {"ratio"} | ({"bias", "multiple", "dimensions"} if name != "depth" else set())
         allowed -= {"bias"} if name == "width" else set()
+    elif name == "awq":
+        allowed = {"bits", "group", "zero_points", "python"}
     elif name in METHODS:
         method = METHODS[name]
         allowed = {"bits", "kind", "group", "zero_points", "sequential", "allocation", "order", "static_scales"}
         allowed |= ({"sparsity", "scope"} if method.prunes else set()) | ({"refine"} if method.scores else set())
         allowed -= {"wanda": {"scope"}, "rtn": {"order", "static_scales", "sequential"}}.get(name, set())
     else:
-        raise UserError(f"--method {name}: unknown method; choose from {', '.join([*METHODS, *structured.METHODS])}")
+        raise UserError(f"--method {name}: unknown method; choose from {', '.join([*METHODS, 'awq', *structured.METHODS])}")
     if wrong := sorted(given & SPECIFIC - allowed):
         remedy = "leave it out"
         if wrong[0] == "sparsity":
             pruning = "prune by magnitude, wanda or sparsegpt, with --bits to quantise as well"
-            remedy = pruning if name in METHODS else "give --ratio instead"
+            remedy = "give --ratio instead" if name in structured.METHODS else pruning
         raise UserError(f"--{wrong[0]}: --method {name} has no such option; {remedy}")
+
+
+def awq_grid(layout: Layout, given: set[str], options: Mapping[str, Any]) -> Grid:
+    """The grid that the options ask of AWQ.
+
+    Raises:
+        UserError: as `make_plan`.
+    """
+    check_options("awq", given)
+    if options["bits"] not in (4, 8):
+        raise UserError("--method awq: quantises, so give --bits 4 or 8")
+    if "calibration" not in given:
+        raise UserError("--method awq: needs calibration text; give --calibration FILE")
+    grid = usual_grid(options["bits"], options["group"], not options["zero_points"])
+    for name, (_, inputs) in layout.shapes().items():
+        grid.check(inputs, name)
+    return grid
 
 
 def make_goal(kind: str, name: str, given: set[str], options: Mapping[str, Any]) -> Goal:
@@ -118,6 +139,31 @@ def make_plan(layout: Layout, name: str, given: set[str], options: Mapping[str, 
     plan = Plan(name, goals, refine, **chosen)
     check_plan(layout, plan)
     return plan
+
+
+def quantisation(layout: Layout, plan: Plan) -> dict[str, Any]:
+    """Fields of config.json that a plan changes."""
+    grids = {name: goal.grid for name, goal in plan.goals.items() if goal.grid}
+    if not grids:
+        return {}
+    first = next(iter(grids.values()))
+    sizes: tuple[Any, Any] = first.bits, first.group
+    if len(grids) < len(layout.all_linears()) or len(set(grids.values())) > 1:
+        sizes = {name: grid.bits for name, grid in grids.items()}, {name: grid.group for name, grid in grids.items()}
+    return {"quantization_config": quantization_config(*sizes, first.symmetric, first.kind)}
+
+
+def described(plan: Plan, walked: Walked) -> dict[str, Any]:
+    """What a one-shot method did, for the card."""
+    patterns, grids = ({getattr(goal, part) for goal in plan.goals.values()} for part in ("pattern", "grid"))
+    grid = next(iter(grids)) if len(grids) == 1 else None
+    return {
+        "method": plan.method,
+        "pattern": str(next(iter(patterns))) if patterns != {None} and len(patterns) == 1 else None,
+        "grid": {name: getattr(grid, name) for name in ("bits", "group", "symmetric", "kind")} if grid else None,
+        **{name: getattr(plan, name) for name in ("refine", "scope", "order", "static_scales", "sequential")},
+        "layers": {f"{name}.weight": values for report in walked.reports for name, values in report.items()},
+    }
 
 
 def _refuse(names: set[str], reason: str) -> None:

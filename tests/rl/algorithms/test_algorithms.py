@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
+import jsonargparse
 import pytest
 import torch
 from torch import Tensor
@@ -221,8 +219,8 @@ def test_advantages_of_worked_groups():
     torch.testing.assert_close(DrGRPO(8).advantages(rewards), torch.tensor(centred), rtol=0, atol=1e-7)
 
 
-def test_batch_scale_is_the_same_over_ranks(seed):
-    """Batch scale divides by the standard deviation of all rewards of all ranks."""
+def test_batch_scale_divides_by_one_deviation(seed):
+    """Batch scale divides by the standard deviation of all rewards, those of all groups."""
     rewards = torch.randn(6, 4, dtype=torch.float64) + 3
     rewards[1, 2] = NAN
     algorithm = GRPO(scale="batch")
@@ -230,20 +228,25 @@ def test_batch_scale_is_the_same_over_ranks(seed):
     valid = rewards[rewards.isfinite()]
     centred = (rewards - rewards.nanmean(-1, keepdim=True)).nan_to_num(0.0)
     torch.testing.assert_close(whole, centred / (valid.std() + 1e-4), rtol=1e-10, atol=0)
-    barrier, values = threading.Barrier(2, timeout=20), [torch.zeros(()), torch.zeros(())]
+    lone = torch.tensor([[NAN, 2.0], [1.0, 1.0]])  # no group has a spread, but the batch has
+    assert not algorithm.advantages(lone).any()
 
-    def rank(number: int) -> Tensor:
-        def reduce(value: Tensor) -> Tensor:
-            values[number] = value
-            barrier.wait()
-            total = values[0] + values[1]
-            barrier.wait()
-            return total
 
-        return algorithm.advantages((rewards[:2], rewards[2:])[number], reduce)
-
-    with ThreadPoolExecutor(2) as pool:
-        torch.testing.assert_close(torch.cat(list(pool.map(rank, (0, 1)))), whole, rtol=1e-10, atol=0)
+def test_algorithms_are_named_in_recipes():
+    """A recipe names an algorithm by its class, with its arguments."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--algorithm", type=Algorithm)
+    flags = {
+        "GRPO": "beta=0.1",
+        "DrGRPO": "max_length=64",
+        "DAPO": "overlong=16",
+        "GSPO": "scale=batch",
+        "CISPO": "max_ratio=3",
+    }
+    for name, flag in (flags | {"OnPolicyDistillation": "mask_truncated=true"}).items():
+        built = parser.instantiate(parser.parse_args([f"--algorithm={name}", f"--algorithm.{flag}"])).algorithm
+        option, value = flag.split("=")
+        assert type(built).__name__ == name and str(getattr(built, option)).lower().startswith(value)
 
 
 def test_dapo_shapes_rewards_of_long_responses():

@@ -10,7 +10,6 @@ sums divided by the sum of all counts is the published loss of the whole optimis
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
@@ -102,15 +101,14 @@ class Algorithm(ABC):
     # What all share
 
     @torch.no_grad()
-    def advantages(self, rewards_PG: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def advantages(self, rewards_PG: Tensor) -> Tensor:
         """[P, G] advantage of each response: its reward minus the mean of its group, divided as `scale` says.
 
         (R - mean) / (std + 1e-4), std with Bessel's correction. A missing reward (NaN) has advantage 0 and is in no mean or
         std. A group with fewer than two rewards, or with equal rewards, has advantages of exactly 0.
 
         Args:
-            rewards_PG: Rewards of whole groups.
-            reduce: Adds a tensor over all ranks; for `scale: batch`, where every rank must call this, with or without groups.
+            rewards_PG: Rewards of whole groups; for `scale: batch` those of all groups of the generation, on all ranks.
         """
         valid_PG = rewards_PG.isfinite()
         known_PG, count_P1 = rewards_PG.double().masked_fill(~valid_PG, 0.0), valid_PG.sum(-1, keepdim=True)
@@ -121,10 +119,9 @@ class Algorithm(ABC):
         if self.scale == "group":
             variance = centred_PG.square().sum(-1, keepdim=True) / (count_P1 - 1).clamp(min=1)
         else:
-            add = reduce or (lambda sums: sums)
-            total, count = add(torch.stack([known_PG.sum(), valid_PG.double().sum()]))
-            square = ((known_PG - total / count.clamp(min=1)) * valid_PG).square().sum()
-            variance = add(square) / (count - 1).clamp(min=1)
+            count = count_P1.sum()
+            square = ((known_PG - known_PG.sum() / count.clamp(min=1)) * valid_PG).square().sum()
+            variance = square / (count - 1).clamp(min=1)
         return (centred_PG / (variance.sqrt() + EPS)).to(rewards_PG.dtype)
 
     def loss(self, tokens: PolicyTokens) -> LossOutput:

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,7 @@ class OnPolicyDistillation(Algorithm):
     def __init__(self, mask_truncated: bool = False) -> None:
         super().__init__(mask_truncated=mask_truncated)
 
-    def advantages(self, rewards_PG: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def advantages(self, rewards_PG: Tensor) -> Tensor:
         """Zeros: the loss takes its advantages from the teacher."""
         return torch.zeros_like(rewards_PG)
 
