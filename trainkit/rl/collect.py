@@ -179,7 +179,11 @@ class Collector:
             return {}
         advantage_PG = self.algorithm.advantages(torch.tensor([values for _, values in rewards], dtype=torch.float64))
         rows = {number: row for row, (number, _) in enumerate(rewards)}
-        return {number: (group, advantage_PG[rows[number]]) for number, group in groups.items()}
+        found = {number: (group, advantage_PG[rows[number]]) for number, group in groups.items()}
+        for group, advantage_G in found.values():
+            for response, advantage in zip(group.responses, advantage_G.tolist(), strict=True):
+                response.advantage = advantage
+        return found
 
     def _reward(self, task: Task, response: Response) -> float:
         """The reward to train on: transformed, then shaped by length; NaN if it is missing."""
