@@ -327,11 +327,22 @@ def test_kill_and_resume_is_exact(processes, target, drafter, prompts, tmp_path,
 
 
 def test_missing_rewards_stop_with_one_line(target, prompts, tmp_path):
-    """A reward that is missing for every response ends the run and names the function."""
-    module = policy_module(target, rewards=[{"function": "tests.support.policies:never"}])
-    with pytest.raises(UserError, match=r"no response of generation 1 has a reward.*never") as caught:
-        fit(module, prompts, tmp_path, steps=2)
-    assert "\n" not in str(caught.value)
+    """Rewards that are missing for every response of ten generations end the run and name the function."""
+    module = policy_module(target, rewards=[{"function": "tests.support.policies:never"}], prompts=2, samples=2)
+    with pytest.raises(UserError, match=r"no response of the last 10 generations has a reward.*never") as caught:
+        fit(module, prompts, tmp_path, steps=40)
+    assert "\n" not in str(caught.value) and module.global_step == 18  # nine generations of two steps
+
+
+def test_a_reward_that_fails_once_is_passed_over(target, prompts, tmp_path):
+    """A generation whose reward function raises changes no weight, and the run goes on; metrics have what it logs."""
+    rewards = json.dumps([{"function": "tests.support.policies:fails_at_first"}])
+    assert run("fit", arguments(target, prompts, tmp_path, **{"model.rewards": rewards, "trainer.max_steps": 4})) == 0
+    rows = log(tmp_path)
+    assert [row["train/missing/fails_at_first"] for row in rows if row["train/missing/fails_at_first"]] == ["1.0", "0.0"]
+    assert [bool(row["optim/grad_norm"]) for row in rows] == [False, False, True, True]
+    assert rows[0]["train/reward"] == rows[0]["train/reward/fails_at_first"] == "" != rows[2]["train/reward"]
+    assert [row["train/log/seen"] for row in rows if row["train/log/seen"]] == ["32.0"]
 
 
 def test_step_without_signal_leaves_weights_alone(target, prompts, tmp_path):

@@ -198,6 +198,7 @@ class PolicyModule(TrainingModule):
         self.groups: list[Group] = []
         """Groups that this process generated last; another list for each generation."""
         self._tau = float("nan")  # of the current generation, over all ranks
+        self._unrewarded = 0  # generations in a row without any reward
         self._refreshed: dict[str, float] = {}  # metrics of a refresh that no log line has yet
         self._synced: int | None = None  # optimiser step of the weights that the runner has
         self.statistics: dict[str, float] = {}
@@ -332,13 +333,14 @@ class PolicyModule(TrainingModule):
         except UserError as error:  # on all ranks
             stop_all(trainer, str(error))
         seconds |= collected.seconds
-        if not collected.valid and self.algorithm.needs_rewards:
-            assert self.rewards is not None
-            stop_all(
-                trainer,
-                f"model.rewards: no response of generation {generation + 1} has a reward, because the functions "
-                f"({', '.join(self.rewards.names)}) failed or returned None; fix them",
-            )
+        if self.rewards is not None and self.algorithm.needs_rewards:
+            self._unrewarded = 0 if collected.valid else self._unrewarded + 1
+            if self._unrewarded >= self.rewards.max_failures:
+                stop_all(
+                    trainer,
+                    f"model.rewards: no response of the last {self._unrewarded} generations has a reward: the functions "
+                    f"({', '.join(self.rewards.names)}) failed or returned None; fix them",
+                )
         with _timed(seconds, "logprobs"):
             try:
                 prepared = self._preparation().prepare(collected)
@@ -409,6 +411,8 @@ class PolicyModule(TrainingModule):
     def _record(self, collected: Collected, seconds: dict[str, float]) -> None:
         """Adds the statistics of a generation, over all ranks, to the sums of the next log line."""
         sums, maxima = statistics(collected.generated)
+        for name, value in self.rewards.metrics.items() if self.rewards is not None else ():
+            sums |= {f"sum log/{name}": value, f"known log/{name}": 1.0}
         sums |= {f"seconds_{name}": value / self.trainer.world_size for name, value in seconds.items()}
         parts = self._gather_objects((sums, maxima))
         totals = {
