@@ -1,6 +1,13 @@
 """RL fine-tuning in small runs: exact ratios and gradients, equal results however a run is split, resumed or sped up."""
 
+import contextlib
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +15,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from tests.support.policies import arguments, weights_apart, write_prompts
-from tests.support.processes import torchrun
-from tests.support.runs import log, resumed, weights
+from tests.support.processes import torchrun, wait_until
+from tests.support.runs import lines, log, resumed, weights
 from tests.support.targets import make_target
 from tests.support.training import draft_module, text_data
 from tests.support.training import fit as train
@@ -274,6 +281,49 @@ def test_two_processes_train_as_one(target, prompts, tmp_path):
     assert {row["train/filtered"] for row in log(tmp_path / "one")} - {"", "0.0"}, "nothing was refilled"
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(value, two[name], rtol=0, atol=1e-5) for name, value in one.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_and_resume_is_exact(processes, target, drafter, prompts, tmp_path, seed):
+    """Processes that are killed at random times, inside generations too, and resumed, equal an uninterrupted run."""
+    more = {
+        "model.algorithm": "DAPO",
+        "model.rewards": json.dumps([{"function": "tests.support.policies:first_odd"}]),
+        "model.epochs": 2,
+        "model.drafter": drafter,
+        "model.speculate": "on",
+        "model.refresh": "Refresh",
+        "model.refresh.every": 1,
+        "model.refresh.steps": 1,
+        "trainer.max_steps": 16,
+        "checkpoint.every_n_steps": 1,
+    }
+
+    def begin(root: Path):
+        flags = resumed(arguments(target, prompts, root, **more), root)
+        if processes == 2:
+            return torchrun(flags, tmp_path / "output")
+        command = [sys.executable, "-m", "trainkit.cli", "fit", *flags]
+        left = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")  # by training in this process
+        environment = {name: value for name, value in os.environ.items() if name not in left}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    assert begin(tmp_path / "straight").wait(200) == 0
+    root = tmp_path / "parts"
+    for _ in range(3):
+        process, before = begin(root), lines(root)
+        wait_until(lambda: lines(root) > before + random.randint(0, 3) or process.poll() is not None, seconds=100)  # noqa: B023
+        time.sleep(random.uniform(0, 0.3))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for pid in [*map(int, children.read_text().split() if children.exists() else []), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(60)
+    assert begin(root).wait(200) == 0
+    assert _rows(tmp_path / "straight") == _rows(root)
+    ours, theirs = weights(tmp_path / "straight"), weights(root)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_missing_rewards_stop_with_one_line(target, prompts, tmp_path):
