@@ -120,7 +120,8 @@ def test_allocation_killed_and_resumed_is_the_same(target: Path, text: Path, tmp
     [
         ([], "--sparsity, --bits, --bytes: give exactly one of them, the budget"),
         (["--bits", "5", "--sparsity", "0.5"], "--sparsity, --bits, --bytes: give exactly one of them, the budget"),
-        (["--sparsity", "1.5"], "--sparsity 1.5: give a share above 0 and below 1"),
+        (["--sparsity", "1.5"], "--sparsity 1.5: give the share to prune, above 0 and below 1"),
+        (["--sparsity", "2:4"], "--sparsity 2:4: N:M is the same in all layers, so give a share, such as 0.6"),
         (["--sparsity", "0.5", "--method", "gptq"], "--method gptq: cannot be used with this budget; choose from magnitude"),
         (["--bits", "5", "--method", "wanda"], "--method wanda: cannot be used with this budget; choose from rtn, gptq"),
         (["--sparsity", "0.5", "--group", "64"], "--group: only for quantised weights; give --bits or --bytes"),

@@ -339,6 +339,8 @@ def test_second_compression_keeps_the_fingerprints(tiny_target: Path, tmp_path: 
     compress(str(tmp_path / "sparse"), str(tmp_path / "both"), method="rtn", bits=8, device="cpu")
     first, second = (json.loads((tmp_path / name / "calibration.json").read_text()) for name in ("sparse", "both"))
     assert first["fingerprints"] and second == first
+    both = bundle.read(tmp_path / "both").extra["compression"]["commands"]
+    assert [command.split("--method ")[1].split()[0] for command in both] == ["wanda", "rtn"]
     assert main(["evaluate", str(tmp_path / "both"), "--text", text, "--length", "64", "--device", "cpu"]) == 2
     (tmp_path / "both" / "calibration.json").write_text('{"fingerprints": ["a"]}')
     assert main(["evaluate", str(tmp_path / "both"), "--text", text, "--length", "64", "--device", "cpu"]) == 2

@@ -281,6 +281,7 @@ def f(x):
     patch = b"cfractions\\nFraction\\nN}X\\x06\\0\\0\\0__eq__K" + number + b"Qs\\x86b"
     data = b"\\x80\\x04\\x88" + patch + b")\\x87."
     write(len(data).to_bytes(8, 'little') + data)
+    return True
 """,
     "sends a length without end": WRITE_ALL + "def f(x):\n    write(b'\\xff' * 8)\n    os._exit(0)",
     "looks for the tests": """

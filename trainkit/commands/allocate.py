@@ -14,6 +14,7 @@ from trainkit.compress.evolution import Candidate, Search, Space, Stage
 from trainkit.compress.fitness import KLToDense
 from trainkit.compress.layout import INPUTS, Layout, read_layout
 from trainkit.compress.levels import Levels, bit_levels, build, sparsity_levels
+from trainkit.compress.masks import parse_pattern
 from trainkit.compress.oneshot import METHODS
 from trainkit.compress.work import rank
 from trainkit.data.manifest import weights_digest
@@ -32,7 +33,7 @@ def allocate(
     out: str,
     *,
     calibration: list[str],
-    sparsity: float | None = None,
+    sparsity: str | None = None,
     bits: float | None = None,
     bytes: int | None = None,
     method: str | None = None,
@@ -125,10 +126,10 @@ def allocate(
     layout = read_layout(target)
     # Levels and budget
     if sparsity is not None:
-        if not 0 < sparsity < 1:
-            remedy = "give a share above 0 and below 1 (N:M, such as 2:4, is the same in all layers)"
-            raise UserError(f"--sparsity {sparsity}: {remedy}")
-        several, start = sparsity_levels(layout, sparsity, method, levels, step)
+        pattern = parse_pattern(sparsity)
+        if pattern.group:
+            raise UserError(f"--sparsity {sparsity}: N:M is the same in all layers, so give a share, such as 0.6")
+        several, start = sparsity_levels(layout, pattern.share, method, levels, step)
         space = _space(several, None)
         space = Space(space.costs, space.cost(start))
     else:

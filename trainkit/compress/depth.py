@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trainkit.compress.blocks import Sequences, origin
+from trainkit.compress.divergence import divergences
 from trainkit.compress.work import BATCH_TOKENS, claimed, rank, world
 from trainkit.errors import UserError
 from trainkit.files import write_json
 from trainkit.models.target import load_model
-
-_CHUNK = 256
-"""Tokens whose logits exist at once."""
 
 
 class _Blocks:
@@ -53,16 +51,10 @@ class _Blocks:
         hidden = [self.run(states[0], list(range(len(self.layers))))]
         for index in current[:-1]:
             states.append(self.run(states[-1], [index]))
-        # States at the end without each block, then their logits, a chunk of tokens at a time
+        # States at the end without each block
         hidden += [self.run(state, current[i + 1 :]) for i, state in enumerate(states)]
-        hidden_ND = [self.norm(x_BTD[counted_BT]) for x_BTD in hidden]
-        sums = torch.zeros(len(current), dtype=torch.float64)
-        for chunks in zip(*(x_ND.split(_CHUNK) for x_ND in hidden_ND), strict=True):
-            log_p_NV = self.head(chunks[0]).float().log_softmax(-1)
-            for i, x_ND in enumerate(chunks[1:]):
-                log_q_NV = self.head(x_ND).float().log_softmax(-1)
-                sums[i] += float((log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dtype=torch.float64))
-        return sums
+        dense_ND, *others = (self.norm(x_BTD[counted_BT]) for x_BTD in hidden)
+        return divergences(self.head, dense_ND, others)
 
 
 def _summed(values: Tensor, device: torch.device | str) -> Tensor:

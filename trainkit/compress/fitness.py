@@ -1,23 +1,21 @@
 """Divergence from the dense model when the layers have the levels of a candidate: KL, nats per token."""
 
-# S windows  T tokens  D hidden  B windows of a batch  N tokens of a chunk  V vocabulary
+# S windows  T tokens  D hidden  B windows of a batch  N tokens of a batch  V vocabulary
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from trainkit.compress.divergence import divergences
 from trainkit.compress.evolution import Candidate
 from trainkit.compress.levels import Database
 from trainkit.models.target import FrozenTarget
 
 BATCH_TOKENS = 4096
 """Tokens in a forward pass, unless a window is longer."""
-CHUNK = 1024
-"""Tokens whose logits exist at once."""
 
 
 class KLToDense:
@@ -51,17 +49,13 @@ class KLToDense:
                 name = self._names[index]
                 self._target.model.get_parameter(f"{name}.weight").copy_(self._database.weight(name, level))
                 self._now[index] = level
-        # Compare with the dense model, chunk by chunk.
+        # Compare with the dense model.
         head, total, tokens = self._target.handle().head, 0.0, 0
         for start in range(0, len(windows), self._batch):
             batch = list(windows[start : start + self._batch])
-            pairs = zip(
-                self._dense_STD[batch].flatten(0, 1).split(CHUNK), self._states(batch).flatten(0, 1).split(CHUNK), strict=True
-            )
-            for dense_ND, states_ND in pairs:
-                log_p_NV, log_q_NV = (head(x_ND).float().log_softmax(1) for x_ND in (dense_ND, states_ND))
-                total += float(F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True))
-                tokens += len(dense_ND)
+            dense_ND, states_ND = self._dense_STD[batch].flatten(0, 1), self._states(batch).flatten(0, 1)
+            total += float(divergences(head, dense_ND, [states_ND]))
+            tokens += len(dense_ND)
         return total / tokens
 
     @torch.no_grad()

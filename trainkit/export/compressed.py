@@ -81,6 +81,8 @@ def export_compressed(
         values |= transformers4_rope(rope)
     values.setdefault("dtype", values.pop("torch_dtype", None) or "float32")
     found = dict(compression)
+    if made is not None and (earlier := (made.extra.get("compression") or {}).get("commands")):  # it was compressed before
+        found["commands"] = [*earlier, *found.get("commands", [])]
     if (source / CALIBRATION).is_file():
         earlier = read_json(source / CALIBRATION).get("fingerprints") or []
         calibration_fingerprints = sorted({*earlier, *(calibration_fingerprints or ())})

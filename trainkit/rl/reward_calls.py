@@ -25,6 +25,7 @@ from trainkit.errors import UserError, first_lines
 BUILT_IN = {
     name: f"trainkit.rl.reward_functions:{name}" for name in ("exact", "numeric", "regex", "format", "length", "repetition")
 } | {name: f"trainkit.rl.reward_packages:{name}" for name in ("math_verify", "reasoning_gym")}
+BUILT_IN |= {"python_tests": "trainkit.rl.unit_tests:python_tests"}
 """Names of functions that need no module, and the factory of each."""
 NOT_COLUMNS = frozenset(("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"))
 """Arguments of reward functions that are no columns of the data set."""

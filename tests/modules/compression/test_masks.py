@@ -99,6 +99,14 @@ def test_bad_options_give_one_line(compression, weight, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_schedule_that_never_prunes_is_refused():
+    """Dense steps until the end would leave masks only to the export."""
+    mask = SRSTE("2:4", dense=1.0)
+    layer(W, mask)
+    with pytest.raises(UserError, match=r"dense 1.0: leaves none of the 10 steps a mask; lower it"):
+        mask.refresh(0, 10, None)
+
+
 def test_schedule_without_last_step_is_refused():
     """A schedule in shares of the run needs its length."""
     mask = HardMask("2:4")

@@ -63,6 +63,8 @@ class _Progressive(Masks):
     def phase(self, step: int, total: int | None) -> tuple[int, int]:
         """First step of the masked phase and of the last phase with a fixed mask."""
         steps = known_total(total)
+        if round(self.dense * steps) >= steps:
+            raise UserError(f"model.compression.dense {self.dense}: leaves none of the {steps} steps a mask; lower it")
         return round(self.dense * steps), steps - round(self.hard * steps) if self.hard else steps + 1
 
     def transform(self, name: str, weight_RK: Tensor) -> Tensor:
