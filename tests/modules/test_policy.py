@@ -33,6 +33,7 @@ from trainkit.rl import batches, prepare
 from trainkit.rl.algorithms import DAPO, GRPO, DrGRPO, OnPolicyDistillation
 from trainkit.rl.batches import policy_logprobs
 from trainkit.rl.infalign import Calibration, InfAlign, prompt_digest
+from trainkit.rl.joint import JointRefresh
 from trainkit.rl.refresh import Refresh
 from trainkit.rl.rollout import Rollouts
 from trainkit.rl.tasks import read_tasks
@@ -247,15 +248,19 @@ def _rows(root: Path) -> list[dict[str, str]]:
 
 
 def test_speculation_changes_nothing_but_speed(target, drafter, prompts, tmp_path, seed):
-    """With a drafter, and with one that is refreshed, the same weights bit for bit as without."""
+    """With a drafter, frozen, refreshed or trained in the policy's forward, the same weights bit for bit as without."""
     plain = _adam(target)
     fit(plain, prompts, tmp_path / "plain", steps=6)
     refresh = lambda *given, **options: Refresh(*given, every=1, steps=2, lr=1e-3, **options)
-    for name, more in {"frozen": {}, "refreshed": {"refresh": refresh}}.items():
+    joint = lambda *given, **options: JointRefresh(*given, lr=1e-3, **options)
+    for name, more in {"frozen": {}, "refreshed": {"refresh": refresh}, "joint": {"refresh": joint}}.items():
         module = _adam(target, drafter=str(drafter), speculate="on", **more)
         fit(module, prompts, tmp_path / name, steps=6)
         assert Stats.merge(r.stats for group in module.groups for r in group.responses).drafted > 0
         assert weights_apart(module, plain) == 0
+        if module.refresh is not None:  # the drafter of the rollouts was trained too
+            served, before = module.rollouts.runner.drafter.state_dict(), Runner.load(target, drafter).drafter.state_dict()
+            assert any(not torch.equal(value, before[name]) for name, value in served.items())
 
 
 @pytest.mark.slow
@@ -553,6 +558,24 @@ def test_exported_folder_is_the_policy(lora, target, prompts, tmp_path):
     assert card["extra"]["policy"]["algorithm"] == "GRPO" and card["extra"]["policy"]["rewards"] == ["odd_share"]
     assert card["metrics"]["step"] == 2
     Runner.load(tmp_path / "out", max_len=64).generate(["1 + 1?"], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("lora", [None, 4], ids=["full", "lora"])
+def test_refreshed_drafter_is_exported_too(lora, target, drafter, prompts, tmp_path):
+    """OUT-draft holds the refreshed weights and fits the exported policy, with an adapter only that."""
+    refresh = lambda *given, **options: Refresh(*given, every=1, steps=2, lr=1e-3, **options)
+    module = policy_module(target, drafter=str(drafter), refresh=refresh, lora_rank=lora)
+    fit(module, prompts, tmp_path / "run", steps=4)
+    report = export(str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out"))
+    assert f"drafter: {tmp_path / 'out-draft'}; refreshed together with this policy" in report
+    runner = Runner.load(tmp_path / "out", tmp_path / "out-draft", max_len=64)
+    assert runner.generate(["1 + 1?"], max_new_tokens=4, depth=2)[0].stats.drafted
+    twin = module.refresh.twin.state_dict()
+    assert all(torch.equal(value, twin[name]) for name, value in runner.drafter.state_dict().items())
+    assert any(not torch.equal(value, twin[name]) for name, value in Runner.load(target, drafter).drafter.state_dict().items())
+    if lora:
+        with pytest.raises(UserError, match="not the target that the drafter was tuned together with"):
+            Runner.load(target, tmp_path / "out-draft")
 
 
 def _mean_reward(module: PolicyModule) -> float:
