@@ -129,6 +129,50 @@ def test_async_functions_overlap() -> None:
     assert asyncio.run(notebook()) == 3
 
 
+def test_async_functions_keep_their_event_loop() -> None:
+    """A lock that a function keeps, waited for in each call, works in every step; a cancelled call is a missing value."""
+    lock = asyncio.Semaphore(1)
+
+    async def remote(completions: list[str]) -> list[float]:
+        async def ask() -> float:
+            async with lock:
+                await asyncio.sleep(0)
+                return 1.0
+
+        return await asyncio.gather(*(ask() for _ in completions))
+
+    async def cancelled(completions: list[str]) -> list[float]:
+        raise asyncio.CancelledError
+
+    rewards = Rewards([{"function": remote}, {"function": cancelled}])
+    for step in range(3):
+        counts = rewards.score([group(["a", "b", "c"])], step)
+        assert counts["failures/remote"] == 0 and counts["failures/cancelled"] == 1
+
+
+def test_what_a_function_changes_stays_with_it() -> None:
+    """Tokens that are trained on, columns, prompts and what the next function receives survive one that changes its inputs."""
+
+    def changes(prompts: Any, completions: Any, completion_ids: Any, tests: Any) -> list[float]:
+        prompts[0][0]["content"] = completions[0][0]["content"] = "changed"
+        completion_ids[0].append(7)
+        tests[0][0].append(7)
+        return [0.0, 0.0]
+
+    def sees(completions: Any, completion_ids: Any, tests: Any) -> list[float]:
+        return [
+            float((chat[0]["content"], 7 in ids + test[0]) == ("b", False))
+            for chat, ids, test in zip(completions, completion_ids, tests, strict=True)
+        ]
+
+    groups = [group(["b", "b"], prompt=[dict(turn) for turn in CHAT], tests=[[1, 2]])]
+    tokens = [list(response.tokens) for response in groups[0].responses]
+    Rewards([{"function": changes}, {"function": sees}]).score(groups, 0)
+    assert rewards_of(groups, "sees") == [1, 1]
+    assert [response.tokens for response in groups[0].responses] == tokens
+    assert groups[0].task.prompt == CHAT and groups[0].task.columns == {"tests": [[1, 2]]}
+
+
 def test_an_error_is_missing_and_the_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     """An error of a function makes its values missing, is printed once with its line, and is counted; others still count."""
     rewards = Rewards([{"function": f"{MODULE}:raising"}, {"function": f"{MODULE}:unique_letters", "weight": 0.5}])
