@@ -332,10 +332,12 @@ def test_kill_and_resume_is_exact(processes, target, drafter, prompts, tmp_path,
 
 
 def test_missing_rewards_stop_with_one_line(target, prompts, tmp_path):
-    """Rewards that are missing for every response of ten generations end the run and name the function."""
-    module = policy_module(target, rewards=[{"function": "tests.support.policies:never"}], prompts=2, samples=2)
+    """Rewards that are missing for all responses of ten generations end the run and name the function, also if it resumed."""
+    more = {"rewards": [{"function": "tests.support.policies:never"}], "prompts": 2, "samples": 2}
+    fit(policy_module(target, **more), prompts, tmp_path, steps=12)
+    module, last = policy_module(target, **more), tmp_path / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError, match=r"no response of the last 10 generations has a reward.*never") as caught:
-        fit(module, prompts, tmp_path, steps=40)
+        fit(module, prompts, tmp_path, steps=40, ckpt_path=last)
     assert "\n" not in str(caught.value) and module.global_step == 18  # nine generations of two steps
 
 

@@ -501,6 +501,7 @@ class PolicyModule(TrainingModule):
             "statistics": self.statistics,
             "rollouts": self.rollouts.state_dict(),
             "tau": self._tau,
+            "unrewarded": self._unrewarded,
             "refreshed": self._refreshed,
         }
         if self.refresh is not None:
@@ -515,7 +516,7 @@ class PolicyModule(TrainingModule):
         if len(state["micros"]) == self.trainer.world_size:
             self._micros = state["micros"][self.trainer.global_rank]
         self.rollouts.load_state_dict(state["rollouts"])
-        self._tau, self._refreshed = state["tau"], state["refreshed"]
+        self._tau, self._refreshed, self._unrewarded = state["tau"], state["refreshed"], state["unrewarded"]
         if self.refresh is not None and "refresh" in state:
             windows = state["refresh"]["window"]
             rank = self.trainer.global_rank if len(windows) == self.trainer.world_size else 0
