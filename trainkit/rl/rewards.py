@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from trainkit.errors import UserError
-from trainkit.rl.reward_calls import NOT_COLUMNS, BadCall, BadGold, Failed, Result, TimedOut, call, call_async, is_async
+from trainkit.rl.reward_calls import NOT_COLUMNS, BadCall, BadGold, Failed, Result, TimedOut, call, call_async, is_async, wait
 from trainkit.rl.reward_specs import Reward, read_spec
 from trainkit.rl.types import Group, Task
 
@@ -143,9 +143,8 @@ class Rewards:
             ]
             return await asyncio.gather(*pending, return_exceptions=True)
 
-        # Their event loop has a thread of its own, because one may run already in this thread, as in notebooks.
         with ThreadPoolExecutor(1) as thread:
-            awaited = thread.submit(lambda: asyncio.run(overlapping()))
+            awaited = thread.submit(lambda: wait(overlapping()))
             results: list[Any] = []
             for reward, request in zip(self._rewards, requests, strict=True):
                 try:
