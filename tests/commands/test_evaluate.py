@@ -57,6 +57,7 @@ def test_figures_are_printed_written_and_recorded(tiny_target, made, text, tmp_p
             one[key]["low"] <= one[key]["value"] <= one[key]["high"] for key in ("perplexity", "ratio", "kl", "agreement")
         )
         assert f"{one['kl']['value']:.4f}" in printed and f"{one['agreement']['value']:.4f}" in printed
+    assert not list(tmp_path.glob("*.part")), "the sums so far are removed at the end"
     assert found["own_text"]["texts"] == 3 and 3 <= found["own_text"]["predicted_tokens"] <= 27
     metrics = bundle.read(made).metrics
     assert metrics["loss"] == 1.5 and metrics["perplexity"] == figures["perplexity"]["value"]

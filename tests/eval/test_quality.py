@@ -114,3 +114,25 @@ def test_vocabularies_and_nan_are_refused(tiny_target, tmp_path, monkeypatch, se
     monkeypatch.setattr(LanguageModel, "log_probs", lambda self, states: log_probs(self, states) / (len(states) > 3))
     with pytest.raises(UserError, match="tiny-llama: log-probabilities of text 2 are not finite; give --dtype float32"):
         measure(load(tiny_target), [Text(torch.arange(5, 20)), Text(torch.arange(5, 8))], batch=1)
+
+
+def test_interrupted_measurement_continues(tiny_target, other, tmp_path, monkeypatch, seed):
+    """After a stop in the third batch, the same call reads only the rest and has the same sums; another key starts anew."""
+    texts, state, read = random_texts(), tmp_path / "out.json.text.part", []
+    model, dense = load(tiny_target), load(other)
+    whole = measure(model, texts, dense, batch=2)
+    states = LanguageModel.states
+
+    def stopping(self: LanguageModel, tokens_BT: torch.Tensor) -> torch.Tensor:
+        read.append(len(tokens_BT))
+        if len(read) == 5:  # two models read each batch
+            raise KeyboardInterrupt
+        return states(self, tokens_BT)
+
+    monkeypatch.setattr(LanguageModel, "states", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, texts, dense, 2, state, "a")
+    again = measure(model, texts, dense, 2, state, "a")
+    assert len(read) == 5 + 2 * 2 and all(np.array_equal(again[name], value) for name, value in whole.items())
+    other_key = measure(model, texts, dense, 2, state, "b")
+    assert len(read) == 9 + 2 * 4 and all(np.array_equal(other_key[name], value) for name, value in whole.items())

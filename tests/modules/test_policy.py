@@ -1,6 +1,13 @@
 """RL fine-tuning in small runs: exact ratios and gradients, equal results however a run is split, resumed or sped up."""
 
+import contextlib
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +15,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from tests.support.policies import arguments, weights_apart, write_prompts
-from tests.support.processes import torchrun
-from tests.support.runs import log, resumed, weights
+from tests.support.processes import torchrun, wait_until
+from tests.support.runs import lines, log, resumed, weights
 from tests.support.targets import make_target
 from tests.support.training import draft_module, text_data
 from tests.support.training import fit as train
@@ -26,6 +33,7 @@ from trainkit.rl import batches, prepare
 from trainkit.rl.algorithms import DAPO, GRPO, DrGRPO, OnPolicyDistillation
 from trainkit.rl.batches import policy_logprobs
 from trainkit.rl.infalign import Calibration, InfAlign, prompt_digest
+from trainkit.rl.joint import JointRefresh
 from trainkit.rl.refresh import Refresh
 from trainkit.rl.rollout import Rollouts
 from trainkit.rl.tasks import read_tasks
@@ -240,15 +248,19 @@ def _rows(root: Path) -> list[dict[str, str]]:
 
 
 def test_speculation_changes_nothing_but_speed(target, drafter, prompts, tmp_path, seed):
-    """With a drafter, and with one that is refreshed, the same weights bit for bit as without."""
+    """With a drafter, frozen, refreshed or trained in the policy's forward, the same weights bit for bit as without."""
     plain = _adam(target)
     fit(plain, prompts, tmp_path / "plain", steps=6)
     refresh = lambda *given, **options: Refresh(*given, every=1, steps=2, lr=1e-3, **options)
-    for name, more in {"frozen": {}, "refreshed": {"refresh": refresh}}.items():
+    joint = lambda *given, **options: JointRefresh(*given, lr=1e-3, **options)
+    for name, more in {"frozen": {}, "refreshed": {"refresh": refresh}, "joint": {"refresh": joint}}.items():
         module = _adam(target, drafter=str(drafter), speculate="on", **more)
         fit(module, prompts, tmp_path / name, steps=6)
         assert Stats.merge(r.stats for group in module.groups for r in group.responses).drafted > 0
         assert weights_apart(module, plain) == 0
+        if module.refresh is not None:  # the drafter of the rollouts was trained too
+            served, before = module.rollouts.runner.drafter.state_dict(), Runner.load(target, drafter).drafter.state_dict()
+            assert any(not torch.equal(value, before[name]) for name, value in served.items())
 
 
 @pytest.mark.slow
@@ -276,11 +288,56 @@ def test_two_processes_train_as_one(target, prompts, tmp_path):
     assert all(torch.allclose(value, two[name], rtol=0, atol=1e-5) for name, value in one.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_and_resume_is_exact(processes, target, drafter, prompts, tmp_path, seed):
+    """Processes that are killed at random times, inside generations too, and resumed, equal an uninterrupted run."""
+    more = {
+        "model.algorithm": "DAPO",
+        "model.rewards": json.dumps([{"function": "tests.support.policies:first_odd"}]),
+        "model.epochs": 2,
+        "model.drafter": drafter,
+        "model.speculate": "on",
+        "model.refresh": "Refresh",
+        "model.refresh.every": 1,
+        "model.refresh.steps": 1,
+        "trainer.max_steps": 16,
+        "checkpoint.every_n_steps": 1,
+    }
+
+    def begin(root: Path):
+        flags = resumed(arguments(target, prompts, root, **more), root)
+        if processes == 2:
+            return torchrun(flags, tmp_path / "output")
+        command = [sys.executable, "-m", "trainkit.cli", "fit", *flags]
+        left = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")  # by training in this process
+        environment = {name: value for name, value in os.environ.items() if name not in left}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    assert begin(tmp_path / "straight").wait(200) == 0
+    root = tmp_path / "parts"
+    for _ in range(3):
+        process, before = begin(root), lines(root)
+        wait_until(lambda: lines(root) > before + random.randint(0, 3) or process.poll() is not None, seconds=100)  # noqa: B023
+        time.sleep(random.uniform(0, 0.3))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for pid in [*map(int, children.read_text().split() if children.exists() else []), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(60)
+    assert begin(root).wait(200) == 0
+    assert _rows(tmp_path / "straight") == _rows(root)
+    ours, theirs = weights(tmp_path / "straight"), weights(root)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_missing_rewards_stop_with_one_line(target, prompts, tmp_path):
-    """Rewards that are missing for every response of ten generations end the run and name the function."""
-    module = policy_module(target, rewards=[{"function": "tests.support.policies:never"}], prompts=2, samples=2)
+    """Rewards that are missing for all responses of ten generations end the run and name the function, also if it resumed."""
+    more = {"rewards": [{"function": "tests.support.policies:never"}], "prompts": 2, "samples": 2}
+    fit(policy_module(target, **more), prompts, tmp_path, steps=12)
+    module, last = policy_module(target, **more), tmp_path / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError, match=r"no response of the last 10 generations has a reward.*never") as caught:
-        fit(module, prompts, tmp_path, steps=40)
+        fit(module, prompts, tmp_path, steps=40, ckpt_path=last)
     assert "\n" not in str(caught.value) and module.global_step == 18  # nine generations of two steps
 
 
@@ -519,6 +576,24 @@ def test_exported_folder_is_the_policy(lora, target, prompts, tmp_path):
     assert card["extra"]["policy"]["algorithm"] == "GRPO" and card["extra"]["policy"]["rewards"] == ["odd_share"]
     assert card["metrics"]["step"] == 2
     Runner.load(tmp_path / "out", max_len=64).generate(["1 + 1?"], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("lora", [None, 4], ids=["full", "lora"])
+def test_refreshed_drafter_is_exported_too(lora, target, drafter, prompts, tmp_path):
+    """OUT-draft holds the refreshed weights and fits the exported policy, with an adapter only that."""
+    refresh = lambda *given, **options: Refresh(*given, every=1, steps=2, lr=1e-3, **options)
+    module = policy_module(target, drafter=str(drafter), refresh=refresh, lora_rank=lora)
+    fit(module, prompts, tmp_path / "run", steps=4)
+    report = export(str(tmp_path / "run" / "checkpoints" / "last.ckpt"), str(tmp_path / "out"))
+    assert f"drafter: {tmp_path / 'out-draft'}; refreshed together with this policy" in report
+    runner = Runner.load(tmp_path / "out", tmp_path / "out-draft", max_len=64)
+    assert runner.generate(["1 + 1?"], max_new_tokens=4, depth=2)[0].stats.drafted
+    twin = module.refresh.twin.state_dict()
+    assert all(torch.equal(value, twin[name]) for name, value in runner.drafter.state_dict().items())
+    assert any(not torch.equal(value, twin[name]) for name, value in Runner.load(target, drafter).drafter.state_dict().items())
+    if lora:
+        with pytest.raises(UserError, match="not the target that the drafter was tuned together with"):
+            Runner.load(target, tmp_path / "out-draft")
 
 
 def _mean_reward(module: PolicyModule) -> float:

@@ -14,7 +14,8 @@ from trainkit.errors import UserError
 from trainkit.rl import unit_tests
 from trainkit.rl.reward_calls import BadCall, BadGold
 from trainkit.rl.rewards import Rewards
-from trainkit.rl.sandbox import FEATURES, Verdict, probe
+from trainkit.rl.sandbox import Verdict, probe
+from trainkit.rl.sandbox_level import FEATURES
 from trainkit.rl.types import Group, Response, Task
 from trainkit.rl.unit_tests import extract_code, python_tests
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from trainkit import bundle
+from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.writer import check_positive, quiet_libraries
 from trainkit.data.text.calibration import GRAM, shared_text
 from trainkit.data.text.chat_template import Encoder, load_tokenizer
@@ -92,7 +94,7 @@ def evaluate(
         columns: Column mapping for the text, from trainkit's names to the file's.
         device: Torch device; `auto` uses a GPU if there is one.
         dtype: Precision of the weights; log-probabilities are always computed in float32.
-        json: File for all figures.
+        json: File for all figures. With it, a command that was interrupted continues on the text where it stopped.
         record: Whether to add the figures to trainkit.json of the model's bundle, and to the README.md of a compressed model.
     """
     # Check the arguments.
@@ -137,7 +139,7 @@ def evaluate(
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         if own is not None:
             texts["own_text"] = write_own_texts(load(model, drafter), text, encoder, windows, own, columns, **sampling)
-        values = _on_texts(str(model), dense, texts, settings, batch)
+        values = _on_texts(str(model), dense, texts, settings, batch, json)
         source = {"file": text, "digest": content_hash(text), "tokenizer": bundle.tokenizer_digest(model)}
         if own is not None:
             values["own_text"] |= sampling
@@ -161,6 +163,8 @@ def evaluate(
     # Write the figures.
     if json is not None:
         write_json(json, {"model": str(model), "dense": dense} | settings | values)
+        for name in ("text", "own_text"):
+            _partial(json, name).unlink(missing_ok=True)
     if record:
         is_compressed = "compression" in bundle.read(model, checksums=False).extra
         metrics = _recorded(values, settings)
@@ -211,22 +215,30 @@ def _check_not_calibration(model: Path, tokens: list[int], source: str) -> None:
 
 
 def _on_texts(
-    model: str, dense: str | None, texts: dict[str, list[Text]], settings: dict[str, str], batch: int
+    model: str, dense: str | None, texts: dict[str, list[Text]], settings: dict[str, str], batch: int, json: str | None
 ) -> dict[str, dict[str, Any]]:
-    """The figures on each list of texts."""
+    """The figures on each list of texts. With `json`, sums so far are in files beside it, which `_partial` names."""
     dtype, device = getattr(torch, settings["dtype"]), torch.device(settings["device"])
     loaded = LanguageModel(model, dtype, device)
     other = LanguageModel(dense, dtype, device) if dense else None
+    weights = [weights_digest(folder) for folder in (model, dense) if json and folder]
     values: dict[str, dict[str, Any]] = {}
     for name, given in texts.items():
-        began = perf_counter()
-        sums = measure(loaded, given, other, batch)
+        began, key = perf_counter(), hashlib.sha256(repr([weights, settings, batch, name]).encode())
+        for text in given:
+            key.update(repr([text.start, text.tokens_T.tolist()]).encode())
+        sums = measure(loaded, given, other, batch, _partial(json, name) if json else None, key.hexdigest())
         seconds = perf_counter() - began
         values[name] = {"texts": len(given), "predicted_tokens": int(sums["tokens"].sum()), "seconds": round(seconds, 2)}
         values[name] |= {figure: asdict(interval) for figure, interval in summarise(sums).items()}
         if other is not None:
             values[name]["recovery"] = 100 / values[name]["ratio"]["value"]
     return values
+
+
+def _partial(json: str, name: str) -> Path:
+    """The file of the sums so far on the texts of this name."""
+    return Path(f"{json}.{name}.part")
 
 
 def _text_table(name: str, values: dict[str, Any]) -> str:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from trainkit.bundle import read_json
 from trainkit.errors import UserError
 from trainkit.eval import bootstrap
 from trainkit.eval.bootstrap import Interval
 from trainkit.eval.perplexity import Text
+from trainkit.files import write_json
 from trainkit.models.target import check_head, load_model
 
 LOGITS = 2**24
@@ -68,7 +70,14 @@ class LanguageModel:
 
 
 @torch.inference_mode()
-def measure(model: LanguageModel, texts: Sequence[Text], dense: LanguageModel | None = None, batch: int = 8) -> Sums:
+def measure(
+    model: LanguageModel,
+    texts: Sequence[Text],
+    dense: LanguageModel | None = None,
+    batch: int = 8,
+    state: Path | None = None,
+    key: str = "",
+) -> Sums:
     """Sums of each text over its predicted tokens; kl is KL(dense || model), agreement the number of equal top-1 tokens.
 
     Args:
@@ -76,6 +85,8 @@ def measure(model: LanguageModel, texts: Sequence[Text], dense: LanguageModel | 
         texts: Token sequences.
         dense: The model to compare with.
         batch: Number of texts read together, padded at their end.
+        state: File for the sums so far, from which the same call continues after a kill, with the same result.
+        key: Everything that determines the result; the sums of another key in `state` are not used.
 
     Raises:
         UserError: the vocabularies differ, or a log-probability is not finite.
@@ -86,10 +97,12 @@ def measure(model: LanguageModel, texts: Sequence[Text], dense: LanguageModel | 
         sizes = f"a vocabulary of {dense.vocab_size}, {model.name} one of {model.vocab_size}"
         raise UserError(f"{dense.name}: has {sizes}; give the model it was made from as --dense")
     names = ["tokens", "nll", *(["nll_dense", "kl", "agreement"] if dense else [])]
-    sums = {name: np.zeros(len(texts)) for name in names}
+    sums, done = {name: np.zeros(len(texts)) for name in names}, 0
+    if state is not None and state.is_file() and (stored := read_json(state)).get("key") == key:
+        sums, done = {name: np.array(stored["sums"][name]) for name in names}, int(stored["done"])
     chunk = max(16, LOGITS // model.vocab_size)
-    bar = tqdm(total=len(texts), desc="evaluate", unit=" texts", disable=None, delay=2)
-    for begin in range(0, len(texts), batch):
+    bar = tqdm(total=len(texts), initial=done, desc="evaluate", unit=" texts", disable=None, delay=2)
+    for begin in range(done, len(texts), batch):
         # Read the texts; keep the states that predict a counted token.
         rows = texts[begin : begin + batch]
         tokens_BT = pad_sequence([text.tokens_T for text in rows], batch_first=True).to(model.device)
@@ -124,6 +137,9 @@ def measure(model: LanguageModel, texts: Sequence[Text], dense: LanguageModel | 
             sums[name] += np.bincount(text_N, value_N, len(texts))
         sums["tokens"] += np.bincount(text_N, minlength=len(texts))
         bar.update(len(rows))
+        if state is not None:
+            values_of = {name: value_Q.tolist() for name, value_Q in sums.items()}
+            write_json(state, {"key": key, "done": begin + len(rows), "sums": values_of})
     bar.close()
     return sums
 

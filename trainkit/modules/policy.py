@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +31,7 @@ from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget
 from trainkit.models.load import covered_positions
 from trainkit.models.target import FrozenTarget, LiveTarget
 from trainkit.modules.base import CHECKPOINT_KEY, Batch, TrainingModule
+from trainkit.modules.checkpoint import POLICY_KEY
 from trainkit.modules.prompt_data import PromptData
 from trainkit.modules.ranks import stop_all
 from trainkit.modules.training_data import global_seed
@@ -40,6 +41,7 @@ from trainkit.rl.collect import Collected, Collector, rollout_means, statistics
 from trainkit.rl.correction import Kind, check_correction
 from trainkit.rl.evaluate import greedy_metrics, sample_metrics
 from trainkit.rl.infalign import InfAlign
+from trainkit.rl.joint import JointRefresh
 from trainkit.rl.prepare import Preparation
 from trainkit.rl.refresh import Refresh
 from trainkit.rl.rewards import Rewards
@@ -49,7 +51,6 @@ from trainkit.rl.types import Group, PolicyTokens
 from trainkit.rl.weights import policy_tensors
 from trainkit.runner import Runner
 
-STATE_KEY = f"{CHECKPOINT_KEY}_policy"
 ROUNDING = 0.1
 """Mean difference between log-probabilities of runner and trainer, in nats, above which bfloat16 does not explain it."""
 
@@ -83,7 +84,8 @@ class PolicyModule(TrainingModule):
         reference: Folder of the model that the loss compares the policy with: the teacher of `OnPolicyDistillation`; for a KL
             term by default the target as it was before training.
         drafter: Drafter bundle of the target, with which responses are generated faster; the text is the same.
-        refresh: Class that trains the drafter on recent responses, with its arguments; None leaves the drafter as it is.
+        refresh: Class that trains the drafter on recent responses, with its arguments: `Refresh` every few generations, or
+            `JointRefresh` in the policy's own forward pass. None leaves the drafter as it is.
         speculate: Whether to use it: `on`, `off`, or `auto`, where it is measured to be faster.
         rollout: Further options of `GenerateOptions`, such as what to draft (depth or tree), verify, or stop.
         rollout_batch: Largest number of responses that each process generates at the same time.
@@ -412,7 +414,8 @@ class PolicyModule(TrainingModule):
             self._synced = self.trainer.global_step
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
-        new_RL, entropy_RL, _ = policy_logprobs(self.policy, batch, self.temperature)
+        with self.refresh.listening(batch) if isinstance(self.refresh, JointRefresh) else nullcontext():
+            new_RL, entropy_RL, _ = policy_logprobs(self.policy, batch, self.temperature)
         more = batch.get("ref_RL"), batch.get("correction_RL")
         tokens = PolicyTokens(new_RL, batch["old_RL"], batch["advantage_RL"], batch["mask_RL"], *more)
         output = self.algorithm.loss(tokens)
@@ -422,6 +425,8 @@ class PolicyModule(TrainingModule):
         return LossOutput(output.sum, output.count, metrics)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(self.refresh, JointRefresh):
+            self.refresh.step()
         if not self._counts[self._minibatch]:  # nothing counts on any rank: moments and weight decay must not move the weights
             for parameter in self.parameters():
                 parameter.grad = None
@@ -508,7 +513,7 @@ class PolicyModule(TrainingModule):
             checkpoint[CHECKPOINT_KEY]["info"]["generation_config"] = self.lm.generation_config.to_diff_dict()
         # The rollouts of a generation that is not finished, of all ranks.
         unfinished = self.trainer.global_step % self.steps_per_generation != 0
-        checkpoint[STATE_KEY] = {
+        checkpoint[POLICY_KEY] = {
             "cursor": self._cursor,
             "generation": self._generation if unfinished else None,
             "micros": self._gather_objects(self._micros) if unfinished else [],
@@ -516,21 +521,22 @@ class PolicyModule(TrainingModule):
             "statistics": self.statistics,
             "rollouts": self.rollouts.state_dict(),
             "tau": self._tau,
+            "unrewarded": self._unrewarded,
             "refreshed": self._refreshed,
         }
         if self.refresh is not None:
             state = self.refresh.state_dict()
-            checkpoint[STATE_KEY]["refresh"] = state | {"window": self._gather_objects(state["window"])}
+            checkpoint[POLICY_KEY]["refresh"] = state | {"window": self._gather_objects(state["window"])}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint[STATE_KEY]
+        state = checkpoint[POLICY_KEY]
         self._cursor, self._generation, self._counts = state["cursor"], state["generation"], state["counts"]
         self.statistics, self._synced = state["statistics"], None
         if len(state["micros"]) == self.trainer.world_size:
             self._micros = state["micros"][self.trainer.global_rank]
         self.rollouts.load_state_dict(state["rollouts"])
-        self._tau, self._refreshed = state["tau"], state["refreshed"]
+        self._tau, self._refreshed, self._unrewarded = state["tau"], state["refreshed"], state["unrewarded"]
         if self.refresh is not None and "refresh" in state:
             windows = state["refresh"]["window"]
             rank = self.trainer.global_rank if len(windows) == self.trainer.world_size else 0

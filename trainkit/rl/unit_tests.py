@@ -15,7 +15,8 @@ from typing import Any
 from trainkit.errors import UserError, note
 from trainkit.rl.reward_calls import NOT_COLUMNS, BadCall, BadGold
 from trainkit.rl.reward_functions import Completion, RewardFunction, text_of
-from trainkit.rl.sandbox import LEVELS, Calls, Limits, Program, Verdict, probe, run_python
+from trainkit.rl.sandbox import Calls, Limits, Program, Verdict, probe, run_python
+from trainkit.rl.sandbox_level import LEVELS
 
 FENCE = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 COUNTED = ("timeout", "memory", "output", "signal", "sandbox_error")
