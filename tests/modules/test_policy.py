@@ -352,6 +352,19 @@ def test_a_reward_that_fails_once_is_passed_over(target, prompts, tmp_path):
     assert [row["train/log/seen"] for row in rows if row["train/log/seen"]] == ["32.0"]
 
 
+def test_validation_fails_on_all_ranks(target, prompts, tmp_path, monkeypatch):
+    """A mistake of a reward function in the validation of another rank ends this one with the same line."""
+
+    class Elsewhere(Callback):
+        def on_validation_start(self, trainer, module) -> None:
+            others = lambda value: [value, "reward x is wrong"] if value == "" else [value]
+            monkeypatch.setattr(module, "_gather_objects", others)
+
+    with pytest.raises(UserError, match="reward x is wrong"):
+        more = {"validation": str(prompts), "val_check_interval": 2, "callbacks": [Elsewhere()]}
+        fit(policy_module(target), prompts, tmp_path, steps=2, **more)
+
+
 def test_rewards_know_the_progress_of_training(target, prompts, tmp_path):
     """`trainer_state` has the optimiser step and their number, as in TRL, in training and in validation."""
     more = {"data.validation": prompts, "data.limit_validation": 2, "trainer.val_check_interval": 4}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ from trainkit.modules.ranks import stop_all
 from trainkit.modules.training_data import global_seed
 from trainkit.rl.algorithms import Algorithm, DrGRPO
 from trainkit.rl.batches import Micro, policy_logprobs
-from trainkit.rl.collect import Collected, Collector, rollout_means, statistics
+from trainkit.rl.collect import Collected, Collector, rollout_means, statistics, together
 from trainkit.rl.correction import Kind, check_correction
 from trainkit.rl.evaluate import greedy_metrics, sample_metrics
 from trainkit.rl.infalign import InfAlign
@@ -484,9 +485,13 @@ class PolicyModule(TrainingModule):
         tasks = [self.data.validation_tasks[number] for number in batch["tasks"]]
         found = {"greedy": [Group(task, [r]) for task, r in zip(tasks, self.rollouts.greedy(tasks), strict=True)]}
         found["sampled"] = self.rollouts.generate(tasks, 0) if self.pass_at else []
+        generation = self.trainer.global_step // self.steps_per_generation
         for name, groups in found.items():
-            if self.rewards is not None:
-                self.rewards.score(groups, self.trainer.global_step // self.steps_per_generation)
+            if (rewards := self.rewards) is not None:
+                try:
+                    together(self._gather_objects, partial(rewards.score, groups, generation))
+                except UserError as error:  # on all ranks
+                    stop_all(self.trainer, str(error))
             self._evaluated[name] += groups
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
