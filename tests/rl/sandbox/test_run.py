@@ -17,9 +17,9 @@ import pytest
 
 from tests.support.processes import wait_until
 from trainkit.errors import UserError
-from trainkit.rl import sandbox
-from trainkit.rl.sandbox import Calls, Limits, Program, Verdict, probe, run_python
-from trainkit.rl.sandbox_level import FEATURES, Level
+from trainkit.rl.sandbox import run as sandbox
+from trainkit.rl.sandbox.level import FEATURES, Level
+from trainkit.rl.sandbox.run import Calls, Limits, Program, Verdict, probe, run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 WITHOUT = {
@@ -266,7 +266,7 @@ FORGERIES = {
     "patches builtins": "import builtins\nbuiltins.AssertionError = Exception\nbuiltins.str = lambda x: ''\ndef f(x): return 9",
     "patches the judge": """
 import sys
-sys.modules['trainkit.rl.judge'].judge_calls = lambda *a: ('passed', 1, 1, '')
+sys.modules['trainkit.rl.sandbox.judge'].judge_calls = lambda *a: ('passed', 1, 1, '')
 def f(x): return 0
 """,
     "writes to every file": WRITE_ALL + "write(b'x passed 1 1 \\n')\nos._exit(0)",
@@ -414,7 +414,7 @@ def test_solution_ends_with_its_trainer(without: str) -> None:
     """A trainer that is killed leaves no process behind."""
     name = secrets.token_hex(6)
     source = NAMED.format(name) + "time.sleep(30)"
-    code = f"from trainkit.rl.sandbox import *\nrun_python({source!r}, Calls(''), level=probe({WITHOUT[without]!r}))"
+    code = f"from trainkit.rl.sandbox.run import *\nrun_python({source!r}, Calls(''), level=probe({WITHOUT[without]!r}))"
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as trainer:
         wait_until(lambda: bool(pids_named(name)), trainer.pid)
