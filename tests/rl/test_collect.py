@@ -139,7 +139,7 @@ def test_error_on_one_rank_ends_all(seed):
 
 
 def test_penalty_for_length_is_added_before_advantages(seed):
-    """With equal rewards the advantages order responses by length."""
+    """With equal rewards the advantages, which the responses hold too, order responses by length."""
 
     class Longer(Algorithm):
         def shape_reward(self, length: int, limit: int) -> float:
@@ -150,6 +150,7 @@ def test_penalty_for_length_is_added_before_advantages(seed):
 
     (part,) = Ranks(1).run(0, 0, algorithm=Longer(), rewards=Rewards(9))
     for group, advantage_G in part.groups.values():
+        assert [response.advantage for response in group.responses] == advantage_G.tolist()
         kept = [(len(r.tokens), -a) for r, a in zip(group.responses, advantage_G.tolist(), strict=True) if r.reward == 1.0]
         by_length = dict(kept)
         assert all(by_length[length] == pytest.approx(minus) for length, minus in kept)

@@ -47,34 +47,25 @@ class Exact:
 TASKS = [Task(index, [5], f"{index}+0=", {"answer": str(index)}) for index in range(5)]
 
 
-def test_evaluate_gives_metrics_and_rows():
+def test_evaluate_gives_metrics_and_groups():
     """Tasks 0, 2, 4 are right greedily; of 4 samples 0 to 4 are right, so pass@1 is 1/2 and pass@2 (0 + 1/2 + 5/6 + 2) / 5."""
-    metrics, table = evaluate(Fixed(), Exact(), TASKS, k=(1, 2), step=7)
+    metrics, greedy, sampled = evaluate(Fixed(), Exact(), TASKS, k=(1, 2), step=7)
     assert metrics["accuracy"] == metrics["reward"] == 0.6 and metrics["accuracy_low"] < 0.6 < metrics["accuracy_high"]
     assert metrics["pass@1"] == pytest.approx(0.5) and metrics["pass@2"] == pytest.approx((0 + 1 / 2 + 5 / 6 + 1 + 1) / 5)
     assert metrics["sampled_reward"] == 0.5 and metrics["missing"] == metrics["truncated"] == 0
     assert metrics["length"] == pytest.approx((1 + 2 + 1 + 2 + 1) / 5)
-    assert len(table) == 5 + 20 and table[1] == {
-        "kind": "greedy",
-        "task": 1,
-        "prompt": "1+0=",
-        "completion": "no",
-        "reward": 0.0,
-        "reward/exact": 0.0,
-        "length": 2,
-        "finish": "end",
-    }
+    assert [len(group.responses) for group in greedy + sampled] == [1] * 5 + [4] * 5
 
 
 def test_evaluate_without_k_draws_no_samples():
     """Without `k` there is no metric of samples and `generate` is not called."""
-    metrics, table = evaluate(Fixed(), Exact(), TASKS)
-    assert len(table) == 5 and not [name for name in metrics if "pass" in name or "sampled" in name]
+    metrics, _, sampled = evaluate(Fixed(), Exact(), TASKS)
+    assert sampled == [] and not [name for name in metrics if "pass" in name or "sampled" in name]
 
 
 def test_missing_rewards_count_nowhere():
     """Task 4's greedy reward and first sample are missing: 2 of 4 are right, and its pass@2 is over its other 3 samples."""
-    metrics, _ = evaluate(Fixed(), Exact(missing=4), TASKS, k=(1, 4), step=7)
+    metrics, *_ = evaluate(Fixed(), Exact(missing=4), TASKS, k=(1, 4), step=7)
     assert metrics["accuracy"] == 0.5 and metrics["missing"] == 2
     assert metrics["pass@1"] == pytest.approx((0 + 1 / 4 + 1 / 2 + 3 / 4 + 1) / 5)
     assert metrics["pass@4"] == pytest.approx((0 + 1 + 1 + 1) / 4), "a prompt with fewer than k samples is left out"
@@ -125,6 +116,9 @@ def test_win_rate_by_hand():
 
 
 def test_rows_hold_the_given_columns_first():
-    """Columns of the caller come first, then prompt, completion, rewards, length and finish."""
-    (row,) = rows([Group(TASKS[1], [response("abc", 0.5)])], step=3)
-    assert list(row) == ["step", "task", "prompt", "completion", "reward", "reward/exact", "length", "finish"]
+    """Columns of the caller come first, then prompt, completion, rewards, advantage, length, finish, what functions logged."""
+    known = response("abc", 0.5)
+    known.advantage, known.extra = 1.5, {"parsed": "a"}
+    (row,) = rows([Group(TASKS[1], [known])], step=3)
+    names = "step task prompt completion reward reward/exact advantage length finish log/parsed"
+    assert list(row) == names.split() and (row["advantage"], row["log/parsed"]) == (1.5, "a")

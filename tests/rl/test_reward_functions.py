@@ -53,7 +53,7 @@ def test_numeric_reads_references_of_every_type() -> None:
     for answer in (12, 12.0, "12", "$12.", "12.00", "so\n#### 12 "):
         assert values("numeric", ["I say 12.", "13"], answer=answer) == [1, 0]
     assert values("numeric", ["-0.5", ".5"], answer="-.5") == [1, 0]
-    for answer in ("12 apples", "1/2", "", True, [1], "nan", "#### "):
+    for answer in ("12 apples", "1,2,3", "1_000", "1/2", "", True, [1], "nan", "#### "):
         with pytest.raises(UserError, match=r"^rows.jsonl:1: answer .* (is not a|holds no) number, for the reward numeric"):
             values("numeric", ["12"], answer=answer)
 

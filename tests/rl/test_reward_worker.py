@@ -51,7 +51,7 @@ def test_a_function_that_is_not_there_is_a_bad_call() -> None:
 def test_pool_keeps_order_and_loses_only_what_hangs() -> None:
     """Results are in the order of the requests, and a call that hangs takes no other with it."""
     texts = ["a", "hang", "b", "c", "hang", "d"]
-    results = Pool(f"{MODULE}:endless", {}, workers=2).calls([ask(text) for text in texts], 0.5)
+    results = Pool(f"{MODULE}:endless", {}, workers=2).calls([ask(text) for text in texts], 2)
     assert [type(result).__name__ for result in results] == ["TimedOut" if text == "hang" else "Result" for text in texts]
 
 

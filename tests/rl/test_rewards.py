@@ -7,7 +7,6 @@ import json
 import math
 import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +113,64 @@ def test_rewards_do_not_depend_on_the_split(seed: int) -> None:
 
 def test_async_functions_overlap() -> None:
     """Asynchronous functions wait at the same time, also when an event loop runs already."""
-    rewards = Rewards([{"function": f"{MODULE}:remote"}] * 5)
-    assert rewards.names == ["remote", "remote_2", "remote_3", "remote_4", "remote_5"]
+    barrier = asyncio.Barrier(3)
 
-    async def notebook() -> None:
-        rewards.score([group(["a"])], 0)
+    async def together(completions: list[str]) -> list[float]:
+        await asyncio.wait_for(barrier.wait(), 20)
+        return [1.0]
 
-    start = time.monotonic()
-    asyncio.run(notebook())
-    assert time.monotonic() - start < 0.8  # 1.0 s one after another; each sleeps 0.2 s
+    rewards = Rewards([{"function": together}] * 3)
+    assert rewards.names == ["together", "together_2", "together_3"]
+
+    async def notebook() -> float:
+        rewards.score(groups := [group(["a"])], 0)
+        return groups[0].responses[0].reward
+
+    assert asyncio.run(notebook()) == 3
+
+
+def test_async_functions_keep_their_event_loop() -> None:
+    """A lock that a function keeps, waited for in each call, works in every step; a cancelled call is a missing value."""
+    lock = asyncio.Semaphore(1)
+
+    async def remote(completions: list[str]) -> list[float]:
+        async def ask() -> float:
+            async with lock:
+                await asyncio.sleep(0)
+                return 1.0
+
+        return await asyncio.gather(*(ask() for _ in completions))
+
+    async def cancelled(completions: list[str]) -> list[float]:
+        raise asyncio.CancelledError
+
+    rewards = Rewards([{"function": remote}, {"function": cancelled}])
+    for step in range(3):
+        counts = rewards.score([group(["a", "b", "c"])], step)
+        assert counts["failures/remote"] == 0 and counts["failures/cancelled"] == 1
+
+
+def test_what_a_function_changes_stays_with_it() -> None:
+    """Tokens that are trained on, columns, prompts and what the next function receives survive one that changes its inputs."""
+
+    def changes(prompts: Any, completions: Any, completion_ids: Any, tests: Any) -> list[float]:
+        prompts[0][0]["content"] = completions[0][0]["content"] = "changed"
+        completion_ids[0].append(7)
+        tests[0][0].append(7)
+        return [0.0, 0.0]
+
+    def sees(completions: Any, completion_ids: Any, tests: Any) -> list[float]:
+        return [
+            float((chat[0]["content"], 7 in ids + test[0]) == ("b", False))
+            for chat, ids, test in zip(completions, completion_ids, tests, strict=True)
+        ]
+
+    groups = [group(["b", "b"], prompt=[dict(turn) for turn in CHAT], tests=[[1, 2]])]
+    tokens = [list(response.tokens) for response in groups[0].responses]
+    Rewards([{"function": changes}, {"function": sees}]).score(groups, 0)
+    assert rewards_of(groups, "sees") == [1, 1]
+    assert [response.tokens for response in groups[0].responses] == tokens
+    assert groups[0].task.prompt == CHAT and groups[0].task.columns == {"tests": [[1, 2]]}
 
 
 def test_an_error_is_missing_and_the_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +223,7 @@ def test_a_reward_that_always_fails_stops_the_run() -> None:
 
 def test_a_call_beyond_its_timeout_is_missing() -> None:
     """A call that hangs is ended, all its values are missing and counted, and the next call works."""
-    rewards = Rewards([{"function": f"{MODULE}:endless", "timeout": 0.5}, {"function": f"{MODULE}:unique_letters"}])
+    rewards = Rewards([{"function": f"{MODULE}:endless", "timeout": 2}, {"function": f"{MODULE}:unique_letters"}])
     groups = [group(["hang", "b"])]
     counts = rewards.score(groups, 0)
     assert counts["timeouts/endless"] == 1 and counts["missing/endless"] == 2 and counts["failures/endless"] == 0

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from tests.support.drafters import VARIANTS
@@ -16,6 +17,7 @@ from trainkit.drafters.base import load_kind
 from trainkit.errors import UserError, note
 from trainkit.models.load import hf_views, load_decoder
 from trainkit.models.target import FrozenTarget, target_shape
+from trainkit.rl.correction import mismatch
 from trainkit.rl.rollout import RETRY, Rollouts
 from trainkit.rl.types import Task
 from trainkit.rl.weights import policy_tensors
@@ -51,8 +53,8 @@ def engines(folder):
     return get
 
 
-def gaps(model, groups, temperature):
-    """Largest |log p of transformers - log p of the sampler| of each response; p at the sampling temperature."""
+def trained(model, groups, temperature):
+    """For each response, the log-probabilities of its tokens by transformers at this temperature, and the sampler's."""
     found = []
     for group in groups:
         for response in group.responses:
@@ -60,8 +62,22 @@ def gaps(model, groups, temperature):
             with torch.no_grad():
                 logits_TV = model(torch.tensor([tokens])).logits[0, len(group.task.tokens) - 1 : -1] / temperature
             log_p = logits_TV.log_softmax(-1).gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
-            found.append(float((log_p - torch.tensor(response.logprobs)).abs().max()))
+            found.append((log_p, torch.tensor(response.logprobs)))
     return found
+
+
+def gap(model, groups, temperature):
+    """Largest difference of the two."""
+    return max(float((old - sampler).abs().max()) for old, sampler in trained(model, groups, temperature))
+
+
+def mean_mismatch(model, groups, temperature):
+    """Mean difference and mean k3 per token, as the training reports them."""
+    pairs = [pad_sequence(list(side), batch_first=True) for side in zip(*trained(model, groups, temperature), strict=True)]
+    lengths = [len(response.tokens) for group in groups for response in group.responses]
+    mask_RT = pad_sequence([torch.ones(length) for length in lengths], batch_first=True)
+    sums = mismatch(*pairs, mask_RT)
+    return float(sums["abs"] / sums["tokens"]), float(sums["k3"] / sums["tokens"])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -77,7 +93,7 @@ def test_logprobs_equal_the_trainers(variant, shape, temperature, engines, folde
     for step in range(2):
         groups = rollouts.generate(tasks_of(ragged_prompts(3, 320)), step)
         # rounding of float32 logits of a few units is about 3e-6
-        assert max(gaps(model, groups, temperature)) <= 1e-5
+        assert gap(model, groups, temperature) <= 1e-5
         with torch.no_grad():
             for weight in model.parameters():
                 weight += 0.01 * torch.randn_like(weight)
@@ -110,26 +126,34 @@ def test_update_equals_a_fresh_runner(variant, engines, folder, seed):
 
 
 def test_planted_mismatches_are_caught(folder, seed):
-    """Stale weights, one stale tensor, another temperature and a shifted mask are far above the 1e-5 of a right sampler."""
+    """Stale weights, one stale layer, another temperature and shifted tokens are far above the 1e-6 nats of a right sampler."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rollouts = Rollouts(Runner(load_decoder(folder), None, target_shape(folder), max_len=96), 2, 12, 0.7, seed)
+    rollouts = Rollouts(Runner(load_decoder(folder), None, target_shape(folder), max_len=96), 4, 12, 0.7, seed)
     tasks = tasks_of(ragged_prompts(4, 320))
+
+    def right(groups):
+        mean, k3 = mean_mismatch(model, groups, 0.7)
+        return mean <= 2e-6 and k3 <= 1e-9
+
+    def wrong(groups, temperature=0.7):
+        mean, k3 = mean_mismatch(model, groups, temperature)
+        return mean > 1e-3 and k3 > 1e-6
+
     groups = rollouts.generate(tasks, 0)
-    assert max(gaps(model, groups, 0.7)) <= 1e-5
-    assert min(gaps(model, groups, 1.0)) > 1e-3
+    assert right(groups) and wrong(groups, 1.0)
     with torch.no_grad():
         for weight in model.parameters():
-            weight += 0.01 * torch.randn_like(weight)
-    assert min(gaps(model, groups, 0.7)) > 1e-3
-    rollouts.update((name, value) for name, value in policy_tensors(model) if "layers.2.mlp" not in name)
-    assert min(gaps(model, rollouts.generate(tasks, 1), 0.7)) > 1e-4
+            weight += 0.02 * torch.randn_like(weight)
+    assert wrong(groups) and wrong(rollouts.generate(tasks, 1))
+    rollouts.update((name, value) for name, value in policy_tensors(model) if "layers.2." not in name)
+    assert wrong(rollouts.generate(tasks, 1))
     rollouts.update(policy_tensors(model))
     groups = rollouts.generate(tasks, 1)
-    assert max(gaps(model, groups, 0.7)) <= 1e-5
+    assert right(groups)
     for group in groups:
         for response in group.responses:
             response.logprobs = response.logprobs[1:] + response.logprobs[:1]
-    assert min(gaps(model, groups, 0.7)) > 1e-3
+    assert wrong(groups)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

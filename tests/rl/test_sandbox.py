@@ -18,7 +18,8 @@ import pytest
 from tests.support.processes import wait_until
 from trainkit.errors import UserError
 from trainkit.rl import sandbox
-from trainkit.rl.sandbox import FEATURES, Calls, Level, Limits, Program, Verdict, probe, run_python
+from trainkit.rl.sandbox import Calls, Limits, Program, Verdict, probe, run_python
+from trainkit.rl.sandbox_level import FEATURES, Level
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 WITHOUT = {
@@ -93,7 +94,7 @@ def test_endless_loop_ends_at_the_cpu_limit(without: str) -> None:
     """It is a timeout, and no process is left."""
     level = probe(WITHOUT[without])
     name = secrets.token_hex(6)
-    verdict = run(NAMED.format(name) + "def f():\n    while True: pass", "f()", level, cpu_seconds=1)
+    verdict = run(NAMED.format(name) + "def f():\n    while True: pass", "f()", level, cpu_seconds=1, wall_seconds=60)
     assert verdict.outcome == "timeout" and "CPU" in verdict.why, verdict
     wait_until(lambda: not pids_named(name), seconds=5)
 
@@ -268,7 +269,7 @@ import sys
 sys.modules['trainkit.rl.judge'].judge_calls = lambda *a: ('passed', 1, 1, '')
 def f(x): return 0
 """,
-    "writes to every file": WRITE_ALL + "write(b'x passed 1 1 \\n')\ndef f(x): return 0",
+    "writes to every file": WRITE_ALL + "write(b'x passed 1 1 \\n')\nos._exit(0)",
     "sends a pickle that calls os.system": WRITE_ALL + """
 def f(x):
     data = b'cos\\nsystem\\n(S"touch evil"\\ntR.'
@@ -281,6 +282,7 @@ def f(x):
     patch = b"cfractions\\nFraction\\nN}X\\x06\\0\\0\\0__eq__K" + number + b"Qs\\x86b"
     data = b"\\x80\\x04\\x88" + patch + b")\\x87."
     write(len(data).to_bytes(8, 'little') + data)
+    return True
 """,
     "sends a length without end": WRITE_ALL + "def f(x):\n    write(b'\\xff' * 8)\n    os._exit(0)",
     "looks for the tests": """
@@ -400,7 +402,7 @@ def test_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Nothing is left on disk, not even by a deep folder that nobody may enter."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     tmp_path.chmod(0o755)
-    body = "import os\nfor _ in range(900):\n    os.mkdir('d')\n    os.chdir('d')\nopen('f', 'w').close()\nos.chmod('.', 0)\n"
+    body = "import os\nfor _ in range(300):\n    os.mkdir('d')\n    os.chdir('d')\nopen('f', 'w').close()\nos.chmod('.', 0)\n"
     body += "def f(): return 1"
     for without in ((), ("namespaces",), FEATURES):
         assert run(body, "assert f() == 1", probe(without)) == Verdict("passed")

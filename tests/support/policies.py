@@ -29,6 +29,14 @@ def never(completion_ids, **columns) -> list[None]:
     return [None] * len(completion_ids)
 
 
+def fails_at_first(completion_ids, trainer_state, log_metric) -> list[float]:
+    """As `odd_share`, but raises in the first generation; logs the number of responses."""
+    if trainer_state.global_step == 0:
+        raise RuntimeError("no connection yet")
+    log_metric("seen", len(completion_ids))
+    return odd_share(completion_ids)
+
+
 def write_prompts(path: Path, count: int = 24) -> Path:
     """A JSONL file of short questions with a column `number`."""
     path.write_text("".join(json.dumps({"prompt": f"{n} + {n % 7}?", "number": n}) + "\n" for n in range(count)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ def tiny_flags(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]
     run |= {"trainer.enable_progress_bar": "false"}
     if values["data"]["class_path"] == "AcceptanceData":
         return _with_flags(recipe, {"data.train": make_set(cache / "records"), "data.batch_size": 16} | run)
+    if values["data"]["class_path"] == "PromptData":
+        rows = _write_sums(cache / "sums.jsonl")
+        data = {"model.target": target, "data.train": rows, "data.validation": rows}
+        small = {"model.prompts": 4, "model.max_new_tokens": 4, "model.drafter": "null", "model.refresh": "null"}
+        if "overlong" in values["model"]["init_args"]["algorithm"].get("init_args", {}):
+            small["model.algorithm.overlong"] = 2
+        return _with_flags(recipe, data | small | run)
     model, data = (values[part].get("init_args", {}) for part in ("model", "data"))
     flags = {f"data.{name}": rows for name in ("train", "corpus", "target", "prompts") if name in data}
     flags |= {"data.validation": rows, "data.length": 64, "data.batch_size": 2, "data.cache": cache} | run
@@ -41,6 +49,13 @@ def tiny_flags(recipe: Path, target: Path, rows: Path, cache: Path) -> list[str]
     else:
         flags |= {"data.tokenizer": target, "model.config.num_hidden_layers": 1}
     return _with_flags(recipe, flags)
+
+
+def _write_sums(path: Path) -> Path:
+    """Prompts with an answer that reward functions for text and for numbers read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"prompt": f"{n} + 1?", "answer": str(n + 1)}) + "\n" for n in range(8)))
+    return path
 
 
 def _with_flags(recipe: Path, flags: dict[str, Any]) -> list[str]:

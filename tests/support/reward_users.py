@@ -37,7 +37,7 @@ def more_tokens(completion_ids, trainer_state, log_extra, log_metric):
 
 async def remote(prompts, completions, **kwargs):
     """As if it asked a server."""
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.01)
     return [1.0 if completion else 0.0 for completion in completions]
 
 

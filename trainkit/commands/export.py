@@ -17,9 +17,11 @@ from trainkit.export.drafter import export_drafter
 from trainkit.export.model import FORMATS, export_model
 from trainkit.export.predictor import export_predictor
 from trainkit.models.adapter import merge_adapter
+from trainkit.models.target import target_shape
 from trainkit.modules.checkpoint import Checkpoint, read_checkpoint
 from trainkit.modules.compression.export import export_trained
 from trainkit.modules.wandb_logger import attach, tracked_folder
+from trainkit.rl.refresh import load_refreshed
 
 
 def export(
@@ -48,7 +50,8 @@ def export(
     A run of JointModule tuned its target as well. That target, with the adapter merged, is written to OUT-target first, as a
     plain Hugging Face folder; the drafter at OUT then refuses any other target.
 
-    A run of PolicyModule becomes a plain Hugging Face folder of the fine-tuned model; an adapter is merged in float32.
+    A run of PolicyModule becomes a plain Hugging Face folder of the fine-tuned model; an adapter is merged in float32. If the
+    run refreshed its drafter, the drafter is written to OUT-draft.
 
     A run of CompressModule becomes a model whose zeros are those of its masks, or whose quantised layers hold the very codes of
     the training forward pass, in the format of compressed-tensors.
@@ -104,6 +107,8 @@ def export(
         bundle = export_model(model, out, tokenizer=tokenizer or folder, **options, **_card(saved), policy=saved.policy())
     else:
         bundle, notes = _export_drafter(saved, out, tokenizer, target, options | {"verifier": verifier})
+    if saved.refresh:
+        notes = [_export_refreshed(saved, bundle.path, options["dtype"])]
     lines = [export_report(bundle), *notes]
     if run_folder is not None:
         lines.append(attach(bundle, run_folder, checkpoint))
@@ -133,6 +138,18 @@ def _export_drafter(
     drafter.fill_untrained()
     source = tokenizer or saved.info["tokenizer"]
     return export_drafter(drafter, out, tokenizer=source, target=target, **options, **_card(saved)), notes
+
+
+def _export_refreshed(saved: Checkpoint, policy: Path, dtype: torch.dtype) -> str:
+    """Writes the drafter that an RL run refreshed beside its policy, as POLICY-draft; a line for the user."""
+    drafter = load_refreshed(saved.refresh, target_shape(policy), policy)
+    drafter.fill_untrained()
+    card: dict[str, Any] = _card(saved) | {"metrics": {"step": saved.info["step"]}}
+    if drafter.default_tree is not None:
+        card["runner"] = {"tree": [list(path) for path in drafter.default_tree]}
+    out = policy.with_name(f"{policy.name}-draft")
+    made = export_drafter(drafter, out, tokenizer=policy, target=policy, dtype=dtype, **card)
+    return f"drafter: {made.path}; refreshed together with this policy"
 
 
 def _merged(saved: Checkpoint, target: str | None) -> tuple[Any, Path]:

@@ -427,6 +427,28 @@ class LiveTarget(FrozenTarget):
         with evaluating(self.model):
             return super().forward(tokens_BT, positions_BT, document_BT, taps)
 
+    @contextmanager
+    def overheard(self, taps: Sequence[int]) -> Iterator[list[Tensor]]:
+        """Detached hidden states of a forward pass that somebody else runs over the model while the context is open.
+
+        Yields a list to which the pass adds the states after the final norm [B, T, D] and, if there are taps, the tapped ones
+        [B, T, A, D].
+        """
+        heard: list[Tensor] = []
+
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            states[len(self._layers)] = output.last_hidden_state
+            heard.append(output.last_hidden_state.detach())
+            if taps:
+                heard.append(torch.stack([states[self.layer(tap)].detach() for tap in taps], dim=2))
+
+        with self._recorded(taps) as states:
+            hook = self.backbone.register_forward_hook(record)
+            try:
+                yield heard
+            finally:
+                hook.remove()
+
     def _logits(self, hidden: Tensor) -> Tensor:
         weight, bias = self.head_weight, self._head.bias
         if not torch.is_autocast_enabled(hidden.device.type):

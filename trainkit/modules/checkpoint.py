@@ -19,7 +19,7 @@ from trainkit.models.predictor import AcceptancePredictor
 from trainkit.models.shape import TargetShape
 from trainkit.modules.base import CHECKPOINT_KEY
 
-COMPRESSION_KEY = f"{CHECKPOINT_KEY}_compression"
+COMPRESSION_KEY, POLICY_KEY = f"{CHECKPOINT_KEY}_compression", f"{CHECKPOINT_KEY}_policy"
 REMEDY = "give a last.ckpt or best.ckpt of a run"
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -36,6 +36,7 @@ class Checkpoint:
             for an RL run `target` and `policy` (algorithm, rewards).
         weights: Trained weights by name, all networks together.
         compression: State of the compression, with its masks; empty if the run had none.
+        refresh: State of the refreshed drafter of an RL run; empty if there is none.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Checkpoint:
     info: dict[str, Any]
     weights: dict[str, Tensor]
     compression: dict[str, Any] = field(default_factory=dict)
+    refresh: dict[str, Any] = field(default_factory=dict)
 
     def drafter(self) -> Drafter:
         """The trained drafter. Raises UserError if the run trained none."""
@@ -125,4 +127,5 @@ def read_checkpoint(checkpoint: str | Path) -> Checkpoint:
             f"{path}: checkpoint format {saved.get('format')}, this version reads format 1; use the trainkit that wrote it"
         )
     description = {name: value for name, value in saved.items() if name not in ("format", "info")}
-    return Checkpoint(path, description, saved["info"], values["state_dict"], values.get(COMPRESSION_KEY, {}))
+    more = values.get(COMPRESSION_KEY, {}), values.get(POLICY_KEY, {}).get("refresh", {})
+    return Checkpoint(path, description, saved["info"], values["state_dict"], *more)

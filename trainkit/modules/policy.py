@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -25,12 +25,13 @@ from torch import nn
 
 from trainkit.data.manifest import weights_digest
 from trainkit.drafters.base import Drafter
-from trainkit.errors import UserError
+from trainkit.errors import UserError, note
 from trainkit.losses.output import LossOutput
 from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget
 from trainkit.models.load import covered_positions
 from trainkit.models.target import FrozenTarget, LiveTarget
 from trainkit.modules.base import CHECKPOINT_KEY, Batch, TrainingModule
+from trainkit.modules.checkpoint import POLICY_KEY
 from trainkit.modules.prompt_data import PromptData
 from trainkit.modules.ranks import stop_all
 from trainkit.modules.training_data import global_seed
@@ -40,6 +41,7 @@ from trainkit.rl.collect import Collected, Collector, rollout_means, statistics
 from trainkit.rl.correction import Kind, check_correction
 from trainkit.rl.evaluate import greedy_metrics, sample_metrics
 from trainkit.rl.infalign import InfAlign
+from trainkit.rl.joint import JointRefresh
 from trainkit.rl.prepare import Preparation
 from trainkit.rl.refresh import Refresh
 from trainkit.rl.rewards import Rewards
@@ -49,7 +51,8 @@ from trainkit.rl.types import Group, PolicyTokens
 from trainkit.rl.weights import policy_tensors
 from trainkit.runner import Runner
 
-STATE_KEY = f"{CHECKPOINT_KEY}_policy"
+ROUNDING = 0.1
+"""Mean difference between log-probabilities of runner and trainer, in nats, above which bfloat16 does not explain it."""
 
 
 class PolicyModule(TrainingModule):
@@ -81,7 +84,8 @@ class PolicyModule(TrainingModule):
         reference: Folder of the model that the loss compares the policy with: the teacher of `OnPolicyDistillation`; for a KL
             term by default the target as it was before training.
         drafter: Drafter bundle of the target, with which responses are generated faster; the text is the same.
-        refresh: Class that trains the drafter on recent responses, with its arguments; None leaves the drafter as it is.
+        refresh: Class that trains the drafter on recent responses, with its arguments: `Refresh` every few generations, or
+            `JointRefresh` in the policy's own forward pass. None leaves the drafter as it is.
         speculate: Whether to use it: `on`, `off`, or `auto`, where it is measured to be faster.
         rollout: Further options of `GenerateOptions`, such as what to draft (depth or tree), verify, or stop.
         rollout_batch: Largest number of responses that each process generates at the same time.
@@ -196,9 +200,11 @@ class PolicyModule(TrainingModule):
         self.groups: list[Group] = []
         """Groups that this process generated last; another list for each generation."""
         self._tau = float("nan")  # of the current generation, over all ranks
+        self._unrewarded = 0  # generations in a row without any reward
         self._refreshed: dict[str, float] = {}  # metrics of a refresh that no log line has yet
         self._synced: int | None = None  # optimiser step of the weights that the runner has
-        self._statistics: dict[str, float] = {}  # of the current generation, equal on all ranks
+        self.statistics: dict[str, float] = {}
+        """Mismatch and largest length of the current generation, equal on all ranks."""
         self._speeds: dict[str, float] = {}  # of the current log line
         self._ratio_max = torch.zeros(())
         self._evaluated: dict[str, list[Group]] = {"greedy": [], "sampled": []}
@@ -210,7 +216,8 @@ class PolicyModule(TrainingModule):
             raise UserError(f"trainer.strategy: PolicyModule trains under ddp, not {type(self.trainer.strategy).__name__}")
         if hasattr(self, "rollouts"):
             return
-        self._check_division()
+        accumulate = self.trainer.accumulate_grad_batches
+        check_division(self.prompts, self.samples, self.minibatches, self.trainer.world_size, accumulate)
         self.data.fit_prompts(covered_positions(self.target), self.max_new_tokens)
         if len(self.data.tasks) < self.prompts:
             raise UserError(
@@ -253,20 +260,6 @@ class PolicyModule(TrainingModule):
             assert self.drafter is not None and runner.drafter is not None
             live, options = LiveTarget(self.policy.model, self.target), {"seed": global_seed(), "reduce": self._reduce}
             self.refresh = self._make_refresh(runner.drafter, self.drafter, live, **options)  # pyright: ignore[reportCallIssue]
-
-    def _check_division(self) -> None:
-        world, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        groups, rest = divmod(self.prompts, self.minibatches * world)
-        if rest:
-            raise UserError(
-                f"model.prompts: {self.prompts} prompts do not divide into {self.minibatches} minibatches on {world} "
-                "processes; change one"
-            )
-        if groups * self.samples % accumulate:
-            raise UserError(
-                f"trainer.accumulate_grad_batches: {groups * self.samples} responses of a process and minibatch do not divide "
-                f"into {accumulate} micro-batches; change it"
-            )
 
     def train(self, mode: bool = True) -> PolicyModule:
         """Stays in eval mode: with dropout, the ratio of the first minibatch would not be 1."""
@@ -342,19 +335,25 @@ class PolicyModule(TrainingModule):
         except UserError as error:  # on all ranks
             stop_all(trainer, str(error))
         seconds |= collected.seconds
-        if not collected.valid and self.algorithm.needs_rewards:
-            assert self.rewards is not None
-            stop_all(
-                trainer,
-                f"model.rewards: no response of generation {generation + 1} has a reward, because the functions "
-                f"({', '.join(self.rewards.names)}) failed or returned None; fix them",
-            )
+        if self.rewards is not None and self.algorithm.needs_rewards:
+            self._unrewarded = 0 if collected.valid else self._unrewarded + 1
+            if self._unrewarded >= self.rewards.max_failures:
+                stop_all(
+                    trainer,
+                    f"model.rewards: no response of the last {self._unrewarded} generations has a reward: the functions "
+                    f"({', '.join(self.rewards.names)}) failed or returned None; fix them",
+                )
         with _timed(seconds, "logprobs"):
             try:
                 prepared = self._preparation().prepare(collected)
             except UserError as error:  # on all ranks
                 stop_all(trainer, str(error))
-        self._micros, self._counts, self._statistics = prepared.micros, prepared.counts, prepared.mismatch
+        self._micros, self._counts, self.statistics = prepared.micros, prepared.counts, prepared.mismatch
+        if prepared.mismatch["mismatch"] > ROUNDING and trainer.is_global_zero:
+            note(
+                f"runner and trainer differ by {prepared.mismatch['mismatch']:.2g} nats per token in mean, more than rounding "
+                "explains; compare trainer.precision with model.rollout_dtype, and watch train/mismatch"
+            )
         self._generation, self._cursor, self.groups = generation, collected.cursor, collected.generated
         self._record(collected, seconds)
         if self.refresh is not None:
@@ -395,7 +394,8 @@ class PolicyModule(TrainingModule):
             self._synced = self.trainer.global_step
 
     def loss(self, batch: Batch, micro: int | None) -> LossOutput:
-        new_RL, entropy_RL, _ = policy_logprobs(self.policy, batch, self.temperature)
+        with self.refresh.listening(batch) if isinstance(self.refresh, JointRefresh) else nullcontext():
+            new_RL, entropy_RL, _ = policy_logprobs(self.policy, batch, self.temperature)
         more = batch.get("ref_RL"), batch.get("correction_RL")
         tokens = PolicyTokens(new_RL, batch["old_RL"], batch["advantage_RL"], batch["mask_RL"], *more)
         output = self.algorithm.loss(tokens)
@@ -405,6 +405,8 @@ class PolicyModule(TrainingModule):
         return LossOutput(output.sum, output.count, metrics)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(self.refresh, JointRefresh):
+            self.refresh.step()
         if not self._counts[self._minibatch]:  # nothing counts on any rank: moments and weight decay must not move the weights
             for parameter in self.parameters():
                 parameter.grad = None
@@ -414,6 +416,8 @@ class PolicyModule(TrainingModule):
     def _record(self, collected: Collected, seconds: dict[str, float]) -> None:
         """Adds the statistics of a generation, over all ranks, to the sums of the next log line."""
         sums, maxima = statistics(collected.generated)
+        for name, value in self.rewards.metrics.items() if self.rewards is not None else ():
+            sums |= {f"sum log/{name}": value, f"known log/{name}": 1.0}
         sums |= {f"seconds_{name}": value / self.trainer.world_size for name, value in seconds.items()}
         parts = self._gather_objects((sums, maxima))
         totals = {
@@ -422,7 +426,7 @@ class PolicyModule(TrainingModule):
         totals |= {"generations": 1.0, "candidates": float(collected.candidates), "kept": float(collected.kept)}
         for name, value in totals.items():  # equal names on all ranks; the sums over ranks are logged
             self._training.add(f"rollouts/{name}", value if self.trainer.is_global_zero else 0.0)
-        self._statistics |= {name: max(part[name] for _, part in parts) for name in maxima}
+        self.statistics |= {name: max(part[name] for _, part in parts) for name in maxima}
         self._tau = rollout_means(totals).get("tau", float("nan"))
 
     def training_means(self, sums: dict[str, float]) -> dict[str, float]:
@@ -443,7 +447,7 @@ class PolicyModule(TrainingModule):
             values |= rollout_means(rolled)
             if self.algorithm.dynamic_sampling:
                 values["filtered"] = 1 - rolled["kept"] / rolled["candidates"]
-        return values | self._statistics
+        return values | self.statistics
 
     def training_values(self) -> dict[str, float]:
         largest = self.trainer.strategy.reduce(self._ratio_max, reduce_op="max")  # pyright: ignore[reportArgumentType]
@@ -489,29 +493,30 @@ class PolicyModule(TrainingModule):
             checkpoint[CHECKPOINT_KEY]["info"]["generation_config"] = self.lm.generation_config.to_diff_dict()
         # The rollouts of a generation that is not finished, of all ranks.
         unfinished = self.trainer.global_step % self.steps_per_generation != 0
-        checkpoint[STATE_KEY] = {
+        checkpoint[POLICY_KEY] = {
             "cursor": self._cursor,
             "generation": self._generation if unfinished else None,
             "micros": self._gather_objects(self._micros) if unfinished else [],
             "counts": self._counts,
-            "statistics": self._statistics,
+            "statistics": self.statistics,
             "rollouts": self.rollouts.state_dict(),
             "tau": self._tau,
+            "unrewarded": self._unrewarded,
             "refreshed": self._refreshed,
         }
         if self.refresh is not None:
             state = self.refresh.state_dict()
-            checkpoint[STATE_KEY]["refresh"] = state | {"window": self._gather_objects(state["window"])}
+            checkpoint[POLICY_KEY]["refresh"] = state | {"window": self._gather_objects(state["window"])}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        state = checkpoint[STATE_KEY]
+        state = checkpoint[POLICY_KEY]
         self._cursor, self._generation, self._counts = state["cursor"], state["generation"], state["counts"]
-        self._statistics, self._synced = state["statistics"], None
+        self.statistics, self._synced = state["statistics"], None
         if len(state["micros"]) == self.trainer.world_size:
             self._micros = state["micros"][self.trainer.global_rank]
         self.rollouts.load_state_dict(state["rollouts"])
-        self._tau, self._refreshed = state["tau"], state["refreshed"]
+        self._tau, self._refreshed, self._unrewarded = state["tau"], state["refreshed"], state["unrewarded"]
         if self.refresh is not None and "refresh" in state:
             windows = state["refresh"]["window"]
             rank = self.trainer.global_rank if len(windows) == self.trainer.world_size else 0
@@ -524,6 +529,25 @@ class PolicyModule(TrainingModule):
         parts: list[Any] = [None] * self.trainer.world_size
         dist.all_gather_object(parts, value)
         return parts
+
+
+def check_division(prompts: int, samples: int, minibatches: int, processes: int, accumulate: int) -> None:
+    """Checks that all ranks have equally many groups in each minibatch, and equally many responses in each micro-batch.
+
+    Raises:
+        UserError: they have not.
+    """
+    groups, rest = divmod(prompts, minibatches * processes)
+    if rest:
+        raise UserError(
+            f"model.prompts: {prompts} prompts do not divide into {minibatches} minibatches on {processes} processes; "
+            "change one"
+        )
+    if groups * samples % accumulate:
+        raise UserError(
+            f"trainer.accumulate_grad_batches: {groups * samples} responses of a process and minibatch do not divide into "
+            f"{accumulate} micro-batches; change it"
+        )
 
 
 @contextmanager

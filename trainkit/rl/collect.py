@@ -179,7 +179,11 @@ class Collector:
             return {}
         advantage_PG = self.algorithm.advantages(torch.tensor([values for _, values in rewards], dtype=torch.float64))
         rows = {number: row for row, (number, _) in enumerate(rewards)}
-        return {number: (group, advantage_PG[rows[number]]) for number, group in groups.items()}
+        found = {number: (group, advantage_PG[rows[number]]) for number, group in groups.items()}
+        for group, advantage_G in found.values():
+            for response, advantage in zip(group.responses, advantage_G.tolist(), strict=True):
+                response.advantage = advantage
+        return found
 
     def _reward(self, task: Task, response: Response) -> float:
         """The reward to train on: transformed, then shaped by length; NaN if it is missing."""
@@ -234,8 +238,10 @@ def rollout_means(sums: dict[str, float]) -> dict[str, float]:
     """Metrics of the generated responses, by name, from the sums of `statistics`."""
     responses = max(sums["responses"], 1.0)
     values = {
-        name.removeprefix("sum "): v / max(sums["known" + name[3:]], 1.0) for name, v in sums.items() if name[:4] == "sum "
+        name[4:]: v / sums[f"known{name[3:]}"] for name, v in sums.items() if name[:4] == "sum " and sums[f"known{name[3:]}"]
     }
+    known = {name.removeprefix("known reward"): v for name, v in sums.items() if name.startswith("known reward/")}
+    values |= {f"missing{name}": 1 - v / responses for name, v in known.items()}
     values |= {
         "missing": 1 - sums["known reward"] / responses,
         "zero_variance": sums["zero_variance"] / max(sums["groups"], 1.0),

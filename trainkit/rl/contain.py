@@ -58,9 +58,7 @@ def call(name: str, *arguments: Any) -> int:
     """Calls a function of the C library; raises OSError if it returns a negative number."""
     result = getattr(LIBC, name)(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
     if result < 0:
-        raise OSError(
-            ctypes.get_errno(), os.strerror(ctypes.get_errno()), f"{name}{[a for a in arguments if isinstance(a, int)]}"
-        )
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
     return result
 
 

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from trainkit.eval.bootstrap import Interval, mean
+from trainkit.rl.rewards import Rewards
+from trainkit.rl.rollout import Rollouts
 from trainkit.rl.types import Group, Task
-
-if TYPE_CHECKING:
-    from trainkit.rl.rewards import Rewards  # pyright: ignore[reportMissingImports]
-    from trainkit.rl.rollout import Rollouts  # pyright: ignore[reportMissingImports]
 
 
 def evaluate(
     rollouts: Rollouts, rewards: Rewards, tasks: Sequence[Task], k: Sequence[int] = (), step: int = 0, correct: float = 1.0
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics of a policy on tasks, and a row for each response.
+) -> tuple[dict[str, float], list[Group], list[Group]]:
+    """Metrics of a policy on tasks, and the groups of its greedy responses and of its samples.
 
     Greedy text gives `accuracy` and `reward`. Samples give `pass@K` and `sampled_reward`; they are drawn only if `k` is given.
     Each has its 95 % interval in `NAME_low` and `NAME_high`. `length` and `truncated` are of greedy text. `missing` counts the
@@ -41,11 +39,10 @@ def evaluate(
     greedy = [Group(task, [response]) for task, response in zip(tasks, rollouts.greedy(tasks), strict=True)]
     sampled = rollouts.generate(tasks, step) if k else []
     for groups in (greedy, sampled):
-        if groups:
-            rewards.score(groups, step)
+        rewards.score(groups, step)
     metrics = greedy_metrics(greedy, correct) | sample_metrics(sampled, k, correct)
     metrics["missing"] = float(sum(math.isnan(response.reward) for group in greedy + sampled for response in group.responses))
-    return metrics, [row for groups, kind in ((greedy, "greedy"), (sampled, "sampled")) for row in rows(groups, kind=kind)]
+    return metrics, greedy, sampled
 
 
 def greedy_metrics(groups: Sequence[Group], correct: float = 1.0) -> dict[str, float]:
@@ -121,12 +118,12 @@ def reward_table(groups: Sequence[Group]) -> np.ndarray:
 
 
 def rows(groups: Sequence[Group], **columns: Any) -> list[dict[str, Any]]:
-    """A row for each response, after the given columns: prompt, text, rewards, length, finish, and what rewards logged."""
+    """A row for each response: given columns, prompt, text, rewards, advantage, length, finish, and what rewards logged."""
     return [
         columns
         | {"task": group.task.index, "prompt": group.task.prompt, "completion": response.text, "reward": response.reward}
         | {f"reward/{name}": value for name, value in response.rewards.items()}
-        | {"length": len(response.tokens), "finish": response.finish}
+        | {"advantage": response.advantage, "length": len(response.tokens), "finish": response.finish}
         | {f"log/{column}": value for column, value in response.extra.items()}
         for group in groups
         for response in group.responses

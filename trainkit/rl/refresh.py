@@ -164,19 +164,24 @@ class Refresh:
         return {f"refresh/{name}": value for name, value in values.items()}
 
     def _train_step(self, rollouts: Sequence[Rollout], generator: torch.Generator) -> Tensor:
-        """One optimiser step. Returns sums over ranks, [4] on the CPU: loss, its count, labels, labels of whole responses."""
-        parameters = [weight for weight in self.twin.parameters() if weight.requires_grad]
-        sizes = [weight.numel() for weight in parameters]
-        total_N = torch.zeros(sum(sizes) + 4, device=parameters[0].device)
-        whole = self._read(rollouts)
-        if whole is not None:
-            batch = self._at_positions(whole, generator)
-            output = self.twin.train()(batch, self.loss)
-            gradients = torch.autograd.grad(output.sum, parameters, allow_unused=True, materialize_grads=True)
-            numbers = [output.sum.detach(), output.count, *(part.label_mask(1).sum() for part in (batch, whole))]
-            total_N = torch.cat([*(gradient.flatten() for gradient in gradients), torch.stack([x.float() for x in numbers])])
-        total_N = self._reduce(total_N)
-        count = total_N[-3].clamp(min=1)
+        """One optimiser step on these rollouts of each rank; sums as in `_apply`."""
+        return self._apply(self._gradients(self._read(rollouts), generator))
+
+    def _gradients(self, whole: DraftBatch | None, generator: torch.Generator) -> Tensor:
+        """Gradients of the loss sum over a batch, then four sums: loss, its count, labels, labels of whole responses; [N]."""
+        parameters = list(self.twin.parameters())
+        if whole is None:
+            return torch.zeros(sum(weight.numel() for weight in parameters) + 4, device=parameters[0].device)
+        batch = self._at_positions(whole, generator)
+        output = self.twin.train()(batch, self.loss)
+        gradients = torch.autograd.grad(output.sum, parameters, allow_unused=True, materialize_grads=True)
+        numbers = [output.sum.detach(), output.count, *(part.label_mask(1).sum() for part in (batch, whole))]
+        return torch.cat([*(gradient.flatten() for gradient in gradients), torch.stack([x.float() for x in numbers])])
+
+    def _apply(self, total_N: Tensor) -> Tensor:
+        """An optimiser step along the mean gradient of all ranks; the four sums of `_gradients` over ranks, on the CPU."""
+        parameters, total_N = list(self.twin.parameters()), self._reduce(total_N)
+        sizes, count = [weight.numel() for weight in parameters], total_N[-3].clamp(min=1)
         for weight, gradient_n in zip(parameters, total_N[:-4].split(sizes), strict=True):
             weight.grad = (gradient_n / count).view_as(weight)
         self.optimizer.step()

@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 from trainkit.errors import UserError, first_lines
 
+T = TypeVar("T")
 BUILT_IN = {
     name: f"trainkit.rl.reward_functions:{name}" for name in ("exact", "numeric", "regex", "format", "length", "repetition")
 } | {name: f"trainkit.rl.reward_packages:{name}" for name in ("math_verify", "reasoning_gym")}
+BUILT_IN |= {"python_tests": "trainkit.rl.unit_tests:python_tests"}
 """Names of functions that need no module, and the factory of each."""
 NOT_COLUMNS = frozenset(("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"))
 """Arguments of reward functions that are no columns of the data set."""
@@ -117,7 +122,7 @@ def call(function: Callable[..., Any], request: Request) -> Result:
         Failed: it raised another error.
     """
     if is_async(function):
-        return asyncio.run(call_async(function, request))
+        return wait(call_async(function, request))
     with _errors_of_function():
         result = Result()
         return _checked(result, function(**request.keywords(result)), request.count)
@@ -128,6 +133,23 @@ async def call_async(function: Callable[..., Any], request: Request) -> Result:
     with _errors_of_function():
         result = Result()
         return _checked(result, await function(**request.keywords(result)), request.count)
+
+
+def wait(work: Coroutine[Any, Any, T]) -> T:
+    """The result of asynchronous work.
+
+    All work of a process runs in one event loop, because clients and locks that a function keeps between calls belong to the
+    loop that first used them. The loop has a thread of its own, because one may run already in this thread, as in notebooks.
+    """
+    return asyncio.run_coroutine_threadsafe(work, _loop(os.getpid())).result()
+
+
+@functools.cache
+def _loop(pid: int) -> asyncio.AbstractEventLoop:
+    """The event loop of a process; a fork has another, since it has no copies of its parent's threads."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
 
 
 def _load_module(where: str) -> ModuleType:
@@ -166,7 +188,7 @@ def _errors_of_function() -> Iterator[None]:
         yield
     except (BadCall, BadGold, UserError):
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
         text = _describe(error)
         raise Failed(f"{type(error).__name__}{text[text.rfind(' (') :]}", text) from error
 

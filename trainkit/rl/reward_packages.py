@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,9 +24,9 @@ _MATH_MEMORY = 4 << 30
 def math_verify(column: str = "answer", seconds: float = 5.0, workers: int | None = None) -> RewardFunction:
     r"""1 if the answer equals the reference as mathematics, else 0, by the package math-verify.
 
-    1/2, 0.5 and \frac{1}{2} are equal. The answer is the content of the last \boxed, or the last expression. Completions are
-    checked in other processes, since an expression such as 9^(9^9) can be endless. One that exceeds the limit of time or memory
-    gives 0; their number is logged as `math_verify/over_limit`.
+    1/2, 0.5 and \frac{1}{2} are equal. The answer is the content of the last \boxed, or the last expression, after the last
+    `####` if there is one. Completions are checked in other processes, since an expression such as 9^(9^9) can be endless. One
+    that exceeds the limit of time or memory gives 0; their number is logged as `math_verify/over_limit`.
 
     Args:
         column: Column of the reference: LaTeX with or without `$`, a number, or a text with a \boxed answer or after `####`.
@@ -37,7 +36,7 @@ def math_verify(column: str = "answer", seconds: float = 5.0, workers: int | Non
     _require("math_verify", "pip install 'trainkit[rl]'")
     if seconds <= 0 or (workers is not None and workers < 1):
         raise UserError("seconds and workers: must be above 0; choose larger numbers")
-    pool = Pool("trainkit.rl.reward_packages:check_math", {}, workers or min(4, os.cpu_count() or 1), _MATH_MEMORY)
+    pool = Pool("trainkit.rl.math_check:check_math", {}, workers or min(4, os.cpu_count() or 1), _MATH_MEMORY)
 
     def math_verify(
         completions: Sequence[Completion], log_metric: Callable[[str, float], None], **columns: Sequence[Any]
@@ -46,7 +45,7 @@ def math_verify(column: str = "answer", seconds: float = 5.0, workers: int | Non
         if not completions:
             return _check_golds(golds)
         asked = [n for n, gold in enumerate(golds) if gold is not None]
-        results = run((golds[n], text_of(completions[n])) for n in asked)
+        results = run((golds[n], text_of(completions[n]).rpartition(MARK)[2]) for n in asked)
         values: list[float | None] = [None] * len(golds)
         for n, result in zip(asked, results, strict=True):
             if isinstance(result, BadGold):
@@ -71,16 +70,6 @@ def math_verify(column: str = "answer", seconds: float = 5.0, workers: int | Non
         return results
 
     return math_verify
-
-
-def check_math(completions: Sequence[str], gold: str) -> list[float | None]:
-    """1 if the only completion equals the reference, else 0; runs in a process of its own, which has the limits."""
-    reference = _parse_gold(gold)
-    if not reference:
-        raise BadGold(0, f"{gold!r:.60} is not a mathematical expression")
-    answer = _parse(completions[0])
-    verify = import_module("math_verify").verify
-    return [float(bool(answer) and verify(reference, answer, timeout_seconds=None))]  # not symmetric: the reference is first
 
 
 def reasoning_gym(tag: str | None = "answer", strict: bool = True) -> RewardFunction:
@@ -119,17 +108,6 @@ def _is_over(result: Result | Exception) -> bool:
     return isinstance(result, TimedOut) or (
         isinstance(result, Failed) and result.args[0].split(" ")[0] in ("died", "MemoryError")
     )
-
-
-def _parse(text: str) -> list[Any]:
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no limit of its own
-    return import_module("math_verify").parse(text, parsing_timeout=None)
-
-
-@lru_cache(4096)
-def _parse_gold(text: str) -> list[Any]:
-    marked = any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))
-    return _parse(text) if marked else _parse(f"${text}$") or _parse(text)  # without $, only 3 of 3\sqrt{2} would be read
 
 
 @lru_cache

@@ -7,6 +7,7 @@ import math
 import typing
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -56,8 +57,9 @@ class Reward:
         if missing := self.needed - arguments.keys() - set(_LOGGERS):
             others = ", ".join(sorted(arguments.keys() - NOT_COLUMNS)) or "none"
             raise BadCall(f"needs the column {min(missing)!r}, but the tasks have: {others}; rename the column or the argument")
+        # Deep copies, because a function may change what it receives: tokens that are trained on, columns of later steps.
         copies = {
-            name: list(value) if isinstance(value, list) else value
+            name: [list(ids) for ids in value] if name == "completion_ids" else deepcopy(value)
             for name, value in arguments.items()
             if (self.wanted is None or name in self.wanted) and name not in self.fixed
         }

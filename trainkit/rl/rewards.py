@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from trainkit.errors import UserError
-from trainkit.rl.reward_calls import NOT_COLUMNS, BadCall, BadGold, Failed, Result, TimedOut, call, call_async, is_async
+from trainkit.rl.reward_calls import NOT_COLUMNS, BadCall, BadGold, Failed, Result, TimedOut, call, call_async, is_async, wait
 from trainkit.rl.reward_specs import Reward, read_spec
 from trainkit.rl.types import Group, Task
 
@@ -34,6 +34,7 @@ class Rewards:
 
     Attributes:
         names: The functions' names, in order.
+        max_failures: As given.
         metrics: What functions logged in the last call of `score`, the mean of each name.
 
     Raises:
@@ -45,7 +46,7 @@ class Rewards:
             raise UserError("rewards: must name at least one function, such as [{function: numeric}]")
         if max_failures < 1:
             raise UserError(f"max_failures: {max_failures} must be at least 1; choose a larger number")
-        self._max_failures = max_failures
+        self.max_failures = max_failures
         self._rewards: list[Reward] = []
         for n, spec in enumerate(specs):
             try:
@@ -142,9 +143,8 @@ class Rewards:
             ]
             return await asyncio.gather(*pending, return_exceptions=True)
 
-        # Their event loop has a thread of its own, because one may run already in this thread, as in notebooks.
         with ThreadPoolExecutor(1) as thread:
-            awaited = thread.submit(lambda: asyncio.run(overlapping()))
+            awaited = thread.submit(lambda: wait(overlapping()))
             results: list[Any] = []
             for reward, request in zip(self._rewards, requests, strict=True):
                 try:
@@ -180,7 +180,7 @@ class Rewards:
         reward.failed += 1
         reward.kinds[kind] += 1
         what = f"reward {reward.name} failed at step {step}: {text}"
-        if reward.failed >= self._max_failures:
+        if reward.failed >= self.max_failures:
             raise UserError(f"{what}; it has failed {reward.failed} times in a row: fix it, or remove it from the rewards")
         if reward.kinds[kind] == 1:
             rest = f"{count:,} responses have no value of it; further failures of this kind are only counted"

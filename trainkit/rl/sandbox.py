@@ -28,13 +28,7 @@ from types import CodeType
 from typing import Any, Literal
 
 from trainkit.errors import UserError
-
-LEVELS = ("none", "landlock", "full")
-"""What can be contained, from least to most; see `Level`."""
-FEATURES = ("namespaces", "tmpfs", "landlock", "nobody", "filter")
-"""Layers that a machine may lack: namespaces, a folder in memory, Landlock, another user for root, a filter of system calls."""
-MEMORY_FOLDER = "/dev/shm"
-"""Where a folder in memory is mounted for the contained process alone, so that nothing is left on disk."""
+from trainkit.rl.sandbox_level import FEATURES, MEMORY_FOLDER, Level, level_of
 
 Outcome = Literal["passed", "failed", "timeout", "memory", "output", "signal", "sandbox_error"]
 
@@ -69,27 +63,6 @@ class Limits:
             value = getattr(self, field.name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"limit {field.name}: {value!r} is not a whole number above 0")
-
-
-@dataclass(frozen=True)
-class Level:
-    """What this machine contains.
-
-    Attributes:
-        name: full: namespaces and Landlock; landlock: no namespaces; none: no Landlock.
-        features: Those of `FEATURES` that work here.
-        open: What is not contained, in words.
-        reason: Why a feature does not work here.
-    """
-
-    name: str
-    features: frozenset[str]
-    open: tuple[str, ...]
-    reason: str = ""
-
-    def __str__(self) -> str:
-        left = f"not contained: {', '.join(self.open)}" if self.open else "everything is contained"
-        return f"sandbox level {self.name}: {left}{f' ({self.reason})' if self.reason else ''}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +134,7 @@ def probe(without: tuple[str, ...] = ()) -> Level:
     # The features that fail are left out, the least missed one first.
     reason = ""
     for leave in ([], ["tmpfs"], ["nobody"], ["nobody", "tmpfs"], ["namespaces", "tmpfs"], ["namespaces", "tmpfs", "nobody"]):
-        level = _level(frozenset(possible - set(leave)), reason)
+        level = level_of(frozenset(possible - set(leave)), contain.landlock_abi(), reason)
         if leave and not set(leave) & possible:
             continue
         verdict = run_python("def f(x):\n    return x + 1\n", Calls("assert f(1) == 2"), level=level)
@@ -169,24 +142,6 @@ def probe(without: tuple[str, ...] = ()) -> Level:
             return level
         reason = reason or verdict.why
     raise UserError(f"the sandbox for Python code does not start: {reason}")
-
-
-def _level(features: frozenset[str], reason: str) -> Level:
-    from trainkit.rl import contain
-
-    abi = contain.landlock_abi() if "landlock" in features else 0
-    have, away = features.__contains__, os.geteuid() == 0 and "nobody" in features
-    left = {
-        "files that this user may read or write": not abi,
-        "TCP": not (have("namespaces") or have("filter") or abi >= 4),
-        "UDP and other sockets": not (have("namespaces") or have("filter")),
-        "signals to this user's processes": not (have("namespaces") or have("filter") or abi >= 6 or away),
-        "processes that outlive their solution": not (have("namespaces") or have("filter")),
-        "the number of processes": not (have("filter") or away or os.geteuid() != 0),
-        "disk space": not have("tmpfs"),
-    }
-    name = "none" if not abi else "full" if have("namespaces") else "landlock"
-    return Level(name, features, tuple(what for what, is_left in left.items() if is_left), reason)
 
 
 def run_python(source: str, tests: Calls | Program, limits: Limits | None = None, level: Level | None = None) -> Verdict:
@@ -242,7 +197,10 @@ for name in ("result", "tests"):
 for name, code in codes.items():
     sys.modules[name] = type(sys)(name)
     exec(code, vars(sys.modules[name]))
-sys.modules["trainkit.rl.contain"].contain(options)
+try:
+    sys.modules["trainkit.rl.contain"].contain(options)
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
 sys.modules["trainkit.rl.judge"].main(options, source)
 """
 

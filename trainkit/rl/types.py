@@ -45,6 +45,7 @@ class Response:
         rewards: Value of each reward function by name; NaN if it is missing.
         reward: Weighted sum of the rewards that are not missing; NaN if all are.
         extra: What reward functions logged for tables, by column.
+        advantage: Advantage relative to its group; NaN before it is computed, and for groups that nobody trains on.
     """
 
     tokens: list[int]
@@ -55,6 +56,7 @@ class Response:
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = float("nan")
     extra: dict[str, Any] = field(default_factory=dict)
+    advantage: float = float("nan")
 
 
 @dataclass

@@ -2,15 +2,18 @@
 
     python recipes/studies/rl/refresh.py drift TARGET DRAFTER TEXT.txt OUT.jsonl [STEPS] [LR] [POSITIONS]
     python recipes/studies/rl/refresh.py table OUT.jsonl [OUT.jsonl ...]
+    python recipes/studies/rl/refresh.py curves RUN_DIR [RUN_DIR ...]
 
 `drift` moves the target by supervised steps on other text, as hard a case as RL with a high learning rate, and rolls out
-beginnings of that text after every fifth step, with both drafters and the same seeds. The texts of both must be equal.
+beginnings of that text after every fifth step, with both drafters and the same seeds. The texts of both must be equal. `curves`
+compares RL runs that differ in their drafter; their rewards must be equal in every row.
 """
 
 # B rows  T positions
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import sys
@@ -89,12 +92,34 @@ def table(path: Path) -> None:
     print(f"{sum(kept):.0f} of {len(kept)} refreshes kept")
 
 
+def curves(runs: list[Path]) -> None:
+    """Prints reward, response length and tau of RL runs, and their seconds of rollouts and of training the drafter."""
+    logs = [[row for row in csv.DictReader((run / "metrics.csv").open()) if row.get("train/tau")] for run in runs]
+    length = min(map(len, logs))
+    assert all(log[i]["train/reward"] == logs[0][i]["train/reward"] for log in logs for i in range(length)), "rewards differ"
+    print("| steps | reward | length | " + " | ".join(f"tau, {run.name}" for run in runs) + " |")
+    print("|---" * (3 + len(runs)) + "|")
+    size = max(1, length // 6)
+    for start in range(0, length, size):
+        rows = [log[start : min(start + size, length)] for log in logs]
+        columns = [mean(float(row[f"train/{name}"]) for row in rows[0]) for name in ("reward", "length")]
+        columns += [mean(float(row["train/tau"]) for row in part) for part in rows]
+        print(f"| {rows[0][0]['step']} to {rows[0][-1]['step']} | " + " | ".join(f"{value:.2f}" for value in columns) + " |")
+    for run, log in zip(runs, logs, strict=True):
+        rollouts, trained = (
+            sum(float(row.get(name) or 0) for row in log[:length]) for name in ("speed/seconds_rollouts", "refresh/seconds")
+        )
+        print(f"{run.name}: {rollouts:.0f} s of rollouts, {trained:.0f} s of training the drafter")
+
+
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "drift":
         steps, lr, positions = [*arguments[4:], *("60", "3e-4", "mixed")[len(arguments) - 4 :]]
         folder, bundle, text, out = map(Path, arguments[:4])
         drift(folder, bundle, text, out, int(steps), float(lr), positions)
+    elif command == "curves":
+        curves([Path(name) for name in arguments])
     else:
         for name in arguments:
             table(Path(name))

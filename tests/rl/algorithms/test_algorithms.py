@@ -244,7 +244,7 @@ def test_algorithms_are_named_in_recipes():
         "CISPO": "max_ratio=3",
     }
     for name, flag in (flags | {"OnPolicyDistillation": "mask_truncated=true"}).items():
-        built = parser.instantiate_classes(parser.parse_args([f"--algorithm={name}", f"--algorithm.{flag}"])).algorithm
+        built = parser.instantiate(parser.parse_args([f"--algorithm={name}", f"--algorithm.{flag}"])).algorithm
         option, value = flag.split("=")
         assert type(built).__name__ == name and str(getattr(built, option)).lower().startswith(value)
 
