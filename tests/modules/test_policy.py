@@ -352,6 +352,17 @@ def test_a_reward_that_fails_once_is_passed_over(target, prompts, tmp_path):
     assert [row["train/log/seen"] for row in rows if row["train/log/seen"]] == ["32.0"]
 
 
+def test_rewards_know_the_progress_of_training(target, prompts, tmp_path):
+    """`trainer_state` has the optimiser step and their number, as in TRL, in training and in validation."""
+    more = {"data.validation": prompts, "data.limit_validation": 2, "trainer.val_check_interval": 4}
+    more["model.rewards"] = json.dumps([{"function": "tests.support.policies:progress"}])
+    assert run("fit", arguments(target, prompts, tmp_path, **more)) == 0
+    rows = log(tmp_path)
+    assert [row["train/reward"] for row in rows if row["train/reward"]] == ["0.5", "0.75", "1.0", "1.25"]
+    assert [row["train/log/step"] for row in rows if row["train/log/step"]] == ["0.0", "2.0", "4.0", "6.0"]
+    assert [row["val/reward"] for row in rows if row["val/reward"]] == ["1.0", "1.5"]
+
+
 def test_step_without_signal_leaves_weights_alone(target, prompts, tmp_path):
     """With dynamic sampling and rewards that are all equal, no group is left; moments and weight decay do not act."""
     module = policy_module(
@@ -380,6 +391,11 @@ BAD = {
     "target": ({"target": "nowhere"}, "nowhere: no"),
     "top_p": ({"rollout": {"top_p": 0.9}}, "model.rollout: top_p 0.9: the policy is trained on its whole distribution"),
     "lossy": ({"rollout": {"verify": "typical"}}, "model.rollout: verify 'typical'"),
+    "rollout temperature": ({"rollout": {"temperature": 0.7}}, "model.rollout.temperature: set model.temperature instead"),
+    "rollout seed": ({"rollout": {"seed": 1}}, "model.rollout.seed: set seed_everything instead"),
+    "unused projections": ({"lora_modules": ["q_proj"]}, "model.lora_modules: .* set model.lora_rank"),
+    "length limit": ({"algorithm": DrGRPO(99)}, "model.algorithm.max_length is 99, but model.max_new_tokens is 10"),
+    "overlong": ({"algorithm": DAPO(overlong=11)}, "model.algorithm.overlong is 11; it must be at most the length limit, 10"),
     "unknown option": ({"rollout": {"dept": 2}}, "model.rollout: .*unknown option 'dept'"),
     "no drafter": ({"refresh": Refresh}, "model.refresh: there is no drafter to refresh"),
     "drafter": ({"drafter": "nowhere"}, "nowhere: no such folder"),

@@ -132,6 +132,8 @@ def test_infalign_refuses_what_it_cannot_use(tmp_path):
     (tmp_path / "changed.json").write_text(json.dumps(changed))
     for content in (json.dumps(changed), "{", "[]", '{"tasks": {}}'):
         (tmp_path / "changed.json").write_text(content)
+        with pytest.raises(UserError, match=r"nowhere.json: no such file; make it by"):
+            InfAlign(tmp_path / "nowhere.json")
         with pytest.raises(UserError, match=r"changed.json: not a calibration table, or a changed one"):
             InfAlign(tmp_path / "changed.json")
     for options, message in (

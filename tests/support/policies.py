@@ -37,6 +37,12 @@ def fails_at_first(completion_ids, trainer_state, log_metric) -> list[float]:
     return odd_share(completion_ids)
 
 
+def progress(completion_ids, trainer_state, log_metric) -> list[float]:
+    """The share of training that is done, as a curriculum for TRL's trainer reads it; logs the step."""
+    log_metric("step", trainer_state.global_step)
+    return [trainer_state.global_step / trainer_state.max_steps + n % 2 for n in range(len(completion_ids))]
+
+
 def write_prompts(path: Path, count: int = 24) -> Path:
     """A JSONL file of short questions with a column `number`."""
     path.write_text("".join(json.dumps({"prompt": f"{n} + {n % 7}?", "number": n}) + "\n" for n in range(count)))

@@ -35,7 +35,7 @@ from trainkit.modules.checkpoint import POLICY_KEY
 from trainkit.modules.prompt_data import PromptData
 from trainkit.modules.ranks import stop_all
 from trainkit.modules.training_data import global_seed
-from trainkit.rl.algorithms import Algorithm
+from trainkit.rl.algorithms import Algorithm, DrGRPO
 from trainkit.rl.batches import Micro, policy_logprobs
 from trainkit.rl.collect import Collected, Collector, rollout_means, statistics
 from trainkit.rl.correction import Kind, check_correction
@@ -163,11 +163,25 @@ class PolicyModule(TrainingModule):
             raise UserError(f"model.reference: {type(algorithm).__name__} needs the folder of a teacher; set it")
         if reference is not None and not (algorithm.needs_teacher or algorithm.needs_reference):
             raise UserError("model.reference: the algorithm reads no reference; leave it out, or set model.algorithm.beta")
+        if isinstance(algorithm, DrGRPO) and algorithm.max_length != max_new_tokens:
+            raise UserError(
+                f"model.algorithm.max_length is {algorithm.max_length}, but model.max_new_tokens is {max_new_tokens}; set both "
+                "to the longest response"
+            )
+        algorithm.shape_reward(0, max_new_tokens)  # refuses a penalty that starts before the first token
+        owners = {"seed": "seed_everything"}
+        owners |= {name: f"model.{name}" for name in ("samples", "max_new_tokens", "temperature", "speculate")}
+        for name in owners.keys() & (rollout or {}).keys():
+            raise UserError(f"model.rollout.{name}: set {owners[name]} instead")
         check_correction(correction, correction_cap)
         if refresh is not None and drafter is None:
             raise UserError("model.refresh: there is no drafter to refresh; set model.drafter, or leave refresh out")
         if lora_rank is not None and not (lora_rank >= 1 and lora_alpha > 0):
             raise UserError(f"model: lora_rank {lora_rank} must be at least 1 and lora_alpha {lora_alpha} above 0")
+        if lora_rank is None and lora_modules is not None:
+            raise UserError(
+                "model.lora_modules: without an adapter all weights are trained; set model.lora_rank, or leave it out"
+            )
         for k in pass_at or ():
             if not 1 <= k <= samples:
                 raise UserError(f"model.pass_at: {k} must be between 1 and model.samples, {samples}")
@@ -224,6 +238,12 @@ class PolicyModule(TrainingModule):
                 f"data.train: {len(self.data.tasks)} prompts, but a generation needs {self.prompts}; lower model.prompts"
             )
         if self.rewards is not None:
+            unlimited = self.trainer.max_steps < 0
+            epochs = max(self.trainer.max_epochs or 0, 0)
+            self.rewards.steps = self.steps_per_generation
+            self.rewards.max_steps = (
+                epochs * self.steps_per_epoch(len(self.data.tasks)) if unlimited else self.trainer.max_steps
+            )
             self.rewards.check([*self.data.tasks, *self.data.validation_tasks])
         if self.transform is not None:
             self.transform.check(self.data.tasks)
@@ -466,7 +486,7 @@ class PolicyModule(TrainingModule):
         found["sampled"] = self.rollouts.generate(tasks, 0) if self.pass_at else []
         for name, groups in found.items():
             if self.rewards is not None:
-                self.rewards.score(groups, 0)
+                self.rewards.score(groups, self.trainer.global_step // self.steps_per_generation)
             self._evaluated[name] += groups
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

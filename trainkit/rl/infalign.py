@@ -98,6 +98,8 @@ class Calibration:
         Raises:
             UserError: there is no such file, or it is not a complete table.
         """
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; make it by trainkit infalign")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             rows = {int(index): row for index, row in values["tasks"].items()}

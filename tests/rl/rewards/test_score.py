@@ -60,10 +60,12 @@ def test_functions_get_all_that_they_accept() -> None:
         return [0.0, 0.0]
 
     groups = [group(["a"], answer="1", level=3), group(["b"], index=1, answer="2")]
-    Rewards([{"function": all_of_it, "options": {"level": 9}}]).score(groups, 5, max_steps=8)
+    rewards = Rewards([{"function": all_of_it, "options": {"level": 9}}])
+    rewards.steps, rewards.max_steps = 2, 12
+    rewards.score(groups, 5)
     assert callable(seen.pop("log_extra")) and callable(seen.pop("log_metric"))
     state = seen.pop("trainer_state")
-    assert (state.global_step, state.max_steps) == (5, 8)
+    assert (state.global_step, state.max_steps) == (10, 12)
     assert seen == {
         "prompts": ["What is it?"] * 2,
         "completions": ["a", "b"],

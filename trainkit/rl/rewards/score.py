@@ -36,6 +36,8 @@ class Rewards:
         names: The functions' names, in order.
         max_failures: As given.
         metrics: What functions logged in the last call of `score`, the mean of each name.
+        steps: Optimiser steps in a step of `score`.
+        max_steps: Optimiser steps of the whole run; 0 if it has no end.
 
     Raises:
         UserError: a spec has an unknown key, function or option, or a wrong value; the message names it.
@@ -57,6 +59,7 @@ class Rewards:
             raise UserError("rewards: all weights are 0, so no response has a reward; set one of them")
         self.names = [reward.name for reward in self._rewards]
         self.metrics: dict[str, float] = {}
+        self.steps, self.max_steps = 1, 0
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Checks before training that the tasks have the columns that the functions need, and that references can be read.
@@ -74,15 +77,14 @@ class Rewards:
             except (BadCall, BadGold, Failed) as error:
                 self._refuse(reward, error, tasks)
 
-    def score(self, groups: Sequence[Group], step: int, max_steps: int = 0) -> dict[str, int]:
+    def score(self, groups: Sequence[Group], step: int) -> dict[str, int]:
         """Fills `rewards`, `reward` and `extra` of each response.
 
         The reward is the weighted sum of the values that are not missing, and NaN if those of all functions with a weight are.
 
         Args:
             groups: The groups of this rank; each function is called once with all their responses.
-            step: Passed as `trainer_state.global_step`.
-            max_steps: Passed as `trainer_state.max_steps`.
+            step: Number of the generation. `trainer_state.global_step` is `step * steps`.
 
         Returns:
             `missing`: number of responses without a reward. For each function also `missing/NAME`, `failures/NAME` (1 if its
@@ -94,7 +96,11 @@ class Rewards:
         """
         responses = [response for group in groups for response in group.responses]
         tasks = [group.task for group in groups for _ in group.responses]
-        results = self._call_all(_arguments(groups, step, max_steps), tasks) if responses else [Result() for _ in self._rewards]
+        results = (
+            self._call_all(_arguments(groups, step * self.steps, self.max_steps), tasks)
+            if responses
+            else [Result() for _ in self._rewards]
+        )
 
         # Values, and what the functions logged.
         counts, logged = {"missing": 0}, {}
