@@ -31,7 +31,7 @@ def tasks_of(prompts, first=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A target whose weights are as wide as those of a trained model."""
+    """A target with logits of about 3, because the rounding of float32 grows with them and must stay below 1e-5."""
     return make_target(tmp_path_factory.mktemp("policy") / "target", std=0.1)
 
 

@@ -13,7 +13,7 @@ from tests.support.tiny_data import TINY
 from trainkit.data.text.chat_template import Encoder, load_tokenizer
 from trainkit.data.text.prompts import read_prompt_rows
 from trainkit.errors import UserError
-from trainkit.rl.rewards import Rewards
+from trainkit.rl.rewards.score import Rewards
 from trainkit.rl.tasks import read_tasks
 
 USER = {"role": "user", "content": "Hi"}

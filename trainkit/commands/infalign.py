@@ -15,7 +15,7 @@ from trainkit.data.text.sources import content_hash
 from trainkit.errors import UserError
 from trainkit.models.load import read_config
 from trainkit.rl.infalign import calibrate
-from trainkit.rl.rewards import Rewards
+from trainkit.rl.rewards.score import Rewards
 from trainkit.rl.rollout import Rollouts
 from trainkit.rl.tasks import GYM, read_tasks
 from trainkit.runner.engine import Runner

@@ -45,7 +45,7 @@ from trainkit.rl.infalign import InfAlign
 from trainkit.rl.joint import JointRefresh
 from trainkit.rl.prepare import Preparation
 from trainkit.rl.refresh import Refresh
-from trainkit.rl.rewards import Rewards
+from trainkit.rl.rewards.score import Rewards
 from trainkit.rl.rollout import Rollouts
 from trainkit.rl.thr import THR
 from trainkit.rl.types import Group, PolicyTokens

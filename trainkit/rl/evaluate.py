@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trainkit.eval.bootstrap import Interval, mean
-from trainkit.rl.rewards import Rewards
+from trainkit.rl.rewards.score import Rewards
 from trainkit.rl.rollout import Rollouts
 from trainkit.rl.types import Group, Task
 

@@ -17,7 +17,7 @@ from trainkit.data.text.formats import PROMPT_FORMATS, check_columns, pick_forma
 from trainkit.data.text.prompts import Prompt, encode_prompt, read_located_prompts
 from trainkit.data.text.sources import RowError
 from trainkit.errors import UserError, first_lines
-from trainkit.rl.reward_packages import GYM_INSTALL
+from trainkit.rl.rewards.packages import GYM_INSTALL
 from trainkit.rl.types import Task
 
 GYM = "reasoning_gym:"

@@ -18,7 +18,7 @@ from trainkit.data.text.chat_template import Encoder, load_tokenizer
 from trainkit.eval.bootstrap import mean
 from trainkit.files import write_json
 from trainkit.rl.evaluate import evaluate, reward_table, win_rate
-from trainkit.rl.rewards import Rewards
+from trainkit.rl.rewards.score import Rewards
 from trainkit.rl.rollout import Rollouts
 from trainkit.rl.tasks import read_tasks
 from trainkit.rl.types import Group

@@ -18,7 +18,7 @@ from contextlib import suppress
 from types import CodeType
 from typing import Any
 
-from trainkit.rl.solver import CLASSES, Ended, describe, dump, end_of, fork, receive, send, serve_calls, serve_program
+from trainkit.rl.sandbox.solver import CLASSES, Ended, describe, dump, end_of, fork, receive, send, serve_calls, serve_program
 
 
 class Unsent(BaseException):

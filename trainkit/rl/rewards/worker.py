@@ -7,6 +7,7 @@ not imported again.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import queue
@@ -22,13 +23,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from trainkit.errors import UserError, first_lines
-from trainkit.rl.reward_calls import BadCall, BadGold, Failed, Request, Result, TimedOut, call, load_function
+from trainkit.rl.rewards.calls import BadCall, BadGold, Failed, Request, Result, TimedOut, call, load_function
 
 LOAD_SECONDS = 300.0
 """Limit for the start of a process, with the imports of its function."""
-_CHILD = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from trainkit.rl.reward_worker import serve; serve(*sys.argv[2:])"
-)
+_CHILD = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from trainkit.rl.rewards.worker import serve
+serve(*sys.argv[2:])
+"""
 
 
 class Worker:
@@ -46,7 +50,7 @@ class Worker:
         self._close: Callable[[], Any] = lambda: None
 
     def call(self, request: Request, seconds: float) -> Result:
-        """The function's result; errors as in `reward_calls.call`.
+        """The function's result; errors as in `calls.call`.
 
         Raises:
             TimedOut: the call took longer than `seconds`, and the process was killed.
@@ -68,7 +72,7 @@ class Worker:
     def _exchange(self, message: Any, seconds: float) -> Any:
         assert self._connection is not None
         try:
-            self._connection.send(message)
+            self._connection.send((message, seconds))
             if not self._connection.poll(seconds):
                 raise TimedOut
             reply = self._connection.recv()
@@ -112,14 +116,19 @@ class Pool:
 
 
 def serve(handle: str, parent: str) -> None:
-    """The process's side: reads what to load, then answers one request after another until the other side ends."""
+    """The process's side: reads what to load, then answers one request after another until the other side ends.
+
+    If the main process is killed, this one ends within a second. A function that never lets another thread run, such as a
+    regular expression that backtracks without end, ends a second after the limit of its call, by a thread of faulthandler.
+    """
     threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
-    connection, function = Connection(int(handle)), None
+    connection, function, nowhere = Connection(int(handle)), None, open(os.devnull, "w")  # noqa: SIM115
     while True:
         try:
-            message = connection.recv()
+            message, seconds = connection.recv()
         except (EOFError, ConnectionError):
             return
+        faulthandler.dump_traceback_later(seconds + 1, exit=True, file=nowhere)
         try:
             if function is None:
                 name, options, memory = message
@@ -132,6 +141,7 @@ def serve(handle: str, parent: str) -> None:
             reply = error
         except UserError as error:
             reply = error if function else BadCall(f"cannot be loaded: {error}")
+        faulthandler.cancel_dump_traceback_later()
         try:
             connection.send(reply)
         except ConnectionError:

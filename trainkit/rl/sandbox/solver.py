@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from trainkit.rl.contain import die_with_parent, filter_calls
+from trainkit.rl.sandbox.contain import die_with_parent, filter_calls
 
 PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset)
 """Types whose values pass from solver to judge; an object of a subclass arrives as the type itself."""

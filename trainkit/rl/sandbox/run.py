@@ -28,7 +28,7 @@ from types import CodeType
 from typing import Any, Literal
 
 from trainkit.errors import UserError
-from trainkit.rl.sandbox_level import FEATURES, MEMORY_FOLDER, Level, level_of
+from trainkit.rl.sandbox.level import FEATURES, MEMORY_FOLDER, Level, level_of
 
 Outcome = Literal["passed", "failed", "timeout", "memory", "output", "signal", "sandbox_error"]
 
@@ -120,7 +120,7 @@ def probe(without: tuple[str, ...] = ()) -> Level:
     """
     if sys.platform != "linux":
         raise UserError(f"Python code of a model runs only on Linux, not on {platform.system()}; use another reward or machine")
-    from trainkit.rl import contain  # loads the C library of Linux
+    from trainkit.rl.sandbox import contain  # loads the C library of Linux
 
     here = {
         "namespaces": True,
@@ -154,7 +154,7 @@ def run_python(source: str, tests: Calls | Program, limits: Limits | None = None
         level: From `probe`.
     """
     level, limits = level or probe(), limits or Limits()
-    from trainkit.rl import contain
+    from trainkit.rl.sandbox import contain
 
     word = secrets.token_hex(16)
     program = isinstance(tests, Program)
@@ -198,17 +198,17 @@ for name, code in codes.items():
     sys.modules[name] = type(sys)(name)
     exec(code, vars(sys.modules[name]))
 try:
-    sys.modules["trainkit.rl.contain"].contain(options)
+    sys.modules["trainkit.rl.sandbox.contain"].contain(options)
 except Exception as error:
     sys.exit(f"{type(error).__name__}: {error}")
-sys.modules["trainkit.rl.judge"].main(options, source)
+sys.modules["trainkit.rl.sandbox.judge"].main(options, source)
 """
 
 
 @cache
 def _codes() -> dict[str, CodeType]:
     """The files that run in the process, compiled once; there, none of trainkit's own can be imported."""
-    paths = {f"trainkit.rl.{name}": Path(__file__).with_name(f"{name}.py") for name in ("contain", "solver", "judge")}
+    paths = {f"trainkit.rl.sandbox.{name}": Path(__file__).with_name(f"{name}.py") for name in ("contain", "solver", "judge")}
     return {name: compile(path.read_text(encoding="utf-8"), str(path), "exec") for name, path in paths.items()}
 
 

@@ -17,9 +17,9 @@ import pytest
 
 from tests.support.processes import wait_until
 from trainkit.errors import UserError
-from trainkit.rl import sandbox
-from trainkit.rl.sandbox import Calls, Limits, Program, Verdict, probe, run_python
-from trainkit.rl.sandbox_level import FEATURES, Level
+from trainkit.rl.sandbox import run as sandbox
+from trainkit.rl.sandbox.level import FEATURES, Level
+from trainkit.rl.sandbox.run import Calls, Limits, Program, Verdict, probe, run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 WITHOUT = {
@@ -266,7 +266,7 @@ FORGERIES = {
     "patches builtins": "import builtins\nbuiltins.AssertionError = Exception\nbuiltins.str = lambda x: ''\ndef f(x): return 9",
     "patches the judge": """
 import sys
-sys.modules['trainkit.rl.judge'].judge_calls = lambda *a: ('passed', 1, 1, '')
+sys.modules['trainkit.rl.sandbox.judge'].judge_calls = lambda *a: ('passed', 1, 1, '')
 def f(x): return 0
 """,
     "writes to every file": WRITE_ALL + "write(b'x passed 1 1 \\n')\nos._exit(0)",
@@ -410,17 +410,18 @@ def test_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("without", ["all", "no-filter", "no-namespaces"])
-def test_solution_ends_with_its_trainer(without: str) -> None:
-    """A trainer that is killed leaves no process behind."""
+def test_solution_ends_with_its_trainer(without: str, tmp_path: Path) -> None:
+    """A trainer that is killed leaves no process behind, and no file where the folder is in memory."""
     name = secrets.token_hex(6)
     source = NAMED.format(name) + "time.sleep(30)"
-    code = f"from trainkit.rl.sandbox import *\nrun_python({source!r}, Calls(''), level=probe({WITHOUT[without]!r}))"
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    code = f"from trainkit.rl.sandbox.run import *\nrun_python({source!r}, Calls(''), level=probe({WITHOUT[without]!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as trainer:
         wait_until(lambda: bool(pids_named(name)), trainer.pid)
         assert pids_named(name)
         trainer.kill()
     wait_until(lambda: not pids_named(name), seconds=5)
+    assert "tmpfs" not in probe(WITHOUT[without]).features or not list(tmp_path.iterdir())
 
 
 def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import Any
 
 from trainkit.errors import UserError, first_lines
-from trainkit.rl.reward_calls import BadGold, Failed, Request, Result, TimedOut
-from trainkit.rl.reward_functions import MARK, Completion, RewardFunction, compare, extractor, read_golds, text_of
-from trainkit.rl.reward_worker import Pool
+from trainkit.rl.rewards.calls import BadGold, Failed, Request, Result, TimedOut
+from trainkit.rl.rewards.functions import MARK, Completion, RewardFunction, compare, extractor, read_golds, text_of
+from trainkit.rl.rewards.worker import Pool
 
 GYM_INSTALL = (
     "pip install --no-deps reasoning-gym==0.1.25 && "
@@ -36,7 +36,7 @@ def math_verify(column: str = "answer", seconds: float = 5.0, workers: int | Non
     _require("math_verify", "pip install 'trainkit[rl]'")
     if seconds <= 0 or (workers is not None and workers < 1):
         raise UserError("seconds and workers: must be above 0; choose larger numbers")
-    pool = Pool("trainkit.rl.math_check:check_math", {}, workers or min(4, os.cpu_count() or 1), _MATH_MEMORY)
+    pool = Pool("trainkit.rl.rewards.math_check:check_math", {}, workers or min(4, os.cpu_count() or 1), _MATH_MEMORY)
 
     def math_verify(
         completions: Sequence[Completion], log_metric: Callable[[str, float], None], **columns: Sequence[Any]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import wait_until
-from trainkit.rl.reward_calls import BadCall, Failed, Request, TimedOut
-from trainkit.rl.reward_worker import Pool, Worker
+from trainkit.rl.rewards.calls import BadCall, Failed, Request, TimedOut
+from trainkit.rl.rewards.worker import Pool, Worker
 
 MODULE = "tests.support.reward_users"
 
@@ -55,13 +55,14 @@ def test_pool_keeps_order_and_loses_only_what_hangs() -> None:
     assert [type(result).__name__ for result in results] == ["TimedOut" if text == "hang" else "Result" for text in texts]
 
 
-def test_a_hanging_process_ends_with_its_parent(tmp_path: Path) -> None:
-    """When the training process is killed, a reward function in an endless loop ends too."""
-    pid_file = tmp_path / "pid"
-    (tmp_path / "loop.py").write_text(
-        f"import os\n\ndef f():\n    open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n    while True: pass\n"
-    )
-    source = f"from trainkit.rl.reward_worker import *; Worker({str(tmp_path / 'loop.py')!r} + ':f').call(Request({{}}, 0), 60)"
+@pytest.mark.parametrize(
+    ("hang", "limit"), [("while True: pass", 60), ("import re; re.match('(a*)*b', 'a' * 40)", 5)], ids=["loop", "regex"]
+)
+def test_a_hanging_process_ends_with_its_parent(tmp_path: Path, hang: str, limit: float) -> None:
+    """When the training process is killed, a hanging reward function ends too, even if it lets no other thread run."""
+    pid_file, loop = tmp_path / "pid", tmp_path / "loop.py"
+    loop.write_text(f"import os\n\ndef f():\n    open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n    {hang}\n")
+    source = f"from trainkit.rl.rewards.worker import *; Worker('{loop}:f').call(Request({{}}, 0), {limit})"
     parent = subprocess.Popen([sys.executable, "-c", source])
     wait_until(lambda: pid_file.exists() and bool(pid_file.read_text()), parent.pid)
     child = int(pid_file.read_text())

@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-from trainkit.rl.reward_calls import BadGold
+from trainkit.rl.rewards.calls import BadGold
 
 _MATH_VERIFY = import_module("math_verify")  # here, so that the first call does not pay for it
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no limit of its own

@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, TypeAlias
 
 from trainkit.errors import UserError
-from trainkit.rl.reward_calls import NOT_COLUMNS, BadCall, BadGold
+from trainkit.rl.rewards.calls import NOT_COLUMNS, BadCall, BadGold
 
 Completion: TypeAlias = str | list[dict[str, Any]]
 RewardFunction: TypeAlias = Callable[..., list[float | None]]

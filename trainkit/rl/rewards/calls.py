@@ -1,6 +1,6 @@
 """One call of a reward function: how a name becomes a function, what a call gives, and what its errors mean.
 
-Nothing here imports torch, because processes that call one function (`reward_worker`) load it and start at once.
+Nothing here imports torch, because processes that call one function (`worker`) load it and start at once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from trainkit.errors import UserError, first_lines
 
 T = TypeVar("T")
 BUILT_IN = {
-    name: f"trainkit.rl.reward_functions:{name}" for name in ("exact", "numeric", "regex", "format", "length", "repetition")
-} | {name: f"trainkit.rl.reward_packages:{name}" for name in ("math_verify", "reasoning_gym")}
-BUILT_IN |= {"python_tests": "trainkit.rl.unit_tests:python_tests"}
+    name: f"trainkit.rl.rewards.functions:{name}" for name in ("exact", "numeric", "regex", "format", "length", "repetition")
+} | {name: f"trainkit.rl.rewards.packages:{name}" for name in ("math_verify", "reasoning_gym")}
+BUILT_IN |= {"python_tests": "trainkit.rl.rewards.unit_tests:python_tests"}
 """Names of functions that need no module, and the factory of each."""
 NOT_COLUMNS = frozenset(("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"))
 """Arguments of reward functions that are no columns of the data set."""

@@ -13,10 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 from trainkit.errors import UserError, note
-from trainkit.rl.reward_calls import BadGold
-from trainkit.rl.reward_functions import Completion, RewardFunction, check_column, text_of
-from trainkit.rl.sandbox import Calls, Limits, Program, Verdict, probe, run_python
-from trainkit.rl.sandbox_level import LEVELS
+from trainkit.rl.rewards.calls import BadGold
+from trainkit.rl.rewards.functions import Completion, RewardFunction, check_column, text_of
+from trainkit.rl.sandbox.level import LEVELS
+from trainkit.rl.sandbox.run import Calls, Limits, Program, Verdict, probe, run_python
 
 FENCE = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 COUNTED = ("timeout", "memory", "output", "signal", "sandbox_error")

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from trainkit.errors import UserError
-from trainkit.rl.reward_calls import NOT_COLUMNS, BadCall, BadGold, Failed, Result, TimedOut, call, call_async, is_async, wait
-from trainkit.rl.reward_specs import Reward, read_spec
+from trainkit.rl.rewards.calls import NOT_COLUMNS, BadCall, BadGold, Failed, Result, TimedOut, call, call_async, is_async, wait
+from trainkit.rl.rewards.specs import Reward, read_spec
 from trainkit.rl.types import Group, Task
 
 

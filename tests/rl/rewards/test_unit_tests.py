@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from trainkit.errors import UserError
-from trainkit.rl import unit_tests
-from trainkit.rl.reward_calls import BadCall, BadGold
-from trainkit.rl.rewards import Rewards
-from trainkit.rl.sandbox import Verdict, probe
-from trainkit.rl.sandbox_level import FEATURES
+from trainkit.rl.rewards import unit_tests
+from trainkit.rl.rewards.calls import BadCall, BadGold
+from trainkit.rl.rewards.score import Rewards
+from trainkit.rl.rewards.unit_tests import extract_code, python_tests
+from trainkit.rl.sandbox.level import FEATURES
+from trainkit.rl.sandbox.run import Verdict, probe
 from trainkit.rl.types import Group, Response, Task
-from trainkit.rl.unit_tests import extract_code, python_tests
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(r):\n    """Area of a circle."""\n'

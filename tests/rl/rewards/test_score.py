@@ -16,7 +16,7 @@ from tests.support import reward_users as users
 from tests.support.rewards import group, rewards_of
 from trainkit.errors import UserError
 from trainkit.rl.evaluate import rows
-from trainkit.rl.rewards import Rewards
+from trainkit.rl.rewards.score import Rewards
 
 MODULE = "tests.support.reward_users"
 CHAT = [{"role": "user", "content": "What is it?"}]

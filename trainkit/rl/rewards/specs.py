@@ -15,8 +15,8 @@ from types import UnionType
 from typing import Any
 
 from trainkit.errors import UserError
-from trainkit.rl.reward_calls import BUILT_IN, NOT_COLUMNS, BadCall, Request, load_function
-from trainkit.rl.reward_worker import Worker
+from trainkit.rl.rewards.calls import BUILT_IN, NOT_COLUMNS, BadCall, Request, load_function
+from trainkit.rl.rewards.worker import Worker
 
 _KEYS = ("function", "weight", "options", "name", "timeout")
 _LOGGERS = ("log_extra", "log_metric")

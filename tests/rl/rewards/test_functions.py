@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.rewards import group, rewards_of
 from trainkit.errors import UserError
-from trainkit.rl.rewards import Rewards
+from trainkit.rl.rewards.score import Rewards
 
 
 def values(name: str, texts: list[str], options: dict[str, Any] | None = None, **columns: Any) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.rewards import group, rewards_of
 from trainkit.errors import UserError
-from trainkit.rl.rewards import Rewards
+from trainkit.rl.rewards.score import Rewards
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Rewards of responses: built-in functions, those of a user, and how they are called."""
