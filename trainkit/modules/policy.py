@@ -164,11 +164,12 @@ class PolicyModule(TrainingModule):
             raise UserError(f"model.reference: {type(algorithm).__name__} needs the folder of a teacher; set it")
         if reference is not None and not (algorithm.needs_teacher or algorithm.needs_reference):
             raise UserError("model.reference: the algorithm reads no reference; leave it out, or set model.algorithm.beta")
-        if isinstance(algorithm, DrGRPO) and algorithm.max_length != max_new_tokens:
-            raise UserError(
-                f"model.algorithm.max_length is {algorithm.max_length}, but model.max_new_tokens is {max_new_tokens}; set both "
-                "to the longest response"
-            )
+        if isinstance(algorithm, DrGRPO):
+            length = algorithm.max_length = algorithm.max_length or max_new_tokens
+            if length != max_new_tokens:
+                raise UserError(
+                    f"model.algorithm.max_length is {length}, but model.max_new_tokens {max_new_tokens}; leave the former out"
+                )
         algorithm.shape_reward(0, max_new_tokens)  # refuses a penalty that starts before the first token
         owners = {"seed": "seed_everything"}
         owners |= {name: f"model.{name}" for name in ("samples", "max_new_tokens", "temperature", "speculate")}
