@@ -352,6 +352,24 @@ def test_a_reward_that_fails_once_is_passed_over(target, prompts, tmp_path):
     assert [row["train/log/seen"] for row in rows if row["train/log/seen"]] == ["32.0"]
 
 
+def test_dr_grpo_divides_by_the_length_limit(target):
+    """Named without arguments, as recipes may, DrGRPO takes the run's longest response."""
+    assert policy_module(target, algorithm=DrGRPO()).algorithm.count(torch.ones(3, 2)) == 30
+
+
+def test_validation_fails_on_all_ranks(target, prompts, tmp_path, monkeypatch):
+    """A mistake of a reward function in the validation of another rank ends this one with the same line."""
+
+    class Elsewhere(Callback):
+        def on_validation_start(self, trainer, module) -> None:
+            others = lambda value: [value, "reward x is wrong"] if value == "" else [value]
+            monkeypatch.setattr(module, "_gather_objects", others)
+
+    with pytest.raises(UserError, match="reward x is wrong"):
+        more = {"validation": str(prompts), "val_check_interval": 2, "callbacks": [Elsewhere()]}
+        fit(policy_module(target), prompts, tmp_path, steps=2, **more)
+
+
 def test_rewards_know_the_progress_of_training(target, prompts, tmp_path):
     """`trainer_state` has the optimiser step and their number, as in TRL, in training and in validation."""
     more = {"data.validation": prompts, "data.limit_validation": 2, "trainer.val_check_interval": 4}
@@ -394,7 +412,7 @@ BAD = {
     "rollout temperature": ({"rollout": {"temperature": 0.7}}, "model.rollout.temperature: set model.temperature instead"),
     "rollout seed": ({"rollout": {"seed": 1}}, "model.rollout.seed: set seed_everything instead"),
     "unused projections": ({"lora_modules": ["q_proj"]}, "model.lora_modules: .* set model.lora_rank"),
-    "length limit": ({"algorithm": DrGRPO(99)}, "model.algorithm.max_length is 99, but model.max_new_tokens is 10"),
+    "length limit": ({"algorithm": DrGRPO(99)}, "model.algorithm.max_length is 99, but model.max_new_tokens 10"),
     "overlong": ({"algorithm": DAPO(overlong=11)}, "model.algorithm.overlong is 11; it must be at most the length limit, 10"),
     "unknown option": ({"rollout": {"dept": 2}}, "model.rollout: .*unknown option 'dept'"),
     "no drafter": ({"refresh": Refresh}, "model.refresh: there is no drafter to refresh"),

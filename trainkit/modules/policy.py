@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ from trainkit.modules.ranks import stop_all
 from trainkit.modules.training_data import global_seed
 from trainkit.rl.algorithms import Algorithm, DrGRPO
 from trainkit.rl.batches import Micro, policy_logprobs
-from trainkit.rl.collect import Collected, Collector, rollout_means, statistics
+from trainkit.rl.collect import Collected, Collector, rollout_means, statistics, together
 from trainkit.rl.correction import Kind, check_correction
 from trainkit.rl.evaluate import greedy_metrics, sample_metrics
 from trainkit.rl.infalign import InfAlign
@@ -163,11 +164,12 @@ class PolicyModule(TrainingModule):
             raise UserError(f"model.reference: {type(algorithm).__name__} needs the folder of a teacher; set it")
         if reference is not None and not (algorithm.needs_teacher or algorithm.needs_reference):
             raise UserError("model.reference: the algorithm reads no reference; leave it out, or set model.algorithm.beta")
-        if isinstance(algorithm, DrGRPO) and algorithm.max_length != max_new_tokens:
-            raise UserError(
-                f"model.algorithm.max_length is {algorithm.max_length}, but model.max_new_tokens is {max_new_tokens}; set both "
-                "to the longest response"
-            )
+        if isinstance(algorithm, DrGRPO):
+            length = algorithm.max_length = algorithm.max_length or max_new_tokens
+            if length != max_new_tokens:
+                raise UserError(
+                    f"model.algorithm.max_length is {length}, but model.max_new_tokens {max_new_tokens}; leave the former out"
+                )
         algorithm.shape_reward(0, max_new_tokens)  # refuses a penalty that starts before the first token
         owners = {"seed": "seed_everything"}
         owners |= {name: f"model.{name}" for name in ("samples", "max_new_tokens", "temperature", "speculate")}
@@ -484,9 +486,13 @@ class PolicyModule(TrainingModule):
         tasks = [self.data.validation_tasks[number] for number in batch["tasks"]]
         found = {"greedy": [Group(task, [r]) for task, r in zip(tasks, self.rollouts.greedy(tasks), strict=True)]}
         found["sampled"] = self.rollouts.generate(tasks, 0) if self.pass_at else []
+        generation = self.trainer.global_step // self.steps_per_generation
         for name, groups in found.items():
-            if self.rewards is not None:
-                self.rewards.score(groups, self.trainer.global_step // self.steps_per_generation)
+            if (rewards := self.rewards) is not None:
+                try:
+                    together(self._gather_objects, partial(rewards.score, groups, generation))
+                except UserError as error:  # on all ranks
+                    stop_all(self.trainer, str(error))
             self._evaluated[name] += groups
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

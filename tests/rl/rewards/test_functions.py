@@ -83,11 +83,12 @@ def test_exact_compares_stripped_texts() -> None:
 
 
 def test_rows_without_reference_have_no_value() -> None:
-    """A row whose reference is null has no value; if all are null, the column is missing."""
+    """A row whose reference is null has no value, also if no row of a call has one; if none of the data has, it is refused."""
     groups = [group(["1"], answer="1"), group(["1"], index=1, answer=None)]
     assert Rewards([{"function": "numeric"}]).score(groups, 0)["missing"] == 1
-    with pytest.raises(UserError, match="needs the column 'answer'"):
-        Rewards([{"function": "numeric"}]).score(groups[1:], 0)
+    assert Rewards([{"function": "numeric"}]).score(groups[1:], 0)["missing"] == 1
+    with pytest.raises(UserError, match="numeric needs the column 'answer', which is null in all rows; set its options"):
+        Rewards([{"function": "numeric"}]).check([groups[1].task])
 
 
 def test_regex_searches_or_matches_all() -> None:

@@ -16,7 +16,7 @@ class DrGRPO(GRPO):
     Liu et al. 2025, arXiv 2503.20783. Responses without a token that counts are not among the responses.
 
     Args:
-        max_length: The longest possible response in tokens (`max_new_tokens`), a constant.
+        max_length: The longest possible response in tokens; None takes the run's `max_new_tokens`.
         clip_low: As in `GRPO`.
         clip_high: As in `GRPO`.
         beta: As in `Algorithm`.
@@ -24,12 +24,18 @@ class DrGRPO(GRPO):
     """
 
     def __init__(
-        self, max_length: int, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, mask_truncated: bool = False
+        self,
+        max_length: int | None = None,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        beta: float = 0.0,
+        mask_truncated: bool = False,
     ) -> None:
         super().__init__(clip_low, clip_high, beta, "none", mask_truncated)
-        self.max_length = check(max_length > 0, "max_length", max_length, "at least 1")
+        self.max_length = check(max_length is None or max_length > 0, "max_length", max_length, "at least 1")
 
     def count(self, mask_RT: Tensor) -> Tensor:
+        assert self.max_length is not None
         return super().count(mask_RT) * self.max_length
 
     def weights(self, mask_RT: Tensor) -> Tensor:

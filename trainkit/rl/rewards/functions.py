@@ -153,9 +153,7 @@ def text_of(completion: Completion) -> str:
 
 def read_golds(columns: Columns, column: str, read: Callable[[Any], Any]) -> list[Any]:
     """The reference of each row by `read`, whose ValueError is the reason why it cannot; None where the row has none."""
-    if column not in columns or all(value is None for value in columns[column]):
-        others = ", ".join(sorted(name for name, values in columns.items() if name not in NOT_COLUMNS)) or "none"
-        raise BadCall(f"needs the column {column!r}, but the tasks have: {others}; set its options: {{column: ...}}")
+    check_column(columns, column)
     golds = []
     for n, value in enumerate(columns[column]):
         try:
@@ -163,6 +161,15 @@ def read_golds(columns: Columns, column: str, read: Callable[[Any], Any]) -> lis
         except ValueError as error:
             raise BadGold(n, f"{column} {value!r:.60} {error}") from None
     return golds
+
+
+def check_column(columns: Columns, column: str) -> None:
+    """Raises BadCall if the tasks lack the column, or, called without completions, if it is null in all of them."""
+    if column not in columns:
+        others = ", ".join(sorted(name for name in columns if name not in NOT_COLUMNS)) or "none"
+        raise BadCall(f"needs the column {column!r}, but the tasks have: {others}; set its options: {{column: ...}}")
+    if not columns.get("completion_ids") and all(value is None for value in columns[column]):
+        raise BadCall(f"needs the column {column!r}, which is null in all rows; set its options: {{column: ...}}")
 
 
 def compare(golds: Sequence[Any], completions: Sequence[Completion], score: Callable[[Any, str], float]) -> list[float | None]:

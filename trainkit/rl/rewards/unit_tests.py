@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 from trainkit.errors import UserError, note
-from trainkit.rl.rewards.calls import NOT_COLUMNS, BadCall, BadGold
-from trainkit.rl.rewards.functions import Completion, RewardFunction, text_of
+from trainkit.rl.rewards.calls import BadGold
+from trainkit.rl.rewards.functions import Completion, RewardFunction, check_column, text_of
 from trainkit.rl.sandbox.level import LEVELS
 from trainkit.rl.sandbox.run import Calls, Limits, Program, Verdict, probe, run_python
 
@@ -119,9 +119,7 @@ def _solution(text: str, tests: Calls | Program, prompt: str) -> str:
 
 def _read_all(columns: Mapping[str, Any], column: str, partial: bool) -> list[tuple[Calls | Program, str] | None]:
     """The tests and the prompt of each row; None where it has no tests."""
-    if column not in columns or all(value is None for value in columns[column]):
-        others = ", ".join(sorted(name for name in columns if name not in NOT_COLUMNS)) or "none"
-        raise BadCall(f"needs the column {column!r}, but the tasks have: {others}; set its options: {{column: ...}}")
+    check_column(columns, column)
     names = [name for name in ("entry_point", "prompt", "prompts", "test_imports", "test_setup_code") if name in columns]
     found = []
     for n, value in enumerate(columns[column]):
