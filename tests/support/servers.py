@@ -41,7 +41,7 @@ def running(api: Api, grace: float = 5.0, send_buffer: int | None = None) -> Ite
     bound = bind("127.0.0.1", 0)
     if send_buffer is not None:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    server = Server(api.app(), api.engine, grace)
+    server = Server(api.app(), api.engine, grace=grace)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])), daemon=True)
     thread.start()
     wait_until(lambda: server.started, 10)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -102,12 +101,7 @@ def serve(
     api = build_api(
         runner, runner.session(rows, options, prefill, sharing), queue, served_name or Path(target).resolve().name, key
     )
-    server = Server(api.app(), api.engine)
     address = f"[{host}]" if ":" in host else host
-    print(
-        f"serving {api.model} at http://{address}:{socket.getsockname()[1]}/v1: {rows} rows of {runner.max_len} tokens, "
-        f"{queue} may wait",
-        file=sys.stderr,
-        flush=True,
-    )
-    asyncio.run(server.serve([socket]))
+    url = f"http://{address}:{socket.getsockname()[1]}/v1"
+    ready = f"serving {api.model} at {url}: {rows} rows of {runner.max_len} tokens, {queue} may wait"
+    asyncio.run(Server(api.app(), api.engine, ready).serve([socket]))

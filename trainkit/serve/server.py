@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 
 import uvicorn
 from starlette.applications import Starlette
@@ -39,21 +40,28 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that tells the engine when it begins to stop.
+    """A uvicorn server that says when it listens, and tells the engine when it begins to stop.
 
     Args:
         app: The application.
         engine: The engine behind it.
+        ready: Line for stderr once connections are accepted; none if it is empty.
         grace: Seconds that open texts have to end after the server begins to stop.
     """
 
-    def __init__(self, app: Starlette, engine: Engine, grace: float = GRACE) -> None:
+    def __init__(self, app: Starlette, engine: Engine, ready: str = "", grace: float = GRACE) -> None:
         patience = int(grace) + 5  # for clients that do not read what is left
         config = uvicorn.Config(
             app, log_level=logging.WARNING, access_log=False, lifespan="on", timeout_graceful_shutdown=patience, ws="none"
         )
         super().__init__(config)
-        self.engine, self.grace = engine, grace
+        self.engine, self.ready, self.grace = engine, ready, grace
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to listen; programs that wait for the line may connect at once."""
+        await super().startup(sockets)
+        if self.started and self.ready:
+            print(self.ready, file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops accepting requests, and waits for the open ones."""
