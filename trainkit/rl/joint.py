@@ -76,7 +76,7 @@ class JointRefresh(Refresh):
         began = perf_counter()
         tokens_BT = micro["tokens_BT"]
         mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-        mask_BT.view(-1)[micro["place_RL"][micro["exists_RL"]] + 1] = True
+        mask_BT.view(-1)[micro["index_RL"][micro["exists_RL"]] + 1] = True
         taps_BTAD = heard[1] if self.twin.taps else None
         positions_BT, document_BT, handle = micro["positions_BT"], micro["document_BT"], self._teacher.handle()
         batch = DraftBatch(tokens_BT, positions_BT, document_BT, mask_BT, taps_BTAD, heard[0], handle)

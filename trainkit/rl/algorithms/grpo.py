@@ -13,7 +13,7 @@ from trainkit.rl.types import PolicyTokens
 class GRPO(Algorithm):
     """Mean over responses of the mean over a response's tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta k3.
 
-    ratio = new / old per token; A = (R - mean) / (std + 1e-4) of the group. Shao et al. 2024, arXiv 2402.03300. With the first
+    ratio = new / old per token; A = (R - mean) / (std + 1e-4) of the group. Shao et al. 2024, arXiv 2402.03300. In the first
     minibatch of a generation the ratio is 1, and the gradient is the plain policy gradient, -A grad log-probability.
 
     Args:
