@@ -104,9 +104,9 @@ class PolicyModule(TrainingModule):
         correct: Lowest reward of a right response, for accuracy and pass@k.
         pass_at: Numbers of attempts for pass@k in validation; each at most `samples`.
         target_dtype: Precision of the trainer's weights.
-        warmup_steps: As in `TrainingModule`.
-        final_lr: As in `TrainingModule`; by default the learning rate is constant.
-        **optim: As in `TrainingModule`.
+        warmup_steps: Optimiser steps of warm-up in the default schedule.
+        final_lr: Last learning rate of the default schedule, as a share of the peak; 1 keeps it constant.
+        **optim: `optimizer`, `lr_scheduler` and `on_nonfinite`, as in `TrainingModule`.
     """
 
     data_class = PromptData

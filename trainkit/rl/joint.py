@@ -31,12 +31,13 @@ class JointRefresh(Refresh):
     """Trains the drafter at each optimiser step of the policy, on the same micro-batches.
 
     Args:
-        drafter: As in `Refresh`, like the arguments below.
-        source: As in `Refresh`.
+        drafter: The runner's drafter, whose weights are replaced in place.
+        source: Bundle or folder that it was loaded from.
         target: The policy; its architecture must separate packed documents.
         lr: Learning rate of AdamW, constant.
         loss: Any divergence, at the sampling temperature; TV by default.
-        positions: Positions that count, as in `Refresh`.
+        positions: Positions that count: `all` of the responses; `rejected`: drawn with the probability that the first draft
+            token is rejected there; `mixed`: those, and as many of the others at random.
         seed: Seed of the choice of positions.
         **common: `reduce`, as in `Refresh`.
     """

@@ -44,18 +44,19 @@ FALLEN = 0.95
 
 
 class Refresh:
-    """Trains the drafter of the rollouts on recent rollouts, every `every` steps or when tau has fallen.
+    """Trains the drafter of the rollouts on recent rollouts, every `every` generations or when tau has fallen.
 
-    All random numbers follow from `seed` and the step. Before and after training, acceptance is measured on rollouts of the
-    window that are not trained on; if it fell, the old weights and optimiser state are restored.
+    A step is a generation, unless it is called an optimiser step. All random numbers follow from `seed` and the step. Before and
+    after training, acceptance is measured on rollouts of the window that are not trained on; if it fell, the old weights and
+    optimiser state are restored.
 
     Args:
         drafter: The runner's drafter, whose weights are replaced in place.
         source: Bundle or folder that it was loaded from; the twin starts from it in float32.
         target: The policy.
-        every: Steps between refreshes.
+        every: Generations between refreshes.
         steps: Optimiser steps of a refresh.
-        window: Number of steps whose rollouts are remembered; of each step as many as one refresh reads, chosen at random.
+        window: Number of generations whose rollouts are remembered; of each as many as one refresh reads, chosen at random.
         batch: Rollouts of an optimiser step, on each rank; as many are held out.
         lr: Learning rate of AdamW, constant.
         loss: Any divergence, at the sampling temperature of the rollouts; TV by default, which is 1 - acceptance rate.

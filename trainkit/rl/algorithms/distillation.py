@@ -21,7 +21,7 @@ class OnPolicyDistillation(Algorithm):
     teacher has less variance, but needs them at each sampled position.
 
     Args:
-        mask_truncated: As in `Algorithm`.
+        mask_truncated: Whether responses cut by the length limit are left out of the loss.
     """
 
     mean_over = "tokens"
