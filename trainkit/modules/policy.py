@@ -546,12 +546,12 @@ class PolicyModule(TrainingModule):
         self.statistics, self._synced = state["statistics"], None
         if len(state["micros"]) == self.trainer.world_size:
             self._micros = state["micros"][self.trainer.global_rank]
-        self.rollouts.load_state_dict(state["rollouts"])
         self._tau, self._refreshed, self._unrewarded = state["tau"], state["refreshed"], state["unrewarded"]
         if self.refresh is not None and "refresh" in state:
             windows = state["refresh"]["window"]
             rank = self.trainer.global_rank if len(windows) == self.trainer.world_size else 0
             self.refresh.load_state_dict(state["refresh"] | {"window": windows[rank]})
+        self.rollouts.load_state_dict(state["rollouts"])  # after the drafter, whose new weights it would try again
 
     def _gather_objects(self, value: Any) -> list[Any]:
         """The values of all ranks, on every rank."""
