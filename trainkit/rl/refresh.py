@@ -46,9 +46,9 @@ FALLEN = 0.95
 class Refresh:
     """Trains the drafter of the rollouts on recent rollouts, every `every` generations or when tau has fallen.
 
-    A step is a generation, unless it is called an optimiser step. All random numbers follow from `seed` and the step. Before and
-    after training, acceptance is measured on rollouts of the window that are not trained on; if it fell, the old weights and
-    optimiser state are restored.
+    A step is a generation, unless it is called an optimiser step. All random numbers follow from `seed` and the step. Before
+    and after training, acceptance is measured on rollouts of the window that are not trained on; if it fell, the old weights
+    and optimiser state are restored.
 
     Args:
         drafter: The runner's drafter, whose weights are replaced in place.
