@@ -156,7 +156,7 @@ def run_python(source: str, tests: Calls | Program, limits: Limits | None = None
     level, limits = level or probe(), limits or Limits()
     from trainkit.rl.sandbox import contain
 
-    word = secrets.token_hex(16)
+    secret = secrets.token_hex(16)
     program = isinstance(tests, Program)
     options = {
         "parent": os.getpid(),
@@ -179,7 +179,7 @@ def run_python(source: str, tests: Calls | Program, limits: Limits | None = None
     try:
         if "nobody" in level.features and "tmpfs" not in level.features:
             os.chown(options["folder"], contain.NOBODY, contain.NOBODY)
-        return _run(source, {**asdict(tests), "word": word}, options, limits, word)
+        return _run(source, {**asdict(tests), "secret": secret}, options, limits, secret)
     except OSError as error:
         return Verdict("sandbox_error", why=f"the process did not start: {error}")
     finally:
@@ -212,7 +212,7 @@ def _codes() -> dict[str, CodeType]:
     return {name: compile(path.read_text(encoding="utf-8"), str(path), "exec") for name, path in paths.items()}
 
 
-def _run(source: str, tests: dict[str, Any], options: dict[str, Any], limits: Limits, word: str) -> Verdict:
+def _run(source: str, tests: dict[str, Any], options: dict[str, Any], limits: Limits, secret: str) -> Verdict:
     """Starts the process, reads what it prints up to the limits, and ends it with all that it started."""
     result, write = os.pipe()
     files = [result, write]
@@ -256,7 +256,7 @@ def _run(source: str, tests: dict[str, Any], options: dict[str, Any], limits: Li
         )
     if reached:
         return Verdict("output" if len(printed) > limits.output_kb << 10 else "timeout", why=reached)
-    if len(fields_) != 5 or fields_[0] != word:
+    if len(fields_) != 5 or fields_[0] != secret:
         return Verdict("signal", why="the tests were killed")
     return Verdict(fields_[1], int(fields_[2]), int(fields_[3]), fields_[4])  # type: ignore[arg-type]
 
