@@ -127,7 +127,7 @@ def test_one_minibatch_gives_plain_policy_gradient(target, prompts, tmp_path, se
     losses, responses = [], 0
     for batch in record.batches:
         for row, exists_L in enumerate(batch["exists_RL"]):
-            place, count = int(batch["place_RL"][row, 0]), int(exists_L.sum())
+            place, count = int(batch["index_RL"][row, 0]), int(exists_L.sum())
             tokens, positions = batch["tokens_BT"].flatten(), batch["positions_BT"].flatten()
             start = place - int(positions[place])
             text = tokens[start : place + count + 1]
@@ -191,7 +191,7 @@ def test_runner_has_the_trained_weights(lora, target, prompts, tmp_path, seed):
 def _texts(batch: dict) -> list[tuple[list[int], list[int]]]:
     """(prompt, response) of each response of a micro-batch."""
     pairs, tokens, positions = [], batch["tokens_BT"].flatten(), batch["positions_BT"].flatten()
-    for place_L, labels_L, exists_L in zip(batch["place_RL"], batch["labels_RL"], batch["exists_RL"], strict=True):
+    for place_L, labels_L, exists_L in zip(batch["index_RL"], batch["labels_RL"], batch["exists_RL"], strict=True):
         first = int(place_L[0])
         pairs.append((tokens[first - int(positions[first]) : first + 1].tolist(), labels_L[exists_L].tolist()))
     return pairs
@@ -558,7 +558,7 @@ def _other_temperature(patch) -> None:
 def _shifted(patch) -> None:
     def pack(samples):
         micro = batches.pack_responses(samples)
-        return micro | {"place_RL": (micro["place_RL"] - 1).clamp(min=0)}
+        return micro | {"index_RL": (micro["index_RL"] - 1).clamp(min=0)}
 
     patch.setattr(prepare, "pack_responses", pack)
 

@@ -250,9 +250,9 @@ def test_ranks_end_with_the_same_drafter(tiny_target, policy, bundles, seed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "refresh.every is 0; it must be above 0"),
-        ({"lr": -1.0}, "refresh.lr is -1.0; it must be above 0"),
-        ({"positions": "wrong"}, "refresh.positions is 'wrong'; choose all, rejected or mixed"),
+        ({"every": 0}, "model.refresh.every is 0; it must be above 0"),
+        ({"lr": -1.0}, "model.refresh.lr is -1.0; it must be above 0"),
+        ({"positions": "wrong"}, "model.refresh.positions is 'wrong'; choose all, rejected or mixed"),
     ],
 )
 def test_wrong_options_are_refused(options, message, tiny_target, policy, bundles):

@@ -260,7 +260,7 @@ def test_useless_drafter_is_reported_once(capsys, seed):
     with torch.no_grad():
         runner.drafter.decoder.norm.weight.neg_()
     assert drafted(RETRY + 5) and rollouts.report()["rollout/acceptance_1"] == 1
-    assert "not used for 20 steps" in capsys.readouterr().err
+    assert "not used for 20 generations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

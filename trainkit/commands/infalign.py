@@ -1,4 +1,4 @@
-"""`trainkit infalign`: the reference policy's rewards on the training prompts, which InfAlign compares rewards with."""
+"""`trainkit infalign`: writes the reference policy's rewards on the training prompts, for the reward transform InfAlign."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def infalign(
     device: str = "auto",
     dtype: str = "float32",
 ) -> str:
-    """Samples responses of a policy before its RL fine-tune, scores them, and writes the rewards of each prompt to a table.
+    """Samples responses of a model before its RL fine-tune, scores them, and writes the rewards of each prompt to a table.
 
     PolicyModule then trains with `transform: {class_path: InfAlign, init_args: {calibration: OUT}}`. Give the target, prompts,
     rewards, temperature and length of that training. After a kill or an interrupt, the same command continues where it stopped;
@@ -53,7 +53,7 @@ def infalign(
         target: Hugging Face folder of the policy before training, which is the reference.
         prompts: The training data: file, folder or hub name, or `reasoning_gym:NAME?KEY=VALUE`.
         reward: Reward function, repeated for several: a name, or a JSON object as in a recipe's `rewards`.
-        samples: Responses to each prompt; quantiles are known to 1 / samples.
+        samples: Responses to each prompt; quantiles have a resolution of 1 / samples.
         max_new_tokens: Largest number of tokens in a response, the end token included.
         temperature: Sampling temperature.
         seed: Seed for sampling. Training draws other responses with the same seed.

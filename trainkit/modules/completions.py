@@ -21,7 +21,7 @@ class Completions(Callback):
     """Writes the responses of every n-th generation to `completions/STEP.jsonl` in the run folder, and to W&B if it is used.
 
     STEP is the number of optimiser steps before the generation. A row holds prompt, completion, reward, rewards by function,
-    advantage, length and finish. A resumed run first removes the tables that it will write again.
+    advantage, length in tokens and finish reason. A resumed run first removes the tables that it will write again.
 
     Args:
         every: Generations between two tables; the first generation has one.

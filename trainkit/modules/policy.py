@@ -1,6 +1,6 @@
 """RL fine-tuning of a target: responses by the bundled runner on the current weights, rewards, and a policy-gradient loss.
 
-A generation is one set of groups: `prompts` prompts with `samples` responses each. It is collected at the start of its first
+A generation is one set of groups: `prompts` prompts with `samples` responses each. It is sampled at the start of its first
 optimiser step and trained on for `epochs` x `minibatches` optimiser steps. The engine is synchronous: no response is older
 than the policy that began the generation. Trainer and runner each have a copy of the weights, and the runner's is updated in
 place before it generates. A checkpoint inside a generation holds its tokens, log-probabilities and advantages, because the
@@ -63,45 +63,50 @@ class PolicyModule(TrainingModule):
     without a reward), `zero_variance` (groups with equal rewards), `filtered` (groups that dynamic sampling dropped) and
     `truncated` (responses at the length limit); `length` and `length_max` in tokens; means over tokens of `entropy`,
     `clip_low`, `clip_high`, `ratio` and estimators of KL divergences (`kl_old_*`, `kl_ref_*`, nats); `ratio_max` of a step;
-    of runner against trainer `mismatch` (mean and `_max` of the log-probability difference), `mismatch_k3`, `mismatch_capped`
-    (share of tokens above the cap) and `corrected` (0 or 1); with a drafter `tau`, `paused` and, by draft position, `alpha_K`.
+    for the runner compared with the trainer `mismatch` (mean and `_max` of the log-probability difference), `mismatch_k3`,
+    `mismatch_capped` (share of tokens above the cap) and `corrected` (0 or 1); with a drafter `tau`, `paused` (share of rounds
+    without a draft) and, by draft position, `alpha_K`.
     Under `refresh/`: what the last refresh of the drafter did.
     Under `speed/`: `rollout_tokens_per_second`, and `seconds_PHASE` of a generation. In validation: `reward`, `accuracy`,
     `length` and `truncated` of greedy responses, and `pass@K` of samples.
 
     Args:
         target: Folder of the model to fine-tune.
-        algorithm: Advantages and loss.
-        rewards: Reward functions, each as {function: NAME, weight: 1.0, options: {...}}.
+        algorithm: Class that computes advantages and the loss, with its arguments: GRPO, DrGRPO, DAPO, GSPO, CISPO or
+            OnPolicyDistillation.
+        rewards: Reward functions, each as {function: NAME, weight: 1.0, options: {...}}, optionally with `name` and `timeout`
+            (seconds). NAME is a built-in function (docs/rl.md lists them), module:function or file.py:function.
         samples: Responses to each prompt.
         prompts: Prompts of a generation, over all processes.
-        minibatches: Optimiser steps on one generation in an epoch; each trains on other groups.
+        minibatches: Optimiser steps on one generation in an epoch; each trains on different groups.
         epochs: Number of times that a generation is trained on.
         max_new_tokens: Largest number of tokens in a response, the end token included.
         temperature: Sampling temperature of the responses; log-probabilities are those at this temperature.
-        lora_rank: Rank of a LoRA adapter, which is then trained instead of all weights.
+        lora_rank: Rank of a LoRA adapter, which is then trained instead of all weights; null trains all weights.
         lora_alpha: Numerator of the adapter's scale, lora_alpha / lora_rank.
         lora_modules: Names of the projections with an adapter; by default all seven of attention and MLP.
         reference: Folder of the model that the loss compares the policy with: the teacher of `OnPolicyDistillation`; for a KL
             term by default the target as it was before training.
-        drafter: Drafter bundle of the target, with which responses are generated faster; the text is the same.
+        drafter: Drafter bundle of the target, with which responses are generated faster; the texts are the same.
         refresh: Class that trains the drafter on recent responses, with its arguments: `Refresh` every few generations, or
-            `JointRefresh` in the policy's own forward pass. None leaves the drafter as it is.
-        speculate: Whether to use it: `on`, `off`, or `auto`, where it is measured to be faster.
-        rollout: Further options of `GenerateOptions`, such as what to draft (depth or tree), verify, or stop.
+            `JointRefresh` in the policy's own forward pass. null leaves the drafter as it is.
+        speculate: When to draft: `on` in every round, `off` never, `auto` in rounds where it is expected to be faster.
+        rollout: Further options of `GenerateOptions`, such as `depth` or `tree` (what to draft), `verify` and `stop`.
         rollout_batch: Largest number of responses that each process generates at the same time.
         rollout_dtype: Precision of the runner's weights; by default bfloat16 if `trainer.precision` is, otherwise float32.
-        correction: Factor of each token's loss that makes up for a mismatch between runner and trainer. `auto` is `none` while
-            the mismatch is that of float32 (k3 up to 1e-4 nats), else `token_truncate`.
-        correction_cap: Largest such factor.
-        reweight: Changes the advantages of single tokens; None leaves them.
-        transform: Changes rewards before advantages; None leaves them.
-        correct: Reward from which a response is right, for accuracy and pass@k.
+        correction: Factor of each token's loss that corrects a mismatch between runner and trainer. `token_truncate`: the ratio
+            of the two probabilities of the token, at most the cap; `sequence_truncate`: that of the response, at most the cap;
+            `sequence_mask`: that of the response, or 0 above the cap; `none`: 1. `auto` is `none` while the mismatch is that of
+            float32 (KL estimate k3 up to 1e-4 nats), else `token_truncate`.
+        correction_cap: The cap, the largest factor.
+        reweight: `THR` with its arguments, which changes the advantages of single tokens; null leaves them.
+        transform: `InfAlign` with its arguments, which changes rewards before advantages; null leaves them.
+        correct: Lowest reward of a right response, for accuracy and pass@k.
         pass_at: Numbers of attempts for pass@k in validation; each at most `samples`.
         target_dtype: Precision of the trainer's weights.
-        warmup_steps: As in `TrainingModule`.
-        final_lr: As in `TrainingModule`; by default the learning rate is constant.
-        **optim: As in `TrainingModule`.
+        warmup_steps: Optimiser steps of warm-up in the default schedule.
+        final_lr: Last learning rate of the default schedule, as a share of the peak; 1 keeps it constant.
+        **optim: `optimizer`, `lr_scheduler` and `on_nonfinite`, as in `TrainingModule`.
     """
 
     data_class = PromptData
@@ -217,7 +222,7 @@ class PolicyModule(TrainingModule):
         """Groups that this process generated last; another list for each generation."""
         self._tau = float("nan")  # of the current generation, over all ranks
         self._unrewarded = 0  # generations in a row without any reward
-        self._refreshed: dict[str, float] = {}  # metrics of a refresh that no log line has yet
+        self._refreshed: dict[str, float] = {}  # metrics of the last refresh, until they are logged
         self._synced: int | None = None  # optimiser step of the weights that the runner has
         self.statistics: dict[str, float] = {}
         """Mismatch and largest length of the current generation, equal on all ranks."""
@@ -284,7 +289,7 @@ class PolicyModule(TrainingModule):
             self.refresh = self._make_refresh(runner.drafter, self.drafter, live, **options)  # pyright: ignore[reportCallIssue]
 
     def train(self, mode: bool = True) -> PolicyModule:
-        """Stays in eval mode: with dropout, the ratio of the first minibatch would not be 1."""
+        """Stays in eval mode, because with dropout the ratio of the first minibatch would not be 1."""
         return super().train(False)
 
     def trained(self) -> list[tuple[nn.Module, float]]:
@@ -320,10 +325,10 @@ class PolicyModule(TrainingModule):
         generation, index = divmod(batch["step"], self.steps_per_generation)
         if generation != self._generation:
             self._collect(generation)
-        epoch, place = divmod(index, self.minibatches)
-        # The minibatches are the same in all epochs, in another order.
+        epoch, position = divmod(index, self.minibatches)
+        # The minibatches are the same in all epochs, in a different order.
         order = np.random.default_rng([global_seed(), generation, epoch]).permutation(self.minibatches)
-        minibatch = self._minibatch = int(order[place])
+        minibatch = self._minibatch = int(order[position])
         batch |= {name: value.to(self.device) for name, value in self._micros[minibatch][batch["micro"]].items()}
         batch["window_count"] = torch.tensor(self._counts[minibatch], device=self.device)
         if batch["micro"] == 0:

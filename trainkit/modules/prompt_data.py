@@ -1,4 +1,4 @@
-"""Prompts for `PolicyModule`. It generates the responses during training, so the loader yields only which part is due."""
+"""Prompts for `PolicyModule`. It generates the responses during training, so the loader yields only step numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PromptData(TrainingData):
 
     Args:
         train: Prompts to train on: a file, a folder, the name of a data set on the hub, or reasoning_gym:NAME?OPTION=VALUE.
-        validation: Prompts to evaluate on, named in the same way; without them nothing is evaluated.
+        validation: Prompts to evaluate on, given in the same way; without them nothing is evaluated.
         batch_size: Validation prompts that each process answers at the same time.
         limit: Number of rows to read from `train`, from the first one.
         limit_validation: Number of rows to read from `validation`, from the first one.

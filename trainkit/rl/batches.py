@@ -1,4 +1,4 @@
-"""Responses as micro-batches: prompts and responses packed into rows for the network, and the place of each response token.
+"""Responses as micro-batches: prompts and responses packed into rows for the network, and the index of each response token.
 
 The log-probabilities that a loss compares are computed by the same function on the same tensors, before the update (old) and
 during it (new), so their ratio is exactly 1 at the first minibatch.
@@ -43,7 +43,7 @@ def pack_responses(samples: Sequence[Sample]) -> Micro:
     """The tensors of a micro-batch; without samples, those of one response that does not count.
 
     `tokens_BT`, `positions_BT`, `document_BT`: the texts, packed into rows as long as the longest, first-fit by falling length;
-    padding is at the end of a row, with document -1. `labels_RL`: the response tokens. `place_RL`: the index, in the flattened
+    padding is at the end of a row, with document -1. `labels_RL`: the response tokens. `index_RL`: the index, in the flattened
     rows, of the position that predicts each. `exists_RL`: True where a response has a token. `mask_RL`: 1 where it counts.
     `advantage_RL`, `sampler_RL`: advantage, and log-probability that the runner reported. All are 0 where no token exists.
     """
@@ -61,7 +61,7 @@ def pack_responses(samples: Sequence[Sample]) -> Micro:
     micro = {name: torch.zeros(len(used), width, dtype=torch.long) for name in ("tokens_BT", "positions_BT")}
     micro["document_BT"] = torch.full((len(used), width), -1)
     shape = (len(samples), longest)
-    micro |= {name: torch.zeros(shape, dtype=torch.long) for name in ("labels_RL", "place_RL")}
+    micro |= {name: torch.zeros(shape, dtype=torch.long) for name in ("labels_RL", "index_RL")}
     micro |= {name: torch.zeros(shape) for name in ("mask_RL", "advantage_RL", "sampler_RL")}
     micro["exists_RL"] = torch.zeros(shape, dtype=torch.bool)
     for index, (sample, text) in enumerate(zip(samples, texts, strict=True)):
@@ -71,7 +71,7 @@ def pack_responses(samples: Sequence[Sample]) -> Micro:
         micro["document_BT"][cells] = index
         first = row * width + start + len(sample.prompt) - 1
         micro["labels_RL"][index, :count] = torch.tensor(sample.response.tokens)
-        micro["place_RL"][index, :count] = torch.arange(first, first + count)
+        micro["index_RL"][index, :count] = torch.arange(first, first + count)
         micro["exists_RL"][index, :count] = True
         micro["mask_RL"][index, :count] = float(sample.counts)
         micro["advantage_RL"][index, :count] = sample.advantage
@@ -91,7 +91,7 @@ def policy_logprobs(policy: FrozenTarget, micro: Micro, temperature: float) -> t
     """
     exists_RL = micro["exists_RL"]
     hidden_BTD, _ = policy.forward(micro["tokens_BT"], micro["positions_BT"], micro["document_BT"])
-    hidden_ND = hidden_BTD.flatten(0, 1)[micro["place_RL"][exists_RL]]
+    hidden_ND = hidden_BTD.flatten(0, 1)[micro["index_RL"][exists_RL]]
     values = selected_logprobs(hidden_ND, policy.handle().head, micro["labels_RL"][exists_RL], temperature)
     logp_RL, entropy_RL = (value_N.new_zeros(exists_RL.shape).masked_scatter(exists_RL, value_N) for value_N in values)
     return logp_RL, entropy_RL, hidden_ND

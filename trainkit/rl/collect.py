@@ -153,7 +153,7 @@ class Collector:
         return Collected(self._with_advantages(mine), list(generated.values()), cursor, valid, count, len(kept), seconds)
 
     def _next(self, wanted: int, cursor: int, used: set[int]) -> tuple[list[int], int]:
-        """Up to `wanted` tasks from the cursor on that this step has not used, and the cursor after them."""
+        """Up to `wanted` tasks after the cursor that this step has not used, and the cursor after them."""
         chosen: list[int] = []
         while len(chosen) < wanted and len(used) < len(self.tasks):
             for index in sequence(len(self.tasks), cursor, wanted - len(chosen), self.seed):

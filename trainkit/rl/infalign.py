@@ -1,4 +1,4 @@
-"""InfAlign-CTRL: trains for the procedure that picks an answer at inference, by rewards on the scale of the reference policy.
+"""InfAlign-CTRL: rewards for a policy whose answers are chosen by best-of-N or worst-of-N at inference.
 
 A reward becomes the share of the reference policy's own responses to the same prompt that it beats, and a function of this
 share makes best-of-N or worst-of-N the goal. Balashankar et al. 2024, arXiv 2412.19792. The theory is for KL-regularised RL,

@@ -31,12 +31,13 @@ class JointRefresh(Refresh):
     """Trains the drafter at each optimiser step of the policy, on the same micro-batches.
 
     Args:
-        drafter: As in `Refresh`, like the arguments below.
-        source: As in `Refresh`.
+        drafter: The runner's drafter, whose weights are replaced in place.
+        source: Bundle or folder that it was loaded from.
         target: The policy; its architecture must separate packed documents.
         lr: Learning rate of AdamW, constant.
         loss: Any divergence, at the sampling temperature; TV by default.
-        positions: Positions that count, as in `Refresh`.
+        positions: Positions that count: `all` of the responses; `rejected`: drawn with the probability that the first draft
+            token is rejected there; `mixed`: those, and as many of the others at random.
         seed: Seed of the choice of positions.
         **common: `reduce`, as in `Refresh`.
     """
@@ -76,7 +77,7 @@ class JointRefresh(Refresh):
         began = perf_counter()
         tokens_BT = micro["tokens_BT"]
         mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-        mask_BT.view(-1)[micro["place_RL"][micro["exists_RL"]] + 1] = True
+        mask_BT.view(-1)[micro["index_RL"][micro["exists_RL"]] + 1] = True
         taps_BTAD = heard[1] if self.twin.taps else None
         positions_BT, document_BT, handle = micro["positions_BT"], micro["document_BT"], self._teacher.handle()
         batch = DraftBatch(tokens_BT, positions_BT, document_BT, mask_BT, taps_BTAD, heard[0], handle)

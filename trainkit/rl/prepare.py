@@ -54,7 +54,7 @@ class Preparation:
         cap: Its largest factor.
         reweight: Changes advantages by token; None leaves them.
         gather: Gives the objects of all ranks, by rank.
-        context: Opened around all forward passes, as in training.
+        context: Opened around all forward passes, as in training; for example autocast.
     """
 
     policy: FrozenTarget
@@ -119,18 +119,20 @@ class Preparation:
         hidden = [part for micro in micros for part in micro["hidden_ND"].split(micro["exists_RL"].sum(1).tolist())]
         head, start = self.policy.handle().head, 0
         for right in correct:
-            places = rows[start : start + len(right)]
-            counted = [micro["mask_RL"][row].bool() for micro, row in places]
+            group_rows = rows[start : start + len(right)]
+            counted = [micro["mask_RL"][row].bool() for micro, row in group_rows]
             states = [
                 hidden_nD[counted_L[micro["exists_RL"][row]]]
-                for hidden_nD, counted_L, (micro, row) in zip(hidden[start : start + len(right)], counted, places, strict=True)
+                for hidden_nD, counted_L, (micro, row) in zip(
+                    hidden[start : start + len(right)], counted, group_rows, strict=True
+                )
             ]
             tokens, advantages = (
-                [micro[name][row][counted_L] for counted_L, (micro, row) in zip(counted, places, strict=True)]
+                [micro[name][row][counted_L] for counted_L, (micro, row) in zip(counted, group_rows, strict=True)]
                 for name in ("labels_RL", "advantage_RL")
             )
             new = thr.reweight(states, tokens, head, right, advantages, self.temperature)
-            for advantage_n, counted_L, (micro, row) in zip(new, counted, places, strict=True):
+            for advantage_n, counted_L, (micro, row) in zip(new, counted, group_rows, strict=True):
                 micro["advantage_RL"][row, counted_L] = advantage_n.to(micro["advantage_RL"])
             start += len(right)
 

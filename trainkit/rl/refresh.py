@@ -1,10 +1,10 @@
 """Keeps the drafter of the rollouts close to a policy that changes: trains it on recent rollouts, in place for the runner.
 
-A drafter ages while its target is trained: it still proposes what the first policy would say. Rollouts stay exact, because
+While its target is trained, an unchanged drafter still predicts the tokens of the first policy. Rollouts stay exact, because
 verification depends on the policy alone; they become slower. A refresh trains a float32 copy of the drafter (the twin) on
-rollouts of the last steps, with hidden states and distributions of the PRESENT policy, computed again because stored ones are
+rollouts of the last steps, with hidden states and distributions of the current policy, computed again because stored ones are
 stale. Training on rejected positions follows online speculative decoding (Liu et al. 2023, arXiv 2310.07177). Left out on
-purpose: trees, since acceptance per position decides; and acceptance predictors, which age too.
+purpose: trees, since acceptance per position decides; and acceptance predictors, which become stale too.
 """
 
 # B rollouts of a batch  T positions  N numbers of all gradients, and sums
@@ -44,18 +44,19 @@ FALLEN = 0.95
 
 
 class Refresh:
-    """Trains the drafter of the rollouts on recent rollouts, every `every` steps or when tau has fallen.
+    """Trains the drafter of the rollouts on recent rollouts, every `every` generations or when tau has fallen.
 
-    All random numbers follow from `seed` and the step. Before and after training, acceptance is measured on rollouts of the
-    window that are not trained on; if it fell, weights and optimiser are set back.
+    A step is a generation, unless it is called an optimiser step. All random numbers follow from `seed` and the step. Before
+    and after training, acceptance is measured on rollouts of the window that are not trained on; if it fell, the old weights
+    and optimiser state are restored.
 
     Args:
         drafter: The runner's drafter, whose weights are replaced in place.
         source: Bundle or folder that it was loaded from; the twin starts from it in float32.
         target: The policy.
-        every: Steps between refreshes.
+        every: Generations between refreshes.
         steps: Optimiser steps of a refresh.
-        window: Number of steps whose rollouts are remembered; of each step as many as one refresh reads, chosen at random.
+        window: Number of generations whose rollouts are remembered; of each as many as one refresh reads, chosen at random.
         batch: Rollouts of an optimiser step, on each rank; as many are held out.
         lr: Learning rate of AdamW, constant.
         loss: Any divergence, at the sampling temperature of the rollouts; TV by default, which is 1 - acceptance rate.
@@ -85,9 +86,9 @@ class Refresh:
     ) -> None:
         for name, value in {"every": every, "steps": steps, "window": window, "batch": batch, "lr": lr}.items():
             if not value > 0:
-                raise UserError(f"refresh.{name} is {value}; it must be above 0")
+                raise UserError(f"model.refresh.{name} is {value}; it must be above 0")
         if positions not in ("all", "rejected", "mixed"):
-            raise UserError(f"refresh.positions is {positions!r}; choose all, rejected or mixed")
+            raise UserError(f"model.refresh.positions is {positions!r}; choose all, rejected or mixed")
         self.every, self.steps, self.window, self.batch = every, steps, window, batch
         self.loss, self.positions, self.seed, self._reduce = loss or TV(), positions, seed, reduce
         self._drafter, self._source, self._teacher = drafter, Path(source), LiveTeacher(target)
@@ -108,8 +109,8 @@ class Refresh:
             for group in groups
             for response in group.responses
         ]
-        most = self.batch * (self.steps + 1)
-        chosen = torch.randperm(len(made), generator=self._generator(step, "observe"))[:most].sort().values
+        limit = self.batch * (self.steps + 1)
+        chosen = torch.randperm(len(made), generator=self._generator(step, "observe"))[:limit].sort().values
         recent = [rollout for rollout in self._rollouts if step - self.window < rollout[0] < step]
         self._rollouts = recent + [made[index] for index in chosen.tolist()]
 
@@ -123,8 +124,8 @@ class Refresh:
 
         Returns:
             `refresh/loss` per counted token; `alpha_before` and `alpha_after`, acceptance rate on the rollouts held out, mean
-            over draft positions; `kept`, 0 if the weights were set back; `positions`, share of the response tokens that were
-            labels; `seconds`; and `share`, the share of the time since the last refresh that this one took.
+            over draft positions; `kept`, 0 if the old weights were restored; `positions`, share of the response tokens that
+            were labels; `seconds`; and `share`, the share of the time since the last refresh that this one took.
         """
         began = perf_counter()
         saved = copy.deepcopy((self.twin.state_dict(), self.optimizer.state_dict()))
@@ -143,7 +144,7 @@ class Refresh:
                 chosen = torch.randperm(len(train), generator=generator)[: self.batch].tolist()
                 sums += self._train_step([train[number] for number in chosen], generator)
         after = self._alpha(measured)
-        # Keep it if it did not become worse; NaN is worse.
+        # Keep the new weights if acceptance did not fall; NaN counts as fallen.
         kept = after >= before
         if not kept:
             self.twin.load_state_dict(saved[0])
@@ -276,7 +277,7 @@ def load_refreshed(state: Mapping[str, Any], target: TargetShape, target_folder:
     """
     source = Path(state["source"])
     if not source.is_dir():
-        raise UserError(f"{source}: the drafter that the run refreshed is not there; put it back")
+        raise UserError(f"{source}: the drafter that the run refreshed is not there; restore that folder")
     is_bundle = bundle.is_bundle(source)
     drafter = load_bundle(bundle.read(source), target) if is_bundle else load_outside(source, target, target_folder)
     drafter.float().load_state_dict(state["twin"])

@@ -1,13 +1,13 @@
-"""Rollouts: groups of responses from the runner on the policy's present weights, with or without a drafter.
+"""Rollouts: groups of responses from the runner on the policy's current weights, with or without a drafter.
 
 A drafter changes the speed, not the distribution: under `coupled` verification (the default) the tokens are those of plain
 sampling with the same seed, under `residual` their distribution. A response's draws follow from (seed, step, index of its task,
 number of the sample), so they depend neither on the batch, nor on the order of the tasks, nor on which rank generates them.
 Generation is synchronous: every token of a step is drawn from the weights of the last `update`.
 
-`speculate: auto` is the runner's policy `cost`: in every round, and by the number of responses that are still alive, it drafts
-as many tokens as pay by the measured costs and the acceptance of recent rounds, or none. Left out on purpose: a second
-controller, which would compare tokens per second with and without a draft; it would decide the same, later.
+`speculate: auto` is the runner's policy `cost`: in every round, and by the number of unfinished responses, it drafts
+the number of tokens that is fastest by the measured costs and the acceptance of recent rounds, or none. Left out on purpose: a
+second controller, which would compare tokens per second with and without a draft; it would decide the same, later.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainkit.runner.stats import Stats
 USELESS = 0.05
 """Share of first drafted tokens that must be accepted in a step; below it the drafter is reported."""
 FEWEST = 100
-"""Number of first drafted tokens from which that share is judged."""
+"""Smallest number of first drafted tokens for which that share is evaluated."""
 RETRY = 20
 """Number of steps after which `auto` tries again a drafter that was useless; at once if its weights have changed."""
 
@@ -99,7 +99,7 @@ class Rollouts:
         """Copies weights under their Hugging Face names into the runner, in place; see `policy_tensors`.
 
         Captured graphs stay valid. Nothing that older weights have computed is used again. Parts of the target that the drafter
-        shares, as the embedding and the head of EAGLE's drafts, follow.
+        shares, such as the embedding and the head of EAGLE's drafts, follow.
 
         Raises:
             UserError: a name or shape that the target does not have, or a value that is not finite.
@@ -135,7 +135,7 @@ class Rollouts:
         return [Group(task, responses[i * self.samples : (i + 1) * self.samples]) for i, task in enumerate(tasks)]
 
     def greedy(self, tasks: Sequence[Task], max_new_tokens: int | None = None) -> list[Response]:
-        """The likeliest text for each task, without log-probabilities; `report` stays that of the last `generate`."""
+        """The greedy response to each task, without log-probabilities; `report` stays that of the last `generate`."""
         options = self.options | self._draft(None) | {"temperature": 0.0}
         options["max_new_tokens"] = max_new_tokens or options["max_new_tokens"]
         return self._run([task.tokens for task in tasks], [(task.index, 0) for task in tasks], options)
@@ -199,7 +199,7 @@ class Rollouts:
         if useless:
             if self.speculate == "auto":
                 self._useless = step, self._drafter_version()
-            rest = f"it is not used for {RETRY} steps" if self.speculate == "auto" else "set speculate to auto or off"
+            rest = f"it is not used for {RETRY} generations" if self.speculate == "auto" else "set speculate to auto or off"
             note(f"the drafter's first token is accepted in less than {USELESS:.0%} of rounds, so drafting costs time; {rest}")
 
     # Checkpoints

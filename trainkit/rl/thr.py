@@ -29,8 +29,8 @@ class THR:
     1{|THR| > tau} (1 + sign(THR) p).
 
     Args:
-        p: Above 0 the policy becomes more confident (the paper: +0.1, greedy accuracy), below 0 it explores (-0.1, pass@k); 0
-            only removes tokens with little influence.
+        p: Above 0 the policy becomes more confident (the paper uses +0.1 for greedy accuracy), below 0 it explores (-0.1 for
+            pass@k); 0 only removes tokens with little influence.
         tau: Threshold, from the mean influence s of each correct response's tokens: the smallest s, or the mean of all.
         threshold: Reward above which a response is correct, for graded rewards; by default rewards must be 0 or 1.
         chunk: Tokens whose logits exist at once.

@@ -1,4 +1,4 @@
-"""The weights that a transformers model computes with at present, whole and with its adapters merged, one tensor at a time.
+"""The current weights of a transformers model, whole and with its adapters merged, one tensor at a time.
 
 Left out on purpose: DeepSpeed ZeRO-3, which trainkit refuses; ZeRO-2 and DDP hold whole parameters on each rank.
 """

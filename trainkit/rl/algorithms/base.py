@@ -173,7 +173,7 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def has_signal(rewards_PG: Tensor) -> Tensor:
-    """[P] True for groups with at least two rewards that are not missing (NaN) and differ; the others teach nothing."""
+    """[P] True for groups with at least two rewards that are not missing (NaN) and differ; the others have no gradient."""
     valid_PG = rewards_PG.isfinite()
     lowest_P = rewards_PG.masked_fill(~valid_PG, torch.inf).amin(-1)
     highest_P = rewards_PG.masked_fill(~valid_PG, -torch.inf).amax(-1)

@@ -19,9 +19,10 @@ class CISPO(Algorithm):
     Args:
         min_ratio: Lower bound of the weight; 0 for none.
         max_ratio: Upper bound of the weight.
-        beta: As in `Algorithm`.
-        scale: As in `Algorithm`.
-        mask_truncated: As in `Algorithm`.
+        beta: Weight of the KL divergence from the reference policy in the loss (estimator k3); 0 needs no reference.
+        scale: What divides a reward minus its group's mean: the standard deviation of its `group`, that of all rewards of the
+            generation (`batch`), or nothing (`none`).
+        mask_truncated: Whether responses cut by the length limit are left out of the loss.
     """
 
     mean_over = "tokens"

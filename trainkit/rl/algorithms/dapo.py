@@ -13,14 +13,16 @@ class DAPO(GRPO):
     long responses the same weight as those of short ones.
 
     Args:
-        clip_low: As in `GRPO`.
-        clip_high: As in `GRPO`.
+        clip_low: The ratio is clipped below 1 - clip_low.
+        clip_high: The ratio is clipped above 1 + clip_high.
         dynamic_sampling: Whether groups whose rewards are all equal are replaced by further prompts.
         overlong: Tokens before the length limit over which a penalty grows from 0 to -1; 0 for no penalty. The paper uses 4096
             of 20480.
-        scale: As in `Algorithm`.
-        beta: As in `Algorithm`; the paper has no KL term.
-        mask_truncated: As in `Algorithm`; the paper's first version of the treatment of long responses.
+        scale: What divides a reward minus its group's mean: the standard deviation of its `group`, that of all rewards of the
+            generation (`batch`), or nothing (`none`).
+        beta: Weight of the KL divergence from the reference policy in the loss (estimator k3); 0 needs no reference.
+            The paper has no KL term.
+        mask_truncated: Whether responses cut by the length limit are left out of the loss, as the paper does at first.
     """
 
     mean_over = "tokens"

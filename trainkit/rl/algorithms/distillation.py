@@ -17,11 +17,11 @@ class OnPolicyDistillation(Algorithm):
     Agarwal et al. 2023, arXiv 2306.13649; in this form Lu et al. 2025 (thinkingmachines.ai/blog/on-policy-distillation). Each
     token has its own advantage, so there are no rewards and no groups, and one response to a prompt is enough. The teacher has
     the policy's vocabulary and temperature; `ref_RT` holds its log-probabilities. The metric `kl_ref_k1` (the mean of -A)
-    estimates KL(policy || teacher) per token and must fall. With every logit of the teacher at hand, `ReverseKL` at the sampled
-    positions has less variance.
+    estimates KL(policy || teacher) per token and must fall. `ReverseKL` over all logits of the
+    teacher has less variance, but needs them at each sampled position.
 
     Args:
-        mask_truncated: As in `Algorithm`.
+        mask_truncated: Whether responses cut by the length limit are left out of the loss.
     """
 
     mean_over = "tokens"

@@ -17,10 +17,10 @@ class DrGRPO(GRPO):
 
     Args:
         max_length: The longest possible response in tokens; None takes the run's `max_new_tokens`.
-        clip_low: As in `GRPO`.
-        clip_high: As in `GRPO`.
-        beta: As in `Algorithm`.
-        mask_truncated: As in `Algorithm`.
+        clip_low: The ratio is clipped below 1 - clip_low.
+        clip_high: The ratio is clipped above 1 + clip_high.
+        beta: Weight of the KL divergence from the reference policy in the loss (estimator k3); 0 needs no reference.
+        mask_truncated: Whether responses cut by the length limit are left out of the loss.
     """
 
     def __init__(

@@ -13,15 +13,17 @@ from trainkit.rl.types import PolicyTokens
 class GRPO(Algorithm):
     """Mean over responses of the mean over a response's tokens of -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta k3.
 
-    ratio = new / old per token; A = (R - mean) / (std + 1e-4) of the group. Shao et al. 2024, arXiv 2402.03300. With the first
+    ratio = new / old per token; A = (R - mean) / (std + 1e-4) of the group. Shao et al. 2024, arXiv 2402.03300. In the first
     minibatch of a generation the ratio is 1, and the gradient is the plain policy gradient, -A grad log-probability.
 
     Args:
         clip_low: The ratio is clipped below 1 - clip_low.
         clip_high: The ratio is clipped above 1 + clip_high.
-        beta: As in `Algorithm`; the paper uses 0.04, later work mostly 0.
-        scale: As in `Algorithm`.
-        mask_truncated: As in `Algorithm`.
+        beta: Weight of the KL divergence from the reference policy in the loss (estimator k3); 0 needs no reference.
+            The paper uses 0.04, later work mostly 0.
+        scale: What divides a reward minus its group's mean: the standard deviation of its `group`, that of all rewards of the
+            generation (`batch`), or nothing (`none`).
+        mask_truncated: Whether responses cut by the length limit are left out of the loss.
     """
 
     def __init__(

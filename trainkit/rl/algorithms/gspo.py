@@ -21,9 +21,10 @@ class GSPO(GRPO):
     Args:
         clip_low: The response's ratio is clipped below 1 - clip_low.
         clip_high: The response's ratio is clipped above 1 + clip_high.
-        beta: As in `Algorithm`.
-        scale: As in `Algorithm`.
-        mask_truncated: As in `Algorithm`.
+        beta: Weight of the KL divergence from the reference policy in the loss (estimator k3); 0 needs no reference.
+        scale: What divides a reward minus its group's mean: the standard deviation of its `group`, that of all rewards of the
+            generation (`batch`), or nothing (`none`).
+        mask_truncated: Whether responses cut by the length limit are left out of the loss.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class BadGold(Exception):
 
 
 class Failed(Exception):
-    """The function raised an error, or its process died: a short kind by which failures are told apart, and a text."""
+    """The function raised an error, or its process died: a short kind that distinguishes failures, and a text."""
 
 
 class TimedOut(Exception):
@@ -194,12 +194,12 @@ def _errors_of_function() -> Iterator[None]:
 
 
 def _describe(error: BaseException) -> str:
-    """Type, message and place of an error."""
+    """Type, message, file and line of an error."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    location = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     message = first_lines(error) if isinstance(error, Exception) else str(error)
     name = type(error).__name__
-    return f"{name}{place}" if message in ("", name) else f"{name}: {message}{place}"
+    return f"{name}{location}" if message in ("", name) else f"{name}: {message}{location}"
 
 
 def _checked(result: Result, values: Any, count: int) -> Result:

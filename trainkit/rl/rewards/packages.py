@@ -44,10 +44,10 @@ def math_verify(column: str = "answer", seconds: float = 5.0, workers: int | Non
         golds = read_golds(columns, column, lambda gold: str(gold).rpartition(MARK)[2].strip())
         if not completions:
             return _check_golds(golds)
-        asked = [n for n, gold in enumerate(golds) if gold is not None]
-        results = run((golds[n], text_of(completions[n]).rpartition(MARK)[2]) for n in asked)
+        requested = [n for n, gold in enumerate(golds) if gold is not None]
+        results = run((golds[n], text_of(completions[n]).rpartition(MARK)[2]) for n in requested)
         values: list[float | None] = [None] * len(golds)
-        for n, result in zip(asked, results, strict=True):
+        for n, result in zip(requested, results, strict=True):
             if isinstance(result, BadGold):
                 raise BadGold(n, result.args[1])
             values[n] = result.values[0] if isinstance(result, Result) else 0.0 if _is_over(result) else None

@@ -41,7 +41,7 @@ def python_tests(
         partial: Reward the share of assertions or inputs that pass.
         require: Least level of the sandbox: full, landlock or none. Where anything is not contained, one line says what.
         workers: Number of completions that are tested at once; by default one per CPU of this rank, up to 16.
-        limits: Values for fields of `sandbox.Limits`.
+        limits: Values for fields of `sandbox.run.Limits`.
 
     Raises:
         UserError: an option is out of range, or the machine contains less than `require`.

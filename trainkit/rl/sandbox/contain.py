@@ -1,4 +1,4 @@
-"""Restricts the process that runs it, before it runs code that nobody has read. Linux only.
+"""Restricts the process that runs it, before it runs untrusted code. Linux only.
 
 A bare interpreter runs this file's code, so it imports no other file of trainkit. Layers, each of which a machine may lack:
 namespaces (user, process, network, IPC and mount; namespaces(7)), Landlock (landlock(7)), another user, a system call filter
@@ -178,9 +178,9 @@ def limit_resources(limits: dict[str, int]) -> None:
     """Limits by their names in the module `resource`, without RLIMIT_."""
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
-        most = resource.getrlimit(kind)[1]
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(kind, (value, value + (name == "CPU") if most == resource.RLIM_INFINITY else value))
+        ceiling = resource.getrlimit(kind)[1]
+        value = value if ceiling == resource.RLIM_INFINITY else min(value, ceiling)
+        resource.setrlimit(kind, (value, value + (name == "CPU") if ceiling == resource.RLIM_INFINITY else value))
 
 
 def contain(options: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ def judge_program(solver: Solver, tests: dict[str, Any]) -> tuple[str, int, int,
 
 
 def main(options: dict[str, Any], source: str) -> None:
-    """Writes one line about the solution to the result file: a random word from the parent, outcome, counts and reason."""
+    """Writes one line about the solution to the result file: a random secret of the parent, outcome, counts and reason."""
     os.write(options["result"], b"contained\n")
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
     if options["program"]:
@@ -193,6 +193,6 @@ def main(options: dict[str, Any], source: str) -> None:
     except Ended:
         outcome, why = end_of(solver.pid, options, kill=False)
         outcome, passed, total, why = "failed" if outcome == "passed" else outcome, 0, 0, f"{why} before the tests did"
-    line = f"{tests['word']} {outcome} {passed} {total} {' '.join(why.split())[:500]}\n"
+    line = f"{tests['secret']} {outcome} {passed} {total} {' '.join(why.split())[:500]}\n"
     os.write(options["result"], line.encode(errors="replace"))
     os._exit(0)  # the solver ends with it

@@ -1,4 +1,4 @@
-"""Runs Python code that a model wrote, with its tests, in a process that can harm nothing. Linux only.
+"""Runs Python code that a model wrote, with its tests, in a contained process. Linux only.
 
 `probe` finds out once what this machine allows; `run_python` runs one solution in a fresh interpreter, which restricts itself
 (`contain`) and runs the tests in another process than the solution's (`judge`). The process is started with subprocess, never
@@ -131,7 +131,7 @@ def probe(without: tuple[str, ...] = ()) -> Level:
     }
     possible = {name for name in FEATURES if here[name] and name not in without}
 
-    # The features that fail are left out, the least missed one first.
+    # The features that fail are left out, the least important one first.
     reason = ""
     for leave in ([], ["tmpfs"], ["nobody"], ["nobody", "tmpfs"], ["namespaces", "tmpfs"], ["namespaces", "tmpfs", "nobody"]):
         level = level_of(frozenset(possible - set(leave)), contain.landlock_abi(), reason)
@@ -156,7 +156,7 @@ def run_python(source: str, tests: Calls | Program, limits: Limits | None = None
     level, limits = level or probe(), limits or Limits()
     from trainkit.rl.sandbox import contain
 
-    word = secrets.token_hex(16)
+    secret = secrets.token_hex(16)
     program = isinstance(tests, Program)
     options = {
         "parent": os.getpid(),
@@ -179,7 +179,7 @@ def run_python(source: str, tests: Calls | Program, limits: Limits | None = None
     try:
         if "nobody" in level.features and "tmpfs" not in level.features:
             os.chown(options["folder"], contain.NOBODY, contain.NOBODY)
-        return _run(source, {**asdict(tests), "word": word}, options, limits, word)
+        return _run(source, {**asdict(tests), "secret": secret}, options, limits, secret)
     except OSError as error:
         return Verdict("sandbox_error", why=f"the process did not start: {error}")
     finally:
@@ -212,7 +212,7 @@ def _codes() -> dict[str, CodeType]:
     return {name: compile(path.read_text(encoding="utf-8"), str(path), "exec") for name, path in paths.items()}
 
 
-def _run(source: str, tests: dict[str, Any], options: dict[str, Any], limits: Limits, word: str) -> Verdict:
+def _run(source: str, tests: dict[str, Any], options: dict[str, Any], limits: Limits, secret: str) -> Verdict:
     """Starts the process, reads what it prints up to the limits, and ends it with all that it started."""
     result, write = os.pipe()
     files = [result, write]
@@ -256,7 +256,7 @@ def _run(source: str, tests: dict[str, Any], options: dict[str, Any], limits: Li
         )
     if reached:
         return Verdict("output" if len(printed) > limits.output_kb << 10 else "timeout", why=reached)
-    if len(fields_) != 5 or fields_[0] != word:
+    if len(fields_) != 5 or fields_[0] != secret:
         return Verdict("signal", why="the tests were killed")
     return Verdict(fields_[1], int(fields_[2]), int(fields_[3]), fields_[4])  # type: ignore[arg-type]
 
@@ -264,7 +264,7 @@ def _run(source: str, tests: dict[str, Any], options: dict[str, Any], limits: Li
 def _watch(process: subprocess.Popen[bytes], result: int, limits: Limits) -> tuple[str, bytes, bytes]:
     """Reads until the verdict, the process's end or a limit; the limit in words or "", what was printed, the result file."""
     assert process.stdout is not None
-    output, most, until = process.stdout.fileno(), limits.output_kb << 10, time.monotonic() + limits.wall_seconds
+    output, limit, until = process.stdout.fileno(), limits.output_kb << 10, time.monotonic() + limits.wall_seconds
     data = {result: bytearray(), output: bytearray()}  # in this order: what was printed precedes the verdict
     ended = os.pidfd_open(process.pid)
     try:
@@ -277,13 +277,13 @@ def _watch(process: subprocess.Popen[bytes], result: int, limits: Limits) -> tup
                 over = ended in ready
                 for file, pieces in data.items():
                     with suppress(BlockingIOError):
-                        while len(pieces) <= most:
+                        while len(pieces) <= limit:
                             piece = os.read(file, 1 << 16)
                             pieces += piece
                             if not piece:
                                 over = True
                                 break
-                if len(data[output]) > most:
+                if len(data[output]) > limit:
                     return f"printed more than {limits.output_kb} KB", bytes(data[output]), bytes(data[result])
                 if over or data[result].count(b"\n") == 2:
                     return "", bytes(data[output]), bytes(data[result])
