@@ -10,7 +10,7 @@ scale the gradient of the drafter's own AdamW, which is invariant to it; `lr` is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -39,7 +39,7 @@ class JointRefresh(Refresh):
         positions: Positions that count: `all` of the responses; `rejected`: drawn with the probability that the first draft
             token is rejected there; `mixed`: those, and as many of the others at random.
         seed: Seed of the choice of positions.
-        **common: `reduce`, as in `Refresh`.
+        reduce: Sums a tensor over all ranks; every rank then holds the same drafter.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class JointRefresh(Refresh):
         loss: ChunkedDivergence | None = None,
         positions: Positions = "all",
         seed: int = 0,
-        **common: Any,
+        reduce: Callable[[Tensor], Tensor] = lambda total: total,
     ) -> None:
-        super().__init__(drafter, source, target, lr=lr, loss=loss, positions=positions, seed=seed, **common)
+        super().__init__(drafter, source, target, lr=lr, loss=loss, positions=positions, seed=seed, reduce=reduce)
         if target.one_document_per_row:
             raise UserError(
                 f"{target.folder}: runs one document per row, so a drafter cannot share its forward pass; use Refresh"
