@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Study of RL fine-tuning at a small size. Groups: `algorithms` (GRPO, DAPO, GSPO and others on the digit task), `thr` (token reweighting
-# with p < 0, 0 and > 0 from a start that cannot add yet), `infalign` (the best-of-4 transform against the identity at several betas,
+# with p < 0, 0 and > 0 from a start that adds badly), `infalign` (the best-of-4 transform against the identity at several betas,
 # on a graded reward). A run that exists is not made again, so the same command continues an interrupted study. Tables: tables.py.
 #
 #   ./launch.sh recipes/studies/rl/run.sh OUT [GROUPS...]
 #
-# Environment: SEEDS="0 1 2", STEPS=160 (optimiser steps), THR_STEPS=100, ALIGN_STEPS=60.
+# Environment: SEEDS="0 1 2", STEPS=160 (optimiser steps), THR_STEPS=200, ALIGN_STEPS=60.
 set -euo pipefail
 
 out=${1:?usage: run.sh OUT [GROUPS...]}
@@ -46,14 +46,15 @@ algorithms() {
     done
 }
 
-# A start that was stopped before it could carry, so that greedy accuracy and pass@k have room.
+# A start on exact answers that was stopped early, so that greedy accuracy and pass@k have room.
 thr() {
-    local seed p
-    start early 300 0
+    local seed p flags
+    start early 450 0
+    flags=(--model.optimizer.lr 1e-4 --model.warmup_steps 10) # at 5e-4 this start falls apart in the first steps
     for seed in $seeds; do
-        rl thr/none early "$seed" "${THR_STEPS:-100}"
+        rl thr/none early "$seed" "${THR_STEPS:-200}" "${flags[@]}"
         for p in -0.1 0 0.1; do
-            rl "thr/p$p" early "$seed" "${THR_STEPS:-100}" --model.reweight THR --model.reweight.p "$p"
+            rl "thr/p$p" early "$seed" "${THR_STEPS:-200}" "${flags[@]}" --model.reweight THR --model.reweight.p "$p"
         done
     done
     measure thr early exact

@@ -79,7 +79,8 @@ def measured(out: Path) -> dict[str, list[dict[str, float]]]:
     """What measure.py found for the policies of a group, by name of the run, in order of the seeds."""
     found = defaultdict[str, list[dict[str, float]]](list)
     for folder, values in sorted(json.loads(out.with_suffix(".json").read_text()).items()):
-        found[Path(folder).parent.name.rpartition("-")[0]].append(values)
+        name = Path(folder).parent.name.rpartition("-")[0] if Path(folder).name == "policy" else "start"
+        found[name].append(values)
     return dict(found)
 
 
