@@ -5,11 +5,11 @@
 #
 # TARGET: folder of SmolLM2-135M-Instruct, or another instruction-tuned model. OUT: folder of everything that is written; a run there is
 # continued. TASK: a task of reasoning-gym whose answers are numbers, with its options; by default chain_sum of two numbers. `sums` takes
-# the sums. Environment: STEPS=30 (optimiser steps).
+# the sums. Environment: STEPS=20 (optimiser steps).
 set -euo pipefail
 
 target=${1:?usage: rl_smollm2.sh TARGET OUT [TASK]} out=${2:?OUT} task=${3:-chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2}
-run=$out/run resume=() steps=${STEPS:-30}
+run=$out/run resume=() steps=${STEPS:-20}
 
 if [ "$task" != sums ] && ! python -c "import reasoning_gym" 2>/dev/null; then
     echo "reasoning-gym is not installed, so the task is sums of two numbers; docs/rl.md says how to install it" >&2
