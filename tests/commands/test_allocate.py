@@ -12,7 +12,7 @@ import pytest
 from tests.support.processes import ended, fork
 from tests.support.targets import make_target
 from trainkit import bundle, cli
-from trainkit.compress.evolution import Search
+from trainkit.compress.allocation.evolution import Search
 from trainkit.compress.layout import read_layout
 from trainkit.models.weights import tensors_in
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from trainkit.commands.compress import calibration_text, start_processes
-from trainkit.compress.evolution import Candidate, Search, Space, Stage
-from trainkit.compress.fitness import KLToDense
+from trainkit.compress.allocation.evolution import Candidate, Search, Space, Stage
+from trainkit.compress.allocation.fitness import KLToDense
+from trainkit.compress.allocation.levels import Levels, bit_levels, build, sparsity_levels
 from trainkit.compress.layout import INPUTS, Layout, read_layout
-from trainkit.compress.levels import Levels, bit_levels, build, sparsity_levels
 from trainkit.compress.masks import parse_pattern
 from trainkit.compress.oneshot import METHODS
 from trainkit.compress.work import rank

@@ -15,11 +15,11 @@ import torch
 
 from trainkit import bundle
 from trainkit.bundle import read_json
-from trainkit.compress import structured
 from trainkit.compress.awq import awq
 from trainkit.compress.layout import Layout, read_layout
 from trainkit.compress.oneshot import METHODS, oneshot
 from trainkit.compress.plan import awq_grid, check_options, described, make_goal, make_plan, quantisation
+from trainkit.compress.structured import prune as structured
 from trainkit.compress.work import rank
 from trainkit.data.manifest import weights_digest
 from trainkit.data.sets.writer import check_positive, local_device, quiet_libraries

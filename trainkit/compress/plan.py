@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.bundle import read_json
-from trainkit.compress import structured
 from trainkit.compress.blocks import Walked
 from trainkit.compress.layout import Layout
 from trainkit.compress.masks import Pattern, parse_pattern
 from trainkit.compress.oneshot import METHODS, Goal, Plan, check_plan
 from trainkit.compress.quantise import Grid, usual_grid
+from trainkit.compress.structured import prune as structured
 from trainkit.errors import UserError
 from trainkit.models.compressed import quantization_config
 

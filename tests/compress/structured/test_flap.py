@@ -4,9 +4,9 @@
 
 import torch
 
-from trainkit.compress.flap import fluctuation, group_scores, removed_bias, standardised
 from trainkit.compress.statistics import Statistics
-from trainkit.compress.width import head_importance, heads_within_groups, highest, importance
+from trainkit.compress.structured.flap import fluctuation, group_scores, removed_bias, standardised
+from trainkit.compress.structured.width import head_importance, heads_within_groups, highest, importance
 
 # fmt: off
 WEIGHT_RK = torch.tensor([[-29, 30, 4, -18, -31, -26, -13, 28], [11, 21, -32, -1, -24, 16, -12, -14],

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.processes import ended, fork
 from tests.support.targets import make_target
-from trainkit.compress import depth, structured
-from trainkit.compress.structured import METHODS, prune
+from trainkit.compress.structured import depth
+from trainkit.compress.structured import prune as structured
+from trainkit.compress.structured.prune import METHODS, prune
 from trainkit.errors import UserError
 from trainkit.layers.visible import Visible
 from trainkit.models.load import load_decoder

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support.processes import ended, fork
-from trainkit.compress.evolution import Candidate, Search, Space, Stage
+from trainkit.compress.allocation.evolution import Candidate, Search, Space, Stage
 from trainkit.errors import UserError
 
 STEPS = Space([[10 * layer + 7 * level for level in range(5)] for layer in range(6)], 6 * 14 + 150)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainkit.compress.allocation.evolution import Candidate
+from trainkit.compress.allocation.levels import Database
 from trainkit.compress.divergence import divergences
-from trainkit.compress.evolution import Candidate
-from trainkit.compress.levels import Database
 from trainkit.models.target import FrozenTarget
 
 BATCH_TOKENS = 4096

@@ -13,10 +13,10 @@ import torch
 from tests.compress.test_blocks import Text, random_text, whole_model
 from tests.support.processes import ended, fork
 from tests.support.targets import make_target
-from trainkit.compress import levels as levels_file
-from trainkit.compress.fitness import KLToDense
+from trainkit.compress.allocation import levels as levels_file
+from trainkit.compress.allocation.fitness import KLToDense
+from trainkit.compress.allocation.levels import bit_levels, build, sparsity_levels
 from trainkit.compress.layout import Layout, read_layout
-from trainkit.compress.levels import bit_levels, build, sparsity_levels
 from trainkit.compress.masks import Pattern
 from trainkit.compress.solver import solve
 from trainkit.errors import UserError

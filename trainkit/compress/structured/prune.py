@@ -28,11 +28,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trainkit.compress.blocks import Part, Sequences, Walked, walk
-from trainkit.compress.cut import Cut
-from trainkit.compress.depth import drop_blocks
-from trainkit.compress.flap import fluctuation, group_scores, magnitudes, removed_bias, standardised
 from trainkit.compress.layout import Layout, read_layout
-from trainkit.compress.width import head_importance, heads_within_groups, highest, importance
+from trainkit.compress.structured.cut import Cut
+from trainkit.compress.structured.depth import drop_blocks
+from trainkit.compress.structured.flap import fluctuation, group_scores, magnitudes, removed_bias, standardised
+from trainkit.compress.structured.width import head_importance, heads_within_groups, highest, importance
 from trainkit.compress.work import block_file
 from trainkit.errors import UserError, note
 from trainkit.models.load import decoder_shape

@@ -1,0 +1,1 @@
+"""How a budget of sparsity, bits or bytes is spread over the layers (EvoPress)."""

@@ -1,0 +1,1 @@
+"""Smaller models: heads, neurons, channels or whole blocks are removed."""
