@@ -117,7 +117,7 @@ def test_vocabularies_and_nan_are_refused(tiny_target, tmp_path, monkeypatch, se
 
 
 def test_interrupted_measurement_continues(tiny_target, other, tmp_path, monkeypatch, seed):
-    """After a stop in the third batch, the same call reads only the rest and has the same sums; another key starts anew."""
+    """After a stop in the third batch, the same call reads only the rest and has the same sums; another key reads all."""
     texts, state, read = random_texts(), tmp_path / "out.json.text.part", []
     model, dense = load(tiny_target), load(other)
     whole = measure(model, texts, dense, batch=2)

@@ -43,7 +43,7 @@ class Rewards:
                 missing = response.tokens[-1] == 8 and len(response.tokens) == 4
                 response.reward = float("nan") if missing else float(response.tokens[0] < self.bound)
                 response.rewards = {"first": response.reward}
-        return {}
+        return {"failures/first": 1, "timeouts/first": 0, "missing": 5}
 
 
 class Ranks:
@@ -106,6 +106,7 @@ def test_groups_do_not_depend_on_ranks(algorithm, seed):
 def test_refill_replaces_groups_without_signal(seed):
     """Every kept group has two different rewards; the first candidates with signal are kept, in order."""
     (part,) = Ranks(1).run(0, 5, algorithm=DAPO(), rewards=Rewards(2))
+    assert part.failures["failures/first"] > 1 and part.failures["timeouts/first"] == 0, "one in each round"
     assert part.candidates > 12 and part.cursor == 5 + part.candidates
     informative = [g for g in part.generated if len({r.reward for r in g.responses if r.reward == r.reward}) > 1]
     assert [group.task.index for group, _ in part.groups.values()] == [g.task.index for g in informative[:8]]

@@ -19,7 +19,7 @@ from trainkit.models.load import load_decoder
 from trainkit.models.target import target_shape
 from trainkit.rl.rollout import Rollouts
 from trainkit.rl.types import Task
-from trainkit.rl.weights import policy_tensors, sums
+from trainkit.rl.weights import policy_tensors
 from trainkit.runner import Runner
 
 
@@ -119,8 +119,3 @@ def test_shards_are_gathered(how, adapter, tiny_target, tmp_path, seed):
 
     pids = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
     assert [ended(pid) for pid in pids] == [0, 0] and len(list(Path(tmp_path).glob("done-*"))) == 2
-
-
-def test_sums_tell_tensors_apart():
-    """Sum and sum of squares in float64: 1e8 + 1 is not lost, and signs and sizes show."""
-    assert sums([("a", torch.tensor([1e8, 1.0])), ("b", torch.tensor([-2.0, 1.0]))]) == {"a": (1e8 + 1, 1e16 + 1), "b": (-1, 5)}

@@ -97,6 +97,12 @@ class Checkpoint:
         return network.eval()
 
 
+def describe_config(config: Any) -> dict[str, Any]:
+    """The fields of a transformers config that rebuild a model, for `TrainingModule.describe`."""
+    left_out = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # depend on the library or the machine
+    return {name: value for name, value in config.to_dict().items() if name not in left_out}
+
+
 def read_checkpoint(checkpoint: str | Path) -> Checkpoint:
     """The content of a checkpoint; tensors are memory-mapped, so that little of the file is read.
 

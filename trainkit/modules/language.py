@@ -17,6 +17,7 @@ from trainkit.models.documents import crosses_documents, run_documents_separatel
 from trainkit.models.load import read_config, read_tokenizer
 from trainkit.models.target import check_head, load_model
 from trainkit.modules.base import CHECKPOINT_KEY, Batch, TrainingModule
+from trainkit.modules.checkpoint import describe_config
 from trainkit.modules.meter import means
 from trainkit.modules.text_data import TextData
 
@@ -56,8 +57,7 @@ class LanguageModule(TrainingModule):
             self.lm.train()
 
     def describe(self) -> dict[str, Any]:
-        left_out = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # depend on the library or the machine
-        return {"model_config": {name: value for name, value in self.lm.config.to_dict().items() if name not in left_out}}
+        return {"model_config": describe_config(self.lm.config)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -32,11 +32,11 @@ from trainkit.models.adapter import PROJECTIONS, AdapterShape, TunedTarget
 from trainkit.models.load import covered_positions
 from trainkit.models.target import FrozenTarget, LiveTarget
 from trainkit.modules.base import CHECKPOINT_KEY, Batch, TrainingModule
-from trainkit.modules.checkpoint import POLICY_KEY
+from trainkit.modules.checkpoint import POLICY_KEY, describe_config
 from trainkit.modules.prompt_data import PromptData
 from trainkit.modules.ranks import stop_all
 from trainkit.modules.training_data import global_seed
-from trainkit.rl.algorithms import Algorithm, DrGRPO
+from trainkit.rl.algorithms import Algorithm
 from trainkit.rl.batches import Micro, policy_logprobs
 from trainkit.rl.collect import Collected, Collector, rollout_means, statistics, together
 from trainkit.rl.correction import Kind, check_correction
@@ -64,8 +64,9 @@ class PolicyModule(TrainingModule):
     `truncated` (responses at the length limit); `length` and `length_max` in tokens; means over tokens of `entropy`,
     `clip_low`, `clip_high`, `ratio` and estimators of KL divergences (`kl_old_*`, `kl_ref_*`, nats); `ratio_max` of a step;
     for the runner compared with the trainer `mismatch` (mean and `_max` of the log-probability difference), `mismatch_k3`,
-    `mismatch_capped` (share of tokens above the cap) and `corrected` (0 or 1); with a drafter `tau`, `paused` (share of rounds
-    without a draft) and, by draft position, `alpha_K`.
+    `mismatch_capped` (share of tokens above the cap) and `corrected` (0 or 1); with a drafter `tau`, `first_accepted` (share
+    of first drafted tokens), `paused` (share of rounds without a draft) and, by draft position, `alpha_K`; numbers of calls of
+    reward functions `failures/FUNCTION` and `timeouts/FUNCTION`.
     Under `refresh/`: what the last refresh of the drafter did.
     Under `speed/`: `rollout_tokens_per_second`, and `seconds_PHASE` of a generation. In validation: `reward`, `accuracy`,
     `length` and `truncated` of greedy responses, and `pass@K` of samples.
@@ -169,13 +170,7 @@ class PolicyModule(TrainingModule):
             raise UserError(f"model.reference: {type(algorithm).__name__} needs the folder of a teacher; set it")
         if reference is not None and not (algorithm.needs_teacher or algorithm.needs_reference):
             raise UserError("model.reference: the algorithm reads no reference; leave it out, or set model.algorithm.beta")
-        if isinstance(algorithm, DrGRPO):
-            length = algorithm.max_length = algorithm.max_length or max_new_tokens
-            if length != max_new_tokens:
-                raise UserError(
-                    f"model.algorithm.max_length is {length}, but model.max_new_tokens {max_new_tokens}; leave the former out"
-                )
-        algorithm.shape_reward(0, max_new_tokens)  # refuses a penalty that starts before the first token
+        algorithm.set_limit(max_new_tokens)
         owners = {"seed": "seed_everything"}
         owners |= {name: f"model.{name}" for name in ("samples", "max_new_tokens", "temperature", "speculate")}
         for name in owners.keys() & (rollout or {}).keys():
@@ -193,13 +188,8 @@ class PolicyModule(TrainingModule):
             if not 1 <= k <= samples:
                 raise UserError(f"model.pass_at: {k} must be between 1 and model.samples, {samples}")
         self.target = self.tokenizer_folder = target
-        self.algorithm, self.samples, self.prompts, self.minibatches, self.epochs = (
-            algorithm,
-            samples,
-            prompts,
-            minibatches,
-            epochs,
-        )
+        self.algorithm, self.samples, self.prompts = algorithm, samples, prompts
+        self.minibatches, self.epochs = minibatches, epochs
         self.max_new_tokens, self.temperature, self.reference = max_new_tokens, temperature, reference
         self.lora = None if lora_rank is None else AdapterShape(lora_rank, lora_alpha, tuple(lora_modules or PROJECTIONS))
         self.drafter, self.speculate, self.rollout_batch, self.rollout_dtype = drafter, speculate, rollout_batch, rollout_dtype
@@ -220,7 +210,7 @@ class PolicyModule(TrainingModule):
         self._cursor = 0  # prompts used so far
         self.groups: list[Group] = []
         """Groups that this process generated last; another list for each generation."""
-        self._tau = float("nan")  # of the current generation, over all ranks
+        self._acceptance = float("nan")  # share of first drafted tokens in the current generation, over all ranks
         self._unrewarded = 0  # generations in a row without any reward
         self._refreshed: dict[str, float] = {}  # metrics of the last refresh, until they are logged
         self._synced: int | None = None  # optimiser step of the weights that the runner has
@@ -298,8 +288,7 @@ class PolicyModule(TrainingModule):
     def describe(self) -> dict[str, Any]:
         if self.lora is not None:
             return {"adapter": self.lora.to_dict(), "target_weights": weights_digest(self.target)}
-        left_out = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")  # depend on the library or the machine
-        return {"model_config": {name: value for name, value in self.lm.config.to_dict().items() if name not in left_out}}
+        return {"model_config": describe_config(self.lm.config)}
 
     # What `PromptData` reads
 
@@ -340,7 +329,7 @@ class PolicyModule(TrainingModule):
         with _timed(seconds, "sync"):
             self.sync()
         # Refresh the drafter, if that is due after the last generation. A run that was resumed at its end does the same.
-        if self.refresh is not None and generation and self.refresh.due(generation, self._tau):
+        if self.refresh is not None and generation and self.refresh.due(generation, self._acceptance):
             with _timed(seconds, "refresh"):
                 self._refreshed = self.refresh.run(generation)
         collector = Collector(
@@ -377,9 +366,11 @@ class PolicyModule(TrainingModule):
                 stop_all(trainer, str(error))
         self._micros, self._counts, self.statistics = prepared.micros, prepared.counts, prepared.mismatch
         if prepared.mismatch["mismatch"] > ROUNDING and trainer.is_global_zero:
+            wrong = self.rollouts.differing(policy_tensors(self.policy.model))
+            cause = f"{wrong[0]} has other values in the runner" if wrong else "their weights are equal"
             note(
                 f"runner and trainer differ by {prepared.mismatch['mismatch']:.2g} nats per token in mean, more than rounding "
-                "explains; compare trainer.precision with model.rollout_dtype, and watch train/mismatch"
+                f"explains; {cause}; compare trainer.precision with model.rollout_dtype, and watch train/mismatch"
             )
         self._generation, self._cursor, self.groups = generation, collected.cursor, collected.generated
         self._record(collected, seconds)
@@ -445,6 +436,7 @@ class PolicyModule(TrainingModule):
         sums, maxima = statistics(collected.generated)
         for name, value in self.rewards.metrics.items() if self.rewards is not None else ():
             sums |= {f"sum log/{name}": value, f"known log/{name}": 1.0}
+        sums |= collected.failures
         sums |= {f"seconds_{name}": value / self.trainer.world_size for name, value in seconds.items()}
         parts = self._gather_objects((sums, maxima))
         totals = {
@@ -454,7 +446,7 @@ class PolicyModule(TrainingModule):
         for name, value in totals.items():  # equal names on all ranks; the sums over ranks are logged
             self._training.add(f"rollouts/{name}", value if self.trainer.is_global_zero else 0.0)
         self.statistics |= {name: max(part[name] for _, part in parts) for name in maxima}
-        self._tau = rollout_means(totals).get("tau", float("nan"))
+        self._acceptance = rollout_means(totals).get("first_accepted", float("nan"))
 
     def training_means(self, sums: dict[str, float]) -> dict[str, float]:
         values = {"loss": sums.get("loss", 0.0) / max(sums.get("count", 0.0), 1.0)}
@@ -531,7 +523,7 @@ class PolicyModule(TrainingModule):
             "counts": self._counts,
             "statistics": self.statistics,
             "rollouts": self.rollouts.state_dict(),
-            "tau": self._tau,
+            "acceptance": self._acceptance,
             "unrewarded": self._unrewarded,
             "refreshed": self._refreshed,
         }
@@ -546,7 +538,7 @@ class PolicyModule(TrainingModule):
         self.statistics, self._synced = state["statistics"], None
         if len(state["micros"]) == self.trainer.world_size:
             self._micros = state["micros"][self.trainer.global_rank]
-        self._tau, self._refreshed, self._unrewarded = state["tau"], state["refreshed"], state["unrewarded"]
+        self._acceptance, self._refreshed, self._unrewarded = state["acceptance"], state["refreshed"], state["unrewarded"]
         if self.refresh is not None and "refresh" in state:
             windows = state["refresh"]["window"]
             rank = self.trainer.global_rank if len(windows) == self.trainer.world_size else 0

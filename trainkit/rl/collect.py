@@ -10,17 +10,21 @@ that dynamic sampling generated beyond what the step needs are dropped, not carr
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, isfinite, nan
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from trainkit.data.mixture import sequence
 from trainkit.errors import UserError
 from trainkit.rl.algorithms import Algorithm, has_signal
+from trainkit.rl.infalign import InfAlign
+from trainkit.rl.rewards.score import Rewards
+from trainkit.rl.rollout import Rollouts
 from trainkit.rl.types import Group, Response, Task
 from trainkit.runner.stats import Stats
 
@@ -29,30 +33,6 @@ ROUNDS = 4
 """Largest number of times that dynamic sampling generates in one step."""
 OVERSAMPLE = 1.5
 """Prompts that dynamic sampling tries for each group that it needs."""
-
-
-class Generator(Protocol):
-    """What a step needs of `Rollouts`."""
-
-    def generate(self, tasks: Sequence[Task], step: int) -> list[Group]:
-        """A group for each task."""
-        ...
-
-
-class Scorer(Protocol):
-    """What a step needs of `Rewards`."""
-
-    def score(self, groups: Sequence[Group], step: int) -> dict[str, int]:
-        """Fills the rewards of all responses."""
-        ...
-
-
-class Transform(Protocol):
-    """What a step needs of `InfAlign`."""
-
-    def transform(self, task_index: int, reward: float) -> float:
-        """The reward to train on."""
-        ...
 
 
 @dataclass
@@ -66,6 +46,7 @@ class Collected:
         valid: Number of rewards that are not missing, over all ranks.
         candidates: Number of groups generated, over all ranks.
         kept: Number of groups that are trained on, over all ranks.
+        failures: Calls of reward functions that failed or took too long, as `failures/NAME` and `timeouts/NAME`.
         seconds: Time by phase.
     """
 
@@ -75,6 +56,7 @@ class Collected:
     valid: int
     candidates: int
     kept: int
+    failures: dict[str, float]
     seconds: dict[str, float]
 
 
@@ -100,8 +82,8 @@ class Collector:
         transform: Changes rewards before advantages; None leaves them.
     """
 
-    rollouts: Generator
-    rewards: Scorer | None
+    rollouts: Rollouts
+    rewards: Rewards | None
     algorithm: Algorithm
     tasks: Sequence[Task]
     prompts: int
@@ -111,7 +93,7 @@ class Collector:
     rank: int = 0
     world_size: int = 1
     gather: Callable[[Any], list[Any]] = lambda value: [value]
-    transform: Transform | None = None
+    transform: InfAlign | None = None
 
     def owner(self, number: int) -> int:
         """The rank of a group."""
@@ -129,7 +111,7 @@ class Collector:
         dynamic = self.algorithm.dynamic_sampling
         generated: dict[int, Group] = {}  # by number of the candidate
         kept: list[int] = []  # candidates with signal, of all ranks
-        used, count, seconds = set[int](), 0, {"rollouts": 0.0, "rewards": 0.0}
+        used, count, failures, seconds = set[int](), 0, Counter[str](), {"rollouts": 0.0, "rewards": 0.0}
         for _ in range(ROUNDS if dynamic else 1):
             wanted = self.prompts - len(kept)
             chosen, cursor = self._next(ceil(OVERSAMPLE * wanted) if dynamic else wanted, cursor, used)
@@ -141,7 +123,8 @@ class Collector:
             seconds["rollouts"] += time.perf_counter() - start
             start = time.perf_counter()
             if (rewards := self.rewards) is not None:
-                together(self.gather, partial(rewards.score, groups, step))
+                counts = together(self.gather, partial(rewards.score, groups, step))
+                failures.update({name: n for name, n in counts.items() if name.startswith(("failures/", "timeouts/"))})
             seconds["rewards"] += time.perf_counter() - start
             generated |= zip(mine, groups, strict=True)
             found = [number for number, group in zip(mine, groups, strict=True) if not dynamic or _has_signal(group)]
@@ -150,7 +133,16 @@ class Collector:
                 break
         mine = self._exchange({number: generated[number] for number in kept if number in generated}, kept)
         valid = sum(self.gather(sum(isfinite(r.reward) for group in generated.values() for r in group.responses)))
-        return Collected(self._with_advantages(mine), list(generated.values()), cursor, valid, count, len(kept), seconds)
+        return Collected(
+            groups=self._with_advantages(mine),
+            generated=list(generated.values()),
+            cursor=cursor,
+            valid=valid,
+            candidates=count,
+            kept=len(kept),
+            failures={name: float(n) for name, n in failures.items()},
+            seconds=seconds,
+        )
 
     def _next(self, wanted: int, cursor: int, used: set[int]) -> tuple[list[int], int]:
         """Up to `wanted` tasks after the cursor that this step has not used, and the cursor after them."""
@@ -223,7 +215,10 @@ def statistics(groups: Sequence[Group]) -> tuple[dict[str, float], dict[str, flo
         known = [value for value in values if isfinite(value)]
         sums |= {f"sum {name}": float(sum(known)), f"known {name}": float(len(known))}
     stats = Stats.merge(response.stats for response in responses)
+    first, drafts = stats.first_drafts
     sums |= {
+        "first": float(first),
+        "drafts": float(drafts),
         "rounds": float(stats.rounds),
         "paused": float(stats.paused),
         "emitted": stats.rounds * stats.tau if stats.rounds else 0.0,
@@ -247,6 +242,9 @@ def rollout_means(sums: dict[str, float]) -> dict[str, float]:
         "zero_variance": sums["zero_variance"] / max(sums["groups"], 1.0),
     }
     values |= {"length": sums["tokens"] / responses, "truncated": sums["truncated"] / responses}
+    values |= {name: v for name, v in sums.items() if name.startswith(("failures/", "timeouts/"))}
+    if sums.get("drafts"):
+        values["first_accepted"] = sums["first"] / sums["drafts"]
     depth = sum(name.startswith("offered ") for name in sums)
     if depth:  # something was drafted
         rounds = max(sums["rounds"], 1.0)

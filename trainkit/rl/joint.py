@@ -65,7 +65,7 @@ class JointRefresh(Refresh):
     def observe(self, groups: Sequence[Group], step: int) -> None:
         """Nothing: no rollouts are remembered."""
 
-    def due(self, step: int, tau: float) -> bool:
+    def due(self, step: int, acceptance: float) -> bool:
         """Whether the drafter has been trained since it was last copied into the runner."""
         return bool(self._sums[1] > 0)
 

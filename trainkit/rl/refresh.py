@@ -40,11 +40,11 @@ Positions = Literal["all", "rejected", "mixed"]
 Rollout = tuple[int, Tensor, int]
 """Step, token ids of prompt and response (int32, on the CPU), and number of prompt tokens."""
 FALLEN = 0.95
-"""A refresh is also due when tau is below this share of its best value since the last refresh."""
+"""A refresh is also due when acceptance is below this share of its best value since the last refresh."""
 
 
 class Refresh:
-    """Trains the drafter of the rollouts on recent rollouts, every `every` generations or when tau has fallen.
+    """Trains the drafter of the rollouts on recent rollouts, every `every` generations or when acceptance has fallen.
 
     A step is a generation, unless it is called an optimiser step. All random numbers follow from `seed` and the step. Before
     and after training, acceptance is measured on rollouts of the window that are not trained on; if it fell, the old weights
@@ -114,10 +114,16 @@ class Refresh:
         recent = [rollout for rollout in self._rollouts if step - self.window < rollout[0] < step]
         self._rollouts = recent + [made[index] for index in chosen.tolist()]
 
-    def due(self, step: int, tau: float) -> bool:
-        """Whether to refresh after a step; call it once for each, with the tau of all ranks' rollouts (NaN if unknown)."""
-        self._best = max(self._best, tau)
-        return step - self._last >= self.every or tau < FALLEN * self._best
+    def due(self, step: int, acceptance: float) -> bool:
+        """Whether to refresh after a step; call it once for each step.
+
+        Args:
+            step: The step.
+            acceptance: A measure of the acceptance of all ranks' rollouts, such as tau or the share of first drafted tokens
+                that were accepted; NaN if it is unknown.
+        """
+        self._best = max(self._best, acceptance)
+        return step - self._last >= self.every or acceptance < FALLEN * self._best
 
     def run(self, step: int) -> dict[str, float]:
         """Trains the twin and copies it into the runner's drafter, unless its acceptance fell.

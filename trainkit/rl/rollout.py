@@ -23,7 +23,6 @@ from trainkit.errors import UserError, note
 from trainkit.models.load import hf_views
 from trainkit.models.weights import EMBEDDING, HEAD
 from trainkit.rl.types import Group, Response, Task
-from trainkit.rl.weights import sums
 from trainkit.runner.engine import Runner
 from trainkit.runner.options import GenerateOptions
 from trainkit.runner.stats import Stats
@@ -106,10 +105,6 @@ class Rollouts:
         """
         self.runner.update(named_tensors)
 
-    def checksum(self) -> dict[str, tuple[float, float]]:
-        """Sum and sum of squares in float64 of each weight of the runner, by its Hugging Face name; to compare ranks."""
-        return sums(hf_views(self.runner.rounds.target).items())
-
     def differing(self, named_tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         """Names of the tensors that the runner does not hold, rounded to its dtype, bit for bit; empty after `update`."""
         views, wrong = hf_views(self.runner.rounds.target), list[str]()
@@ -180,9 +175,8 @@ class Rollouts:
 
     def _measure(self, responses: Sequence[Response], stats: Stats, seconds: float, step: int) -> None:
         lengths = [len(response.tokens) for response in responses]
-        accepted = stats.alpha_k
-        offered = stats.offered[1] if len(stats.offered) > 1 else 0
-        useless = offered >= FEWEST and accepted[0] < USELESS
+        accepted, (first, offered) = stats.alpha_k, stats.first_drafts
+        useless = offered >= FEWEST and first < USELESS * offered
         values = {
             "seconds": seconds,
             "tokens": sum(lengths),
@@ -192,7 +186,7 @@ class Rollouts:
             "length_max": max(lengths, default=0),
             "truncated": sum(one.finish in ("length", "max_len") for one in responses) / max(len(responses), 1),
         }
-        if offered:
+        if accepted:
             values |= {f"acceptance_{depth}": share for depth, share in enumerate(accepted, 1)}
             values |= {"tau": stats.tau, "paused": stats.paused / stats.rounds, "drafter_useless": float(useless)}
         self._report = {f"rollout/{name}": float(value) for name, value in values.items()}

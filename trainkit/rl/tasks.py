@@ -38,7 +38,7 @@ def read_tasks(path: str, encoder: Encoder, limit: int | None = None, columns: M
         columns: Column mapping, from trainkit's names to the file's.
 
     Raises:
-        UserError: there is no row, or a row has no prompt; the message names file and row. Or the generator cannot be used.
+        UserError: the file is empty, a row lacks a prompt (the message names file and row), or the generator cannot be used.
     """
     if path.startswith(GYM):
         rows = _gym_rows(path, encoder, limit)

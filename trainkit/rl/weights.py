@@ -8,7 +8,7 @@ Left out on purpose: DeepSpeed ZeRO-3, which trainkit refuses; ZeRO-2 and DDP ho
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,11 +41,6 @@ def policy_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for unit in units:
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
             yield from _own_tensors(model, unit, units, seen)
-
-
-def sums(named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[float, float]]:
-    """Sum and sum of squares in float64 of each tensor, by name: equal on all ranks whose runners have the same weights."""
-    return {name: (float(value.double().sum()), float(value.double().square().sum())) for name, value in named_tensors}
 
 
 def _own_tensors(model: nn.Module, root: nn.Module, units: list[nn.Module], seen: set[int]) -> Iterator[tuple[str, Tensor]]:

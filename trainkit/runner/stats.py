@@ -77,6 +77,15 @@ class Stats:
         return [sum(self.accepted[k:]) / offered for k, offered in enumerate(self.offered) if k]
 
     @property
+    def first_drafts(self) -> tuple[int, int]:
+        """Number of rounds that accepted their first drafted token, and of those that verified one, cut rounds included.
+
+        A round is cut short only behind an accepted token. Without such rounds, short texts would seem to accept little.
+        """
+        full = self.offered[1] if len(self.offered) > 1 else 0
+        return sum(self.accepted[1:]) + self.cut_rounds, full + self.cut_rounds
+
+    @property
     def wasted(self) -> float:
         """Number of drafted tokens that were not accepted, for each token that full rounds emitted; nan without a round."""
         accepted = self._accepted_tokens

@@ -66,7 +66,7 @@ def test_numeric_reads_all_of_gsm8k_form() -> None:
 
 
 def test_extract_takes_the_last_match() -> None:
-    """`extract` takes the group of the last match as the answer; without a match there is no answer."""
+    """`extract` takes the group of the last match as the answer; a response without a match is wrong."""
     options = {"extract": r"\\boxed\{(.*?)\}"}
     texts = [r"\boxed{3} or \boxed{ 4 }", r"\boxed{4} or \boxed{3}", "4"]
     assert values("numeric", texts, options, answer="4") == values("exact", texts, options, answer="4") == [1, 0, 0]

@@ -98,6 +98,10 @@ class Algorithm(ABC):
         """What is added to the reward of a response of `length` tokens, before advantages; `limit` is the longest length."""
         return 0.0
 
+    def set_limit(self, limit: int) -> None:
+        """Takes the length limit of responses in tokens, before training; raises UserError if an option does not fit it."""
+        self.shape_reward(0, limit)
+
     # What all share
 
     @torch.no_grad()

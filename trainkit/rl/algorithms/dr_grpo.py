@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trainkit.errors import UserError
 from trainkit.rl.algorithms.base import check
 from trainkit.rl.algorithms.grpo import GRPO
 
@@ -33,6 +34,13 @@ class DrGRPO(GRPO):
     ) -> None:
         super().__init__(clip_low, clip_high, beta, "none", mask_truncated)
         self.max_length = check(max_length is None or max_length > 0, "max_length", max_length, "at least 1")
+
+    def set_limit(self, limit: int) -> None:
+        self.max_length = self.max_length or limit
+        if self.max_length != limit:
+            raise UserError(
+                f"model.algorithm.max_length is {self.max_length}, but model.max_new_tokens {limit}; leave the former out"
+            )
 
     def count(self, mask_RT: Tensor) -> Tensor:
         assert self.max_length is not None

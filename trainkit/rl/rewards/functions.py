@@ -173,7 +173,7 @@ def check_column(columns: Columns, column: str) -> None:
 
 
 def compare(golds: Sequence[Any], completions: Sequence[Completion], score: Callable[[Any, str], float]) -> list[float | None]:
-    """The score of each completion, None where there is no reference."""
+    """The score of each completion; None if its row has no reference answer."""
     pairs = zip(golds, completions, strict=bool(completions))
     return [None if gold is None else float(score(gold, text_of(completion))) for gold, completion in pairs]
 
