@@ -114,7 +114,7 @@ def load_network(network: nn.Module, file: Path, weights: WeightScheme, packed: 
         codes_RK, scale_RG, zero_RG = codes_of(tensors, name, scheme)
         linear = dict(network.named_modules()).get(name)
         if not isinstance(linear, Linear) or linear.weight.shape != codes_RK.shape:
-            raise UserError(f"{file}: {name} {list(codes_RK.shape)} is no linear layer of this drafter; copy the folder again")
+            raise UserError(f"{file}: {name} {list(codes_RK.shape)} does not fit this drafter; copy the folder again")
         tensors = {key: value for key, value in tensors.items() if key not in {f"{name}.{part}" for part in PARTS}}
         if packed:
             linear.set_packed(Packed.from_codes(codes_RK, scale_RG, zero_RG, weights.bits, weights.kind))

@@ -44,13 +44,13 @@ class AtJudge(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         if global_name not in CLASSES.get(module_name, ()):
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is no plain data")
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not plain data")
         build = super().find_class(module_name, global_name)
         return lambda *arguments: build(*arguments)  # not the class itself, which a pickle may change
 
 
 class Remote:
-    """An object in the solver that is no plain data: a function, a class, an instance. It equals only itself."""
+    """An object in the solver that is not plain data: a function, a class, an instance. It equals only itself."""
 
     def __init__(self, solver: Solver, number: int) -> None:
         self._solver, self._number = solver, number
